@@ -1,0 +1,21 @@
+"""The errors that frostline raises on purpose; the command line turns each into one clear message."""
+
+
+class FrostlineError(Exception):
+    """Base of all errors that a user can act on."""
+
+
+class ConfigError(FrostlineError):
+    """A setting, a flag or a combination of them is not usable."""
+
+
+class DataError(FrostlineError):
+    """A sample, a video or a metadata row is not usable; the message names sample, file and field."""
+
+
+class EngineError(FrostlineError):
+    """An engine cannot be built, loaded, trusted or run."""
+
+
+class ParityError(EngineError):
+    """An engine does not compute what the PyTorch stage computes."""

@@ -1,0 +1,60 @@
+"""What a Wan model consists of, as diffsynth's own objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diffsynth.models.wan_video_dit import WanModel
+    from diffsynth.models.wan_video_image_encoder import WanImageEncoder
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
+    from diffsynth.models.wan_video_vae import WanVideoVAE
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class WanComponents:
+    """A loaded Wan model; all its parts are frozen and in eval mode.
+
+    name: names the model in the engine store.
+    boundary: the high-noise expert serves timesteps from `boundary * 1000` up; of no effect without one.
+    """
+
+    name: str
+    text_encoder: WanTextEncoder
+    tokenizer: HuggingfaceTokenizer
+    vae: WanVideoVAE
+    denoiser: WanModel
+    denoiser_high_noise: WanModel | None = None
+    image_encoder: WanImageEncoder | None = None
+    boundary: float = 0.9
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The neural networks that are there, by field name."""
+        for field in ("text_encoder", "vae", "denoiser", "denoiser_high_noise", "image_encoder"):
+            module = getattr(self, field)
+            if module is not None:
+                yield field, module
+
+    @property
+    def takes_image_latents(self) -> bool:
+        """Whether the denoiser is conditioned on `y`: the mask and latents of the first frame."""
+        return self.denoiser.require_vae_embedding and self.denoiser.in_dim > self.vae.model.z_dim
+
+    @property
+    def takes_clip_feature(self) -> bool:
+        """Whether the denoiser is conditioned on the CLIP feature of the first frame."""
+        return self.denoiser.has_image_input and self.denoiser.require_clip_embedding
+
+    @property
+    def pins_first_frame(self) -> bool:
+        """Whether the first frame's latents are given and kept through sampling (Wan2.2 TI2V)."""
+        return self.denoiser.seperated_timestep and self.denoiser.fuse_vae_embedding_in_latents
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent, in height and width."""
+        return self.vae.upsampling_factor

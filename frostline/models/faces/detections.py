@@ -1,0 +1,136 @@
+"""What a face detector returns, and how frames reach it: 8-bit pixels, enlarged where faces are small."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alignment import scaled_template
+
+
+@dataclass(frozen=True, eq=False)
+class LargestFaces:
+    """The largest face (by box area) of each frame. The leading shape is `(N,)`, or `(B, T)` after `reshape`.
+
+    Attributes:
+        found: (N,) bool.
+        boxes: (N, 4) float32 left, top, right, bottom in pixels; 0 where no face was found.
+        landmarks: (N, 5, 2) float32 x, y in pixels. Where no face was found: the ArcFace template stretched over the
+            frame, so that aligning such a frame stays finite.
+        probability: (N,) float32 in [0, 1]; 0 where no face was found.
+    """
+
+    found: Tensor
+    boxes: Tensor
+    landmarks: Tensor
+    probability: Tensor
+
+    def reshape(self, *leading: int) -> "LargestFaces":
+        """The same faces with another leading shape, for instance `faces.reshape(B, T)`."""
+        return LargestFaces(
+            found=self.found.reshape(leading),
+            boxes=self.boxes.reshape(*leading, 4),
+            landmarks=self.landmarks.reshape(*leading, 5, 2),
+            probability=self.probability.reshape(leading),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """All faces of a batch of frames, ordered by frame, and within a frame by descending box area.
+
+    Attributes:
+        boxes: (M, 4) float32 left, top, right, bottom in pixels; may reach outside the frame.
+        probabilities: (M,) float32 in [0, 1].
+        landmarks: (M, 5, 2) float32 x, y in pixels: eyes, nose, corners of the mouth, left before right.
+        frame_index: (M,) int64, ascending.
+        num_frames: N, the frames that were searched.
+        frame_size: (H, W) of those frames in pixels.
+    """
+
+    boxes: Tensor
+    probabilities: Tensor
+    landmarks: Tensor
+    frame_index: Tensor
+    num_frames: int
+    frame_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def largest(self) -> LargestFaces:
+        """The largest face of each of the N frames; the order of this class puts it first in its frame."""
+        device = self.boxes.device
+        found = torch.bincount(self.frame_index, minlength=self.num_frames) > 0
+        frames = torch.arange(self.num_frames, device=device)
+        first = torch.searchsorted(self.frame_index, frames)[found]
+
+        boxes = torch.zeros(self.num_frames, 4, device=device)
+        landmarks = scaled_template(*self.frame_size).to(boxes).repeat(self.num_frames, 1, 1)
+        probability = torch.zeros(self.num_frames, device=device)
+        boxes[found] = self.boxes[first]
+        landmarks[found] = self.landmarks[first]
+        probability[found] = self.probabilities[first]
+        return LargestFaces(found, boxes, landmarks, probability)
+
+    def divided(self, factor: int) -> "Detections":
+        """These detections in the pixels of frames that were `factor` times smaller on each side."""
+        height, width = self.frame_size
+        return replace(
+            self,
+            boxes=(self.boxes + 0.5) / factor - 0.5,
+            landmarks=(self.landmarks + 0.5) / factor - 0.5,
+            frame_size=(height // factor, width // factor),
+        )
+
+
+class FaceDetector(Protocol):
+    """Finds faces in frames; `BatchedMTCNN` is one."""
+
+    def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
+        """Faces of (N, 3, H, W) uint8 RGB frames in the pixels of these frames, searched `upscale` times larger."""
+        ...
+
+
+def no_detections(num_frames: int, frame_size: tuple[int, int], device: torch.device) -> Detections:
+    """The answer for frames in which nothing was found."""
+    return Detections(
+        boxes=torch.zeros(0, 4, device=device),
+        probabilities=torch.zeros(0, device=device),
+        landmarks=torch.zeros(0, 5, 2, device=device),
+        frame_index=torch.zeros(0, dtype=torch.int64, device=device),
+        num_frames=num_frames,
+        frame_size=frame_size,
+    )
+
+
+def join_detections(parts: Sequence[Detections]) -> Detections:
+    """Detections of consecutive, equally sized runs of frames as those of one batch. Needs at least one part."""
+    starts = torch.tensor([0, *(part.num_frames for part in parts)]).cumsum(0).tolist()
+    return Detections(
+        boxes=torch.cat([part.boxes for part in parts]),
+        probabilities=torch.cat([part.probabilities for part in parts]),
+        landmarks=torch.cat([part.landmarks for part in parts]),
+        frame_index=torch.cat([part.frame_index + start for part, start in zip(parts, starts, strict=False)]),
+        num_frames=starts[-1],
+        frame_size=parts[0].frame_size,
+    )
+
+
+def quantize_frames(frames: Tensor) -> Tensor:
+    """Frames in [0, 1] as the uint8 pixels a video writer would store: times 255, rounded, clamped.
+
+    Detection in training then sees what detection in the written video will see.
+    """
+    return (frames.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def upscale_frames(frames: Tensor, factor: int) -> Tensor:
+    """(N, 3, H, W) uint8 frames enlarged `factor` times on each side, bicubic, rounded and clamped to uint8."""
+    if factor == 1:
+        return frames
+    enlarged = F.interpolate(frames.float(), scale_factor=factor, mode="bicubic", align_corners=False)
+    return enlarged.round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,359 @@
+"""MTCNN face detection over whole batches of frames, equal to facenet-pytorch's `MTCNN.detect` on each frame.
+
+Method: Zhang et al. 2016, "Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks".
+P-Net proposes boxes on an image pyramid, R-Net rejects and refines them, O-Net decides and places five landmarks.
+facenet-pytorch supplies networks and weights, and its arithmetic is followed operation by operation; what differs is
+the batching: P-Net sees all frames of one scale at once, R-Net and O-Net the candidates of all frames, and the crops
+of all candidates are cut in one gather. The networks are injected, so that engines can serve them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from frostline.errors import DataError
+
+from .detections import Detections, join_detections, no_detections, upscale_frames
+
+Network = Callable[..., Mapping[str, Tensor]]
+"""Takes `images=` (N, 3, H, W) float32 and returns tensors by the names in `MTCNN_OUTPUTS`."""
+
+MTCNN_OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "pnet": ("regression", "probability"),
+    "rnet": ("regression", "probability"),
+    "onet": ("regression", "landmarks", "probability"),
+}
+"""Output names of each network, in the order in which its module returns them."""
+
+MTCNN_INPUT_SIZES: Mapping[str, int | None] = {"pnet": None, "rnet": 24, "onet": 48}
+"""Side in pixels of each network's square input; P-Net is fully convolutional and takes any size from 12 up."""
+
+_PNET_CELL = 12  # pixels that one P-Net output looks at ...
+_PNET_STRIDE = 2  # ... and the distance between two outputs
+_NETWORK_BATCH = 1024  # candidates a call of R-Net or O-Net: bounds memory at about 100 MB
+_PIXELS_AT_ONCE = 16_000_000  # frame pixels searched at once: bounds the pyramid at about 300 MB
+
+
+class MTCNNNetwork(nn.Module):
+    """One of facenet-pytorch's networks with the signature that engines have.
+
+    `forward(images)` takes (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128` and returns, in the order
+    of `output_names`:
+
+    - pnet: regression (N, 4, h, w), probability (N, h, w)
+    - rnet: regression (N, 4), probability (N,)
+    - onet: regression (N, 4), landmarks (N, 10) as five x then five y, probability (N,)
+
+    Probabilities are those of the class "face".
+    """
+
+    def __init__(self, network: nn.Module, output_names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.output_names = output_names
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        *outputs, class_probabilities = self.network(images)
+        return *outputs, class_probabilities[:, 1]
+
+
+def load_mtcnn_networks() -> dict[str, nn.Module]:
+    """The frozen networks `pnet`, `rnet` and `onet` with the weights that the facenet-pytorch wheel carries."""
+    from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
+
+    networks = {"pnet": PNet(), "rnet": RNet(), "onet": ONet()}
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+        network.to(memory_format=torch.channels_last)  # pooling is 2–4× faster so on CPUs
+    return {name: MTCNNNetwork(network, MTCNN_OUTPUTS[name]) for name, network in networks.items()}
+
+
+def as_network(module: nn.Module, output_names: tuple[str, ...]) -> Network:
+    """A module that returns a tuple, as a function from keywords to named tensors."""
+
+    def network(**inputs: Tensor) -> dict[str, Tensor]:
+        return dict(zip(output_names, module(**inputs), strict=True))
+
+    return network
+
+
+class BatchedMTCNN:
+    """Detects faces in all frames of a batch at once. Holds no weights: see `networks`.
+
+    Args:
+        networks: `pnet`, `rnet` and `onet` as `Network` functions on the device of the frames; None loads
+            facenet-pytorch's own in PyTorch, for frames on the CPU.
+        min_face_size: side in pixels of the smallest face to find.
+        thresholds: least probability after P-Net, R-Net and O-Net.
+        factor: ratio of neighbouring scales of the pyramid.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network] | None = None,
+        min_face_size: int = 20,
+        thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7),
+        factor: float = 0.709,
+    ) -> None:
+        if networks is None:
+            networks = {name: as_network(m, MTCNN_OUTPUTS[name]) for name, m in load_mtcnn_networks().items()}
+        self.networks = networks
+        self.min_face_size = min_face_size
+        self.thresholds = thresholds
+        self.factor = factor
+
+    @torch.no_grad()
+    def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
+        """Faces of all frames; a frame's faces do not depend on the other frames.
+
+        Frames in which there is nothing to find, or too small to hold a face, have no faces; N may be 0.
+
+        Args:
+            frames: (N, 3, H, W) uint8 RGB.
+            upscale: search the frames enlarged this many times (bicubic). MTCNN finds faces of 20 px, but is sure of
+                those above 40: frames of 64–96 px need 2.
+        """
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+            raise DataError(f"face detection takes (N, 3, H, W) uint8 frames, not {tuple(frames.shape)} {frames.dtype}")
+        height, width = frames.shape[-2:]
+        if len(frames) == 0 or not self._scales(height * upscale, width * upscale):
+            return no_detections(len(frames), (height, width), frames.device)
+        run = max(1, _PIXELS_AT_ONCE // (height * width * upscale**2))
+        parts = [self._detect(upscale_frames(part, upscale)) for part in frames.split(run)]
+        return join_detections(parts).divided(upscale)
+
+    def _detect(self, frames: Tensor) -> Detections:
+        """Faces of (N, 3, H, W) uint8 frames, N >= 1: propose, refine, decide."""
+        integral = _integral_image(frames)
+        boxes, frame_index = _inside(integral, *self._propose(frames))
+        if len(boxes):
+            boxes, frame_index = _inside(integral, *self._refine(integral, boxes, frame_index))
+        if not len(boxes):
+            return no_detections(len(frames), integral.frame_size, frames.device)
+        return self._decide(integral, boxes, frame_index)
+
+    def _scales(self, height: int, width: int) -> list[float]:
+        """Scales of the pyramid, largest first; none where the frame is smaller than the smallest face."""
+        scale = _PNET_CELL / self.min_face_size
+        shortest = min(height, width) * scale
+        scales = []
+        while shortest >= _PNET_CELL:
+            scales.append(scale)
+            scale = scale * self.factor
+            shortest = shortest * self.factor
+        return scales
+
+    def _propose(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Square candidate boxes (K, 4) and their frames (K,) from P-Net on every scale."""
+        pixels = frames.float()
+        proposals = [
+            self._propose_at(pixels, scale, len(frames)) for scale in self._scales(*frames.shape[-2:])
+        ]
+        boxes, scores, regression, frame_index = map(torch.cat, zip(*proposals, strict=True))
+        keep = _nms_per_frame(boxes, scores, frame_index, 0.7, len(frames))
+        boxes, regression = boxes[keep], regression[keep]
+        size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        return _squared(boxes + regression * size), frame_index[keep]
+
+    def _propose_at(self, pixels: Tensor, scale: float, num_frames: int) -> tuple[Tensor, ...]:
+        """Boxes (K, 4), scores (K,), regression (K, 4) and frames (K,) of one scale of (N, 3, H, W) float pixels."""
+        height, width = pixels.shape[-2:]
+        resized = F.interpolate(pixels, (int(height * scale + 1), int(width * scale + 1)), mode="area")
+        outputs = self.networks["pnet"](images=_normalized(resized))
+        probability = outputs["probability"]
+        frame_index, y, x = torch.nonzero(probability >= self.thresholds[0], as_tuple=True)
+        scores = probability[frame_index, y, x]
+        regression = outputs["regression"][frame_index, :, y, x]
+
+        corner = _PNET_STRIDE * torch.stack([x, y], dim=1).float()
+        boxes = torch.cat([(corner + 1) / scale, (corner + _PNET_CELL) / scale], dim=1).floor()
+        keep = _nms_per_frame(boxes, scores, frame_index, 0.5, num_frames)
+        return boxes[keep], scores[keep], regression[keep], frame_index[keep]
+
+    def _refine(self, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidates that R-Net accepts, moved by its regression and squared."""
+        regression, scores = self._classify("rnet", integral, boxes, frame_index)
+        accepted = scores > self.thresholds[1]
+        boxes, scores, regression, frame_index = (
+            part[accepted] for part in (boxes, scores, regression, frame_index)
+        )
+        keep = _nms_per_frame(boxes, scores, frame_index, 0.7, integral.num_frames)
+        return _squared(_moved(boxes[keep], regression[keep])), frame_index[keep]
+
+    def _decide(self, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> Detections:
+        """The faces among the candidates by O-Net, ordered as `Detections` promises."""
+        regression, landmarks, scores = self._classify("onet", integral, boxes, frame_index)
+        accepted = scores > self.thresholds[2]
+        boxes, scores, regression, landmarks, frame_index = (
+            part[accepted] for part in (boxes, scores, regression, landmarks, frame_index)
+        )
+        size = boxes[:, 2:] - boxes[:, :2] + 1
+        points = torch.stack(
+            [
+                size[:, :1] * landmarks[:, :5] + boxes[:, :1] - 1,
+                size[:, 1:] * landmarks[:, 5:] + boxes[:, 1:2] - 1,
+            ],
+            dim=2,
+        )
+        boxes = _moved(boxes, regression)
+        keep = _final_nms_per_frame(boxes, scores, frame_index, 0.7, integral.num_frames)
+        return Detections(
+            boxes=boxes[keep],
+            probabilities=scores[keep],
+            landmarks=points[keep],
+            frame_index=frame_index[keep],
+            num_frames=integral.num_frames,
+            frame_size=integral.frame_size,
+        )
+
+    def _classify(
+        self, name: str, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Outputs of R-Net or O-Net, in the order of `MTCNN_OUTPUTS`, on the candidates' crops, a part at a time."""
+        size = MTCNN_INPUT_SIZES[name]
+        assert size is not None
+        names = MTCNN_OUTPUTS[name]
+        parts = []
+        for part_boxes, part_frames in zip(
+            boxes.split(_NETWORK_BATCH), frame_index.split(_NETWORK_BATCH), strict=True
+        ):
+            outputs = self.networks[name](images=_normalized(_crops(integral, part_boxes, part_frames, size)))
+            parts.append([outputs[key] for key in names])
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+class IntegralImage(NamedTuple):
+    """Sums of frame pixels: any rectangle of any frame sums up from four entries, exactly, as pixels are integers.
+
+    Attributes:
+        sums: (3, N * (H + 1) * (W + 1)) int32 or int64; entry (c, n, y, x) sums the pixels above y and left of x.
+        num_frames: N.
+        frame_size: (H, W).
+    """
+
+    sums: Tensor
+    num_frames: int
+    frame_size: tuple[int, int]
+
+
+def _integral_image(frames: Tensor) -> IntegralImage:
+    """Integral images of (N, 3, H, W) uint8 frames."""
+    N, _, H, W = frames.shape
+    dtype = torch.int32 if 255 * H * W < 2**31 else torch.int64
+    sums = frames.transpose(0, 1).cumsum(3, dtype=dtype).cumsum(2, dtype=dtype)
+    return IntegralImage(F.pad(sums, (1, 0, 1, 0)).reshape(3, -1), N, (H, W))
+
+
+def _pixel_ranges(integral: IntegralImage, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixel ranges [left, right) and [top, bottom) (K,) int64 of the boxes, cut at the frame, as facenet rounds them."""
+    height, width = integral.frame_size
+    left, top, right, bottom = boxes.trunc().long().unbind(1)
+    return left.clamp(min=1) - 1, top.clamp(min=1) - 1, right.clamp(max=width), bottom.clamp(max=height)
+
+
+def _inside(integral: IntegralImage, boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, Tensor]:
+    """The candidates that cover at least one pixel of their frame (facenet raises where one does not)."""
+    left, top, right, bottom = _pixel_ranges(integral, boxes)
+    covers = (right > left) & (bottom > top)
+    return boxes[covers], frame_index[covers]
+
+
+def _crops(integral: IntegralImage, boxes: Tensor, frame_index: Tensor, size: int) -> Tensor:
+    """(K, 3, size, size) float32 crops of the boxes, equal to `F.interpolate(crop, size, mode="area")` on each.
+
+    Area interpolation averages the pixels [floor(i * length / size), ceil((i + 1) * length / size)) of each axis.
+    """
+    left, top, right, bottom = _pixel_ranges(integral, boxes)
+    cell = torch.arange(size, device=boxes.device)
+
+    def cells(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        start, length = start[:, None], (stop - start)[:, None]
+        return start + cell * length // size, start + ((cell + 1) * length + size - 1) // size
+
+    x0, x1 = cells(left, right)
+    y0, y1 = cells(top, bottom)
+    height, width = integral.frame_size
+    row = width + 1
+    first = (frame_index * (height + 1) * row)[:, None, None]
+
+    def sums(y: Tensor, x: Tensor) -> Tensor:
+        return integral.sums[:, first + y[:, :, None] * row + x[:, None, :]]
+
+    total = sums(y1, x1) - sums(y0, x1) - sums(y1, x0) + sums(y0, x0)
+    area = (y1 - y0)[:, :, None] * (x1 - x0)[:, None, :]
+    return (total.float() / area.float()).transpose(0, 1).contiguous()
+
+
+def _normalized(pixels: Tensor) -> Tensor:
+    """Pixels 0–255 as the networks want them."""
+    return (pixels - 127.5) * 0.0078125
+
+
+def _squared(boxes: Tensor) -> Tensor:
+    """The boxes grown to squares about their centres."""
+    size = boxes[:, 2:] - boxes[:, :2]
+    side = size.amax(dim=1, keepdim=True)
+    corner = boxes[:, :2] + size * 0.5 - side * 0.5
+    return torch.cat([corner, corner + side], dim=1)
+
+
+def _moved(boxes: Tensor, regression: Tensor) -> Tensor:
+    """The boxes moved by a regression in units of their size; MTCNN counts sides with both end pixels."""
+    size = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
+    return boxes + regression * size
+
+
+def _rows_per_frame(frame_index: Tensor, num_frames: int) -> tuple[Tensor, ...]:
+    """For each frame the indices of its entries, in their order."""
+    order = frame_index.argsort(stable=True)
+    return order.split(torch.bincount(frame_index, minlength=num_frames).tolist())
+
+
+def _nms_per_frame(
+    boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold: float, num_frames: int
+) -> Tensor:
+    """Indices that survive non-maximum suppression, by frame and then by descending score.
+
+    Each frame by itself: `batched_nms` shifts the boxes of each frame apart, which rounds them, and a frame would
+    depend on its place in the batch.
+    """
+    kept = [rows[nms(boxes[rows], scores[rows], threshold)] for rows in _rows_per_frame(frame_index, num_frames)]
+    return torch.cat(kept)
+
+
+def _final_nms_per_frame(
+    boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold: float, num_frames: int
+) -> Tensor:
+    """Indices of the final faces, by frame and then by descending area; overlap is measured by the smaller box."""
+    kept = [
+        rows[_nms_over_smaller_box(boxes[rows], scores[rows], threshold)]
+        for rows in _rows_per_frame(frame_index, num_frames)
+    ]
+    keep = torch.cat(kept)
+    size = (boxes[keep, 2:] - boxes[keep, :2]).double()  # facenet compares areas in double precision
+    by_area = size.prod(dim=1).argsort(stable=True).flip(0)
+    return keep[by_area][frame_index[keep][by_area].argsort(stable=True)]
+
+
+def _nms_over_smaller_box(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Greedy suppression of boxes whose intersection exceeds a share of the smaller of the two.
+
+    A handful of boxes: on the CPU and in numpy, whose sort decides between equal scores as it does in facenet.
+    """
+    corners = boxes.cpu().numpy()
+    area = (corners[:, 2] - corners[:, 0] + 1) * (corners[:, 3] - corners[:, 1] + 1)
+    remaining = np.argsort(scores.cpu().numpy())
+    picked = []
+    while remaining.size:
+        best, remaining = remaining[-1], remaining[:-1]
+        picked.append(int(best))
+        low = np.maximum(corners[best, :2], corners[remaining, :2])
+        high = np.minimum(corners[best, 2:], corners[remaining, 2:])
+        intersection = np.maximum(0.0, high - low + 1).prod(axis=1)
+        remaining = remaining[intersection / np.minimum(area[best], area[remaining]) <= threshold]
+    return torch.tensor(picked, dtype=torch.int64, device=boxes.device)

@@ -1,0 +1,236 @@
+"""A small ONNX interpreter in torch operations: frozen weights, differentiable to its input.
+
+It covers the operations of face embedders in the ArcFace format (SFace, iresnet, MobileFaceNet). Everything that
+depends on constants alone, quantised weights included, is computed once at load.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from frostline.errors import ConfigError
+
+from .onnx_ops import OPERATIONS, Argument
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One node: which operation, on which values, with which attributes, and which values nobody reads after it."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    output: str
+    attributes: Mapping[str, Any]
+    release: tuple[str, ...] = ()
+
+
+class OnnxModule(nn.Module):
+    """An ONNX graph with one input and one output as a frozen PyTorch module.
+
+    Weights become float32 buffers, batch normalisation is folded into the convolution or matrix product before it,
+    and the batch dimension is free whatever batch the file was exported with. Graph inputs that nothing reads, or
+    that merely name weights, are ignored.
+
+    Args:
+        path: the .onnx file. Its external data, if any, must lie in the same folder.
+
+    Attributes:
+        operations: the operations that run at each forward, in order, as ONNX names them.
+
+    Raises:
+        ConfigError: the file is missing, malformed or unsafe, or uses something that is not supported.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        graph = load_onnx(self.path).graph
+        constants = {tensor.name: _to_torch(numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+        self._output = self._only("output", [value.name for value in graph.output])
+        steps = self._fold_constants(_steps(graph), constants)
+        used = {name for step in steps for name in step.inputs}
+        inputs = [value for value in graph.input if value.name in used and value.name not in constants]
+        self._input = self._only("input", [value.name for value in inputs])
+        dimensions = inputs[0].type.tensor_type.shape.dim
+        if dimensions and dimensions[0].dim_value == 1:
+            _free_batch(steps, constants)
+        steps = _fold_batch_norms(steps, constants, self._output)
+        self._steps = _with_releases(steps, self._output)
+        self.operations = tuple(step.op for step in steps)
+
+        self._arguments: dict[str, Argument] = {}  # small integers: shapes and axes, python values for tracing
+        self._buffer_names: dict[str, str] = {}  # ONNX names may hold dots, which buffers must not
+        for name in dict.fromkeys(name for step in steps for name in step.inputs if name in constants):
+            value = constants[name]
+            if value.is_floating_point():
+                self._buffer_names[name] = f"weight_{len(self._buffer_names)}"
+                self.register_buffer(self._buffer_names[name], value.contiguous())
+            else:
+                self._arguments[name] = value.tolist()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The graph's output for its input `x`, float32, batch first."""
+        values: dict[str, Argument] = {self._input: x, "": None, **self._arguments}
+        values |= {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
+        for step in self._steps:
+            arguments = [values[name] for name in step.inputs]
+            values[step.output] = OPERATIONS[step.op](*arguments, **step.attributes)
+            for name in step.release:
+                del values[name]
+        result = values[self._output]
+        assert isinstance(result, Tensor)
+        return result
+
+    def _fold_constants(self, steps: list[_Step], constants: dict[str, Tensor]) -> list[_Step]:
+        """Check every step, compute those that read only constants into `constants`, and return the others."""
+        remaining = []
+        for step in steps:
+            operation = OPERATIONS.get(step.op)
+            where = f"node {step.name or step.output!r} of {self.path}"
+            if operation is None:
+                raise ConfigError(f"ONNX operation {step.op} is not supported ({where})")
+            try:
+                inspect.signature(operation).bind(*step.inputs, **step.attributes)
+            except TypeError as error:
+                raise ConfigError(f"ONNX operation {step.op}: {error} ({where})") from None
+            if not all(name in constants or name == "" for name in step.inputs):
+                remaining.append(step)
+                continue
+            arguments = [_argument(constants[name]) if name else None for name in step.inputs]
+            try:
+                constants[step.output] = operation(*arguments, **step.attributes)
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise ConfigError(f"ONNX operation {step.op} failed on constants: {error} ({where})") from error
+        return remaining
+
+    def _only(self, what: str, names: list[str]) -> str:
+        if len(names) != 1:
+            raise ConfigError(f"{self.path} must have one {what}, it has {len(names)}: {', '.join(names)}")
+        return names[0]
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """An ONNX model with its external data, read only from inside the model's own folder.
+
+    Raises:
+        ConfigError: the file is missing or no ONNX model, or its external data lies elsewhere.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no such ONNX file: {path}")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises its own kinds
+        raise ConfigError(f"{path} is not an ONNX model: {error}") from error
+    folder = path.parent.resolve()
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        target = (folder / location).resolve()
+        if not location or Path(location).is_absolute() or folder not in target.parents:
+            raise ConfigError(f"{path} keeps the weight {tensor.name} outside its folder: {location!r}")
+        if not target.is_file():
+            raise ConfigError(f"{path} lacks its external data: {target}")
+    onnx.load_external_data_for_model(model, str(folder))
+    return model
+
+
+def _steps(graph: onnx.GraphProto) -> list[_Step]:
+    """The nodes of a graph in their order, which ONNX requires to be topological."""
+    return [
+        _Step(
+            name=node.name,
+            op=node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}",
+            inputs=tuple(node.input),
+            output=node.output[0],
+            attributes={a.name: _attribute(helper.get_attribute_value(a)) for a in node.attribute},
+        )
+        for node in graph.node
+    ]
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, onnx.TensorProto):
+        return _to_torch(numpy_helper.to_array(value))
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _to_torch(array: Any) -> Tensor:
+    """A tensor of its own memory; every float type becomes float32."""
+    tensor = torch.from_numpy(array.copy())
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _argument(constant: Tensor) -> Argument:
+    """How an operation wants a constant: 64-bit integers are shapes and axes, everything else is data."""
+    return constant.tolist() if constant.dtype == torch.int64 else constant
+
+
+def _free_batch(steps: list[_Step], constants: dict[str, Tensor]) -> None:
+    """Let activations keep their batch: a leading 1 in a Reshape is the batch that the file was exported with."""
+    for step in steps:
+        shape = constants.get(step.inputs[1]) if step.op == "Reshape" else None
+        if shape is not None and shape.numel() > 1 and shape[0] == 1:
+            constants[step.inputs[1]] = torch.cat([torch.zeros_like(shape[:1]), shape[1:]])  # 0: keep
+
+
+def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], output: str) -> list[_Step]:
+    """Fold each BatchNormalization into the Conv or Gemm before it, where nothing else reads that one's result."""
+    readers: dict[str, int] = {output: 1}
+    for step in steps:
+        for name in step.inputs:
+            readers[name] = readers.get(name, 0) + 1
+    folded: list[_Step] = []
+    position: dict[str, int] = {}  # of the step in `folded` that computes a value
+    for step in steps:
+        at = position.get(step.inputs[0]) if step.op == "BatchNormalization" else None
+        producer = folded[at] if at is not None else None
+        if producer is None or readers[producer.output] > 1 or not _foldable(producer, constants):
+            position[step.output] = len(folded)
+            folded.append(step)
+            continue
+        weight, bias = _scaled_weights(producer, step, constants)
+        names = (f"{step.output}/weight", f"{step.output}/bias")
+        constants.update(zip(names, (weight, bias), strict=True))
+        assert at is not None
+        folded[at] = replace(producer, inputs=(producer.inputs[0], *names), output=step.output)
+        position[step.output] = at
+    return folded
+
+
+def _foldable(step: _Step, constants: Mapping[str, Tensor]) -> bool:
+    """Whether a per-channel affine map of the step's result can be moved into its weights exactly."""
+    weighted = step.op == "Conv" or (step.op == "Gemm" and step.attributes.get("beta", 1.0) == 1.0)
+    return weighted and all(name in constants for name in step.inputs[1:] if name)
+
+
+def _scaled_weights(step: _Step, norm: _Step, constants: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a Conv or Gemm with the batch normalisation after it folded in, computed in float64."""
+    gamma, beta, mean, variance = (constants[name].double() for name in norm.inputs[1:5])
+    scale = gamma / torch.sqrt(variance + norm.attributes.get("epsilon", 1e-5))
+    weight = constants[step.inputs[1]].double()
+    has_bias = len(step.inputs) > 2 and step.inputs[2]
+    bias = constants[step.inputs[2]].double() if has_bias else torch.zeros_like(mean)
+    channels_last = step.op == "Gemm" and not step.attributes.get("transB", 0)
+    shape = (1, -1) if channels_last else (-1, *[1] * (weight.ndim - 1))
+    return (weight * scale.reshape(shape)).float(), ((bias - mean) * scale + beta).float()
+
+
+def _with_releases(steps: list[_Step], output: str) -> list[_Step]:
+    """The steps, each knowing which earlier results it is the last to read, so that memory is freed on the way."""
+    seen = {output}
+    results = {step.output for step in steps}
+    reversed_steps = []
+    for step in reversed(steps):
+        last_reads = tuple(name for name in dict.fromkeys(step.inputs) if name in results and name not in seen)
+        seen.update(last_reads)
+        reversed_steps.append(replace(step, release=last_reads))
+    return reversed_steps[::-1]

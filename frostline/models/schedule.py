@@ -1,0 +1,48 @@
+"""The flow-matching schedule and its Euler step, as Wan samples (`FlowMatchScheduler` of diffsynth)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from frostline.errors import ConfigError
+
+TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class FlowMatchSchedule:
+    """`u_i = 1 - i/N`, `sigma_i = s u_i / (1 + (s - 1) u_i)`, `t_i = 1000 sigma_i` for i = 0…N.
+
+    Raises:
+        ConfigError: fewer than one step, or a shift that is not positive.
+    """
+
+    num_inference_steps: int = 8
+    shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps must be at least 1, not {self.num_inference_steps}")
+        if not self.shift > 0:
+            raise ConfigError(f"shift must be positive, not {self.shift}")
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """(N + 1,) float64, from 1 down to 0."""
+        u = 1 - torch.arange(self.num_inference_steps + 1, dtype=torch.float64) / self.num_inference_steps
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """(N + 1,) float64, from 1000 down to 0."""
+        return TRAIN_TIMESTEPS * self.sigmas
+
+    def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
+        """`x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, t_i)`."""
+        return latents + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity
+
+    def high_noise_steps(self, boundary: float) -> int:
+        """How many leading steps the high-noise expert serves: those with `t_i >= boundary * 1000`."""
+        return int((self.sigmas[:-1] >= boundary).sum())

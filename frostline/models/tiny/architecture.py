@@ -1,0 +1,32 @@
+"""The tiny model's dimensions: diffsynth's own Wan classes, small."""
+
+from typing import Any
+
+VAE: dict[str, Any] = {"dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
+
+TEXT_ENCODER: dict[str, Any] = {
+    "vocab": 64,
+    "dim": 64,
+    "dim_attn": 64,
+    "dim_ffn": 128,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_buckets": 8,
+    "dropout": 0.0,
+}
+TEXT_LENGTH = 16
+
+DENOISER: dict[str, Any] = {
+    "dim": 128,
+    "in_dim": 36,
+    "ffn_dim": 512,
+    "out_dim": 16,
+    "text_dim": 64,
+    "freq_dim": 64,
+    "eps": 1e-6,
+    "patch_size": (1, 2, 2),
+    "num_heads": 4,
+    "num_layers": 4,
+    "has_image_input": False,
+    "require_clip_embedding": False,
+}

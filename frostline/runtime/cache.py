@@ -1,0 +1,253 @@
+"""The frozen-output cache: what a frozen stage computed once is read back instead of computed again.
+
+An entry is a dict of tensors under the hash of all that it depends on (`content_key`), so it never goes stale,
+it is only forgotten. On disk it is a plain safetensors file that carries a digest of its own content.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+
+_HOT_BYTES = 256 * 2**20  # memory spent in front of a disk cache
+_ABANDONED_SECONDS = 3600  # a temporary file this old has no living writer
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
+def content_key(**parts: object) -> str:
+    """64 hexadecimal digits over all parts: tensors, str, bytes, numbers, None, and lists or dicts of them.
+
+    Tensors count by dtype, shape and bytes, on any device; dicts in any order; lists and tuples are alike.
+    """
+    digest = hashlib.sha256()
+    _feed(digest, parts)
+    return digest.hexdigest()
+
+
+def _feed(digest: _Hash, part: object) -> None:
+    """Hash one part behind its kind and length, so that no two different values spell the same bytes."""
+    match part:
+        case None:
+            digest.update(b"none;")
+        case bool() | int() | float():
+            kind = bool if isinstance(part, bool) else int if isinstance(part, int) else float
+            digest.update(f"{kind.__name__}:{kind(part)!r};".encode())
+        case str():
+            _feed_bytes(digest, b"str", part.encode())
+        case bytes():
+            _feed_bytes(digest, b"bytes", part)
+        case Tensor():
+            flat = part.detach().cpu().contiguous().reshape(-1)
+            kind = f"{part.dtype}{tuple(part.shape)}".encode()
+            _feed_bytes(digest, kind, flat.view(torch.uint8).numpy().data)
+        case list() | tuple():
+            digest.update(f"list:{len(part)};".encode())
+            for item in part:
+                _feed(digest, item)
+        case dict() if all(isinstance(name, str) for name in part):
+            digest.update(f"dict:{len(part)};".encode())
+            for name in sorted(part):
+                _feed(digest, name)
+                _feed(digest, part[name])
+        case _:
+            raise TypeError(f"cannot make a cache key from {type(part).__name__}: {part!r:.80}")
+
+
+def _feed_bytes(digest: _Hash, kind: bytes, data: bytes | memoryview) -> None:
+    digest.update(kind + b":%d:" % len(data))
+    digest.update(data)
+
+
+class FrozenOutputCache:
+    """Tensors by content key, in memory and (given a `root`) on disk; the least recently used are forgotten.
+
+    Any number of processes may share one `root`. Nothing that goes wrong on disk ever stops the caller.
+    """
+
+    def __init__(self, root: Path | None, max_bytes: int) -> None:
+        self._memory = _Memory(max_bytes if root is None else min(max_bytes, _HOT_BYTES))
+        self._disk = None if root is None else _Disk(root, max_bytes)
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def corrupted(self) -> int:
+        """How many entries were found damaged on disk, and dropped."""
+        return self._disk.corrupted if self._disk else 0
+
+    def get(self, key: str, device: torch.device | str = "cpu") -> Tensors | None:
+        """The caller's own copy of an entry, or None."""
+        tensors = self._memory.get(key)
+        if tensors is not None:
+            if self._disk:
+                self._disk.touch(key)
+        elif self._disk and (tensors := self._disk.get(key)) is not None:
+            self._memory.put(key, tensors)
+        if tensors is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a copy of `tensors`, without their graph."""
+        own = {name: _own_copy(tensor) for name, tensor in tensors.items()}
+        self._memory.put(key, own)
+        if self._disk:
+            self._disk.put(key, own)
+
+    def get_or_compute(
+        self, key: str, compute: Callable[[], Mapping[str, Tensor]], device: torch.device | str = "cpu"
+    ) -> Tensors:
+        """The entry if there is one, else what `compute` returns, kept for the next time."""
+        cached = self.get(key, device)
+        if cached is not None:
+            return cached
+        computed = compute()
+        self.put(key, computed)
+        return {name: tensor.detach().to(device) for name, tensor in computed.items()}
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+class _Memory:
+    """Entries in this process, the most recently used last."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[str, Tensors] = OrderedDict()
+
+    def get(self, key: str) -> Tensors | None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: str, tensors: Tensors) -> None:
+        size = _size(tensors)
+        if size > self._max_bytes:
+            return
+        self._bytes += size - _size(self._entries.pop(key, {}))
+        self._entries[key] = tensors
+        while self._bytes > self._max_bytes:
+            _, forgotten = self._entries.popitem(last=False)
+            self._bytes -= _size(forgotten)
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+class _Disk:
+    """Entries as files `<key>.safetensors`; the time of last change is the time of last use."""
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        self._root = root
+        self._max_bytes = max_bytes
+        self._writable = True
+        self.corrupted = 0
+
+    def get(self, key: str) -> Tensors | None:
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        try:
+            tensors = _decode(key, data)
+        except Exception as error:  # a damaged file may make the parser say anything
+            self.corrupted += 1
+            log.warning("cache entry %s is damaged (%s): computing it again", path, error)
+            _unlink(path)
+            return None
+        self.touch(key)
+        return tensors
+
+    def touch(self, key: str) -> None:
+        try:
+            os.utime(self._path(key))
+        except OSError:
+            log.debug("cannot touch cache entry %s", key)  # gone or read-only: it only ages sooner
+
+    def put(self, key: str, tensors: Tensors) -> None:
+        if not self._writable:
+            return
+        data = _encode(key, tensors)
+        if len(data) > self._max_bytes:
+            log.debug("an entry of %d bytes does not fit into the cache", len(data))
+            return
+        path = self._path(key)
+        temporary = path.with_name(f".{key}.{secrets.token_hex(8)}.tmp")
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+            self._forget()
+        except OSError as error:
+            self._writable = False
+            log.warning("cannot write to the cache %s (%s): going on without it", self._root, error)
+        finally:
+            _unlink(temporary)
+
+    def _path(self, key: str) -> Path:
+        return self._root / f"{key}.safetensors"
+
+    def _forget(self) -> None:
+        """Delete the entries used longest ago until the rest fits, and what dead writers left behind."""
+        entries, total = [], 0
+        for file in os.scandir(self._root):
+            try:
+                status = file.stat()
+            except FileNotFoundError:
+                continue  # another process was faster
+            if file.name.endswith(".safetensors"):
+                entries.append((status.st_mtime_ns, status.st_size, Path(file.path)))
+                total += status.st_size
+            elif file.name.endswith(".tmp") and time.time() - status.st_mtime > _ABANDONED_SECONDS:
+                _unlink(Path(file.path))
+        for _, size, path in sorted(entries):
+            if total <= self._max_bytes:
+                return
+            _unlink(path)
+            total -= size
+
+
+def _encode(key: str, tensors: Tensors) -> bytes:
+    return safetensors.torch.save(tensors, metadata={"digest": content_key(key=key, tensors=tensors)})
+
+
+def _decode(key: str, data: bytes) -> Tensors:
+    """The tensors of a file; raises if any of them, or the key, is not what was written."""
+    tensors = safetensors.torch.load(data)
+    (header_bytes,) = struct.unpack_from("<Q", data)
+    metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+    if metadata["digest"] != content_key(key=key, tensors=tensors):
+        raise ValueError("its digest differs")
+    return tensors
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.debug("cannot delete %s: %s", path, error)

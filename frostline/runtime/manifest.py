@@ -1,0 +1,159 @@
+"""The manifest of one engine: what it computes, from which files, built by what, how close to PyTorch."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    StringConstraints,
+    model_validator,
+)
+
+# One component of a path: never hidden (hidden names are the store's own), never a step upwards.
+NAME = r"[A-Za-z0-9_](?:\.?[A-Za-z0-9_-])*"
+KEY = r"[A-Za-z0-9_]+"
+
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$", max_length=128)]
+Key = Annotated[str, StringConstraints(pattern=f"^{KEY}$", max_length=64)]
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Shape = tuple[NonNegativeInt, ...]
+
+
+def canonical_json(value: object) -> bytes:
+    """The one spelling of a JSON value, for hashing and signing: sorted keys, ASCII, two spaces."""
+    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
+
+
+class _Part(BaseModel):
+    # Infinity and NaN are legal measurements (a relative error against zero); JSON has no number for them.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Artifact(_Part):
+    """Digest and size of one file of an engine."""
+
+    sha256: Sha256
+    bytes: NonNegativeInt
+
+
+class NetworkInput(_Part):
+    """One input, with the smallest, the typical and the largest shape that the engine takes."""
+
+    name: str
+    dtype: str
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    @model_validator(mode="after")
+    def _shapes_are_ordered(self) -> Self:
+        if not len(self.min) == len(self.opt) == len(self.max):
+            raise ValueError(f"input {self.name}: min, opt and max shapes differ in rank")
+        if any(
+            not low <= typical <= high
+            for low, typical, high in zip(self.min, self.opt, self.max, strict=True)
+        ):
+            raise ValueError(f"input {self.name}: shapes must satisfy min <= opt <= max")
+        return self
+
+
+class NetworkOutput(_Part):
+    """One output."""
+
+    name: str
+    dtype: str
+
+
+class Network(_Part):
+    """One network of the stage (most have one, the face detector has three), and the file that holds it."""
+
+    name: str
+    artifact: Name
+    inputs: tuple[NetworkInput, ...]
+    outputs: tuple[NetworkOutput, ...]
+
+
+class Parity(_Part):
+    """Engine output against PyTorch output, for one output of one network on one test case."""
+
+    network: str
+    case: str
+    output: str
+    max_abs: float
+    mean_abs: float
+    p99_abs: float
+    max_rel: float
+    mean_rel: float
+    p99_rel: float
+    cosine: float
+    passed: bool
+
+
+class Tolerance(_Part):
+    """The bounds that the measured parity was held against."""
+
+    atol: float
+    rtol: float
+    cosine: float
+
+
+@dataclass(frozen=True, order=True)
+class EngineId:
+    """Which engine: the four words that are also its place in the store."""
+
+    model: str
+    stage: str
+    backend: str
+    key: str
+
+    def path(self, root: Path) -> Path:
+        """`root/<model>/<stage>/<backend>-<key>`."""
+        return root / self.model / self.stage / f"{self.backend}-{self.key}"
+
+
+class Manifest(_Part):
+    """Everything known about one engine. `artifacts` is filled in by `Build.commit`."""
+
+    format_version: Literal[1] = 1
+    stage: Name
+    model: Name
+    backend: Name
+    precision: str
+    key: Key
+    weights_sha256: Sha256
+    artifacts: dict[Name, Artifact] = {}
+    opset: int | None = None
+    networks: tuple[Network, ...] = ()
+    versions: dict[str, str] = Field(default={}, description="builder and backend versions, by package")
+    device: str = Field(description="what it runs on: 'cpu' or 'sm_89'")
+    compute_capabilities: tuple[str, ...] = ()
+    build_seconds: float = Field(default=0.0, ge=0)
+    parity: tuple[Parity, ...] = ()
+    tolerance: Tolerance | None = None
+    latency_ms: dict[str, float] = Field(default={}, description="measured on this machine, by backend")
+    verified: bool = Field(default=False, description="parity was measured on a device that runs the engine")
+    created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def id(self) -> EngineId:
+        """The engine that this manifest describes."""
+        return EngineId(self.model, self.stage, self.backend, self.key)
+
+    def fields(self) -> dict[str, object]:
+        """The plain JSON value of this manifest."""
+        return json.loads(self.model_dump_json())
+
+    def updated(self, **changes: object) -> Self:
+        """A copy with some fields replaced, validated as a whole (which `model_copy` is not)."""
+        return self.model_validate({**dict(self), **changes})
+
+    def same_engine(self, other: "Manifest") -> bool:
+        """Whether both describe the same files of the same engine; measurements may differ."""
+        return self.id == other.id and self.artifacts == other.artifacts

@@ -123,9 +123,7 @@ def probe_video(path: str | Path) -> VideoInfo:
         )
 
 
-def write_video(
-    path: str | Path, frames: torch.Tensor, fps: float = 16, crf: int = 18, lossless: bool = False
-) -> Path:
+def write_video(path: str | Path, frames: torch.Tensor, fps: float = 16, crf: int = 18, lossless: bool = False) -> Path:
     """Write `(T, 3, H, W)` frames (uint8, or float in [0, 1]) as an H.264 mp4; returns the path.
 
     The default is yuv420p, which plays everywhere and needs even sizes: an odd height or width is padded by
@@ -227,7 +225,7 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
             return stream
     if container.streams.audio:
         raise DataError(f"{path}: no video stream in it, only audio")
-    raise DataError(f"{path}: no video stream in it (the file is cut off or damaged)")
+    raise DataError(f"{path}: no video stream in it: it has no frames, or is cut off or damaged")
 
 
 def _decoded(container: InputContainer, stream: VideoStream, path: Path) -> Iterator[VideoFrame]:
@@ -269,9 +267,7 @@ def _orientation(frame: VideoFrame, container: InputContainer, path: Path) -> _O
         return _UPRIGHT  # written by some muxers where they mean "none"
     orientation: _Orientation = (round(a), round(b), round(c), round(d))
     if orientation not in {*_BY_ROTATION.values(), *_BY_EXIF.values()}:
-        raise DataError(
-            f"{path}: its display matrix turns by {frame.rotation} degrees or scales; not a quarter turn"
-        )
+        raise DataError(f"{path}: its display matrix turns by {frame.rotation} degrees or scales; not a quarter turn")
     return orientation
 
 
@@ -305,4 +301,6 @@ def _duration_seconds(container: InputContainer, stream: VideoStream) -> float |
 
 def _reason(error: Exception) -> str:
     """The cause in words, without FFmpeg's error number and without the nameless handle's name."""
+    if isinstance(error, av.error.EOFError):
+        return "it ends with no frames read"
     return getattr(error, "strerror", None) or str(error)

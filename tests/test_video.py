@@ -8,7 +8,8 @@ import pytest
 import torch
 from av.audio.frame import AudioFrame
 from av.video.frame import VideoFrame
-from PIL import Image
+from av.video.reformatter import ColorRange
+from PIL import Image, ImageOps
 
 from frostline.errors import ConfigError, DataError
 from frostline.video import VideoInfo, probe_video, read_video, write_video
@@ -47,6 +48,8 @@ def encode(
             if not hasattr(stream, "set_display_rotation"):
                 pytest.skip("this PyAV cannot write a display matrix")
             stream.set_display_rotation(extra["rotation"], hflip=extra.get("hflip", False))
+        if pix_fmt.startswith("gray"):
+            stream.codec_context.color_range = ColorRange.JPEG
         for picture in pictures:
             frame = VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
             container.mux(stream.encode(frame))
@@ -100,9 +103,7 @@ def test_frames_are_chosen_by_stride_and_count(tmp_path: Path) -> None:
         (0, True, [GREEN, RED, WHITE, BLUE]),
     ],
 )
-def test_display_matrix_is_applied(
-    tmp_path: Path, rotation: int, hflip: bool, expected: list[tuple[int, ...]]
-) -> None:
+def test_display_matrix_is_applied(tmp_path: Path, rotation: int, hflip: bool, expected: list[tuple[int, ...]]) -> None:
     path = encode(tmp_path / "a.mp4", [corners(32, 64)] * 2, rotation=rotation, hflip=hflip)
     video = read_video(path)
     assert video.shape == ((2, 3, 64, 32) if rotation % 180 else (2, 3, 32, 64))
@@ -122,8 +123,6 @@ def test_a_slanted_display_matrix_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_one_upright_frame(tmp_path: Path, orientation: int) -> None:
     """PIL's own EXIF transposition is the reference."""
-    from PIL import ImageOps
-
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "a.jpg"
@@ -142,7 +141,8 @@ def test_png_of_any_mode_is_rgb(tmp_path: Path, mode: str) -> None:
     if mode == "I;16":
         image = Image.fromarray(picture.astype(np.uint16) * 257)
     else:
-        image = Image.fromarray(np.stack([picture] * 3, -1)).convert(mode)
+        colour = Image.fromarray(np.stack([picture] * 3, -1))
+        image = colour.quantize() if mode == "P" else colour.convert(mode)
     path = tmp_path / "frame%03d.png"  # the name must not be taken for a number pattern
     image.save(path)
     video = read_video(path)
@@ -161,9 +161,7 @@ def test_png_of_any_mode_is_rgb(tmp_path: Path, mode: str) -> None:
         ("lossless.mkv", "ffv1", "gray16le", 48),
     ],
 )
-def test_sources_of_any_pixel_format(
-    tmp_path: Path, name: str, codec: str, pix_fmt: str, height: int
-) -> None:
+def test_sources_of_any_pixel_format(tmp_path: Path, name: str, codec: str, pix_fmt: str, height: int) -> None:
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec} encoder")
     pictures = [np.full((height, 64, 3), 40 * t + 30, np.uint8) for t in range(4)]
@@ -185,9 +183,7 @@ def test_unequal_frames_are_refused(tmp_path: Path) -> None:
     assert read_video(path, max_frames=3).shape == (3, 3, 32, 64)
 
 
-def test_a_file_that_breaks_off_gives_its_good_frames(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_that_breaks_off_gives_its_good_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     noise = np.random.default_rng(0)
     pictures = [noise.integers(0, 255, (64, 64, 3), np.uint8) for _ in range(20)]
     path = encode(tmp_path / "a.mp4", pictures, faststart=True)
@@ -234,8 +230,8 @@ def _audio_only(path: Path) -> None:
         container.mux(stream.encode())
 
 
-def _no_frames(path: Path) -> None:
-    with av.open(str(path), "w") as container:
+def _no_frames(path: Path, container_format: str) -> None:
+    with av.open(str(path), "w", format=container_format) as container:
         stream = container.add_stream("libx264", rate=16)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
@@ -251,14 +247,15 @@ BAD_FILES = {
     "missing": (lambda path: None, "no such file"),
     "folder": (lambda path: path.mkdir(), "not a regular file"),
     "zero_bytes": (lambda path: path.touch(), "empty (0 bytes)"),
-    "text": (_text, "Invalid data"),
-    "playlist": (_playlist, "not a known video or image format"),
+    "text": (_text, "cannot be read as a video: Invalid data"),
+    "playlist": (_playlist, "cannot be read as a video: Invalid data"),
     "concat_list": (_concat_list, "not a known video or image format"),
     "cut_off_start": (_cut_off_start, "cannot be read as a video"),
     "index_cut_off": (_index_cut_off, "cut off or damaged"),
-    "data_cut_off": (_data_cut_off, "no frames"),
+    "data_cut_off": (_data_cut_off, "first frame cannot be decoded"),
     "audio_only": (_audio_only, "only audio"),
-    "no_frames": (_no_frames, "no frames"),
+    "no_frames": (lambda path: _no_frames(path, "mp4"), "no frames"),
+    "no_frames_mkv": (lambda path: _no_frames(path, "matroska"), "no frames"),
     "broken_image": (_broken_image, "first frame cannot be decoded"),
 }
 

@@ -72,9 +72,7 @@ class Denoiser(nn.Module):
             (B, C, F, H, W) in the latents' dtype.
         """
         if self.gradient_checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(
-                self._velocity, latents, timestep, context, y, clip_feature, use_reentrant=False
-            )  # type: ignore[return-value]
+            return checkpoint(self._velocity, latents, timestep, context, y, clip_feature, use_reentrant=False)  # type: ignore[return-value]
         return self._velocity(latents, timestep, context, y, clip_feature)
 
     def _velocity(
@@ -115,9 +113,7 @@ class Denoiser(nn.Module):
         return self.model.time_embedding(sinusoid.to(dtype))
 
 
-def _block(
-    block: DiTBlock, x: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
+def _block(block: DiTBlock, x: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`DiTBlock.forward`; `modulation` is (B, 6, dim) or (B, tokens, 6, dim)."""
     parts = (block.modulation.to(modulation.dtype) + modulation).unbind(-2)
     if modulation.ndim == 3:

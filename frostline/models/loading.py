@@ -75,16 +75,12 @@ def load_components(
     high_noise = files.denoiser_high_noise
     components = WanComponents(
         name=files.name,
-        text_encoder=_load(
-            lambda: WanTextEncoder(**files.text_encoder_config), [files.text_encoder], dtype, device
-        ),
+        text_encoder=_load(lambda: WanTextEncoder(**files.text_encoder_config), [files.text_encoder], dtype, device),
         tokenizer=HuggingfaceTokenizer(str(files.tokenizer), seq_len=files.text_length, clean="whitespace"),
         vae=_load(build_vae, [files.vae], dtype, device, WanVideoVAEStateDictConverter),
         denoiser=_load_denoiser(files.denoiser, dtype, device),
         denoiser_high_noise=_load_denoiser(high_noise, dtype, device) if high_noise else None,
-        image_encoder=_load_image_encoder(files.image_encoder, dtype, device)
-        if files.image_encoder
-        else None,
+        image_encoder=_load_image_encoder(files.image_encoder, dtype, device) if files.image_encoder else None,
         boundary=files.boundary,
     )
     components.vae.scale = [part.to(device) for part in components.vae.scale]
@@ -132,9 +128,7 @@ def _tiny_files(name: str) -> WanFiles:
         "text_length": base.text_length,
     }
     if name == "tiny-moe":
-        return WanFiles(
-            name, base.denoiser, denoiser_high_noise=_TINY / "tiny-moe" / "high_noise_model", **shared
-        )
+        return WanFiles(name, base.denoiser, denoiser_high_noise=_TINY / "tiny-moe" / "high_noise_model", **shared)
     return WanFiles(name, base.denoiser if name == "tiny" else _TINY / name, **shared)
 
 
@@ -147,9 +141,7 @@ def _existing(path: Path, what: str) -> Path:
 def _only_file(folder: Path, pattern: str, what: str) -> Path:
     found = sorted(path for path in folder.glob(pattern) if path.suffix in (".safetensors", ".pth"))
     if len(found) != 1:
-        raise ConfigError(
-            f"{what}: expected one file {pattern} (.safetensors or .pth) in {folder}, found {len(found)}"
-        )
+        raise ConfigError(f"{what}: expected one file {pattern} (.safetensors or .pth) in {folder}, found {len(found)}")
     return found[0]
 
 

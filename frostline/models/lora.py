@@ -37,9 +37,7 @@ def inject_lora(
     if lora_layers(model):
         raise ConfigError("the denoiser has LoRA layers already")
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(target_modules)
-    )  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(target_modules))  # type: ignore[arg-type]
     try:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except ValueError as error:
@@ -127,18 +125,14 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
 
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file() or not (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{folder} holds no adapter: adapter_config.json and adapter_model.safetensors are needed"
-        )
+        raise ConfigError(f"{folder} holds no adapter: adapter_config.json and adapter_model.safetensors are needed")
     saved: Any = LoraConfig.from_pretrained(str(folder))
     config = inject_lora(model, saved.r, saved.lora_alpha, tuple(saved.target_modules))
     tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(weights).items()}
     parameters = {name.replace(f".{ADAPTER}.", "."): p for name, p in lora_parameters(model).items()}
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())
-        raise ConfigError(
-            f"{weights} does not fit the model: {len(odd)} tensors differ, the first is {odd[0]}"
-        )
+        raise ConfigError(f"{weights} does not fit the model: {len(odd)} tensors differ, the first is {odd[0]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:

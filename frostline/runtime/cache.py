@@ -1,6 +1,6 @@
 """The frozen-output cache: what a frozen stage computed once is read back instead of computed again.
 
-An entry is a dict of tensors under the hash of all that it depends on (`content_key`), so it never goes stale,
+An entry is a dict of tensors under the hash of all that it depends on (`content_key`): it never goes stale,
 it is only forgotten. On disk it is a plain safetensors file that carries a digest of its own content.
 """
 

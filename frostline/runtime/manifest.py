@@ -1,6 +1,7 @@
 """The manifest of one engine: what it computes, from which files, built by what, how close to PyTorch."""
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from pydantic import (
     StringConstraints,
     model_validator,
 )
+
+from frostline.errors import EngineError
 
 # One component of a path: never hidden (hidden names are the store's own), never a step upwards.
 NAME = r"[A-Za-z0-9_](?:\.?[A-Za-z0-9_-])*"
@@ -56,10 +59,7 @@ class NetworkInput(_Part):
     def _shapes_are_ordered(self) -> Self:
         if not len(self.min) == len(self.opt) == len(self.max):
             raise ValueError(f"input {self.name}: min, opt and max shapes differ in rank")
-        if any(
-            not low <= typical <= high
-            for low, typical, high in zip(self.min, self.opt, self.max, strict=True)
-        ):
+        if any(not low <= typical <= high for low, typical, high in zip(self.min, self.opt, self.max, strict=True)):
             raise ValueError(f"input {self.name}: shapes must satisfy min <= opt <= max")
         return self
 
@@ -113,9 +113,26 @@ class EngineId:
     backend: str
     key: str
 
+    def __post_init__(self) -> None:
+        for what, pattern in (("model", NAME), ("stage", NAME), ("backend", NAME), ("key", KEY)):
+            word = getattr(self, what)
+            if not re.fullmatch(pattern, word):
+                raise EngineError(
+                    f"{what} {word!r} cannot name a folder: use letters, digits, '_' and (not in keys) '-' and '.'"
+                )
+
     def path(self, root: Path) -> Path:
         """`root/<model>/<stage>/<backend>-<key>`."""
         return root / self.model / self.stage / f"{self.backend}-{self.key}"
+
+    @classmethod
+    def of_path(cls, path: Path) -> "EngineId | None":
+        """The inverse of `path`; None for a path that no engine can have."""
+        backend, _, key = path.name.rpartition("-")
+        try:
+            return cls(path.parents[1].name, path.parent.name, backend, key)
+        except (EngineError, IndexError):
+            return None
 
 
 class Manifest(_Part):

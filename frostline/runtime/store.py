@@ -3,8 +3,8 @@
     root/<model>/<stage>/<backend>-<key>/{model.onnx, …, manifest.json}
 
 Beside the engine folders lie hidden names, `.<backend>-<key>.<what>`: `lock` serialises all who change the
-engine and stays for ever (deleting a lock file is a race); `building`, `old` and `manifest` are work in progress.
-Whoever takes the lock may delete those three, because their owner is dead.
+engine, and stays for ever (deleting a lock file is a race); `building`, `old` and `manifest` are work in
+progress. Whoever takes the lock may delete those three, because their owner is dead.
 """
 
 import errno
@@ -22,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from frostline.errors import EngineError
-from frostline.runtime.manifest import KEY, NAME, Artifact, EngineId, Manifest, canonical_json
+from frostline.runtime.manifest import NAME, Artifact, EngineId, Manifest, canonical_json
 from frostline.runtime.verification import (
     MANIFEST_FILE,
     VerifiedEngine,
@@ -106,6 +106,8 @@ class Build:
         with _disk_errors(f"cannot store engine {path}"):
             artifacts = {file.name: _seal_artifact(file) for file in sorted(_entries(self.folder))}
             manifest = manifest.updated(artifacts=artifacts)
+            if not artifacts:
+                raise EngineError(f"engine {path} has no files: put them into the build's folder")
             check_networks(manifest)
             for file in self.folder.glob("*.onnx"):
                 check_external_data(file.name, file.read_bytes(), artifacts)
@@ -126,7 +128,7 @@ class EngineStore:
 
     def path(self, model: str, stage: str, backend: str, key: str) -> Path:
         """Where this engine lies, or would lie."""
-        return _engine_id(model, stage, backend, key).path(self.root)
+        return EngineId(model, stage, backend, key).path(self.root)
 
     def find(
         self, model: str | None = None, stage: str | None = None, backend: str | None = None
@@ -137,14 +139,14 @@ class EngineStore:
             if model not in (None, folder.parent.name) or stage not in (None, folder.name):
                 continue
             for path in _entries(folder):
-                engine = _id_of(path)
+                engine = EngineId.of_path(path)
                 if engine and backend in (None, engine.backend) and (record := self._record(engine)):
                     records.append(record)
         return sorted(records, key=lambda record: record.id)
 
     def get(self, model: str, stage: str, backend: str, key: str) -> EngineRecord | None:
         """One engine, unverified, or None."""
-        return self._record(_engine_id(model, stage, backend, key))
+        return self._record(EngineId(model, stage, backend, key))
 
     def verify(self, record: EngineRecord) -> VerifiedEngine:
         """The only way to files to load: signature, key, files and ONNX locations must all hold."""
@@ -156,7 +158,7 @@ class EngineStore:
 
         Whoever comes second waits here, and finds the first one's engine in `Build.existing`.
         """
-        engine = _engine_id(model, stage, backend, key)
+        engine = EngineId(model, stage, backend, key)
         path = engine.path(self.root)
         with self._locked(path):
             build = Build(engine, _hidden(path, "building"), self._finished(engine), self)
@@ -178,7 +180,7 @@ class EngineStore:
 
     def trust(self, path: Path) -> VerifiedEngine:
         """Sign an engine that was made elsewhere, provided that its files are those of its manifest."""
-        engine = _id_of(path.resolve())
+        engine = EngineId.of_path(path.resolve())
         if engine is None or engine.path(self.root).resolve() != path.resolve():
             raise EngineError(
                 f"{path} is not an engine of the store {self.root}: "
@@ -210,7 +212,7 @@ class EngineStore:
         return removed
 
     def _stage_folders(self) -> list[Path]:
-        return [stage for model in _entries(self.root) for stage in _entries(model)]
+        return [stage for model in _folders(self.root) for stage in _folders(model)]
 
     def _record(self, engine: EngineId) -> EngineRecord | None:
         path = engine.path(self.root)
@@ -261,34 +263,13 @@ class EngineStore:
         for folder in self._stage_folders():
             for debris in folder.glob(".*"):
                 path, what = debris.with_name(debris.stem.removeprefix(".")), debris.suffix.removeprefix(".")
-                if what not in _WORK_IN_PROGRESS or _id_of(path) is None:
+                if what not in _WORK_IN_PROGRESS or EngineId.of_path(path) is None:
                     continue
                 try:
                     with _disk_errors(f"cannot remove {debris}"), FileLock(_hidden(path, "lock"), timeout=0):
                         _remove_debris(path)
                 except Timeout:
                     log.debug("%s is being built", path)
-
-
-def _engine_id(model: str, stage: str, backend: str, key: str) -> EngineId:
-    """The identity, provided that each word is safe as one component of a path."""
-    for what, word in (("model", model), ("stage", stage), ("backend", backend)):
-        if not re.fullmatch(NAME, word):
-            raise EngineError(
-                f"{what} {word!r} is not usable as a folder name (letters, digits, '.', '_' and '-')"
-            )
-    if not re.fullmatch(KEY, key):
-        raise EngineError(f"engine key {key!r} is not usable in a folder name (letters, digits and '_')")
-    return EngineId(model, stage, backend, key)
-
-
-def _id_of(path: Path) -> EngineId | None:
-    """The inverse of `EngineId.path`; None for a folder that no engine can have."""
-    backend, _, key = path.name.rpartition("-")
-    try:
-        return _engine_id(path.parents[1].name, path.parent.name, backend, key)
-    except (EngineError, IndexError):
-        return None
 
 
 def _hidden(path: Path, what: str) -> Path:
@@ -304,6 +285,11 @@ def _entries(folder: Path) -> list[Path]:
     except PermissionError as error:
         log.warning("%s", error)
         return []
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but none that would lead elsewhere."""
+    return [entry for entry in _entries(folder) if entry.is_dir() and not entry.is_symlink()]
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -340,6 +326,8 @@ def _seal_artifact(path: Path) -> Artifact:
     """Bring a file safely to disk, and measure it."""
     if path.is_symlink() or not path.is_file():
         raise EngineError(f"{path} is not a regular file: an engine is a flat folder of files")
+    if path.name == MANIFEST_FILE or not re.fullmatch(NAME, path.name):
+        raise EngineError(f"{path.name!r} cannot be the name of an engine file")
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -364,9 +352,7 @@ def _sync(folder: Path) -> None:
 
 def _explain(doing: str, error: OSError) -> EngineError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EngineError(
-            f"{doing}: the disk is full. Free some space, or name another disk with --engines-dir."
-        )
+        return EngineError(f"{doing}: the disk is full. Free some space, or name another disk with --engines-dir.")
     return EngineError(f"{doing}: {error}")
 
 

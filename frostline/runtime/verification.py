@@ -4,7 +4,7 @@
 canonical JSON of all the others. One file, so that a manifest and its signature are always replaced together.
 
 Between the check and the load, whoever may write to the engine folder could still exchange a file. In a
-folder of mode 0755 that is this user or root, who can read the signing key as well: no check here would stop them.
+folder of mode 0755 that is this user or root, who can read the signing key as well: no check would stop them.
 Loaders that take bytes close the gap with `VerifiedEngine.read`, which returns the very bytes that it hashed.
 """
 
@@ -57,9 +57,7 @@ class VerifiedEngine:
 
     def _expected(self, name: str) -> Artifact:
         if name not in self.manifest.artifacts:
-            raise EngineError(
-                f"engine {self.path} has no file {name}; it has {', '.join(self.manifest.artifacts)}"
-            )
+            raise EngineError(f"engine {self.path} has no file {name}; it has {', '.join(self.manifest.artifacts)}")
         return self.manifest.artifacts[name]
 
 
@@ -88,9 +86,7 @@ def verify_engine(root: Path, engine: EngineId, *, signed: bool = True) -> Verif
         return _verify(root, engine, signed)
     except _UnsignedError as error:
         trust = f"run `frostline engines trust {path}` if you made it on another machine"
-        raise EngineError(
-            f"engine {path} is refused: {error}. Rebuild it with {rebuild}, or {trust}."
-        ) from error
+        raise EngineError(f"engine {path} is refused: {error}. Rebuild it with {rebuild}, or {trust}.") from error
     except (OSError, _RefusedError) as error:
         raise EngineError(f"engine {path} is refused: {error}. Rebuild it with {rebuild}.") from error
 
@@ -108,9 +104,7 @@ def check_networks(manifest: Manifest) -> None:
     """Every network must load from a file that the engine has."""
     for network in manifest.networks:
         if network.artifact not in manifest.artifacts:
-            raise _RefusedError(
-                f"network {network.name} needs the file {network.artifact}, which is not there"
-            )
+            raise _RefusedError(f"network {network.name} needs the file {network.artifact}, which is not there")
 
 
 def check_external_data(name: str, model: bytes, files: Container[str]) -> None:
@@ -173,9 +167,7 @@ def _check_signature(sealed: bytes) -> None:
     except ValueError:
         holds = False
     if not holds or not signing.verify(canonical_json(fields), signature):
-        raise _UnsignedError(
-            f"the signature in {MANIFEST_FILE} does not hold: changed, or signed with another key"
-        )
+        raise _UnsignedError(f"the signature in {MANIFEST_FILE} does not hold: changed, or signed with another key")
 
 
 def _parse(sealed: bytes) -> Manifest:

@@ -66,9 +66,7 @@ def fit_to_wan(video: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
     changes: list[str] = []
     if fitted_size != (height, width):
         video = resize(video, fitted_size)
-        changes.append(
-            f"frames of {width}x{height} resized to {fitted_size[1]}x{fitted_size[0]} (multiples of 16)"
-        )
+        changes.append(f"frames of {width}x{height} resized to {fitted_size[1]}x{fitted_size[0]} (multiples of 16)")
     if fitted_frames != frames:
         video = pad_frames(video, fitted_frames, dim=1)
         changes.append(f"{frames} frames brought to {fitted_frames} (4k+1) by repeating the last")
@@ -84,9 +82,7 @@ def nearest_multiple(size: int) -> int:
 
 def resize(video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize the last two dimensions of float `(…, C, H, W)` in [0, 1] to (height, width), antialiased."""
-    resized = F.interpolate(
-        video.flatten(0, -4), size=size, mode="bilinear", align_corners=False, antialias=True
-    )
+    resized = F.interpolate(video.flatten(0, -4), size=size, mode="bilinear", align_corners=False, antialias=True)
     return resized.clamp(0, 1).unflatten(0, video.shape[:-3])
 
 
@@ -127,9 +123,7 @@ def _check_sample_ids(sample_id: Any, count: int) -> tuple[str, ...]:
 
 def _check_prompts(prompt: Any, count: int, sample_id: tuple[str, ...]) -> tuple[str, ...]:
     if isinstance(prompt, str):
-        raise DataError(
-            "field 'prompt': must be a list of str, one a sample; wrap the string in a list: [prompt]"
-        )
+        raise DataError("field 'prompt': must be a list of str, one a sample; wrap the string in a list: [prompt]")
     if not isinstance(prompt, list | tuple):
         raise DataError(f"field 'prompt': must be a list of str, not {type(prompt).__name__}")
     if len(prompt) != count:
@@ -155,13 +149,9 @@ def _check_layout(video: Any) -> torch.Tensor:
         hint = "; for a single sample use video.unsqueeze(0)" if video.ndim == 4 else ""
         raise DataError(f"field 'video': must have 5 dimensions (B, T, C, H, W), not shape {shape}{hint}")
     if shape[2] != 3:
-        raise DataError(
-            f"field 'video': has shape {shape}, where (B, T, C, H, W) needs C = 3{_channel_hint(shape)}"
-        )
+        raise DataError(f"field 'video': has shape {shape}, where (B, T, C, H, W) needs C = 3{_channel_hint(shape)}")
     if 0 in shape[:2]:
-        raise DataError(
-            f"field 'video': has shape {shape}: no {'samples' if shape[0] == 0 else 'frames'} in it"
-        )
+        raise DataError(f"field 'video': has shape {shape}: no {'samples' if shape[0] == 0 else 'frames'} in it")
     if min(shape[3:]) < SPATIAL_MULTIPLE:
         raise DataError(
             f"field 'video': frames of {shape[4]}x{shape[3]} are too small; "
@@ -170,9 +160,7 @@ def _check_layout(video: Any) -> torch.Tensor:
     if video.dtype == torch.uint8:
         raise DataError("field 'video': is uint8, 0 to 255; divide it: video.float() / 255")
     if not video.is_floating_point():
-        raise DataError(
-            f"field 'video': must be float in [0, 1], not {video.dtype}; if 0 to 255, divide by 255"
-        )
+        raise DataError(f"field 'video': must be float in [0, 1], not {video.dtype}; if 0 to 255, divide by 255")
     return video
 
 

@@ -64,13 +64,13 @@ class BadRow:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that names a video and a prompt, or the fault that keeps it from doing so."""
+    """A row that names a video and a prompt, or the fault (field, reason) that keeps it from doing so."""
 
     number: int
     sample_id: str
     video: Path = Path()
     prompt: str = ""
-    fault: BadRow | None = None
+    fault: tuple[str, str] | None = None
 
 
 class VideoPromptDataset(Dataset[Sample]):
@@ -85,7 +85,7 @@ class VideoPromptDataset(Dataset[Sample]):
     at the centre.
     allow_outside: let the metadata name videos outside its own folder; only for metadata you trust.
 
-    A row at fault does not stop the others: `validate` lists all such rows, and asking for one raises DataError.
+    A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
     """
 
     def __init__(
@@ -105,14 +105,10 @@ class VideoPromptDataset(Dataset[Sample]):
         self.max_pixels = max_pixels
         self.frame_stride = frame_stride
         self.source = _resolve_source(Path(source))
-        if self.source.is_dir():
-            rows = _rows_of_folder(self.source)
-        else:
-            rows = _rows_of_metadata(self.source, allow_outside)
-        self._rows = _with_unique_ids(rows)
+        self._rows = _with_unique_ids(_read_rows(self.source, allow_outside))
         if not self._rows:
             raise DataError(f"{self.source}: holds no rows")
-        faults = [row.fault for row in self._rows if row.fault is not None]
+        faults = [self._bad_row(row, *row.fault) for row in self._rows if row.fault is not None]
         if len(faults) == len(self._rows):
             raise DataError(f"{faults[0]} (none of the {len(faults)} rows is usable)")
 
@@ -122,11 +118,11 @@ class VideoPromptDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[index]
         if row.fault is not None:
-            raise DataError(str(row.fault))
+            raise DataError(str(self._bad_row(row, *row.fault)))
         try:
             frames = read_video(row.video, max_frames=self.num_frames, stride=self.frame_stride)
         except DataError as error:
-            raise DataError(str(self._bad_video(row, error))) from error
+            raise DataError(str(self._bad_row(row, "video", str(error)))) from error
         height, width = frames.shape[-2:]
         video = _crop_to(frames, self.size or size_within(height, width, self.max_pixels))
         if len(video) < self.num_frames:
@@ -136,7 +132,7 @@ class VideoPromptDataset(Dataset[Sample]):
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
-        """The samples' names, in order: the video as the metadata writes it, `#row` added where that repeats."""
+        """The samples' names, in order: the video as the metadata writes it, with `#row` where that repeats."""
         return tuple(row.sample_id for row in self._rows)
 
     def validate(self, deep: bool = False) -> list[BadRow]:
@@ -148,29 +144,29 @@ class VideoPromptDataset(Dataset[Sample]):
 
     def _fault_of(self, row: _Row, deep: bool) -> BadRow | None:
         if row.fault is not None:
-            return row.fault
+            return self._bad_row(row, *row.fault)
         try:
             if deep:
                 read_video(row.video, max_frames=self.num_frames, stride=self.frame_stride)
             else:
                 probe_video(row.video)
         except DataError as error:
-            return self._bad_video(row, error)
+            return self._bad_row(row, "video", str(error))
         return None
 
-    def _bad_video(self, row: _Row, error: DataError) -> BadRow:
-        return BadRow(self.source, row.number, row.sample_id, "video", str(error))
+    def _bad_row(self, row: _Row, field: str, reason: str) -> BadRow:
+        return BadRow(self.source, row.number, row.sample_id, field, reason)
 
 
 def collate(samples: Sequence[Sample]) -> CollatedBatch:
     """Stack samples of one shape into the batch that `module.forward` takes."""
     first = samples[0]
     for sample in samples:
-        if sample["video"].shape != first["video"].shape:
+        shape, first_shape = tuple(sample["video"].shape), tuple(first["video"].shape)
+        if shape != first_shape:
             raise DataError(
-                f"sample {sample['sample_id']}, field 'video': shape {tuple(sample['video'].shape)} differs from "
-                f"{tuple(first['video'].shape)} of sample {first['sample_id']}; "
-                "set height and width, or use a batch size of 1"
+                f"sample {sample['sample_id']}, field 'video': shape {shape} differs from {first_shape} of sample "
+                f"{first['sample_id']}; set height and width, or use a batch size of 1"
             )
     return {
         "sample_id": [sample["sample_id"] for sample in samples],
@@ -207,9 +203,7 @@ def _log_padding(sample_id: str, frames: int, num_frames: int) -> None:
     logger.warning("sample %s: %d frames, padded to %d by repeating the last", sample_id, frames, num_frames)
 
 
-def _check_settings(
-    num_frames: int, height: int | None, width: int | None, max_pixels: int, frame_stride: int
-) -> None:
+def _check_settings(num_frames: int, height: int | None, width: int | None, max_pixels: int, frame_stride: int) -> None:
     if num_frames < 1 or num_frames % 4 != 1:
         raise ConfigError(f"num_frames must be 4k+1 (1, 5, 9, …), not {num_frames}")
     if (height is None) != (width is None):
@@ -237,6 +231,10 @@ def _resolve_source(source: Path) -> Path:
     return found[0] if found else source
 
 
+def _read_rows(source: Path, allow_outside: bool) -> Iterator[_Row]:
+    return _rows_of_folder(source) if source.is_dir() else _rows_of_metadata(source, allow_outside)
+
+
 def _rows_of_folder(folder: Path) -> Iterator[_Row]:
     """The videos under a folder in the order of their names, with the captions beside them."""
     suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
@@ -251,8 +249,7 @@ def _rows_of_folder(folder: Path) -> Iterator[_Row]:
             reason = f"no caption file {caption.name} beside the video"
         except (OSError, UnicodeDecodeError) as error:
             reason = f"the caption {caption.name} cannot be read: {error}"
-        fault = None if prompt else BadRow(folder, number, sample_id, "prompt", reason)
-        yield _Row(number, sample_id, video, prompt, fault)
+        yield _Row(number, sample_id, video, prompt, fault=None if prompt else ("prompt", reason))
 
 
 def _rows_of_metadata(file: Path, allow_outside: bool) -> Iterator[_Row]:
@@ -265,7 +262,7 @@ def _rows_of_metadata(file: Path, allow_outside: bool) -> Iterator[_Row]:
     if not text.strip():
         raise DataError(f"{file}: is empty")
     for number, record in _READERS[file.suffix.lower()](file, text):
-        yield _parse_row(file, number, record, allow_outside)
+        yield _parse_row(file.parent, number, record, allow_outside)
 
 
 def _read_csv(file: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -275,7 +272,7 @@ def _read_csv(file: Path, text: str) -> Iterator[tuple[int, Any]]:
             # The reader tells the line where a row ends; a quoted prompt may have begun some lines before.
             yield reader.line_num - sum(str(value).count("\n") for value in record.values()), record
     except csv.Error as error:
-        raise DataError(f"{file}, row {reader.line_num}: is not well-formed csv: {error}") from error
+        raise DataError(f"{file}, row {reader.line_num + 1}: is not well-formed csv: {error}") from error
 
 
 def _read_jsonl(file: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -301,12 +298,12 @@ _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}
 """By suffix: a function from the file and its text to (row number, record) pairs."""
 
 
-def _parse_row(file: Path, number: int, record: Any, allow_outside: bool) -> _Row:
+def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> _Row:
     """One record as a row; whatever is wrong with it becomes the row's fault."""
     sample_id = f"row-{number}"
 
     def bad(field: str, reason: str) -> _Row:
-        return _Row(number, sample_id, fault=BadRow(file, number, sample_id, field, reason))
+        return _Row(number, sample_id, fault=(field, reason))
 
     if not isinstance(record, dict):
         return bad("row", f"must be an object with {' and '.join(COLUMNS)}, not {type(record).__name__}")
@@ -325,7 +322,7 @@ def _parse_row(file: Path, number: int, record: Any, allow_outside: bool) -> _Ro
         if not (value or "").strip():
             return bad(column, "is empty")
     try:
-        video = _resolve_video(file.parent, record["video"].strip(), allow_outside)
+        video = _resolve_video(folder, record["video"].strip(), allow_outside)
     except DataError as error:
         return bad("video", str(error))
     return _Row(number, sample_id, video, record["prompt"].strip())
@@ -341,9 +338,7 @@ def _resolve_video(folder: Path, value: str, allow_outside: bool) -> Path:
         raise DataError("the path holds a NUL character")
     root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
     if not allow_outside and not path.is_relative_to(root):
-        raise DataError(
-            f"{value} lies outside {folder}; allow_outside=True permits that for metadata you trust"
-        )
+        raise DataError(f"{value} lies outside {folder}; allow_outside=True permits that for metadata you trust")
     return path
 
 
@@ -352,6 +347,5 @@ def _with_unique_ids(rows: Iterator[_Row]) -> tuple[_Row, ...]:
     listed = tuple(rows)
     counts = Counter(row.sample_id for row in listed)
     return tuple(
-        row if counts[row.sample_id] == 1 else replace(row, sample_id=f"{row.sample_id}#{row.number}")
-        for row in listed
+        row if counts[row.sample_id] == 1 else replace(row, sample_id=f"{row.sample_id}#{row.number}") for row in listed
     )

@@ -14,7 +14,7 @@ ARCFACE_TEMPLATE = torch.tensor(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
     dtype=torch.float64,
 )
-"""(5, 2) x, y in a 112×112 crop of: left eye, right eye, nose, left and right corner of the mouth.
+"""(5, 2) x, y in a crop of 112 by 112 of: left eye, right eye, nose, left and right corner of the mouth.
 
 Source: `arcface_dst` of insightface, the alignment that ArcFace-format embedders are trained with.
 """
@@ -29,9 +29,9 @@ _SMALLEST_SCALE = 1e-3
 def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
     """Least-squares rotation, uniform scale and shift from landmarks to a template.
 
-    Closed form of Umeyama (1991) restricted to proper rotations: a mirrored face stays mirrored. Landmarks that
-    span no area (all equal, or uncorrelated with the template) give the pure shift of their centroid, so that the
-    result is always finite and invertible.
+    Closed form of Umeyama (1991) restricted to proper rotations: a mirrored face stays mirrored. Landmarks
+    that span no area (all equal, or uncorrelated with the template) give the pure shift of their centroid,
+    so that the result is always finite and invertible.
 
     Args:
         landmarks: (N, 5, 2) pixels.
@@ -60,8 +60,8 @@ def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
 def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE) -> Tensor:
     """Crop one face per image so that its landmarks lie on the ArcFace template scaled to `size`.
 
-    The landmarks are constants here, as detection carries no gradient; the pixels are not. Outside the image the
-    crop is 0: give images whose 0 is black to match `cv2.warpAffine`.
+    The landmarks are constants here, as detection carries no gradient; the pixels are not. Outside the
+    image the crop is 0: give images whose 0 is black to match `cv2.warpAffine`.
 
     Args:
         images: (N, 3, H, W), any float dtype, any range. Half precision is sampled in float32.
@@ -69,7 +69,8 @@ def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE) -> 
         size: side of the crop in pixels.
 
     Returns:
-        (N, 3, size, size), float64 for float64 images and float32 otherwise, bilinear, differentiable to `images`.
+        (N, 3, size, size), float64 for float64 images and float32 otherwise, bilinear, differentiable to
+        `images`.
     """
     height, width = images.shape[-2:]
     images = images.to(torch.promote_types(images.dtype, torch.float32))
@@ -84,13 +85,14 @@ def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE) -> 
 def scaled_template(height: int, width: int) -> Tensor:
     """(5, 2) float64 the ArcFace template stretched from 112×112 over a `height`×`width` image.
 
-    insightface's scaling, a plain factor without the half-pixel shift, because that is what embedders were trained on.
+    insightface's scaling, a plain factor without the half-pixel shift, because that is what embedders were
+    trained on.
     """
     return ARCFACE_TEMPLATE * torch.tensor([width / ARCFACE_SIZE, height / ARCFACE_SIZE], dtype=torch.float64)
 
 
 def _sampling_grid(transform: Tensor, size: int, height: int, width: int) -> Tensor:
-    """(N, size, size, 2) `grid_sample` coordinates (align_corners=False) of the crop pixels of (N, 2, 3) transforms."""
+    """(N, size, size, 2) where `grid_sample` finds the crop pixels of (N, 2, 3) transforms in an image."""
     a, b = transform[:, 0, 0, None, None], transform[:, 1, 0, None, None]
     steps = torch.arange(size, dtype=transform.dtype, device=transform.device)
     dx = steps[None, None, :] - transform[:, 0, 2, None, None]

@@ -18,8 +18,8 @@ class LargestFaces:
     Attributes:
         found: (N,) bool.
         boxes: (N, 4) float32 left, top, right, bottom in pixels; 0 where no face was found.
-        landmarks: (N, 5, 2) float32 x, y in pixels. Where no face was found: the ArcFace template stretched over the
-            frame, so that aligning such a frame stays finite.
+        landmarks: (N, 5, 2) float32 x, y in pixels. Where no face was found: the ArcFace template stretched
+            over the frame, so that aligning such a frame stays finite.
         probability: (N,) float32 in [0, 1]; 0 where no face was found.
     """
 
@@ -91,7 +91,7 @@ class FaceDetector(Protocol):
     """Finds faces in frames; `BatchedMTCNN` is one."""
 
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of (N, 3, H, W) uint8 RGB frames in the pixels of these frames, searched `upscale` times larger."""
+        """Faces of (N, 3, H, W) uint8 RGB frames, in their pixels, searched `upscale` times larger."""
         ...
 
 
@@ -108,7 +108,7 @@ def no_detections(num_frames: int, frame_size: tuple[int, int], device: torch.de
 
 
 def join_detections(parts: Sequence[Detections]) -> Detections:
-    """Detections of consecutive, equally sized runs of frames as those of one batch. Needs at least one part."""
+    """Detections of one or more consecutive runs of equally sized frames as those of one batch."""
     starts = torch.tensor([0, *(part.num_frames for part in parts)]).cumsum(0).tolist()
     return Detections(
         boxes=torch.cat([part.boxes for part in parts]),
@@ -129,7 +129,7 @@ def quantize_frames(frames: Tensor) -> Tensor:
 
 
 def upscale_frames(frames: Tensor, factor: int) -> Tensor:
-    """(N, 3, H, W) uint8 frames enlarged `factor` times on each side, bicubic, rounded and clamped to uint8."""
+    """(N, 3, H, W) uint8 frames, N >= 1, bicubically enlarged `factor` times on each side, rounded to uint8."""
     if factor == 1:
         return frames
     enlarged = F.interpolate(frames.float(), scale_factor=factor, mode="bicubic", align_corners=False)

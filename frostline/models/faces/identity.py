@@ -12,12 +12,13 @@ from .detections import FaceDetector, LargestFaces, quantize_frames
 from .embedders import FaceEmbedder
 
 MissingFace = Literal["exclude", "zero"]
-"""What a generated frame without a face does to the score: it does not count, or it counts as similarity 0."""
+"""What a generated frame without a face does to the score: it does not count, or it counts as cosine 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class IdentityScore:
-    """Identity of B generated videos of T frames with their references. Cosines lie in [-1, 1], rates in [0, 1].
+    """Identity of B generated videos of T frames with their references. Cosines lie in [-1, 1], rates in
+    [0, 1].
 
     Attributes:
         face_score: (B,) the reward, differentiable. 0 with zero gradient where `valid` is False.
@@ -56,8 +57,8 @@ def identity_score(
     """The pooled identity reward: every generated face against every reference face.
 
     With e_i the generated and g_j the reference embeddings of frames that have a face, a frame scores
-    `mean_j cos(e_i, g_j)`, and a video scores the mean over its frames with a face (`exclude`) or over all its
-    frames, one without a face counting 0 (`zero`).
+    `mean_j cos(e_i, g_j)`, and a video scores the mean over its frames with a face (`exclude`) or over all
+    its frames, one without a face counting 0 (`zero`).
 
     Args:
         embeddings: (B, T, D) unit norm, differentiable. Values at frames without a face are ignored.
@@ -66,7 +67,7 @@ def identity_score(
         reference_found: (B, R) bool.
         missing_face: `exclude` or `zero`.
     """
-    # The mean cosine with unit vectors is the dot product with their mean: D numbers instead of R cosines a frame.
+    # The mean cosine with unit vectors is the dot product with their mean.
     reference_count = reference_found.sum(dim=1)
     reference_sum = torch.where(reference_found[..., None], reference, 0).sum(dim=1)
     reference_mean = reference_sum / reference_count.clamp(min=1)[:, None]
@@ -89,8 +90,8 @@ def identity_score(
 class FaceIdentity:
     """Scores videos against references: detect (no gradient), align, embed (gradient to the pixels), compare.
 
-    `detector`, `embedder` and `reference_embedder` are plain attributes: assign engine-backed ones to swap them. An
-    embedder takes faces (N, 3, S, S) RGB in [-1, 1] and returns (N, D) unit-norm embeddings.
+    `detector`, `embedder` and `reference_embedder` are plain attributes: assign engine-backed ones to swap
+    them. An embedder takes faces (N, 3, S, S) RGB in [-1, 1] and returns (N, D) unit-norm embeddings.
 
     Args:
         detector: finds the faces; no gradient flows through it.
@@ -124,7 +125,8 @@ class FaceIdentity:
         return self.detector.detect(pixels, upscale=self.upscale).largest().reshape(B, T)
 
     def embed(self, frames: Tensor, faces: LargestFaces) -> Tensor:
-        """(B, T, D) unit-norm embeddings of one face a frame, differentiable to the (B, T, 3, H, W) frames in [0, 1].
+        """(B, T, D) unit-norm embeddings of one face a frame, differentiable to the (B, T, 3, H, W) frames
+        in [0, 1].
 
         Frames without a face are embedded too (aligned by their stand-in landmarks), so that the graph always
         reaches the frames; `identity_score` gives them zero gradient.
@@ -145,9 +147,7 @@ class FaceIdentity:
         """Identity of generated (B, T, 3, H, W) frames in [0, 1] with what `references` returned."""
         faces = self.detect(frames)
         embeddings = self.embed(frames, faces)
-        return identity_score(
-            embeddings, faces.found, references.embeddings, references.found, self.missing_face
-        )
+        return identity_score(embeddings, faces.found, references.embeddings, references.found, self.missing_face)
 
     def _embed(self, embedder: Callable[[Tensor], Tensor], frames: Tensor, faces: LargestFaces) -> Tensor:
         B, T = frames.shape[:2]

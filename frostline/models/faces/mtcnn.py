@@ -1,10 +1,12 @@
 """MTCNN face detection over whole batches of frames, equal to facenet-pytorch's `MTCNN.detect` on each frame.
 
-Method: Zhang et al. 2016, "Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks".
-P-Net proposes boxes on an image pyramid, R-Net rejects and refines them, O-Net decides and places five landmarks.
-facenet-pytorch supplies networks and weights, and its arithmetic is followed operation by operation; what differs is
-the batching: P-Net sees all frames of one scale at once, R-Net and O-Net the candidates of all frames, and the crops
-of all candidates are cut in one gather. The networks are injected, so that engines can serve them.
+Method: Zhang et al. 2016, "Joint Face Detection and Alignment Using Multi-task Cascaded Convolutional Networks".
+
+P-Net proposes boxes on an image pyramid, R-Net rejects and refines them, O-Net decides and places five
+landmarks. facenet-pytorch supplies networks and weights, and its arithmetic is followed operation by
+operation; what differs is the batching: P-Net sees all frames of one scale at once, R-Net and O-Net the
+candidates of all frames, and the crops of all candidates are cut in one gather. The networks are injected,
+so that engines can serve them.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +33,7 @@ MTCNN_OUTPUTS: Mapping[str, tuple[str, ...]] = {
 """Output names of each network, in the order in which its module returns them."""
 
 MTCNN_INPUT_SIZES: Mapping[str, int | None] = {"pnet": None, "rnet": 24, "onet": 48}
-"""Side in pixels of each network's square input; P-Net is fully convolutional and takes any size from 12 up."""
+"""Side in pixels of each network's square input; P-Net is fully convolutional: any size from 12 up."""
 
 _PNET_CELL = 12  # pixels that one P-Net output looks at ...
 _PNET_STRIDE = 2  # ... and the distance between two outputs
@@ -42,8 +44,8 @@ _PIXELS_AT_ONCE = 16_000_000  # frame pixels searched at once: bounds the pyrami
 class MTCNNNetwork(nn.Module):
     """One of facenet-pytorch's networks with the signature that engines have.
 
-    `forward(images)` takes (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128` and returns, in the order
-    of `output_names`:
+    `forward(images)` takes (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128` and returns, in
+    the order of `output_names`:
 
     - pnet: regression (N, 4, h, w), probability (N, h, w)
     - rnet: regression (N, 4), probability (N,)
@@ -63,14 +65,16 @@ class MTCNNNetwork(nn.Module):
 
 
 def load_mtcnn_networks() -> dict[str, nn.Module]:
-    """The frozen networks `pnet`, `rnet` and `onet` with the weights that the facenet-pytorch wheel carries."""
+    """The frozen networks `pnet`, `rnet` and `onet` with the weights in the facenet-pytorch wheel."""
     from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 
     networks = {"pnet": PNet(), "rnet": RNet(), "onet": ONet()}
     for network in networks.values():
-        network.eval().requires_grad_(False)
         network.to(memory_format=torch.channels_last)  # pooling is 2–4× faster so on CPUs
-    return {name: MTCNNNetwork(network, MTCNN_OUTPUTS[name]) for name, network in networks.items()}
+    return {
+        name: MTCNNNetwork(network, MTCNN_OUTPUTS[name]).eval().requires_grad_(False)
+        for name, network in networks.items()
+    }
 
 
 def as_network(module: nn.Module, output_names: tuple[str, ...]) -> Network:
@@ -115,16 +119,17 @@ class BatchedMTCNN:
 
         Args:
             frames: (N, 3, H, W) uint8 RGB.
-            upscale: search the frames enlarged this many times (bicubic). MTCNN finds faces of 20 px, but is sure of
-                those above 40: frames of 64–96 px need 2.
+            upscale: search the frames enlarged this many times (bicubic). MTCNN finds faces of 20 px, but
+                is sure of those above 40: frames of 64–96 px need 2.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
             raise DataError(f"face detection takes (N, 3, H, W) uint8 frames, not {tuple(frames.shape)} {frames.dtype}")
         height, width = frames.shape[-2:]
         if len(frames) == 0 or not self._scales(height * upscale, width * upscale):
             return no_detections(len(frames), (height, width), frames.device)
-        run = max(1, _PIXELS_AT_ONCE // (height * width * upscale**2))
-        parts = [self._detect(upscale_frames(part, upscale)) for part in frames.split(run)]
+        run_length = max(1, _PIXELS_AT_ONCE // (height * width * upscale**2))
+        with torch.autocast(frames.device.type, enabled=False):
+            parts = [self._detect(upscale_frames(part, upscale)) for part in frames.split(run_length)]
         return join_detections(parts).divided(upscale)
 
     def _detect(self, frames: Tensor) -> Detections:
@@ -151,9 +156,7 @@ class BatchedMTCNN:
     def _propose(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Square candidate boxes (K, 4) and their frames (K,) from P-Net on every scale."""
         pixels = frames.float()
-        proposals = [
-            self._propose_at(pixels, scale, len(frames)) for scale in self._scales(*frames.shape[-2:])
-        ]
+        proposals = [self._propose_at(pixels, scale, len(frames)) for scale in self._scales(*frames.shape[-2:])]
         boxes, scores, regression, frame_index = map(torch.cat, zip(*proposals, strict=True))
         keep = _nms_per_frame(boxes, scores, frame_index, 0.7, len(frames))
         boxes, regression = boxes[keep], regression[keep]
@@ -161,7 +164,7 @@ class BatchedMTCNN:
         return _squared(boxes + regression * size), frame_index[keep]
 
     def _propose_at(self, pixels: Tensor, scale: float, num_frames: int) -> tuple[Tensor, ...]:
-        """Boxes (K, 4), scores (K,), regression (K, 4) and frames (K,) of one scale of (N, 3, H, W) float pixels."""
+        """Boxes (K, 4), scores (K,), regression (K, 4) and frames (K,) of one scale of (N, 3, H, W) pixels."""
         height, width = pixels.shape[-2:]
         resized = F.interpolate(pixels, (int(height * scale + 1), int(width * scale + 1)), mode="area")
         outputs = self.networks["pnet"](images=_normalized(resized))
@@ -179,9 +182,7 @@ class BatchedMTCNN:
         """The candidates that R-Net accepts, moved by its regression and squared."""
         regression, scores = self._classify("rnet", integral, boxes, frame_index)
         accepted = scores > self.thresholds[1]
-        boxes, scores, regression, frame_index = (
-            part[accepted] for part in (boxes, scores, regression, frame_index)
-        )
+        boxes, scores, regression, frame_index = (part[accepted] for part in (boxes, scores, regression, frame_index))
         keep = _nms_per_frame(boxes, scores, frame_index, 0.7, integral.num_frames)
         return _squared(_moved(boxes[keep], regression[keep])), frame_index[keep]
 
@@ -211,27 +212,25 @@ class BatchedMTCNN:
             frame_size=integral.frame_size,
         )
 
-    def _classify(
-        self, name: str, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Outputs of R-Net or O-Net, in the order of `MTCNN_OUTPUTS`, on the candidates' crops, a part at a time."""
+    def _classify(self, name: str, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of R-Net or O-Net on the crops of the candidates, in the order of `MTCNN_OUTPUTS`."""
         size = MTCNN_INPUT_SIZES[name]
         assert size is not None
         names = MTCNN_OUTPUTS[name]
         parts = []
-        for part_boxes, part_frames in zip(
-            boxes.split(_NETWORK_BATCH), frame_index.split(_NETWORK_BATCH), strict=True
-        ):
+        for part_boxes, part_frames in zip(boxes.split(_NETWORK_BATCH), frame_index.split(_NETWORK_BATCH), strict=True):
             outputs = self.networks[name](images=_normalized(_crops(integral, part_boxes, part_frames, size)))
             parts.append([outputs[key] for key in names])
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 class IntegralImage(NamedTuple):
-    """Sums of frame pixels: any rectangle of any frame sums up from four entries, exactly, as pixels are integers.
+    """Sums of frame pixels: any rectangle of any frame sums up from four entries, exactly, as pixels are
+    integers.
 
     Attributes:
-        sums: (3, N * (H + 1) * (W + 1)) int32 or int64; entry (c, n, y, x) sums the pixels above y and left of x.
+        sums: (3, N * (H + 1) * (W + 1)) int32 or int64; entry (c, n, y, x) sums the pixels above y and left
+            of x.
         num_frames: N.
         frame_size: (H, W).
     """
@@ -250,7 +249,7 @@ def _integral_image(frames: Tensor) -> IntegralImage:
 
 
 def _pixel_ranges(integral: IntegralImage, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixel ranges [left, right) and [top, bottom) (K,) int64 of the boxes, cut at the frame, as facenet rounds them."""
+    """(K,) int64 left, top (first pixel), right, bottom (first pixel beyond) inside the frame, as facenet rounds."""
     height, width = integral.frame_size
     left, top, right, bottom = boxes.trunc().long().unbind(1)
     return left.clamp(min=1) - 1, top.clamp(min=1) - 1, right.clamp(max=width), bottom.clamp(max=height)
@@ -264,9 +263,11 @@ def _inside(integral: IntegralImage, boxes: Tensor, frame_index: Tensor) -> tupl
 
 
 def _crops(integral: IntegralImage, boxes: Tensor, frame_index: Tensor, size: int) -> Tensor:
-    """(K, 3, size, size) float32 crops of the boxes, equal to `F.interpolate(crop, size, mode="area")` on each.
+    """(K, 3, size, size) float32 crops of the boxes, equal to `F.interpolate(crop, size, mode="area")` on
+    each.
 
-    Area interpolation averages the pixels [floor(i * length / size), ceil((i + 1) * length / size)) of each axis.
+    Area interpolation averages the pixels [floor(i * length / size), ceil((i + 1) * length / size)) of each
+    axis.
     """
     left, top, right, bottom = _pixel_ranges(integral, boxes)
     cell = torch.arange(size, device=boxes.device)
@@ -314,13 +315,11 @@ def _rows_per_frame(frame_index: Tensor, num_frames: int) -> tuple[Tensor, ...]:
     return order.split(torch.bincount(frame_index, minlength=num_frames).tolist())
 
 
-def _nms_per_frame(
-    boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold: float, num_frames: int
-) -> Tensor:
+def _nms_per_frame(boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold: float, num_frames: int) -> Tensor:
     """Indices that survive non-maximum suppression, by frame and then by descending score.
 
-    Each frame by itself: `batched_nms` shifts the boxes of each frame apart, which rounds them, and a frame would
-    depend on its place in the batch.
+    Each frame by itself: `batched_nms` shifts the boxes of each frame apart, which rounds them, and a frame
+    would depend on its place in the batch.
     """
     kept = [rows[nms(boxes[rows], scores[rows], threshold)] for rows in _rows_per_frame(frame_index, num_frames)]
     return torch.cat(kept)
@@ -329,7 +328,7 @@ def _nms_per_frame(
 def _final_nms_per_frame(
     boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold: float, num_frames: int
 ) -> Tensor:
-    """Indices of the final faces, by frame and then by descending area; overlap is measured by the smaller box."""
+    """Indices of the final faces, by frame and then by descending area; overlap is a share of the smaller box."""
     kept = [
         rows[_nms_over_smaller_box(boxes[rows], scores[rows], threshold)]
         for rows in _rows_per_frame(frame_index, num_frames)
@@ -343,7 +342,8 @@ def _final_nms_per_frame(
 def _nms_over_smaller_box(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Greedy suppression of boxes whose intersection exceeds a share of the smaller of the two.
 
-    A handful of boxes: on the CPU and in numpy, whose sort decides between equal scores as it does in facenet.
+    A handful of boxes: on the CPU and in numpy, whose sort decides between equal scores as it does in
+    facenet.
     """
     corners = boxes.cpu().numpy()
     area = (corners[:, 2] - corners[:, 0] + 1) * (corners[:, 3] - corners[:, 1] + 1)

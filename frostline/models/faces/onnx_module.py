@@ -1,18 +1,20 @@
 """A small ONNX interpreter in torch operations: frozen weights, differentiable to its input.
 
-It covers the operations of face embedders in the ArcFace format (SFace, iresnet, MobileFaceNet). Everything that
-depends on constants alone, quantised weights included, is computed once at load.
+It covers the operations of face embedders in the ArcFace format (SFace, iresnet, MobileFaceNet). Everything
+that depends on constants alone, quantised weights included, is computed once at load.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
@@ -22,7 +24,7 @@ from .onnx_ops import OPERATIONS, Argument
 
 @dataclass(frozen=True)
 class _Step:
-    """One node: which operation, on which values, with which attributes, and which values nobody reads after it."""
+    """One node: an operation, the values it reads and gives, and the values that nobody reads after it."""
 
     name: str
     op: str
@@ -35,9 +37,9 @@ class _Step:
 class OnnxModule(nn.Module):
     """An ONNX graph with one input and one output as a frozen PyTorch module.
 
-    Weights become float32 buffers, batch normalisation is folded into the convolution or matrix product before it,
-    and the batch dimension is free whatever batch the file was exported with. Graph inputs that nothing reads, or
-    that merely name weights, are ignored.
+    Weights become float32 buffers, batch normalisation is folded into the convolution or matrix product
+    before it, and the batch dimension is free whatever batch the file was exported with. Graph inputs that
+    nothing reads, or that merely name weights, are ignored.
 
     Args:
         path: the .onnx file. Its external data, if any, must lie in the same folder.
@@ -72,9 +74,12 @@ class OnnxModule(nn.Module):
             value = constants[name]
             if value.is_floating_point():
                 self._buffer_names[name] = f"weight_{len(self._buffer_names)}"
-                self.register_buffer(self._buffer_names[name], value.contiguous())
+                # Convolutions run channels last where their weights are, which is faster backward on CPUs.
+                layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+                self.register_buffer(self._buffer_names[name], value.contiguous(memory_format=layout))
             else:
                 self._arguments[name] = value.tolist()
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """The graph's output for its input `x`, float32, batch first."""
@@ -90,7 +95,7 @@ class OnnxModule(nn.Module):
         return result
 
     def _fold_constants(self, steps: list[_Step], constants: dict[str, Tensor]) -> list[_Step]:
-        """Check every step, compute those that read only constants into `constants`, and return the others."""
+        """Check all steps, compute those that read only constants into `constants`, return the others."""
         remaining = []
         for step in steps:
             operation = OPERATIONS.get(step.op)
@@ -104,7 +109,7 @@ class OnnxModule(nn.Module):
             if not all(name in constants or name == "" for name in step.inputs):
                 remaining.append(step)
                 continue
-            arguments = [_argument(constants[name]) if name else None for name in step.inputs]
+            arguments = [constants[name] if name else None for name in step.inputs]
             try:
                 constants[step.output] = operation(*arguments, **step.attributes)
             except (RuntimeError, ValueError, TypeError) as error:
@@ -130,17 +135,31 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     except Exception as error:  # protobuf raises its own kinds
         raise ConfigError(f"{path} is not an ONNX model: {error}") from error
     folder = path.parent.resolve()
-    for tensor in model.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        target = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or folder not in target.parents:
-            raise ConfigError(f"{path} keeps the weight {tensor.name} outside its folder: {location!r}")
-        if not target.is_file():
-            raise ConfigError(f"{path} lacks its external data: {target}")
-    onnx.load_external_data_for_model(model, str(folder))
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _load_external(tensor, path, folder)
     return model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All tensors that this module may read from a graph."""
+    yield from graph.initializer
+    for node in graph.node:
+        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
+
+
+def _load_external(tensor: onnx.TensorProto, path: Path, folder: Path) -> None:
+    """Bring one tensor's data in from its file, which must lie in `folder` once all links are followed."""
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    target = (folder / location).resolve()
+    if not location or Path(location).is_absolute() or folder not in target.parents:
+        raise ConfigError(f"{path} keeps the weight {tensor.name} outside its folder: {location!r}")
+    try:
+        load_external_data_for_tensor(tensor, str(folder))
+    except Exception as error:  # onnx raises its own kinds
+        raise ConfigError(f"{path} cannot read its external data {location!r}: {error}") from error
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    del tensor.external_data[:]
 
 
 def _steps(graph: onnx.GraphProto) -> list[_Step]:
@@ -151,31 +170,32 @@ def _steps(graph: onnx.GraphProto) -> list[_Step]:
             op=node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}",
             inputs=tuple(node.input),
             output=node.output[0],
-            attributes={a.name: _attribute(helper.get_attribute_value(a)) for a in node.attribute},
+            attributes=_attributes(node),
         )
         for node in graph.node
     ]
 
 
-def _attribute(value: Any) -> Any:
-    if isinstance(value, onnx.TensorProto):
-        return _to_torch(numpy_helper.to_array(value))
-    return value.decode() if isinstance(value, bytes) else value
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes as python values and tensors, less those that say what is the case anyway."""
+    attributes = {}
+    for attribute in node.attribute:
+        value = helper.get_attribute_value(attribute)
+        if isinstance(value, onnx.TensorProto):
+            value = _to_torch(numpy_helper.to_array(value))
+        if attribute.name != "auto_pad" or value not in (b"NOTSET", b"VALID"):
+            attributes[attribute.name] = value
+    return attributes
 
 
-def _to_torch(array: Any) -> Tensor:
-    """A tensor of its own memory; every float type becomes float32."""
-    tensor = torch.from_numpy(array.copy())
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _argument(constant: Tensor) -> Argument:
-    """How an operation wants a constant: 64-bit integers are shapes and axes, everything else is data."""
-    return constant.tolist() if constant.dtype == torch.int64 else constant
+def _to_torch(array: np.ndarray) -> Tensor:
+    """A tensor of its own memory; every float type becomes float32, as do types that numpy does not know."""
+    known = array.dtype.kind in "biu"
+    return torch.from_numpy(array.copy() if known else array.astype(np.float32))
 
 
 def _free_batch(steps: list[_Step], constants: dict[str, Tensor]) -> None:
-    """Let activations keep their batch: a leading 1 in a Reshape is the batch that the file was exported with."""
+    """Let activations keep their batch: a leading 1 in a Reshape is the batch the file was exported with."""
     for step in steps:
         shape = constants.get(step.inputs[1]) if step.op == "Reshape" else None
         if shape is not None and shape.numel() > 1 and shape[0] == 1:
@@ -183,7 +203,7 @@ def _free_batch(steps: list[_Step], constants: dict[str, Tensor]) -> None:
 
 
 def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], output: str) -> list[_Step]:
-    """Fold each BatchNormalization into the Conv or Gemm before it, where nothing else reads that one's result."""
+    """Fold each BatchNormalization into the Conv or Gemm before it, where nothing else reads its result."""
     readers: dict[str, int] = {output: 1}
     for step in steps:
         for name in step.inputs:
@@ -213,19 +233,19 @@ def _foldable(step: _Step, constants: Mapping[str, Tensor]) -> bool:
 
 
 def _scaled_weights(step: _Step, norm: _Step, constants: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a Conv or Gemm with the batch normalisation after it folded in, computed in float64."""
+    """Weight and bias of a Conv or Gemm with the normalisation after it folded in, computed in float64."""
     gamma, beta, mean, variance = (constants[name].double() for name in norm.inputs[1:5])
     scale = gamma / torch.sqrt(variance + norm.attributes.get("epsilon", 1e-5))
     weight = constants[step.inputs[1]].double()
-    has_bias = len(step.inputs) > 2 and step.inputs[2]
-    bias = constants[step.inputs[2]].double() if has_bias else torch.zeros_like(mean)
+    bias_name = "".join(step.inputs[2:])
+    bias = constants[bias_name].double() if bias_name else torch.zeros_like(mean)
     channels_last = step.op == "Gemm" and not step.attributes.get("transB", 0)
     shape = (1, -1) if channels_last else (-1, *[1] * (weight.ndim - 1))
     return (weight * scale.reshape(shape)).float(), ((bias - mean) * scale + beta).float()
 
 
 def _with_releases(steps: list[_Step], output: str) -> list[_Step]:
-    """The steps, each knowing which earlier results it is the last to read, so that memory is freed on the way."""
+    """The steps, each with the results that it is the last to read, so that memory is freed on the way."""
     seen = {output}
     results = {step.output for step in steps}
     reversed_steps = []

@@ -1,7 +1,8 @@
 """ONNX operations as torch functions: positional arguments are the node's inputs, keywords its attributes.
 
-Signatures follow the ONNX operator specification (https://onnx.ai/onnx/operators), opsets 7 to 21; an attribute that
-is not in a signature is not supported. 64-bit integer inputs (shapes, axes) come as python lists.
+Signatures follow the ONNX operator specification (https://onnx.ai/onnx/operators), opsets 7 to 21; what is
+not in a signature is not supported. Several operations read as an input since some opset what was an
+attribute before: one parameter takes both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,25 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Argument = Tensor | list[int] | int | None
-"""What a node reads: a value, a list of integers or one (shapes, axes), or nothing for an omitted input."""
+"""What a node reads: a value, python integers (shapes, axes), or nothing for an omitted input."""
+
+Integers = Tensor | Sequence[int]
+"""A shape or axes: a tensor while constants are folded, python integers at run time."""
 
 
-def constant(*, value: Tensor) -> Tensor:
-    return value
+def constant(
+    *,
+    value: Tensor | None = None,
+    value_float: float | None = None,
+    value_floats: Sequence[float] | None = None,
+    value_int: int | None = None,
+    value_ints: Sequence[int] | None = None,
+) -> Tensor:
+    if value is not None:
+        return value
+    number = next(v for v in (value_float, value_floats, value_int, value_ints) if v is not None)
+    return torch.tensor(number)
 
 
 def identity(x: Tensor) -> Tensor:
     return x
 
 
-def dropout(
-    x: Tensor,
-    ratio: Tensor | None = None,
-    training_mode: Tensor | None = None,
-    *,
-    ratio_attribute: float = 0.5,
-    seed: int = 0,
-) -> Tensor:
+def dropout(x: Tensor, ratio: Tensor | float = 0.5, training_mode: Tensor | None = None, *, seed: int = 0) -> Tensor:
     """Frozen networks do not drop."""
     return x
 
@@ -58,14 +65,12 @@ def conv(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    auto_pad: str = "NOTSET",
     dilations: Sequence[int] | None = None,
     group: int = 1,
     kernel_shape: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    _refuse_auto_pad(auto_pad)
     x, padding = _split_padding(x, pads, 0.0)
     return F.conv2d(x, weight, bias, tuple(strides or (1, 1)), padding, tuple(dilations or (1, 1)), group)
 
@@ -79,16 +84,19 @@ def batch_normalization(
     *,
     epsilon: float = 1e-5,
     momentum: float = 0.9,
-    spatial: int = 1,
+    training_mode: int = 0,
 ) -> Tensor:
+    """With the running statistics, as in inference."""
     return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     per_channel = slope.ndim == x.ndim - 1 and slope.numel() == slope.shape[0]
-    if slope.numel() == 1 or per_channel:
-        return F.prelu(x, slope.flatten())
-    return torch.where(x < 0, slope * x, x)
+    if x.requires_grad or not (per_channel or slope.numel() == 1):
+        # The backward of F.prelu also computes the gradient of the slope, which is frozen here, and takes twice as
+        # long as this one.
+        return torch.lerp(F.relu(x), x, slope)
+    return F.prelu(x, slope.flatten())
 
 
 def gemm(
@@ -98,8 +106,8 @@ def gemm(
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
-    transA: int = 0,
-    transB: int = 0,
+    transA: int = 0,  # noqa: N803
+    transB: int = 0,  # noqa: N803
 ) -> Tensor:
     product = (a.mT if transA else a) @ (b.mT if transB else b)
     if alpha != 1.0:
@@ -113,22 +121,21 @@ def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
     return x.flatten(axis) if axis == 1 else x.reshape(x.shape[:axis].numel(), -1)
 
 
-def reshape(x: Tensor, shape: list[int], *, allowzero: int = 0) -> Tensor:
-    return x.reshape([x.shape[i] if size == 0 and not allowzero else size for i, size in enumerate(shape)])
+def reshape(x: Tensor, shape: Integers, *, allowzero: int = 0) -> Tensor:
+    sizes = enumerate(_integers(shape))
+    return x.reshape([x.shape[i] if size == 0 and not allowzero else size for i, size in sizes])
 
 
 def max_pool(
     x: Tensor,
     *,
     kernel_shape: Sequence[int],
-    auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
     storage_order: int = 0,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    _refuse_auto_pad(auto_pad)
     x, padding = _split_padding(x, pads, -torch.inf)
     return F.max_pool2d(
         x,
@@ -144,13 +151,11 @@ def average_pool(
     x: Tensor,
     *,
     kernel_shape: Sequence[int],
-    auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
     count_include_pad: int = 0,
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    _refuse_auto_pad(auto_pad)
     x, padding = _split_padding(x, pads, 0.0)
     return F.avg_pool2d(
         x,
@@ -166,26 +171,14 @@ def global_average_pool(x: Tensor) -> Tensor:
     return x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)
 
 
-def reduce_mean(
-    x: Tensor, axes_input: list[int] | None = None, *, axes: Sequence[int] | None = None, keepdims: int = 1
-) -> Tensor:
-    chosen = axes if axes_input is None else axes_input
-    return x.mean(dim=None if chosen is None else tuple(chosen), keepdim=bool(keepdims))
+def reduce_mean(x: Tensor, axes: Integers | None = None, *, keepdims: int = 1) -> Tensor:
+    return x.mean(dim=None if axes is None else _integers(axes), keepdim=bool(keepdims))
 
 
-def clip(
-    x: Tensor,
-    low: Tensor | None = None,
-    high: Tensor | None = None,
-    *,
-    min: float | None = None,
-    max: float | None = None,
-) -> Tensor:
-    """Limits are inputs since opset 11 and were attributes before."""
-    lower, upper = (min if low is None else low), (max if high is None else high)
-    if lower is not None:
-        x = torch.clamp(x, min=lower)
-    return x if upper is None else torch.clamp(x, max=upper)
+def clip(x: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
+    if min is not None:
+        x = torch.clamp(x, min=min)
+    return x if max is None else torch.clamp(x, max=max)
 
 
 def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
@@ -204,15 +197,13 @@ def concat(*parts: Tensor, axis: int) -> Tensor:
     return torch.cat(parts, dim=axis)
 
 
-def squeeze(x: Tensor, axes_input: list[int] | None = None, *, axes: Sequence[int] | None = None) -> Tensor:
-    chosen = axes if axes_input is None else axes_input
-    return x.squeeze() if chosen is None else x.squeeze(tuple(chosen))
+def squeeze(x: Tensor, axes: Integers | None = None) -> Tensor:
+    return x.squeeze() if axes is None else x.squeeze(_integers(axes))
 
 
-def unsqueeze(x: Tensor, axes_input: list[int] | None = None, *, axes: Sequence[int] = ()) -> Tensor:
-    chosen = axes if axes_input is None else axes_input
-    rank = x.ndim + len(chosen)
-    for axis in sorted(axis % rank for axis in chosen):
+def unsqueeze(x: Tensor, axes: Integers) -> Tensor:
+    rank = x.ndim + len(axes)
+    for axis in sorted(axis % rank for axis in _integers(axes)):
         x = x.unsqueeze(axis)
     return x
 
@@ -250,13 +241,12 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
 """ONNX operation to torch function."""
 
 
-def _refuse_auto_pad(auto_pad: str) -> None:
-    if auto_pad not in ("NOTSET", "VALID"):
-        raise ValueError(f"auto_pad={auto_pad} is not supported")
+def _integers(values: Integers) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else list(values)
 
 
 def _split_padding(x: Tensor, pads: Sequence[int] | None, value: float) -> tuple[Tensor, tuple[int, int]]:
-    """ONNX padding [top, left, bottom, right]: torch's own where it is symmetric, else applied to `x` beforehand."""
+    """ONNX padding [top, left, bottom, right] as torch's own where it is symmetric, else applied to `x`."""
     top, left, bottom, right = pads or (0, 0, 0, 0)
     if (top, left) == (bottom, right):
         return x, (top, left)

@@ -1,0 +1,29 @@
+"""The stages that can be exported. Each is one module with one function, `build`, and one line below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from frostline.runtime.stage import Stage
+
+from . import denoiser, face_detector, face_embedder, image_encoder, text_encoder, vae_encoder
+from .inputs import FaceModels, StageInputs
+
+_BUILDERS: tuple[Callable[[StageInputs], Stage | None], ...] = (
+    text_encoder.build,
+    image_encoder.build,
+    vae_encoder.build,
+    denoiser.build,
+    denoiser.build_high_noise,
+    face_detector.build,
+    face_embedder.build,
+)
+
+
+def build_stages(inputs: StageInputs) -> dict[str, Stage]:
+    """All stages that the model has, by name."""
+    stages = [stage for build in _BUILDERS if (stage := build(inputs)) is not None]
+    return {stage.name: stage for stage in stages}
+
+
+__all__ = ["FaceModels", "StageInputs", "build_stages"]

@@ -1,0 +1,131 @@
+"""`denoiser` and `denoiser_high_noise`: noisy latents to velocity, the LoRA alive.
+
+The adapter matrices and their scale are inputs of the graph, bound to the trainer's own memory: after an optimizer
+step the engine is on-policy with nothing to rebuild, and with scale 0 the same engine is the KL reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from frostline.export.shapes import SPATIAL_MULTIPLE
+from frostline.models.denoiser import Denoiser
+from frostline.models.lora import adapters_off, live_scale, lora_parameters, lora_scale
+from frostline.runtime.stage import Dimension, Network, Stage, TensorSpec
+
+from .inputs import FP32_DEEP, StageInputs
+
+_CLIP_FEATURE = (257, 1280)
+
+
+class LiveLoraDenoiser(nn.Module):
+    """`Denoiser.forward` for tracing.
+
+    The positional inputs are `latents, timestep, context`, then those of `conditions` that the model takes, then
+    `lora_scale` (0-dim, `alpha / rank`, or 0 for the KL reference), then the adapter matrices. The last two are
+    missing where the denoiser has no adapter.
+    """
+
+    def __init__(self, denoiser: Denoiser, conditions: tuple[str, ...]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.conditions = conditions
+        self.adapter_names = [f"model.{name}" for name in lora_parameters(denoiser.model)]
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, *others: Tensor) -> Tensor:
+        """Predict the velocity, (B, C, F, H, W)."""
+        conditions = dict(zip(self.conditions, others, strict=False))
+        inputs = (latents, timestep, context)
+        if not self.adapter_names:
+            return self.denoiser(*inputs, **conditions)
+        scale, *adapter = others[len(self.conditions) :]
+        tensors = dict(zip(self.adapter_names, adapter, strict=True))
+        with live_scale(self.denoiser.model, scale):
+            return torch.func.functional_call(self.denoiser, tensors, inputs, conditions)
+
+
+def build(inputs: StageInputs) -> Stage:
+    """The denoiser, or the low-noise expert of two."""
+    return _build("denoiser", inputs.denoiser, inputs)
+
+
+def build_high_noise(inputs: StageInputs) -> Stage | None:
+    """The high-noise expert, for models that have one."""
+    expert = inputs.denoiser_high_noise
+    return None if expert is None else _build("denoiser_high_noise", expert, inputs)
+
+
+def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
+    network = _network(name, denoiser, inputs)
+
+    def in_torch(*, lora_scale: Tensor | None = None, **tensors: Tensor) -> dict[str, Tensor]:
+        # The scale is on the CPU, so that looking at it makes no GPU wait.
+        if lora_scale is not None and lora_scale.item() == 0:
+            with adapters_off(denoiser.model):
+                return {"velocity": denoiser(**tensors)}
+        return {"velocity": denoiser(**tensors)}
+
+    return Stage(
+        name=name,
+        model=inputs.components.name,
+        networks=(network,),
+        torch=in_torch,
+        assemble=lambda runners: runners[name],
+        sample=lambda: network.samples("opt"),
+        tolerance=FP32_DEEP,
+    )
+
+
+def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
+    shapes, components, dtype = inputs.shapes, inputs.components, inputs.dtype
+    batch, grid = shapes.dimension("batch"), _latent_grid(inputs)
+    channels = components.vae.model.z_dim
+    conditions = []
+    if components.takes_image_latents:
+        conditions.append(TensorSpec("y", (batch, denoiser.model.in_dim - channels, *grid), dtype))
+    if components.takes_clip_feature:
+        conditions.append(TensorSpec("clip_feature", (batch, *_CLIP_FEATURE), dtype))
+    context = (batch, components.tokenizer.seq_len, components.text_encoder.dim)
+    adapter = lora_parameters(denoiser.model)
+    adapter_specs = tuple(_adapter_spec(name, matrix, shapes.dimension("rank")) for name, matrix in adapter.items())
+    return Network(
+        name,
+        LiveLoraDenoiser(denoiser, tuple(condition.name for condition in conditions)).eval(),
+        (
+            TensorSpec("latents", (batch, channels, *grid), dtype),
+            TensorSpec("timestep", (batch,), torch.float32, _random_timesteps),
+            TensorSpec("context", context, dtype),
+            *conditions,
+            *([_scale_spec(denoiser)] if adapter else []),
+        ),
+        ("velocity",),
+        live=dict(zip((spec.name for spec in adapter_specs), adapter.values(), strict=True)),
+        live_specs=adapter_specs,
+    )
+
+
+def _latent_grid(inputs: StageInputs) -> tuple[Dimension, Dimension, Dimension]:
+    per_block = SPATIAL_MULTIPLE // inputs.components.spatial_stride
+    shapes = inputs.shapes
+    return (
+        shapes.dimension("latent_frames"),
+        shapes.pixels("height", per_block),
+        shapes.pixels("width", per_block),
+    )
+
+
+def _random_timesteps(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return 1000 * torch.rand(shape, generator=generator)
+
+
+def _scale_spec(denoiser: Denoiser) -> TensorSpec:
+    scale = lora_scale(denoiser.model)
+    return TensorSpec("lora_scale", (), fill=lambda shape, generator: torch.full(shape, scale))
+
+
+def _adapter_spec(parameter_name: str, matrix: Tensor, rank: Dimension) -> TensorSpec:
+    """The graph input of one adapter matrix: A is (rank, in), B is (out, rank)."""
+    name = "lora." + parameter_name.replace(".default.weight", "")
+    shape = (rank, matrix.shape[1]) if ".lora_A." in parameter_name else (matrix.shape[0], rank)
+    return TensorSpec(name, shape, matrix.dtype)

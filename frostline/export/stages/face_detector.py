@@ -1,0 +1,54 @@
+"""`face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the three networks of MTCNN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from frostline.models.faces.detections import quantize_frames
+from frostline.models.faces.mtcnn import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, BatchedMTCNN, as_network
+from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
+
+from .inputs import FP32, StageInputs
+
+
+def build(inputs: StageInputs) -> Stage:
+    """The stage; its outputs are the tensors of `Detections`."""
+    modules = inputs.faces.detector_networks
+
+    def assemble(runners: Mapping[str, Runner]) -> Runner:
+        detector = BatchedMTCNN(runners, **inputs.faces.detector_settings)
+
+        def detect(**tensors: Tensor) -> dict[str, Tensor]:
+            found = detector.detect(tensors["frames"])
+            return {
+                "boxes": found.boxes,
+                "probabilities": found.probabilities,
+                "landmarks": found.landmarks,
+                "frame_index": found.frame_index,
+            }
+
+        return detect
+
+    def sample() -> dict[str, Tensor]:
+        clips = held_out_clips(2, seed=0)
+        return {"frames": quantize_frames(clips.video.flatten(0, 1)).to(inputs.device)}
+
+    return Stage(
+        name="face_detector",
+        model="mtcnn",
+        networks=tuple(_network(name, inputs) for name in modules),
+        torch=assemble({name: as_network(module, MTCNN_OUTPUTS[name]) for name, module in modules.items()}),
+        assemble=assemble,
+        sample=sample,
+        tolerance=FP32,
+    )
+
+
+def _network(name: str, inputs: StageInputs) -> Network:
+    shapes, side = inputs.shapes, MTCNN_INPUT_SIZES[name]
+    size = (shapes.dimension("face_height"), shapes.dimension("face_width")) if side is None else (side, side)
+    images = TensorSpec("images", (shapes.dimension("faces"), 3, *size))
+    return Network(name, inputs.faces.detector_networks[name], (images,), MTCNN_OUTPUTS[name])

@@ -1,0 +1,16 @@
+"""`face_embedder`: aligned faces (N, 3, S, S) in [-1, 1] to unit-norm embeddings (N, D)."""
+
+from __future__ import annotations
+
+from frostline.runtime.stage import Network, Stage, TensorSpec
+
+from .inputs import FP32_DEEP, StageInputs, single_network_stage
+
+
+def build(inputs: StageInputs) -> Stage:
+    """The frozen use of the embedder: reference faces and scoring."""
+    embedder = inputs.faces.embedder
+    side = embedder.image_size
+    faces = TensorSpec("faces", (inputs.shapes.dimension("faces"), 3, side, side))
+    network = Network("face_embedder", embedder, (faces,), ("embeddings",))
+    return single_network_stage(network, embedder.name, FP32_DEEP)

@@ -1,0 +1,20 @@
+"""`image_encoder`: the first frame (B, 3, H, W) in [-1, 1] to the CLIP feature (B, 257, 1280)."""
+
+from __future__ import annotations
+
+from frostline.models.image import ImageEncoder
+from frostline.runtime.stage import Network, Stage, TensorSpec
+
+from .inputs import FP32_DEEP, StageInputs, single_network_stage
+
+
+def build(inputs: StageInputs) -> Stage | None:
+    """The stage, for models that have an image encoder."""
+    encoder = inputs.components.image_encoder
+    if encoder is None:
+        return None
+    shapes = inputs.shapes
+    shape = (shapes.dimension("batch"), 3, shapes.pixels("height"), shapes.pixels("width"))
+    module = ImageEncoder(encoder).to(inputs.device, inputs.dtype).eval()
+    network = Network("image_encoder", module, (TensorSpec("image", shape, inputs.dtype),), ("clip_feature",))
+    return single_network_stage(network, inputs.components.name, FP32_DEEP)

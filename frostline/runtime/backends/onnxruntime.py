@@ -1,0 +1,135 @@
+"""ONNX Runtime: the engine that runs everywhere.
+
+Inputs and outputs are shared with torch through DLPack, nothing is copied. Live tensors are bound once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from frostline.errors import EngineError
+from frostline.runtime.stage import Network, Runner
+from frostline.runtime.verification import VerifiedEngine
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+SOURCE: Literal["onnx"] = "onnx"
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def unavailable() -> str | None:
+    """Why ONNX Runtime cannot run here, or None."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        return f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu"
+    return None
+
+
+def version() -> str:
+    """The installed version."""
+    import onnxruntime
+
+    return onnxruntime.__version__
+
+
+def build(network: Network, source: Path, folder: Path) -> str:
+    """An ONNX file is an engine already; ONNX Runtime optimises it as it loads."""
+    for path in sorted(source.parent.glob(f"{source.name}*")):
+        path.rename(folder / path.name)
+    return source.name
+
+
+def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
+    """One session for each network."""
+    return {
+        entry.name: OnnxRuntimeRunner(engine.artifact(entry.artifact), networks[entry.name], device)
+        for entry in engine.manifest.networks
+    }
+
+
+class OnnxRuntimeRunner:
+    """Runs one ONNX file.
+
+    Args:
+        path: a verified file.
+        network: names of inputs and outputs, and the live tensors to bind.
+        device: where the tensors are.
+    Raises:
+        EngineError: the file cannot be loaded, or part of the graph would run on another provider than asked for.
+    """
+
+    def __init__(self, path: Path, network: Network, device: torch.device) -> None:
+        self._network = network
+        self._device = device
+        self._session = _open_session(path, device)
+        self._binding = self._session.io_binding()
+        self._bound: dict[str, int] = {}
+        self._bind_live()
+
+    def _bind_live(self) -> None:
+        """Bind the live tensors; their memory stays the same unless somebody assigns `parameter.data`."""
+        for name, tensor in self._network.live.items():
+            if self._bound.get(name) != tensor.data_ptr():
+                self._bind(name, tensor)
+                self._bound[name] = tensor.data_ptr()
+
+    def _bind(self, name: str, tensor: Tensor) -> None:
+        import onnxruntime
+
+        value: Any = onnxruntime.OrtValue.from_dlpack(tensor.detach())
+        if value.data_ptr() != tensor.data_ptr():
+            raise EngineError(f"input {name} was copied on its way into ONNX Runtime")
+        self._binding.bind_ortvalue_input(name, value)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network; every output is freshly allocated and shared with torch."""
+        self._bind_live()
+        kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        for name, tensor in kept.items():
+            self._bind(name, tensor)
+        self._binding.clear_binding_outputs()
+        for name in self._network.outputs:
+            self._binding.bind_output(name, self._device.type, self._device.index or 0)
+        if self._device.type == "cuda":
+            # ONNX Runtime works on a stream of its own.
+            torch.cuda.current_stream(self._device).synchronize()
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed on {self._network.name}: {error}") from error
+        values = self._binding.get_outputs()
+        return {name: torch.from_dlpack(value) for name, value in zip(self._network.outputs, values, strict=True)}
+
+
+def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Spinning threads of two pools (torch's and this one) would fight for the same cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    provider = _PROVIDERS.get(device.type)
+    if provider is None:
+        raise EngineError(f"ONNX Runtime has no provider for {device.type} here")
+    if device.type != "cpu":
+        # Without this, a node that the provider lacks would silently run on the CPU.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0)}
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, arguments)])
+    except Exception as error:
+        raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
+    if session.get_providers()[0] != provider:
+        raise EngineError(f"ONNX Runtime has no {provider} here, only {', '.join(session.get_providers())}")
+    return session

@@ -1,0 +1,42 @@
+"""The plan: which backend serves which frozen stage, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from frostline.runtime.backends import TORCH
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one stage, the reason, and the latencies (ms, by backend) that decided."""
+
+    backend: str
+    reason: str
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class Plan(Mapping[str, Choice]):
+    """Stage name to `Choice`; prints as a table."""
+
+    def __init__(self, choices: Mapping[str, Choice]) -> None:
+        self._choices = dict(choices)
+
+    def __getitem__(self, stage: str) -> Choice:
+        return self._choices[stage]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choices)
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def __str__(self) -> str:
+        rows = [("stage", "backend", "ms", "torch ms", "reason")]
+        for stage, choice in self._choices.items():
+            times = [choice.latency_ms.get(backend) for backend in (choice.backend, TORCH)]
+            rows.append((stage, choice.backend, *("-" if ms is None else f"{ms:.2f}" for ms in times), choice.reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)

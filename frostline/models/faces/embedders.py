@@ -58,8 +58,7 @@ class ArcFaceEmbedder(nn.Module):
         self.name = name or Path(path).stem
         self.image_size = ARCFACE_SIZE
         self.network = OnnxModule(path)
-        first, second = self.network.operations[:2]
-        self.normalizes = first == "Sub" and second in ("Mul", "Div")
+        self.normalizes = self.network.operations[:2] in (("Sub", "Mul"), ("Sub", "Div"))
         self.embedding_dim = self._embedding_dim()
 
     def forward(self, faces: Tensor) -> Tensor:

@@ -119,11 +119,12 @@ class BatchedMTCNN:
 
         Args:
             frames: (N, 3, H, W) uint8 RGB.
-            upscale: search the frames enlarged this many times (bicubic). MTCNN finds faces of 20 px, but
-                is sure of those above 40: frames of 64–96 px need 2.
+            upscale: search the frames enlarged this many times (bicubic), so that smaller faces are found:
+                the frames of 64–96 px that the tests and the embedded tiny model use need 2.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-            raise DataError(f"face detection takes (N, 3, H, W) uint8 frames, not {tuple(frames.shape)} {frames.dtype}")
+            got = f"{tuple(frames.shape)} {frames.dtype}"
+            raise DataError(f"face detection takes (N, 3, H, W) uint8 frames, not {got}")
         height, width = frames.shape[-2:]
         if len(frames) == 0 or not self._scales(height * upscale, width * upscale):
             return no_detections(len(frames), (height, width), frames.device)

@@ -45,7 +45,7 @@ def run_onnxruntime(path: Path, name: str, pixels: Tensor) -> Tensor:
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    embeddings = [session.run(None, {name: face[None].numpy()})[0] for face in pixels]
+    embeddings = [np.asarray(session.run(None, {name: face[None].numpy()})[0]) for face in pixels]
     return F.normalize(torch.from_numpy(np.concatenate(embeddings)), dim=1)
 
 

@@ -54,14 +54,15 @@ def test_equals_plain_loops(sample: dict[str, Tensor], missing_face: MissingFace
     sample["embeddings"].requires_grad_()
     score = identity_score(**sample, missing_face=missing_face)
     for b in range(len(score.valid)):
-        arguments = [sample[k][b].detach() for k in ("embeddings", "found", "reference", "reference_found")]
-        expected, frames, valid = plain_score(*arguments, missing_face)
-        as_zero, _, _ = plain_score(*arguments, "zero")
+        e, found = sample["embeddings"][b].detach(), sample["found"][b]
+        g, g_found = sample["reference"][b], sample["reference_found"][b]
+        expected, frames, valid = plain_score(e, found, g, g_found, missing_face)
+        as_zero, _, _ = plain_score(e, found, g, g_found, "zero")
         assert score.face_score[b].item() == pytest.approx(expected, abs=1e-9)
         assert score.frame_scores[b].tolist() == pytest.approx(frames, abs=1e-9)
         assert score.face_score_missing_zero[b].item() == pytest.approx(as_zero, abs=1e-9)
         assert score.valid[b].item() == valid
-        assert score.detection_rate[b].item() == pytest.approx(arguments[1].double().mean().item())
+        assert score.detection_rate[b].item() == pytest.approx(found.double().mean().item())
     score.face_score.sum().backward()
     gradient = sample["embeddings"].grad
     assert gradient is not None and gradient.isfinite().all()
@@ -124,8 +125,8 @@ def test_a_sample_alone_scores_as_in_a_batch(identity: FaceIdentity, videos: Ten
         torch.testing.assert_close(alone.face_score, together.face_score[b : b + 1], atol=1e-5, rtol=0)
 
 
-def test_missing_face_setting(identity: FaceIdentity, videos: Tensor) -> None:
-    strict = FaceIdentity(identity.detector, identity.reference_embedder, upscale=2, missing_face="zero")
+def test_missing_face_setting(identity: FaceIdentity, sface: SFaceEmbedder, videos: Tensor) -> None:
+    strict = FaceIdentity(identity.detector, sface, upscale=2, missing_face="zero")
     generated = videos[:1].clone()
     generated[0, 1:] = 0
     references = identity.references(videos[:1])

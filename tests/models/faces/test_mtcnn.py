@@ -41,10 +41,11 @@ def facenet() -> MTCNN:
 
 def facenet_detect(facenet: MTCNN, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (K, 4), probabilities (K,) and landmarks (K, 5, 2) of one frame, largest face first."""
-    boxes, probabilities, landmarks = facenet.detect(frame.permute(1, 2, 0).numpy(), landmarks=True)
-    if boxes is None:
+    found = facenet.detect(frame.permute(1, 2, 0).numpy(), landmarks=True)
+    if found[0] is None:
         return torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 5, 2)
-    return tuple(torch.tensor(np.array(x, dtype=np.float32)) for x in (boxes, probabilities, landmarks))
+    boxes, probabilities, landmarks = (torch.tensor(np.array(x, dtype=np.float32)) for x in found)
+    return boxes, probabilities, landmarks
 
 
 def of_frame(detections: Detections, frame: int) -> tuple[Tensor, Tensor, Tensor]:

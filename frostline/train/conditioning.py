@@ -1,0 +1,175 @@
+"""What a sample gives to a training step: all of it frozen, so computed once and cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frostline.models.components import WanComponents
+from frostline.models.faces.identity import FaceIdentity, ReferenceFaces
+from frostline.models.text import tokenize
+from frostline.models.vae import TEMPORAL_STRIDE
+from frostline.runtime.cache import FrozenOutputCache, content_key
+from frostline.runtime.runtime import Runtime
+from frostline.train.batch import Batch, check_batch, fit_to_wan
+
+# Channels of `y` that say which of a latent frame's four video frames are given.
+_MASK_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The frozen inputs of a step for B samples; what `WanTrainingModule.forward_preprocess` returns.
+
+    sample_id: names for logs. keys: content keys of the samples' conditions.
+    latent_shape: (C, F, H/8, W/8) of what is denoised.
+    context: (B, L, text_dim).
+    y: (B, 4 + C, F, H/8, W/8) mask and latents of the first frame, if the model takes them.
+    clip_feature: (B, 257, 1280), if the model takes it.
+    first_frame_latents: (B, C, 1, H/8, W/8), if the model pins them.
+    references: the faces of the reference video.
+    """
+
+    sample_id: tuple[str, ...]
+    keys: tuple[str, ...]
+    latent_shape: tuple[int, int, int, int]
+    context: Tensor
+    y: Tensor | None
+    clip_feature: Tensor | None
+    first_frame_latents: Tensor | None
+    references: ReferenceFaces
+
+    def denoiser_inputs(self) -> dict[str, Tensor]:
+        """What the denoiser takes beside latents and timestep."""
+        inputs = {"context": self.context, "y": self.y, "clip_feature": self.clip_feature}
+        return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+
+class Conditioner:
+    """Computes conditionings through the runtime, one cached entry per sample and condition.
+
+    Args:
+        weights: hash of each frozen stage's weights, part of the cache keys.
+    """
+
+    def __init__(
+        self,
+        components: WanComponents,
+        runtime: Runtime,
+        identity: FaceIdentity,
+        cache: FrozenOutputCache | None,
+    ) -> None:
+        self.components = components
+        self.runtime = runtime
+        self.identity = identity
+        self.cache = cache
+        weight = components.denoiser.patch_embedding.weight
+        self._device, self._dtype = weight.device, weight.dtype
+
+    @torch.no_grad()
+    def __call__(self, data: object) -> Conditioning:
+        """Check and fit `data`, then compute or recall all conditions; see `check_batch` for the contract."""
+        batch = check_batch(data)
+        video, _ = fit_to_wan(batch.video)
+        video = video.to(self._device)
+        batch = Batch(batch.prompt, video, batch.sample_id)
+        first_frame = video[:, 0] * 2 - 1
+        T, H, W = video.shape[1], *video.shape[-2:]
+        stride = self.components.spatial_stride
+        grid = ((T - 1) // TEMPORAL_STRIDE + 1, H // stride, W // stride)
+        image_keys = [content_key(frame=frame, frames=T) for frame in first_frame]
+        video_keys = [content_key(video=sample) for sample in video]
+        context = self._context(batch.prompt)
+        return Conditioning(
+            sample_id=batch.sample_id,
+            keys=tuple(
+                content_key(prompt=prompt, image=image) for prompt, image in zip(batch.prompt, image_keys, strict=True)
+            ),
+            latent_shape=(self.components.vae.model.z_dim, *grid),
+            context=context,
+            y=self._image_latents(first_frame, T, image_keys),
+            clip_feature=self._clip_feature(first_frame, image_keys),
+            first_frame_latents=self._first_frame_latents(first_frame, image_keys),
+            references=self._references(video, video_keys),
+        )
+
+    def cached_rows(
+        self, what: str, stages: Sequence[str], keys: Sequence[str], compute: Callable[[list[int]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Tensors of a batch, row by row from the cache; the rows that are missing are computed in one call.
+
+        Args:
+            what: names the result.
+            stages: whose weights and backends it depends on.
+            keys: content key of each row.
+            compute: from row indices to tensors with one row each.
+        """
+        if self.cache is None:
+            return dict(compute(list(range(len(keys)))))
+        depends = [self.runtime.fingerprint(stage) for stage in stages]
+        full = [content_key(what=what, depends=depends, row=key) for key in keys]
+        rows = [self.cache.get(key, device=self._device) for key in full]
+        # The same sample twice in a batch is computed once.
+        missing = list({full[i]: i for i, row in enumerate(rows) if row is None}.values())
+        if missing:
+            computed = compute(missing)
+            fresh = {full[i]: {name: t[n].clone() for name, t in computed.items()} for n, i in enumerate(missing)}
+            for key, row in fresh.items():
+                self.cache.put(key, row)
+            rows = [row if row is not None else fresh[key] for row, key in zip(rows, full, strict=True)]
+        present = [row for row in rows if row is not None]
+        return {name: torch.stack([row[name] for row in present]) for name in present[0]}
+
+    def _context(self, prompts: Sequence[str]) -> Tensor:
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            ids, mask = tokenize(self.components.tokenizer, [prompts[row] for row in rows])
+            return self.runtime["text_encoder"](ids=ids.to(self._device), mask=mask.to(self._device))
+
+        keys = [content_key(prompt=prompt, length=self.components.tokenizer.seq_len) for prompt in prompts]
+        return self.cached_rows("context", ["text_encoder"], keys, compute)["context"]
+
+    def _image_latents(self, first_frame: Tensor, num_frames: int, keys: Sequence[str]) -> Tensor | None:
+        """The mask, and the latents of a video that is the first frame and then zeros."""
+        if not self.components.takes_image_latents:
+            return None
+
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            image = first_frame[rows][:, :, None].to(self._dtype)
+            later = image.new_zeros(len(rows), 3, num_frames - 1, *image.shape[-2:])
+            latents = self.runtime["vae_encoder"](video=torch.cat([image, later], dim=2))["latents"]
+            mask = latents.new_zeros(len(rows), _MASK_CHANNELS, *latents.shape[2:])
+            mask[:, :, 0] = 1
+            return {"y": torch.cat([mask, latents], dim=1)}
+
+        return self.cached_rows("y", ["vae_encoder"], keys, compute)["y"]
+
+    def _first_frame_latents(self, first_frame: Tensor, keys: Sequence[str]) -> Tensor | None:
+        if not self.components.pins_first_frame:
+            return None
+
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            return self.runtime["vae_encoder"](video=first_frame[rows][:, :, None].to(self._dtype))
+
+        return self.cached_rows("first_frame_latents", ["vae_encoder"], keys, compute)["latents"]
+
+    def _clip_feature(self, first_frame: Tensor, keys: Sequence[str]) -> Tensor | None:
+        if not self.components.takes_clip_feature:
+            return None
+
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            return self.runtime["image_encoder"](image=first_frame[rows].to(self._dtype))
+
+        return self.cached_rows("clip_feature", ["image_encoder"], keys, compute)["clip_feature"]
+
+    def _references(self, video: Tensor, keys: Sequence[str]) -> ReferenceFaces:
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            return self.identity.references(video[rows])._asdict()
+
+        settings = content_key(
+            upscale=self.identity.upscale, min_face_size=getattr(self.identity.detector, "min_face_size", None)
+        )
+        keys = [content_key(video=key, settings=settings) for key in keys]
+        return ReferenceFaces(**self.cached_rows("references", ["face_detector", "face_embedder"], keys, compute))

@@ -1,0 +1,152 @@
+"""From noise to latents: the frozen rollout head, the live denoise tail and its KL term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frostline.models.components import WanComponents
+from frostline.models.denoiser import Denoiser
+from frostline.models.lora import lora_scale
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.runtime.runtime import Runtime
+from frostline.train.conditioning import Conditioner, Conditioning
+
+_LIVE = "torch"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the tail leaves: latents (B, C, F, h, w) with graph, and the KL of each tail step, 0-dim with graph."""
+
+    latents: Tensor
+    kl: list[Tensor]
+
+
+class Sampler:
+    """Runs the Euler steps of `FlowMatchSchedule` over one or two experts.
+
+    Args:
+        denoiser: carries the LoRA; serves all steps that the high-noise expert does not.
+        denoiser_high_noise: the wholly frozen expert for `t_i >= boundary * 1000`, if there are two.
+    """
+
+    def __init__(
+        self,
+        components: WanComponents,
+        denoiser: Denoiser,
+        denoiser_high_noise: Denoiser | None,
+        runtime: Runtime,
+        schedule: FlowMatchSchedule,
+        boundary: float,
+    ) -> None:
+        self.components = components
+        self.denoiser = denoiser
+        self.denoiser_high_noise = denoiser_high_noise
+        self.runtime = runtime
+        self.schedule = schedule
+        self.high_noise_steps = schedule.high_noise_steps(boundary) if denoiser_high_noise is not None else 0
+        self._lora_on = torch.tensor(lora_scale(denoiser.model))
+        self._lora_off = torch.zeros(())
+
+    @torch.no_grad()
+    def start(
+        self, conditioning: Conditioning, noise: Tensor, mid_timestep: int, conditioner: Conditioner | None
+    ) -> tuple[Tensor, int]:
+        """The latents after the steps of the frozen high-noise expert, and how many those were.
+
+        Args:
+            noise: (B, C, F, h, w).
+            conditioner: whose cache holds the result; None where the noise is fresh and nothing could be recalled.
+        """
+        latents = self._pinned(noise, conditioning)
+        steps = min(self.high_noise_steps, mid_timestep)
+        if steps == 0:
+            return latents, 0
+
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            some = latents[rows]
+            given = {name: tensor[rows] for name, tensor in conditioning.denoiser_inputs().items()}
+            pinned = None if conditioning.first_frame_latents is None else conditioning.first_frame_latents[rows]
+            for index in range(steps):
+                some = self._pin(self.schedule.step(some, self._frozen_velocity(some, index, given), index), pinned)
+            return {"latents": some}
+
+        if conditioner is None:
+            return compute(list(range(len(latents))))["latents"], steps
+        what = f"latents after {steps} of {self.schedule}"
+        keys = [f"{key} {noise_key}" for key, noise_key in zip(conditioning.keys, _row_keys(noise), strict=True)]
+        stages = ["denoiser_high_noise", "text_encoder", "vae_encoder"]
+        return conditioner.cached_rows(what, stages, keys, compute)["latents"], steps
+
+    @torch.no_grad()
+    def head(self, latents: Tensor, conditioning: Conditioning, first: int, mid_timestep: int) -> Tensor:
+        """The rollout head: steps `first … mid_timestep - 1`, on whichever backend the plan names."""
+        given = conditioning.denoiser_inputs()
+        for index in range(first, mid_timestep):
+            velocity = self._frozen_velocity(latents, index, given)
+            latents = self._advance(latents, velocity, index, conditioning)
+        return latents
+
+    def tail(self, latents: Tensor, conditioning: Conditioning, mid_timestep: int, final_timestep: int) -> Sampled:
+        """The denoise tail: steps `mid_timestep … final_timestep` with graph, each with its KL term.
+
+        `kl_i = mean((v_lora - v_base)^2) / (2 sigma_i^2)`, `v_base` frozen.
+        """
+        given = conditioning.denoiser_inputs()
+        kl = []
+        for index in range(mid_timestep, final_timestep + 1):
+            velocity = self._live_velocity(latents, index, given)
+            if index < self.high_noise_steps:
+                kl.append(latents.new_zeros(()))
+            else:
+                base = self._frozen_velocity(latents.detach(), index, given, lora=False)
+                sigma = float(self.schedule.sigmas[index])
+                kl.append((velocity - base).pow(2).mean() / (2 * sigma**2))
+            latents = self._advance(latents, velocity, index, conditioning)
+        return Sampled(latents, kl)
+
+    def _advance(self, latents: Tensor, velocity: Tensor, index: int, conditioning: Conditioning) -> Tensor:
+        latents = self.schedule.step(latents, velocity, index)
+        last = index == self.schedule.num_inference_steps - 1
+        return latents if last else self._pinned(latents, conditioning)
+
+    def _pinned(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._pin(latents, conditioning.first_frame_latents)
+
+    @staticmethod
+    def _pin(latents: Tensor, first_frame: Tensor | None) -> Tensor:
+        """Put the given first-frame latents back where the model wants them."""
+        return latents if first_frame is None else torch.cat([first_frame.to(latents.dtype), latents[:, :, 1:]], dim=2)
+
+    def _frozen_velocity(self, latents: Tensor, index: int, given: Mapping[str, Tensor], lora: bool = True) -> Tensor:
+        """(B, C, F, h, w) float32 from the runtime."""
+        inputs = {**self._inputs(latents, index), **given}
+        if index < self.high_noise_steps:
+            return self.runtime["denoiser_high_noise"](**inputs)["velocity"].float()
+        scale = self._lora_on if lora else self._lora_off
+        return self.runtime["denoiser"](**inputs, lora_scale=scale)["velocity"].float()
+
+    def _live_velocity(self, latents: Tensor, index: int, given: Mapping[str, Tensor]) -> Tensor:
+        """(B, C, F, h, w) float32 with graph, from PyTorch."""
+        denoiser = self.denoiser
+        if index < self.high_noise_steps:
+            assert self.denoiser_high_noise is not None
+            denoiser = self.denoiser_high_noise
+        with self.runtime.clock.measure("denoise_tail", _LIVE):
+            return denoiser(**self._inputs(latents, index), **given).float()
+
+    def _inputs(self, latents: Tensor, index: int) -> dict[str, Tensor]:
+        """Latents are kept in fp32 between steps: small updates would drown in bf16."""
+        timestep = torch.full((len(latents),), float(self.schedule.timesteps[index]), device=latents.device)
+        weight = self.denoiser.model.patch_embedding.weight
+        return {"latents": latents.to(weight.dtype), "timestep": timestep}
+
+
+def _row_keys(noise: Tensor) -> list[str]:
+    from frostline.runtime.cache import content_key
+
+    return [content_key(noise=row) for row in noise]

@@ -22,9 +22,7 @@ def compare(
     tolerance: Tolerance,
 ) -> list[manifest.Parity]:
     """Measure every output; an output of another shape, or missing, fails with infinite error."""
-    return [
-        _compare_output(network, case, name, expected[name], actual.get(name), tolerance) for name in expected
-    ]
+    return [_compare_output(network, case, name, expected[name], actual.get(name), tolerance) for name in expected]
 
 
 def _compare_output(

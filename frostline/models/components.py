@@ -55,6 +55,13 @@ class WanComponents:
         return self.denoiser.seperated_timestep and self.denoiser.fuse_vae_embedding_in_latents
 
     @property
+    def text_length(self) -> int:
+        """Tokens in a text context; prompts are padded or cut to it."""
+        length = self.tokenizer.seq_len
+        assert length is not None
+        return length
+
+    @property
     def spatial_stride(self) -> int:
         """Pixels per latent, in height and width."""
         return self.vae.upsampling_factor

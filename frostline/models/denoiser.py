@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ class Denoiser(nn.Module):
         model: the weights; LoRA layers may have been injected.
     """
 
+    cos_f: Tensor
+    cos_h: Tensor
+    cos_w: Tensor
+    sin_f: Tensor
+    sin_h: Tensor
+    sin_w: Tensor
+    frequency_coarse: Tensor
+    frequency_fine: Tensor
     _TABLES = ("cos_f", "cos_h", "cos_w", "sin_f", "sin_h", "sin_w", "frequency_coarse", "frequency_fine")
 
     def __init__(self, model: WanModel) -> None:
@@ -96,12 +104,12 @@ class Denoiser(nn.Module):
         cos = grid_table((self.cos_f, self.cos_h, self.cos_w), grid)
         sin = grid_table((self.sin_f, self.sin_h, self.sin_w), grid)
         per_block = self.gradient_checkpointing == "block" and torch.is_grad_enabled()
-        for block in model.blocks:
+        for block in cast("list[DiTBlock]", model.blocks):
             if per_block:
                 x = checkpoint(_block, block, x, context, modulation, cos, sin, use_reentrant=False)
             else:
                 x = _block(block, x, context, modulation, cos, sin)
-        return model.unpatchify(model.head(x, time), grid)
+        return model.unpatchify(model.head(x, time), grid)  # type: ignore[arg-type]
 
     def _time_embedding(self, timestep: Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         """(B, dim), or (B, tokens, dim) where the first frame is pinned at timestep 0."""

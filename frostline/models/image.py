@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,14 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 class ImageEncoder(nn.Module):
     """The first frame to the tokens of CLIP's next-to-last block, for any batch and without touching its input."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: WanImageEncoder) -> None:
         super().__init__()
-        self.visual = model.model.visual
-        self.image_size: int = model.model.image_size
+        clip: Any = model.model
+        self.visual = clip.visual
+        self.image_size: int = clip.image_size
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
 

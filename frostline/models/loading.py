@@ -170,7 +170,7 @@ def _load(
             build,
             [str(path) for path in paths],
             torch_dtype=dtype,
-            device=device,
+            device=str(device),
             state_dict_converter=converter,
             state_dict=state_dict,
         )

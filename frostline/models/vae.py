@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,8 @@ def _onednn_conv3d(self: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor 
     # autocast acts on the public operator only, and a tracer must see that one too.
     if not on_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-    return torch.mkldnn_convolution(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+    padding = cast(tuple[int, ...], self.padding)
+    return torch.mkldnn_convolution(input, weight, bias, padding, self.stride, self.dilation, self.groups)
 
 
 def _patchify(video: Tensor, patch: int) -> Tensor:

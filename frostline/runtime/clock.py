@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -68,9 +69,7 @@ class _Span:
         self._end = self._now()
 
     def milliseconds(self) -> float:
-        if isinstance(self._start, float):
-            assert isinstance(self._end, float)
-            return 1000 * (self._end - self._start)
-        assert isinstance(self._end, torch.cuda.Event)
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end)
+        if isinstance(self._start, torch.cuda.Event) and isinstance(self._end, torch.cuda.Event):
+            self._end.synchronize()
+            return self._start.elapsed_time(self._end)
+        return 1000 * (cast(float, self._end) - cast(float, self._start))

@@ -35,8 +35,12 @@ class Plan(Mapping[str, Choice]):
     def __str__(self) -> str:
         rows = [("stage", "backend", "ms", "torch ms", "reason")]
         for stage, choice in self._choices.items():
-            times = [choice.latency_ms.get(backend) for backend in (choice.backend, TORCH)]
-            rows.append((stage, choice.backend, *("-" if ms is None else f"{ms:.2f}" for ms in times), choice.reason))
+            engine_ms, torch_ms = (_format(choice.latency_ms.get(backend)) for backend in (choice.backend, TORCH))
+            rows.append((stage, choice.backend, engine_ms, torch_ms, choice.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _format(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds:.2f}"

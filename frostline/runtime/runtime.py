@@ -81,6 +81,10 @@ class Runtime:
         finally:
             self._plan.update(before)
 
+    def fingerprint(self, stage: str) -> str:
+        """What the stage's outputs depend on, beside its inputs: its weights and the backend that serves it."""
+        return f"{self._plan[stage].backend} {self._weights_of(stage)}"
+
     def run(self, stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one stage as planned; a failing engine is replaced by torch, with one warning."""
         backend = self._plan[stage].backend
@@ -130,16 +134,19 @@ class Runtime:
         best = min(candidates, key=lambda backend: candidates[backend][backend] / candidates[backend][TORCH])
         gain = candidates[best][TORCH] / candidates[best][best]
         if gain <= 1:
-            return Choice(TORCH, f"{best} is slower ({gain:.2f}×)", candidates[best])
-        return Choice(best, f"{gain:.2f}× as fast as torch", candidates[best])
+            return Choice(TORCH, f"{best} is slower ({gain:.2f}x)", candidates[best])
+        return Choice(best, f"{gain:.2f}x as fast as torch", candidates[best])
 
     def _record(self, stage: Stage, backend: str) -> EngineRecord | None:
         if self._store is None or get_backend(backend).unavailable():
             return None
-        if stage.name not in self._weights:
-            self._weights[stage.name] = weights_sha256(stage)
-        key = stage_key(stage, backend, precision_of(stage), self._weights[stage.name])
+        key = stage_key(stage, backend, precision_of(stage), self._weights_of(stage.name))
         return self._store.get(stage.model, stage.name, backend, key)
+
+    def _weights_of(self, stage: str) -> str:
+        if stage not in self._weights:
+            self._weights[stage] = weights_sha256(self.stages[stage])
+        return self._weights[stage]
 
     def _runner(self, name: str, backend: str) -> Runner:
         if backend == TORCH:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from frostline.models.components import WanComponents
-from frostline.models.faces.identity import FaceIdentity, ReferenceFaces
+from frostline.models.faces.identity import ReferenceFaces
 from frostline.models.text import tokenize
 from frostline.models.vae import TEMPORAL_STRIDE
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.runtime import Runtime
-from frostline.train.batch import Batch, check_batch, fit_to_wan
+from frostline.train.batch import check_batch, fit_to_wan
+from frostline.train.reward import FaceIdentityReward
 
 # Channels of `y` that say which of a latent frame's four video frames are given.
 _MASK_CHANNELS = 4
@@ -49,22 +50,18 @@ class Conditioning:
 
 
 class Conditioner:
-    """Computes conditionings through the runtime, one cached entry per sample and condition.
-
-    Args:
-        weights: hash of each frozen stage's weights, part of the cache keys.
-    """
+    """Computes conditionings through the runtime, one cached entry per sample and condition."""
 
     def __init__(
         self,
         components: WanComponents,
         runtime: Runtime,
-        identity: FaceIdentity,
+        reward: FaceIdentityReward,
         cache: FrozenOutputCache | None,
     ) -> None:
         self.components = components
         self.runtime = runtime
-        self.identity = identity
+        self.reward = reward
         self.cache = cache
         weight = components.denoiser.patch_embedding.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -75,7 +72,6 @@ class Conditioner:
         batch = check_batch(data)
         video, _ = fit_to_wan(batch.video)
         video = video.to(self._device)
-        batch = Batch(batch.prompt, video, batch.sample_id)
         first_frame = video[:, 0] * 2 - 1
         T, H, W = video.shape[1], *video.shape[-2:]
         stride = self.components.spatial_stride
@@ -97,7 +93,11 @@ class Conditioner:
         )
 
     def cached_rows(
-        self, what: str, stages: Sequence[str], keys: Sequence[str], compute: Callable[[list[int]], Mapping[str, Tensor]]
+        self,
+        what: str,
+        stages: Sequence[str],
+        keys: Sequence[str],
+        compute: Callable[[list[int]], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Tensors of a batch, row by row from the cache; the rows that are missing are computed in one call.
 
@@ -128,7 +128,7 @@ class Conditioner:
             ids, mask = tokenize(self.components.tokenizer, [prompts[row] for row in rows])
             return self.runtime["text_encoder"](ids=ids.to(self._device), mask=mask.to(self._device))
 
-        keys = [content_key(prompt=prompt, length=self.components.tokenizer.seq_len) for prompt in prompts]
+        keys = [content_key(prompt=prompt, length=self.components.text_length) for prompt in prompts]
         return self.cached_rows("context", ["text_encoder"], keys, compute)["context"]
 
     def _image_latents(self, first_frame: Tensor, num_frames: int, keys: Sequence[str]) -> Tensor | None:
@@ -166,10 +166,7 @@ class Conditioner:
 
     def _references(self, video: Tensor, keys: Sequence[str]) -> ReferenceFaces:
         def compute(rows: list[int]) -> dict[str, Tensor]:
-            return self.identity.references(video[rows])._asdict()
+            return self.reward.references(video[rows])._asdict()
 
-        settings = content_key(
-            upscale=self.identity.upscale, min_face_size=getattr(self.identity.detector, "min_face_size", None)
-        )
-        keys = [content_key(video=key, settings=settings) for key in keys]
+        keys = [content_key(video=key, settings=self.reward.references_key) for key in keys]
         return ReferenceFaces(**self.cached_rows("references", ["face_detector", "face_embedder"], keys, compute))

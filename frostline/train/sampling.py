@@ -12,6 +12,7 @@ from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
 from frostline.models.lora import lora_scale
 from frostline.models.schedule import FlowMatchSchedule
+from frostline.runtime.cache import content_key
 from frostline.runtime.runtime import Runtime
 from frostline.train.conditioning import Conditioner, Conditioning
 
@@ -147,6 +148,4 @@ class Sampler:
 
 
 def _row_keys(noise: Tensor) -> list[str]:
-    from frostline.runtime.cache import content_key
-
     return [content_key(noise=row) for row in noise]

@@ -86,7 +86,7 @@ def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
         conditions.append(TensorSpec("y", (batch, denoiser.model.in_dim - channels, *grid), dtype))
     if components.takes_clip_feature:
         conditions.append(TensorSpec("clip_feature", (batch, *_CLIP_FEATURE), dtype))
-    context = (batch, components.tokenizer.seq_len, components.text_encoder.dim)
+    context = (batch, components.text_length, components.text_encoder.dim)
     adapter = lora_parameters(denoiser.model)
     adapter_specs = tuple(_adapter_spec(name, matrix, shapes.dimension("rank")) for name, matrix in adapter.items())
     return Network(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ def build(inputs: StageInputs) -> Stage:
     """The stage; its outputs are the tensors of `Detections`."""
     modules = inputs.faces.detector_networks
 
-    def assemble(runners: Mapping[str, Runner]) -> Runner:
+    def assemble(runners: Mapping[str, Callable[..., Mapping[str, Tensor]]]) -> Runner:
         detector = BatchedMTCNN(runners, **inputs.faces.detector_settings)
 
         def detect(**tensors: Tensor) -> dict[str, Tensor]:

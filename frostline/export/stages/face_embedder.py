@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from frostline.models.faces.embedders import FaceEmbedder
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
 from .inputs import FP32_DEEP, StageInputs, single_network_stage
@@ -9,8 +12,9 @@ from .inputs import FP32_DEEP, StageInputs, single_network_stage
 
 def build(inputs: StageInputs) -> Stage:
     """The frozen use of the embedder: reference faces and scoring."""
-    embedder = inputs.faces.embedder
+    module = inputs.faces.embedder
+    embedder = cast(FaceEmbedder, module)
     side = embedder.image_size
     faces = TensorSpec("faces", (inputs.shapes.dimension("faces"), 3, side, side))
-    network = Network("face_embedder", embedder, (faces,), ("embeddings",))
+    network = Network("face_embedder", module, (faces,), ("embeddings",))
     return single_network_stage(network, embedder.name, FP32_DEEP)

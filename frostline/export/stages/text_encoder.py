@@ -17,7 +17,7 @@ def build(inputs: StageInputs) -> Stage:
     """The stage; L is fixed by the tokenizer, which pads."""
     components = inputs.components
     vocabulary = components.text_encoder.token_embedding.num_embeddings
-    shape = (inputs.shapes.dimension("batch"), components.tokenizer.seq_len)
+    shape = (inputs.shapes.dimension("batch"), components.text_length)
 
     def random_ids(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randint(0, vocabulary, shape, generator=generator)

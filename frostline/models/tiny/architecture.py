@@ -30,3 +30,19 @@ DENOISER: dict[str, Any] = {
     "has_image_input": False,
     "require_clip_embedding": False,
 }
+
+# The high-noise expert of tiny-moe.
+EXPERT: dict[str, Any] = {**DENOISER, "num_layers": 2}
+
+# tiny-ti2v: the first frame's latents are given and pinned, nothing else tells of the image.
+TI2V: dict[str, Any] = {
+    **DENOISER,
+    "num_layers": 2,
+    "in_dim": 16,
+    "require_vae_embedding": False,
+    "seperated_timestep": True,
+    "fuse_vae_embedding_in_latents": True,
+}
+
+# Shift of the noise levels seen in training, that of sampling.
+TRAIN_SHIFT = 5.0

@@ -57,11 +57,12 @@ def train_autoencoder(vae: VideoVAE_, steps: int, work: Path) -> None:
 def train_decoder(vae: VideoVAE_, steps: int, work: Path) -> None:
     """The decoder alone, the face embedder looking on: what makes a decoded face recognisable."""
     from frostline.models.faces.alignment import align_faces
+    from frostline.models.faces.detections import quantize_frames
     from frostline.models.faces.embedders import SFaceEmbedder
-    from frostline.models.faces.mtcnn import BatchedMTCNN, as_networks, load_mtcnn_networks, quantize_frames
+    from frostline.models.faces.mtcnn import BatchedMTCNN
 
     embedder = SFaceEmbedder()
-    detector = BatchedMTCNN(as_networks(load_mtcnn_networks()))
+    detector = BatchedMTCNN()
     parameters = [*vae.decoder.parameters(), *vae.conv2.parameters()]
 
     def embed(frames: Tensor, landmarks: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""Train the embedded tiny models from nothing: `python -m frostline.models.tiny.train`.
+
+Phases: `autoencoder`, `decoder` (the VAE), then `denoiser` (with the text encoder), `high_noise` (for tiny-moe) and
+`ti2v` (pinned first frame). Each is seeded, shows progress, and goes on from its last checkpoint in `--work`; the
+weights are written to `--out` in the layout of the official Wan checkpoints.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
+from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
+from safetensors.torch import save_file
+from torch import nn
+
+from . import architecture
+from .clips import PROMPTS
+from .tokenizer import write_tokenizer
+from .train_denoiser import encode_pool, train_denoiser
+from .train_vae import build_vae, to_official_latents, train_autoencoder, train_decoder
+
+_BOUNDARY = 0.9
+
+
+def main() -> None:
+    """Run all phases, then write the weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="default: %(default)s")
+    parser.add_argument("--autoencoder-steps", type=int, default=2600)
+    parser.add_argument("--decoder-steps", type=int, default=500)
+    parser.add_argument("--denoiser-steps", type=int, default=300)
+    parser.add_argument("--expert-steps", type=int, default=150)
+    parser.add_argument("--clips", type=int, default=512, help="encoded for the denoisers (default: %(default)s)")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+
+    vae = _train_vae(arguments)
+    tiny = arguments.out / "tiny"
+    _save_model(tiny / "Wan2.1_VAE.safetensors", vae.model)
+    write_tokenizer(tiny / "google" / "umt5-xxl", PROMPTS)
+    _write_config(tiny, architecture.DENOISER, "i2v", _WHOLE_MODEL)
+
+    tokenizer = HuggingfaceTokenizer(
+        str(tiny / "google" / "umt5-xxl"), seq_len=architecture.TEXT_LENGTH, clean="whitespace"
+    )
+    torch.manual_seed(0)
+    text = WanTextEncoder(**architecture.TEXT_ENCODER)
+    pool = encode_pool(vae, arguments.clips)
+
+    def denoiser(name: str, settings: dict[str, Any], steps: int, **options: Any) -> nn.Module:
+        return train_denoiser(name, settings, text, tokenizer, pool, steps, arguments.work, **options)
+
+    base = denoiser("denoiser", architecture.DENOISER, arguments.denoiser_steps, train_text=True)
+    _save_model(tiny / "diffusion_pytorch_model.safetensors", base)
+    _save_model(tiny / "models_t5_umt5-xxl-enc.safetensors", text)
+
+    expert = denoiser("high_noise", architecture.EXPERT, arguments.expert_steps, sigma_range=(_BOUNDARY, 1.0))
+    folder = arguments.out / "tiny-moe" / "high_noise_model"
+    _save_model(folder / "diffusion_pytorch_model.safetensors", expert)
+    _write_config(folder, architecture.EXPERT, "i2v", {})
+
+    pinned = denoiser("ti2v", architecture.TI2V, arguments.expert_steps)
+    folder = arguments.out / "tiny-ti2v"
+    _save_model(folder / "diffusion_pytorch_model.safetensors", pinned)
+    _write_config(folder, architecture.TI2V, "ti2v", {})
+
+
+_WHOLE_MODEL = {
+    "vae": architecture.VAE,
+    "text_encoder": architecture.TEXT_ENCODER,
+    "text_len": architecture.TEXT_LENGTH,
+    "boundary": _BOUNDARY,
+}
+
+
+def _train_vae(arguments: argparse.Namespace) -> WanVideoVAE:
+    torch.manual_seed(0)
+    model: VideoVAE_ = build_vae()
+    train_autoencoder(model, arguments.autoencoder_steps, arguments.work)
+    train_decoder(model, arguments.decoder_steps, arguments.work)
+    to_official_latents(model)
+    vae = WanVideoVAE()
+    vae.model = model.eval().requires_grad_(False)
+    return vae
+
+
+def _save_model(path: Path, model: nn.Module) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_config(folder: Path, denoiser: dict[str, Any], model_type: str, others: dict[str, Any]) -> None:
+    """`config.json` as Wan publishes it; `others` say where the tiny model differs from the official ones."""
+    keys = ("dim", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "eps")
+    config = {"_class_name": "WanModel", "model_type": model_type, **{key: denoiser[key] for key in keys}, **others}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

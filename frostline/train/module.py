@@ -1,0 +1,237 @@
+"""One reward-feedback training step of a Wan image-to-video model, its frozen stages in engines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from frostline.config import TrainingModuleSettings
+from frostline.errors import DataError
+from frostline.export.shapes import ShapeRange
+from frostline.export.stages import FaceModels, StageInputs, build_stages
+from frostline.models.components import WanComponents
+from frostline.models.denoiser import Denoiser
+from frostline.models.faces.embedders import load_embedder
+from frostline.models.faces.identity import IdentityScore
+from frostline.models.faces.mtcnn import load_mtcnn_networks
+from frostline.models.loading import load_components
+from frostline.models.lora import inject_lora, lora_parameters, save_adapter
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.vae import decode_latents, use_onednn_conv3d
+from frostline.runtime.cache import FrozenOutputCache
+from frostline.runtime.clock import StageTime
+from frostline.runtime.runtime import AUTO, PlanSetting, Runtime
+from frostline.train.conditioning import Conditioner, Conditioning
+from frostline.train.reward import FaceIdentityReward, reward_loss
+from frostline.train.sampling import Sampler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one `forward` measured.
+
+    Per sample: sample_id, face_score, face_score_missing_zero, detection_rate. Per tail step: kl.
+    stages: time in each stage and its backend, by stage.
+    """
+
+    sample_id: tuple[str, ...]
+    face_score: list[float]
+    face_score_missing_zero: list[float]
+    detection_rate: list[float]
+    kl: list[float]
+    stages: dict[str, StageTime]
+
+
+class WanTrainingModule(nn.Module):
+    """Computes the reward and KL loss of a batch, gradient to the LoRA only.
+
+    Args:
+        components: a loaded Wan model; its denoiser receives LoRA layers in place.
+        settings: see `TrainingModuleSettings`.
+        plan, engines, strict: see `Runtime`.
+        shapes: the range of shapes that engines serve; part of their key.
+    """
+
+    def __init__(
+        self,
+        components: WanComponents,
+        settings: TrainingModuleSettings | None = None,
+        *,
+        plan: PlanSetting = AUTO,
+        engines: str | Path | None = None,
+        strict: bool = False,
+        shapes: ShapeRange | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = settings or TrainingModuleSettings()
+        self.components = components
+        lora = self.settings.lora
+        self.lora_config = inject_lora(components.denoiser, lora.rank, lora.alpha, lora.target_modules)
+        use_onednn_conv3d(components.vae)
+        device = components.denoiser.patch_embedding.weight.device
+        self.denoiser = Denoiser(components.denoiser).to(device)
+        self.denoiser.gradient_checkpointing = self.settings.gradient_checkpointing
+        high_noise = components.denoiser_high_noise
+        self.denoiser_high_noise = None if high_noise is None else Denoiser(high_noise).to(device)
+        self.embedder = load_embedder(self.settings.reward.embedder).to(device)  # type: ignore[attr-defined]
+        self.detector_networks = nn.ModuleDict(load_mtcnn_networks()).to(device)
+        faces = FaceModels(
+            dict(self.detector_networks), self.embedder, {"min_face_size": self.settings.reward.min_face_size}
+        )
+        self.stages = build_stages(
+            StageInputs(components, self.denoiser, self.denoiser_high_noise, faces, shapes or ShapeRange())
+        )
+        self.runtime = Runtime(self.stages, plan, None if engines is None else Path(engines), strict)
+        self.reward = FaceIdentityReward(self.settings.reward, self.runtime, self.embedder)
+        self.cache = self._open_cache()
+        self.conditioner = Conditioner(components, self.runtime, self.reward, self.cache)
+        self.sampler = Sampler(
+            components,
+            self.denoiser,
+            self.denoiser_high_noise,
+            self.runtime,
+            FlowMatchSchedule(self.settings.num_inference_steps, self.settings.shift),
+            components.boundary if self.settings.boundary is None else self.settings.boundary,
+        )
+        self.last_metrics: StepMetrics | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        engines: str | Path | None = "engines",
+        plan: PlanSetting = AUTO,
+        strict: bool = False,
+        shapes: ShapeRange | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        **settings: Any,
+    ) -> Self:
+        """Load a model and make it trainable.
+
+        Args:
+            model: `tiny`, `tiny-moe`, `tiny-ti2v` or a folder; see `load_components`.
+            settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
+        Raises:
+            ConfigError: files or settings are not usable.
+        """
+        parsed = TrainingModuleSettings.parse(settings)
+        components = load_components(model, dtype, device)
+        return cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
+
+    def _open_cache(self) -> FrozenOutputCache | None:
+        settings = self.settings
+        return FrozenOutputCache(settings.cache_dir, settings.cache_bytes) if settings.cache_bytes else None
+
+    def forward_preprocess(self, data: Mapping[str, Any]) -> Conditioning:
+        """Check `data` and compute its frozen conditions, from the cache where they are known.
+
+        Args:
+            data: `{"prompt": list[str], "video": float (B, T, C, H, W) in [0, 1]}`, optionally `"sample_id"`.
+        Raises:
+            DataError: names sample, field and what to do.
+        """
+        return self.conditioner(data)
+
+    def forward(self, data: Mapping[str, Any], inputs: Conditioning | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """One step: condition, rollout, tail, decode, reward, loss.
+
+        Args:
+            data: as for `forward_preprocess`; not looked at where `inputs` is given.
+            inputs: what `forward_preprocess` returned, to use it again.
+        Returns:
+            loss (with graph), face_score and kl_loss, each 0-dim.
+        """
+        settings = self.settings
+        conditioning = self.forward_preprocess(data) if inputs is None else inputs
+        latents = self._rollout(conditioning)
+        sampled = self.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+        frames = self._decode(sampled.latents)
+        score = self.reward.score(frames, conditioning.references)
+        self._report_missing_faces(conditioning, score)
+        reward = reward_loss(score, settings.reward)
+        kl_loss = torch.stack(sampled.kl).mean()
+        loss = reward.loss + settings.kl_weight * kl_loss
+        self.last_metrics = self._metrics(conditioning, score, sampled.kl)
+        return loss, reward.face_score.detach(), kl_loss.detach()
+
+    @torch.no_grad()
+    def generate(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        """Sample videos with every stage frozen.
+
+        Args:
+            noise: (B, C, F, h, w), standard normal.
+        Returns:
+            (B, T, 3, H, W) in [0, 1].
+        """
+        steps = self.settings.num_inference_steps
+        latents, first = self.sampler.start(conditioning, noise, steps, None)
+        latents = self.sampler.head(latents, conditioning, first, steps)
+        return self._decode(latents)
+
+    def noise(self, conditioning: Conditioning) -> Tensor:
+        """The start noise (B, C, F, h, w): the same for every sample and step, or fresh ones.
+
+        Drawn on the CPU, so that it does not depend on the device.
+        """
+        count, shape = len(conditioning.sample_id), conditioning.latent_shape
+        device = conditioning.context.device
+        if self.settings.noise_seed is None:
+            return torch.randn(count, *shape).to(device)
+        generator = torch.Generator().manual_seed(self.settings.noise_seed)
+        return torch.randn(1, *shape, generator=generator).expand(count, *shape).to(device)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The LoRA matrices by name."""
+        return lora_parameters(self.components.denoiser)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the LoRA as PEFT files."""
+        save_adapter(self.components.denoiser, self.lora_config, Path(folder))
+
+    def _rollout(self, conditioning: Conditioning) -> Tensor:
+        mid = self.settings.mid_timestep
+        recallable = None if self.settings.noise_seed is None else self.conditioner
+        latents, first = self.sampler.start(conditioning, self.noise(conditioning), mid, recallable)
+        return self.sampler.head(latents, conditioning, first, mid)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """(B, T, 3, H, W) float32 in [0, 1] from latents (B, C, F, h, w), gradient on."""
+        vae = self.components.vae
+        latents = latents.to(vae.model.conv2.weight.dtype)
+        with self.runtime.clock.measure("vae_decoder", "torch"):
+            if self.settings.gradient_checkpointing == "full" and torch.is_grad_enabled():
+                video = checkpoint(decode_latents, vae, latents, use_reentrant=False)
+                assert isinstance(video, Tensor)
+            else:
+                video = decode_latents(vae, latents)
+        return (video.float().transpose(1, 2) + 1) / 2
+
+    def _report_missing_faces(self, conditioning: Conditioning, score: IdentityScore) -> None:
+        missing = [name for name, valid in zip(conditioning.sample_id, score.valid.tolist(), strict=True) if not valid]
+        if not missing:
+            return
+        message = f"no face to compare in the generated or the reference frames of sample {', '.join(missing)}"
+        if self.settings.reward.on_no_face == "error":
+            raise DataError(f"{message}, field 'video'; on_no_face is 'error'")
+        log.warning("%s: it gives no reward gradient (on_no_face: %s)", message, self.settings.reward.on_no_face)
+
+    def _metrics(self, conditioning: Conditioning, score: IdentityScore, kl: list[Tensor]) -> StepMetrics:
+        return StepMetrics(
+            sample_id=conditioning.sample_id,
+            face_score=score.face_score.tolist(),
+            face_score_missing_zero=score.face_score_missing_zero.tolist(),
+            detection_rate=score.detection_rate.tolist(),
+            kl=torch.stack(kl).tolist(),
+            stages=self.runtime.clock.read(),
+        )

@@ -17,5 +17,9 @@ class EngineError(FrostlineError):
     """An engine cannot be built, loaded, trusted or run."""
 
 
+class ShapeError(EngineError):
+    """An input has a shape that the engine was not built for."""
+
+
 class ParityError(EngineError):
     """An engine does not compute what the PyTorch stage computes."""

@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
         if self.pins_first_frame:
             frames, tokens = grid[0], grid[1] * grid[2]
             later = torch.arange(frames, device=timestep.device) > 0
-            timestep = (timestep[:, None] * later).repeat_interleave(tokens, dim=1)
+            timestep = (timestep[:, None] * later)[:, :, None].expand(-1, -1, tokens).flatten(1)
         sinusoid = timestep_sinusoid(timestep, self.frequency_coarse, self.frequency_fine)
         return self.model.time_embedding(sinusoid.to(dtype))
 

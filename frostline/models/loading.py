@@ -63,21 +63,13 @@ def load_components(
     """
     files = find_files(model)
     from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
-    from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
-    from diffsynth.utils.state_dict_converters.wan_video_vae import WanVideoVAEStateDictConverter
-
-    def build_vae() -> nn.Module:
-        vae = WanVideoVAE()
-        if files.vae_config:
-            vae.model = VideoVAE_(**files.vae_config)
-        return vae
 
     high_noise = files.denoiser_high_noise
     components = WanComponents(
         name=files.name,
         text_encoder=_load(lambda: WanTextEncoder(**files.text_encoder_config), [files.text_encoder], dtype, device),
         tokenizer=HuggingfaceTokenizer(str(files.tokenizer), seq_len=files.text_length, clean="whitespace"),
-        vae=_load(build_vae, [files.vae], dtype, device, WanVideoVAEStateDictConverter),
+        vae=_load_vae(files, dtype, device),
         denoiser=_load_denoiser(files.denoiser, dtype, device),
         denoiser_high_noise=_load_denoiser(high_noise, dtype, device) if high_noise else None,
         image_encoder=_load_image_encoder(files.image_encoder, dtype, device) if files.image_encoder else None,
@@ -179,17 +171,43 @@ def _load(
         raise ConfigError(f"{', '.join(map(str, paths))} cannot be loaded: {first_lines}") from error
 
 
-def _load_denoiser(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Any:
+def _load_vae(files: WanFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
+    from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_, WanVideoVAE, WanVideoVAE38
+    from diffsynth.utils.state_dict_converters.wan_video_vae import WanVideoVAEStateDictConverter
+
+    state_dict = _read_tensors([files.vae], dtype, device)
+    # The VAE of Wan2.2 TI2V folds 2×2 pixels into the channels of its first convolution.
+    folds_pixels = state_dict.get("encoder.conv1.weight", torch.empty(0, 3)).shape[1] == 12
+
+    def build() -> nn.Module:
+        vae = WanVideoVAE38() if folds_pixels else WanVideoVAE()
+        if files.vae_config:
+            vae.model = (VideoVAE38_ if folds_pixels else VideoVAE_)(**files.vae_config)  # type: ignore[assignment]
+        return vae
+
+    return _load(build, [files.vae], dtype, device, WanVideoVAEStateDictConverter, state_dict)
+
+
+def _read_tensors(paths: list[Path], dtype: torch.dtype, device: str | torch.device) -> dict[str, torch.Tensor]:
     from diffsynth.core.loader.file import load_state_dict
+
+    try:
+        return load_state_dict([str(path) for path in paths], dtype, str(device))
+    except Exception as error:  # safetensors and torch.load raise many types of their own
+        names = ", ".join(map(str, paths))
+        raise ConfigError(f"{names} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _load_denoiser(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Any:
     from diffsynth.models.wan_video_dit import WanModel
 
     paths = sorted(folder.glob(_DENOISER_PATTERN))
     if not paths:
         raise ConfigError(f"the denoiser is missing: no {_DENOISER_PATTERN} in {folder}")
+    state_dict = _read_tensors(paths, dtype, device)
     try:
-        state_dict = load_state_dict([str(path) for path in paths], dtype, str(device))
         arguments = denoiser_arguments(state_dict, _read_config(folder))
-    except (KeyError, RuntimeError, OSError) as error:
+    except KeyError as error:
         raise ConfigError(f"{folder} holds no Wan denoiser: {error}") from error
     return _load(lambda: WanModel(**arguments), paths, dtype, device, state_dict=state_dict)
 

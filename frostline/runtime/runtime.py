@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from frostline.errors import ConfigError, EngineError
+from frostline.errors import ConfigError, EngineError, ShapeError
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.clock import StageClock
 from frostline.runtime.identity import precision_of, stage_key, weights_sha256
 from frostline.runtime.plan import Choice, Plan
-from frostline.runtime.stage import Runner, Stage
+from frostline.runtime.stage import Network, Runner, Stage
 from frostline.runtime.store import EngineRecord, EngineStore
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,14 @@ class Runtime:
         self._store = EngineStore(engines) if engines is not None else None
         self._weights: dict[str, str] = {}
         self._runners: dict[tuple[str, str], Runner] = {}
+        self._warned: set[str] = set()
+        self._plan: dict[str, Choice] = {}
+        self.replan(plan)
+
+    def replan(self, plan: PlanSetting) -> None:
+        """Choose anew, for instance after an export; engines that failed before get another chance."""
         wanted = self._expand(plan)
+        self._runners.clear()
         self._plan = {name: self._choose(stage, wanted[name]) for name, stage in self.stages.items()}
 
     @property
@@ -91,6 +98,11 @@ class Runtime:
         with torch.no_grad(), self.clock.measure(stage, backend):
             try:
                 return self._runner(stage, backend)(**inputs)
+            except ShapeError as error:
+                if self.strict:
+                    raise
+                self._warn_once(f"stage {stage}: torch serves this shape ({error})")
+                return self._runner(stage, TORCH)(**inputs)
             except Exception as error:
                 if backend == TORCH or self.strict:
                     raise
@@ -161,7 +173,13 @@ class Runtime:
             raise EngineError(f"no engine: build it with `{_export_command(stage, backend)}`")
         engine = self._store.verify(record)
         networks = {network.name: network for network in stage.networks}
-        return stage.assemble(get_backend(backend).load(engine, networks, stage.networks[0].device))
+        runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
+        return stage.assemble({name: _CheckedRunner(networks[name], runner) for name, runner in runners.items()})
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("%s", message)
 
     def _fall_back(self, stage: str, backend: str, error: Exception) -> None:
         log.warning("stage %s: backend %s failed, torch serves it from now on (%s)", stage, backend, error)
@@ -175,6 +193,18 @@ class _PlannedRunner:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.runtime.run(self.stage, inputs)
+
+
+@dataclass(frozen=True)
+class _CheckedRunner:
+    """Refuses shapes that the engine was not built for: not every backend does so itself."""
+
+    network: Network
+    runner: Runner
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.network.check_shapes(inputs)
+        return self.runner(**inputs)
 
 
 def _export_command(stage: Stage, backend: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from frostline.errors import ShapeError
 
 Size = Literal["min", "opt", "max"]
 Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -36,6 +38,11 @@ class Dimension:
     max: int
     multiple: int = 1
 
+    def admits(self, extent: int) -> bool:
+        """Whether `extent` is in the range."""
+        blocks, rest = divmod(extent, self.multiple)
+        return rest == 0 and self.min <= blocks <= self.max
+
     def at(self, size: Size) -> int:
         """The extent at one end, or in the middle, of the range."""
         return self.multiple * getattr(self, size)
@@ -53,6 +60,13 @@ class TensorSpec:
     def shape_at(self, size: Size) -> tuple[int, ...]:
         """The shape with all open dimensions at their smallest, typical or largest extent."""
         return tuple(d.at(size) if isinstance(d, Dimension) else d for d in self.shape)
+
+    def admits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape is in the range."""
+        return len(shape) == len(self.shape) and all(
+            wanted.admits(extent) if isinstance(wanted, Dimension) else wanted == extent
+            for wanted, extent in zip(self.shape, shape, strict=True)
+        )
 
     def sample(self, size: Size, generator: torch.Generator) -> Tensor:
         """A random tensor of this spec; standard normal where `fill` says nothing."""
@@ -92,6 +106,20 @@ class Network:
         """Random inputs, without the live ones."""
         generator = torch.Generator().manual_seed(seed)
         return {spec.name: spec.sample(size, generator).to(self.device) for spec in self.inputs}
+
+    def check_shapes(self, inputs: Mapping[str, Tensor]) -> None:
+        """Hold the inputs against the range that engines are built for.
+
+        Raises:
+            ShapeError: names the input, its shape and the range.
+        """
+        for spec in self.inputs:
+            shape = tuple(inputs[spec.name].shape)
+            if not spec.admits(shape):
+                raise ShapeError(
+                    f"network {self.name}: input {spec.name} has shape {shape}, the engine serves "
+                    f"{spec.shape_at('min')} to {spec.shape_at('max')}"
+                )
 
     @torch.no_grad()
     def reference(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,17 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from frostline.config import TrainingModuleSettings
 from frostline.errors import DataError
+from frostline.export.model import stage_model
 from frostline.export.shapes import ShapeRange
-from frostline.export.stages import FaceModels, StageInputs, build_stages
 from frostline.models.components import WanComponents
-from frostline.models.denoiser import Denoiser
-from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.identity import IdentityScore
-from frostline.models.faces.mtcnn import load_mtcnn_networks
 from frostline.models.loading import load_components
-from frostline.models.lora import inject_lora, lora_parameters, save_adapter
+from frostline.models.lora import lora_parameters, save_adapter
 from frostline.models.schedule import FlowMatchSchedule
-from frostline.models.vae import decode_latents, use_onednn_conv3d
+from frostline.models.vae import decode_latents
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.clock import StageTime
 from frostline.runtime.runtime import AUTO, PlanSetting, Runtime
@@ -74,22 +71,11 @@ class WanTrainingModule(nn.Module):
         super().__init__()
         self.settings = settings or TrainingModuleSettings()
         self.components = components
-        lora = self.settings.lora
-        self.lora_config = inject_lora(components.denoiser, lora.rank, lora.alpha, lora.target_modules)
-        use_onednn_conv3d(components.vae)
-        device = components.denoiser.patch_embedding.weight.device
-        self.denoiser = Denoiser(components.denoiser).to(device)
+        staged = stage_model(components, self.settings.lora, self.settings.reward, shapes or ShapeRange())
+        self.denoiser, self.denoiser_high_noise = staged.denoiser, staged.denoiser_high_noise
         self.denoiser.gradient_checkpointing = self.settings.gradient_checkpointing
-        high_noise = components.denoiser_high_noise
-        self.denoiser_high_noise = None if high_noise is None else Denoiser(high_noise).to(device)
-        self.embedder = load_embedder(self.settings.reward.embedder).to(device)  # type: ignore[attr-defined]
-        self.detector_networks = nn.ModuleDict(load_mtcnn_networks()).to(device)
-        faces = FaceModels(
-            dict(self.detector_networks), self.embedder, {"min_face_size": self.settings.reward.min_face_size}
-        )
-        self.stages = build_stages(
-            StageInputs(components, self.denoiser, self.denoiser_high_noise, faces, shapes or ShapeRange())
-        )
+        self.embedder, self.detector_networks = staged.embedder, staged.detector_networks
+        self.lora_config, self.stages = staged.lora_config, staged.stages
         self.runtime = Runtime(self.stages, plan, None if engines is None else Path(engines), strict)
         self.reward = FaceIdentityReward(self.settings.reward, self.runtime, self.embedder)
         self.cache = self._open_cache()
@@ -197,6 +183,7 @@ class WanTrainingModule(nn.Module):
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the LoRA as PEFT files."""
+        assert self.lora_config is not None
         save_adapter(self.components.denoiser, self.lora_config, Path(folder))
 
     def _rollout(self, conditioning: Conditioning) -> Tensor:

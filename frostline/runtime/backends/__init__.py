@@ -1,11 +1,11 @@
-"""The backends by name. A backend is one module here with the furniture of `Backend`, and one line below."""
+"""The backends by name. A backend is one file here with the furniture of `Backend`, and one line below."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 
@@ -13,26 +13,46 @@ from frostline.errors import ConfigError
 from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
 
+from .options import BuildOptions
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 TORCH = "torch"
-_MODULES = {"onnxruntime": "onnxruntime"}
-ENGINE_BACKENDS = tuple(_MODULES)
+# The file, and within it the object that is the backend where the file itself is not.
+_REGISTRY = {
+    "onnxruntime": "onnxruntime",
+    "tensorrt": "tensorrt:TENSORRT",
+    "tensorrt-rtx": "tensorrt:TENSORRT_RTX",
+    "aotinductor": "aotinductor",
+    "openvino": "openvino",
+}
+ENGINE_BACKENDS = tuple(_REGISTRY)
 
 
 class Backend(Protocol):
-    """What every backend module offers."""
+    """What every backend offers."""
 
-    # What `build` starts from: a file that ONNX tools read, or an `ExportedProgram` archive.
+    # What `build` starts from: a file that ONNX tools read, or torch's own `ExportedProgram`.
     SOURCE: Literal["onnx", "exported_program"]
 
     def unavailable(self) -> str | None:
-        """Why this backend cannot run here and what to install, or None."""
+        """Why this backend can neither build nor run here and what to install, or None."""
         ...
 
     def version(self) -> str:
         """The version that engines depend on."""
         ...
 
-    def build(self, network: Network, source: Path, folder: Path) -> str:
+    def target(self, device: torch.device, options: BuildOptions) -> str:
+        """What an engine runs on that is built for a stage on `device`: `cpu`, `sm_89` or `sm_89+sm_120`."""
+        ...
+
+    def obstacle(self, device: torch.device, target: str) -> str | None:
+        """Why an engine for `target` cannot run on `device` of this machine, or None."""
+        ...
+
+    def build(self, network: Network, source: Path | ExportedProgram, folder: Path, options: BuildOptions) -> str:
         """Compile `source`, which may be used up, into `folder`; returns the name of the file to load."""
         ...
 
@@ -47,6 +67,8 @@ def get_backend(name: str) -> Backend:
     Raises:
         ConfigError: there is none.
     """
-    if name not in _MODULES:
-        raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *_MODULES))}")
-    return cast(Backend, importlib.import_module(f"frostline.runtime.backends.{_MODULES[name]}"))
+    if name not in _REGISTRY:
+        raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *_REGISTRY))}")
+    file, _, attribute = _REGISTRY[name].partition(":")
+    module = importlib.import_module(f"frostline.runtime.backends.{file}")
+    return cast(Backend, getattr(module, attribute) if attribute else module)

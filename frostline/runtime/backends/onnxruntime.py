@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from frostline.errors import EngineError
+from frostline.runtime.device import device_name
 from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
+
+from .options import BuildOptions
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,7 +43,17 @@ def version() -> str:
     return onnxruntime.__version__
 
 
-def build(network: Network, source: Path, folder: Path) -> str:
+def target(device: torch.device, options: BuildOptions) -> str:
+    """The device that the stage is on."""
+    return device_name(device)
+
+
+def obstacle(device: torch.device, target: str) -> str | None:
+    """None: the target is part of an engine's key, and ONNX Runtime knows of no other hindrance."""
+    return None
+
+
+def build(network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
     """An ONNX file is an engine already; ONNX Runtime optimises it as it loads."""
     for path in sorted(source.parent.glob(f"{source.name}*")):
         path.rename(folder / path.name)

@@ -1,0 +1,37 @@
+# Every target sets itself up: its own uv in .uv/, its own virtual environment in .venv/.
+SHELL := /bin/bash
+PYTHON ?= python3
+UV := .uv/bin/uv
+VENV_PYTHON := .venv/bin/python
+
+# Threads that spin while they wait take the cores from those that work.
+export OMP_WAIT_POLICY ?= passive
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test lint venv clean
+
+demo: venv  ## The main job end to end on the embedded tiny model: results in runs/demo/.
+	.venv/bin/frostline demo
+
+test: venv  ## All tests that need no GPU.
+	$(VENV_PYTHON) -m pytest -q -m "not gpu"
+
+lint: venv  ## Formatting, lint and types.
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+
+venv: .venv/.installed
+
+$(UV):
+	$(PYTHON) -m venv .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+.venv/.installed: pyproject.toml constraints.txt | $(UV)
+	test -x $(VENV_PYTHON) || $(UV) venv --quiet --python $(PYTHON) .venv
+	$(UV) pip install --quiet --python $(VENV_PYTHON) --constraint constraints.txt --editable '.[dev,all]'
+	touch $@
+
+clean:  ## Remove what the other targets made, built engines included.
+	rm -rf .venv .uv .pytest_cache .ruff_cache .hypothesis runs
+	find engines -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m frostline`, also for `accelerate launch -m frostline`."""
+
+from frostline.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""Steps with the plan's engines against steps in plain torch, taking turns in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from frostline.runtime.backends import TORCH
+from frostline.train.module import WanTrainingModule
+
+_CONTENDERS = ("hybrid", "hybrid_uncached", "torch")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median milliseconds of a forward and backward, by contender, and of each stage within it."""
+
+    step_ms: dict[str, float]
+    stage_ms: dict[str, dict[str, float]]
+
+
+def time_steps(module: WanTrainingModule, batch: Mapping[str, Any], rounds: int) -> Timing:
+    """Time steps on one batch: the plan with and without recalled frozen outputs, and plain torch without.
+
+    The first round warms up and does not count.
+    """
+    steps: dict[str, list[float]] = {name: [] for name in _CONTENDERS}
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in _CONTENDERS}
+    for round_number in range(rounds + 1):
+        for contender in _CONTENDERS:
+            with _playing(module, contender):
+                start = time.perf_counter()
+                loss, _, _ = module(batch)
+                with module.runtime.clock.measure("backward", TORCH):
+                    loss.backward()
+                elapsed = 1000 * (time.perf_counter() - start)
+            module.zero_grad()
+            backward = {name: span.milliseconds for name, span in module.runtime.clock.read().items()}
+            if round_number == 0:
+                continue
+            assert module.last_metrics is not None
+            forward = {name: span.milliseconds for name, span in module.last_metrics.stages.items()}
+            steps[contender].append(elapsed)
+            stages[contender].append({**forward, **backward})
+    return Timing(
+        {name: statistics.median(samples) for name, samples in steps.items()},
+        {name: _medians(samples) for name, samples in stages.items()},
+    )
+
+
+@contextmanager
+def _playing(module: WanTrainingModule, contender: str) -> Iterator[None]:
+    cache = module.conditioner.cache
+    if contender != "hybrid":
+        module.conditioner.cache = None
+    backends = dict.fromkeys(module.stages, TORCH) if contender == "torch" else {}
+    try:
+        with module.runtime.use(**backends):
+            yield
+    finally:
+        module.conditioner.cache = cache
+
+
+def _medians(samples: list[dict[str, float]]) -> dict[str, float]:
+    names = {name: None for sample in samples for name in sample}
+    return {name: statistics.median(sample.get(name, 0.0) for sample in samples) for name in names}

@@ -1,0 +1,87 @@
+"""Trace a network to torch's own graph, the first step of every export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from frostline.errors import EngineError
+from frostline.runtime.stage import Dimension, Network, TensorSpec
+
+
+def trace_program(network: Network) -> ExportedProgram:
+    """`network` with its open dimensions dynamic and its live tensors as inputs; its weights stay where they are.
+
+    Raises:
+        EngineError: the tracer cannot express the network.
+    """
+    try:
+        # Dimensions may be 1, and guards that the prover cannot prove become checks at run time (it sees restrictions
+        # in the pooling of odd sizes that are none).
+        with quiet(), torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return torch.export.export(
+                _Positional(network.module).eval(),
+                _samples(network),
+                dynamic_shapes=(dynamic_shapes((*network.inputs, *network.live_specs)),),
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except Exception as error:
+        raise EngineError(f"network {network.name} cannot be traced: {error}") from error
+
+
+def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
+    """What `torch.export` wants to know of the open dimensions, per input; equal names share one symbol."""
+    symbols: dict[str, Any] = {}
+
+    def symbol(dimension: Dimension) -> Any:
+        if dimension.name not in symbols:
+            symbols[dimension.name] = torch.export.Dim(dimension.name, min=dimension.min, max=dimension.max)
+        base = symbols[dimension.name]
+        return base if dimension.multiple == 1 else dimension.multiple * base
+
+    return tuple(
+        {axis: symbol(extent) for axis, extent in enumerate(spec.shape) if isinstance(extent, Dimension)}
+        for spec in specs
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence an exporter's chatter; its errors are exceptions."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+def _samples(network: Network) -> tuple[Tensor, ...]:
+    # Live tensors as copies: the tracer would take the originals for the weights that they are.
+    return (*network.samples("opt").values(), *(tensor.detach().clone() for tensor in network.live.values()))
+
+
+class _Positional(nn.Module):
+    """Gives every network one signature, `forward(*inputs)`, so that dynamic shapes are given in one way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)

@@ -1,0 +1,92 @@
+"""Export recipes: which model, stages, backends, precision and shapes, as YAML files in `engines/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import Field, field_validator
+
+from frostline.config import LoraSettings, RewardSettings, Settings
+from frostline.errors import ConfigError
+from frostline.export.shapes import ShapeRange, parse_shapes
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ALL_STAGES = "all"
+_RECIPES = Path("engines")
+
+
+class Recipe(Settings):
+    """What `frostline export` does for one model; command-line flags go before it."""
+
+    model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
+    stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="names of stages, or all")
+    backends: tuple[str, ...] = Field(default=("onnxruntime",), description="engines to build")
+    precision: Precision = Field(default="fp32", description="floating-point type of the Wan stages")
+    compute_capabilities: tuple[str, ...] = Field(default=(), description="GPUs to build TensorRT engines for")
+    min_shapes: str = Field(default="", description="as --min-shapes")
+    opt_shapes: str = Field(default="", description="as --opt-shapes")
+    max_shapes: str = Field(default="", description="as --max-shapes")
+    lora: LoraSettings | None = Field(default=LoraSettings(), description="null exports a denoiser without live LoRA")
+    reward: RewardSettings = RewardSettings()
+
+    @field_validator("stages", "backends", "compute_capabilities", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """`a,b` means the same as a list."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def shapes(self) -> ShapeRange:
+        """The range of shapes.
+
+        Raises:
+            ConfigError: a shape string is ill-formed.
+        """
+        return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that `precision` names."""
+        return DTYPES[self.precision]
+
+
+def load_recipe(model: str, changes: dict[str, Any]) -> Recipe:
+    """The recipe that `model` names, with `changes` put over it.
+
+    Args:
+        model: a `.yaml` file, the name of one in `engines/`, or a model, which gets the default recipe.
+        changes: fields of `Recipe`; those that are None change nothing.
+    Raises:
+        ConfigError: the file or a field is not usable.
+    """
+    path = _find(model)
+    values: dict[str, Any] = {"model": model}
+    if path is not None:
+        values = _read(path)
+    values.update({name: value for name, value in changes.items() if value is not None})
+    return Recipe.parse(values)
+
+
+def _find(model: str) -> Path | None:
+    given = Path(model)
+    if given.suffix in (".yaml", ".yml"):
+        if not given.is_file():
+            raise ConfigError(f"recipe {given} does not exist")
+        return given
+    named = _RECIPES / f"{model}.yaml"
+    return named if "/" not in model and named.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of settings")
+    return values

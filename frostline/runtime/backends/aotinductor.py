@@ -1,0 +1,155 @@
+"""AOTInductor: torch's own compiler, ahead of time.
+
+The compiled package holds code and no weights: it reads those of the module that the trainer has, where they lie, so
+there is no second copy of the network, and an update in place is seen at the next call. The tensors of a LoRA are
+inputs, as in every backend: one engine serves all ranks.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from frostline.errors import EngineError
+from frostline.runtime.device import device_name
+from frostline.runtime.stage import Network, Runner
+from frostline.runtime.verification import VerifiedEngine
+
+from .inputs import check_inputs, check_live
+from .options import BuildOptions
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+SOURCE: Literal["exported_program"] = "exported_program"
+
+# The tracer's wrapper around `Network.module`.
+_PREFIX = "module."
+_SETTINGS = {
+    # Folded constants would not follow an update of the weights that they came from.
+    "aot_inductor.use_runtime_constant_folding": False,
+    "aot_inductor.package_constants_in_so": False,
+}
+
+
+def unavailable() -> str | None:
+    """What is missing to compile: a C++ compiler, which no pip package brings."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"aotinductor needs the C++ compiler {compiler}: apt install g++, or name another one in CXX"
+    return None
+
+
+def version() -> str:
+    """Packages are bound to the version of torch that compiled them."""
+    return torch.__version__
+
+
+def target(device: torch.device, options: BuildOptions) -> str:
+    """The device that the stage is on."""
+    return device_name(device)
+
+
+def obstacle(device: torch.device, target: str) -> str | None:
+    """None: the target is part of an engine's key, and packages know of no other hindrance."""
+    return None
+
+
+def build(network: Network, source: ExportedProgram, folder: Path, options: BuildOptions) -> str:
+    """Compile to `<network>.pt2`; tensors that the tracer made up go beside it.
+
+    Raises:
+        EngineError: the compiler fails.
+    """
+    package = folder / f"{network.name}.pt2"
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(source, package_path=str(package), inductor_configs=dict(_SETTINGS))
+    except Exception as error:
+        raise EngineError(f"AOTInductor cannot compile {network.name}: {error}") from error
+    if constants := _made_up(source, network):
+        save_file(constants, folder / _constants_file(network.name))
+    return package.name
+
+
+def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
+    """One package for each network. Loading runs the package's code, hence only that of a verified engine."""
+    return {
+        entry.name: AOTInductorRunner(
+            engine.read(entry.artifact), _read_constants(engine, entry.name, device), networks[entry.name]
+        )
+        for entry in engine.manifest.networks
+    }
+
+
+class AOTInductorRunner:
+    """Runs one package on the weights of `network.module`.
+
+    Args:
+        package: the content of a verified file.
+        constants: tensors that the tracer made up, by name.
+        network: names of inputs and outputs, weights and live tensors.
+    Raises:
+        EngineError: the package cannot be loaded, or wants weights that the module lacks.
+    """
+
+    def __init__(self, package: bytes, constants: Mapping[str, Tensor], network: Network) -> None:
+        check_live(network)
+        self._network = network
+        tensors = {**_weights(network.module), **constants}
+        try:
+            self._model = torch._inductor.aoti_load_package(io.BytesIO(package))
+            wanted = self._model.get_constant_fqns()
+            # The package keeps addresses only: whoever holds this runner keeps the tensors alive.
+            self._constants = {name: tensors[name] for name in wanted}
+            self._model.load_constants(self._constants, check_full_update=True, user_managed=True)
+        except (RuntimeError, KeyError) as error:
+            raise EngineError(f"AOTInductor cannot load {network.name}: {error}") from error
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network; every output is freshly allocated."""
+        check_inputs(self._network, inputs)
+        positional = [inputs[spec.name].contiguous() for spec in self._network.inputs]
+        live = [tensor.detach().contiguous() for tensor in self._network.live.values()]
+        try:
+            result = self._model(*positional, *live)
+        except RuntimeError as error:
+            raise EngineError(f"AOTInductor failed on {self._network.name}: {error}") from error
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        return dict(zip(self._network.outputs, outputs, strict=True))
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """By the names that the tracer gave them; a tensor with several names has an entry for each."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {_PREFIX + name: tensor.detach() for name, tensor in named}
+
+
+def _made_up(program: ExportedProgram, network: Network) -> dict[str, Tensor]:
+    """Constants of the program that are no weights of the module."""
+    known = _weights(network.module)
+    return {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in program.constants.items()
+        if name not in known and isinstance(tensor, Tensor)
+    }
+
+
+def _constants_file(network: str) -> str:
+    return f"{network}.constants.safetensors"
+
+
+def _read_constants(engine: VerifiedEngine, network: str, device: torch.device) -> dict[str, Tensor]:
+    file = _constants_file(network)
+    if file not in engine.manifest.artifacts:
+        return {}
+    return {name: tensor.to(device) for name, tensor in load_tensors(engine.read(file)).items()}

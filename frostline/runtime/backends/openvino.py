@@ -1,0 +1,152 @@
+"""OpenVINO: the fastest of the engines on most CPUs, in fp32 because it is told so.
+
+Inputs and outputs share memory with torch. Live tensors are bound once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from frostline.errors import EngineError
+from frostline.runtime.device import device_name
+from frostline.runtime.stage import Network, Runner
+from frostline.runtime.verification import VerifiedEngine
+
+from .inputs import check_inputs, check_live
+from .options import BuildOptions
+
+SOURCE: Literal["onnx"] = "onnx"
+
+# numpy, through which memory is shared, has no bfloat16: its bytes travel under another name.
+_AS_NUMPY = {torch.bfloat16: torch.int16}
+
+
+def unavailable() -> str | None:
+    """Why OpenVINO cannot run here, or None."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        return f"openvino cannot be imported ({error}): pip install 'frostline[openvino]'"
+    return None
+
+
+def version() -> str:
+    """The installed version, without the build's name."""
+    import openvino
+
+    return openvino.__version__.split("-")[0]
+
+
+def target(device: torch.device, options: BuildOptions) -> str:
+    """The device that the stage is on."""
+    return device_name(device)
+
+
+def obstacle(device: torch.device, target: str) -> str | None:
+    """Why it cannot run on `device`, or None."""
+    return None if device.type == "cpu" else f"the model is on {device.type}, and OpenVINO serves CPUs here"
+
+
+def build(network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
+    """An ONNX file is an engine already; OpenVINO compiles it as it loads."""
+    for path in sorted(source.parent.glob(f"{source.name}*")):
+        path.rename(folder / path.name)
+    return source.name
+
+
+def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
+    """One compiled model for each network.
+
+    Raises:
+        EngineError: the model is not on the CPU, or OpenVINO cannot compile a network.
+    """
+    if reason := obstacle(device, engine.manifest.device):
+        raise EngineError(f"the openvino engine of {engine.manifest.stage} cannot run: {reason}")
+    return {
+        entry.name: OpenVinoRunner(engine.artifact(entry.artifact), networks[entry.name])
+        for entry in engine.manifest.networks
+    }
+
+
+class OpenVinoRunner:
+    """Runs one ONNX file on the CPU.
+
+    Args:
+        path: a verified file.
+        network: names of inputs and outputs, and the live tensors to bind.
+    Raises:
+        EngineError: OpenVINO cannot compile the file.
+    """
+
+    def __init__(self, path: Path, network: Network) -> None:
+        check_live(network)
+        self._network = network
+        try:
+            self._request = _compile(path).create_infer_request()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot load {path}: {error}") from error
+        self._bound: dict[str, int] = {}
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network; every output is freshly allocated and shared with torch."""
+        check_inputs(self._network, inputs)
+        self._bind_live()
+        for name, tensor in inputs.items():
+            self._request.set_tensor(name, _share(tensor))
+        outputs = {name: self._fresh_output(name) for name in self._network.outputs}
+        try:
+            self._request.infer()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO failed on {self._network.name}: {error}") from error
+        return {name: _to_torch(output) for name, output in outputs.items()}
+
+    def _bind_live(self) -> None:
+        """Bind the live tensors; their memory stays the same unless somebody assigns `parameter.data`."""
+        for name, tensor in self._network.live.items():
+            if self._bound.get(name) != tensor.data_ptr():
+                self._request.set_tensor(name, _share(tensor))
+                self._bound[name] = tensor.data_ptr()
+
+    def _fresh_output(self, name: str) -> Any:
+        """An empty tensor, which OpenVINO grows to the output's shape."""
+        import openvino
+
+        port = self._request.model_outputs[self._network.outputs.index(name)]
+        output = openvino.Tensor(port.element_type, openvino.Shape([0] * port.partial_shape.rank.get_length()))
+        self._request.set_tensor(name, output)
+        return output
+
+
+def _compile(path: Path) -> Any:
+    import openvino
+
+    # On CPUs with bfloat16 instructions, OpenVINO would use them unasked.
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
+    core = openvino.Core()
+    return core.compile_model(core.read_model(path), "CPU", settings)
+
+
+def _share(tensor: Tensor) -> Any:
+    """The same memory as an OpenVINO tensor, which keeps it alive."""
+    import openvino
+
+    tensor = tensor.detach().contiguous()
+    array = tensor.view(_AS_NUMPY.get(tensor.dtype, tensor.dtype)).numpy()
+    if tensor.dtype in _AS_NUMPY:
+        return openvino.Tensor(array, openvino.Shape(tensor.shape), openvino.Type.bf16)
+    return openvino.Tensor(array, shared_memory=True)
+
+
+def _to_torch(output: Any) -> Tensor:
+    if output.element_type.to_string() == "bf16":
+        return torch.from_numpy(output.data.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(output.data)

@@ -1,0 +1,24 @@
+"""Names of what engines run on: `cpu`, or GPUs by compute capability, `sm_89`."""
+
+from __future__ import annotations
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the compute capability such as `sm_90`."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def sm_name(compute_capability: str) -> str:
+    """`sm_89` of `8.9`."""
+    return "sm_" + compute_capability.replace(".", "")
+
+
+def compute_capabilities(target: str) -> tuple[str, ...]:
+    """The inverse: `8.9` and `12.0` of `sm_89+sm_120`; nothing of `cpu`."""
+    names = (name.removeprefix("sm_") for name in target.split("+") if name.startswith("sm_"))
+    return tuple(f"{name[:-1]}.{name[-1]}" for name in names)

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,10 +15,15 @@ from rich.logging import RichHandler
 from frostline import __version__
 from frostline.errors import ConfigError, FrostlineError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split(":")[0] if __doc__ else None)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+engines_app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
+app.add_typer(engines_app, name="engines")
 
+Model = Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe.")]
+Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 EnginesDir = Annotated[Path, typer.Option("--engines-dir", help="The engine store.")]
+_ENGINES = Path("engines")
 
 
 @app.callback(invoke_without_command=True)
@@ -38,7 +43,7 @@ def _options(
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
-    engines_dir: EnginesDir = Path("engines"),
+    engines_dir: EnginesDir = _ENGINES,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
     starts: Annotated[int, typer.Option(min=1, help="Held-out starts to score.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of data order and noise.")] = 0,
@@ -50,6 +55,164 @@ def demo(
 
     summary = run_demo(out, engines_dir, DemoSettings(steps, starts, seed), Progress())
     print_summary(summary, out)
+
+
+@app.command()
+def export(
+    model: Model,
+    stages: Annotated[str | None, typer.Option(help="Comma-separated names, or all.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Comma-separated names of backends.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    opset: Annotated[int | None, typer.Option(min=18, max=23, help="ONNX opset.")] = None,
+    min_shapes: Annotated[str | None, typer.Option(help="video:1x5x3x64x64,… as trtexec spells them.")] = None,
+    opt_shapes: Annotated[str | None, typer.Option(help="The shapes to tune for.")] = None,
+    max_shapes: Annotated[str | None, typer.Option(help="The largest shapes.")] = None,
+    compute_capability: Annotated[str | None, typer.Option(help="8.9[,12.0] or current, for TensorRT.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="Comma-separated names of adapted layers.")] = None,
+    live_lora: Annotated[bool, typer.Option("--live-lora/--no-live-lora", help="LoRA matrices as inputs.")] = True,
+    atol: Annotated[float | None, typer.Option(min=0, help="Absolute error allowed.")] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="Error allowed, relative to the largest value.")] = None,
+    cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Cosine demanded.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache file.")] = None,
+    engines_dir: EnginesDir = _ENGINES,
+    force: Annotated[bool, typer.Option("--force", help="Build engines that are there already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be built.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure.")] = False,
+) -> None:
+    """Turn the frozen stages of a Wan model into verified, signed engines."""
+    from frostline.export.recipe import load_recipe
+    from frostline.export.run import ExportOptions, export_model, load_staged_model, planned_exports
+    from frostline.export.tables import export_table
+    from frostline.progress import Progress
+    from frostline.runtime.backends.options import OPSET, BuildOptions
+    from frostline.runtime.store import EngineStore
+
+    changes: dict[str, Any] = {
+        "stages": stages,
+        "backends": backend,
+        "precision": precision,
+        "compute_capabilities": compute_capability,
+        "min_shapes": min_shapes,
+        "opt_shapes": opt_shapes,
+        "max_shapes": max_shapes,
+    }
+    recipe = load_recipe(model, changes).with_lora(live_lora, lora_targets)
+    build = BuildOptions(opset or OPSET, recipe.compute_capabilities, timing_cache)
+    options = ExportOptions(build, force, dry_run, strict, atol, rtol, cosine)
+    progress = Progress()
+    with progress.task(f"load {recipe.model}"):
+        staged = load_staged_model(recipe)
+    rows = []
+    with progress.bar("export", len(planned_exports(staged, recipe))) as bar:
+        for row in export_model(staged, recipe, EngineStore(engines_dir), options, bar.describe):
+            rows.append(row)
+            bar.advance(1)
+    Console().print(export_table(rows))
+    if any(row.status == "failed" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Model,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    engines_dir: EnginesDir = _ENGINES,
+) -> None:
+    """Show, per stage, who could serve it, who does, and why."""
+    from frostline.config import TrainingModuleSettings
+    from frostline.export.gain import frozen_uses, stage_gains, step_gain
+    from frostline.export.recipe import load_recipe
+    from frostline.export.run import load_staged_model
+    from frostline.export.tables import plan_table, step_gain_line
+    from frostline.models.schedule import FlowMatchSchedule
+    from frostline.runtime.runtime import Runtime
+
+    staged = load_staged_model(load_recipe(model, {"precision": precision}))
+    runtime = Runtime(staged.stages, "auto", engines_dir)
+    settings = TrainingModuleSettings()
+    schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+    high_noise = schedule.high_noise_steps(staged.components.boundary) if staged.denoiser_high_noise else 0
+    uses = frozen_uses(schedule, settings.mid_timestep, settings.final_timestep, high_noise)
+    console = Console()
+    console.print(plan_table(stage_gains(runtime)))
+    console.print(step_gain_line(step_gain(runtime, uses)))
+
+
+@engines_app.command("list")
+def list_engines(engines_dir: EnginesDir = _ENGINES) -> None:
+    """All engines of the store."""
+    from frostline.export.tables import engine_table
+    from frostline.runtime.store import EngineStore
+
+    Console().print(engine_table(EngineStore(engines_dir).find()))
+
+
+@engines_app.command()
+def inspect(key: Key, engines_dir: EnginesDir = _ENGINES) -> None:
+    """The manifest of one engine, as JSON."""
+    from frostline.runtime.store import EngineStore
+
+    record = EngineStore(engines_dir).by_key(key)
+    if record.manifest is None:
+        raise FrostlineError(record.problem or f"engine {record.path} is damaged")
+    Console().print_json(record.manifest.model_dump_json())
+
+
+@engines_app.command()
+def verify(
+    key: Annotated[str | None, typer.Argument(help="The key of an engine, or its beginning; all if left out.")] = None,
+    engines_dir: EnginesDir = _ENGINES,
+) -> None:
+    """Check signatures and hashes; exit code 1 if one does not hold."""
+    from frostline.runtime.store import EngineStore
+
+    store, console, refused = EngineStore(engines_dir), Console(), 0
+    for record in store.find() if key is None else [store.by_key(key)]:
+        try:
+            store.verify(record)
+            console.print(f"[green]holds[/] {record.path}")
+        except FrostlineError as error:
+            refused += 1
+            console.print(f"[bold red]refused[/] {error}", soft_wrap=True)
+    if refused:
+        raise typer.Exit(1)
+
+
+@engines_app.command()
+def trust(path: Annotated[Path, typer.Argument(help="The folder of an engine inside the store.")]) -> None:
+    """Sign an engine that was built elsewhere with your key."""
+    from frostline.runtime.store import EngineStore
+
+    engine = EngineStore(path.resolve().parents[2]).trust(path)
+    typer.echo(f"signed {engine.path}")
+
+
+@engines_app.command("rm")
+def remove(key: Key, engines_dir: EnginesDir = _ENGINES) -> None:
+    """Delete one engine."""
+    from frostline.runtime.store import EngineStore
+
+    store = EngineStore(engines_dir)
+    record = store.by_key(key)
+    store.remove(record)
+    typer.echo(f"removed {record.path}")
+
+
+@engines_app.command()
+def prune(
+    older_than: Annotated[float | None, typer.Option(min=0, help="Remove engines older than this many days.")] = None,
+    max_size: Annotated[float | None, typer.Option(min=0, help="Keep the newest that fit this many GB.")] = None,
+    engines_dir: EnginesDir = _ENGINES,
+) -> None:
+    """Delete old engines, and what interrupted builds left."""
+    from datetime import timedelta
+
+    from frostline.runtime.store import EngineStore
+
+    age = None if older_than is None else timedelta(days=older_than)
+    size = None if max_size is None else int(max_size * 1e9)
+    for record in EngineStore(engines_dir).prune(age, size):
+        typer.echo(f"removed {record.path}")
 
 
 def main() -> None:

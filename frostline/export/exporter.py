@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from frostline.errors import ParityError
-from frostline.export.onnx import OPSET, trace_onnx
+from frostline.errors import EngineError, ParityError
+from frostline.export.onnx import trace_onnx
 from frostline.export.parity import compare
+from frostline.export.program import trace_program
 from frostline.runtime import manifest
-from frostline.runtime.backends import TORCH, Backend, get_backend
-from frostline.runtime.identity import device_name, precision_of, stage_key, weights_sha256
+from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
+from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.device import compute_capabilities
+from frostline.runtime.identity import find_engine, precision_of, stage_key, weights_sha256
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.stage import Network, Runner, Size, Stage, Tolerance
 from frostline.runtime.store import Build, EngineStore, VerifiedEngine
@@ -25,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
+_DEFAULT_OPTIONS = BuildOptions()
 _LATENCY_SECONDS = 1.5
 _LATENCY_RUNS = 15
 _PARITY_SIZES: tuple[Size, ...] = ("opt", "min")
@@ -32,14 +39,15 @@ _PARITY_SIZES: tuple[Size, ...] = ("opt", "min")
 
 @dataclass(frozen=True)
 class Exported:
-    """One stage on one backend: its manifest, and whether this call built it."""
+    """One stage on one backend: its manifest, whether this call built it, and why it is unverified if it is."""
 
     manifest: Manifest
     built: bool
+    unverified: str | None = None
 
     @property
     def worst(self) -> manifest.Parity:
-        """The measurement with the largest absolute error."""
+        """Of a verified engine, the measurement with the largest absolute error."""
         return max(self.manifest.parity, key=lambda parity: parity.max_abs)
 
 
@@ -48,12 +56,14 @@ def export_stage(
     backend_name: str,
     store: EngineStore,
     *,
+    options: BuildOptions = _DEFAULT_OPTIONS,
     force: bool = False,
     progress: Progress = lambda step: None,
 ) -> Exported:
-    """Make sure that a verified engine of `stage` is in the store.
+    """Make sure that an engine of `stage` is in the store, verified if this machine can run it.
 
     Args:
+        options: what the backend is asked for.
         force: build it even if it is there.
         progress: told what is going on, in a few words.
     Raises:
@@ -61,45 +71,104 @@ def export_stage(
         ParityError: the engine does not compute what PyTorch computes; it is not kept.
     """
     backend = get_backend(backend_name)
-    precision, weights = precision_of(stage), weights_sha256(stage)
-    key = stage_key(stage, backend_name, precision, weights)
+    if reason := backend.unavailable():
+        raise EngineError(reason)
+    weights = weights_sha256(stage)
+    key = stage_key(stage, backend_name, precision_of(stage), weights, options)
     with store.building(stage.model, stage.name, backend_name, key) as build:
-        if build.existing is not None and not force:
-            return Exported(build.existing.manifest, built=False)
-        start = time.monotonic()
-        networks = [_build_network(network, backend, build, progress) for network in stage.networks]
-        engine = build.commit(
-            Manifest(
-                stage=stage.name,
-                model=stage.model,
-                backend=backend_name,
-                precision=precision,
-                key=key,
-                weights_sha256=weights,
-                opset=OPSET,
-                networks=tuple(networks),
-                versions={"torch": torch.__version__, backend_name: backend.version()},
-                device=device_name(stage.networks[0].device),
-                build_seconds=time.monotonic() - start,
-                tolerance=manifest.Tolerance(**vars(stage.tolerance)),
-            )
-        )
+        engine, built = build.existing, False
+        if engine is None or force:
+            engine, built = _build_engine(stage, weights, build, options, progress), True
+    if engine.manifest.verified:
+        return Exported(engine.manifest, built)
+    if obstacle := backend.obstacle(stage.networks[0].device, engine.manifest.device):
+        log.info("the %s engine of %s is built, not verified here: %s", backend_name, stage.name, obstacle)
+        return Exported(engine.manifest, built, unverified=obstacle)
     progress("verify")
-    return Exported(_verify_and_measure(stage, backend_name, store, engine), built=True)
+    return Exported(verify_engine_parity(stage, store, engine), built)
 
 
-def _build_network(network: Network, backend: Backend, build: Build, progress: Progress) -> manifest.Network:
+def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:
+    """Hold an engine against PyTorch, time both, and write into its manifest what came out.
+
+    Raises:
+        EngineError: the engine cannot be loaded here.
+        ParityError: it does not compute what PyTorch computes; it was deleted.
+    """
+    backend = engine.manifest.backend
+    networks = {network.name: network for network in stage.networks}
+    runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
+    assembled = stage.assemble(runners)
+    parity = _parity(stage, runners, assembled)
+    if failed := [measured for measured in parity if not measured.passed]:
+        record = store.get(*vars(engine.manifest.id).values())
+        if record is not None:
+            store.remove(record)
+        raise ParityError(_explain(stage, backend, failed))
+    updated = engine.manifest.updated(
+        parity=tuple(parity),
+        latency_ms=_latency_ms({TORCH: stage.torch, backend: assembled}, stage.sample()),
+        tolerance=manifest.Tolerance(**vars(stage.tolerance)),
+        verified=True,
+    )
+    return store.update(engine, updated).manifest
+
+
+def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifest]:
+    """Verify the engines of `stages` that run here and were built where they could not run.
+
+    To be called before a `Runtime` is made, which serves no unverified engine. An engine that fails is deleted.
+    """
+    verified = []
+    for stage in stages:
+        weights = weights_sha256(stage)
+        for backend in (name for name in ENGINE_BACKENDS if not get_backend(name).unavailable()):
+            record = find_engine(store, stage, backend, weights)
+            known = record.manifest if record else None
+            if record is None or known is None or known.verified:
+                continue
+            if get_backend(backend).obstacle(stage.networks[0].device, known.device):
+                continue
+            try:
+                verified.append(verify_engine_parity(stage, store, store.verify(record)))
+            except EngineError as error:
+                log.warning("%s", error)
+    return verified
+
+
+def _build_engine(
+    stage: Stage, weights: str, build: Build, options: BuildOptions, progress: Progress
+) -> VerifiedEngine:
+    backend = get_backend(build.id.backend)
+    target = backend.target(stage.networks[0].device, options)
+    start = time.monotonic()
+    networks = [_build_network(network, backend, build, options, progress) for network in stage.networks]
+    return build.commit(
+        Manifest(
+            **vars(build.id),
+            precision=precision_of(stage),
+            weights_sha256=weights,
+            opset=options.opset if backend.SOURCE == "onnx" else None,
+            networks=tuple(networks),
+            versions={"torch": torch.__version__, build.id.backend: backend.version()},
+            device=target,
+            compute_capabilities=compute_capabilities(target),
+            build_seconds=time.monotonic() - start,
+            tolerance=manifest.Tolerance(**vars(stage.tolerance)),
+        )
+    )
+
+
+def _build_network(
+    network: Network, backend: Backend, build: Build, options: BuildOptions, progress: Progress
+) -> manifest.Network:
     progress(f"trace {network.name}")
     sources = build.folder / "sources"
     sources.mkdir(exist_ok=True)
-    source = sources / f"{network.name}.onnx"
-    trace_onnx(network, source)
+    source = _trace(network, backend, sources, options)
     progress(f"build {network.name}")
-    artifact = backend.build(network, source, build.folder)
-    for path in sources.iterdir():
-        path.unlink()
-    sources.rmdir()
-    specs = (*network.inputs, *network.live_specs)
+    artifact = backend.build(network, source, build.folder, options)
+    shutil.rmtree(sources)
     return manifest.Network(
         name=network.name,
         artifact=artifact,
@@ -111,7 +180,7 @@ def _build_network(network: Network, backend: Backend, build: Build, progress: P
                 opt=spec.shape_at("opt"),
                 max=spec.shape_at("max"),
             )
-            for spec in specs
+            for spec in (*network.inputs, *network.live_specs)
         ),
         outputs=tuple(
             manifest.NetworkOutput(name=name, dtype=_dtype(tensor.dtype))
@@ -120,22 +189,12 @@ def _build_network(network: Network, backend: Backend, build: Build, progress: P
     )
 
 
-def _verify_and_measure(stage: Stage, backend_name: str, store: EngineStore, engine: VerifiedEngine) -> Manifest:
-    networks = {network.name: network for network in stage.networks}
-    runners = get_backend(backend_name).load(engine, networks, stage.networks[0].device)
-    assembled = stage.assemble(runners)
-    parity = _parity(stage, runners, assembled)
-    if failed := [measured for measured in parity if not measured.passed]:
-        record = store.get(*vars(engine.manifest.id).values())
-        if record is not None:
-            store.remove(record)
-        raise ParityError(_explain(stage, backend_name, failed))
-    updated = engine.manifest.updated(
-        parity=tuple(parity),
-        latency_ms=_latency_ms({TORCH: stage.torch, backend_name: assembled}, stage.sample()),
-        verified=True,
-    )
-    return store.update(engine, updated).manifest
+def _trace(network: Network, backend: Backend, folder: Path, options: BuildOptions) -> Path | ExportedProgram:
+    if backend.SOURCE == "exported_program":
+        return trace_program(network)
+    source = folder / f"{network.name}.onnx"
+    trace_onnx(network, source, options.opset)
+    return source
 
 
 def _parity(stage: Stage, runners: Mapping[str, Runner], assembled: Runner) -> list[manifest.Parity]:

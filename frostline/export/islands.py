@@ -28,8 +28,9 @@ _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def widen_sensitive(model: ir.Model) -> None:
     """Wrap every sensitive operation of a narrow type in casts to fp32 and back."""
     for node in list(model.graph):
-        if node.op_type in _SENSITIVE and node.inputs[0] is not None and node.inputs[0].dtype in _NARROW:
-            _widen(model.graph, node, node.inputs[0].dtype)
+        dtype = node.inputs[0].dtype if node.op_type in _SENSITIVE and node.inputs[0] else None
+        if dtype is not None and dtype in _NARROW:
+            _widen(model.graph, node, dtype)
 
 
 def _widen(graph: ir.Graph, node: ir.Node, narrow: ir.DataType) -> None:

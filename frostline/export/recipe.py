@@ -49,6 +49,17 @@ class Recipe(Settings):
         """
         return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes)
 
+    def with_lora(self, live: bool, target_modules: str | None) -> Recipe:
+        """This recipe with a live LoRA on other layers (comma-separated), or without any."""
+        if not live:
+            return self.model_copy(update={"lora": None})
+        if target_modules is None:
+            return self
+        lora = LoraSettings.parse(
+            {**(self.lora or LoraSettings()).model_dump(), "target_modules": target_modules.split(",")}
+        )
+        return self.model_copy(update={"lora": lora})
+
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type that `precision` names."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, T5SelfAttention, WanTextEncoder
 
 
 class TextEncoder(nn.Module):
@@ -31,8 +32,25 @@ class TextEncoder(nn.Module):
         Returns:
             (B, L, text_dim).
         """
-        context = self.model(ids, mask)
+        model = self.model
+        tokens = model.token_embedding(ids)
+        length = ids.shape[1]
+        for block in cast("list[T5SelfAttention]", model.blocks):
+            embedding = model.pos_embedding or block.pos_embedding  # shared by all blocks, or one in each
+            assert embedding is not None
+            bias = embedding(length, length)
+            tokens = _finite(tokens + block.attn(block.norm1(tokens), mask=mask, pos_bias=bias))
+            tokens = _finite(tokens + block.ffn(block.norm2(tokens)))
+        context = model.norm(tokens)
         return context * mask[:, :, None].to(context.dtype)
+
+
+def _finite(tokens: Tensor) -> Tensor:
+    """diffsynth's `fp16_clamp`, less the look at the values, which no tracer could follow."""
+    if tokens.dtype != torch.float16:
+        return tokens
+    bound = torch.finfo(torch.float16).max - 1000
+    return tokens.clamp(-bound, bound)
 
 
 def tokenize(tokenizer: HuggingfaceTokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

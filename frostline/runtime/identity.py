@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from frostline.runtime.backends import get_backend
+from frostline.runtime.backends.options import OPSET, BuildOptions
+from frostline.runtime.device import compute_capabilities
 from frostline.runtime.stage import Network, Stage, TensorSpec
-from frostline.runtime.store import engine_key
+from frostline.runtime.store import EngineRecord, EngineStore, engine_key
 
 # Raise it when a network's forward changes in a way that names, shapes and layers do not show.
 GRAPH_VERSION = 1
+_DEFAULT_OPTIONS = BuildOptions()
 
 
 def weights_sha256(stage: Stage) -> str:
@@ -26,25 +29,39 @@ def weights_sha256(stage: Stage) -> str:
     return digest.hexdigest()
 
 
-def stage_key(stage: Stage, backend: str, precision: str, weights: str) -> str:
-    """The content key of the engine of `stage` on `backend` for the device its weights are on."""
+def stage_key(
+    stage: Stage, backend: str, precision: str, weights: str, options: BuildOptions = _DEFAULT_OPTIONS
+) -> str:
+    """The content key of the engine of `stage` that `backend` builds with `options`."""
+    furniture = get_backend(backend)
     return engine_key(
         weights_sha256=weights,
         graph=f"v{GRAPH_VERSION}\n" + "\n".join(_describe(network) for network in stage.networks),
         shapes={network.name: [_shapes(spec) for spec in network.inputs] for network in stage.networks},
         precision=precision,
         backend=backend,
-        backend_version=get_backend(backend).version(),
-        device=device_name(stage.networks[0].device),
+        backend_version=furniture.version(),
+        device=furniture.target(stage.networks[0].device, options),
+        extra={"opset": options.opset} if furniture.SOURCE == "onnx" else {},
     )
 
 
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the compute capability such as `sm_90`."""
-    if device.type != "cuda":
-        return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) -> EngineRecord | None:
+    """The engine in the store that computes `stage`, whatever it was built for; the one that serves best here.
+
+    An engine's manifest says with which options it was built, and so which key it must have.
+    """
+    device, furniture, precision = stage.networks[0].device, get_backend(backend), precision_of(stage)
+    candidates = []
+    for record in store.find(stage.model, stage.name, backend):
+        manifest = record.manifest
+        if manifest is None or manifest.weights_sha256 != weights:
+            continue
+        options = BuildOptions(manifest.opset or OPSET, compute_capabilities(manifest.device))
+        if manifest.key == stage_key(stage, backend, precision, weights, options):
+            runs = furniture.obstacle(device, manifest.device) is None
+            candidates.append(((runs, manifest.verified, manifest.created), record))
+    return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 
 def precision_of(stage: Stage) -> str:

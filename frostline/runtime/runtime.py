@@ -14,7 +14,8 @@ from torch import Tensor
 from frostline.errors import ConfigError, EngineError, ShapeError
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.clock import StageClock
-from frostline.runtime.identity import precision_of, stage_key, weights_sha256
+from frostline.runtime.identity import find_engine, weights_sha256
+from frostline.runtime.manifest import Manifest
 from frostline.runtime.plan import Choice, Plan
 from frostline.runtime.stage import Network, Runner, Stage
 from frostline.runtime.store import EngineRecord, EngineStore
@@ -122,10 +123,14 @@ class Runtime:
         if wanted == TORCH:
             return Choice(TORCH, "as asked")
         get_backend(wanted)
-        record = self._record(stage, wanted)
-        if record is not None and record.manifest is not None:
-            return Choice(wanted, "as asked", record.manifest.latency_ms)
-        reason = f"no engine of {stage.name} for {wanted}: build it with `{_export_command(stage, wanted)}`"
+        record = self.record(stage.name, wanted)
+        manifest = record.manifest if record else None
+        if manifest is None:
+            reason = f"no engine of {stage.name} for {wanted}: build it with `{_export_command(stage, wanted)}`"
+        elif doubt := _doubt(stage, manifest):
+            reason = f"the {wanted} engine of {stage.name} is {doubt}"
+        else:
+            return Choice(wanted, "as asked", manifest.latency_ms)
         if self.strict:
             raise EngineError(reason)
         log.warning("%s; torch serves it meanwhile", reason)
@@ -136,9 +141,14 @@ class Runtime:
             return Choice(TORCH, "no engine store")
         candidates = {}
         for backend in ENGINE_BACKENDS:
-            record = self._record(stage, backend)
+            record = self.record(stage.name, backend)
             manifest = record.manifest if record else None
-            if manifest and manifest.verified and backend in manifest.latency_ms and TORCH in manifest.latency_ms:
+            if (
+                manifest
+                and not _doubt(stage, manifest)
+                and backend in manifest.latency_ms
+                and TORCH in manifest.latency_ms
+            ):
                 candidates[backend] = manifest.latency_ms
         if not candidates:
             return Choice(TORCH, f"no verified engine: `{_export_command(stage, ENGINE_BACKENDS[0])}`")
@@ -149,11 +159,11 @@ class Runtime:
             return Choice(TORCH, f"{best} is slower ({gain:.2f}x)", candidates[best])
         return Choice(best, f"{gain:.2f}x as fast as torch", candidates[best])
 
-    def _record(self, stage: Stage, backend: str) -> EngineRecord | None:
+    def record(self, stage: str, backend: str) -> EngineRecord | None:
+        """The engine of a stage on a backend, if one was built for these weights, shapes and this machine."""
         if self._store is None or get_backend(backend).unavailable():
             return None
-        key = stage_key(stage, backend, precision_of(stage), self._weights_of(stage.name))
-        return self._store.get(stage.model, stage.name, backend, key)
+        return find_engine(self._store, self.stages[stage], backend, self._weights_of(stage))
 
     def _weights_of(self, stage: str) -> str:
         if stage not in self._weights:
@@ -168,10 +178,15 @@ class Runtime:
         return self._runners[name, backend]
 
     def _load(self, stage: Stage, backend: str) -> Runner:
-        record = self._record(stage, backend)
+        record = self.record(stage.name, backend)
         if self._store is None or record is None:
             raise EngineError(f"no engine: build it with `{_export_command(stage, backend)}`")
         engine = self._store.verify(record)
+        if not engine.manifest.verified:
+            raise EngineError(
+                f"engine {engine.path} was built but never compared with PyTorch: "
+                f"run `frostline engines verify {engine.manifest.key}` on this machine first"
+            )
         networks = {network.name: network for network in stage.networks}
         runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
         return stage.assemble({name: _CheckedRunner(networks[name], runner) for name, runner in runners.items()})
@@ -205,6 +220,14 @@ class _CheckedRunner:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         self.network.check_shapes(inputs)
         return self.runner(**inputs)
+
+
+def _doubt(stage: Stage, manifest: Manifest) -> str | None:
+    """Why an engine may not serve here, or None."""
+    obstacle = get_backend(manifest.backend).obstacle(stage.networks[0].device, manifest.device)
+    if obstacle:
+        return f"built, not verified here: {obstacle}"
+    return None if manifest.verified else f"unverified: run `frostline engines verify {manifest.key}`"
 
 
 def _export_command(stage: Stage, backend: str) -> str:

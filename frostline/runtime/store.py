@@ -148,6 +148,21 @@ class EngineStore:
         """One engine, unverified, or None."""
         return self._record(EngineId(model, stage, backend, key))
 
+    def by_key(self, key: str) -> EngineRecord:
+        """The one engine whose key begins with `key`, unverified.
+
+        Raises:
+            EngineError: there is none, or more than one.
+        """
+        found = [record for record in self.find() if record.id.key.startswith(key)]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise EngineError(
+                f"no engine in {self.root} has a key that begins with {key!r}: see `frostline engines list`"
+            )
+        raise EngineError(f"{len(found)} engines have keys that begin with {key!r}: give more of it")
+
     def verify(self, record: EngineRecord) -> VerifiedEngine:
         """The only way to files to load: signature, key, files and ONNX locations must all hold."""
         return verify_engine(self.root, record.id)

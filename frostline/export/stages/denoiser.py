@@ -14,7 +14,7 @@ from frostline.models.denoiser import Denoiser
 from frostline.models.lora import adapters_off, live_scale, lora_parameters, lora_scale
 from frostline.runtime.stage import Dimension, Network, Stage, TensorSpec
 
-from .inputs import FP32_DEEP, StageInputs
+from .inputs import StageInputs, tolerance
 
 _CLIP_FEATURE = (257, 1280)
 
@@ -73,7 +73,7 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
         torch=in_torch,
         assemble=lambda runners: runners[name],
         sample=lambda: network.samples("opt"),
-        tolerance=FP32_DEEP,
+        tolerance=tolerance(name, inputs.dtype),
     )
 
 

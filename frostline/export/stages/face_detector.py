@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from frostline.models.faces.detections import quantize_frames
 from frostline.models.faces.mtcnn import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, BatchedMTCNN, as_network
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
 
-from .inputs import FP32, StageInputs
+from .face_networks import contiguous_copy, weights_dtype, with_fp32_edges
+from .inputs import StageInputs, tolerance
 
 
 def build(inputs: StageInputs) -> Stage:
     """The stage; its outputs are the tensors of `Detections`."""
-    modules = inputs.faces.detector_networks
+    modules = {name: with_fp32_edges(module) for name, module in inputs.faces.detector_networks.items()}
 
     def assemble(runners: Mapping[str, Callable[..., Mapping[str, Tensor]]]) -> Runner:
         detector = BatchedMTCNN(runners, **inputs.faces.detector_settings)
@@ -39,16 +40,16 @@ def build(inputs: StageInputs) -> Stage:
     return Stage(
         name="face_detector",
         model="mtcnn",
-        networks=tuple(_network(name, inputs) for name in modules),
+        networks=tuple(_network(name, module, inputs) for name, module in modules.items()),
         torch=assemble({name: as_network(module, MTCNN_OUTPUTS[name]) for name, module in modules.items()}),
         assemble=assemble,
         sample=sample,
-        tolerance=FP32,
+        tolerance=tolerance("face_detector", weights_dtype(inputs.faces.detector_networks["pnet"])),
     )
 
 
-def _network(name: str, inputs: StageInputs) -> Network:
+def _network(name: str, module: nn.Module, inputs: StageInputs) -> Network:
     shapes, side = inputs.shapes, MTCNN_INPUT_SIZES[name]
     size = (shapes.dimension("face_height"), shapes.dimension("face_width")) if side is None else (side, side)
     images = TensorSpec("images", (shapes.dimension("faces"), 3, *size))
-    return Network(name, inputs.faces.detector_networks[name], (images,), MTCNN_OUTPUTS[name])
+    return Network(name, contiguous_copy(module), (images,), MTCNN_OUTPUTS[name])

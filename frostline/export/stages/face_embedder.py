@@ -7,7 +7,8 @@ from typing import cast
 from frostline.models.faces.embedders import FaceEmbedder
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
-from .inputs import FP32_DEEP, StageInputs, single_network_stage
+from .face_networks import weights_dtype, with_fp32_edges
+from .inputs import StageInputs, single_network_stage, tolerance
 
 
 def build(inputs: StageInputs) -> Stage:
@@ -16,5 +17,5 @@ def build(inputs: StageInputs) -> Stage:
     embedder = cast(FaceEmbedder, module)
     side = embedder.image_size
     faces = TensorSpec("faces", (inputs.shapes.dimension("faces"), 3, side, side))
-    network = Network("face_embedder", module, (faces,), ("embeddings",))
-    return single_network_stage(network, embedder.name, FP32_DEEP)
+    network = Network("face_embedder", with_fp32_edges(module), (faces,), ("embeddings",))
+    return single_network_stage(network, embedder.name, tolerance("face_embedder", weights_dtype(module)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from frostline.models.image import ImageEncoder
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
-from .inputs import FP32_DEEP, StageInputs, single_network_stage
+from .inputs import StageInputs, single_network_stage, tolerance
 
 
 def build(inputs: StageInputs) -> Stage | None:
@@ -17,4 +17,4 @@ def build(inputs: StageInputs) -> Stage | None:
     shape = (shapes.dimension("batch"), 3, shapes.pixels("height"), shapes.pixels("width"))
     module = ImageEncoder(encoder).to(inputs.device, inputs.dtype).eval()
     network = Network("image_encoder", module, (TensorSpec("image", shape, inputs.dtype),), ("clip_feature",))
-    return single_network_stage(network, inputs.components.name, FP32_DEEP)
+    return single_network_stage(network, inputs.components.name, tolerance("image_encoder", inputs.dtype))

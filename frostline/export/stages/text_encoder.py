@@ -8,7 +8,7 @@ from torch import Tensor
 from frostline.models.text import TextEncoder, tokenize
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
-from .inputs import FP32_DEEP, StageInputs, single_network_stage
+from .inputs import StageInputs, single_network_stage, tolerance
 
 _PROMPTS = ("a person talks and smiles", "a person nods")
 
@@ -36,4 +36,4 @@ def build(inputs: StageInputs) -> Stage:
         (TensorSpec("ids", shape, torch.int64, random_ids), TensorSpec("mask", shape, torch.int64, random_mask)),
         ("context",),
     )
-    return single_network_stage(network, components.name, FP32_DEEP, sample)
+    return single_network_stage(network, components.name, tolerance("text_encoder", inputs.dtype), sample)

@@ -14,7 +14,7 @@ from frostline.export.shapes import SPATIAL_MULTIPLE
 from frostline.models.vae import TEMPORAL_STRIDE, VaeEncoderFirst, VaeEncoderNext, encode_video
 from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
 
-from .inputs import FP32_DEEP, StageInputs
+from .inputs import StageInputs, tolerance
 
 
 def build(inputs: StageInputs) -> Stage:
@@ -62,7 +62,7 @@ def build(inputs: StageInputs) -> Stage:
         torch=in_torch,
         assemble=assemble,
         sample=sample,
-        tolerance=FP32_DEEP,
+        tolerance=tolerance("vae_encoder", inputs.dtype),
     )
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -73,7 +73,9 @@ def build(network: Network, source: ExportedProgram, folder: Path, options: Buil
     package = folder / f"{network.name}.pt2"
     try:
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(source, package_path=str(package), inductor_configs=dict(_SETTINGS))
+            torch._inductor.aoti_compile_and_package(
+                source, package_path=str(package), inductor_configs=dict(_SETTINGS)
+            )
     except Exception as error:
         raise EngineError(f"AOTInductor cannot compile {network.name}: {error}") from error
     if constants := _made_up(source, network):

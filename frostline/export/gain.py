@@ -1,0 +1,99 @@
+"""What a plan is worth: the candidates of each stage, and the predicted time of a step's frozen part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
+from frostline.runtime.plan import Choice
+from frostline.runtime.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend that could serve a stage. ms and torch_ms come from one interleaved run; None: never measured."""
+
+    backend: str
+    ms: float | None
+    torch_ms: float | None
+    max_abs: float | None
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True)
+class StageGain:
+    """One stage: who could serve it, who does and why."""
+
+    stage: str
+    choice: Choice
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class StepGain:
+    """Predicted milliseconds of the frozen part of one step."""
+
+    torch_ms: float
+    planned_ms: float
+
+
+def stage_gains(runtime: Runtime) -> list[StageGain]:
+    """All stages of the runtime with all backends."""
+    return [
+        StageGain(name, choice, (_torch_candidate(choice), *(_candidate(runtime, name, b) for b in ENGINE_BACKENDS)))
+        for name, choice in runtime.plan.items()
+    ]
+
+
+def frozen_uses(
+    schedule: FlowMatchSchedule, mid_timestep: int, final_timestep: int, high_noise_steps: int
+) -> dict[str, int]:
+    """How often a step uses each frozen stage when nothing is recalled.
+
+    The detector sees the reference and the generated frames; the denoiser runs the rollout head and the KL reference.
+    """
+    tail = final_timestep + 1 - max(mid_timestep, high_noise_steps)
+    return {
+        "text_encoder": 1,
+        "image_encoder": 1,
+        "vae_encoder": 1,
+        "face_detector": 2,
+        "face_embedder": 1,
+        "denoiser_high_noise": min(high_noise_steps, mid_timestep),
+        "denoiser": max(0, mid_timestep - high_noise_steps) + tail,
+    }
+
+
+def step_gain(runtime: Runtime, uses: Mapping[str, int]) -> StepGain:
+    """The sum over all stages that were measured; the others count on neither side."""
+    torch_ms = planned_ms = 0.0
+    for name, choice in runtime.plan.items():
+        latency = choice.latency_ms
+        if TORCH not in latency:
+            continue
+        torch_ms += uses.get(name, 0) * latency[TORCH]
+        planned_ms += uses.get(name, 0) * latency[choice.backend]
+    return StepGain(torch_ms, planned_ms)
+
+
+def _torch_candidate(choice: Choice) -> Candidate:
+    ms = choice.latency_ms.get(TORCH)
+    return Candidate(TORCH, ms, ms, None, 0, "")
+
+
+def _candidate(runtime: Runtime, stage: str, backend: str) -> Candidate:
+    if reason := get_backend(backend).unavailable():
+        return Candidate(backend, None, None, None, 0, reason)
+    record = runtime.record(stage, backend)
+    if record is None:
+        return Candidate(backend, None, None, None, 0, "no engine")
+    manifest = record.manifest
+    if manifest is None:
+        return Candidate(backend, None, None, None, record.bytes, record.problem or "damaged")
+    worst = max((parity.max_abs for parity in manifest.parity), default=None)
+    note = "slower than the chosen one" if manifest.verified else "built, not verified here"
+    latency = manifest.latency_ms
+    return Candidate(backend, latency.get(backend), latency.get(TORCH), worst, record.bytes, note)

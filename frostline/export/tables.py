@@ -1,0 +1,91 @@
+"""Exports, engines and plans as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from frostline.export.gain import StageGain, StepGain
+from frostline.export.run import ExportRow
+from frostline.runtime.backends import TORCH
+from frostline.runtime.manifest import Manifest
+from frostline.runtime.store import EngineRecord
+
+_STYLES = {"built": "green", "present": "dim", "planned": "cyan", "failed": "bold red"}
+
+
+def export_table(rows: Iterable[ExportRow]) -> Table:
+    """What an export did, with the parity and the latency of each engine."""
+    table = _table("stage", "backend", "status", ">seconds", ">max abs error", ">cosine", ">ms", ">torch ms", "note")
+    for row in rows:
+        status = f"[{_STYLES[row.status]}]{row.status}[/]"
+        table.add_row(row.stage, row.backend, status, f"{row.seconds:.1f}", *_measured(row.manifest), row.note)
+    return table
+
+
+def engine_table(records: Iterable[EngineRecord]) -> Table:
+    """The engines of a store."""
+    table = _table(
+        "model", "stage", "backend", "key", "device", "precision", ">MB", ">max abs error", "created", "state"
+    )
+    for record in records:
+        manifest = record.manifest
+        if manifest is None:
+            row = ["", "", f"{record.bytes / 1e6:.1f}", "", "", f"[red]{record.problem}[/]"]
+        else:
+            state = "verified" if manifest.verified else "not verified here"
+            created = f"{manifest.created:%Y-%m-%d %H:%M}"
+            worst = _measured(manifest)[0]
+            row = [manifest.device, manifest.precision, f"{record.bytes / 1e6:.1f}", worst, created, state]
+        table.add_row(record.id.model, record.id.stage, record.id.backend, record.id.key, *row)
+    return table
+
+
+def plan_table(gains: Iterable[StageGain]) -> Table:
+    """Per stage: the candidates and the choice."""
+    table = _table("stage", "candidate", "chosen", ">ms", ">torch ms", ">max abs error", ">MB", "why")
+    for gain in gains:
+        for number, candidate in enumerate(gain.candidates):
+            chosen = "[green]yes[/]" if candidate.backend == gain.choice.backend else ""
+            why = gain.choice.reason if chosen else candidate.note
+            cells = (_number(candidate.ms), _number(candidate.torch_ms), _scientific(candidate.max_abs))
+            size = f"{candidate.bytes / 1e6:.1f}" if candidate.bytes else ""
+            table.add_row("" if number else gain.stage, candidate.backend, chosen, *cells, size, why)
+    return table
+
+
+def step_gain_line(gain: StepGain) -> str:
+    """The predicted gain of the frozen part of one training step, in words."""
+    if not gain.torch_ms:
+        return "no engine was measured on this machine: nothing to predict"
+    ratio = gain.torch_ms / gain.planned_ms
+    return (
+        f"frozen part of one step, nothing recalled: {gain.torch_ms:.0f} ms in {TORCH}, {gain.planned_ms:.0f} ms as "
+        f"planned ({ratio:.2f}x)"
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _measured(manifest: Manifest | None) -> tuple[str, str, str, str]:
+    """Largest error, lowest cosine, engine and torch latency."""
+    if manifest is None or not manifest.parity:
+        return "", "", "", ""
+    worst = max(parity.max_abs for parity in manifest.parity)
+    cosine = min(parity.cosine for parity in manifest.parity)
+    latency = manifest.latency_ms
+    return _scientific(worst), f"{cosine:.7f}", _number(latency.get(manifest.backend)), _number(latency.get(TORCH))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"

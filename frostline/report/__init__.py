@@ -1,0 +1,1 @@
+"""Reports: self-contained HTML pages, plots in inline SVG and contact sheets."""

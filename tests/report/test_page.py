@@ -1,0 +1,237 @@
+"""The page: everything given as text is escaped, nothing is fetched, the markup nests, and a browser reads it."""
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from frostline.errors import DataError
+from frostline.report.page import Cell, Column, Figure, Page, Tile
+from frostline.report.plots import COLOURS, line_plot, paired_plot
+from frostline.video import write_video
+
+NASTY = """<script>alert("1")</script> & 'it' </style>"""
+VOID = {"meta", "img", "br", "link", "input"}
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+
+
+class Markup(HTMLParser):
+    """Reads a page strictly: every element is closed, in order, and every id is there once."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        ids = self.attribute("id")
+        assert len(ids) == len(set(ids))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def attribute(self, name: str) -> list[str]:
+        return [attrs[name] or "" for _, attrs in self.tags if name in attrs]
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return write_video(tmp_path / "clip.mp4", torch.rand(5, 3, 32, 32), fps=8)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30), "teal").save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def full_page(clip: Path, picture: Path, text: str = "words") -> Page:
+    """A page with every kind of block, the same text wherever text goes."""
+    page = Page(text, text)
+    page.paragraph(text, lead=True)
+    page.tiles([Tile(text, text, unit=text, before=text, change=text, note=text, trend="better"), Tile("a", "1")])
+    page.heading(text)
+    page.table(
+        [Column(text), Column("score", "right")], [[text, Cell("0.2", 0.21)], [Cell(text, muted=True), "0.1"]], text
+    )
+    page.table([Column(text)], [], sortable=False)
+    page.figures(
+        Figure.svg(line_plot({text: [1.0, None, 3.0], "b": [2, 1, 2]}, ylabel=text, xlabel=text), text, text, text),
+        Figure.svg(paired_plot([0.1], [0.2]), text),
+        Figure.image(picture, text, text, text, wide=True),
+        columns=2,
+    )
+    page.figures(Figure.video(clip, text, text), Figure.video(clip, text), columns=4, narrow_columns=2)
+    page.facts({text: text})
+    return page
+
+
+def test_text_is_escaped_everywhere(clip: Path, picture: Path) -> None:
+    plain, nasty = Markup(full_page(clip, picture).html()), Markup(full_page(clip, picture, NASTY).html())
+    assert [tag for tag, _ in nasty.tags] == [tag for tag, _ in plain.tags]
+    assert nasty.count("script") == 1
+    assert nasty.texts.count(NASTY) == plain.texts.count("words") > 15
+    assert nasty.attribute("alt") == [NASTY]
+
+
+def test_no_external_resource(clip: Path, picture: Path) -> None:
+    markup = Markup(full_page(clip, picture).html())
+    sources = [value for name in ("src", "href", "srcset", "poster", "action") for value in markup.attribute(name)]
+    assert len(sources) >= 4
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert markup.count("link") == 0
+    css = next(text for text in markup.texts if "--ground" in text)
+    assert "url(" not in css and "@import" not in css
+    policy = markup.attribute("content")[0]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_embedded_files_are_whole(clip: Path, picture: Path) -> None:
+    sources = Markup(full_page(clip, picture).html()).attribute("src")
+    for path, start in ((picture, "data:image/png;base64,"), (clip, "data:video/mp4;base64,")):
+        embedded = [base64.b64decode(source.removeprefix(start)) for source in sources if source.startswith(start)]
+        assert embedded and all(data == path.read_bytes() for data in embedded)
+
+
+def test_a_large_png_becomes_webp(tmp_path: Path) -> None:
+    pixels = torch.randint(0, 256, (400, 400, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "large.png")
+    figure = Figure.image(tmp_path / "large.png", "noise")
+    assert "data:image/webp;base64," in figure.body
+    assert len(figure.body) < (tmp_path / "large.png").stat().st_size
+
+
+def test_play_button_only_where_clips_can_be_compared(clip: Path) -> None:
+    page = Page("clips")
+    page.figures(Figure.video(clip, "one"))
+    assert 'class="play"' not in page.html()
+    page.figures(Figure.video(clip, "one"), Figure.video(clip, "two"))
+    assert page.html().count('class="play"') == 1
+
+
+def test_sort_keys_are_finite_numbers() -> None:
+    page = Page("table")
+    page.table([Column("a")], [[Cell("x", 0.1)], [Cell("none", float("nan"))], [Cell("y", float("inf"))]])
+    assert Markup(page.html()).attribute("data-sort") == ["0.1"]
+
+
+def test_a_row_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 cells in a table of 1 columns"):
+        Page("table").table([Column("a")], [["1", "2"]])
+
+
+def test_files_that_cannot_be_embedded_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"missing\.mp4"):
+        Figure.video(tmp_path / "missing.mp4", "clip")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(DataError, match=r"text\.png: not a PNG or JPEG"):
+        Figure.image(tmp_path / "text.png", "picture")
+
+
+def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "report.html"
+    assert Page("first").write(path) == path
+    assert "<title>first</title>" in path.read_text()
+
+    def full_disk(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(DataError, match=r"report\.html: cannot be written: No space left"):
+        Page("second").write(path)
+    assert "<title>first</title>" in path.read_text()
+    assert os.listdir(path.parent) == ["report.html"]  # noqa: PTH208
+
+
+def test_text_that_is_not_utf8_can_be_written(tmp_path: Path) -> None:
+    path = Page("file \udcff.mp4").write(tmp_path / "report.html")
+    assert "file \\udcff.mp4" in path.read_text(encoding="utf-8")
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    bright, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_read_on_both_grounds(dark: bool) -> None:
+    css = re.search(r"<style>(.*?)</style>", Page("x").html(), re.S)
+    assert css is not None
+    rules = re.findall(r":root \{(.*?)\}", css[1], re.S)
+    colours = dict(re.findall(r"(--[\w-]+): (#\w{6});", rules[0]))
+    assert {name: colours[name] for name in COLOURS} == COLOURS
+    if dark:
+        colours |= dict(re.findall(r"(--[\w-]+): (#\w{6});", rules[1]))
+    for name, colour in colours.items():
+        if name not in ("--ground", "--rule", "--plot-rule"):
+            assert contrast(colour, colours["--ground"]) >= 4.5, name
+
+
+def render(path: Path, profile: Path) -> tuple[str, str]:
+    """The page's DOM after its scripts ran, and what the browser had to say."""
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+    )
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={profile}", path.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return result.stdout, result.stderr
+
+
+@needs_chromium
+def test_browser_shows_the_page_within_its_policy(clip: Path, picture: Path, tmp_path: Path) -> None:
+    path = full_page(clip, picture, NASTY).write(tmp_path / "report.html")
+    dom, log = render(path, tmp_path / "profile")
+    assert Markup(dom).texts.count(NASTY) > 15
+    assert "Content Security Policy" not in log
+
+
+@needs_chromium
+def test_browser_sorts_a_table(tmp_path: Path) -> None:
+    page = Page("sort")
+    rows = [["b10", Cell("2 ms", 2.0)], ["b9", "none"], ["a", Cell("10 ms", 10.0)], ["c", Cell("-1 ms", -1.0)]]
+    page.table([Column("name"), Column("time", "right")], rows)
+    # The policy would, rightly, keep the test's own script from running.
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page.html())
+    script = """<script>
+      const order = () => [...document.querySelectorAll("td:first-child")].map((cell) => cell.textContent).join();
+      const [name, time] = document.querySelectorAll("th button");
+      const seen = [];
+      for (const button of [time, time, name]) { button.click(); seen.push(order()); }
+      document.title = seen.join(" | ");
+    </script></body>"""
+    path = tmp_path / "sort.html"
+    path.write_text(html.replace("</body>", script), encoding="utf-8")
+    dom, _ = render(path, tmp_path / "profile")
+    assert "<title>c,b10,a,b9 | a,b10,c,b9 | a,b9,b10,c</title>" in dom

@@ -1,0 +1,102 @@
+"""The command line: exit codes, clear errors, and the engines commands on real engines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from frostline import __version__
+from frostline.cli import app
+
+
+def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "frostline", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=200)
+
+
+def test_version() -> None:
+    result = _run("--version")
+    assert (result.returncode, result.stdout.strip()) == (0, f"frostline {__version__}")
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, frostline.cli; sys.exit('torch' in sys.modules or 'diffsynth' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "nowhere"), "nowhere is no folder and none of the embedded models"),
+        (("export", "missing.yaml"), "recipe missing.yaml does not exist"),
+        (("export", "tiny", "--precision", "fp31"), "precision"),
+        (("export", "tiny", "--min-shapes", "vide:1x5x3x64x64"), "unknown tensor 'vide'"),
+        (("export", "tiny", "--min-shapes", "video:1x6x3x64x64"), "4k + 1 frames"),
+        (("export", "tiny", "--backend", "onnx"), "unknown backend 'onnx'"),
+        (("export", "tiny", "--stages", "vae_coder", "--dry-run"), "no stage 'vae_coder'"),
+        (("export", "tiny", "--lora-targets", "nothing", "--dry-run"), "fit no module"),
+        (("demo", "--steps", "0"), "--steps"),
+        (("plan", "nowhere"), "nowhere is no folder"),
+        (("no-such-command",), "no-such-command"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_no_traceback(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    result = _run(*arguments, cwd=tmp_path)
+    output = " ".join((result.stdout + result.stderr).split())
+    assert result.returncode == 2, output
+    assert said in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("command", [("inspect", "abc"), ("verify", "abc"), ("rm", "abc")])
+def test_an_unknown_engine_exits_with_1(command: tuple[str, str], tmp_path: Path) -> None:
+    result = _run("engines", *command, "--engines-dir", str(tmp_path))
+    assert result.returncode == 1
+    assert "no engine in" in " ".join(result.stderr.split())
+
+
+def test_export_then_inspect_verify_tamper_and_remove(tmp_path: Path) -> None:
+    runner, store = CliRunner(), ["--engines-dir", str(tmp_path)]
+    export = ["export", "tiny", "--stages", "text_encoder", "--backend", "onnxruntime", *store]
+    assert runner.invoke(app, export).exit_code == 0
+    manifest_file = next(tmp_path.glob("tiny/text_encoder/*/manifest.json"))
+    built = manifest_file.stat().st_mtime_ns
+    again = runner.invoke(app, export)
+    assert again.exit_code == 0
+    assert "present" in again.stdout
+    assert manifest_file.stat().st_mtime_ns == built
+
+    key = manifest_file.parent.name.removeprefix("onnxruntime-")
+    shown = runner.invoke(app, ["engines", "inspect", key[:6], *store])
+    manifest = json.loads(shown.stdout)
+    assert (manifest["stage"], manifest["verified"]) == ("text_encoder", True)
+    assert all(measured["passed"] for measured in manifest["parity"])
+    assert runner.invoke(app, ["engines", "verify", *store]).exit_code == 0
+    assert key in runner.invoke(app, ["engines", "list", *store], env={"COLUMNS": "300"}).stdout
+
+    artifact = next(path for path in manifest_file.parent.iterdir() if path != manifest_file)
+    data = bytearray(artifact.read_bytes())
+    data[len(data) // 2] ^= 1
+    artifact.write_bytes(data)
+    refused = runner.invoke(app, ["engines", "verify", key, *store], env={"COLUMNS": "300"})
+    assert refused.exit_code == 1
+    assert "refused" in refused.stdout
+    assert runner.invoke(app, ["engines", "rm", key, *store]).exit_code == 0
+    assert not manifest_file.exists()
+
+
+def test_dry_run_builds_nothing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["export", "tiny", "--dry-run", "--engines-dir", str(tmp_path / "engines")])
+    assert result.exit_code == 0
+    assert "planned" in result.stdout
+    assert not (tmp_path / "engines").exists()
+
+
+def test_plan_names_each_stage_and_why(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", "tiny", "--engines-dir", str(tmp_path)], env={"COLUMNS": "300"})
+    assert result.exit_code == 0
+    assert "vae_encoder" in result.stdout
+    assert "no verified engine" in result.stdout

@@ -1,0 +1,240 @@
+"""The whole step against section 1 of the design, written out again in plain PyTorch.
+
+Nothing of frostline's computes here but the loader of the weights and, checked against ONNX Runtime, SFace:
+diffsynth's `model_fn_wan_video` and VAE, one sample at a time; facenet-pytorch's `MTCNN.detect`, one frame at a time;
+scikit-image's similarity transform; peft's LoRA on one copy of the denoiser, and another copy without.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from diffsynth.pipelines.wan_video import model_fn_wan_video
+from facenet_pytorch import MTCNN
+from peft import LoraConfig, inject_adapter_in_model
+from skimage.transform import SimilarityTransform
+from torch import Tensor
+
+from frostline.models.components import WanComponents
+from frostline.models.faces import SFaceEmbedder
+from frostline.models.faces.embedders import sface_path
+from frostline.models.loading import load_components
+from frostline.models.tiny.clips import held_out_clips
+from frostline.train.module import WanTrainingModule
+
+if TYPE_CHECKING:
+    from conftest import PixelTape
+
+N, SHIFT, MID, FINAL, SEED = 8, 5.0, 4, 7, 24
+BASELINE, SCALE, WEIGHT, KL_WEIGHT, BOUNDARY = 0.54, 0.16, 0.1, 1.0, 0.9
+ARCFACE = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+
+
+@dataclass
+class Faces:
+    """The largest face of each frame that has one, by frame: five landmarks (5, 2)."""
+
+    landmarks: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def detect(detector: MTCNN, frames: Tensor) -> Faces:
+    """`frames` (T, 3, H, W) uint8, one after the other."""
+    faces = Faces()
+    for index, frame in enumerate(frames):
+        boxes, _, landmarks = detector.detect(frame.permute(1, 2, 0).numpy(), landmarks=True)
+        if boxes is not None:
+            boxes = np.asarray(boxes, dtype=np.float64)
+            area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+            faces.landmarks[index] = np.asarray(landmarks, dtype=np.float64)[area.argmax()]
+    return faces
+
+
+def align(frame: Tensor, landmarks: np.ndarray) -> Tensor:
+    """The 112×112 crop (3, 112, 112) of a frame (3, H, W) in [0, 1], differentiable."""
+    to_crop = SimilarityTransform()
+    assert to_crop.estimate(landmarks, np.array(ARCFACE))
+    column, row = np.meshgrid(np.arange(112), np.arange(112))
+    x, y = to_crop.inverse(np.stack([column.ravel(), row.ravel()], axis=1)).T
+    height, width = frame.shape[-2:]
+    # Pixel centres at integers to `grid_sample`'s -1…1 from border to border.
+    grid = np.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], axis=1).reshape(1, 112, 112, 2)
+    return F.grid_sample(frame[None], torch.from_numpy(grid).float(), padding_mode="zeros", align_corners=False)[0]
+
+
+class Reference:
+    """Section 1 of the design for one model. `lora` holds the adapter matrices of the policy by peft's names."""
+
+    def __init__(self, name: str, lora: dict[str, Tensor], rank: int) -> None:
+        self.parts: WanComponents = load_components(name)
+        self.base = load_components(name).denoiser
+        self.policy = self.parts.denoiser
+        targets = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), self.policy)
+        self.lora = {key: p for key, p in self.policy.named_parameters() if "lora_" in key}
+        assert self.lora.keys() == lora.keys()
+        with torch.no_grad():
+            for key, parameter in self.lora.items():
+                parameter.copy_(lora[key])
+        self.detector = MTCNN(keep_all=True, device="cpu")
+        self.embed = SFaceEmbedder()
+
+    def step(self, prompt: str, video: Tensor, pixels: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, face score and KL of one sample.
+
+        Args:
+            video: (T, 3, H, W) in [0, 1].
+            pixels: what the detector sees of generated frames (T, 3, H, W) uint8.
+        """
+        with torch.no_grad():
+            conditions, first_frame = self.condition(prompt, video)
+            references = self.references(video)
+        x = self.noise(video)
+        kl = []
+        for i in range(N):
+            if i < MID:
+                with torch.no_grad():
+                    v = self.velocity(self.policy, x, i, conditions)
+            else:
+                v = self.velocity(self.policy, x, i, conditions)
+                with torch.no_grad():
+                    v_base = self.velocity(self.base, x, i, conditions)
+                kl.append(((v - v_base) ** 2).mean() / (2 * sigma(i) ** 2))
+            if first_frame is not None and i == 0:
+                pass
+            x = x + (sigma(i + 1) - sigma(i)) * v
+            if first_frame is not None and i < N - 1:
+                x = torch.cat([first_frame, x[:, :, 1:]], dim=2)
+            if i == FINAL:
+                break
+        frames = self.decode(x)
+        score, valid = self.score(frames, pixels, references)
+        kl_loss = torch.stack(kl).mean()
+        reward = -(score - BASELINE) / SCALE * WEIGHT if valid else 0 * score
+        return reward + KL_WEIGHT * kl_loss, score, kl_loss
+
+    def condition(self, prompt: str, video: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        ids, mask = self.parts.tokenizer([prompt], return_mask=True, add_special_tokens=True)
+        context = self.parts.text_encoder(ids, mask)
+        context[:, int(mask.sum()) :] = 0
+        image = (video[:1] * 2 - 1).transpose(0, 1)[None]
+        vae = self.parts.vae
+        if self.policy.seperated_timestep:
+            self.first_frame = vae.model.encode(image, vae.scale)
+            return {"context": context}, self.first_frame
+        T, _, H, W = video.shape
+        latents = vae.model.encode(torch.cat([image, torch.zeros(1, 3, T - 1, H, W)], dim=2), vae.scale)
+        mask = torch.zeros(1, 4, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        return {"context": context, "y": torch.cat([mask, latents], dim=1)}, None
+
+    def noise(self, video: Tensor) -> Tensor:
+        T, _, H, W = video.shape
+        shape = (1, 16, (T - 1) // 4 + 1, H // 8, W // 8)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+        return torch.cat([self.first_frame, x[:, :, 1:]], dim=2) if self.policy.seperated_timestep else x
+
+    def velocity(self, low_noise: Any, x: Tensor, i: int, conditions: dict[str, Tensor]) -> Tensor:
+        expert = self.parts.denoiser_high_noise
+        dit = expert if expert is not None and 1000 * sigma(i) >= 1000 * BOUNDARY else low_noise
+        return model_fn_wan_video(
+            dit=dit,
+            latents=x,
+            timestep=torch.tensor([1000 * sigma(i)]),
+            fuse_vae_embedding_in_latents=dit.seperated_timestep,
+            **conditions,
+        )
+
+    def decode(self, x: Tensor) -> Tensor:
+        """(T, 3, H, W) in [0, 1]."""
+        video = self.parts.vae.model.decode(x, self.parts.vae.scale).clamp(-1, 1)
+        return (video[0].transpose(0, 1) + 1) / 2
+
+    def embeddings(self, frames: Tensor, faces: Faces) -> list[Tensor]:
+        crops = [align(frames[index], landmarks) for index, landmarks in faces.landmarks.items()]
+        return [self.embed(2 * crop[None] - 1)[0] for crop in crops]
+
+    def references(self, video: Tensor) -> list[Tensor]:
+        return self.embeddings(video[1:], detect(self.detector, to_pixels(video[1:])))
+
+    def score(
+        self, frames: Tensor, pixels: Callable[[Tensor], Tensor], references: list[Tensor]
+    ) -> tuple[Tensor, bool]:
+        faces = detect(self.detector, pixels(to_pixels(frames)))
+        if not faces.landmarks or not references:
+            return 0 * frames.sum(), False
+        means = [
+            torch.stack([F.cosine_similarity(e, g, dim=0) for g in references]).mean()
+            for e in self.embeddings(frames, faces)
+        ]
+        return torch.stack(means).mean(), True
+
+
+def sigma(i: int) -> float:
+    u = 1 - i / N
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    return (frames.detach() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe", "tiny-ti2v"])
+def test_the_whole_step_is_section_1_of_the_design(
+    model: str, make_module: Callable[..., WanTrainingModule], tape: "PixelTape"
+) -> None:
+    count = 2 if model == "tiny" else 1
+    clips = held_out_clips(count, seed=11)
+    module = make_module(model, kl_weight=KL_WEIGHT)
+    inputs = module.forward_preprocess({"prompt": clips.prompts, "video": clips.video})
+    with tape.record(module):
+        step = module({}, inputs)
+    step[0].backward()
+    assert module.last_metrics is not None
+
+    reference = Reference(model, {key: p.detach() for key, p in module.trainable_parameters().items()}, rank=8)
+    searched = iter(tape.pixels[0].unflatten(0, (count, -1)))
+
+    def pixels(own: Tensor) -> Tensor:
+        """The module's own pixels: rounding to 8 bits may turn 1e-7 into 1/255, see `PixelTape`."""
+        theirs = next(searched)
+        difference = (own.float() - theirs.float()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 1e-3
+        return theirs
+
+    losses, scores, kls = [], [], []
+    for prompt, video in zip(clips.prompts, clips.video, strict=True):
+        loss, score, kl = reference.step(prompt, video, pixels)
+        (loss / count).backward()
+        losses.append(loss.item())
+        scores.append(score.item())
+        kls.append(kl.item())
+    with_face = [score for score, rate in zip(scores, module.last_metrics.detection_rate, strict=True) if rate > 0]
+    assert with_face or not any(scores)
+    print(model, module.last_metrics.detection_rate, step, losses, scores, kls)
+    assert module.last_metrics.face_score == pytest.approx(scores, abs=1e-5)
+    assert step[2].item() == pytest.approx(np.mean(kls), abs=1e-5)
+    if len(with_face) == count:
+        assert step[0].item() == pytest.approx(np.mean(losses), abs=1e-5)
+        assert step[1].item() == pytest.approx(np.mean(scores), abs=1e-5)
+    own = torch.cat([p.grad.flatten() for p in module.trainable_parameters().values() if p.grad is not None]).double()
+    plain = torch.cat([p.grad.flatten() for p in reference.lora.values() if p.grad is not None]).double()
+    print(1 - F.cosine_similarity(own, plain, dim=0), own.norm() / plain.norm() - 1)
+    assert own.shape == plain.shape
+    assert F.cosine_similarity(own, plain, dim=0) >= 0.99999
+    assert (own.norm() / plain.norm() - 1).abs() <= 1e-4
+
+
+def test_sface_is_what_onnx_runtime_computes() -> None:
+    """The one network that the transcription shares with frostline."""
+    faces = torch.rand(4, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(str(sface_path()), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    raw = [torch.from_numpy(session.run(None, {name: (255 * face[None]).numpy()})[0]) for face in faces]
+    expected = F.normalize(torch.cat(raw), dim=1)
+    torch.testing.assert_close(SFaceEmbedder()(2 * faces - 1), expected, atol=2e-5, rtol=0)

@@ -1,6 +1,6 @@
 """The whole step against section 1 of the design, written out again in plain PyTorch.
 
-Nothing of frostline's computes here but the loader of the weights and, checked against ONNX Runtime, SFace:
+Nothing of frostline's computes here but the loader of the weights and, held against ONNX Runtime by its own tests, SFace:
 diffsynth's `model_fn_wan_video` and VAE, one sample at a time; facenet-pytorch's `MTCNN.detect`, one frame at a time;
 scikit-image's similarity transform; peft's LoRA on one copy of the denoiser, and another copy without.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from frostline.models.components import WanComponents
 from frostline.models.faces import SFaceEmbedder
-from frostline.models.faces.embedders import sface_path
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.module import WanTrainingModule
@@ -104,8 +102,6 @@ class Reference:
                 with torch.no_grad():
                     v_base = self.velocity(self.base, x, i, conditions)
                 kl.append(((v - v_base) ** 2).mean() / (2 * sigma(i) ** 2))
-            if first_frame is not None and i == 0:
-                pass
             x = x + (sigma(i + 1) - sigma(i)) * v
             if first_frame is not None and i < N - 1:
                 x = torch.cat([first_frame, x[:, :, 1:]], dim=2)
@@ -228,13 +224,3 @@ def test_the_whole_step_is_section_1_of_the_design(
     assert own.shape == plain.shape
     assert F.cosine_similarity(own, plain, dim=0) >= 0.99999
     assert (own.norm() / plain.norm() - 1).abs() <= 1e-4
-
-
-def test_sface_is_what_onnx_runtime_computes() -> None:
-    """The one network that the transcription shares with frostline."""
-    faces = torch.rand(4, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    session = onnxruntime.InferenceSession(str(sface_path()), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    raw = [torch.from_numpy(session.run(None, {name: (255 * face[None]).numpy()})[0]) for face in faces]
-    expected = F.normalize(torch.cat(raw), dim=1)
-    torch.testing.assert_close(SFaceEmbedder()(2 * faces - 1), expected, atol=2e-5, rtol=0)

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="default: %(default)s")
     parser.add_argument("--autoencoder-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=300)
-    parser.add_argument("--denoiser-steps", type=int, default=200)
+    parser.add_argument("--denoiser-steps", type=int, default=400)
     parser.add_argument("--expert-steps", type=int, default=150)
     parser.add_argument("--clips", type=int, default=384, help="encoded for the denoisers (default: %(default)s)")
     arguments = parser.parse_args()

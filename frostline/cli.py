@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +16,9 @@ from rich.logging import RichHandler
 from frostline import __version__
 from frostline.errors import ConfigError, FrostlineError
 
+if TYPE_CHECKING:
+    from frostline.export.outcome import ExportRow
+
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 engines_app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
 app.add_typer(engines_app, name="engines")
@@ -22,6 +26,7 @@ app.add_typer(engines_app, name="engines")
 Model = Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe.")]
 Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 EnginesDir = Annotated[Path, typer.Option("--engines-dir", help="The engine store.")]
 _ENGINES = Path("engines")
 
@@ -37,6 +42,9 @@ def _options(
         raise typer.Exit
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    # Chatter of the tracer that a user can do nothing about.
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("torch").setLevel(logging.ERROR)
     logging.getLogger("frostline").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -74,15 +82,16 @@ def export(
     rtol: Annotated[float | None, typer.Option(min=0, help="Error allowed, relative to the largest value.")] = None,
     cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Cosine demanded.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache file.")] = None,
+    device: Device = "auto",
     engines_dir: EnginesDir = _ENGINES,
     force: Annotated[bool, typer.Option("--force", help="Build engines that are there already.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be built.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure.")] = False,
 ) -> None:
     """Turn the frozen stages of a Wan model into verified, signed engines."""
+    from frostline.export.outcome import ExportRow
+    from frostline.export.receipt import recall, receipt_key, remember
     from frostline.export.recipe import load_recipe
-    from frostline.export.run import ExportOptions, export_model, load_staged_model, planned_exports
-    from frostline.export.tables import export_table
     from frostline.progress import Progress
     from frostline.runtime.backends.options import OPSET, BuildOptions
     from frostline.runtime.store import EngineStore
@@ -98,24 +107,43 @@ def export(
     }
     recipe = load_recipe(model, changes).with_lora(live_lora, lora_targets)
     build = BuildOptions(opset or OPSET, recipe.compute_capabilities, timing_cache)
+    store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device)
+    known = None if force or dry_run else recall(store, receipt)
+    if known is not None:
+        _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
+        return
+    from frostline.export.run import ExportOptions, export_model, load_staged_model, planned_exports
+
     options = ExportOptions(build, force, dry_run, strict, atol, rtol, cosine)
     progress = Progress()
     with progress.task(f"load {recipe.model}"):
-        staged = load_staged_model(recipe)
+        staged = load_staged_model(recipe, device)
     rows = []
     with progress.bar("export", len(planned_exports(staged, recipe))) as bar:
-        for row in export_model(staged, recipe, EngineStore(engines_dir), options, bar.describe):
+        for row in export_model(staged, recipe, store, options, bar.describe):
             rows.append(row)
             bar.advance(1)
-    Console().print(export_table(rows))
+    _print_export(rows)
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
+    if not dry_run:
+        remember(store, receipt, [row.manifest for row in rows if row.manifest is not None])
+
+
+def _print_export(rows: list[ExportRow]) -> None:
+    from frostline.export.tables import export_notes, export_table
+
+    console = Console()
+    console.print(export_table(rows))
+    for note in export_notes(rows):
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
 def plan(
     model: Model,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    device: Device = "auto",
     engines_dir: EnginesDir = _ENGINES,
 ) -> None:
     """Show, per stage, who could serve it, who does, and why."""
@@ -127,7 +155,7 @@ def plan(
     from frostline.models.schedule import FlowMatchSchedule
     from frostline.runtime.runtime import Runtime
 
-    staged = load_staged_model(load_recipe(model, {"precision": precision}))
+    staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
     runtime = Runtime(staged.stages, "auto", engines_dir)
     settings = TrainingModuleSettings()
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
 from pydantic import Field, field_validator
 
@@ -13,9 +12,11 @@ from frostline.config import LoraSettings, RewardSettings, Settings
 from frostline.errors import ConfigError
 from frostline.export.shapes import ShapeRange, parse_shapes
 
+if TYPE_CHECKING:
+    import torch
+
 Precision = Literal["fp32", "fp16", "bf16"]
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_STAGES = "all"
 _RECIPES = Path("engines")
 
@@ -63,7 +64,9 @@ class Recipe(Settings):
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type that `precision` names."""
-        return DTYPES[self.precision]
+        import torch
+
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
 
 
 def load_recipe(model: str, changes: dict[str, Any]) -> Recipe:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+
+import torch
 
 from frostline.errors import ConfigError, EngineError
 from frostline.export.exporter import export_stage
 from frostline.export.model import StagedModel, stage_model
+from frostline.export.outcome import ExportRow, Status
 from frostline.export.recipe import ALL_STAGES, Recipe
 from frostline.models.loading import load_components
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.manifest import Manifest
 from frostline.runtime.stage import Stage, Tolerance
 from frostline.runtime.store import EngineStore
-
-Status = Literal["built", "present", "planned", "failed"]
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,18 @@ class ExportOptions:
         return replace(of_stage, **{name: bound for name, bound in bounds.items() if bound is not None})
 
 
-@dataclass(frozen=True)
-class ExportRow:
-    """What became of one stage on one backend. `note` says why it failed, or was not verified."""
-
-    stage: str
-    backend: str
-    status: Status
-    seconds: float
-    manifest: Manifest | None = None
-    note: str = ""
-
-
-def load_staged_model(recipe: Recipe) -> StagedModel:
+def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
     """The recipe's model with its stages, in the recipe's precision.
 
+    Args:
+        device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
     Raises:
         ConfigError: the model cannot be loaded.
     """
-    return stage_model(load_components(recipe.model, recipe.dtype), recipe.lora, recipe.reward, recipe.shapes)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    components = load_components(recipe.model, recipe.dtype, device)
+    return stage_model(components, recipe.lora, recipe.reward, recipe.shapes)
 
 
 def export_model(
@@ -100,10 +92,9 @@ def export_model(
                 raise
             yield ExportRow(stage.name, backend, "failed", time.monotonic() - start, note=str(error))
             continue
-        manifest = exported.manifest
-        note = "" if manifest.verified else "built, not verified here"
+        note = f"built, not verified here: {exported.unverified}" if exported.unverified else ""
         status: Status = "built" if exported.built else "present"
-        yield ExportRow(stage.name, backend, status, time.monotonic() - start, manifest, note)
+        yield ExportRow(stage.name, backend, status, time.monotonic() - start, exported.manifest, note)
 
 
 def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stage]]:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from frostline.export.gain import StageGain, StepGain
-from frostline.export.run import ExportRow
+from frostline.export.outcome import ExportRow
 from frostline.runtime.backends import TORCH
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.store import EngineRecord
+
+if TYPE_CHECKING:
+    from frostline.export.gain import StageGain, StepGain
 
 _STYLES = {"built": "green", "present": "dim", "planned": "cyan", "failed": "bold red"}
 
 
 def export_table(rows: Iterable[ExportRow]) -> Table:
     """What an export did, with the parity and the latency of each engine."""
-    table = _table("stage", "backend", "status", ">seconds", ">max abs error", ">cosine", ">ms", ">torch ms", "note")
+    table = _table("stage", "backend", "status", ">seconds", ">max abs error", ">cosine", ">ms", ">torch ms")
     for row in rows:
         status = f"[{_STYLES[row.status]}]{row.status}[/]"
-        table.add_row(row.stage, row.backend, status, f"{row.seconds:.1f}", *_measured(row.manifest), row.note)
+        table.add_row(row.stage, row.backend, status, f"{row.seconds:.1f}", *_measured(row.manifest))
     return table
+
+
+def export_notes(rows: Iterable[ExportRow]) -> list[str]:
+    """Why exports failed or went unverified, each reason once with the stages that it concerns."""
+    stages: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.note:
+            stages.setdefault((row.backend, row.note), []).append(row.stage)
+    return [f"{backend} {', '.join(names)}: {note}" for (backend, note), names in stages.items()]
 
 
 def engine_table(records: Iterable[EngineRecord]) -> Table:

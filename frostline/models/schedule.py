@@ -1,5 +1,6 @@
 """The flow-matching schedule and its Euler step, as Wan samples (`FlowMatchScheduler` of diffsynth)."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +17,7 @@ class FlowMatchSchedule:
     """`u_i = 1 - i/N`, `sigma_i = s u_i / (1 + (s - 1) u_i)`, `t_i = 1000 sigma_i` for i = 0…N.
 
     Raises:
-        ConfigError: fewer than one step, or a shift that is not positive.
+        ConfigError: fewer than one step, or a shift that is not positive and finite.
     """
 
     num_inference_steps: int = 8
@@ -25,8 +26,8 @@ class FlowMatchSchedule:
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps must be at least 1, not {self.num_inference_steps}")
-        if not self.shift > 0:
-            raise ConfigError(f"shift must be positive, not {self.shift}")
+        if not 0 < self.shift < math.inf:
+            raise ConfigError(f"shift must be positive and finite, not {self.shift}")
 
     @cached_property
     def sigmas(self) -> Tensor:

@@ -17,7 +17,7 @@ from frostline.train.module import WanTrainingModule
 from frostline.train.reward import FaceIdentityReward, reward_loss
 
 if TYPE_CHECKING:
-    from conftest import PixelTape
+    from conftest import RewardTape
 
 MakeModule = Callable[..., WanTrainingModule]
 
@@ -54,50 +54,54 @@ def assert_same_step(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...], t
         assert (one - other).abs().item() <= tolerance
 
 
-def assert_same_gradient(expected: Tensor, actual: Tensor, cosine: float = 0.99999, norm: float = 1e-4) -> None:
-    assert torch.nn.functional.cosine_similarity(expected, actual, dim=0) >= cosine
+def assert_same_gradient(expected: Tensor, actual: Tensor, norm: float = 1e-4) -> None:
+    assert torch.nn.functional.cosine_similarity(expected, actual, dim=0) >= 0.99999
     assert (actual.norm() / expected.norm() - 1).abs() <= norm
 
 
-def step_on_equal_pixels(
-    module: WanTrainingModule, other: WanTrainingModule, data: dict[str, Any], tape: "PixelTape"
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """A step of both, forward and backward."""
+def assert_same_steps(
+    module: WanTrainingModule, other: WanTrainingModule, data: dict[str, Any], tape: "RewardTape"
+) -> None:
+    """Both compute the same step, forward and backward."""
     with tape.record(module):
         expected = module(data)
     expected[0].backward()
+    expected_gradient = gradient(module)
     with tape.replay(other):
         actual = other(data)
+    assert_same_step(expected, actual)
+    actual[0].backward(retain_graph=True)
+    # What the kinks of the embedder do to the norm is said at `RewardTape`.
+    assert_same_gradient(expected_gradient, gradient(other), norm=1e-3)
+    tape.holds_gradient = True
     actual[0].backward()
-    return expected, actual
+    assert_same_gradient(expected_gradient, gradient(other))
+    assert module.last_metrics is not None
+    assert other.last_metrics is not None
+    assert other.last_metrics.detection_rate == module.last_metrics.detection_rate
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_step_with_engines_equals_a_step_in_torch(
-    count: int, make_module: MakeModule, engines: Path, tape: "PixelTape"
+    count: int, make_module: MakeModule, engines: Path, tape: "RewardTape"
 ) -> None:
-    data = clips(count, seed=count)
     in_torch, hybrid = make_module(), make_module(plan="onnxruntime", engines=engines)
     assert {choice.backend for choice in hybrid.runtime.plan.values()} == {"onnxruntime"}
-    expected, actual = step_on_equal_pixels(in_torch, hybrid, data, tape)
-    assert_same_step(expected, actual)
-    assert_same_gradient(gradient(in_torch), gradient(hybrid))
+    assert_same_steps(in_torch, hybrid, clips(count, seed=count), tape)
     assert in_torch.last_metrics is not None
     assert hybrid.last_metrics is not None
-    assert hybrid.last_metrics.detection_rate == in_torch.last_metrics.detection_rate
+    assert max(hybrid.last_metrics.detection_rate) > 0, "no reward was compared"
     assert hybrid.last_metrics.stages["denoiser"].backend == "onnxruntime"
     assert in_torch.last_metrics.stages["denoiser"].backend == "torch"
 
 
 @pytest.mark.parametrize("model", ["tiny-moe", "tiny-ti2v"])
 def test_the_variants_step_with_engines_as_in_torch(
-    model: str, make_module: MakeModule, variant_engines: Path, tape: "PixelTape"
+    model: str, make_module: MakeModule, variant_engines: Path, tape: "RewardTape"
 ) -> None:
-    data = clips(1, seed=7)
     in_torch, hybrid = make_module(model), make_module(model, plan="onnxruntime", engines=variant_engines)
-    expected, actual = step_on_equal_pixels(in_torch, hybrid, data, tape)
-    assert_same_step(expected, actual)
-    assert_same_gradient(gradient(in_torch), gradient(hybrid))
+    assert {choice.backend for choice in hybrid.runtime.plan.values()} == {"onnxruntime"}
+    assert_same_steps(in_torch, hybrid, clips(1, seed=7), tape)
 
 
 def test_the_kl_of_a_new_lora_is_zero_with_engines(make_module: MakeModule, engines: Path) -> None:
@@ -197,23 +201,21 @@ def test_conditions_can_be_used_again(make_module: MakeModule) -> None:
     assert [torch.equal(one, other) for one, other in zip(expected, again, strict=True)] == [True] * 3
 
 
-def test_a_batch_is_the_mean_of_its_samples(make_module: MakeModule, tape: "PixelTape") -> None:
+def test_a_batch_is_the_mean_of_its_samples(make_module: MakeModule, tape: "RewardTape") -> None:
     module = make_module(reward={"on_no_face": "zero"})
     data = clips(2, seed=3)
-    inputs = module.forward_preprocess(data)
     with tape.record(module):
-        together = module({}, inputs)
+        together = module(data)
     together[0].backward()
     expected = gradient(module)
-    frames = len(tape.pixels[0]) // 2
+    tape.holds_gradient = True
     alone = []
     for index in range(2):
-        inputs = module.forward_preprocess(row(data, index))
-        with tape.replay(module, slice(index * frames, (index + 1) * frames)):
-            step = module({}, inputs)
+        with tape.replay(module, slice(index, index + 1)):
+            step = module(row(data, index))
         (step[0] / 2).backward()
         alone.append(torch.stack(step).detach())
-    assert_same_step(together, tuple(torch.stack(alone).mean(dim=0)), tolerance=1e-6)
+    assert_same_step(together, tuple(torch.stack(alone).mean(dim=0)))
     assert_same_gradient(expected, gradient(module))
 
 
@@ -230,13 +232,13 @@ def test_fixed_noise_repeats_and_fresh_noise_does_not(make_module: MakeModule) -
     assert not torch.equal(noise[0], noise[1])
 
 
-def test_what_is_trained_is_what_is_sampled(make_module: MakeModule, tape: "PixelTape") -> None:
+def test_what_is_trained_is_what_is_sampled(make_module: MakeModule, tape: "RewardTape") -> None:
     module = make_module()
     inputs = module.forward_preprocess(small_clips(2))
     with tape.record(module):
         module({}, inputs)
-    frames = quantize_frames(module.generate(inputs, module.noise(inputs))).flatten(0, 1)
-    difference = (frames.float() - tape.pixels[0].float()).abs()
+    frames = quantize_frames(module.generate(inputs, module.noise(inputs)))
+    difference = (frames.float() - tape.pixels.float()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 1e-3
 

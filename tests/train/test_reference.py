@@ -5,7 +5,7 @@ diffsynth's `model_fn_wan_video` and VAE, one sample at a time; facenet-pytorch'
 scikit-image's similarity transform; peft's LoRA on one copy of the denoiser, and another copy without.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from frostline.models.tiny.clips import held_out_clips
 from frostline.train.module import WanTrainingModule
 
 if TYPE_CHECKING:
-    from conftest import PixelTape
+    from conftest import RewardTape
 
 N, SHIFT, MID, FINAL, SEED = 8, 5.0, 4, 7, 24
 BASELINE, SCALE, WEIGHT, KL_WEIGHT, BOUNDARY = 0.54, 0.16, 0.1, 1.0, 0.9
@@ -64,6 +64,32 @@ def align(frame: Tensor, landmarks: np.ndarray) -> Tensor:
     return F.grid_sample(frame[None], torch.from_numpy(grid).float(), padding_mode="zeros", align_corners=False)[0]
 
 
+class ScoredFrames:
+    """The frames of one sample on their way into the reward, tied to what `tape` recorded of the module's.
+
+    See `RewardTape` for why: rounding, and kinks.
+    """
+
+    faces: Faces
+
+    def __init__(self, tape: "RewardTape", index: int) -> None:
+        self.tape = tape
+        self.sample = slice(index, index + 1)
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """The module's 8-bit pixels (T, 3, H, W), which must be those of `frames` but for rounding."""
+        frames.register_hook(self._gradient)
+        recorded = self.tape.pixels[self.sample][0]
+        difference = (to_pixels(frames).float() - recorded.float()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 1e-3
+        return recorded
+
+    def _gradient(self, gradient: Tensor) -> Tensor | None:
+        exchanged = self.tape.exchange(gradient[None], self.sample)
+        return None if exchanged is None else exchanged[0]
+
+
 class Reference:
     """Section 1 of the design for one model. `lora` holds the adapter matrices of the policy by peft's names."""
 
@@ -81,13 +107,8 @@ class Reference:
         self.detector = MTCNN(keep_all=True, device="cpu")
         self.embed = SFaceEmbedder()
 
-    def step(self, prompt: str, video: Tensor, pixels: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """loss, face score and KL of one sample.
-
-        Args:
-            video: (T, 3, H, W) in [0, 1].
-            pixels: what the detector sees of generated frames (T, 3, H, W) uint8.
-        """
+    def step(self, prompt: str, video: Tensor, scored: ScoredFrames) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, face score and KL of one sample, `video` (T, 3, H, W) in [0, 1]."""
         with torch.no_grad():
             conditions, first_frame = self.condition(prompt, video)
             references = self.references(video)
@@ -108,7 +129,7 @@ class Reference:
             if i == FINAL:
                 break
         frames = self.decode(x)
-        score, valid = self.score(frames, pixels, references)
+        score, valid = self.score(frames, scored, references)
         kl_loss = torch.stack(kl).mean()
         reward = -(score - BASELINE) / SCALE * WEIGHT if valid else 0 * score
         return reward + KL_WEIGHT * kl_loss, score, kl_loss
@@ -157,10 +178,8 @@ class Reference:
     def references(self, video: Tensor) -> list[Tensor]:
         return self.embeddings(video[1:], detect(self.detector, to_pixels(video[1:])))
 
-    def score(
-        self, frames: Tensor, pixels: Callable[[Tensor], Tensor], references: list[Tensor]
-    ) -> tuple[Tensor, bool]:
-        faces = detect(self.detector, pixels(to_pixels(frames)))
+    def score(self, frames: Tensor, scored: ScoredFrames, references: list[Tensor]) -> tuple[Tensor, bool]:
+        faces = scored.faces = detect(self.detector, scored.pixels(frames))
         if not faces.landmarks or not references:
             return 0 * frames.sum(), False
         means = [
@@ -181,46 +200,52 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-moe", "tiny-ti2v"])
 def test_the_whole_step_is_section_1_of_the_design(
-    model: str, make_module: Callable[..., WanTrainingModule], tape: "PixelTape"
+    model: str, make_module: Callable[..., WanTrainingModule], tape: "RewardTape"
 ) -> None:
     count = 2 if model == "tiny" else 1
     clips = held_out_clips(count, seed=11)
     module = make_module(model, kl_weight=KL_WEIGHT)
-    inputs = module.forward_preprocess({"prompt": clips.prompts, "video": clips.video})
     with tape.record(module):
-        step = module({}, inputs)
+        step = module({"prompt": clips.prompts, "video": clips.video})
     step[0].backward()
-    assert module.last_metrics is not None
+    metrics = module.last_metrics
+    assert metrics is not None
+    lora = module.trainable_parameters()
+    reference = Reference(model, {name: p.detach() for name, p in lora.items()}, rank=8)
 
-    reference = Reference(model, {key: p.detach() for key, p in module.trainable_parameters().items()}, rank=8)
-    searched = iter(tape.pixels[0].unflatten(0, (count, -1)))
+    steps = []
+    for index, (prompt, video) in enumerate(zip(clips.prompts, clips.video, strict=True)):
+        scored = ScoredFrames(tape, index)
+        steps.append(reference.step(prompt, video, scored))
+        assert len(scored.faces.landmarks) == round(metrics.detection_rate[index] * len(video))
+    if model == "tiny":
+        assert min(metrics.detection_rate) > 0, "no reward was compared"
+    losses, scores, kls = (torch.stack(values) for values in zip(*steps, strict=True))
+    valid = torch.tensor(metrics.detection_rate) > 0
+    torch.testing.assert_close(torch.tensor(metrics.face_score), scores.detach(), atol=1e-5, rtol=0)
+    # A sample without a face gives no reward, and the reward is the mean of those that do.
+    rewards = torch.where(valid, losses - KL_WEIGHT * kls, 0).sum() / valid.sum().clamp(min=1)
+    loss = rewards + KL_WEIGHT * kls.mean()
+    torch.testing.assert_close(step[0], loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(step[1], (scores * valid).sum() / valid.sum().clamp(min=1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(step[2], kls.mean(), atol=1e-5, rtol=0)
 
-    def pixels(own: Tensor) -> Tensor:
-        """The module's own pixels: rounding to 8 bits may turn 1e-7 into 1/255, see `PixelTape`."""
-        theirs = next(searched)
-        difference = (own.float() - theirs.float()).abs()
-        assert difference.max() <= 1
-        assert (difference > 0).float().mean() < 1e-3
-        return theirs
+    expected = flat_gradient(lora)
+    loss.backward(retain_graph=True)
+    assert_same_gradient(flat_gradient(reference.lora), expected, norm=2e-3)
+    tape.holds_gradient = True
+    loss.backward()
+    assert_same_gradient(flat_gradient(reference.lora), expected, norm=1e-4)
 
-    losses, scores, kls = [], [], []
-    for prompt, video in zip(clips.prompts, clips.video, strict=True):
-        loss, score, kl = reference.step(prompt, video, pixels)
-        (loss / count).backward()
-        losses.append(loss.item())
-        scores.append(score.item())
-        kls.append(kl.item())
-    with_face = [score for score, rate in zip(scores, module.last_metrics.detection_rate, strict=True) if rate > 0]
-    assert with_face or not any(scores)
-    print(model, module.last_metrics.detection_rate, step, losses, scores, kls)
-    assert module.last_metrics.face_score == pytest.approx(scores, abs=1e-5)
-    assert step[2].item() == pytest.approx(np.mean(kls), abs=1e-5)
-    if len(with_face) == count:
-        assert step[0].item() == pytest.approx(np.mean(losses), abs=1e-5)
-        assert step[1].item() == pytest.approx(np.mean(scores), abs=1e-5)
-    own = torch.cat([p.grad.flatten() for p in module.trainable_parameters().values() if p.grad is not None]).double()
-    plain = torch.cat([p.grad.flatten() for p in reference.lora.values() if p.grad is not None]).double()
-    print(1 - F.cosine_similarity(own, plain, dim=0), own.norm() / plain.norm() - 1)
-    assert own.shape == plain.shape
-    assert F.cosine_similarity(own, plain, dim=0) >= 0.99999
-    assert (own.norm() / plain.norm() - 1).abs() <= 1e-4
+
+def flat_gradient(parameters: dict[str, Any]) -> Tensor:
+    """The gradient of all, flat, in the order of their names, and none left behind."""
+    parts = [parameters[name].grad.flatten() for name in sorted(parameters)]
+    for parameter in parameters.values():
+        parameter.grad = None
+    return torch.cat(parts).double()
+
+
+def assert_same_gradient(own: Tensor, expected: Tensor, norm: float) -> None:
+    assert F.cosine_similarity(own, expected, dim=0) >= 0.99999
+    assert (own.norm() / expected.norm() - 1).abs() <= norm

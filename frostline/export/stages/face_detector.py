@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from frostline.models.faces.detections import quantize_frames
 from frostline.models.faces.mtcnn import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, BatchedMTCNN, as_network
 from frostline.models.tiny.clips import held_out_clips
-from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
+from frostline.runtime.stage import Dimension, Network, Runner, Stage, TensorSpec
 
 from .face_networks import contiguous_copy, weights_dtype, with_fp32_edges
 from .inputs import StageInputs, tolerance
@@ -50,6 +51,12 @@ def build(inputs: StageInputs) -> Stage:
 
 def _network(name: str, module: nn.Module, inputs: StageInputs) -> Network:
     shapes, side = inputs.shapes, MTCNN_INPUT_SIZES[name]
-    size = (shapes.dimension("face_height"), shapes.dimension("face_width")) if side is None else (side, side)
+    free = (_odd(shapes.dimension("face_height")), _odd(shapes.dimension("face_width")))
+    size = free if side is None else (side, side)
     images = TensorSpec("images", (shapes.dimension("faces"), 3, *size))
     return Network(name, contiguous_copy(module), (images,), MTCNN_OUTPUTS[name])
+
+
+def _odd(dimension: Dimension) -> Dimension:
+    """With an odd typical extent: from an even one AOTInductor infers that all are, and pools odd ones wrongly."""
+    return replace(dimension, opt=min((dimension.opt - 1) | 1, dimension.max))

@@ -1,0 +1,152 @@
+"""The chunked encoder, the decoder and the fast convolution against diffsynth's own VAE."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffsynth.models.wan_video_vae import VideoVAE38_
+from torch import Tensor
+
+from frostline.models.loading import load_components
+from frostline.models.tiny.clips import held_out_clips
+from frostline.models.vae import VaeEncoderFirst, VaeEncoderNext, decode_latents, encode_video, use_onednn_conv3d
+
+LENGTHS = [1, 5, 9, 17]
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    return load_components("tiny").vae
+
+
+@pytest.fixture(scope="module")
+def vae38() -> Any:
+    """The VAE of Wan2.2 TI2V, small, its weights random."""
+    torch.manual_seed(0)
+    model = VideoVAE38_(dim=8, z_dim=8, dec_dim=8, num_res_blocks=1).eval().requires_grad_(False)
+    return SimpleNamespace(model=model, scale=[torch.randn(8), 1 + torch.rand(8)])
+
+
+def random_video(frames: int, batch: int = 1, size: tuple[int, int] = (32, 48)) -> Tensor:
+    return 2 * torch.rand(batch, 3, frames, *size, generator=torch.Generator().manual_seed(frames)) - 1
+
+
+@torch.no_grad()
+def encode_in_chunks(vae: Any, video: Tensor) -> Tensor:
+    """As the engines do: two networks, caches going from one to the next by name."""
+
+    def network(module: VaeEncoderFirst) -> Any:
+        def run(**inputs: Tensor) -> dict[str, Tensor]:
+            clip = inputs.pop("video")
+            latents, *caches = module(clip, *(inputs[name] for name in sorted(inputs)))
+            return {"latents": latents, **{f"next_cache_{i:02d}": cache for i, cache in enumerate(caches)}}
+
+        return run
+
+    return encode_video({"first": network(VaeEncoderFirst(vae)), "next": network(VaeEncoderNext(vae))}, video)
+
+
+@pytest.mark.parametrize("frames", LENGTHS)
+def test_encoding_in_chunks_is_diffsynths_encode(vae: Any, frames: int) -> None:
+    video = random_video(frames)
+    latents = encode_in_chunks(vae, video)
+    assert latents.shape == (1, 16, (frames - 1) // 4 + 1, 4, 6)
+    assert torch.equal(latents, vae.model.encode(video, vae.scale))
+
+
+@pytest.mark.parametrize("frames", LENGTHS)
+def test_encoding_in_chunks_with_the_wan22_vae(vae38: Any, frames: int) -> None:
+    video = random_video(frames, size=(64, 32))
+    latents = encode_in_chunks(vae38, video)
+    assert latents.shape == (1, 8, (frames - 1) // 4 + 1, 4, 2)
+    assert torch.equal(latents, vae38.model.encode(video, vae38.scale))
+
+
+def test_every_chunk_sees_those_before(vae: Any) -> None:
+    """A cache that was lost would leave the later latents as they are."""
+    video, other = random_video(9), random_video(9)
+    other[:, :, 3:5] *= -1
+    change = (encode_in_chunks(vae, video) - encode_in_chunks(vae, other)).abs().amax((0, 1, 3, 4))
+    assert change[0] == 0
+    assert (change[1:] > 1e-3).all()
+
+
+def test_the_encoder_leaves_no_cache_in_the_vae(vae: Any) -> None:
+    video = random_video(5)
+    before = vae.model.encode(video, vae.scale)
+    encode_in_chunks(vae, random_video(9, size=(48, 32)))
+    assert torch.equal(vae.model.encode(video, vae.scale), before)
+
+
+def test_encoding_a_batch_is_encoding_each(vae: Any) -> None:
+    videos = random_video(5, batch=3)
+    singles = torch.cat([encode_in_chunks(vae, video[None]) for video in videos])
+    torch.testing.assert_close(encode_in_chunks(vae, videos), singles, atol=1e-6, rtol=1e-6)
+
+
+def test_the_encoder_follows_the_type_of_the_weights() -> None:
+    vae = load_components("tiny", torch.bfloat16).vae
+    video = random_video(5).bfloat16()
+    latents = encode_in_chunks(vae, video)
+    assert latents.dtype == torch.bfloat16
+    assert torch.equal(latents, vae.model.encode(video, vae.scale))
+
+
+@torch.no_grad()
+def test_decodes_to_pixels_within_range(vae: Any) -> None:
+    latents = 6 * torch.randn(2, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert vae.model.decode(latents, vae.scale).abs().max() > 1, "latents this wild are to leave the range"
+    video = decode_latents(vae, latents)
+    assert video.shape == (2, 3, 9, 32, 48)
+    assert video.min() == -1
+    assert video.max() == 1
+
+
+@torch.no_grad()
+def test_a_decoded_clip_is_the_clip(vae: Any) -> None:
+    clip = held_out_clips(1, seed=5).video.transpose(1, 2) * 2 - 1
+    decoded = decode_latents(vae, encode_in_chunks(vae, clip))
+    psnr = 10 * torch.log10(4 / (decoded - clip).pow(2).mean())
+    assert psnr > 24
+    assert (decoded - clip).abs().mean() < (decoded[:, :, :1] - clip).abs().mean() / 2, "it moves as the clip does"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_fast_convolution_changes_nothing(vae: Any, batch: int) -> None:
+    fast = copy.deepcopy(vae)
+    use_onednn_conv3d(fast)
+    assert fast.model.encoder.conv1._conv_forward.__func__ is not vae.model.encoder.conv1._conv_forward.__func__
+    video = random_video(5, batch)
+    with torch.no_grad():
+        expected, actual = (v.model.encode(video, v.scale) for v in (vae, fast))
+    torch.testing.assert_close(actual, expected, atol=1e-6 * expected.abs().max().item(), rtol=0)
+
+    values, gradients = [], []
+    for one in (vae, fast):
+        latents = expected.clone().requires_grad_()
+        decoded = decode_latents(one, latents)
+        (decoded * video).sum().backward()
+        assert latents.grad is not None
+        values.append(decoded.detach())
+        gradients.append(latents.grad.double().flatten())
+    torch.testing.assert_close(values[1], values[0], atol=1e-6, rtol=0)
+    assert 1 - F.cosine_similarity(gradients[0], gradients[1], dim=0) < 1e-6
+    assert (gradients[1].norm() / gradients[0].norm() - 1).abs() < 1e-6
+
+
+def test_the_fast_convolution_steps_aside_for_other_types(vae: Any) -> None:
+    """bf16 weights and autocast go torch's own way, bit for bit."""
+    fast = copy.deepcopy(vae)
+    use_onednn_conv3d(fast)
+    video = random_video(5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, actual = (v.model.encode(video, v.scale) for v in (vae, fast))
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+    plain, fast = copy.deepcopy(vae).bfloat16(), fast.bfloat16()
+    with torch.no_grad():
+        expected, actual = (v.model.encode(video.bfloat16(), v.scale) for v in (plain, fast))
+    assert torch.equal(actual, expected)

@@ -36,18 +36,18 @@ _MODULE_SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "kl_weight": 0.15, "noi
 _LEARNING_RATE = 3e-3
 _BATCH_SIZE = 2
 _TRAIN_CLIPS = 40
-_TIMED_ROUNDS = 5
 # One start of each motion, two people.
 _SHOWN = (0, 6, 2, 8, 4)
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much the demo does. steps: optimizer steps. starts: held-out clips."""
+    """How much the demo does. steps: optimizer steps. starts: held-out clips. timed_rounds: of the comparison."""
 
     steps: int = 40
     starts: int = 20
     seed: int = 0
+    timed_rounds: int = 5
 
 
 def run_demo(out: Path, engines: Path, settings: DemoSettings, progress: Progress) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def run_demo(out: Path, engines: Path, settings: DemoSettings, progress: Progres
     after = _evaluate(module, held_out, settings.starts, "score after", progress)
     with progress.task("time hybrid against torch"):
         batch = collate([train_data[index] for index in range(_BATCH_SIZE)])
-        timing = time_steps(module, batch, _TIMED_ROUNDS)
+        timing = time_steps(module, batch, settings.timed_rounds)
     summary = {
         **_scores(before, after),
         "step_ms_hybrid": timing.step_ms["hybrid"],

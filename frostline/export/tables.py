@@ -55,15 +55,19 @@ def engine_table(records: Iterable[EngineRecord]) -> Table:
 
 
 def plan_table(gains: Iterable[StageGain]) -> Table:
-    """Per stage: the candidates and the choice."""
-    table = _table("stage", "candidate", "chosen", ">ms", ">torch ms", ">max abs error", ">MB", "why")
+    """Per stage: torch, the engines that there are, the choice and its reason."""
+    table = _table("stage", "candidate", ">ms", ">torch ms", ">max abs error", ">MB", "why")
     for gain in gains:
-        for number, candidate in enumerate(gain.candidates):
-            chosen = "[green]yes[/]" if candidate.backend == gain.choice.backend else ""
-            why = gain.choice.reason if chosen else candidate.note
-            cells = (_number(candidate.ms), _number(candidate.torch_ms), _scientific(candidate.max_abs))
+        name = gain.stage
+        for candidate in gain.candidates:
+            chosen = candidate.backend == gain.choice.backend
+            if not chosen and not candidate.bytes:
+                continue
+            mark = f"[bold green]> {candidate.backend}[/]" if chosen else f"  {candidate.backend}"
             size = f"{candidate.bytes / 1e6:.1f}" if candidate.bytes else ""
-            table.add_row("" if number else gain.stage, candidate.backend, chosen, *cells, size, why)
+            cells = (_number(candidate.ms), _number(candidate.torch_ms), _scientific(candidate.max_abs), size)
+            table.add_row(name, mark, *cells, gain.choice.reason if chosen else f"[dim]{candidate.note}[/]")
+            name = ""
     return table
 
 
@@ -81,7 +85,10 @@ def step_gain_line(gain: StepGain) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        right = column.startswith(">")
+        # Numbers and names stay whole; only sentences may wrap.
+        wraps = column in ("why", "state")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=not wraps)
     return table
 
 

@@ -120,15 +120,15 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     Raises:
         ConfigError: files are missing, or their tensors do not fit the model.
     """
-    from peft import LoraConfig
-    from safetensors.torch import load_file
-
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file() or not (folder / "adapter_config.json").is_file():
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not weights.is_file() or not config_file.is_file():
         raise ConfigError(f"{folder} holds no adapter: adapter_config.json and adapter_model.safetensors are needed")
-    saved: Any = LoraConfig.from_pretrained(str(folder))
-    config = inject_lora(model, saved.r, saved.lora_alpha, tuple(saved.target_modules))
-    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(weights).items()}
+    saved = _read_config(config_file)
+    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in _read_tensors(weights).items()}
+    try:
+        config = inject_lora(model, saved.r, saved.lora_alpha, tuple(saved.target_modules or ()))
+    except ConfigError as error:
+        raise ConfigError(f"{config_file}: {error}") from error
     parameters = {name.replace(f".{ADAPTER}.", "."): p for name, p in lora_parameters(model).items()}
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())
@@ -141,3 +141,28 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
                 )
             parameter.copy_(tensors[name])
     return config
+
+
+def _read_config(path: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(path.parent))
+    except Exception as error:  # peft raises many types of its own
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig) or not isinstance(config.target_modules, set):
+        raise ConfigError(f"{path} is no LoRA on a list of layers")
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            raise ConfigError(f"{path}: {name} is not supported, one rank and one scale for all layers are")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error

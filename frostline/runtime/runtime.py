@@ -231,4 +231,5 @@ def _doubt(stage: Stage, manifest: Manifest) -> str | None:
 
 
 def _export_command(stage: Stage, backend: str) -> str:
-    return f"frostline export {stage.model} --stages {stage.name} --backend {backend}"
+    # Face stages are stored by the name of their network, which is no model to export.
+    return f"frostline export MODEL --stages {stage.name} --backend {backend}"

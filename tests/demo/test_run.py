@@ -16,7 +16,7 @@ from frostline.video import read_video
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory, engines: Path) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    run_demo(out, engines, DemoSettings(steps=2, starts=2), Progress())
+    run_demo(out, engines, DemoSettings(steps=2, starts=2, timed_rounds=1), Progress())
     return out
 
 

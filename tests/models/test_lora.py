@@ -200,7 +200,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank-stabilised": (lambda folder: _change_config(folder, use_rslora=True), "adapter_config.json"),
     "a scale of its own": (lambda folder: _change_config(folder, alpha_pattern={"q": 9}), "adapter_config.json"),
     "layers by pattern": (lambda folder: _change_config(folder, target_modules=".*q"), "adapter_config.json"),
-    "layers that are not there": (lambda folder: _change_config(folder, target_modules=["nope"]), "adapter_config.json"),
+    "layers that are not there": (
+        lambda folder: _change_config(folder, target_modules=["nope"]),
+        "adapter_config.json",
+    ),
     "fewer layers": (lambda folder: _change_config(folder, target_modules=["q"]), "adapter_model.safetensors"),
     "another rank": (lambda folder: _change_config(folder, r=8), "adapter_model.safetensors"),
     "truncated": (_truncate, "adapter_model.safetensors"),

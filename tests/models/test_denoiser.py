@@ -1,0 +1,172 @@
+"""The own forward of the denoiser against diffsynth's `model_fn_wan_video`, sample by sample."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.pipelines.wan_video import model_fn_wan_video
+from torch import Tensor
+
+from frostline.models.denoiser import Denoiser, GradientCheckpointing
+from frostline.models.loading import load_components
+from frostline.models.tiny.architecture import DENOISER
+
+VARIANTS = ("tiny", "tiny-moe low noise", "tiny-moe high noise", "tiny-ti2v", "clip")
+# Batch, and frames, height and width of the latents.
+SHAPES = [(1, 1, 4, 4), (2, 3, 12, 12), (3, 2, 6, 10)]
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict[str, WanModel]:
+    experts = load_components("tiny-moe")
+    assert experts.denoiser_high_noise is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = WanModel(**{**DENOISER, "num_layers": 2, "has_image_input": True, "require_clip_embedding": True})
+    return {
+        "tiny": load_components("tiny").denoiser,
+        "tiny-moe low noise": experts.denoiser,
+        "tiny-moe high noise": experts.denoiser_high_noise,
+        "tiny-ti2v": load_components("tiny-ti2v").denoiser,
+        "clip": clip.eval().requires_grad_(False),
+    }
+
+
+def inputs(model: WanModel, shape: tuple[int, int, int, int], seed: int = 0) -> dict[str, Tensor]:
+    batch, *grid = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(batch, *size, generator=generator)
+
+    given = {
+        "latents": normal(16, *grid),
+        "timestep": 1000 * torch.rand(batch, generator=generator),
+        "context": normal(16, 64),
+    }
+    if model.require_vae_embedding:
+        given["y"] = normal(model.in_dim - 16, *grid)
+    if model.has_image_input:
+        given["clip_feature"] = normal(257, 1280)
+    return given
+
+
+def plain(model: WanModel, given: dict[str, Tensor]) -> Tensor:
+    """diffsynth takes one timestep for all samples where the first frame is pinned: one sample at a time."""
+    rows = []
+    for index in range(len(given["latents"])):
+        row: dict[str, Any] = {name: tensor[index : index + 1] for name, tensor in given.items()}
+        rows.append(model_fn_wan_video(model, fuse_vae_embedding_in_latents=model.seperated_timestep, **row))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_equals_diffsynth(variant: str, shape: tuple[int, int, int, int], variants: dict[str, WanModel]) -> None:
+    model = variants[variant]
+    given = inputs(model, shape)
+    actual = Denoiser(model)(**given)
+    assert actual.shape == given["latents"].shape
+    assert (actual - plain(model, given)).abs().max() <= 1e-5
+    assert actual.std() > 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_diffsynth(variant: str, variants: dict[str, WanModel]) -> None:
+    model = copy.deepcopy(variants[variant]).requires_grad_(True)
+    given = inputs(model, (2, 2, 4, 6))
+    target = torch.randn(given["latents"].shape, generator=torch.Generator().manual_seed(1))
+
+    def gradient(velocity: Tensor) -> Tensor:
+        (velocity * target).sum().backward()
+        parts = [p.grad.flatten() for p in [*model.parameters(), *given.values()] if p.grad is not None]
+        for tensor in [*model.parameters(), *given.values()]:
+            tensor.grad = None
+        return torch.cat(parts).double()
+
+    for name in given.keys() - {"timestep"}:
+        given[name].requires_grad_(True)
+    expected, actual = gradient(plain(model, given)), gradient(Denoiser(model)(**given))
+    assert actual.shape == expected.shape
+    assert F.cosine_similarity(actual, expected, dim=0) >= 1 - 1e-9
+    assert (actual.norm() / expected.norm() - 1).abs() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny-ti2v", "clip"])
+def test_gradient_checkpointing_changes_nothing(variant: str, variants: dict[str, WanModel]) -> None:
+    model = copy.deepcopy(variants[variant]).requires_grad_(True)
+    denoiser = Denoiser(model)
+    given = inputs(model, (2, 2, 4, 6))
+    given["latents"].requires_grad_(True)
+    kinds: tuple[GradientCheckpointing, ...] = ("none", "block", "full")
+    outcomes = []
+    for kind in kinds:
+        denoiser.gradient_checkpointing = kind
+        velocity = denoiser(**given)
+        velocity.square().sum().backward()
+        tensors = [given["latents"], *model.parameters()]
+        outcomes.append([velocity.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)])
+        for tensor in tensors:
+            tensor.grad = None
+    for other in outcomes[1:]:
+        assert len(other) == len(outcomes[0])
+        for one, two in zip(outcomes[0], other, strict=True):
+            torch.testing.assert_close(one, two, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["block", "full"])
+def test_gradient_checkpointing_keeps_less(kind: GradientCheckpointing, variants: dict[str, WanModel]) -> None:
+    def kept_bytes(kind: GradientCheckpointing) -> int:
+        model = variants["tiny"]
+        denoiser = Denoiser(model)
+        denoiser.gradient_checkpointing = kind
+        given = inputs(model, (1, 2, 8, 8))
+        given["latents"].requires_grad_(True)
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            denoiser(**given)
+        return sum(kept.values())
+
+    assert kept_bytes(kind) < 0.5 * kept_bytes("none")
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny-ti2v"])
+@torch.no_grad()
+def test_bf16_rounds_the_weights_and_no_table(variant: str, variants: dict[str, WanModel]) -> None:
+    model = variants[variant]
+    denoiser = Denoiser(model)
+    given = inputs(model, (2, 3, 8, 8))
+    exact = denoiser(**given)
+    tables = {name: table.clone() for name, table in denoiser.named_buffers()}
+    half = Denoiser(copy.deepcopy(model)).to(torch.bfloat16)
+    assert half.model.patch_embedding.weight.dtype == torch.bfloat16
+    assert len(tables) == 8
+    for name, table in half.named_buffers():
+        assert table.dtype == torch.float32
+        assert torch.equal(table, tables[name])
+    rounded = half(**{name: t if name == "timestep" else t.bfloat16() for name, t in given.items()})
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).norm() / exact.norm()
+    assert 1e-5 < error < 3e-2
+
+
+@torch.no_grad()
+def test_every_sample_has_its_own_timestep(variants: dict[str, WanModel]) -> None:
+    for variant in ("tiny", "tiny-ti2v"):
+        denoiser = Denoiser(variants[variant])
+        given = inputs(variants[variant], (3, 2, 4, 4))
+        together = denoiser(**given)
+        for index in range(3):
+            alone = denoiser(**{name: tensor[index : index + 1] for name, tensor in given.items()})
+            torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=0)
+        given["timestep"] = given["timestep"].flip(0)
+        assert (denoiser(**given)[0] - together[0]).abs().max() > 1e-2

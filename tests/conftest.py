@@ -37,9 +37,7 @@ def _few_threads() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def session_signing_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The key that signs the engines of the session, wherever HOME is."""
-    path = (
-        Path(os.environ["FL_DEV"]) / "key" if "FL_DEV" in os.environ else tmp_path_factory.mktemp("key") / "signing.key"
-    )  # DEV
+    path = tmp_path_factory.mktemp("key") / "signing.key"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_SIGNING_KEY_FILE", str(path))
         yield path
@@ -85,8 +83,6 @@ def make_module() -> MakeModule:
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
     """A store with ONNX Runtime engines of all stages of tiny."""
-    if "FL_DEV" in os.environ:
-        return _export(Path(os.environ["FL_DEV"]) / "engines2", "tiny")  # DEV
     return _export(tmp_path_factory.mktemp("engines"), "tiny")
 
 

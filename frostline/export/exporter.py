@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -167,6 +167,10 @@ def _build_network(
     sources.mkdir(exist_ok=True)
     source = _trace(network, backend, sources, options)
     progress(f"build {network.name}")
+    if options.progress is None:
+        options = replace(
+            options, progress=lambda phase, step, steps: progress(f"{network.name}: {phase} {step}/{steps}")
+        )
     artifact = backend.build(network, source, build.folder, options)
     shutil.rmtree(sources)
     return manifest.Network(

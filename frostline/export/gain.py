@@ -55,7 +55,7 @@ def frozen_uses(
 
     The detector sees the reference and the generated frames; the denoiser runs the rollout head and the KL reference.
     """
-    tail = final_timestep + 1 - max(mid_timestep, high_noise_steps)
+    tail = max(0, final_timestep + 1 - max(mid_timestep, high_noise_steps))
     return {
         "text_encoder": 1,
         "image_encoder": 1,

@@ -56,9 +56,8 @@ class Recipe(Settings):
             return self.model_copy(update={"lora": None})
         if target_modules is None:
             return self
-        lora = LoraSettings.parse(
-            {**(self.lora or LoraSettings()).model_dump(), "target_modules": target_modules.split(",")}
-        )
+        targets = [name.strip() for name in target_modules.split(",") if name.strip()]
+        lora = LoraSettings.parse({**(self.lora or LoraSettings()).model_dump(), "target_modules": targets})
         return self.model_copy(update={"lora": lora})
 
     @property

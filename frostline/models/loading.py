@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from .files import WanFiles, find_files, read_config
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
     from torch import nn
 
 
@@ -35,13 +38,13 @@ def load_components(
         ConfigError: a file is missing or its tensors do not fit; the message names it.
     """
     files = find_files(model)
-    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
+    from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 
     high_noise = files.denoiser_high_noise
     components = WanComponents(
         name=files.name,
         text_encoder=_load(lambda: WanTextEncoder(**files.text_encoder_config), [files.text_encoder], dtype, device),
-        tokenizer=HuggingfaceTokenizer(str(files.tokenizer), seq_len=files.text_length, clean="whitespace"),
+        tokenizer=_load_tokenizer(files.tokenizer, files.text_length),
         vae=_load_vae(files, dtype, device),
         denoiser=_load_denoiser(files.denoiser, dtype, device),
         denoiser_high_noise=_load_denoiser(high_noise, dtype, device) if high_noise else None,
@@ -64,6 +67,8 @@ def _load(
 ) -> Any:
     from diffsynth.core.loader.model import load_model
 
+    if state_dict is None:
+        state_dict = _read_tensors(paths, dtype, device)
     try:
         return load_model(
             build,
@@ -73,7 +78,7 @@ def _load(
             state_dict_converter=converter,
             state_dict=state_dict,
         )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
         first_lines = " ".join(str(error).split("\n")[:3])
         raise ConfigError(f"{', '.join(map(str, paths))} cannot be loaded: {first_lines}") from error
 
@@ -98,25 +103,42 @@ def _load_vae(files: WanFiles, dtype: torch.dtype, device: str | torch.device) -
 def _read_tensors(paths: list[Path], dtype: torch.dtype, device: str | torch.device) -> dict[str, torch.Tensor]:
     from diffsynth.core.loader.file import load_state_dict
 
+    names = ", ".join(map(str, paths))
     try:
         return load_state_dict([str(path) for path in paths], dtype, str(device))
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{names} cannot be read: it is damaged, or holds more than tensors") from error
     except Exception as error:  # safetensors and torch.load raise many types of their own
-        names = ", ".join(map(str, paths))
-        raise ConfigError(f"{names} cannot be read: {str(error).splitlines()[0]}") from error
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"{names} cannot be read: {first_line}") from error
 
 
 def _load_denoiser(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Any:
     from diffsynth.models.wan_video_dit import WanModel
 
-    paths = sorted(folder.glob(_DENOISER_PATTERN))
-    if not paths:
-        raise ConfigError(f"the denoiser is missing: no {_DENOISER_PATTERN} in {folder}")
+    paths = _denoiser_shards(folder)
     state_dict = _read_tensors(paths, dtype, device)
     try:
         arguments = denoiser_arguments(state_dict, read_config(folder))
-    except KeyError as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(f"{folder} holds no Wan denoiser: {error}") from error
     return _load(lambda: WanModel(**arguments), paths, dtype, device, state_dict=state_dict)
+
+
+def _denoiser_shards(folder: Path) -> list[Path]:
+    """All files of a denoiser; without the last one, a model with fewer blocks would seem whole."""
+    paths = sorted(folder.glob(_DENOISER_PATTERN))
+    if not paths:
+        raise ConfigError(f"the denoiser is missing: no {_DENOISER_PATTERN} in {folder}")
+    for path in paths:
+        of_many = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.safetensors)", path.name)
+        if of_many is None:
+            continue
+        head, tail, count = of_many.groups()
+        for shard in (folder / f"{head}{number:05d}{tail}" for number in range(1, int(count) + 1)):
+            if not shard.is_file():
+                raise ConfigError(f"the denoiser is incomplete: {shard} is missing")
+    return paths
 
 
 def denoiser_arguments(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +165,16 @@ def denoiser_arguments(state_dict: dict[str, torch.Tensor], config: dict[str, An
         "seperated_timestep": pins_first_frame,
         "fuse_vae_embedding_in_latents": pins_first_frame,
     }
+
+
+def _load_tokenizer(folder: Path, text_length: int) -> HuggingfaceTokenizer:
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+
+    try:
+        return HuggingfaceTokenizer(str(folder), seq_len=text_length, clean="whitespace")
+    except Exception as error:  # transformers raises many types of its own
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {first_line}") from error
 
 
 def _load_image_encoder(path: Path, dtype: torch.dtype, device: str | torch.device) -> Any:

@@ -114,7 +114,10 @@ def encode_video(networks: EncoderNetworks, video: Tensor) -> Tensor:
 
 def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
     """Decode (B, C, F, h, w) normalised latents, gradient on, to a video (B, 3, 4F - 3, 8h, 8w) in [-1, 1]."""
-    return vae.model.decode(latents, vae.scale).clamp(-1, 1)
+    video = vae.model.decode(latents, vae.scale)
+    # Else diffsynth's lists would keep the last activations, and their graph, until the next call.
+    vae.model.clear_cache()
+    return video.clamp(-1, 1)
 
 
 def use_onednn_conv3d(module: nn.Module) -> None:

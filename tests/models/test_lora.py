@@ -70,7 +70,7 @@ def test_only_the_adapter_is_trainable_and_fp32() -> None:
     assert trainable == lora_parameters(model).keys()
     assert len(trainable) == 2 * LAYERS
     assert {parameter.dtype for parameter in lora_parameters(model).values()} == {torch.float32}
-    assert {tuple(p.shape)[0] for name, p in lora_parameters(model).items() if "lora_A" in name} == {4}
+    assert {p.shape[0] for name, p in lora_parameters(model).items() if "lora_A" in name} == {4}
 
 
 def test_adapters_off_is_the_base_bit_for_bit() -> None:
@@ -196,7 +196,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
     "config is no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
-    "config of another method": (lambda folder: _change_config(folder, peft_type="IA3"), "adapter_config.json"),
+    "config of another method": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "IA3", "target_modules": ["q"]}'),
+        "adapter_config.json",
+    ),
     "rank-stabilised": (lambda folder: _change_config(folder, use_rslora=True), "adapter_config.json"),
     "a scale of its own": (lambda folder: _change_config(folder, alpha_pattern={"q": 9}), "adapter_config.json"),
     "layers by pattern": (lambda folder: _change_config(folder, target_modules=".*q"), "adapter_config.json"),

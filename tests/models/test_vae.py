@@ -1,6 +1,5 @@
 """The chunked encoder, the decoder and the fast convolution against diffsynth's own VAE."""
 
-import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +61,7 @@ def test_encoding_in_chunks_with_the_wan22_vae(vae38: Any, frames: int) -> None:
     video = random_video(frames, size=(64, 32))
     latents = encode_in_chunks(vae38, video)
     assert latents.shape == (1, 8, (frames - 1) // 4 + 1, 4, 2)
-    assert torch.equal(latents, vae38.model.encode(video, vae38.scale))
+    torch.testing.assert_close(latents, vae38.model.encode(video, vae38.scale), atol=1e-6, rtol=0)
 
 
 def test_every_chunk_sees_those_before(vae: Any) -> None:
@@ -114,15 +113,21 @@ def test_a_decoded_clip_is_the_clip(vae: Any) -> None:
     assert (decoded - clip).abs().mean() < (decoded[:, :, :1] - clip).abs().mean() / 2, "it moves as the clip does"
 
 
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """To 1e-6 as a whole, and to some roundings in the worst pixel."""
+    assert (actual - expected).norm() < 1e-6 * expected.norm()
+    torch.testing.assert_close(actual, expected, atol=4e-6 * expected.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_fast_convolution_changes_nothing(vae: Any, batch: int) -> None:
-    fast = copy.deepcopy(vae)
+def test_the_fast_convolution_changes_nothing(batch: int) -> None:
+    vae, fast = (load_components("tiny").vae for _ in range(2))
     use_onednn_conv3d(fast)
     assert fast.model.encoder.conv1._conv_forward.__func__ is not vae.model.encoder.conv1._conv_forward.__func__
     video = random_video(5, batch)
     with torch.no_grad():
         expected, actual = (v.model.encode(video, v.scale) for v in (vae, fast))
-    torch.testing.assert_close(actual, expected, atol=1e-6 * expected.abs().max().item(), rtol=0)
+    assert_close(actual, expected)
 
     values, gradients = [], []
     for one in (vae, fast):
@@ -132,21 +137,21 @@ def test_the_fast_convolution_changes_nothing(vae: Any, batch: int) -> None:
         assert latents.grad is not None
         values.append(decoded.detach())
         gradients.append(latents.grad.double().flatten())
-    torch.testing.assert_close(values[1], values[0], atol=1e-6, rtol=0)
+    assert_close(values[1], values[0])
     assert 1 - F.cosine_similarity(gradients[0], gradients[1], dim=0) < 1e-6
     assert (gradients[1].norm() / gradients[0].norm() - 1).abs() < 1e-6
 
 
-def test_the_fast_convolution_steps_aside_for_other_types(vae: Any) -> None:
+def test_the_fast_convolution_steps_aside_for_other_types() -> None:
     """bf16 weights and autocast go torch's own way, bit for bit."""
-    fast = copy.deepcopy(vae)
+    vae, fast = (load_components("tiny").vae for _ in range(2))
     use_onednn_conv3d(fast)
     video = random_video(5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, actual = (v.model.encode(video, v.scale) for v in (vae, fast))
     assert actual.dtype == expected.dtype
     assert torch.equal(actual, expected)
-    plain, fast = copy.deepcopy(vae).bfloat16(), fast.bfloat16()
+    vae.bfloat16(), fast.bfloat16()
     with torch.no_grad():
-        expected, actual = (v.model.encode(video.bfloat16(), v.scale) for v in (plain, fast))
+        expected, actual = (v.model.encode(video.bfloat16(), v.scale) for v in (vae, fast))
     assert torch.equal(actual, expected)

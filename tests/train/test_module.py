@@ -87,7 +87,7 @@ def test_a_step_with_engines_equals_a_step_in_torch(
 ) -> None:
     in_torch, hybrid = make_module(), make_module(plan="onnxruntime", engines=engines)
     assert {choice.backend for choice in hybrid.runtime.plan.values()} == {"onnxruntime"}
-    assert_same_steps(in_torch, hybrid, clips(count, seed=count), tape)
+    assert_same_steps(in_torch, hybrid, clips(count, seed=count, num_frames=9 if count == 1 else 5), tape)
     assert in_torch.last_metrics is not None
     assert hybrid.last_metrics is not None
     assert max(hybrid.last_metrics.detection_rate) > 0, "no reward was compared"
@@ -101,7 +101,7 @@ def test_the_variants_step_with_engines_as_in_torch(
 ) -> None:
     in_torch, hybrid = make_module(model), make_module(model, plan="onnxruntime", engines=variant_engines)
     assert {choice.backend for choice in hybrid.runtime.plan.values()} == {"onnxruntime"}
-    assert_same_steps(in_torch, hybrid, clips(1, seed=7), tape)
+    assert_same_steps(in_torch, hybrid, clips(1, seed=7, num_frames=5), tape)
 
 
 def test_the_kl_of_a_new_lora_is_zero_with_engines(make_module: MakeModule, engines: Path) -> None:
@@ -203,7 +203,7 @@ def test_conditions_can_be_used_again(make_module: MakeModule) -> None:
 
 def test_a_batch_is_the_mean_of_its_samples(make_module: MakeModule, tape: "RewardTape") -> None:
     module = make_module(reward={"on_no_face": "zero"})
-    data = clips(2, seed=3)
+    data = clips(2, seed=3, num_frames=5)
     with tape.record(module):
         together = module(data)
     together[0].backward()
@@ -346,11 +346,12 @@ def test_the_example_of_the_design(engines: Path, make_module: MakeModule) -> No
 
 
 def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule) -> None:
-    data = clips(1, seed=3)
+    data = clips(1, seed=3, num_frames=5)
     expected = None
     for how in ("none", "block", "full"):
         module = make_module(gradient_checkpointing=how, **QUICK)
-        loss, _, _ = module(data)
+        loss, face_score, _ = module(data)
+        assert face_score != 0, "no gradient went through the VAE"
         loss.backward()
         if expected is None:
             expected = loss.detach(), gradient(module)
@@ -423,6 +424,12 @@ def test_a_step_in_bf16_is_finite(model: str, make_module: MakeModule) -> None:
     assert gradient(half).isfinite().all()
     assert {parameter.dtype for parameter in half.trainable_parameters().values()} == {torch.float32}
     assert step[2].item() == pytest.approx(expected[2].item(), rel=0.2)
+
+
+def test_no_activation_is_kept_in_the_vae(quick_module: WanTrainingModule) -> None:
+    """diffsynth's own `decode` leaves its caches, and with them the graph of the step, in lists of the module."""
+    quick_module(small_clips(1))
+    assert [kept for kept in quick_module.components.vae.model._feat_map if kept is not None] == []
 
 
 def test_only_the_lora_is_trained(quick_module: WanTrainingModule) -> None:

@@ -1,0 +1,67 @@
+"""What a plan is worth: how often a step uses each stage, and what the plan's choices then cost."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frostline.export.gain import frozen_uses, step_gain
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.runtime.plan import Choice, Plan
+
+ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector": 2, "face_embedder": 1}
+
+
+def test_the_reference_step_with_one_expert() -> None:
+    """Four rollout steps, and the KL reference of four tail steps."""
+    uses = frozen_uses(FlowMatchSchedule(8, 5.0), 4, 7, high_noise_steps=0)
+    assert uses == {**ONCE, "denoiser": 8, "denoiser_high_noise": 0}
+
+
+def test_the_reference_step_with_two_experts() -> None:
+    schedule = FlowMatchSchedule(8, 5.0)
+    uses = frozen_uses(schedule, 4, 7, schedule.high_noise_steps(0.9))
+    assert uses == {**ONCE, "denoiser": 1 + 4, "denoiser_high_noise": 3}
+
+
+@given(st.integers(1, 30), st.data())
+def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> None:
+    """As `Sampler` walks: head steps run one expert or the other, tail steps of the low-noise one its reference."""
+    final = data.draw(st.integers(0, N - 1))
+    mid, high = data.draw(st.integers(0, final)), data.draw(st.integers(0, N))
+    low_noise = high_noise = 0
+    for index in range(final + 1):
+        in_tail, by_high = index >= mid, index < high
+        high_noise += by_high and not in_tail
+        low_noise += not by_high
+    uses = frozen_uses(FlowMatchSchedule(N), mid, final, high)
+    assert (uses["denoiser"], uses["denoiser_high_noise"]) == (low_noise, high_noise)
+
+
+def runtime(**choices: Choice) -> Any:
+    return SimpleNamespace(plan=Plan(choices))
+
+
+def test_a_step_costs_uses_times_latency() -> None:
+    planned = runtime(
+        text_encoder=Choice("onnxruntime", "fastest", {"torch": 3.0, "onnxruntime": 1.0}),
+        denoiser=Choice("onnxruntime", "fastest", {"torch": 10.0, "onnxruntime": 4.0, "openvino": 5.0}),
+        vae_encoder=Choice("torch", "no engine is faster", {"torch": 7.0, "onnxruntime": 9.0}),
+    )
+    gain = step_gain(planned, {"text_encoder": 1, "denoiser": 8, "vae_encoder": 1})
+    assert gain.torch_ms == pytest.approx(3 + 8 * 10 + 7)
+    assert gain.planned_ms == pytest.approx(1 + 8 * 4 + 7)
+
+
+def test_stages_that_are_unused_or_unmeasured_do_not_count() -> None:
+    planned = runtime(
+        denoiser=Choice("onnxruntime", "fastest", {"torch": 10.0, "onnxruntime": 4.0}),
+        image_encoder=Choice("onnxruntime", "fastest", {"torch": 99.0, "onnxruntime": 98.0}),
+        vae_encoder=Choice("torch", "no engine"),
+    )
+    gain = step_gain(planned, {"denoiser": 2, "vae_encoder": 1})
+    assert (gain.torch_ms, gain.planned_ms) == (20.0, 8.0)
+    nothing = step_gain(runtime(vae_encoder=Choice("torch", "no engine")), {"vae_encoder": 1})
+    assert (nothing.torch_ms, nothing.planned_ms) == (0.0, 0.0)

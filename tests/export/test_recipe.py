@@ -1,0 +1,125 @@
+"""Recipes: those that ship, and what becomes of those that a user writes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frostline.config import LoraSettings
+from frostline.errors import ConfigError
+from frostline.export.recipe import Recipe, load_recipe
+from frostline.export.shapes import ShapeRange
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "engines").glob("*.yaml"))
+
+
+def test_there_is_a_recipe_for_every_released_model() -> None:
+    assert {path.stem for path in SHIPPED} >= {
+        "tiny",
+        "Wan2.1-T2V-1.3B",
+        "Wan2.1-I2V-14B-480P",
+        "Wan2.2-TI2V-5B",
+        "Wan2.2-I2V-A14B",
+    }
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(path.stem, {})
+    assert recipe == load_recipe(str(path), {})
+    assert Path(recipe.model).name == path.stem
+    assert recipe.lora is not None
+    assert recipe.lora.rank in range(recipe.shapes.rank[0], recipe.shapes.rank[2] + 1)
+    if path.stem == "tiny":
+        assert recipe.shapes == ShapeRange()
+        assert recipe.dtype == torch.float32
+    else:
+        assert recipe.dtype == torch.bfloat16
+        assert recipe.shapes.height[1] >= 480
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_model_without_recipe_gets_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe("tiny-moe", {}) == Recipe(model="tiny-moe")
+    assert load_recipe(str(tmp_path), {}) == Recipe(model=str(tmp_path))
+    recipe = Recipe(model="tiny-moe")
+    assert (recipe.stages, recipe.backends, recipe.precision) == (("all",), ("onnxruntime",), "fp32")
+    assert recipe.lora == LoraSettings()
+
+
+def test_changes_go_before_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: tiny\nstages: vae_encoder\nprecision: bf16\nlora: {rank: 4}\n")
+    changes: dict[str, Any] = {"stages": "text_encoder, denoiser", "backends": None, "precision": "fp16"}
+    recipe = load_recipe(path, changes)
+    assert recipe.stages == ("text_encoder", "denoiser")
+    assert recipe.precision == "fp16"
+    assert recipe.dtype == torch.float16
+    assert recipe.backends == ("onnxruntime",)
+    assert recipe.lora == LoraSettings(rank=4)
+    assert load_recipe(path, {}).stages == ("vae_encoder",)
+    assert load_recipe(path, {"model": "tiny-moe"}).model == "tiny-moe"
+
+
+def test_lists_may_be_written_with_commas(tmp_path: Path) -> None:
+    path = write(tmp_path, 'model: tiny\nbackends: [onnxruntime, tensorrt-rtx]\ncompute_capabilities: "8.9, 12.0"\n')
+    recipe = load_recipe(path, {})
+    assert recipe.backends == ("onnxruntime", "tensorrt-rtx")
+    assert recipe.compute_capabilities == ("8.9", "12.0")
+
+
+def test_shapes_are_parsed(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: tiny\nmin_shapes: video:1x5x3x64x64\nmax_shapes: video:2x9x3x128x128\n")
+    shapes = load_recipe(path, {}).shapes
+    assert (shapes.batch, shapes.height) == ((1, 2, 2), (64, 96, 128))
+    with pytest.raises(ConfigError, match="--min-shapes"):
+        _ = load_recipe(path, {"min_shapes": "video:1"}).shapes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: tiny\nprecison: fp32\n", "precison: unknown setting, is precision meant"),
+        ("model: tiny\nbackend: onnxruntime\n", "backend: unknown setting, is backends meant"),
+        ("model: tiny\nlora: {rnak: 8}\n", r"lora\.rnak: unknown setting, is rank meant"),
+        ("model: tiny\nreward: {scael: 8}\n", r"reward\.scael: unknown setting, is scale meant"),
+        ("model: tiny\nxyzzy: 1\n", "xyzzy: unknown setting, known are model, stages"),
+        ("model: tiny\nprecision: fp8\n", "precision: .*'fp32', 'fp16' or 'bf16'"),
+        ("model: tiny\nlora: {rank: 0}\n", r"lora\.rank: .*greater than or equal to 1"),
+        ("precision: fp32\n", "model: Field required"),
+        ("- tiny\n", "must be a mapping of settings"),
+        ("", "must be a mapping of settings"),
+        ("model: [tiny\n", "cannot be read"),
+        ("model: !!python/object/apply:os.getcwd []\n", "cannot be read"),
+    ],
+)
+def test_a_faulty_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, text), {})
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        load_recipe(str(tmp_path / "nowhere.yaml"), {})
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml cannot be read"):
+        load_recipe(str(tmp_path / "binary.yaml"), {})
+
+
+def test_lora_targets_and_none() -> None:
+    recipe = Recipe(model="tiny", lora=LoraSettings(rank=4, alpha=8))
+    assert recipe.with_lora(True, None) is recipe
+    assert recipe.with_lora(True, "q, ffn.0").lora == LoraSettings(rank=4, alpha=8, target_modules=("q", "ffn.0"))
+    assert recipe.with_lora(False, None).lora is None
+    assert recipe.with_lora(False, "q").lora is None
+    assert recipe.with_lora(False, None).with_lora(True, "q").lora == LoraSettings(target_modules=("q",))
+    assert recipe.lora == LoraSettings(rank=4, alpha=8), "the recipe itself is as it was"
+    with pytest.raises(ConfigError, match="target_modules"):
+        recipe.with_lora(True, " , ")

@@ -1,0 +1,239 @@
+"""Exports that are killed, raced, refused and out of disk: nothing false, and nothing half, is ever in the store."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frostline.errors import EngineError, ParityError
+from frostline.export.exporter import Exported, export_stage
+from frostline.export.recipe import Recipe
+from frostline.export.run import load_staged_model
+from frostline.runtime.stage import Stage, Tolerance
+from frostline.runtime.store import EngineStore
+
+KILLS = 20
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def load_stage() -> Stage:
+    return load_staged_model(Recipe(model="tiny"), "cpu").stages["text_encoder"]
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    return load_stage()
+
+
+def export(stage: Stage, root: Path, force: bool = False) -> Exported:
+    return export_stage(stage, "onnxruntime", EngineStore(root), force=force)
+
+
+def assert_sound(root: Path) -> None:
+    """Whatever the store lists holds, and calls itself verified only with measurements that passed."""
+    store = EngineStore(root)
+    for record in store.find():
+        manifest = store.verify(record).manifest
+        assert manifest == record.manifest
+        assert manifest.verified == bool(manifest.parity)
+        assert all(parity.passed for parity in manifest.parity)
+
+
+def assert_nothing_but_the_engine(root: Path) -> None:
+    store = EngineStore(root)
+    (record,) = store.find()
+    assert {entry.name for entry in record.path.parent.iterdir()} == {record.path.name, f".{record.path.name}.lock"}
+    assert {entry.name for entry in record.path.iterdir()} == {"manifest.json", "text_encoder.onnx"}
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a child ended: whether the signal hit it before it was done, and how long it lived."""
+
+    killed: bool
+    seconds: float
+
+
+class Nursery:
+    """A process that has everything imported and loaded, and forks children that export.
+
+    Not this process itself: it may have OpenMP threads, and a child would wait for those for ever.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        with pytest.MonkeyPatch.context() as patch:  # a thread pool in the nursery would harm its children, too
+            patch.setenv("OMP_NUM_THREADS", "1")
+            self._process = spawn.Process(target=_serve, args=(theirs, scratch))
+            self._process.start()
+        theirs.close()
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self._connection.send((function, arguments))
+        answer = self._connection.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("first"))
+    yield nursery
+    nursery.close()
+
+
+def _serve(connection: Connection, scratch: Path) -> None:
+    """In the nursery: answer until the other end closes."""
+    import torch
+
+    torch.set_num_threads(1)
+    stage = load_stage()
+    export(stage, scratch)  # the first one imports what the others need
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(function(stage, *arguments))
+        except Exception as error:
+            connection.send(error)
+
+
+def exported_and_killed(stage: Stage, roots: Sequence[Path], moments: Sequence[float | None]) -> list[Death]:
+    """In the nursery: an export into each root, whatever is there already, in children that die at their moments."""
+    fork = multiprocessing.get_context("fork")
+    start = time.monotonic()
+    children = [fork.Process(target=export, args=(stage, root, True)) for root in roots]
+    for child in children:
+        child.start()
+    deaths = []
+    for child, moment in zip(children, moments, strict=True):
+        child.join(None if moment is None else max(0.0, start + moment - time.monotonic()))
+        if child.exitcode is None:
+            child.kill()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL), child.exitcode
+        deaths.append(Death(child.exitcode != 0, time.monotonic() - start))
+    return deaths
+
+
+def exported_at_once(stage: Stage, root: Path, processes: int) -> list[tuple[bool, bool]]:
+    """In the nursery: whether each child built, and whether it had a verified engine in the end."""
+    fork = multiprocessing.get_context("fork")
+    barrier, results = fork.Barrier(processes), fork.SimpleQueue()
+
+    def run() -> None:
+        barrier.wait()
+        exported = export(stage, root)
+        results.put((exported.built, exported.manifest.verified))
+
+    children = [fork.Process(target=run) for _ in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    return [results.get() for _ in children]
+
+
+def test_killed_at_any_moment(nursery: Nursery, stage: Stage, tmp_path: Path) -> None:
+    """Two at a time, each in a store of its own, over whatever the one before left there."""
+    roots = [tmp_path / "a", tmp_path / "b"]
+    whole = nursery.ask(exported_and_killed, roots, [None, None])
+    assert not any(death.killed for death in whole)
+    folders = []
+    for root in roots:
+        assert_nothing_but_the_engine(root)
+        (record,) = EngineStore(root).find()
+        EngineStore(root).remove(record)
+        folders.append(record.path.parent)
+
+    seconds, generator = min(death.seconds for death in whole), random.Random(0)
+    fractions = [(index + generator.random()) / KILLS for index in range(KILLS)]
+    killed = debris = 0
+    for pair in zip(fractions[::2], fractions[1::2], strict=True):
+        deaths = nursery.ask(exported_and_killed, roots, [seconds * fraction for fraction in pair])
+        # Where the machine is less busy than it was at first, an export takes less.
+        seconds = min([seconds, *(death.seconds for death in deaths if not death.killed)])
+        killed += sum(death.killed for death in deaths)
+        debris += sum(any(entry.suffix == ".building" for entry in folder.iterdir()) for folder in folders)
+        for root in roots:
+            assert_sound(root)
+    assert killed >= KILLS // 4, "the children were to die, not to finish"
+    assert debris >= 2, "some were to die in the middle of a build"
+
+    exported = export(stage, roots[0], force=True)
+    assert exported.built
+    assert exported.manifest.verified
+    assert_sound(roots[0])
+    assert_nothing_but_the_engine(roots[0])
+
+
+def test_of_several_at_once_one_builds(nursery: Nursery, tmp_path: Path) -> None:
+    outcomes = nursery.ask(exported_at_once, tmp_path, 2)
+    assert sorted(built for built, _ in outcomes) == [False, True]
+    assert all(verified for _, verified in outcomes)
+    assert_sound(tmp_path)
+    assert_nothing_but_the_engine(tmp_path)
+
+
+def test_an_engine_that_differs_is_deleted(stage: Stage, tmp_path: Path) -> None:
+    unreachable = Tolerance(atol=0.0, rtol=0.0, cosine=2.0)
+    with pytest.raises(ParityError, match=r"context of text_encoder \(\w+\) by \d.*cosine 2 are allowed.*deleted"):
+        export(replace(stage, tolerance=unreachable), tmp_path)
+    assert EngineStore(tmp_path).find() == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+    exported = export(stage, tmp_path)
+    assert exported.built
+    assert exported.manifest.verified
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_is_said_and_leaves_nothing_half(nursery: Nursery, stage: Stage, tmp_path: Path) -> None:
+    """Disks of different sizes fill up at different steps: the folder, the graph, the manifest, the measurements."""
+    (record,) = EngineStore(nursery.scratch).find()
+    page = os.sysconf("SC_PAGE_SIZE")
+    model = -(-(record.path / "text_encoder.onnx").stat().st_size // page) * page
+    sizes = ["nr_inodes=3", f"size={model // 2}", f"size={model}", f"size={model + page}"]
+    listed = []
+    for number, options in enumerate(sizes):
+        with small_disk(tmp_path / f"disk{number}", options) as root:
+            with pytest.raises(EngineError, match=r"the disk is full\. Free some space"):
+                export(stage, root)
+            assert_sound(root)
+            listed.append(len(EngineStore(root).find()))
+            if listed[-1] == 0:
+                files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+                assert files == [], options
+    assert listed == [0, 0, 0, 1]

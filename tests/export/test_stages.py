@@ -1,0 +1,212 @@
+"""The engines of tiny's stages against PyTorch, at shapes they were not traced at; and the live LoRA."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from frostline.errors import ParityError
+from frostline.export.exporter import export_stage
+from frostline.models.lora import lora_parameters
+from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.stage import Network, Stage, Tolerance
+from frostline.runtime.store import EngineStore
+from frostline.train.module import WanTrainingModule
+
+MakeModule = Callable[..., WanTrainingModule]
+
+MODELS = ("tiny", "tiny-moe", "tiny-ti2v")
+# Samples, latent frames, and height and width in pixels: none of them what an engine was traced at.
+SHAPES = [(1, 1, 32, 48), (3, 2, 80, 64)]
+
+
+@pytest.fixture(scope="module")
+def modules(make_module: MakeModule, variant_engines: Path) -> dict[str, WanTrainingModule]:
+    return {model: make_module(model, plan="onnxruntime", engines=variant_engines) for model in MODELS}
+
+
+def at_shape(network: Network, batch: int, frames: int, height: int, width: int) -> dict[str, Tensor]:
+    """Random inputs of a network with other extents than its samples have."""
+    extents = {"batch": batch, "latent_frames": frames, "height": height // 16, "width": width // 16}
+    generator = torch.Generator().manual_seed(batch)
+    inputs = {}
+    for spec in network.inputs:
+        shape = tuple(d if isinstance(d, int) else d.multiple * extents[d.name] for d in spec.shape)
+        values = spec.fill(shape, generator) if spec.fill else torch.randn(shape, generator=generator)
+        inputs[spec.name] = values.to(spec.dtype)
+    return inputs
+
+
+def assert_parity(stage: Stage, module: WanTrainingModule, inputs: dict[str, Tensor]) -> None:
+    assert module.runtime.plan[stage.name].backend == "onnxruntime"
+    actual = module.runtime[stage.name](**inputs)
+    with torch.no_grad():
+        expected = stage.torch(**inputs)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        bound = stage.tolerance.atol + stage.tolerance.rtol * value.abs().max().item()
+        torch.testing.assert_close(actual[name], value, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_denoisers_and_text(
+    model: str, shape: tuple[int, int, int, int], modules: dict[str, WanTrainingModule]
+) -> None:
+    module = modules[model]
+    names = [name for name in module.stages if name.startswith(("denoiser", "text"))]
+    assert len(names) == (3 if model == "tiny-moe" else 2)
+    for name in names:
+        assert_parity(module.stages[name], module, at_shape(module.stages[name].networks[0], *shape))
+
+
+@pytest.mark.parametrize(("batch", "frames", "height", "width"), [(1, 1, 32, 48), (3, 5, 80, 64), (1, 17, 32, 32)])
+def test_vae_encoder(batch: int, frames: int, height: int, width: int, modules: dict[str, WanTrainingModule]) -> None:
+    """One pair of graphs serves videos of any length."""
+    generator = torch.Generator().manual_seed(frames)
+    video = 2 * torch.rand(batch, 3, frames, height, width, generator=generator) - 1
+    module = modules["tiny"]
+    assert_parity(module.stages["vae_encoder"], module, {"video": video})
+
+
+@pytest.mark.parametrize(("count", "frames", "size"), [(1, 1, 64), (3, 5, 112)])
+def test_face_detector_and_embedder(count: int, frames: int, size: int, modules: dict[str, WanTrainingModule]) -> None:
+    module = modules["tiny"]
+    video = held_out_clips(count, seed=1, num_frames=frames, size=size).video
+    pixels = (255 * video.flatten(0, 1)).round().to(torch.uint8)
+    expected = module.stages["face_detector"].torch(frames=pixels)
+    actual = module.runtime["face_detector"](frames=pixels)
+    assert len(expected["boxes"]) == count * frames
+    assert torch.equal(actual["frame_index"], expected["frame_index"])
+    torch.testing.assert_close(actual["landmarks"], expected["landmarks"], atol=2e-3, rtol=0)
+    torch.testing.assert_close(actual["boxes"], expected["boxes"], atol=2e-3, rtol=0)
+    torch.testing.assert_close(actual["probabilities"], expected["probabilities"], atol=1e-5, rtol=0)
+    faces = 2 * torch.rand(count * frames, 3, 112, 112, generator=torch.Generator().manual_seed(0)) - 1
+    assert_parity(module.stages["face_embedder"], module, {"faces": faces})
+
+
+def test_no_face_and_no_frame(modules: dict[str, WanTrainingModule]) -> None:
+    grey = torch.full((2, 3, 48, 64), 128, dtype=torch.uint8)
+    for frames in (grey, grey[:0]):
+        found = modules["tiny"].runtime["face_detector"](frames=frames)
+        assert [len(value) for value in found.values()] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_one_engine_serves_every_rank_and_follows_the_trainer(
+    rank: int, make_module: MakeModule, engines: Path
+) -> None:
+    """Built at rank 8: the rank is an open dimension, and the matrices are read where the trainer keeps them."""
+    built = {path for path in (engines / "tiny" / "denoiser").iterdir() if path.is_dir()}
+    module = make_module(plan="onnxruntime", engines=engines, lora={"rank": rank, "alpha": 2 * rank})
+    assert {path for path in (engines / "tiny" / "denoiser").iterdir() if path.is_dir()} == built
+    stage, policy = module.stages["denoiser"], list(module.trainable_parameters().values())
+    inputs = at_shape(stage.networks[0], 2, 2, 48, 32)
+    assert inputs["lora_scale"].item() == 2
+    pointers = [parameter.data_ptr() for parameter in policy]
+    optimizer = torch.optim.AdamW(policy, lr=1e-2)
+    before = module.runtime["denoiser"](**inputs)["velocity"]
+    live = {name: tensor for name, tensor in inputs.items() if name != "lora_scale"}
+    for _ in range(3):
+        module.denoiser(**live).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_parity(stage, module, inputs)
+    after = module.runtime["denoiser"](**inputs)["velocity"]
+    assert (after - before).norm() > 0.05 * before.norm()
+    assert [parameter.data_ptr() for parameter in policy] == pointers
+
+
+def test_scale_zero_is_the_base_model(make_module: MakeModule, engines: Path) -> None:
+    module = make_module(plan="onnxruntime", engines=engines)
+    inputs = at_shape(module.stages["denoiser"].networks[0], 2, 3, 32, 32)
+    policy = module.runtime["denoiser"](**inputs)["velocity"]
+    base = module.runtime["denoiser"](**{**inputs, "lora_scale": torch.zeros(())})["velocity"]
+    with torch.no_grad():
+        for name, parameter in module.trainable_parameters().items():
+            if "lora_B" in name:
+                parameter.zero_()
+    without = module.runtime["denoiser"](**inputs)["velocity"]
+    torch.testing.assert_close(base, without, atol=1e-6, rtol=0)
+    assert (policy - base).norm() > 0.01 * base.norm()
+
+
+def test_live_tensors_are_bound_without_a_copy(
+    make_module: MakeModule, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    bound: dict[str, int] = {}
+
+    class Binding:
+        """Notes under which address every input is bound."""
+
+        def __init__(self, binding: onnxruntime.IOBinding) -> None:
+            self.binding = binding
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.binding, name)
+
+        def bind_ortvalue_input(self, name: str, value: onnxruntime.OrtValue) -> None:
+            bound[name] = value.data_ptr()
+            self.binding.bind_ortvalue_input(name, value)
+
+    module = make_module(plan="onnxruntime", engines=engines)
+    network = module.stages["denoiser"].networks[0]
+    record = module.runtime.record("denoiser", "onnxruntime")
+    assert record is not None
+    (path,) = record.path.glob("*.onnx")
+    assert set(network.live) == {spec.name for spec in network.live_specs}
+    assert len(network.live) == len(lora_parameters(module.components.denoiser)) == 80
+    own = onnxruntime.InferenceSession.io_binding
+    monkeypatch.setattr(onnxruntime.InferenceSession, "io_binding", lambda session: Binding(own(session)))
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession,
+        "run_with_iobinding",
+        lambda session, binding, options=None: session._sess.run_with_iobinding(binding.binding._iobinding, options),
+    )
+    runner = OnnxRuntimeRunner(path, network, torch.device("cpu"))
+    assert bound == {name: tensor.data_ptr() for name, tensor in network.live.items()}
+    inputs = network.samples("opt")
+    runner(**inputs)
+    assert {name: bound[name] for name in inputs} == {name: tensor.data_ptr() for name, tensor in inputs.items()}
+
+
+def test_an_engine_that_computes_something_else_is_not_kept(make_module: MakeModule, tmp_path: Path) -> None:
+    """The verification after a build compares with the stage as it is in torch."""
+    module = make_module()
+    stage = module.stages["text_encoder"]
+
+    def wrong(**inputs: Tensor) -> dict[str, Tensor]:
+        return {name: 1.001 * value for name, value in stage.torch(**inputs).items()}
+
+    other = Stage(
+        stage.name, stage.model, stage.networks, wrong, stage.assemble, stage.sample, Tolerance(1e-5, 5e-5, 0.999999)
+    )
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        export_stage(other, "onnxruntime", EngineStore(tmp_path))
+    assert EngineStore(tmp_path).find() == []
+
+
+def test_every_engine_was_verified_and_timed(variant_engines: Path, modules: dict[str, WanTrainingModule]) -> None:
+    records = EngineStore(variant_engines).find()
+    stages = {(name, str(stage.model)) for module in modules.values() for name, stage in module.stages.items()}
+    assert {(record.id.stage, record.id.model) for record in records} == stages
+    # Beside the five stages of tiny: the denoiser of tiny-ti2v, and the first expert of tiny-moe.
+    assert len(records) == 7
+    for record in records:
+        manifest = EngineStore(variant_engines).verify(record).manifest
+        assert manifest.verified
+        assert manifest.parity
+        assert all(parity.passed for parity in manifest.parity)
+        assert set(manifest.latency_ms) == {"torch", "onnxruntime"}
+
+
+def test_an_engine_that_is_there_is_not_built_again(make_module: MakeModule, engines: Path) -> None:
+    stage = make_module(lora={"rank": 2}).stages["denoiser"]
+    exported = export_stage(stage, "onnxruntime", EngineStore(engines))
+    assert not exported.built
+    assert exported.worst.passed

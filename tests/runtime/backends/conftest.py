@@ -1,0 +1,33 @@
+"""ONNX files of the small model, and one signing key for engines that outlive a test."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import network_of
+
+from frostline.export.onnx import trace_onnx
+
+Source = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def signing_key(session_signing_key: Path) -> Path:
+    """One key for all tests here: their engines outlive a test."""
+    return session_signing_key
+
+
+@pytest.fixture(scope="session")
+def onnx_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """`onnx_source(stage, network, dtype)`: an ONNX file that may be used up; each is traced once."""
+    traced = tmp_path_factory.mktemp("traced")
+
+    def source(stage: str, name: str, dtype: torch.dtype = torch.float32) -> Path:
+        path = traced / f"{stage}-{name}-{str(dtype).removeprefix('torch.')}.onnx"
+        if not path.exists():
+            trace_onnx(network_of(stage, name, dtype), path)
+        return Path(shutil.copy(path, tmp_path_factory.mktemp("source") / f"{name}.onnx"))
+
+    return source

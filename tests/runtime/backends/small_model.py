@@ -1,0 +1,122 @@
+"""Stages of a small model of random weights in any precision, and what every runner of them must do."""
+
+from collections.abc import Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frostline.export.parity import compare
+from frostline.export.shapes import ShapeRange
+from frostline.export.stages import FaceModels, StageInputs, build_stages
+from frostline.export.stages.inputs import tolerance
+from frostline.models.components import WanComponents
+from frostline.models.denoiser import Denoiser
+from frostline.models.faces.embedders import load_embedder
+from frostline.models.faces.mtcnn import load_mtcnn_networks
+from frostline.models.lora import adapters_off, inject_lora, lora_parameters
+from frostline.runtime.stage import Network, Runner, Stage
+
+SHAPES = ShapeRange(
+    batch=(1, 2, 4),
+    latent_frames=(1, 2, 5),
+    height=(32, 64, 128),
+    width=(32, 64, 128),
+    rank=(2, 8, 32),
+    faces=(1, 5, 32),
+    face_height=(12, 41, 128),
+    face_width=(12, 40, 128),
+)
+
+
+@cache
+def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8) -> dict[str, Stage]:
+    """Of one type and rank there is one model; models of all ranks have equal base weights."""
+    from diffsynth.models.wan_video_dit import WanModel
+    from diffsynth.models.wan_video_text_encoder import WanTextEncoder
+    from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
+
+    torch.manual_seed(0)
+    vae = WanVideoVAE()
+    vae.model = VideoVAE_(dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    text = WanTextEncoder(32, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=1, num_buckets=8, dropout=0.0)
+    denoiser = WanModel(
+        dim=64, in_dim=36, ffn_dim=128, out_dim=16, text_dim=32, freq_dim=32, eps=1e-6, patch_size=(1, 2, 2),
+        num_heads=2, num_layers=1, has_image_input=False, require_clip_embedding=False,
+    )  # fmt: skip
+    tokenizer: Any = SimpleNamespace(seq_len=8)
+    components = WanComponents("small", text, tokenizer, vae, denoiser)
+    for _, module in components.modules():
+        module.eval().requires_grad_(False).to(dtype)
+    inject_lora(denoiser, rank, alpha=2 * rank)
+    with torch.no_grad():
+        for parameter in lora_parameters(denoiser).values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape))
+    faces = FaceModels(
+        {name: network.to(dtype) for name, network in load_mtcnn_networks().items()},
+        torch.nn.Module.to(load_embedder("sface"), dtype),  # type: ignore[arg-type]
+    )
+    return build_stages(StageInputs(components, Denoiser(denoiser), None, faces, SHAPES))
+
+
+def network_of(stage: str, name: str, dtype: torch.dtype = torch.float32, rank: int = 8) -> Network:
+    """One network of `small_stages`."""
+    return next(network for network in small_stages(dtype, rank)[stage].networks if network.name == name)
+
+
+def sample_at(network: Network, seed: int = 0, **extents: int) -> dict[str, Tensor]:
+    """Random inputs at a shape of one's own: `extents` by the names of the open dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for spec in network.inputs:
+        shape = tuple(d if isinstance(d, int) else d.multiple * extents[d.name] for d in spec.shape)
+        values = spec.fill(shape, generator) if spec.fill else torch.randn(shape, generator=generator)
+        inputs[spec.name] = values.to(spec.dtype)
+    return inputs
+
+
+def assert_parity(network: Network, runner: Runner, inputs: Mapping[str, Tensor], stage: str = "") -> None:
+    """The runner computes what PyTorch computes, in the same type."""
+    actual, expected = runner(**inputs), network.reference(inputs)
+    bounds = tolerance(stage or network.name, network.weight.dtype)
+    for measured in compare(network.name, "", expected, actual, bounds):
+        assert measured.passed, measured
+    assert {name: value.dtype for name, value in actual.items()} == {name: v.dtype for name, v in expected.items()}
+
+
+def assert_follows_the_trainer(network: Network, runner: Runner) -> None:
+    """Three optimizer steps, each seen at once, in memory that stays where it is; scale 0 is the base model."""
+    inputs, policy = network.samples("opt"), list(network.live.values())
+    pointers = [tensor.data_ptr() for tensor in policy]
+    before = runner(**inputs)["velocity"]
+    optimizer = torch.optim.AdamW(policy, lr=1e-2)
+    for _ in range(3):
+        network.module(*inputs.values(), *policy).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_parity(network, runner, inputs)
+    assert (runner(**inputs)["velocity"] - before).norm() > 0.05 * before.norm()
+    assert [tensor.data_ptr() for tensor in policy] == pointers
+    off = {**inputs, "lora_scale": torch.zeros(())}
+    assert_parity(network, runner, off)
+    denoiser: Any = network.module.denoiser
+    with torch.no_grad(), adapters_off(denoiser.model):
+        base = denoiser(**{name: value for name, value in inputs.items() if name != "lora_scale"})
+    torch.testing.assert_close(runner(**off)["velocity"], base, atol=1e-5, rtol=0)
+
+
+def assert_outputs_are_the_callers(network: Network, runner: Runner) -> None:
+    """Neither a later call nor an output that is written to changes what another call gave out."""
+    one, other = network.samples("opt", seed=1), network.samples("opt", seed=2)
+    first = runner(**one)
+    kept = {name: value.clone() for name, value in first.items()}
+    second = runner(**other)
+    for name, value in first.items():
+        assert torch.equal(value, kept[name])
+        assert value.data_ptr() != second[name].data_ptr()
+        second[name].zero_()
+    third = runner(**one)
+    for name, value in third.items():
+        torch.testing.assert_close(value, kept[name], atol=1e-6, rtol=0)

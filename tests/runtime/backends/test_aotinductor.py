@@ -1,0 +1,130 @@
+"""AOTInductor: packages without weights, which follow the trainer's own wherever they lie."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import (
+    SHAPES,
+    assert_follows_the_trainer,
+    assert_outputs_are_the_callers,
+    assert_parity,
+    network_of,
+    sample_at,
+)
+from torch import Tensor, nn
+
+from frostline.errors import EngineError
+from frostline.export.program import trace_program
+from frostline.runtime.backends import BuildOptions, aotinductor
+from frostline.runtime.backends.aotinductor import AOTInductorRunner
+from frostline.runtime.stage import Dimension, Network, TensorSpec
+
+pytestmark = pytest.mark.skipif(aotinductor.unavailable() is not None, reason="no C++ compiler")
+
+
+def compile_package(network: Network, folder: Path) -> bytes:
+    name = aotinductor.build(network, trace_program(network), folder, BuildOptions())
+    assert {path.name for path in folder.iterdir()} == {name}, "no tensor of these networks is made up by the tracer"
+    return (folder / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Network:
+    return network_of("denoiser", "denoiser")
+
+
+@pytest.fixture(scope="module")
+def package(denoiser: Network, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return compile_package(denoiser, tmp_path_factory.mktemp("package"))
+
+
+@pytest.fixture(scope="module")
+def runner(package: bytes, denoiser: Network) -> AOTInductorRunner:
+    return AOTInductorRunner(package, {}, denoiser)
+
+
+def test_parity_at_the_sizes_of_the_profile_and_at_another(denoiser: Network, runner: AOTInductorRunner) -> None:
+    other = sample_at(denoiser, batch=1, latent_frames=3, height=3, width=5)
+    for inputs in (denoiser.samples("opt"), denoiser.samples("min"), other):
+        assert_parity(denoiser, runner, inputs)
+
+
+def test_outputs_are_the_callers(denoiser: Network, runner: AOTInductorRunner) -> None:
+    assert_outputs_are_the_callers(denoiser, runner)
+
+
+@pytest.mark.parametrize("rank", [8, 4, 16])
+def test_follows_the_trainer_at_any_rank(rank: int, package: bytes) -> None:
+    network = network_of("denoiser", "denoiser", rank=rank)
+    assert_follows_the_trainer(network, AOTInductorRunner(package, {}, network))
+
+
+def test_weights_are_the_modules_own_and_updates_in_place_are_followed(
+    package: bytes, denoiser: Network, runner: AOTInductorRunner
+) -> None:
+    own = {tensor.data_ptr() for tensor in (*denoiser.module.parameters(), *denoiser.module.buffers())}
+    assert runner._constants
+    assert {tensor.data_ptr() for tensor in runner._constants.values()} <= own
+    live = {tensor.data_ptr() for tensor in denoiser.live.values()}
+    assert not live & {tensor.data_ptr() for tensor in runner._constants.values()}
+    assert len(package) < 8e6
+    inputs = denoiser.samples("opt")
+    before = runner(**inputs)["velocity"]
+    weights = [parameter for parameter in denoiser.module.parameters() if not parameter.requires_grad]
+    saved = [weight.clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(1.1)
+        assert_parity(denoiser, runner, inputs)
+        assert (runner(**inputs)["velocity"] - before).norm() > 0.01 * before.norm()
+    finally:
+        for weight, value in zip(weights, saved, strict=True):
+            weight.copy_(value)
+
+
+def test_pooling_of_odd_and_smallest_images(tmp_path: Path) -> None:
+    """P-Net halves its image: an even example must not make a rule."""
+    network = network_of("face_detector", "pnet")
+    pnet = AOTInductorRunner(compile_package(network, tmp_path), {}, network)
+    for height, width in ((12, 12), (12, 13), (13, 12), (41, 64), (64, 41), (40, 40)):
+        for faces in (1, 3):
+            inputs = sample_at(network, faces=faces, face_height=height, face_width=width)
+            assert_parity(network, pnet, inputs, "face_detector")
+
+
+class Convolutions(nn.Module):
+    """Two convolutions in time and space: PyTorch has another kernel for batch 1 than for batch 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv3d(3, 8, 3, padding=1)
+        self.second = nn.Conv3d(8, 4, 3, padding=1)
+
+    def forward(self, video: Tensor) -> Tensor:
+        made_up = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1, 1)
+        return self.second(torch.nn.functional.silu(self.first(video))) * made_up
+
+
+def test_convolutions_at_batch_one_and_constants_of_the_forward(tmp_path: Path) -> None:
+    batch, height = Dimension("batch", *SHAPES.batch), Dimension("height", 2, 8, 16, multiple=2)
+    module = Convolutions().eval().requires_grad_(False)
+    network = Network("convolutions", module, (TensorSpec("video", (batch, 3, 4, height, 8)),), ("y",))
+    aotinductor.build(network, trace_program(network), tmp_path, BuildOptions())
+    constants = tmp_path / "convolutions.constants.safetensors"
+    tensors = aotinductor.load_tensors(constants.read_bytes()) if constants.exists() else {}
+    own = AOTInductorRunner((tmp_path / "convolutions.pt2").read_bytes(), tensors, network)
+    for size in ("opt", "min"):
+        assert_parity(network, own, network.samples(size), "vae_encoder")
+
+
+def test_a_package_of_another_network_is_refused(package: bytes) -> None:
+    with pytest.raises(EngineError, match="cannot load text_encoder"):
+        AOTInductorRunner(package, {}, network_of("text_encoder", "text_encoder"))
+
+
+def test_says_that_a_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs the C++ compiler no-such-compiler" in (aotinductor.unavailable() or "")

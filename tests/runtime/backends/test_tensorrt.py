@@ -1,0 +1,337 @@
+"""TensorRT-RTX: real builds on any machine, and the runner on a stand-in for the GPU."""
+
+import contextlib
+import ctypes
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from small_model import assert_follows_the_trainer, assert_parity, network_of, small_stages
+from torch import nn
+
+from frostline.errors import EngineError
+from frostline.export.exporter import ensure_verified, export_stage
+from frostline.export.onnx import trace_onnx
+from frostline.runtime.backends import BuildOptions, get_backend
+from frostline.runtime.backends.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTRunner
+from frostline.runtime.device import device_name
+from frostline.runtime.runtime import Runtime
+from frostline.runtime.stage import Dimension, Network, Stage, TensorSpec
+from frostline.runtime.store import EngineStore
+
+trt = pytest.importorskip("tensorrt_rtx")
+Source = Callable[..., Path]
+
+BOTH = BuildOptions(compute_capabilities=("8.9", "12.0"))
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines with no NVIDIA driver")
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PRECISIONS = [FP32, FP16, BF16]
+BUILDS = [
+    *(("text_encoder", "text_encoder", dtype) for dtype in PRECISIONS),
+    *(("denoiser", "denoiser", dtype) for dtype in PRECISIONS),
+    *(("face_detector", name, dtype) for name in ("pnet", "rnet", "onet") for dtype in PRECISIONS),
+    *(("face_embedder", "face_embedder", dtype) for dtype in PRECISIONS),
+    # Tracing these takes longest, and they are alike.
+    ("vae_encoder", "first", FP32),
+    ("vae_encoder", "first", FP16),
+    ("vae_encoder", "next", BF16),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "dtype"), BUILDS)
+def test_builds_every_stage_in_every_precision(
+    stage: str, name: str, dtype: torch.dtype, onnx_source: Source, tmp_path: Path
+) -> None:
+    network = network_of(stage, name, dtype)
+    assert TENSORRT_RTX.build(network, onnx_source(stage, name, dtype), tmp_path, BOTH) == f"{name}.plan"
+    weights = sum(tensor.nbytes for tensor in network.module.parameters())
+    assert (tmp_path / f"{name}.plan").stat().st_size > weights / 2
+
+
+class Softmax(nn.Module):
+    """A softmax and two norms, one of which stays in its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.nn.functional.normalize(self.norm(x), dim=1).softmax(-1), x * 2
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_what_is_unsafe_in_half_precision_is_fp32_in_the_graph(dtype: torch.dtype, tmp_path: Path) -> None:
+    module = Softmax().to(dtype).eval()
+    x = TensorSpec("x", (Dimension("rows", 1, 4, 16), 8), dtype)
+    trace_onnx(Network("islands", module, (x,), ("y", "z")), tmp_path / "islands.onnx")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "islands.onnx")).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    by_type = {node.op_type: types[node.input[0]] for node in graph.node}
+    for sensitive in ("LayerNormalization", "ReduceL2", "Softmax"):
+        assert by_type[sensitive] == onnx.TensorProto.FLOAT
+    narrow = {FP16: onnx.TensorProto.FLOAT16, BF16: onnx.TensorProto.BFLOAT16}[dtype]
+    assert by_type["Div"] == narrow
+    assert [(output.name, output.type.tensor_type.elem_type) for output in graph.output] == [
+        ("y", narrow),
+        ("z", narrow),
+    ]
+
+
+def test_opset_23_builds_too(tmp_path: Path) -> None:
+    """Its attention operator has no fused kernel for fp32 with dynamic shapes."""
+    network = network_of("denoiser", "denoiser")
+    trace_onnx(network, tmp_path / "denoiser.onnx", opset=23)
+    assert "Attention" in {node.op_type for node in onnx.load(tmp_path / "denoiser.onnx").graph.node}
+    TENSORRT_RTX.build(network, tmp_path / "denoiser.onnx", tmp_path, BOTH)
+
+
+def one_node(operator: str, path: Path) -> Path:
+    node = onnx.helper.make_node(operator, ["x"], ["y"], name="the_node", domain="" if operator == "Relu" else "own")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 4]) for name in "xy")
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("own", 1)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=opsets)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def relu() -> Network:
+    x = TensorSpec("x", (Dimension("n", 1, 2, 8), 4))
+    module = nn.Sequential(nn.ReLU())
+    module.register_buffer("weight", torch.zeros(1))
+    return Network("relu", module, (x,), ("y",))
+
+
+def test_the_parser_says_what_it_cannot_read(relu: Network, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"tensorrt_rtx cannot parse model: NoSuchOperator the_node: .*plugin"):
+        TENSORRT_RTX.build(relu, one_node("NoSuchOperator", tmp_path / "model.onnx"), tmp_path, BOTH)
+
+
+def test_a_gpu_that_it_does_not_build_for_is_named(relu: Network, tmp_path: Path) -> None:
+    source = one_node("Relu", tmp_path / "model.onnx")
+    with pytest.raises(EngineError, match=r"does not build for sm_90, only for .*SM89"):
+        TENSORRT_RTX.build(relu, source, tmp_path, BuildOptions(compute_capabilities=("9.0",)))
+
+
+def test_progress_is_told_and_an_exception_in_there_ends_the_build(relu: Network, tmp_path: Path) -> None:
+    source, told = one_node("Relu", tmp_path / "model.onnx"), []
+    TENSORRT_RTX.build(relu, source, tmp_path, replace(BOTH, progress=lambda *step: told.append(step)))
+    assert all(0 < step <= steps for _, step, steps in told)
+    assert "Building engine" in {phase for phase, _, _ in told}
+    (tmp_path / "relu.plan").unlink()
+
+    def interrupted(phase: str, step: int, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TENSORRT_RTX.build(relu, source, tmp_path, replace(BOTH, progress=interrupted))
+    assert not (tmp_path / "relu.plan").exists()
+
+
+def test_targets() -> None:
+    cpu = torch.device("cpu")
+    assert TENSORRT_RTX.target(cpu, BOTH) == "sm_89+sm_120"
+    assert TENSORRT_RTX.target(cpu, BuildOptions(compute_capabilities=("8.6", "8.6"))) == "sm_86"
+
+
+@WITHOUT_GPU
+def test_targets_where_there_is_no_gpu() -> None:
+    cpu = torch.device("cpu")
+    assert TENSORRT_RTX.target(cpu, BuildOptions()) == "sm_89+sm_120"
+    with pytest.raises(EngineError, match=r"no NVIDIA GPU here: name a compute capability, such as 8\.9"):
+        TENSORRT_RTX.target(cpu, BuildOptions(compute_capabilities=("current",)))
+    with pytest.raises(EngineError, match="it builds for no other"):
+        TENSORRT.target(cpu, BuildOptions())
+
+
+def test_a_missing_module_names_the_extra() -> None:
+    assert get_backend("tensorrt-rtx").unavailable() is None
+    if (reason := get_backend("tensorrt").unavailable()) is not None:
+        assert "pip install 'frostline[tensorrt]'" in reason
+
+
+@pytest.fixture(scope="module")
+def text_stage() -> Stage:
+    return small_stages()["text_encoder"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path, text_stage: Stage) -> EngineStore:
+    """A store with a TensorRT-RTX engine of the text encoder."""
+    store = EngineStore(tmp_path_factory.mktemp("engines"))
+    assert export_stage(text_stage, "tensorrt-rtx", store, options=BOTH).built
+    return store
+
+
+@WITHOUT_GPU
+def test_without_a_driver_an_engine_is_kept_unverified(store: EngineStore, text_stage: Stage) -> None:
+    exported = export_stage(text_stage, "tensorrt-rtx", store, options=BOTH)
+    assert not exported.built
+    assert exported.unverified == "no NVIDIA driver"
+    manifest = exported.manifest
+    assert not manifest.verified
+    assert not manifest.parity
+    assert not manifest.latency_ms
+    assert (manifest.device, manifest.compute_capabilities) == ("sm_89+sm_120", ("8.9", "12.0"))
+    assert manifest.opset == 20
+    assert ensure_verified([text_stage], store) == []
+
+
+@WITHOUT_GPU
+def test_without_a_driver_no_plan_chooses_it(
+    store: EngineStore, text_stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = {"text_encoder": text_stage}
+    assert Runtime(stages, "auto", store.root).plan["text_encoder"].backend == "torch"
+    with caplog.at_level(logging.WARNING):
+        choice = Runtime(stages, "tensorrt-rtx", store.root).plan["text_encoder"]
+    assert choice.backend == "torch"
+    assert "built, not verified here: no NVIDIA driver" in choice.reason
+    with pytest.raises(EngineError, match="not verified here: no NVIDIA driver"):
+        Runtime(stages, "tensorrt-rtx", store.root, strict=True)
+
+
+@WITHOUT_GPU
+def test_without_a_driver_loading_says_so(store: EngineStore, text_stage: Stage) -> None:
+    (record,) = store.find()
+    networks = {network.name: network for network in text_stage.networks}
+    with pytest.raises(EngineError, match=r"capability 8\.9, 12\.0\) is built, not verified here: no NVIDIA driver"):
+        TENSORRT_RTX.load(store.verify(record), networks, torch.device("cpu"))
+
+
+def test_other_gpus_are_another_engine(store: EngineStore, text_stage: Stage) -> None:
+    exported = export_stage(text_stage, "tensorrt-rtx", store, options=BuildOptions(compute_capabilities=("8.6",)))
+    assert exported.built
+    assert exported.manifest.device == "sm_86"
+    assert len(store.find()) == 2
+    store.remove(next(record for record in store.find() if record.id.key == exported.manifest.key))
+
+
+def test_a_truncated_plan_is_refused(store: EngineStore) -> None:
+    (record,) = store.find()
+    plan = record.path / "text_encoder.plan"
+    content = plan.read_bytes()
+    plan.write_bytes(content[:-100])
+    try:
+        with pytest.raises(EngineError, match="bytes, and the manifest says"):
+            store.verify(record)
+    finally:
+        plan.write_bytes(content)
+    assert store.verify(record).read("text_encoder.plan") == content
+
+
+class Context:
+    """An execution context that computes on the CPU, at the addresses it is given: y = 2 x + live."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch: list[tuple[int, int]] = []
+        self.streams: list[int] = []
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return []
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 64
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.scratch.append((address, size))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes["x"]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.streams.append(stream)
+        rows, columns = self.shapes["x"]
+        array = ctypes.c_float * (rows * columns)
+        x, y = (array.from_address(self.addresses[name]) for name in "xy")
+        (live,) = (ctypes.c_float * 1).from_address(self.addresses["live"])
+        y[:] = [2 * value + live for value in x]
+        return True
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A module like `tensorrt` whose only engine is `Context`."""
+    context = Context()
+    engine = SimpleNamespace(
+        create_execution_context=lambda strategy: context,
+        get_tensor_dtype=lambda name: SimpleNamespace(name="FLOAT"),
+    )
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if plan == b"plan" else None)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    yield SimpleNamespace(
+        ILogger=type("ILogger", (), {"WARNING": 2, "__init__": lambda self: None}),
+        Runtime=lambda logger: runtime,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2),
+        context=context,
+    )
+
+
+def test_the_runner_binds_addresses_and_allocates_outputs(fake: Any) -> None:
+    live = torch.ones(1)
+    x = TensorSpec("x", (Dimension("n", 1, 2, 8), 4))
+    network = Network("n", nn.Module(), (x,), ("y",), {"live": live}, (TensorSpec("live", (1,)),))
+    runner = TensorRTRunner(fake, b"plan", network, torch.device("cpu"))
+    values = torch.randn(4, 3).t()
+    assert not values.is_contiguous()
+    first = runner(x=values)["y"]
+    torch.testing.assert_close(first, 2 * values + 1)
+    live.fill_(5)
+    second = runner(x=values)["y"]
+    torch.testing.assert_close(second, 2 * values + 5)
+    torch.testing.assert_close(first, 2 * values + 1)
+    assert fake.context.addresses["live"] == live.data_ptr()
+    assert fake.context.addresses["y"] == second.data_ptr()
+    assert fake.context.streams == [7, 7]
+    assert [size for _, size in fake.context.scratch] == [64, 64]
+    with pytest.raises(EngineError, match="engine serves"):
+        runner(x=torch.zeros(9, 4))
+    with pytest.raises(EngineError, match="TensorRT cannot load n: it does not say why"):
+        TensorRTRunner(fake, b"other", network, torch.device("cpu"))
+
+
+def runs_here() -> bool:
+    """Whether there is a GPU that TensorRT-RTX builds for."""
+    if not torch.cuda.is_available():
+        return False
+    name = device_name(torch.device("cuda", torch.cuda.current_device()))
+    return name.upper().replace("_", "") in trt.ComputeCapability.__members__
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not runs_here(), reason="needs an NVIDIA GPU of one of TensorRT-RTX's targets")
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("stage", "name"), [("denoiser", "denoiser"), ("face_detector", "pnet")])
+def test_parity_on_a_gpu(stage: str, name: str, dtype: torch.dtype, onnx_source: Source, tmp_path: Path) -> None:
+    network, device = network_of(stage, name, dtype), torch.device("cuda")
+    network.module.to(device)
+    try:
+        options = BuildOptions(compute_capabilities=("current",))
+        plan = tmp_path / TENSORRT_RTX.build(network, onnx_source(stage, name, dtype), tmp_path, options)
+        assert json.loads((tmp_path / f"{name}.layers.json").read_text())["Layers"]
+        runner = TensorRTRunner(trt, plan.read_bytes(), network, device)
+        for size in ("opt", "min"):
+            assert_parity(network, runner, network.samples(size), stage)
+        if stage == "denoiser" and dtype == FP32:
+            assert_follows_the_trainer(network, runner)
+    finally:
+        network.module.to("cpu")

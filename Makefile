@@ -14,7 +14,7 @@ demo: venv  ## The main job end to end on the embedded tiny model: results in ru
 	.venv/bin/frostline demo
 
 test: venv  ## All tests that need no GPU.
-	$(VENV_PYTHON) -m pytest -q -m "not gpu"
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile
 
 lint: venv  ## Formatting, lint and types.
 	.venv/bin/ruff format --check .

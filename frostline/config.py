@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -93,8 +93,8 @@ def _explain(settings: type[BaseModel], problem: dict[str, Any]) -> str:
     *parents, key = problem["loc"]
     for parent in parents:
         annotation = settings.model_fields[parent].annotation
-        assert isinstance(annotation, type)
-        settings = annotation
+        # `LoraSettings | None` is a union of which one part is the settings.
+        settings = next(part for part in (*get_args(annotation), annotation) if isinstance(part, type))
     close = difflib.get_close_matches(str(key), settings.model_fields, n=1, cutoff=0.5)
     known = f"is {close[0]} meant?" if close else f"known are {', '.join(settings.model_fields)}"
     return f"{where}: unknown setting, {known}"

@@ -37,10 +37,16 @@ def _few_threads() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def session_signing_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The key that signs the engines of the session, wherever HOME is."""
-    path = tmp_path_factory.mktemp("key") / "signing.key"
+    path = _shared(tmp_path_factory) / "signing.key"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_SIGNING_KEY_FILE", str(path))
         yield path
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the whole run: the processes of a parallel run build each engine once, and wait for each other."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def build_module(
@@ -83,7 +89,7 @@ def make_module() -> MakeModule:
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
     """A store with ONNX Runtime engines of all stages of tiny."""
-    return _export(tmp_path_factory.mktemp("engines"), "tiny")
+    return _export(_shared(tmp_path_factory) / "engines", "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -36,5 +36,7 @@ def trace_onnx(network: Network, path: Path, opset: int = OPSET) -> None:
             assert translated is not None
             widen_sensitive(translated.model)
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)
+    except OSError:
+        raise
     except Exception as error:
         raise EngineError(f"network {network.name} cannot be expressed in ONNX: {error}") from error

@@ -6,6 +6,9 @@ step the engine is on-policy with nothing to rebuild, and with scale 0 the same 
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -60,11 +63,8 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
     network = _network(name, denoiser, inputs)
 
     def in_torch(*, lora_scale: Tensor | None = None, **tensors: Tensor) -> dict[str, Tensor]:
-        # The scale is on the CPU, so that looking at it makes no GPU wait.
-        if lora_scale is not None and lora_scale.item() == 0:
-            with adapters_off(denoiser.model):
-                return {"velocity": denoiser(**tensors)}
-        return {"velocity": denoiser(**tensors)}
+        with nullcontext() if lora_scale is None else _scaled(denoiser.model, lora_scale):
+            return {"velocity": denoiser(**tensors)}
 
     return Stage(
         name=name,
@@ -75,6 +75,14 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
         sample=lambda: network.samples("opt"),
         tolerance=tolerance(name, inputs.dtype),
     )
+
+
+def _scaled(model: nn.Module, scale: Tensor) -> AbstractContextManager[None]:
+    """The model at a LoRA scale; 0 skips the adapters. The scale is on the CPU: looking at it makes no GPU wait."""
+    value = scale.item()
+    if value == 0:
+        return adapters_off(model)
+    return nullcontext() if math.isclose(value, lora_scale(model), rel_tol=1e-6) else live_scale(model, scale)
 
 
 def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:

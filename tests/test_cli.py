@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from frostline import __version__
-from frostline.cli import app
+from frostline.cli import app, main
 
 
 def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -43,12 +43,27 @@ def test_help_does_not_import_torch() -> None:
         (("no-such-command",), "no-such-command"),
     ],
 )
-def test_usage_errors_exit_with_2_and_no_traceback(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    result = _run(*arguments, cwd=tmp_path)
-    output = " ".join((result.stdout + result.stderr).split())
-    assert result.returncode == 2, output
+def test_usage_errors_exit_with_2(
+    arguments: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["frostline", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    output = " ".join(" ".join(capsys.readouterr()).split())
+    assert exit_.value.code == 2, output
     assert said in output
-    assert "Traceback" not in output
+
+
+def test_a_users_mistake_shows_no_traceback(tmp_path: Path) -> None:
+    result = _run("export", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "nowhere is no folder" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("command", [("inspect", "abc"), ("verify", "abc"), ("rm", "abc")])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from frostline.config import LoraSettings, RewardSettings, Settings
 from frostline.errors import ConfigError
 from frostline.export.shapes import ShapeRange, parse_shapes
+from frostline.runtime.backends import get_backend
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,14 @@ class Recipe(Settings):
     def _split(cls, value: Any) -> Any:
         """`a,b` means the same as a list."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _can_be_exported(self) -> Self:
+        """Fail before a model is loaded, which takes seconds or minutes."""
+        _ = self.shapes
+        for backend in self.backends:
+            get_backend(backend)
+        return self
 
     @property
     def shapes(self) -> ShapeRange:

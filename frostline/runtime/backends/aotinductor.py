@@ -10,13 +10,12 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
@@ -67,30 +66,25 @@ def obstacle(device: torch.device, target: str) -> str | None:
 
 
 def build(network: Network, source: ExportedProgram, folder: Path, options: BuildOptions) -> str:
-    """Compile to `<network>.pt2`; tensors that the tracer made up go beside it.
+    """Compile to `<network>.pt2`.
 
     Raises:
         EngineError: the compiler fails.
     """
     package = folder / f"{network.name}.pt2"
     try:
-        with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                source, package_path=str(package), inductor_configs=dict(_SETTINGS)
-            )
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(source, package_path=str(package), inductor_configs={**_SETTINGS})
     except Exception as error:
         raise EngineError(f"AOTInductor cannot compile {network.name}: {error}") from error
-    if constants := _made_up(source, network):
-        save_file(constants, folder / _constants_file(network.name))
     return package.name
 
 
 def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
     """One package for each network. Loading runs the package's code, hence only that of a verified engine."""
     return {
-        entry.name: AOTInductorRunner(
-            engine.read(entry.artifact), _read_constants(engine, entry.name, device), networks[entry.name]
-        )
+        entry.name: AOTInductorRunner(engine.read(entry.artifact), networks[entry.name])
         for entry in engine.manifest.networks
     }
 
@@ -100,23 +94,24 @@ class AOTInductorRunner:
 
     Args:
         package: the content of a verified file.
-        constants: tensors that the tracer made up, by name.
         network: names of inputs and outputs, weights and live tensors.
     Raises:
-        EngineError: the package cannot be loaded, or wants weights that the module lacks.
+        EngineError: the package cannot be loaded, or reads tensors that are no weights of the module.
     """
 
-    def __init__(self, package: bytes, constants: Mapping[str, Tensor], network: Network) -> None:
+    def __init__(self, package: bytes, network: Network) -> None:
         check_live(network)
         self._network = network
-        tensors = {**_weights(network.module), **constants}
+        weights = _weights(network.module)
         try:
             self._model = torch._inductor.aoti_load_package(io.BytesIO(package))
             wanted = self._model.get_constant_fqns()
+            if strange := sorted(set(wanted) - weights.keys()):
+                raise EngineError(f"it reads {strange[0]}, which is neither parameter nor buffer of the module")
             # The package keeps addresses only: whoever holds this runner keeps the tensors alive.
-            self._constants = {name: tensors[name] for name in wanted}
+            self._constants = {name: weights[name] for name in wanted}
             self._model.load_constants(self._constants, check_full_update=True, user_managed=True)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, EngineError) as error:
             raise EngineError(f"AOTInductor cannot load {network.name}: {error}") from error
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -136,24 +131,3 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     """By the names that the tracer gave them; a tensor with several names has an entry for each."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {_PREFIX + name: tensor.detach() for name, tensor in named}
-
-
-def _made_up(program: ExportedProgram, network: Network) -> dict[str, Tensor]:
-    """Constants of the program that are no weights of the module."""
-    known = _weights(network.module)
-    return {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in program.constants.items()
-        if name not in known and isinstance(tensor, Tensor)
-    }
-
-
-def _constants_file(network: str) -> str:
-    return f"{network}.constants.safetensors"
-
-
-def _read_constants(engine: VerifiedEngine, network: str, device: torch.device) -> dict[str, Tensor]:
-    file = _constants_file(network)
-    if file not in engine.manifest.artifacts:
-        return {}
-    return {name: tensor.to(device) for name, tensor in load_tensors(engine.read(file)).items()}

@@ -34,6 +34,14 @@ def _few_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    """Random tensors of a test must not depend on which tests ran before it in the same process."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_signing_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The key that signs the engines of the session, wherever HOME is."""

@@ -228,7 +228,8 @@ def test_exports_with_a_free_batch(tmp_path: Path) -> None:
         verbose=False,
     )
     x = torch.randn(5, 3, 16, 16)
-    torch.testing.assert_close(run_onnxruntime(tmp_path / "again.onnx", x), module(x), atol=1e-5, rtol=0)
+    # Outputs reach 15, where one fp32 rounding is 1e-6: an absolute bound alone would measure their size.
+    torch.testing.assert_close(run_onnxruntime(tmp_path / "again.onnx", x), module(x), atol=1e-5, rtol=2e-6)
 
 
 def test_unknown_operation_and_attribute_are_named(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from frostline.video import write_video
 log = logging.getLogger(__name__)
 
 _BACKEND = "onnxruntime"
-_MODULE_SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "kl_weight": 0.15, "noise_seed": None}
+_MODULE_SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "kl_weight": 0.2, "noise_seed": None}
 _LEARNING_RATE = 3e-3
 _BATCH_SIZE = 2
 _TRAIN_CLIPS = 40

@@ -37,7 +37,8 @@ _SETTINGS = {
     # Folded constants would not follow an update of the weights that they came from.
     "aot_inductor.use_runtime_constant_folding": False,
     "aot_inductor.package_constants_in_so": False,
-    # Convolutions channels last: torch's own, at batch 1, answer in another layout, and garbage came of it.
+    # No channels last: at batch 1 torch's convolution answers in another layout than the compiler took for granted,
+    # and the output was garbage.
     "layout_optimization": False,
 }
 

@@ -1,6 +1,7 @@
 """AOTInductor: packages without weights, which follow the trainer's own wherever they lie."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,34 +96,31 @@ def test_pooling_of_odd_and_smallest_images(tmp_path: Path) -> None:
 class Convolutions(nn.Module):
     """Two convolutions in time and space: PyTorch has another kernel for batch 1 than for batch 2."""
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Conv3d(3, 8, 3, padding=1)
         self.second = nn.Conv3d(8, 4, 3, padding=1)
-        self.table = table
 
     def forward(self, video: Tensor) -> Tensor:
-        return self.second(torch.nn.functional.silu(self.first(video))) * self.table
-
-
-def convolutions(table: Tensor) -> Network:
-    batch, height = Dimension("batch", *SHAPES.batch), Dimension("height", 2, 8, 16, multiple=2)
-    module = Convolutions(table).eval().requires_grad_(False)
-    return Network("convolutions", module, (TensorSpec("video", (batch, 3, 4, height, 8)),), ("y",))
+        return self.second(torch.nn.functional.silu(self.first(video)))
 
 
 def test_convolutions_at_batch_one(tmp_path: Path) -> None:
-    network = convolutions(nn.Parameter(torch.ones(4, 1, 1, 1)))
+    batch, height = Dimension("batch", *SHAPES.batch), Dimension("height", 2, 8, 16, multiple=2)
+    module = Convolutions().eval().requires_grad_(False)
+    network = Network("convolutions", module, (TensorSpec("video", (batch, 3, 4, height, 8)),), ("y",))
     own = AOTInductorRunner(compile_package(network, tmp_path), network)
     for size in ("opt", "min"):
         assert_parity(network, own, network.samples(size), "vae_encoder")
 
 
-def test_a_tensor_that_is_no_weight_is_named(tmp_path: Path) -> None:
-    network = convolutions(torch.randn(4, 4, 1, 8))
-    with pytest.raises(EngineError, match="neither parameter nor buffer of the module"):
-        AOTInductorRunner(compile_package(network, tmp_path), network)
+def test_a_tensor_that_is_no_weight_is_named(denoiser: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler gives such a tensor, a plain attribute of a module, a name of its own."""
+    package = SimpleNamespace(get_constant_fqns=lambda: ["_tensor_constant0"])
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda content: package)
+    with pytest.raises(EngineError, match="_tensor_constant0, which is neither parameter nor buffer"):
+        AOTInductorRunner(b"", denoiser)
 
 
 def test_a_package_of_another_network_is_refused(package: bytes) -> None:

@@ -89,7 +89,8 @@ def test_folder_with_captions(folder: Path) -> None:
 
 def test_workers_and_collate_make_a_batch_that_passes_the_contract(folder: Path) -> None:
     dataset = VideoPromptDataset(write_metadata(folder, "csv", ROWS), num_frames=5, height=32, width=48)
-    loader = DataLoader(dataset, batch_size=3, num_workers=1, collate_fn=collate)
+    # A worker forked from a process in which other libraries run threads may crash: spawned ones do not.
+    loader = DataLoader(dataset, batch_size=3, num_workers=1, collate_fn=collate, multiprocessing_context="spawn")
     (batch,) = list(loader)
     assert batch["video"].shape == (3, 5, 3, 32, 48)
     checked = check_batch(batch)

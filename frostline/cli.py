@@ -160,7 +160,7 @@ def plan(
     settings = TrainingModuleSettings()
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
     high_noise = schedule.high_noise_steps(staged.components.boundary) if staged.denoiser_high_noise else 0
-    uses = frozen_uses(schedule, settings.mid_timestep, settings.final_timestep, high_noise)
+    uses = frozen_uses(settings.mid_timestep, settings.final_timestep, high_noise)
     console = Console()
     console.print(plan_table(stage_gains(runtime)))
     console.print(step_gain_line(step_gain(runtime, uses)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from frostline.models.schedule import FlowMatchSchedule
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.plan import Choice
 from frostline.runtime.runtime import Runtime
@@ -48,9 +47,7 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
     ]
 
 
-def frozen_uses(
-    schedule: FlowMatchSchedule, mid_timestep: int, final_timestep: int, high_noise_steps: int
-) -> dict[str, int]:
+def frozen_uses(mid_timestep: int, final_timestep: int, high_noise_steps: int) -> dict[str, int]:
     """How often a step uses each frozen stage when nothing is recalled.
 
     The detector sees the reference and the generated frames; the denoiser runs the rollout head and the KL reference.

@@ -7,11 +7,8 @@ from dataclasses import dataclass, fields
 from typing import cast
 
 from frostline.errors import ConfigError
+from frostline.models.vae import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
 from frostline.runtime.stage import Dimension
-
-# A video's height and width are multiples of this; of its latents', of an eighth of it.
-SPATIAL_MULTIPLE = 16
-_TEMPORAL_STRIDE = 4
 
 Range = tuple[int, int, int]
 
@@ -112,9 +109,9 @@ def _take(extents: dict[str, int], meaning: str | int, number: int, where: str) 
         if number != meaning:
             raise ConfigError(f"{where}: {number} must be {meaning}")
     elif meaning == "frames":
-        if number % _TEMPORAL_STRIDE != 1:
+        if number % TEMPORAL_STRIDE != 1:
             raise ConfigError(f"{where}: a video has 4k + 1 frames, not {number}")
-        extents["latent_frames"] = (number - 1) // _TEMPORAL_STRIDE + 1
+        extents["latent_frames"] = (number - 1) // TEMPORAL_STRIDE + 1
     elif meaning != "side":
         extents[meaning] = number
 

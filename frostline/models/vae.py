@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Temporal compression: one latent frame for the first video frame, then one for every four.
 TEMPORAL_STRIDE = 4
+# Height and width of a video: the VAE halves them three times and the denoiser takes 2x2 patches of the latents.
+SPATIAL_MULTIPLE = 16
 
 EncoderNetworks = Mapping[str, Callable[..., dict[str, Tensor]]]
 

@@ -14,7 +14,6 @@ import base64
 import hashlib
 import io
 import math
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,6 +24,7 @@ from typing import Literal
 from PIL import Image
 
 from frostline.errors import DataError
+from frostline.report.writing import written_whole
 
 _IMAGE_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _LARGE_IMAGE_BYTES = 200_000
@@ -185,16 +185,9 @@ class Page:
     def write(self, path: str | Path) -> Path:
         """Write the page beside its place and rename it, so that it appears only complete."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         text = self.html()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
             part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-            part.replace(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
         return path
 
     def _add(self, block: str) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import matplotlib
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from frostline.errors import DataError
+from frostline.report.writing import written_whole
 
 # A mid-grey that reads on a white page as on a dark one (4.3 to 1 against both): the sheet's own ground is transparent.
 _TEXT_COLOUR = (112, 124, 137, 255)
@@ -56,15 +56,8 @@ def contact_sheet(
     if frame_size is None:
         frame_size = (96, round(96 * strips[0].shape[-1] / strips[0].shape[-2]))
     image = _draw(rows, frame_size, max_frames, scale)
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as part:
         image.save(part, format="PNG")
-        part.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

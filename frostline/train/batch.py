@@ -13,13 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from frostline.errors import DataError
+from frostline.models.vae import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
 
 logger = logging.getLogger(__name__)
 
-SPATIAL_MULTIPLE = 16
-"""Wan's VAE halves height and width three times and its denoiser takes 2x2 patches of the latents."""
-TEMPORAL_STRIDE = 4
-"""Wan's VAE keeps the first frame and folds every four that follow into one latent frame."""
 RANGE_TOLERANCE = 1e-4
 """How far outside [0, 1] a pixel may stray (resampling, half precision) before it counts as a fault."""
 

@@ -16,13 +16,13 @@ ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector"
 
 def test_the_reference_step_with_one_expert() -> None:
     """Four rollout steps, and the KL reference of four tail steps."""
-    uses = frozen_uses(FlowMatchSchedule(8, 5.0), 4, 7, high_noise_steps=0)
+    uses = frozen_uses(4, 7, high_noise_steps=0)
     assert uses == {**ONCE, "denoiser": 8, "denoiser_high_noise": 0}
 
 
 def test_the_reference_step_with_two_experts() -> None:
     schedule = FlowMatchSchedule(8, 5.0)
-    uses = frozen_uses(schedule, 4, 7, schedule.high_noise_steps(0.9))
+    uses = frozen_uses(4, 7, schedule.high_noise_steps(0.9))
     assert uses == {**ONCE, "denoiser": 1 + 4, "denoiser_high_noise": 3}
 
 
@@ -36,7 +36,7 @@ def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> 
         in_tail, by_high = index >= mid, index < high
         high_noise += by_high and not in_tail
         low_noise += not by_high
-    uses = frozen_uses(FlowMatchSchedule(N), mid, final, high)
+    uses = frozen_uses(mid, final, high)
     assert (uses["denoiser"], uses["denoiser_high_noise"]) == (low_noise, high_noise)
 
 

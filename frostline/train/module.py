@@ -162,8 +162,10 @@ class WanTrainingModule(nn.Module):
         """
         steps = self.settings.num_inference_steps
         latents, first = self.sampler.start(conditioning, noise, steps, None)
-        latents = self.sampler.head(latents, conditioning, first, steps)
-        return self._decode(latents)
+        latents = self.sampler.head(latents, conditioning, first, steps).to(
+            self.components.vae.model.conv2.weight.dtype
+        )
+        return _to_frames(self.runtime["vae_decoder"](latents=latents)["video"])
 
     def noise(self, conditioning: Conditioning) -> Tensor:
         """The start noise (B, C, F, h, w): the same for every sample and step, or fresh ones.
@@ -202,7 +204,7 @@ class WanTrainingModule(nn.Module):
                 assert isinstance(video, Tensor)
             else:
                 video = decode_latents(vae, latents)
-        return (video.float().transpose(1, 2) + 1) / 2
+        return _to_frames(video)
 
     def _report_missing_faces(self, conditioning: Conditioning, score: IdentityScore) -> None:
         missing = [name for name, valid in zip(conditioning.sample_id, score.valid.tolist(), strict=True) if not valid]
@@ -222,3 +224,8 @@ class WanTrainingModule(nn.Module):
             kl=torch.stack(kl).tolist(),
             stages=self.runtime.clock.read(),
         )
+
+
+def _to_frames(video: Tensor) -> Tensor:
+    """(B, T, 3, H, W) float32 in [0, 1] of what the VAE gives, (B, 3, T, H, W) in [-1, 1]."""
+    return (video.float().transpose(1, 2) + 1) / 2

@@ -1,19 +1,15 @@
-"""The chunked encoder, the decoder and the fast convolution against diffsynth's own VAE."""
+"""The live decoder and the fast convolution against diffsynth's own VAE."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffsynth.models.wan_video_vae import VideoVAE38_
 from torch import Tensor
 
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
-from frostline.models.vae import VaeEncoderFirst, VaeEncoderNext, decode_latents, encode_video, use_onednn_conv3d
-
-LENGTHS = [1, 5, 9, 17]
+from frostline.models.vae import decode_latents, use_onednn_conv3d
 
 
 @pytest.fixture(scope="module")
@@ -21,77 +17,8 @@ def vae() -> Any:
     return load_components("tiny").vae
 
 
-@pytest.fixture(scope="module")
-def vae38() -> Any:
-    """The VAE of Wan2.2 TI2V, small, its weights random."""
-    torch.manual_seed(0)
-    model = VideoVAE38_(dim=8, z_dim=8, dec_dim=8, num_res_blocks=1).eval().requires_grad_(False)
-    return SimpleNamespace(model=model, scale=[torch.randn(8), 1 + torch.rand(8)])
-
-
 def random_video(frames: int, batch: int = 1, size: tuple[int, int] = (32, 48)) -> Tensor:
     return 2 * torch.rand(batch, 3, frames, *size, generator=torch.Generator().manual_seed(frames)) - 1
-
-
-@torch.no_grad()
-def encode_in_chunks(vae: Any, video: Tensor) -> Tensor:
-    """As the engines do: two networks, caches going from one to the next by name."""
-
-    def network(module: VaeEncoderFirst) -> Any:
-        def run(**inputs: Tensor) -> dict[str, Tensor]:
-            clip = inputs.pop("video")
-            latents, *caches = module(clip, *(inputs[name] for name in sorted(inputs)))
-            return {"latents": latents, **{f"next_cache_{i:02d}": cache for i, cache in enumerate(caches)}}
-
-        return run
-
-    return encode_video({"first": network(VaeEncoderFirst(vae)), "next": network(VaeEncoderNext(vae))}, video)
-
-
-@pytest.mark.parametrize("frames", LENGTHS)
-def test_encoding_in_chunks_is_diffsynths_encode(vae: Any, frames: int) -> None:
-    video = random_video(frames)
-    latents = encode_in_chunks(vae, video)
-    assert latents.shape == (1, 16, (frames - 1) // 4 + 1, 4, 6)
-    assert torch.equal(latents, vae.model.encode(video, vae.scale))
-
-
-@pytest.mark.parametrize("frames", LENGTHS)
-def test_encoding_in_chunks_with_the_wan22_vae(vae38: Any, frames: int) -> None:
-    video = random_video(frames, size=(64, 32))
-    latents = encode_in_chunks(vae38, video)
-    assert latents.shape == (1, 8, (frames - 1) // 4 + 1, 4, 2)
-    torch.testing.assert_close(latents, vae38.model.encode(video, vae38.scale), atol=1e-6, rtol=0)
-
-
-def test_every_chunk_sees_those_before(vae: Any) -> None:
-    """A cache that was lost would leave the later latents as they are."""
-    video, other = random_video(9), random_video(9)
-    other[:, :, 3:5] *= -1
-    change = (encode_in_chunks(vae, video) - encode_in_chunks(vae, other)).abs().amax((0, 1, 3, 4))
-    assert change[0] == 0
-    assert (change[1:] > 1e-3).all()
-
-
-def test_the_encoder_leaves_no_cache_in_the_vae(vae: Any) -> None:
-    video = random_video(5)
-    before = vae.model.encode(video, vae.scale)
-    encode_in_chunks(vae, random_video(9, size=(48, 32)))
-    assert torch.equal(vae.model.encode(video, vae.scale), before)
-
-
-def test_encoding_a_batch_is_encoding_each(vae: Any) -> None:
-    videos = random_video(5, batch=3)
-    singles = torch.cat([encode_in_chunks(vae, video[None]) for video in videos])
-    torch.testing.assert_close(encode_in_chunks(vae, videos), singles, atol=1e-6, rtol=1e-6)
-
-
-def test_the_encoder_follows_the_type_of_the_weights() -> None:
-    vae = load_components("tiny", torch.bfloat16).vae
-    video = random_video(5).bfloat16()
-    latents = encode_in_chunks(vae, video)
-    assert latents.dtype == torch.bfloat16
-    assert torch.equal(latents, vae.model.encode(video, vae.scale))
 
 
 @torch.no_grad()
@@ -107,7 +34,7 @@ def test_decodes_to_pixels_within_range(vae: Any) -> None:
 @torch.no_grad()
 def test_a_decoded_clip_is_the_clip(vae: Any) -> None:
     clip = held_out_clips(1, seed=5).video.transpose(1, 2) * 2 - 1
-    decoded = decode_latents(vae, encode_in_chunks(vae, clip))
+    decoded = decode_latents(vae, vae.model.encode(clip, vae.scale))
     psnr = 10 * torch.log10(4 / (decoded - clip).pow(2).mean())
     assert psnr > 24
     assert (decoded - clip).abs().mean() < (decoded[:, :, :1] - clip).abs().mean() / 2, "it moves as the clip does"

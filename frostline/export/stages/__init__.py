@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from frostline.runtime.stage import Stage
 
-from . import denoiser, face_detector, face_embedder, image_encoder, text_encoder, vae_encoder
+from . import denoiser, face_detector, face_embedder, image_encoder, text_encoder, vae_decoder, vae_encoder
 from .inputs import FaceModels, StageInputs
 
 _BUILDERS: tuple[Callable[[StageInputs], Stage | None], ...] = (
@@ -15,6 +15,7 @@ _BUILDERS: tuple[Callable[[StageInputs], Stage | None], ...] = (
     vae_encoder.build,
     denoiser.build,
     denoiser.build_high_noise,
+    vae_decoder.build,
     face_detector.build,
     face_embedder.build,
 )

@@ -11,40 +11,28 @@ import torch
 from torch import Tensor
 
 from frostline.export.shapes import SPATIAL_MULTIPLE
-from frostline.models.vae import TEMPORAL_STRIDE, VaeEncoderFirst, VaeEncoderNext, encode_video
-from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
+from frostline.models.vae import TEMPORAL_STRIDE
+from frostline.models.vae_chunks import VaeEncoderFirst, VaeEncoderNext, encode_in_chunks
+from frostline.runtime.stage import Runner, Stage, TensorSpec
 
 from .inputs import StageInputs, tolerance
+from .vae_chunks import chunk_networks
 
 
 def build(inputs: StageInputs) -> Stage:
     """The stage, its torch side diffsynth's own `encode`."""
     vae, shapes = inputs.components.vae, inputs.shapes
-    first = VaeEncoderFirst(vae).to(inputs.device).eval()
-    following = VaeEncoderNext(vae).to(inputs.device).eval()
+    modules = tuple(kind(vae).to(inputs.device).eval() for kind in (VaeEncoderFirst, VaeEncoderNext))
     batch, height, width = shapes.dimension("batch"), shapes.pixels("height"), shapes.pixels("width")
-    caches = tuple(
-        TensorSpec(
-            f"cache_{index:02d}",
-            (batch, channels, frames, shapes.pixels("height", per_block), shapes.pixels("width", per_block)),
-            inputs.dtype,
-        )
-        for index, (channels, frames, per_block) in enumerate(_caches(first, inputs))
+    first, following = (
+        TensorSpec("video", (batch, 3, frames, height, width), inputs.dtype) for frames in (1, TEMPORAL_STRIDE)
     )
-    # In a graph, an input and an output cannot share a name.
-    outputs = ("latents", *(f"next_{cache.name}" for cache in caches))
-
-    def video(frames: int) -> TensorSpec:
-        return TensorSpec("video", (batch, 3, frames, height, width), inputs.dtype)
 
     def in_torch(**tensors: Tensor) -> dict[str, Tensor]:
         return {"latents": vae.model.encode(tensors["video"], vae.scale)}
 
     def assemble(runners: Mapping[str, Runner]) -> Runner:
-        def encode(**tensors: Tensor) -> dict[str, Tensor]:
-            return {"latents": encode_video(runners, tensors["video"])}
-
-        return encode
+        return lambda **tensors: {"latents": encode_in_chunks(runners, tensors["video"])}
 
     def sample() -> dict[str, Tensor]:
         frames = TEMPORAL_STRIDE * (shapes.latent_frames[1] - 1) + 1
@@ -55,20 +43,9 @@ def build(inputs: StageInputs) -> Stage:
     return Stage(
         name="vae_encoder",
         model=inputs.components.name,
-        networks=(
-            Network("first", first, (video(1),), outputs),
-            Network("next", following, (video(TEMPORAL_STRIDE), *caches), outputs),
-        ),
+        networks=chunk_networks(inputs, (modules[0], modules[1]), (first, following), "latents", SPATIAL_MULTIPLE),
         torch=in_torch,
         assemble=assemble,
         sample=sample,
         tolerance=tolerance("vae_encoder", inputs.dtype),
     )
-
-
-@torch.no_grad()
-def _caches(first: VaeEncoderFirst, inputs: StageInputs) -> list[tuple[int, int, int]]:
-    """Channels, frames, and entries for every 16 pixels, of each cache tensor."""
-    side = 2 * SPATIAL_MULTIPLE
-    _, *caches = first(torch.zeros(1, 3, 1, side, side, device=inputs.device, dtype=inputs.dtype))
-    return [(cache.shape[1], cache.shape[2], cache.shape[3] * SPATIAL_MULTIPLE // side) for cache in caches]

@@ -21,7 +21,7 @@ from frostline.export.program import trace_program
 from frostline.runtime import manifest
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.device import compute_capabilities
+from frostline.runtime.device import compute_capabilities, full_fp32
 from frostline.runtime.identity import find_engine, precision_of, stage_key, weights_sha256
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.stage import Network, Runner, Size, Stage, Tolerance
@@ -99,7 +99,8 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
     networks = {network.name: network for network in stage.networks}
     runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
     assembled = stage.assemble(runners)
-    parity = _parity(stage, runners, assembled)
+    with full_fp32():
+        parity = _parity(stage, runners, assembled)
     if failed := [measured for measured in parity if not measured.passed]:
         record = store.get(*vars(engine.manifest.id).values())
         if record is not None:

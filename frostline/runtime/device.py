@@ -1,8 +1,22 @@
-"""Names of what engines run on: `cpu`, or GPUs by compute capability, `sm_89`."""
+"""What engines run on: `cpu`, or GPUs by compute capability, `sm_89`; and in which arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Within the block, fp32 is fp32 on GPUs: torch's convolutions use TF32, of 10 bits of mantissa, unless told."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def device_name(device: torch.device) -> str:

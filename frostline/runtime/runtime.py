@@ -17,7 +17,7 @@ from frostline.runtime.clock import StageClock
 from frostline.runtime.identity import find_engine, weights_sha256
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.plan import Choice, Plan
-from frostline.runtime.stage import Network, Runner, Stage
+from frostline.runtime.stage import Runner, Stage
 from frostline.runtime.store import EngineRecord, EngineStore
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class Runtime:
             )
         networks = {network.name: network for network in stage.networks}
         runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
-        return stage.assemble({name: _CheckedRunner(networks[name], runner) for name, runner in runners.items()})
+        return stage.assemble(runners)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -208,18 +208,6 @@ class _PlannedRunner:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.runtime.run(self.stage, inputs)
-
-
-@dataclass(frozen=True)
-class _CheckedRunner:
-    """Refuses shapes that the engine was not built for: not every backend does so itself."""
-
-    network: Network
-    runner: Runner
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        self.network.check_shapes(inputs)
-        return self.runner(**inputs)
 
 
 def _doubt(stage: Stage, manifest: Manifest) -> str | None:

@@ -50,8 +50,9 @@ class Sampler:
         self.runtime = runtime
         self.schedule = schedule
         self.high_noise_steps = schedule.high_noise_steps(boundary) if denoiser_high_noise is not None else 0
-        self._lora_on = torch.tensor(lora_scale(denoiser.model))
-        self._lora_off = torch.zeros(())
+        device = denoiser.model.patch_embedding.weight.device
+        self._lora_on = torch.tensor(lora_scale(denoiser.model), device=device)
+        self._lora_off = torch.zeros((), device=device)
 
     @torch.no_grad()
     def start(

@@ -33,12 +33,15 @@ def check_live(network: Network) -> None:
 
 
 def _check(network: Network, specs: Iterable[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
-    """Types, and that dimensions of one name agree."""
+    """Types and devices, and that dimensions of one name agree."""
     seen: dict[str, tuple[int, str]] = {}
+    device = network.device
     for spec in specs:
         tensor, where = tensors[spec.name], f"network {network.name}: input {spec.name}"
         if tensor.dtype != spec.dtype:
             raise EngineError(f"{where} is {tensor.dtype}, the engine takes {spec.dtype}")
+        if tensor.device != device:
+            raise EngineError(f"{where} is on {tensor.device}, the engine is on {device}")
         for extent, expected in zip(tensor.shape, spec.shape, strict=True):
             if not isinstance(expected, Dimension):
                 continue

@@ -5,6 +5,7 @@ Inputs and outputs are shared with torch through DLPack, nothing is copied. Live
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from frostline.runtime.device import device_name
 from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
 
+from .inputs import check_inputs, check_live
 from .options import BuildOptions
 
 if TYPE_CHECKING:
@@ -24,7 +26,13 @@ if TYPE_CHECKING:
 
 SOURCE: Literal["onnx"] = "onnx"
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CPU = "CPUExecutionProvider"
+_PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
+# What ONNX Runtime computes on the host by design, even for a GPU: a few integers that are shapes.
+_SHAPE_ARITHMETIC = frozenset(
+    "Add Cast Concat Constant ConstantOfShape Div Equal Gather Identity Mod Mul Neg Range ReduceProd Reshape Shape Size "
+    "Slice Squeeze Sub Unsqueeze Where".split()
+)
 
 
 def unavailable() -> str | None:
@@ -80,6 +88,7 @@ class OnnxRuntimeRunner:
     """
 
     def __init__(self, path: Path, network: Network, device: torch.device) -> None:
+        check_live(network)
         self._network = network
         self._device = device
         self._session = _open_session(path, device)
@@ -104,6 +113,7 @@ class OnnxRuntimeRunner:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the network; every output is freshly allocated and shared with torch."""
+        check_inputs(self._network, inputs)
         self._bind_live()
         kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
         for name, tensor in kept.items():
@@ -135,14 +145,26 @@ def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSess
     provider = _PROVIDERS.get(device.type)
     if provider is None:
         raise EngineError(f"ONNX Runtime has no provider for {device.type} here")
-    if device.type != "cpu":
-        # Without this, a node that the provider lacks would silently run on the CPU.
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0)}
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # TF32 has 10 bits of mantissa: no fp32 engine would be equal to PyTorch.
+    arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0), "use_tf32": "0"}
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, arguments)])
     except Exception as error:
         raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
     if session.get_providers()[0] != provider:
         raise EngineError(f"ONNX Runtime has no {provider} here, only {', '.join(session.get_providers())}")
+    if provider != _CPU and (strays := _left_to_the_cpu(session)):
+        raise EngineError(f"ONNX Runtime would run part of {path.name} on the CPU, copying back and forth: {strays}")
     return session
+
+
+def _left_to_the_cpu(session: onnxruntime.InferenceSession) -> str:
+    """The nodes that the provider asked for lacks, by operation; ONNX Runtime would move them without a word."""
+    counts = Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == _CPU
+        for node in part.get_nodes()
+    )
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if name not in _SHAPE_ARITHMETIC)

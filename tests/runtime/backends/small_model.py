@@ -17,6 +17,7 @@ from frostline.models.denoiser import Denoiser
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.mtcnn import load_mtcnn_networks
 from frostline.models.lora import adapters_off, inject_lora, lora_parameters
+from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Network, Runner, Stage
 
 SHAPES = ShapeRange(
@@ -32,8 +33,8 @@ SHAPES = ShapeRange(
 
 
 @cache
-def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8) -> dict[str, Stage]:
-    """Of one type and rank there is one model; models of all ranks have equal base weights."""
+def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str = "cpu") -> dict[str, Stage]:
+    """Of one type, rank and device there is one model; models of all ranks have equal base weights."""
     from diffsynth.models.wan_video_dit import WanModel
     from diffsynth.models.wan_video_text_encoder import WanTextEncoder
     from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
@@ -49,21 +50,24 @@ def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8) -> dict[str,
     tokenizer: Any = SimpleNamespace(seq_len=8)
     components = WanComponents("small", text, tokenizer, vae, denoiser)
     for _, module in components.modules():
-        module.eval().requires_grad_(False).to(dtype)
+        module.eval().requires_grad_(False).to(device, dtype)
+    vae.scale = [part.to(device) for part in vae.scale]
     inject_lora(denoiser, rank, alpha=2 * rank)
     with torch.no_grad():
         for parameter in lora_parameters(denoiser).values():
             parameter.copy_(0.05 * torch.randn(parameter.shape))
     faces = FaceModels(
-        {name: network.to(dtype) for name, network in load_mtcnn_networks().items()},
-        torch.nn.Module.to(load_embedder("sface"), dtype),  # type: ignore[arg-type]
+        {name: network.to(device, dtype) for name, network in load_mtcnn_networks().items()},
+        torch.nn.Module.to(load_embedder("sface"), device, dtype),  # type: ignore[arg-type]
     )
-    return build_stages(StageInputs(components, Denoiser(denoiser), None, faces, SHAPES))
+    return build_stages(StageInputs(components, Denoiser(denoiser).to(device), None, faces, SHAPES))
 
 
-def network_of(stage: str, name: str, dtype: torch.dtype = torch.float32, rank: int = 8) -> Network:
+def network_of(
+    stage: str, name: str, dtype: torch.dtype = torch.float32, rank: int = 8, device: str = "cpu"
+) -> Network:
     """One network of `small_stages`."""
-    return next(network for network in small_stages(dtype, rank)[stage].networks if network.name == name)
+    return next(network for network in small_stages(dtype, rank, device)[stage].networks if network.name == name)
 
 
 def sample_at(network: Network, seed: int = 0, **extents: int) -> dict[str, Tensor]:
@@ -73,13 +77,14 @@ def sample_at(network: Network, seed: int = 0, **extents: int) -> dict[str, Tens
     for spec in network.inputs:
         shape = tuple(d if isinstance(d, int) else d.multiple * extents[d.name] for d in spec.shape)
         values = spec.fill(shape, generator) if spec.fill else torch.randn(shape, generator=generator)
-        inputs[spec.name] = values.to(spec.dtype)
+        inputs[spec.name] = values.to(network.device, spec.dtype)
     return inputs
 
 
 def assert_parity(network: Network, runner: Runner, inputs: Mapping[str, Tensor], stage: str = "") -> None:
     """The runner computes what PyTorch computes, in the same type."""
-    actual, expected = runner(**inputs), network.reference(inputs)
+    with full_fp32():
+        actual, expected = runner(**inputs), network.reference(inputs)
     bounds = tolerance(stage or network.name, network.weight.dtype)
     for measured in compare(network.name, "", expected, actual, bounds):
         assert measured.passed, measured
@@ -99,12 +104,12 @@ def assert_follows_the_trainer(network: Network, runner: Runner) -> None:
         assert_parity(network, runner, inputs)
     assert (runner(**inputs)["velocity"] - before).norm() > 0.05 * before.norm()
     assert [tensor.data_ptr() for tensor in policy] == pointers
-    off = {**inputs, "lora_scale": torch.zeros(())}
+    off = {**inputs, "lora_scale": torch.zeros_like(inputs["lora_scale"])}
     assert_parity(network, runner, off)
     denoiser: Any = network.module.denoiser
-    with torch.no_grad(), adapters_off(denoiser.model):
+    with torch.no_grad(), full_fp32(), adapters_off(denoiser.model):
         base = denoiser(**{name: value for name, value in inputs.items() if name != "lora_scale"})
-    torch.testing.assert_close(runner(**off)["velocity"], base, atol=1e-5, rtol=0)
+        torch.testing.assert_close(runner(**off)["velocity"], base, atol=1e-5, rtol=0)
 
 
 def assert_outputs_are_the_callers(network: Network, runner: Runner) -> None:

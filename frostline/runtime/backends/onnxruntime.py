@@ -30,30 +30,10 @@ _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
 # What ONNX Runtime computes on the host by design, even for a GPU: a few integers that are shapes.
 _SHAPE_ARITHMETIC = frozenset(
-    [
-        "Add",
-        "Cast",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Div",
-        "Equal",
-        "Gather",
-        "Identity",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Range",
-        "ReduceProd",
-        "Reshape",
-        "Shape",
-        "Size",
-        "Slice",
-        "Squeeze",
-        "Sub",
-        "Unsqueeze",
-        "Where",
-    ]
+    (
+        *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Mod", "Mul"),
+        *("Neg", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+    )
 )
 
 

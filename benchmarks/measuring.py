@@ -1,0 +1,120 @@
+"""How every benchmark here measures: contenders take turns in one process, warm-up dropped, medians and spread kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("frostline", "torch", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "openvino", "diffsynth", "peft")
+
+Contender = Callable[[], object]
+
+
+def interleave(
+    contenders: Mapping[str, Contender], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, by contender; a busy moment of the machine hits all of them."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(warm_up + rounds):
+        for name, run in contenders.items():
+            milliseconds = time_ms(run, device)
+            if index >= warm_up:
+                samples[name].append(milliseconds)
+    return samples
+
+
+def time_ms(run: Contender, device: torch.device) -> float:
+    """One call, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gpu_gib(run: Contender, device: torch.device) -> float | None:
+    """The most memory that torch allocated during one call."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median and quartiles in milliseconds."""
+    rows = {}
+    for name, values in samples.items():
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+        rows[name] = {"median_ms": middle, "quartile_1_ms": low, "quartile_3_ms": high}
+    return rows
+
+
+def ratio(samples: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:
+    """Median and quartiles of `over / under`, round by round: both sides of each ratio shared a moment."""
+    ratios = {"ratio": [a / b for a, b in zip(samples[over], samples[under], strict=True)]}
+    return {name.replace("_ms", ""): value for name, value in summary(ratios)["ratio"].items()}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: installed for name in _PACKAGES if (installed := _version(name))},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit, `+` behind it if files differ from it; what FROSTLINE_COMMIT says where there is no repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FROSTLINE_COMMIT", "unknown")
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,73 @@
+"""The models that benchmarks run: the embedded tiny one, and Wan2.1's 1.3B shape with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from frostline.models.components import WanComponents
+from frostline.models.loading import load_components
+
+TINY = "tiny"
+WAN_1_3B = "wan2.1-1.3b"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Wan2.1-T2V-1.3B as its config.json has it, but for what is said beside it.
+_DENOISER: dict[str, Any] = {
+    "dim": 1536,
+    "in_dim": 36,  # the image latents and their mask join the 16 noisy channels, as in image-to-video models
+    "ffn_dim": 8960,
+    "out_dim": 16,
+    "text_dim": 64,  # the tiny text encoder's: the real one has 5.7 billion weights and runs once a prompt
+    "freq_dim": 256,
+    "eps": 1e-6,
+    "patch_size": (1, 2, 2),
+    "num_heads": 12,
+    "num_layers": 30,
+    "has_image_input": False,
+    "require_clip_embedding": False,
+    "require_vae_embedding": True,
+}
+_PROMPT_TOKENS = 512
+
+
+def build_components(name: str, dtype: torch.dtype, device: torch.device) -> WanComponents:
+    """`tiny`, or `wan2.1-1.3b`: denoiser and VAE of full size with random weights, the text encoder tiny's."""
+    components = load_components(TINY, dtype, device)
+    if name == TINY:
+        return components
+    components.tokenizer.seq_len = _PROMPT_TOKENS
+    return replace(
+        components,
+        name="wan-1.3b-shaped",
+        denoiser=random_denoiser(dtype, device),
+        vae=_random_vae(dtype, device),
+    )
+
+
+def random_denoiser(dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """1.4 billion weights, made in their own type and place: a copy in fp32 would be 5.7 GB more."""
+    from diffsynth.models.wan_video_dit import WanModel
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = WanModel(**_DENOISER)
+    finally:
+        torch.set_default_dtype(default)
+    # Where the model is given a device to be made on, its rotary tables stay behind.
+    model.freqs = tuple(table.to("cpu") for table in model.freqs)
+    return model.eval().requires_grad_(False)
+
+
+def _random_vae(dtype: torch.dtype, device: torch.device) -> Any:
+    from diffsynth.models.wan_video_vae import WanVideoVAE
+
+    torch.manual_seed(0)
+    vae = WanVideoVAE().to(device, dtype)
+    vae.scale = [part.to(device) for part in vae.scale]
+    return vae.eval().requires_grad_(False)

@@ -1,0 +1,108 @@
+"""A training step on an NVIDIA GPU, its frozen stages in engines, against the same step in PyTorch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frostline.config import TrainingModuleSettings
+from frostline.export.exporter import export_stage
+from frostline.models.loading import load_components
+from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.device import full_fp32
+from frostline.runtime.store import EngineStore
+from frostline.train.module import WanTrainingModule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+    pytest.mark.timeout(500),
+]
+
+BACKENDS = ("onnxruntime", "aotinductor")
+
+
+def build(plan: Any = "torch", engines: Path | None = None) -> WanTrainingModule:
+    settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "kl_weight": 0.1, "reward": {"upscale": 2}})
+    components = load_components("tiny", torch.float32, "cuda")
+    module = WanTrainingModule(components, settings, plan=plan, engines=engines, strict=engines is not None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.trainable_parameters().values():
+            parameter.copy_(0.03 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
+    root = tmp_path_factory.mktemp("engines")
+    for stage in build().stages.values():
+        for backend in BACKENDS:
+            assert export_stage(stage, backend, EngineStore(root)).manifest.verified, (stage.name, backend)
+    return root
+
+
+def batch() -> dict[str, Any]:
+    clips = held_out_clips(2, seed=1)
+    return {"prompt": clips.prompts, "video": clips.video}
+
+
+def step(module: WanTrainingModule) -> tuple[list[float], torch.Tensor]:
+    """Loss, face score and KL; and the gradient of the LoRA."""
+    module.zero_grad()
+    with full_fp32():
+        outcome = module(batch())
+        outcome[0].backward()
+    assert all(value.device.type == "cuda" for value in outcome)
+    gradient = torch.cat([p.grad.flatten() for p in module.trainable_parameters().values() if p.grad is not None])
+    return [value.item() for value in outcome], gradient.double()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hybrid_step_is_a_step_in_torch(backend: str, engines: Path) -> None:
+    module = build({"face_embedder": "torch", **dict.fromkeys(build().stages, backend)}, engines)
+    assert {choice.backend for choice in module.runtime.plan.values()} == {backend}
+    values, gradient = step(module)
+    assert module.last_metrics is not None
+    frozen = {name: time.backend for name, time in module.last_metrics.stages.items() if name in module.stages}
+    assert frozen.pop("vae_decoder") == "torch", "it is live here"
+    assert set(frozen.values()) == {backend}
+    expected, wanted = step(build())
+    assert values == pytest.approx(expected, abs=2e-3)
+    assert torch.nn.functional.cosine_similarity(gradient, wanted, dim=0) > 0.999
+    assert abs(gradient.norm() / wanted.norm() - 1) < 1e-2
+
+
+def test_the_plan_takes_only_what_is_faster_and_backends_swap(engines: Path) -> None:
+    module = build("auto", engines)
+    for name, choice in module.runtime.plan.items():
+        times = choice.latency_ms
+        assert choice.backend == "torch" or times[choice.backend] < times["torch"], name
+    planned, _ = step(module)
+    swaps: Callable[..., Any] = module.runtime.use
+    for backend in ("torch", *BACKENDS):
+        with swaps(denoiser=backend):
+            swapped, _ = step(module)
+            assert module.last_metrics is not None
+            assert module.last_metrics.stages["denoiser"].backend == backend
+        assert swapped == pytest.approx(planned, abs=2e-3)
+    assert module.runtime.plan["denoiser"].backend == build("auto", engines).runtime.plan["denoiser"].backend
+
+
+def test_engines_follow_an_optimizer(engines: Path) -> None:
+    """On the trainer's own memory on the GPU: after each step the engine is the new policy."""
+    module = build("auto", engines)
+    optimizer = torch.optim.AdamW(module.trainable_parameters().values(), lr=1e-3)
+    network = module.stages["denoiser"].networks[0]
+    inputs = network.samples("opt")
+    for _ in range(3):
+        step(module)
+        optimizer.step()
+        with full_fp32():
+            expected = network.reference(inputs)["velocity"]
+            for backend in BACKENDS:
+                with module.runtime.use(denoiser=backend):
+                    actual = module.runtime["denoiser"](**inputs)["velocity"]
+                torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)

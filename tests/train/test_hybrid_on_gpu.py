@@ -62,7 +62,7 @@ def step(module: WanTrainingModule) -> tuple[list[float], torch.Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hybrid_step_is_a_step_in_torch(backend: str, engines: Path) -> None:
-    module = build({"face_embedder": "torch", **dict.fromkeys(build().stages, backend)}, engines)
+    module = build(backend, engines)
     assert {choice.backend for choice in module.runtime.plan.values()} == {backend}
     values, gradient = step(module)
     assert module.last_metrics is not None

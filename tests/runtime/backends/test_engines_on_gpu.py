@@ -57,7 +57,7 @@ def test_the_list_of_networks_is_whole() -> None:
     assert [(stage.name, each.name) for stage in small_stages().values() for each in stage.networks] == NETWORKS
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize("dtype", [FP32, FP16])
 @pytest.mark.parametrize(("stage", "name"), NETWORKS)
 def test_onnxruntime(stage: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     network = network_of(stage, name, dtype, device="cuda")
@@ -66,6 +66,12 @@ def test_onnxruntime(stage: str, name: str, dtype: torch.dtype, tmp_path: Path) 
         inputs = network.samples(size)
         assert_parity(network, runner, inputs, stage)
         assert all(output.device == GPU for output in runner(**inputs).values())
+
+
+def test_onnxruntime_refuses_bf16(tmp_path: Path) -> None:
+    """Its convolutions know no bf16."""
+    with pytest.raises(EngineError, match=r"bfloat16.*Conv"):
+        make_runner("onnxruntime", network_of("face_detector", "rnet", BF16, device="cuda"), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

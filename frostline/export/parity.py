@@ -1,8 +1,9 @@
-"""How close an engine comes to PyTorch on the same inputs."""
+"""How close an engine comes to PyTorch on the same inputs, by Polygraphy's comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from frostline.runtime.stage import Tolerance
 
 # `torch.quantile` takes no more than 2^24 values.
 _QUANTILE_LIMIT = 2**24
+_ERRORS = ("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel")
 
 
 def compare(
@@ -21,46 +23,54 @@ def compare(
     actual: Mapping[str, Tensor],
     tolerance: Tolerance,
 ) -> list[manifest.Parity]:
-    """Measure every output; an output of another shape, or missing, fails with infinite error."""
+    """Measure every output; an output of another shape, not finite, or missing, fails with infinite error."""
     return [_compare_output(network, case, name, expected[name], actual.get(name), tolerance) for name in expected]
 
 
 def _compare_output(
     network: str, case: str, output: str, expected: Tensor, actual: Tensor | None, tolerance: Tolerance
 ) -> manifest.Parity:
-    if actual is None or actual.shape != expected.shape:
-        worst = dict.fromkeys(("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel"), float("inf"))
-        return manifest.Parity(network=network, case=case, output=output, cosine=-1.0, passed=False, **worst)
+    where = {"network": network, "case": case, "output": output}
+    if actual is None or actual.shape != expected.shape or not _finite(expected, actual):
+        return manifest.Parity(**where, **dict.fromkeys(_ERRORS, float("inf")), cosine=-1.0, passed=False)
+    if expected.numel() == 0:
+        return manifest.Parity(**where, **dict.fromkeys(_ERRORS, 0.0), cosine=1.0, passed=True)
     reference, value = expected.double().flatten().cpu(), actual.double().flatten().cpu()
-    if reference.numel() == 0:
-        best = dict.fromkeys(("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel"), 0.0)
-        return manifest.Parity(network=network, case=case, output=output, cosine=1.0, passed=True, **best)
-    error = (value - reference).abs()
     # Relative to the output's scale: entries near zero have no meaningful relative error of their own.
-    scale = reference.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    relative = error / scale
-    bound = tolerance.atol + tolerance.rtol * scale
-    cosine = _cosine(reference, value)
+    scale = max(reference.abs().max().item(), torch.finfo(torch.float32).tiny)
+    error, cosine = _polygraphy(reference, value, tolerance.atol + tolerance.rtol * scale, tolerance.cosine)
+    p99 = _p99((value - reference).abs())
     return manifest.Parity(
-        network=network,
-        case=case,
-        output=output,
-        max_abs=error.max().item(),
-        mean_abs=error.mean().item(),
-        p99_abs=_p99(error),
-        max_rel=relative.max().item(),
-        mean_rel=relative.mean().item(),
-        p99_rel=_p99(relative),
-        cosine=cosine,
-        passed=bool(torch.isfinite(value).all() and error.max() <= bound and cosine >= tolerance.cosine),
+        **where,
+        max_abs=error.max_absdiff,
+        mean_abs=error.mean_absdiff,
+        p99_abs=p99,
+        max_rel=error.max_absdiff / scale,
+        mean_rel=error.mean_absdiff / scale,
+        p99_rel=p99 / scale,
+        cosine=cosine.cosine_similarity,
+        passed=bool(error and cosine),
     )
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    norms = a.norm() * b.norm()
-    if norms == 0:
-        return 1.0 if torch.equal(a, b) else 0.0
-    return (a @ b / norms).item()
+def _polygraphy(reference: Tensor, value: Tensor, bound: float, least_cosine: float) -> tuple[Any, Any]:
+    """Polygraphy's results, true where they are within the bounds: of the largest error, and of the cosine."""
+    from polygraphy.comparator import CosineSimilarityCompareFunc, IterationResult, SimpleCompareFunc
+    from polygraphy.logger import G_LOGGER
+
+    results = [IterationResult({"output": tensor.numpy()}) for tensor in (value, reference)]
+    checks = (
+        SimpleCompareFunc(atol=bound, rtol=0, check_error_stat="max"),
+        CosineSimilarityCompareFunc(cosine_similarity_threshold=least_cosine),
+    )
+    # It would print a report of its own on every output.
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        error, cosine = (check(*results)["output"] for check in checks)
+    return error, cosine
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _p99(values: Tensor) -> float:

@@ -113,7 +113,7 @@ def test_measures_are_what_numpy_says(values: list[float], seed: int, size: floa
     parity = measure(torch.from_numpy(a), torch.from_numpy(b))
     a, b = a.astype(np.float64), b.astype(np.float64)
     error = np.abs(a - b)
-    relative = error / max(np.abs(a).max(), np.finfo(np.float64).tiny)
+    relative = error / max(np.abs(a).max(), np.finfo(np.float32).tiny)
     expected = [f(e) for e in (error, relative) for f in (np.max, np.mean, lambda x: np.quantile(x, 0.99))]
     # Errors relative to nothing overflow on both sides.
     assert [getattr(parity, name) for name in MEASURES] == pytest.approx(expected, rel=1e-9)

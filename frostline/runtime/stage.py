@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import ShapeError
+from frostline.models.weights import PartWeights
 
 Size = Literal["min", "opt", "max"]
 Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -136,6 +137,7 @@ class Stage:
     torch: the stage in plain PyTorch, the measure of all engines.
     assemble: makes the stage from one runner per network.
     sample: realistic inputs of the whole stage, for parity and latency.
+    weights: of a stage that is always frozen, its weights, which need not be in memory while an engine serves it.
     """
 
     name: str
@@ -145,6 +147,7 @@ class Stage:
     assemble: Callable[[Mapping[str, Runner]], Runner]
     sample: Callable[[], dict[str, Tensor]]
     tolerance: Tolerance
+    weights: PartWeights | None = None
 
 
 @dataclass(frozen=True)

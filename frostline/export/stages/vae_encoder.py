@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from frostline.export.shapes import SPATIAL_MULTIPLE
 from frostline.models.vae import TEMPORAL_STRIDE, VaeEncoderFirst, VaeEncoderNext, encode_video
 from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
 
@@ -22,11 +21,11 @@ def build(inputs: StageInputs) -> Stage:
     vae, shapes = inputs.components.vae, inputs.shapes
     first = VaeEncoderFirst(vae).to(inputs.device).eval()
     following = VaeEncoderNext(vae).to(inputs.device).eval()
-    batch, height, width = shapes.dimension("batch"), shapes.pixels("height"), shapes.pixels("width")
+    batch, height, width = shapes.dimension("batch"), inputs.pixels("height"), inputs.pixels("width")
     caches = tuple(
         TensorSpec(
             f"cache_{index:02d}",
-            (batch, channels, frames, shapes.pixels("height", per_block), shapes.pixels("width", per_block)),
+            (batch, channels, frames, inputs.pixels("height", per_block), inputs.pixels("width", per_block)),
             inputs.dtype,
         )
         for index, (channels, frames, per_block) in enumerate(_caches(first, inputs))
@@ -63,12 +62,14 @@ def build(inputs: StageInputs) -> Stage:
         assemble=assemble,
         sample=sample,
         tolerance=tolerance("vae_encoder", inputs.dtype),
+        weights=inputs.components.weights.get("vae_encoder"),
     )
 
 
 @torch.no_grad()
 def _caches(first: VaeEncoderFirst, inputs: StageInputs) -> list[tuple[int, int, int]]:
-    """Channels, frames, and entries for every 16 pixels, of each cache tensor."""
-    side = 2 * SPATIAL_MULTIPLE
+    """Channels, frames, and entries for every `spatial_multiple` pixels, of each cache tensor."""
+    multiple = inputs.components.spatial_multiple
+    side = 2 * multiple
     _, *caches = first(torch.zeros(1, 3, 1, side, side, device=inputs.device, dtype=inputs.dtype))
-    return [(cache.shape[1], cache.shape[2], cache.shape[3] * SPATIAL_MULTIPLE // side) for cache in caches]
+    return [(cache.shape[1], cache.shape[2], cache.shape[3] * multiple // side) for cache in caches]

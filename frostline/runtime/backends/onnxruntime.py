@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 SOURCE: Literal["onnx"] = "onnx"
+HOLDS_WEIGHTS = True
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 engines_app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
 app.add_typer(engines_app, name="engines")
+adapter_app = typer.Typer(no_args_is_help=True, help="Convert a LoRA adapter for other programs, or merge it.")
+app.add_typer(adapter_app, name="adapter")
 
 Model = Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe.")]
 Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 EnginesDir = Annotated[Path, typer.Option("--engines-dir", help="The engine store.")]
+AdapterPath = Annotated[Path, typer.Argument(help="A PEFT folder, or a LoRA .safetensors file.")]
+LoraScale = Annotated[float, typer.Option("--lora-scale", help="Strength of the adapter; 1 is as trained.")]
+WeightsType = Annotated[str | None, typer.Option("--precision", help="fp32, fp16 or bf16; as they are if not given.")]
 _ENGINES = Path("engines")
 
 
@@ -241,6 +246,40 @@ def prune(
     size = None if max_size is None else int(max_size * 1e9)
     for record in EngineStore(engines_dir).prune(age, size):
         typer.echo(f"removed {record.path}")
+
+
+@adapter_app.command()
+def convert(
+    adapter: AdapterPath,
+    out: Annotated[Path, typer.Option("--out", help="A .safetensors file, or for peft a folder.")],
+    to: Annotated[str, typer.Option("--to", help="peft, diffsynth, comfyui or diffusers.")],
+    precision: WeightsType = None,
+) -> None:
+    """Write an adapter under the names that another program reads."""
+    from frostline.models.adapters import read_adapter, write_adapter
+    from frostline.models.precision import parse_precision
+
+    write_adapter(read_adapter(adapter), to, out, None if precision is None else parse_precision(precision))
+    typer.echo(f"wrote {out}")
+
+
+@adapter_app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, or a checkpoint folder.")],
+    adapter: AdapterPath,
+    out: Annotated[Path, typer.Option("--out", help="A .safetensors file.")],
+    lora_scale: LoraScale = 1.0,
+    precision: WeightsType = None,
+) -> None:
+    """Write the denoiser (of two experts the low-noise one) with the adapter in its weights, under Wan's own names."""
+    from frostline.models.adapters import merge_adapter, read_adapter, write_weights
+    from frostline.models.files import find_files
+    from frostline.models.precision import parse_precision
+
+    found = read_adapter(adapter)
+    tensors = find_files(model).denoiser.read(None if precision is None else parse_precision(precision), "cpu")
+    write_weights(merge_adapter(tensors, found, lora_scale), out)
+    typer.echo(f"wrote {out}")
 
 
 def main() -> None:

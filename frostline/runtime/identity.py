@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from frostline.models.precision import DTYPES
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import OPSET, BuildOptions
 from frostline.runtime.device import compute_capabilities
@@ -119,7 +120,7 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
 
 def precision_of(stage: Stage) -> str:
     """The floating-point type that the stage's weights have: fp32, fp16 or bf16."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     return names[stage.networks[0].weight.dtype]
 
 

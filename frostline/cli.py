@@ -171,6 +171,41 @@ def plan(
     console.print(step_gain_line(step_gain(runtime, uses)))
 
 
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, or a checkpoint folder.")],
+    prompt: Annotated[str, typer.Option(help="What is to be seen.")],
+    out: Annotated[Path, typer.Option("--out", help="The .mp4 file to write.")],
+    image: Annotated[Path | None, typer.Option(help="The first frame: a picture or a video.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder or a LoRA .safetensors file.")] = None,
+    lora_scale: LoraScale = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the start noise.")] = 0,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Euler steps from noise to video.")] = 8,
+    shift: Annotated[float, typer.Option(help="Of the sigma schedule.")] = 5.0,
+    num_frames: Annotated[int, typer.Option(min=1, help="4k + 1.")] = 81,
+    height: Annotated[int | None, typer.Option(help="In pixels; by default the picture's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; by default the picture's own.")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 16,
+    plan: Annotated[str, typer.Option(help="auto, torch, a backend, or stage=backend,…")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    device: Device = "auto",
+    engines_dir: EnginesDir = _ENGINES,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where an engine fails.")] = False,
+) -> None:
+    """Make a clip from a picture and a prompt, to look at what an adapter does."""
+    given = {**locals(), "engines": engines_dir}
+    from frostline.progress import Progress
+    from frostline.train.sample import SampleSettings, sample_clip
+
+    known = SampleSettings.model_fields
+    settings = SampleSettings.parse({name: value for name, value in given.items() if name in known})
+    with Progress().task(f"sample {num_frames} frames"):
+        clip = sample_clip(settings, out)
+    if clip.face_score is not None:
+        typer.echo(f"face score {clip.face_score:.3f}, face found in {clip.detection_rate:.0%} of the frames")
+    typer.echo(f"wrote {out}")
+
+
 @engines_app.command("list")
 def list_engines(engines_dir: EnginesDir = _ENGINES) -> None:
     """All engines of the store."""

@@ -184,7 +184,7 @@ class Runtime:
 
     def _runner(self, name: str, backend: str) -> Runner:
         if not _holds_weights(backend):
-            self._restore_weights(self.stages[name])
+            self.stages[name].restore_weights()
         if backend == TORCH:
             return self.stages[name].torch
         if (name, backend) not in self._runners:
@@ -204,11 +204,6 @@ class Runtime:
         networks = {network.name: network for network in stage.networks}
         runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
         return stage.assemble({name: _CheckedRunner(networks[name], runner) for name, runner in runners.items()})
-
-    def _restore_weights(self, stage: Stage) -> None:
-        if stage.weights is not None and not stage.weights.resident:
-            log.info("stage %s: reading its weights", stage.name)
-            stage.weights.restore()
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

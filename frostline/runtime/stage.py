@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from frostline.errors import ShapeError
 from frostline.models.weights import PartWeights
+
+log = logging.getLogger(__name__)
 
 Size = Literal["min", "opt", "max"]
 Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -148,6 +151,12 @@ class Stage:
     sample: Callable[[], dict[str, Tensor]]
     tolerance: Tolerance
     weights: PartWeights | None = None
+
+    def restore_weights(self) -> None:
+        """Make sure that PyTorch can compute the stage: its weights may be away."""
+        if self.weights is not None and not self.weights.resident:
+            log.info("stage %s: reading its weights", self.name)
+            self.weights.restore()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frostline.errors import ConfigError
+from frostline.export.exporter import export_stage
 from frostline.models.loading import DEFERRABLE, load_components
 from frostline.models.weights import FROZEN_PARTS, PartWeights
 from frostline.runtime.identity import weights_sha256
+from frostline.runtime.store import EngineStore
 from frostline.train.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
@@ -105,6 +107,15 @@ def test_a_digest_is_the_same_read_or_recalled(make_module: MakeModule, digests:
     assert not module.stages["text_encoder"].weights.resident  # type: ignore[union-attr]
     next(digests.iterdir()).write_text("damaged")
     assert {name: weights_sha256(module.stages[name]) for name in expected} == expected
+
+
+def test_parts_that_are_away_are_read_for_an_export(make_module: MakeModule, engines: Path, tmp_path: Path) -> None:
+    module = make_module()
+    expected = weights_sha256(module.stages["text_encoder"])
+    module.runtime.release_weights("text_encoder")
+    exported = export_stage(module.stages["text_encoder"], "onnxruntime", EngineStore(tmp_path / "engines"))
+    assert exported.manifest.verified
+    assert exported.manifest.weights_sha256 == expected
 
 
 def test_a_file_that_changed_is_refused(tmp_path: Path, checkpoint_files: Callable[[], list[Any]]) -> None:

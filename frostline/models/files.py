@@ -23,9 +23,9 @@ _TINY = Path(__file__).parent / "tiny" / "weights"
 EMBEDDED = ("tiny", "tiny-moe", "tiny-ti2v")
 _TOKENIZERS = (Path("google") / "umt5-xxl", Path("tokenizer"))
 # The official text encoder always pads to this many tokens.
-_TEXT_LENGTH = 512
+TEXT_LENGTH = 512
 # Of two experts, as released: Wan2.2 I2V A14B and T2V A14B.
-_BOUNDARY_IMAGE, _BOUNDARY_TEXT = 0.9, 0.875
+BOUNDARY_IMAGE, BOUNDARY_TEXT = 0.9, 0.875
 # The mask and the image latents that an image-to-video denoiser takes beside the noisy ones.
 _MASK_CHANNELS = 4
 # How a person calls the parts, and where they would be.
@@ -55,8 +55,8 @@ class WanFiles:
     tokenizer: Path
     denoiser_high_noise: NetworkFiles | None = None
     image_encoder: NetworkFiles | None = None
-    text_length: int = _TEXT_LENGTH
-    boundary: float = _BOUNDARY_IMAGE
+    text_length: int = TEXT_LENGTH
+    boundary: float = BOUNDARY_IMAGE
 
     @property
     def variant(self) -> str:
@@ -233,8 +233,8 @@ def _assemble(
         # Wan2.2 takes no CLIP feature, whatever lies beside it.
         image_encoder=one.get("image_encoder") if takes_clip else None,
         tokenizer=tokenizer,
-        text_length=config.get("text_len", _TEXT_LENGTH),
-        boundary=config.get("boundary", _BOUNDARY_IMAGE if takes_image else _BOUNDARY_TEXT),
+        text_length=config.get("text_len", TEXT_LENGTH),
+        boundary=config.get("boundary", BOUNDARY_IMAGE if takes_image else BOUNDARY_TEXT),
     )
     _ = files.variant  # refuses one that is not known
     return files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,14 +14,9 @@ from frostline.errors import ConfigError
 
 from .components import WanComponents
 from .files import WanFiles, find_files
-from .layouts.architecture import (
-    denoiser_arguments,
-    folds_pixels,
-    image_encoder_layers,
-    text_encoder_arguments,
-    vae_arguments,
-)
+from .layouts.architecture import network_arguments
 from .layouts.network import NetworkFiles
+from .networks import build_network
 from .weights import FROZEN_PARTS, PartWeights, empty_parameters
 
 if TYPE_CHECKING:
@@ -65,20 +60,10 @@ def load_components(
     """
     files = find_files(model)
     log.info("%s", files)
-    experts = {"denoiser": files.denoiser, "denoiser_high_noise": files.denoiser_high_noise}
-
-    def load(field: str, network: NetworkFiles, build: Callable[[], nn.Module]) -> Any:
-        if field in defer:
-            return _without_weights(network, build, dtype, device)
-        return _load(network, build, dtype, device)
-
-    loaded: dict[str, Any] = {
-        "text_encoder": load("text_encoder", files.text_encoder, lambda: _text_encoder(files.text_encoder)),
-        "vae": _load(files.vae, lambda: _vae(files.vae), dtype, device),
-        **{field: load(field, n, lambda n=n: _denoiser(n)) for field, n in experts.items() if n is not None},
-    }
-    if image_encoder := files.image_encoder:
-        loaded["image_encoder"] = load("image_encoder", image_encoder, lambda: _image_encoder(image_encoder))
+    loaded: dict[str, Any] = {}
+    for field, network in files.networks():
+        load = _without_weights if field in defer and field in DEFERRABLE else _load
+        loaded[field] = load(network, dtype, device)
     loaded["vae"].scale = [part.to(device) for part in loaded["vae"].scale]
     for module in loaded.values():
         module.eval().requires_grad_(False)
@@ -91,35 +76,24 @@ def load_components(
     )
 
 
-def build_networks(files: WanFiles) -> dict[str, nn.Module]:
-    """The networks of `files` by field name of `WanComponents`, on the meta device: shapes without weights."""
-    from diffsynth.core.vram.initialization import skip_model_initialization
-
-    builders = {"text_encoder": _text_encoder, "vae": _vae, "image_encoder": _image_encoder}
-    with skip_model_initialization():
-        return {field: builders.get(field, _denoiser)(network) for field, network in files.networks()}
-
-
-def _load(network: NetworkFiles, build: Callable[[], nn.Module], dtype: torch.dtype, device: str | torch.device) -> Any:
+def _load(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
     from diffsynth.core.loader.model import load_model
 
     names = [str(path) for path in network.paths]
     state_dict = _read(network, dtype, device)
     try:
-        return load_model(build, names, torch_dtype=dtype, device=str(device), state_dict=state_dict)
+        return load_model(lambda: _build(network), names, torch_dtype=dtype, device=str(device), state_dict=state_dict)
     except _MISFITS as error:
         first_lines = " ".join(str(error).split("\n")[:3])
         raise ConfigError(f"{', '.join(names)} cannot be loaded: {first_lines}") from error
 
 
-def _without_weights(
-    network: NetworkFiles, build: Callable[[], nn.Module], dtype: torch.dtype, device: str | torch.device
-) -> Any:
+def _without_weights(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
     from diffsynth.core.vram.initialization import skip_model_initialization
 
     try:
         with skip_model_initialization():
-            module = build()
+            module = _build(network)
     except _MISFITS as error:
         raise ConfigError(f"{network} cannot be loaded: {error}") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -158,34 +132,8 @@ def _frozen_weights(
     return weights
 
 
-def _text_encoder(network: NetworkFiles) -> nn.Module:
-    from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-
-    return WanTextEncoder(**text_encoder_arguments(network.shapes))
-
-
-def _denoiser(network: NetworkFiles) -> nn.Module:
-    from diffsynth.models.wan_video_dit import WanModel
-
-    return WanModel(**denoiser_arguments(network.shapes, network.config))
-
-
-def _vae(network: NetworkFiles) -> nn.Module:
-    from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_, WanVideoVAE, WanVideoVAE38
-
-    folded = folds_pixels(network.shapes)
-    vae: Any = WanVideoVAE38() if folded else WanVideoVAE()
-    vae.model = (VideoVAE38_ if folded else VideoVAE_)(**vae_arguments(network.shapes))
-    return vae
-
-
-def _image_encoder(network: NetworkFiles) -> nn.Module:
-    from diffsynth.models.wan_video_image_encoder import WanImageEncoder
-
-    encoder: Any = WanImageEncoder()
-    visual = encoder.model.visual
-    visual.transformer = visual.transformer[: image_encoder_layers(network.shapes)]
-    return encoder
+def _build(network: NetworkFiles) -> nn.Module:
+    return build_network(network.part, network_arguments(network.part, network.shapes, network.config))
 
 
 def _load_tokenizer(folder: Path, text_length: int) -> HuggingfaceTokenizer:

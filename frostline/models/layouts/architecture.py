@@ -7,10 +7,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .names import Part
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Channels of the latents of the Wan2.2 TI2V VAE; no other model has as many.
 _TI2V_CHANNELS = 48
+
+
+def network_arguments(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the network; see the functions below for what they raise."""
+    if part == "denoiser":
+        return denoiser_arguments(shapes, config)
+    if part == "image_encoder":
+        return {"layers": image_encoder_layers(shapes)}
+    return vae_arguments(shapes) if part == "vae" else text_encoder_arguments(shapes)
 
 
 def denoiser_arguments(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,19 +79,15 @@ def text_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def folds_pixels(shapes: Shapes) -> bool:
-    """Whether a VAE is that of Wan2.2 TI2V, which folds 2×2 pixels into the channels of its first convolution."""
-    return shapes["encoder.conv1.weight"][1] == 12
-
-
 def vae_arguments(shapes: Shapes) -> dict[str, Any]:
-    """The arguments of `VideoVAE_`, or of `VideoVAE38_` where `folds_pixels`.
+    """The arguments of `VideoVAE_`, or of Wan2.2 TI2V's `VideoVAE38_`, which have `dec_dim`.
 
     Raises:
         KeyError, ValueError, IndexError, ZeroDivisionError: these are not the tensors of a VAE.
     """
     dim = shapes["encoder.conv1.weight"][0]
-    nested = folds_pixels(shapes)
+    # That one folds 2×2 pixels into the channels of its first convolution.
+    folds_pixels = shapes["encoder.conv1.weight"][1] == 12
     widths: list[list[int]] = [[]]
     blocks = re.compile(r"encoder\.downsamples\.((?:\d+\.downsamples\.)?\d+)\.(residual\.2|resample\.1)\.weight")
     found = {tuple(map(int, m[1].split(".downsamples."))): (m[2], n) for n in shapes if (m := blocks.fullmatch(n))}
@@ -95,7 +102,7 @@ def vae_arguments(shapes: Shapes) -> dict[str, Any]:
         "dim_mult": [level[0] // dim for level in widths],
         "num_res_blocks": len(widths[0]),
     }
-    if nested:
+    if folds_pixels:
         arguments["dec_dim"] = shapes["decoder.conv1.weight"][0] // arguments["dim_mult"][-1]
     return arguments
 

@@ -95,9 +95,8 @@ def measure_model(
         inputs = make.latents()
         live = _measure(denoiser, denoiser, inputs, live=True)
         if "denoiser_high_noise" in modules:
-            stages["denoiser_high_noise"] = Footprint(
-                _bytes(modules["denoiser_high_noise"].parameters()), live.frozen_peak
-            )
+            expert_bytes = _bytes(modules["denoiser_high_noise"].parameters())
+            stages["denoiser_high_noise"] = Footprint(expert_bytes, live.frozen_peak)
         stages["denoiser"] = Footprint(frozen_bytes, live.frozen_peak, live.kept, live.forward_peak, live.backward_peak)
         decode = _decoder(vae, gradient_checkpointing)
         decoding = _measure(vae, decode, (inputs[0],), live=True)

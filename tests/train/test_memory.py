@@ -49,18 +49,19 @@ def test_weights_are_those_that_a_loaded_model_holds(model: str, dtype: torch.dt
     assert not plan.assumed
 
 
-def allocated_peak(run: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's CPU allocator held at once for `run`."""
+def allocated(run: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that PyTorch's CPU allocator still held when `run` returned, and the most that it held at once."""
     run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
+        result = run()
     events: Any = profiled.profiler
     changes = [(e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for _, change in sorted(changes, key=lambda event: event[0]):
         held += change
         peak = max(peak, held)
-    return peak
+    del result
+    return held, peak
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block", "full"])
@@ -81,8 +82,8 @@ def test_activations_are_those_that_a_real_step_allocates(checkpointing: Any) ->
 
     live()  # gradients are there from now on, as in the plan
     plan = memory_plan("tiny", settings(gradient_checkpointing=checkpointing), CLIP, dtype=torch.float32)
-    assert allocated_peak(frozen) == pytest.approx(sizes(plan, "frozen_peak")["denoiser"], rel=0.1)
-    assert allocated_peak(live) == pytest.approx(sizes(plan, "live_peak")["denoiser"], rel=0.1)
+    assert allocated(frozen)[1] == pytest.approx(sizes(plan, "frozen_peak")["denoiser"], rel=0.1)
+    assert allocated(live)[1] == pytest.approx(sizes(plan, "live_peak")["denoiser"], rel=0.1)
 
 
 def test_decoding_is_planned_as_it_is() -> None:
@@ -91,15 +92,17 @@ def test_decoding_is_planned_as_it_is() -> None:
     use_onednn_conv3d(vae)
     latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
     plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32)
-    measured = allocated_peak(lambda: decode_latents(vae, latents).sum().backward())
-    assert measured == pytest.approx(sizes(plan, "live_peak")["vae_decoder"], rel=0.1)
+    # Its backward needs no more tensors than its forward; oneDNN's kernels have scratch space of their own.
+    held, peak = allocated(lambda: decode_latents(vae, latents))
+    assert held == pytest.approx(sizes(plan, "kept")["vae_decoder"], rel=0.01)
+    assert peak == pytest.approx(sizes(plan, "live_peak")["vae_decoder"], rel=0.05)
 
 
 def test_the_embedder_is_planned_as_it_is() -> None:
     embedder: Any = load_embedder("sface")
     plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, embedder=embedder)
     faces = torch.rand(9, 3, 112, 112, requires_grad=True)
-    measured = allocated_peak(lambda: embedder(faces).sum().backward())
+    _, measured = allocated(lambda: embedder(faces).sum().backward())
     assert measured == pytest.approx(sizes(plan, "live_peak")["face_embedder"], rel=0.15)
 
 

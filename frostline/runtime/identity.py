@@ -79,7 +79,7 @@ def _sha256(stage: Stage) -> str:
     for network in stage.networks:
         for name, tensor in sorted(_frozen_tensors(network)):
             digest.update(f"{network.name}/{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -186,11 +186,12 @@ def _decoder(vae: Any, gradient_checkpointing: GradientCheckpointing) -> Callabl
     """As `WanTrainingModule` decodes."""
 
     def decode(latents: Tensor) -> Tensor:
+        by_frame = gradient_checkpointing != "none"
         if gradient_checkpointing == "full" and torch.is_grad_enabled():
-            video = checkpoint(decode_latents, vae, latents, use_reentrant=False)
+            video = checkpoint(decode_latents, vae, latents, by_frame, use_reentrant=False)
             assert isinstance(video, Tensor)
             return video.float()
-        return decode_latents(vae, latents).float()
+        return decode_latents(vae, latents, by_frame).float()
 
     return decode
 

@@ -200,11 +200,12 @@ class WanTrainingModule(nn.Module):
         vae = self.components.vae
         latents = latents.to(vae.model.conv2.weight.dtype)
         with self.runtime.clock.measure("vae_decoder", "torch"):
+            by_frame = self.settings.gradient_checkpointing != "none"
             if self.settings.gradient_checkpointing == "full" and torch.is_grad_enabled():
-                video = checkpoint(decode_latents, vae, latents, use_reentrant=False)
+                video = checkpoint(decode_latents, vae, latents, by_frame, use_reentrant=False)
                 assert isinstance(video, Tensor)
             else:
-                video = decode_latents(vae, latents)
+                video = decode_latents(vae, latents, by_frame)
         return (video.float().transpose(1, 2) + 1) / 2
 
     def _report_missing_faces(self, conditioning: Conditioning, score: IdentityScore) -> None:

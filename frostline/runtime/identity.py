@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # Raise it when a network's forward changes in a way that names, shapes and layers do not show.
 GRAPH_VERSION = 1
+CACHE_VARIABLE = "FROSTLINE_CACHE_DIR"
 # Raise it when the digest is made of other things.
 _MEMO_VERSION = 1
 _DEFAULT_OPTIONS = BuildOptions()
@@ -49,11 +50,18 @@ def weights_sha256(stage: Stage) -> str:
 
 def digest_memo(stage: Stage, source: str) -> Path:
     """Where the digest of weights from `source` is noted."""
-    import platformdirs
-
     graph = [_describe(network) for network in stage.networks]
     key = hashlib.sha256("\n".join([f"v{_MEMO_VERSION}", stage.name, source, *graph]).encode()).hexdigest()
-    return platformdirs.user_cache_path("frostline") / "weights" / f"{key}.sha256"
+    return _cache_folder() / "weights" / f"{key}.sha256"
+
+
+def _cache_folder() -> Path:
+    """`FROSTLINE_CACHE_DIR`, or the user's own folder for what can be computed again."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    import platformdirs  # only this default needs it
+
+    return platformdirs.user_cache_path("frostline")
 
 
 def _recall(memo: Path) -> str | None:

@@ -82,7 +82,7 @@ def take_a_step(folder: str) -> None:
 @pytest.mark.skipif(os.environ.get("FROSTLINE_BIG_TESTS") != "1", reason="set FROSTLINE_BIG_TESTS=1: writes 15 GB")
 @pytest.mark.timeout(3600)
 def test_a_step_of_the_full_model_stays_within_20_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
     folder = tmp_path / RELEASE
     try:
         write_checkpoint(folder)

@@ -26,8 +26,8 @@ SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "mid_timestep": 6, "num_inferen
 
 @pytest.fixture(autouse=True)
 def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "frostline" / "weights"
+    monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
 
 
 def parameters_of(module: WanTrainingModule, part: str) -> list[torch.nn.Parameter]:

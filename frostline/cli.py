@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 engines_app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
 app.add_typer(engines_app, name="engines")
+adapter_app = typer.Typer(no_args_is_help=True, help="Convert a LoRA adapter for other programs, or merge it.")
+app.add_typer(adapter_app, name="adapter")
 
 Model = Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe.")]
 Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 EnginesDir = Annotated[Path, typer.Option("--engines-dir", help="The engine store.")]
+AdapterPath = Annotated[Path, typer.Argument(help="A PEFT folder, or a LoRA .safetensors file.")]
+LoraScale = Annotated[float, typer.Option("--lora-scale", help="Strength of the adapter; 1 is as trained.")]
+WeightsType = Annotated[str | None, typer.Option("--precision", help="fp32, fp16 or bf16; as they are if not given.")]
 _ENGINES = Path("engines")
 
 
@@ -166,6 +171,41 @@ def plan(
     console.print(step_gain_line(step_gain(runtime, uses)))
 
 
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, or a checkpoint folder.")],
+    prompt: Annotated[str, typer.Option(help="What is to be seen.")],
+    out: Annotated[Path, typer.Option("--out", help="The .mp4 file to write.")],
+    image: Annotated[Path | None, typer.Option(help="The first frame: a picture or a video.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder or a LoRA .safetensors file.")] = None,
+    lora_scale: LoraScale = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the start noise.")] = 0,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Euler steps from noise to video.")] = 8,
+    shift: Annotated[float, typer.Option(help="Of the sigma schedule.")] = 5.0,
+    num_frames: Annotated[int, typer.Option(min=1, help="4k + 1.")] = 81,
+    height: Annotated[int | None, typer.Option(help="In pixels; by default the picture's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; by default the picture's own.")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 16,
+    plan: Annotated[str, typer.Option(help="auto, torch, a backend, or stage=backend,…")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    device: Device = "auto",
+    engines_dir: EnginesDir = _ENGINES,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where an engine fails.")] = False,
+) -> None:
+    """Make a clip from a picture and a prompt, to look at what an adapter does."""
+    given = {**locals(), "engines": engines_dir}
+    from frostline.progress import Progress
+    from frostline.train.sample import SampleSettings, sample_clip
+
+    known = SampleSettings.model_fields
+    settings = SampleSettings.parse({name: value for name, value in given.items() if name in known})
+    with Progress().task(f"sample {num_frames} frames"):
+        clip = sample_clip(settings, out)
+    if clip.face_score is not None:
+        typer.echo(f"face score {clip.face_score:.3f}, face found in {clip.detection_rate:.0%} of the frames")
+    typer.echo(f"wrote {out}")
+
+
 @engines_app.command("list")
 def list_engines(engines_dir: EnginesDir = _ENGINES) -> None:
     """All engines of the store."""
@@ -241,6 +281,40 @@ def prune(
     size = None if max_size is None else int(max_size * 1e9)
     for record in EngineStore(engines_dir).prune(age, size):
         typer.echo(f"removed {record.path}")
+
+
+@adapter_app.command()
+def convert(
+    adapter: AdapterPath,
+    out: Annotated[Path, typer.Option("--out", help="A .safetensors file, or for peft a folder.")],
+    to: Annotated[str, typer.Option("--to", help="peft, diffsynth, comfyui or diffusers.")],
+    precision: WeightsType = None,
+) -> None:
+    """Write an adapter under the names that another program reads."""
+    from frostline.models.adapters import read_adapter, write_adapter
+    from frostline.models.precision import parse_precision
+
+    write_adapter(read_adapter(adapter), to, out, None if precision is None else parse_precision(precision))
+    typer.echo(f"wrote {out}")
+
+
+@adapter_app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, or a checkpoint folder.")],
+    adapter: AdapterPath,
+    out: Annotated[Path, typer.Option("--out", help="A .safetensors file.")],
+    lora_scale: LoraScale = 1.0,
+    precision: WeightsType = None,
+) -> None:
+    """Write the denoiser (of two experts the low-noise one) with the adapter in its weights, under Wan's own names."""
+    from frostline.models.adapters import merge_adapter, read_adapter, write_weights
+    from frostline.models.files import find_files
+    from frostline.models.precision import parse_precision
+
+    found = read_adapter(adapter)
+    tensors = find_files(model).denoiser.read(None if precision is None else parse_precision(precision), "cpu")
+    write_weights(merge_adapter(tensors, found, lora_scale), out)
+    typer.echo(f"wrote {out}")
 
 
 def main() -> None:

@@ -51,6 +51,14 @@ def session_signing_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         yield path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave no digests of weights in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the whole run: the processes of a parallel run build each engine once, and wait for each other."""
     base = tmp_path_factory.getbasetemp()

@@ -96,6 +96,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
         ParityError: it does not compute what PyTorch computes; it was deleted.
     """
     backend = engine.manifest.backend
+    stage.restore_weights()
     networks = {network.name: network for network in stage.networks}
     runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
     assembled = stage.assemble(runners)
@@ -143,6 +144,7 @@ def _build_engine(
     backend = get_backend(build.id.backend)
     target = backend.target(stage.networks[0].device, options)
     start = time.monotonic()
+    stage.restore_weights()
     networks = [_build_network(network, backend, build, options, progress) for network in stage.networks]
     return build.commit(
         Manifest(

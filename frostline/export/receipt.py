@@ -84,21 +84,8 @@ def remember(store: EngineStore, key: str, manifests: Iterable[Manifest]) -> Non
 
 def _files(recipe: Recipe) -> list[Path]:
     """Every file that the stages are loaded from, beside those inside packages."""
-    model = find_files(recipe.model)
     embedder = Path(recipe.reward.embedder.partition(":")[2])
-    parts = [
-        model.denoiser,
-        model.denoiser_high_noise,
-        model.vae,
-        model.text_encoder,
-        model.tokenizer,
-        model.image_encoder,
-        embedder if embedder.is_file() else None,
-    ]
-    found: list[Path] = []
-    for part in filter(None, parts):
-        found += sorted(path for path in part.iterdir() if path.is_file()) if part.is_dir() else [part]
-    return found
+    return [*find_files(recipe.model).paths(), *([embedder] if embedder.is_file() else [])]
 
 
 def _fingerprint(path: Path) -> list[object]:

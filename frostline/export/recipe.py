@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -11,12 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from frostline.config import LoraSettings, RewardSettings, Settings
 from frostline.errors import ConfigError
 from frostline.export.shapes import ShapeRange, parse_shapes
+from frostline.models.precision import DTYPES, Precision
 from frostline.runtime.backends import get_backend
 
 if TYPE_CHECKING:
     import torch
-
-Precision = Literal["fp32", "fp16", "bf16"]
 
 ALL_STAGES = "all"
 _RECIPES = Path("engines")
@@ -72,9 +71,7 @@ class Recipe(Settings):
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type that `precision` names."""
-        import torch
-
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+        return DTYPES[self.precision]
 
 
 def load_recipe(model: str, changes: dict[str, Any]) -> Recipe:

@@ -24,9 +24,9 @@ _LAYOUTS: dict[str, tuple[str | int, ...]] = {
 class ShapeRange:
     """Smallest, typical and largest extents.
 
-    batch: samples. latent_frames: k + 1 for a video of 4k + 1 frames. height, width: pixels, multiples of 16.
-    rank: of the LoRA. faces: crops or frames in one call of a face network. face_height, face_width: pixels of the
-    images that the first network of the face detector scans.
+    batch: samples. latent_frames: k + 1 for a video of 4k + 1 frames. height, width: pixels, multiples of 16, or of 32
+    for Wan2.2 TI2V. rank: of the LoRA. faces: crops or frames in one call of a face network. face_height, face_width:
+    pixels of the images that the first network of the face detector scans.
     """
 
     batch: Range = (1, 2, 32)
@@ -55,9 +55,17 @@ class ShapeRange:
         low, typical, high = getattr(self, name)
         return Dimension(name, low, typical, high, multiple)
 
-    def pixels(self, name: str, per_block: int = SPATIAL_MULTIPLE) -> Dimension:
-        """`height` or `width` of a tensor that has `per_block` entries for every 16 pixels."""
-        low, typical, high = (extent // SPATIAL_MULTIPLE for extent in getattr(self, name))
+    def pixels(self, name: str, per_block: int, multiple: int) -> Dimension:
+        """`height` or `width` of a tensor that has `per_block` entries for every `multiple` pixels.
+
+        Raises:
+            ConfigError: an extent is no multiple of what the model takes.
+        """
+        extents: Range = getattr(self, name)
+        for extent in extents:
+            if extent % multiple:
+                raise ConfigError(f"shapes: {name} {extent} is not a multiple of {multiple}, as this model wants")
+        low, typical, high = (extent // multiple for extent in extents)
         return Dimension(name, low, typical, high, per_block)
 
 

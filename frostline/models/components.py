@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE
     from torch import nn
 
+    from .weights import PartWeights
+
 
 @dataclass(frozen=True)
 class WanComponents:
@@ -21,6 +24,7 @@ class WanComponents:
 
     name: names the model in the engine store.
     boundary: the high-noise expert serves timesteps from `boundary * 1000` up; of no effect without one.
+    weights: by stage name, the weights of frozen parts that may leave memory and come back.
     """
 
     name: str
@@ -31,13 +35,14 @@ class WanComponents:
     denoiser_high_noise: WanModel | None = None
     image_encoder: WanImageEncoder | None = None
     boundary: float = 0.9
+    weights: Mapping[str, PartWeights] = field(default_factory=dict)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The neural networks that are there, by field name."""
-        for field in ("text_encoder", "vae", "denoiser", "denoiser_high_noise", "image_encoder"):
-            module = getattr(self, field)
+        for name in ("text_encoder", "vae", "denoiser", "denoiser_high_noise", "image_encoder"):
+            module = getattr(self, name)
             if module is not None:
-                yield field, module
+                yield name, module
 
     @property
     def takes_image_latents(self) -> bool:
@@ -65,3 +70,8 @@ class WanComponents:
     def spatial_stride(self) -> int:
         """Pixels per latent, in height and width."""
         return self.vae.upsampling_factor
+
+    @property
+    def spatial_multiple(self) -> int:
+        """Height and width of a video are multiples of it: the denoiser takes 2×2 patches of the latents."""
+        return self.spatial_stride * self.denoiser.patch_size[1]

@@ -103,7 +103,8 @@ class Denoiser(nn.Module):
             context = torch.cat([model.img_emb(clip_feature), context], dim=1)
         cos = grid_table((self.cos_f, self.cos_h, self.cos_w), grid)
         sin = grid_table((self.sin_f, self.sin_h, self.sin_w), grid)
-        per_block = self.gradient_checkpointing == "block" and torch.is_grad_enabled()
+        # "full" too: when the whole is recomputed, all blocks at once would be too much.
+        per_block = self.gradient_checkpointing != "none" and torch.is_grad_enabled()
         for block in cast("list[DiTBlock]", model.blocks):
             if per_block:
                 x = checkpoint(_block, block, x, context, modulation, cos, sin, use_reentrant=False)

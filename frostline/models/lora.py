@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from frostline.errors import ConfigError
 
+from .adapters import CONFIG_FILE, PEFT, SPELLINGS, Adapter, read_adapter, write_peft
+
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 # The name PEFT itself gives to a model's only adapter.
 ADAPTER = "default"
-_PEFT_PREFIX = "base_model.model."
 
 
 def inject_lora(
@@ -101,68 +102,72 @@ def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.save_pretrained` does."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        _PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): parameter.detach().cpu().contiguous()
-        for name, parameter in lora_parameters(model).items()
-    }
-    partial = folder / "adapter_model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / "adapter_model.safetensors")
-    config.save_pretrained(str(folder))
+    prefix = SPELLINGS[PEFT].prefix
+    tensors = {prefix + _plain(name): parameter for name, parameter in lora_parameters(model).items()}
+    write_peft(tensors, config, folder)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Inject the adapter that `folder` holds (PEFT files) into `model` and return its config.
+def load_adapter(model: nn.Module, path: Path) -> LoraConfig:
+    """Inject the adapter at `path` (a PEFT folder or a file, see `read_adapter`) into `model`, return its config.
 
     Raises:
-        ConfigError: files are missing, or their tensors do not fit the model.
+        ConfigError: it cannot be read or does not fit the model, which is then as it was.
     """
-    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not weights.is_file() or not config_file.is_file():
-        raise ConfigError(f"{folder} holds no adapter: adapter_config.json and adapter_model.safetensors are needed")
-    saved = _read_config(config_file)
-    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in _read_tensors(weights).items()}
-    try:
-        config = inject_lora(model, saved.r, saved.lora_alpha, tuple(saved.target_modules or ()))
-    except ConfigError as error:
-        raise ConfigError(f"{config_file}: {error}") from error
-    parameters = {name.replace(f".{ADAPTER}.", "."): p for name, p in lora_parameters(model).items()}
-    if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())
-        raise ConfigError(f"{weights} does not fit the model: {len(odd)} tensors differ, the first is {odd[0]}")
+    adapter = read_adapter(path)
+    if lora_layers(model):
+        raise ConfigError("the denoiser has LoRA layers already")
+    _check_fit(model, adapter)
+    config = inject_lora(model, adapter.rank, adapter.alpha, adapter.target_modules)
+    copy_adapter(model, adapter)
+    return config
+
+
+def copy_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Give the LoRA layers of `model` the matrices of `adapter`.
+
+    Raises:
+        ConfigError: they are others than those of `adapter`; none is changed then.
+    """
+    parameters = lora_parameters(model)
+    shapes = {_plain(name): tuple(parameter.shape) for name, parameter in parameters.items()}
+    tensors = _tensors(adapter)
+    _compare(tensors, shapes, adapter.weights)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise ConfigError(
-                    f"{weights}: {name} is {tuple(tensors[name].shape)}, the model wants {tuple(parameter.shape)}"
-                )
-            parameter.copy_(tensors[name])
-    return config
+            parameter.copy_(tensors[_plain(name)])
 
 
-def _read_config(path: Path) -> LoraConfig:
-    from peft import LoraConfig
-
-    try:
-        config = LoraConfig.from_pretrained(str(path.parent))
-    except Exception as error:  # peft raises many types of its own
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, LoraConfig) or not isinstance(config.target_modules, set):
-        raise ConfigError(f"{path} is no LoRA on a list of layers")
-    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if getattr(config, name):
-            raise ConfigError(f"{path}: {name} is not supported, one rank and one scale for all layers are")
-    return config
+def _plain(name: str) -> str:
+    """The name of an adapter matrix on disk: without the name of the adapter."""
+    return name.replace(f".{ADAPTER}.", ".")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _check_fit(model: nn.Module, adapter: Adapter) -> None:
+    """Before anything is injected: the layers that PEFT would find are those of the adapter, of fitting shapes."""
+    targets = adapter.target_modules
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets)
+    }
+    if not found:
+        raise ConfigError(f"{adapter.weights.with_name(CONFIG_FILE)}: target_modules {list(targets)} fit no module")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in found.items():
+        shapes[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
+        shapes[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
+    _compare(_tensors(adapter), shapes, adapter.weights)
 
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    pairs = adapter.layers.items()
+    return {f"{layer}.lora_{kind}.weight": pair["AB".index(kind)] for layer, pair in pairs for kind in "AB"}
+
+
+def _compare(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], weights: Path) -> None:
+    if tensors.keys() != wanted.keys():
+        odd = sorted(tensors.keys() ^ wanted.keys())
+        raise ConfigError(f"{weights} does not fit the model: {len(odd)} tensors differ, the first is {odd[0]}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ConfigError(f"{weights}: {name} is {tuple(tensors[name].shape)}, the model wants {shape}")

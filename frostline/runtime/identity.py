@@ -3,29 +3,91 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from frostline.models.precision import DTYPES
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import OPSET, BuildOptions
 from frostline.runtime.device import compute_capabilities
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.store import EngineRecord, EngineStore, engine_key
 
+log = logging.getLogger(__name__)
+
 # Raise it when a network's forward changes in a way that names, shapes and layers do not show.
 GRAPH_VERSION = 1
+CACHE_VARIABLE = "FROSTLINE_CACHE_DIR"
+# Raise it when the digest is made of other things.
+_MEMO_VERSION = 1
 _DEFAULT_OPTIONS = BuildOptions()
 
 
 def weights_sha256(stage: Stage) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all frozen tensors of the stage."""
+    """SHA-256 over names, dtypes, shapes and bytes of all frozen tensors of the stage.
+
+    Where the weights are away it is recalled by their files' sizes and times of change; if it was never computed, they
+    are read for it.
+    """
+    weights = stage.weights
+    if weights is None or weights.resident:
+        return _sha256(stage)
+    memo = digest_memo(stage, weights.source)
+    if (known := _recall(memo)) is not None:
+        return known
+    weights.restore()
+    computed = _sha256(stage)
+    # Of what was read a moment ago, and not of tensors that someone may have changed since.
+    _remember(memo, computed)
+    return computed
+
+
+def digest_memo(stage: Stage, source: str) -> Path:
+    """Where the digest of weights from `source` is noted."""
+    graph = [_describe(network) for network in stage.networks]
+    key = hashlib.sha256("\n".join([f"v{_MEMO_VERSION}", stage.name, source, *graph]).encode()).hexdigest()
+    return _cache_folder() / "weights" / f"{key}.sha256"
+
+
+def _cache_folder() -> Path:
+    """`FROSTLINE_CACHE_DIR`, or the user's own folder for what can be computed again."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    import platformdirs  # only this default needs it
+
+    return platformdirs.user_cache_path("frostline")
+
+
+def _recall(memo: Path) -> str | None:
+    try:
+        noted = memo.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return noted if re.fullmatch(r"[0-9a-f]{64}", noted) else None
+
+
+def _remember(memo: Path, digest: str) -> None:
+    partial = memo.with_suffix(f".{os.getpid()}.partial")
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(digest + "\n")
+        partial.replace(memo)
+    except OSError as error:
+        log.debug("cannot note a digest in %s: %s", memo, error)  # the next run computes it again
+
+
+def _sha256(stage: Stage) -> str:
     digest = hashlib.sha256()
     for network in stage.networks:
         for name, tensor in sorted(_frozen_tensors(network)):
             digest.update(f"{network.name}/{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -66,7 +128,7 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
 
 def precision_of(stage: Stage) -> str:
     """The floating-point type that the stage's weights have: fp32, fp16 or bf16."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     return names[stage.networks[0].weight.dtype]
 
 

@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from frostline.errors import ConfigError
 from frostline.runtime.backends import TORCH
+
+
+def parse_plan(text: str) -> str | dict[str, str]:
+    """A plan as the command line spells it: `auto`, a backend for all stages, or `stage=backend,…`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if len(parts) == 1 and "=" not in parts[0]:
+        return parts[0]
+    pairs = [part.partition("=") for part in parts]
+    if not pairs or not all(stage and sign and backend for stage, sign, backend in pairs):
+        raise ConfigError(f"plan {text!r} is neither auto, a backend, nor stage=backend,…")
+    return {stage.strip(): backend.strip() for stage, _, backend in pairs}
 
 
 @dataclass(frozen=True)

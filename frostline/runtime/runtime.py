@@ -89,6 +89,18 @@ class Runtime:
         finally:
             self._plan.update(before)
 
+    def release_weights(self, *stages: str) -> None:
+        """Give back the memory of PyTorch weights that are not needed now; they are read again where they are.
+
+        Args:
+            stages: for instance those whose outputs a cache holds; if none is named, those that an engine serves which
+                has weights of its own.
+        """
+        served = [name for name, choice in self._plan.items() if _holds_weights(choice.backend)]
+        for name in stages or served:
+            if (weights := self.stages[name].weights) is not None:
+                weights.release()
+
     def fingerprint(self, stage: str) -> str:
         """What the stage's outputs depend on, beside its inputs: its weights and the backend that serves it."""
         return f"{self._plan[stage].backend} {self._weights_of(stage)}"
@@ -171,6 +183,8 @@ class Runtime:
         return self._weights[stage]
 
     def _runner(self, name: str, backend: str) -> Runner:
+        if not _holds_weights(backend):
+            self.stages[name].restore_weights()
         if backend == TORCH:
             return self.stages[name].torch
         if (name, backend) not in self._runners:
@@ -208,6 +222,10 @@ class _PlannedRunner:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.runtime.run(self.stage, inputs)
+
+
+def _holds_weights(backend: str) -> bool:
+    return backend != TORCH and get_backend(backend).HOLDS_WEIGHTS
 
 
 def _doubt(stage: Stage, manifest: Manifest) -> str | None:

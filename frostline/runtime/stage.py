@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import ShapeError
+from frostline.models.weights import PartWeights
+
+log = logging.getLogger(__name__)
 
 Size = Literal["min", "opt", "max"]
 Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -136,6 +140,7 @@ class Stage:
     torch: the stage in plain PyTorch, the measure of all engines.
     assemble: makes the stage from one runner per network.
     sample: realistic inputs of the whole stage, for parity and latency.
+    weights: of a stage that is always frozen, its weights, which need not be in memory while an engine serves it.
     """
 
     name: str
@@ -145,6 +150,13 @@ class Stage:
     assemble: Callable[[Mapping[str, Runner]], Runner]
     sample: Callable[[], dict[str, Tensor]]
     tolerance: Tolerance
+    weights: PartWeights | None = None
+
+    def restore_weights(self) -> None:
+        """Make sure that PyTorch can compute the stage: its weights may be away."""
+        if self.weights is not None and not self.weights.resident:
+            log.info("stage %s: reading its weights", self.name)
+            self.weights.restore()
 
 
 @dataclass(frozen=True)

@@ -51,19 +51,21 @@ def check_batch(data: Any) -> Batch:
     return Batch(prompt, _check_pixels(video, sample_id), sample_id)
 
 
-def fit_to_wan(video: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
+def fit_to_wan(video: torch.Tensor, multiple: int = SPATIAL_MULTIPLE) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Bring float `(B, T, C, H, W)` in [0, 1] to the sizes Wan takes, and say what was changed.
 
     T grows to the next 4k+1 by repeating the last frame; H and W are resized (antialiased) to the nearest
-    multiples of 16. The changes are phrases for people, none where all fits; each is logged once a process.
+    multiples of `multiple`, see `WanComponents.spatial_multiple`. The changes are phrases for people, none where all
+    fits; each is logged once a process.
     """
     frames, height, width = video.shape[1], *video.shape[-2:]
     fitted_frames = math.ceil((frames - 1) / TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1
-    fitted_size = nearest_multiple(height), nearest_multiple(width)
+    fitted_size = nearest_multiple(height, multiple), nearest_multiple(width, multiple)
     changes: list[str] = []
     if fitted_size != (height, width):
         video = resize(video, fitted_size)
-        changes.append(f"frames of {width}x{height} resized to {fitted_size[1]}x{fitted_size[0]} (multiples of 16)")
+        fitted = f"{fitted_size[1]}x{fitted_size[0]} (multiples of {multiple})"
+        changes.append(f"frames of {width}x{height} resized to {fitted}")
     if fitted_frames != frames:
         video = pad_frames(video, fitted_frames, dim=1)
         changes.append(f"{frames} frames brought to {fitted_frames} (4k+1) by repeating the last")
@@ -72,9 +74,9 @@ def fit_to_wan(video: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
     return video, tuple(changes)
 
 
-def nearest_multiple(size: int) -> int:
-    """The multiple of 16 nearest to a size in pixels, at least 16; halfway goes up."""
-    return max(SPATIAL_MULTIPLE, (size + SPATIAL_MULTIPLE // 2) // SPATIAL_MULTIPLE * SPATIAL_MULTIPLE)
+def nearest_multiple(size: int, multiple: int = SPATIAL_MULTIPLE) -> int:
+    """The multiple of `multiple` nearest to a size in pixels, at least one; halfway goes up."""
+    return max(multiple, (size + multiple // 2) // multiple * multiple)
 
 
 def resize(video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -70,7 +70,7 @@ class Conditioner:
     def __call__(self, data: object) -> Conditioning:
         """Check and fit `data`, then compute or recall all conditions; see `check_batch` for the contract."""
         batch = check_batch(data)
-        video, _ = fit_to_wan(batch.video)
+        video, _ = fit_to_wan(batch.video, self.components.spatial_multiple)
         video = video.to(self._device)
         first_frame = video[:, 0] * 2 - 1
         T, H, W = video.shape[1], *video.shape[-2:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,8 @@ from frostline.export.model import stage_model
 from frostline.export.shapes import ShapeRange
 from frostline.models.components import WanComponents
 from frostline.models.faces.identity import IdentityScore
-from frostline.models.loading import load_components
+from frostline.models.files import Entry
+from frostline.models.loading import DEFERRABLE, load_components
 from frostline.models.lora import lora_parameters, save_adapter
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.vae import decode_latents
@@ -93,7 +94,7 @@ class WanTrainingModule(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path,
+        model: str | Path | Sequence[Entry],
         *,
         engines: str | Path | None = "engines",
         plan: PlanSetting = AUTO,
@@ -106,14 +107,16 @@ class WanTrainingModule(nn.Module):
         """Load a model and make it trainable.
 
         Args:
-            model: `tiny`, `tiny-moe`, `tiny-ti2v` or a folder; see `load_components`.
+            model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `load_components`.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
             ConfigError: files or settings are not usable.
         """
         parsed = TrainingModuleSettings.parse(settings)
-        components = load_components(model, dtype, device)
-        return cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
+        components = load_components(model, dtype, device, defer=DEFERRABLE)
+        module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
+        module.runtime.release_weights()
+        return module
 
     def _open_cache(self) -> FrozenOutputCache | None:
         settings = self.settings
@@ -199,11 +202,12 @@ class WanTrainingModule(nn.Module):
         vae = self.components.vae
         latents = latents.to(vae.model.conv2.weight.dtype)
         with self.runtime.clock.measure("vae_decoder", "torch"):
+            by_frame = self.settings.gradient_checkpointing != "none"
             if self.settings.gradient_checkpointing == "full" and torch.is_grad_enabled():
-                video = checkpoint(decode_latents, vae, latents, use_reentrant=False)
+                video = checkpoint(decode_latents, vae, latents, by_frame, use_reentrant=False)
                 assert isinstance(video, Tensor)
             else:
-                video = decode_latents(vae, latents)
+                video = decode_latents(vae, latents, by_frame)
         return _to_frames(video)
 
     def _report_missing_faces(self, conditioning: Conditioning, score: IdentityScore) -> None:

@@ -138,6 +138,8 @@ class Sampler:
         if index < self.high_noise_steps:
             assert self.denoiser_high_noise is not None
             denoiser = self.denoiser_high_noise
+            if (weights := self.components.weights.get("denoiser_high_noise")) is not None:
+                weights.restore()
         with self.runtime.clock.measure("denoise_tail", _LIVE):
             return denoiser(**self._inputs(latents, index), **given).float()
 

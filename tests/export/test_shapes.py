@@ -147,17 +147,25 @@ def test_valid_shapes_give_an_ordered_range_that_holds_them(flags: dict[str, str
 
 def test_dimensions_of_tensors() -> None:
     shapes = parse_shapes("video:1x5x3x64x64", "video:2x9x3x96x96", "video:4x17x3x128x160")
-    height = shapes.pixels("height")
+    height = shapes.pixels("height", 16, 16)
     assert [height.at(size) for size in ("min", "opt", "max")] == [64, 96, 128]
     assert height.admits(112)
     assert not height.admits(104)
     assert not height.admits(144)
-    latent = shapes.pixels("width", 2)
+    latent = shapes.pixels("width", 2, 16)
     assert [latent.at(size) for size in ("min", "opt", "max")] == [8, 12, 20]
     assert (latent.name, latent.min, latent.max) == ("width", 4, 10)
     batch = shapes.dimension("batch")
     assert [batch.at(size) for size in ("min", "opt", "max")] == [1, 2, 4]
     assert shapes.dimension("latent_frames", 3).at("opt") == 9
+
+
+def test_a_model_that_wants_multiples_of_32() -> None:
+    shapes = parse_shapes("video:1x5x3x64x64", "video:2x9x3x96x96", "video:4x17x3x128x160")
+    latent = shapes.pixels("height", 2, 32)
+    assert [latent.at(size) for size in ("min", "opt", "max")] == [4, 6, 8]
+    with pytest.raises(ConfigError, match="width 48 is not a multiple of 32, as this model wants"):
+        parse_shapes("video:1x5x3x64x48").pixels("width", 32, 32)
 
 
 @pytest.mark.parametrize("extents", [(0, 1, 2), (2, 1, 3), (1, 3, 2)])

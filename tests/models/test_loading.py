@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import frostline.models.loading as loading
 from frostline.errors import ConfigError
-from frostline.models.loading import denoiser_arguments, load_components
+from frostline.models.layouts.architecture import denoiser_arguments
+from frostline.models.loading import load_components
 
 EMBEDDED = Path(loading.__file__).parent / "tiny" / "weights"
 TOKENIZER = EMBEDDED / "tiny" / "google" / "umt5-xxl"
@@ -203,7 +204,8 @@ def test_official_checkpoints_are_recognised_by_their_shapes() -> None:
         pins = official.get("seperated_timestep", False)
         with torch.device("meta"):
             tensors = WanModel(**{**official, "num_layers": 2}).state_dict()
-        arguments = denoiser_arguments(tensors, {"model_type": "ti2v" if pins else "any"})
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        arguments = denoiser_arguments(shapes, {})
         expected = {**official, "patch_size": tuple(official["patch_size"]), "num_layers": 2}
         assert arguments == {**arguments, **expected}
         assert arguments["seperated_timestep"] is arguments["fuse_vae_embedding_in_latents"] is pins
@@ -266,10 +268,13 @@ def test_a_denoiser_of_other_shapes_is_refused(checkpoint: Checkpoint) -> None:
 def test_a_checkpoint_of_something_else_is_refused(checkpoint: Checkpoint) -> None:
     for path in checkpoint.folder.glob("diffusion*"):
         path.unlink()
-    with pytest.raises(ConfigError, match=rf"denoiser is missing.*{checkpoint.folder}"):
+    with pytest.raises(ConfigError, match=rf"{checkpoint.folder}: found VAE, text encoder; missing: the denoiser"):
         load_components(checkpoint.folder)
-    save_file({"weight": torch.zeros(2)}, checkpoint.folder / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ConfigError, match=rf"{checkpoint.folder} holds no Wan denoiser.*patch_embedding"):
+    save_file({"weight": torch.zeros(2)}, checkpoint.folder / "something.safetensors")
+    with pytest.raises(ConfigError, match=r"not part of a Wan model: something\.safetensors; missing: the denoiser"):
+        load_components(checkpoint.folder)
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2)}, checkpoint.folder / "something.safetensors")
+    with pytest.raises(ConfigError, match=r"something\.safetensors holds no Wan denoiser.*patch_embedding"):
         load_components(checkpoint.folder)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.models.vae import decode_latents, use_onednn_conv3d
+from frostline.train.tracking import MemoryTracker, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,26 @@ def test_the_fast_convolution_steps_aside_for_other_types() -> None:
     with torch.no_grad():
         expected, actual = (v.model.encode(video.bfloat16(), v.scale) for v in (vae, fast))
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["vae", "vae38"])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_decoding_frame_by_frame_changes_nothing_and_keeps_less(
+    name: str, frames: int, request: pytest.FixtureRequest
+) -> None:
+    decoder: Any = request.getfixturevalue(name)
+    channels = len(decoder.scale[0])
+    values = torch.randn(2, channels, frames, 4, 6, generator=torch.Generator().manual_seed(frames))
+    videos, gradients, kept = [], [], []
+    for checkpoint_frames in (False, True):
+        latents = values.clone().requires_grad_()
+        with MemoryTracker([*tensors_of(decoder.model), latents]) as tracker:
+            video = decode_latents(decoder, latents, checkpoint_frames)
+            kept.append(tracker.live)
+        (video * torch.linspace(0, 1, video.shape[-1])).sum().backward()
+        videos.append(video.detach())
+        gradients.append(latents.grad)
+    assert torch.equal(videos[0], videos[1])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+    assert kept[1] < 0.35 * kept[0]

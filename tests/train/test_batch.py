@@ -151,3 +151,10 @@ def test_fitting_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_nearest_multiple() -> None:
     assert [nearest_multiple(size) for size in (1, 16, 23, 24, 39, 40, 480)] == [16, 16, 16, 32, 32, 48, 480]
+    assert [nearest_multiple(size, 32) for size in (1, 47, 48, 79, 80, 480)] == [32, 32, 64, 64, 96, 480]
+
+
+def test_a_model_of_coarser_latents_wants_multiples_of_32() -> None:
+    fitted, changes = fit_to_wan(torch.rand(1, 5, 3, 48, 96), multiple=32)
+    assert fitted.shape == (1, 5, 3, 64, 96)
+    assert "96x48 resized to 96x64 (multiples of 32)" in changes[0]

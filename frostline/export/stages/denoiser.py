@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from frostline.export.shapes import SPATIAL_MULTIPLE
 from frostline.models.denoiser import Denoiser
 from frostline.models.lora import adapters_off, live_scale, lora_parameters, lora_scale
 from frostline.runtime.stage import Dimension, Network, Stage, TensorSpec
@@ -74,6 +73,7 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
         assemble=lambda runners: runners[name],
         sample=lambda: network.samples("opt"),
         tolerance=tolerance(name, inputs.dtype),
+        weights=inputs.components.weights.get(name),
     )
 
 
@@ -114,12 +114,11 @@ def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
 
 
 def _latent_grid(inputs: StageInputs) -> tuple[Dimension, Dimension, Dimension]:
-    per_block = SPATIAL_MULTIPLE // inputs.components.spatial_stride
-    shapes = inputs.shapes
+    per_block = inputs.components.spatial_multiple // inputs.components.spatial_stride
     return (
-        shapes.dimension("latent_frames"),
-        shapes.pixels("height", per_block),
-        shapes.pixels("width", per_block),
+        inputs.shapes.dimension("latent_frames"),
+        inputs.pixels("height", per_block),
+        inputs.pixels("width", per_block),
     )
 
 

@@ -13,8 +13,9 @@ def build(inputs: StageInputs) -> Stage | None:
     encoder = inputs.components.image_encoder
     if encoder is None:
         return None
-    shapes = inputs.shapes
-    shape = (shapes.dimension("batch"), 3, shapes.pixels("height"), shapes.pixels("width"))
+    shape = (inputs.shapes.dimension("batch"), 3, inputs.pixels("height"), inputs.pixels("width"))
     module = ImageEncoder(encoder).to(inputs.device, inputs.dtype).eval()
     network = Network("image_encoder", module, (TensorSpec("image", shape, inputs.dtype),), ("clip_feature",))
-    return single_network_stage(network, inputs.components.name, tolerance("image_encoder", inputs.dtype))
+    weights = inputs.components.weights.get("image_encoder")
+    bounds = tolerance("image_encoder", inputs.dtype)
+    return single_network_stage(network, inputs.components.name, bounds, weights=weights)

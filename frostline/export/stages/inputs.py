@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from frostline.export.shapes import ShapeRange
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
-from frostline.runtime.stage import Network, Stage, Tolerance
+from frostline.models.weights import PartWeights
+from frostline.runtime.stage import Dimension, Network, Stage, Tolerance
 
 # The bounds by the type of the weights, both sides computing in that type. Measured on small models of random weights,
 # the worst of ONNX Runtime, OpenVINO and AOTInductor, relative to the largest output: 6e-6, 3e-3 and 2.6e-2, of which
@@ -69,9 +70,18 @@ class StageInputs:
         """Where the Wan weights are."""
         return self.components.denoiser.patch_embedding.weight.device
 
+    def pixels(self, name: str, per_block: int | None = None) -> Dimension:
+        """`height` or `width` of a tensor with `per_block` entries where the video has `spatial_multiple` pixels."""
+        multiple = self.components.spatial_multiple
+        return self.shapes.pixels(name, multiple if per_block is None else per_block, multiple)
+
 
 def single_network_stage(
-    network: Network, model: str, tolerance: Tolerance, sample: Callable[[], dict[str, Tensor]] | None = None
+    network: Network,
+    model: str,
+    tolerance: Tolerance,
+    sample: Callable[[], dict[str, Tensor]] | None = None,
+    weights: PartWeights | None = None,
 ) -> Stage:
     """A stage that is one network and nothing around it."""
 
@@ -86,4 +96,5 @@ def single_network_stage(
         assemble=lambda runners: runners[network.name],
         sample=sample or (lambda: network.samples("opt")),
         tolerance=tolerance,
+        weights=weights,
     )

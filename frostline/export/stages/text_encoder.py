@@ -36,4 +36,5 @@ def build(inputs: StageInputs) -> Stage:
         (TensorSpec("ids", shape, torch.int64, random_ids), TensorSpec("mask", shape, torch.int64, random_mask)),
         ("context",),
     )
-    return single_network_stage(network, components.name, tolerance("text_encoder", inputs.dtype), sample)
+    weights = components.weights.get("text_encoder")
+    return single_network_stage(network, components.name, tolerance("text_encoder", inputs.dtype), sample, weights)

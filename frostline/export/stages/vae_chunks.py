@@ -21,18 +21,17 @@ def chunk_networks(
         modules: for the first chunk and for the next.
         chunks: what each takes, without the caches.
         gives: the name of the output that is no cache.
-        chunk_entries: how many entries a chunk has for every 16 pixels of height.
+        chunk_entries: how many entries a chunk has for every `spatial_multiple` pixels of height.
     """
-    shapes = inputs.shapes
     caches = tuple(
         TensorSpec(
             f"cache_{index:02d}",
             (
-                shapes.dimension("batch"),
+                inputs.shapes.dimension("batch"),
                 channels,
                 frames,
-                shapes.pixels("height", round(per_entry * chunk_entries)),
-                shapes.pixels("width", round(per_entry * chunk_entries)),
+                inputs.pixels("height", round(per_entry * chunk_entries)),
+                inputs.pixels("width", round(per_entry * chunk_entries)),
             ),
             inputs.dtype,
         )

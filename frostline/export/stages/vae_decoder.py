@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from frostline.export.shapes import SPATIAL_MULTIPLE
 from frostline.models.vae import decode_latents
 from frostline.models.vae_chunks import VaeDecoderFirst, VaeDecoderNext, decode_in_chunks
 from frostline.runtime.stage import Runner, Stage, TensorSpec
@@ -24,10 +23,9 @@ def build(inputs: StageInputs) -> Stage:
     """The stage, its torch side diffsynth's own `decode`, clamped."""
     vae, shapes = inputs.components.vae, inputs.shapes
     modules = tuple(kind(vae).to(inputs.device).eval() for kind in (VaeDecoderFirst, VaeDecoderNext))
-    # The Wan VAE halves height and width three times; that of Wan2.2 TI2V folds 2×2 pixels besides.
-    per_block = SPATIAL_MULTIPLE // (8 * modules[0].spatial_patch)
+    per_block = inputs.components.spatial_multiple // inputs.components.spatial_stride
     channels = vae.model.conv2.in_channels
-    height, width = shapes.pixels("height", per_block), shapes.pixels("width", per_block)
+    height, width = inputs.pixels("height", per_block), inputs.pixels("width", per_block)
     latents = TensorSpec("latents", (shapes.dimension("batch"), channels, 1, height, width), inputs.dtype)
 
     def in_torch(**tensors: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from frostline.export.shapes import SPATIAL_MULTIPLE
 from frostline.models.vae import TEMPORAL_STRIDE
 from frostline.models.vae_chunks import VaeEncoderFirst, VaeEncoderNext, encode_in_chunks
 from frostline.runtime.stage import Runner, Stage, TensorSpec
@@ -23,7 +22,7 @@ def build(inputs: StageInputs) -> Stage:
     """The stage, its torch side diffsynth's own `encode`."""
     vae, shapes = inputs.components.vae, inputs.shapes
     modules = tuple(kind(vae).to(inputs.device).eval() for kind in (VaeEncoderFirst, VaeEncoderNext))
-    batch, height, width = shapes.dimension("batch"), shapes.pixels("height"), shapes.pixels("width")
+    batch, height, width = shapes.dimension("batch"), inputs.pixels("height"), inputs.pixels("width")
     first, following = (
         TensorSpec("video", (batch, 3, frames, height, width), inputs.dtype) for frames in (1, TEMPORAL_STRIDE)
     )
@@ -43,9 +42,12 @@ def build(inputs: StageInputs) -> Stage:
     return Stage(
         name="vae_encoder",
         model=inputs.components.name,
-        networks=chunk_networks(inputs, (modules[0], modules[1]), (first, following), "latents", SPATIAL_MULTIPLE),
+        networks=chunk_networks(
+            inputs, (modules[0], modules[1]), (first, following), "latents", inputs.components.spatial_multiple
+        ),
         torch=in_torch,
         assemble=assemble,
         sample=sample,
         tolerance=tolerance("vae_encoder", inputs.dtype),
+        weights=inputs.components.weights.get("vae_encoder"),
     )

@@ -35,6 +35,8 @@ class Backend(Protocol):
 
     # What `build` starts from: a file that ONNX tools read, or torch's own `ExportedProgram`.
     SOURCE: Literal["onnx", "exported_program"]
+    # Whether an engine has weights of its own, or computes with those of the PyTorch module.
+    HOLDS_WEIGHTS: bool
 
     def unavailable(self) -> str | None:
         """Why this backend can neither build nor run here and what to install, or None."""

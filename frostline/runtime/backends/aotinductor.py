@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 SOURCE: Literal["exported_program"] = "exported_program"
+HOLDS_WEIGHTS = False
 
 # The tracer's wrapper around `Network.module`.
 _PREFIX = "module."

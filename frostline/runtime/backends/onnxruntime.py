@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 SOURCE: Literal["onnx"] = "onnx"
+HOLDS_WEIGHTS = True
 
 _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}

@@ -21,6 +21,7 @@ from .inputs import check_inputs, check_live
 from .options import BuildOptions
 
 SOURCE: Literal["onnx"] = "onnx"
+HOLDS_WEIGHTS = True
 
 # numpy, through which memory is shared, has no bfloat16: its bytes travel under another name.
 _AS_NUMPY = {torch.bfloat16: torch.int16}

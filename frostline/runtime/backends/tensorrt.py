@@ -52,6 +52,7 @@ class TensorRTBackend:
     """
 
     SOURCE: Literal["onnx"] = "onnx"
+    HOLDS_WEIGHTS = True
 
     def __init__(self, module: str, extra: str, cross_builds: bool) -> None:
         self._module = module

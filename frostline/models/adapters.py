@@ -1,0 +1,254 @@
+"""LoRA adapters on disk: read from any of the usual spellings, write in each, merge into base weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from frostline.errors import ConfigError
+
+from .layouts.names import DENOISER, rename
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+PEFT = "peft"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How one library names the tensors of a layer.
+
+    prefix: before the layer's path. down, up: of the matrices A and B, after it.
+    stores_alpha: whether a tensor `.alpha` beside them gives the scale; else the scale is multiplied into B.
+    diffusers: whether layers go by diffusers' names.
+    """
+
+    prefix: str
+    down: str
+    up: str
+    stores_alpha: bool = False
+    diffusers: bool = False
+
+
+# Sources: `PeftModel.save_pretrained`; `GeneralLoRALoader` of diffsynth; `comfy/lora.py` and
+# `comfy/weight_adapter/lora.py` of ComfyUI; `WanLoraLoaderMixin` of diffusers.
+SPELLINGS: Mapping[str, Spelling] = {
+    PEFT: Spelling("base_model.model.", ".lora_A.weight", ".lora_B.weight"),
+    "diffsynth": Spelling("", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "comfyui": Spelling("diffusion_model.", ".lora_down.weight", ".lora_up.weight", stores_alpha=True),
+    "diffusers": Spelling("transformer.", ".lora_A.weight", ".lora_B.weight", diffusers=True),
+}
+_TENSOR = re.compile(r"(.+)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
+_DOWN = ("lora_A", "lora_down")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA on the denoiser: layer W computes `W x + alpha / rank * B A x`.
+
+    layers: by module path in diffsynth's `WanModel`, A (rank, in) and B (out, rank).
+    target_modules: PEFT's names for these layers. weights: the file that the matrices are from.
+    """
+
+    layers: Mapping[str, tuple[Tensor, Tensor]] = field(repr=False)
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    weights: Path
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`."""
+        return self.alpha / self.rank
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read the PEFT folder, or the one file in any of `SPELLINGS`, at `path`.
+
+    Raises:
+        ConfigError: it is none, is damaged, or its layers differ in rank or scale.
+    """
+    if path.suffix == ".safetensors" and path.is_file():
+        return _parse(_read_tensors(path), path)
+    config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
+    if not weights.is_file() or not config_file.is_file():
+        raise ConfigError(f"{path} holds no adapter: {CONFIG_FILE} and {WEIGHTS_FILE} are needed")
+    config = _read_config(config_file)
+    adapter = _parse(_read_tensors(weights), weights)
+    if adapter.rank != config.r:
+        raise ConfigError(f"{weights} has rank {adapter.rank}, {config_file} says {config.r}")
+    targets = tuple(sorted(config.target_modules or ()))
+    return Adapter(adapter.layers, config.r, config.lora_alpha, targets, weights)
+
+
+def write_adapter(adapter: Adapter, spelling: str, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Write `adapter` as one of `SPELLINGS`: a folder for PEFT, else one safetensors file.
+
+    Args:
+        dtype: of the matrices; as they are if not given.
+    Raises:
+        ConfigError: the spelling is unknown, or `out` cannot be written.
+    """
+    if spelling not in SPELLINGS:
+        raise ConfigError(f"unknown spelling {spelling!r}: use one of {', '.join(SPELLINGS)}")
+    style = SPELLINGS[spelling]
+    names = rename(adapter.layers, DENOISER, to_diffusers=True) if style.diffusers else {n: n for n in adapter.layers}
+    # PEFT has the scale in its config.
+    keeps_scale = style.stores_alpha or spelling == PEFT
+    tensors: dict[str, Tensor] = {}
+    for layer, (down, up) in adapter.layers.items():
+        name = style.prefix + names[layer]
+        tensors[name + style.down] = down.to(dtype or down.dtype)
+        tensors[name + style.up] = (up if keeps_scale else up * adapter.scale).to(dtype or up.dtype)
+        if style.stores_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(float(adapter.alpha))
+    if spelling != PEFT:
+        if out.suffix != ".safetensors":
+            raise ConfigError(f"{out}: adapters in the spelling of {spelling} are one .safetensors file")
+        _write_tensors(tensors, out)
+        return
+    from peft import LoraConfig
+
+    alpha: int = adapter.alpha  # type: ignore[assignment]  # peft takes fractions too
+    write_peft(tensors, LoraConfig(r=adapter.rank, lora_alpha=alpha, target_modules=list(adapter.target_modules)), out)
+
+
+def write_peft(tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.save_pretrained` does."""
+    _write_tensors(tensors, folder / WEIGHTS_FILE)
+    config.save_pretrained(str(folder))
+
+
+def merge_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, lora_scale: float = 1.0) -> dict[str, Tensor]:
+    """The weights of a denoiser with the adapter in them, `W + lora_scale * alpha / rank * B A`.
+
+    Computed in fp32 and rounded once to the type that each weight has.
+
+    Args:
+        tensors: in Wan's own spelling.
+    Raises:
+        ConfigError: the adapter is of another model.
+    """
+    merged = dict(tensors)
+    for layer, (down, up) in adapter.layers.items():
+        name = f"{layer}.weight"
+        delta = lora_scale * adapter.scale * (up.float() @ down.float())
+        weight = merged.get(name)
+        if weight is None or weight.shape != delta.shape:
+            found = "not there" if weight is None else f"of shape {tuple(weight.shape)}"
+            raise ConfigError(f"{adapter.weights} does not fit the model: {name} is {found}, not {tuple(delta.shape)}")
+        merged[name] = (weight.float() + delta).to(weight.dtype)
+    return merged
+
+
+def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
+    """Write tensors as one safetensors file, which appears only complete.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: weights are written as .safetensors")
+    _write_tensors(tensors, out)
+
+
+def _parse(tensors: Mapping[str, Tensor], path: Path) -> Adapter:
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise ConfigError(f"{path} is no LoRA of a denoiser: {name}")
+        layer, kind, alpha = match.groups()
+        if alpha:
+            alphas[layer] = float(tensor)
+        else:
+            (down if kind in _DOWN else up)[layer] = tensor
+    if down.keys() != up.keys() or not down:
+        odd = sorted(down.keys() ^ up.keys())
+        raise ConfigError(f"{path} is no whole LoRA: {odd[0] if odd else 'it'} lacks one of its two matrices")
+    for layer, matrix in down.items():
+        if matrix.ndim != 2 or up[layer].ndim != 2 or matrix.shape[0] != up[layer].shape[1]:
+            raise ConfigError(f"{path}: the matrices of {layer} do not fit each other")
+    ranks = {matrix.shape[0] for matrix in down.values()}
+    scales = {alphas.get(layer, float(matrix.shape[0])) / matrix.shape[0] for layer, matrix in down.items()}
+    if len(ranks) != 1 or len(scales) != 1:
+        raise ConfigError(f"{path}: one rank and one scale for all layers are needed, found {ranks} and {scales}")
+    names = _layer_names(down)
+    layers = {names[layer]: (down[layer], up[layer]) for layer in down}
+    rank = ranks.pop()
+    return Adapter(layers, rank, scales.pop() * rank, _target_modules(layers), path)
+
+
+def _layer_names(layers: Iterable[str]) -> dict[str, str]:
+    """Module paths in `WanModel` of layers in any spelling."""
+    prefixes = sorted((spelling.prefix for spelling in SPELLINGS.values() if spelling.prefix), key=len, reverse=True)
+    plain: dict[str, str] = {}
+    for layer in layers:
+        prefix = next((p for p in prefixes if layer.startswith(p)), "")
+        plain[layer] = layer.removeprefix(prefix)
+    if not any(mark in name for name in plain.values() for mark in (".attn1.", ".attn2.", ".net.")):
+        return plain
+    from_diffusers = rename(plain.values(), DENOISER, to_diffusers=False)
+    return {layer: from_diffusers.get(name, name) for layer, name in plain.items()}
+
+
+def _target_modules(layers: Iterable[str]) -> tuple[str, ...]:
+    """Names by which PEFT finds exactly these layers: endings where every block has the same ones, else whole paths."""
+    blocks: dict[str, set[str]] = {}
+    for layer in layers:
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
+        if match is None:
+            return tuple(sorted(layers))
+        blocks.setdefault(match[1], set()).add(match[2])
+    kinds = list(blocks.values())
+    complete = len(blocks) == 1 + max(map(int, blocks)) and all(kind == kinds[0] for kind in kinds)
+    return tuple(sorted(kinds[0] if complete else layers))
+
+
+def _read_config(path: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(path.parent))
+    except Exception as error:  # peft raises many types of its own
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig) or not isinstance(config.target_modules, set):
+        raise ConfigError(f"{path} is no LoRA on a list of layers")
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            raise ConfigError(f"{path}: {name} is not supported, one rank and one scale for all layers are")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,122 @@
+"""The constructor arguments of each network, from the names and shapes of its tensors in Wan's own spelling."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .names import Part
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Channels of the latents of the Wan2.2 TI2V VAE; no other model has as many.
+_TI2V_CHANNELS = 48
+
+
+def network_arguments(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the network; see the functions below for what they raise."""
+    if part == "denoiser":
+        return denoiser_arguments(shapes, config)
+    if part == "image_encoder":
+        return {"layers": image_encoder_layers(shapes)}
+    return vae_arguments(shapes) if part == "vae" else text_encoder_arguments(shapes)
+
+
+def denoiser_arguments(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `WanModel`.
+
+    Args:
+        config: `config.json` beside the weights, Wan's or diffusers', for what shapes do not tell; may be empty.
+    Raises:
+        KeyError, ValueError, IndexError: these are not the tensors of a denoiser.
+    """
+    dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
+    has_image_input = "img_emb.proj.0.weight" in shapes
+    out_dim = shapes["head.head.weight"][0] // math.prod(patch_size)
+    pins_first_frame = config.get("model_type") == "ti2v" or in_dim == out_dim == _TI2V_CHANNELS
+    heads = config.get("num_heads") or config.get("num_attention_heads") or dim // 128
+    return {
+        "dim": dim,
+        "in_dim": in_dim,
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "out_dim": out_dim,
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "eps": config.get("eps", 1e-6),
+        "patch_size": tuple(patch_size),
+        "num_heads": heads,
+        "num_layers": _count(shapes, r"blocks\.(\d+)\."),
+        "has_image_input": has_image_input,
+        "has_image_pos_emb": "img_emb.emb_pos" in shapes,
+        "require_clip_embedding": has_image_input,
+        "require_vae_embedding": in_dim > out_dim,
+        "seperated_timestep": pins_first_frame,
+        "fuse_vae_embedding_in_latents": pins_first_frame,
+    }
+
+
+def text_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
+    """The arguments of `WanTextEncoder`.
+
+    Raises:
+        KeyError, ValueError: these are not the tensors of a text encoder.
+    """
+    vocabulary, dim = shapes["token_embedding.weight"]
+    shared_pos = "pos_embedding.embedding.weight" in shapes
+    position = "pos_embedding.embedding.weight" if shared_pos else "blocks.0.pos_embedding.embedding.weight"
+    buckets, heads = shapes[position]
+    return {
+        "vocab": vocabulary,
+        "dim": dim,
+        "dim_attn": shapes["blocks.0.attn.q.weight"][0],
+        "dim_ffn": shapes["blocks.0.ffn.fc1.weight"][0],
+        "num_heads": heads,
+        "num_layers": _count(shapes, r"blocks\.(\d+)\."),
+        "num_buckets": buckets,
+        "shared_pos": shared_pos,
+    }
+
+
+def vae_arguments(shapes: Shapes) -> dict[str, Any]:
+    """The arguments of `VideoVAE_`, or of Wan2.2 TI2V's `VideoVAE38_`, which have `dec_dim`.
+
+    Raises:
+        KeyError, ValueError, IndexError, ZeroDivisionError: these are not the tensors of a VAE.
+    """
+    dim = shapes["encoder.conv1.weight"][0]
+    # That one folds 2×2 pixels into the channels of its first convolution.
+    folds_pixels = shapes["encoder.conv1.weight"][1] == 12
+    widths: list[list[int]] = [[]]
+    blocks = re.compile(r"encoder\.downsamples\.((?:\d+\.downsamples\.)?\d+)\.(residual\.2|resample\.1)\.weight")
+    found = {tuple(map(int, m[1].split(".downsamples."))): (m[2], n) for n in shapes if (m := blocks.fullmatch(n))}
+    for kind, name in (found[key] for key in sorted(found)):
+        if kind == "residual.2":
+            widths[-1].append(shapes[name][0])
+        else:
+            widths.append([])
+    arguments: dict[str, Any] = {
+        "dim": dim,
+        "z_dim": shapes["conv2.weight"][0],
+        "dim_mult": [level[0] // dim for level in widths],
+        "num_res_blocks": len(widths[0]),
+    }
+    if folds_pixels:
+        arguments["dec_dim"] = shapes["decoder.conv1.weight"][0] // arguments["dim_mult"][-1]
+    return arguments
+
+
+def image_encoder_layers(shapes: Shapes) -> int:
+    """Blocks of the image encoder, 32 in the released one; all else of it is fixed.
+
+    Raises:
+        KeyError: these are not the tensors of an image encoder.
+    """
+    if "visual.patch_embedding.weight" not in shapes:
+        raise KeyError("visual.patch_embedding.weight")
+    return _count(shapes, r"visual\.transformer\.(\d+)\.")
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return len({match[1] for name in shapes if (match := re.match(pattern, name))})

@@ -1,0 +1,79 @@
+"""Weights of a frozen part that need not be in memory: they leave when an engine serves it, and come back from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from frostline.errors import ConfigError
+
+# The parts that no gradient ever flows to, by the names of their stages.
+FROZEN_PARTS = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
+
+
+class PartWeights:
+    """The parameters of one frozen part.
+
+    While they are away the parameters stay in their modules, the same objects, of their type and on their device, but
+    empty: a network that computes with them fails instead of answering wrongly.
+
+    Args:
+        parameters: by the names that `read` gives them.
+        read: the tensors, from the files; may return more than these.
+        files: where they come from.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], read: Callable[[], Mapping[str, Tensor]], files: Sequence[Path]
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._read = read
+        self._files = tuple(files)
+        self.source = self._source()
+
+    @property
+    def resident(self) -> bool:
+        """Whether the weights are in memory."""
+        return all(parameter.numel() > 0 for parameter in self._parameters.values())
+
+    def release(self) -> None:
+        """Give their memory back."""
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.new_empty(0)
+
+    def restore(self) -> None:
+        """Read them again where they are away.
+
+        Raises:
+            ConfigError: a file is gone or is not the one of before.
+        """
+        if self.resident:
+            return
+        if self._source() != self.source:
+            raise ConfigError(f"{self._files[0]} has changed since it was loaded: start again")
+        tensors = self._read()
+        for name, parameter in self._parameters.items():
+            parameter.data = tensors[name]
+
+    def _source(self) -> str:
+        """The content of the files as far as can be told without reading them, and the type of the weights."""
+        stats = []
+        for path in self._files:
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+            stats.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
+        dtypes = sorted({str(parameter.dtype) for parameter in self._parameters.values()})
+        return "\n".join([*stats, *dtypes])
+
+
+def empty_parameters(module: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Leave `module` without weights: every parameter becomes an empty one."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+            del parameter

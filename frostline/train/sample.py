@@ -1,0 +1,156 @@
+"""`frostline sample`: a clip from a picture and a prompt, with an adapter or without, every stage frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from frostline.config import LoraSettings, Settings
+from frostline.errors import ConfigError
+from frostline.models.adapters import Adapter, read_adapter
+from frostline.models.lora import copy_adapter, lora_parameters
+from frostline.models.precision import Precision, parse_precision
+from frostline.models.vae import TEMPORAL_STRIDE
+from frostline.runtime.plan import Plan, parse_plan
+from frostline.train.batch import nearest_multiple, resize
+from frostline.train.data import size_within
+from frostline.train.module import WanTrainingModule
+from frostline.video import read_video, write_video
+
+
+class SampleSettings(Settings):
+    """What to sample, and how."""
+
+    model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
+    prompt: str = Field(min_length=1, description="what is to be seen")
+    image: Path | None = Field(default=None, description="the first frame: a picture, or a video, of which the first")
+    adapter: Path | None = Field(default=None, description="a PEFT folder or a LoRA file; none samples the base model")
+    lora_scale: float = Field(default=1.0, description="strength of the adapter; 1 is as trained")
+    seed: int = Field(default=0, ge=0, description="of the start noise")
+    num_inference_steps: int = Field(default=8, ge=1, description="N, Euler steps from noise to video")
+    shift: float = Field(default=5.0, gt=0, description="s of the sigma schedule")
+    num_frames: int = Field(default=81, ge=1, description="4k + 1")
+    height: int | None = Field(default=None, description="in pixels; with width; by default the picture's own")
+    width: int | None = Field(default=None, description="in pixels; with height; by default the picture's own")
+    max_pixels: int = Field(default=480 * 832, ge=256, description="a larger picture is shrunk to this area")
+    fps: float = Field(default=16, gt=0, description="frames per second of the clip that is written")
+    plan: str = Field(default="auto", description="auto, torch, a backend, or stage=backend,…")
+    engines: Path | None = Field(default=Path("engines"), description="the engine store")
+    strict: bool = Field(default=False, description="fail where an engine fails, instead of falling back to torch")
+    precision: Precision = Field(default="fp32", description="floating-point type of the weights")
+    device: str = Field(default="auto", description="cpu, cuda, or auto: a GPU if there is one")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.num_frames % TEMPORAL_STRIDE != 1:
+            raise ValueError(f"num_frames must be 4k + 1 (1, 5, 9, …), not {self.num_frames}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together: set both or neither")
+        if self.image is None and self.height is None:
+            raise ValueError("without an image, height and width are needed")
+        return self
+
+
+@dataclass(frozen=True)
+class SampledClip:
+    """What was sampled.
+
+    video: (T, 3, H, W) in [0, 1]. face_score, detection_rate: against the picture; None where there was none.
+    """
+
+    video: Tensor
+    face_score: float | None
+    detection_rate: float | None
+    plan: Plan
+
+
+def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
+    """Sample a clip and write it to `out` (.mp4).
+
+    Raises:
+        ConfigError: the model, the adapter, the plan or the size is not usable.
+        DataError: the picture cannot be read, or the clip cannot be written.
+    """
+    if out.suffix.lower() != ".mp4":
+        raise ConfigError(f"--out {out}: clips are written as .mp4")
+    # What is quick to refuse comes before the model, which takes minutes to load.
+    adapter = None if settings.adapter is None else read_adapter(settings.adapter)
+    picture = None if settings.image is None else read_video(settings.image, max_frames=1)
+    module = load_for_sampling(settings, adapter)
+    clip = _sample(module, settings, picture)
+    write_video(out, clip.video, fps=settings.fps)
+    return clip
+
+
+def load_for_sampling(settings: SampleSettings, adapter: Adapter | None) -> WanTrainingModule:
+    """The model with `adapter` on it at `lora_scale`, or with a LoRA that changes nothing."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    lora = LoraSettings(rank=2)
+    if adapter is not None:
+        lora = LoraSettings(rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.target_modules)
+    module = WanTrainingModule.from_pretrained(
+        settings.model,
+        engines=settings.engines,
+        plan=parse_plan(settings.plan),
+        strict=settings.strict,
+        dtype=parse_precision(settings.precision),
+        device=device,
+        num_inference_steps=settings.num_inference_steps,
+        mid_timestep=0,
+        final_timestep=settings.num_inference_steps - 1,
+        shift=settings.shift,
+        cache_bytes=0,
+        lora=lora.model_dump(),
+    )
+    if adapter is not None:
+        copy_adapter(module.components.denoiser, adapter)
+        # The scale is part of no engine: every engine reads these matrices.
+        with torch.no_grad():
+            for name, matrix in lora_parameters(module.components.denoiser).items():
+                if ".lora_B." in name:
+                    matrix.mul_(settings.lora_scale)
+    return module
+
+
+@torch.no_grad()
+def _sample(module: WanTrainingModule, settings: SampleSettings, picture: Tensor | None) -> SampledClip:
+    if picture is None and (module.components.takes_image_latents or module.components.pins_first_frame):
+        raise ConfigError(f"{settings.model} starts from a picture: give --image")
+    size = _size(settings, picture, module.components.spatial_multiple)
+    frame = torch.zeros(1, 3, *size) if picture is None else _cover(picture.float() / 255, size)
+    video = frame.expand(settings.num_frames, -1, -1, -1)[None]
+    conditioning = module.forward_preprocess({"prompt": [settings.prompt], "video": video})
+    generator = torch.Generator().manual_seed(settings.seed)
+    noise = torch.randn(1, *conditioning.latent_shape, generator=generator)
+    videos = module.generate(conditioning, noise.to(conditioning.context.device))
+    if picture is None:
+        return SampledClip(videos[0].cpu(), None, None, module.runtime.plan)
+    score = module.reward.score(videos, conditioning.references)
+    return SampledClip(videos[0].cpu(), score.face_score.item(), score.detection_rate.item(), module.runtime.plan)
+
+
+def _size(settings: SampleSettings, picture: Tensor | None, multiple: int) -> tuple[int, int]:
+    """(height, width) of the clip."""
+    if settings.height is not None and settings.width is not None:
+        for name, side in (("height", settings.height), ("width", settings.width)):
+            if side < multiple or side % multiple:
+                raise ConfigError(f"{name} must be a multiple of {multiple} for {settings.model}, not {side}")
+        return settings.height, settings.width
+    assert picture is not None
+    height, width = size_within(picture.shape[-2], picture.shape[-1], settings.max_pixels)
+    return nearest_multiple(height, multiple), nearest_multiple(width, multiple)
+
+
+def _cover(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of (1, 3, H, W) in [0, 1], as large as fits the shape of `size`, resized to it."""
+    scale = max(size[0] / picture.shape[-2], size[1] / picture.shape[-1])
+    height, width = (max(side, round(extent * scale)) for side, extent in zip(size, picture.shape[-2:], strict=True))
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return resize(picture, (height, width))[..., top : top + size[0], left : left + size[1]]

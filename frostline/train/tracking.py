@@ -1,0 +1,70 @@
+"""How much memory a computation holds: counted from its tensors, real or fake."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Within the block, counts the bytes of every storage that operators allocate, until it is freed.
+
+    Inside `FakeTensorMode` nothing is computed nor allocated, and the count is that of a real run: of tensors, without
+    the scratch space of kernels and what an allocator holds back.
+
+    Args:
+        existing: tensors that were there before, which do not count.
+
+    Attributes:
+        live: bytes held now. peak: the most that were held since the start or the last `restart`.
+    """
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+        for tensor in existing:
+            self._note(tensor, counts=False)
+
+    def restart(self) -> None:
+        """Forget the peak."""
+        self.peak = self.live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf, counts=True)
+        return result
+
+    def _note(self, tensor: Tensor, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if counts else 0
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        # A storage and its Python object end together.
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def tensors_of(*modules: torch.nn.Module) -> Iterable[Tensor]:
+    """All parameters and buffers."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()

@@ -1,0 +1,269 @@
+"""Adapters in the spelling of every program: what each loader makes of our files, and what we make of theirs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffsynth.utils.lora import GeneralLoRALoader
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from frostline.cli import app
+from frostline.errors import ConfigError
+from frostline.models.adapters import (
+    SPELLINGS,
+    Adapter,
+    merge_adapter,
+    read_adapter,
+    write_adapter,
+)
+from frostline.models.denoiser import Denoiser
+from frostline.models.layouts.convert import to_diffusers
+from frostline.models.loading import load_components
+from frostline.models.lora import copy_adapter, inject_lora, load_adapter, lora_layers, lora_parameters, save_adapter
+
+
+def tiny_denoiser(dtype: torch.dtype = torch.float32) -> Any:
+    return load_components("tiny", dtype).denoiser
+
+
+@torch.no_grad()
+def output(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((2, 16, 2, 4, 6), (2, 16, 64), (2, 20, 2, 4, 6))]
+    return Denoiser(model)(inputs[0], torch.tensor([900.0, 300.0]), inputs[1], inputs[2])
+
+
+def make_adapter(folder: Path, alpha: float, rank: int = 4, **arguments: Any) -> tuple[Any, Adapter]:
+    """A denoiser with a random adapter, and the adapter as read from where it was saved."""
+    model = tiny_denoiser()
+    config = inject_lora(model, rank, alpha, **arguments)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, config, folder)
+    return model, read_adapter(folder)
+
+
+def place(folder: Path, spelling: str) -> Path:
+    return folder / spelling if spelling == "peft" else folder / f"{spelling}.safetensors"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("alpha", [4, 8, 6])
+def test_there_and_back(spelling: str, alpha: float, tmp_path: Path) -> None:
+    """Bit for bit: where alpha is kept always, where the scale goes into B if that is a power of two."""
+    model, adapter = make_adapter(tmp_path / "trained", alpha)
+    write_adapter(adapter, spelling, place(tmp_path, spelling))
+    other = read_adapter(place(tmp_path, spelling))
+    assert other.layers.keys() == adapter.layers.keys()
+    keeps_scale = spelling in ("peft", "comfyui")
+    assert other.scale == (adapter.scale if keeps_scale else 1)
+    for layer, (down, up) in adapter.layers.items():
+        assert torch.equal(other.layers[layer][0], down)
+        assert torch.equal(other.layers[layer][1], up if keeps_scale else up * (alpha / 4))
+    fresh = tiny_denoiser()
+    load_adapter(fresh, place(tmp_path, spelling))
+    if keeps_scale or alpha in (4, 8):
+        assert torch.equal(output(fresh), output(model))
+    torch.testing.assert_close(output(fresh), output(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("through", SPELLINGS)
+def test_any_spelling_becomes_any_other(through: str, tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path / "trained", 4)
+    write_adapter(adapter, through, place(tmp_path, through))
+    for spelling in SPELLINGS:
+        write_adapter(read_adapter(place(tmp_path, through)), spelling, place(tmp_path / "again", spelling))
+        other = read_adapter(place(tmp_path / "again", spelling))
+        assert (other.rank, other.alpha) == (4, 4)
+        for layer, matrices in adapter.layers.items():
+            assert all(torch.equal(a, b) for a, b in zip(matrices, other.layers[layer], strict=True))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_plain_peft_takes_what_was_converted(spelling: str, tmp_path: Path) -> None:
+    model, adapter = make_adapter(tmp_path / "trained", 8, target_modules=("self_attn.q", "ffn.2"))
+    write_adapter(adapter, spelling, place(tmp_path, spelling))
+    write_adapter(read_adapter(place(tmp_path, spelling)), "peft", tmp_path / "again")
+    peft = PeftModel.from_pretrained(tiny_denoiser(), str(tmp_path / "again"))
+    assert len(lora_layers(peft)) == 4 * 2
+    assert torch.equal(output(peft.get_base_model()), output(model))
+
+
+@pytest.mark.parametrize("spelling", ["diffsynth", "comfyui"])
+@pytest.mark.filterwarnings("ignore:Alpha detected")
+def test_diffsynths_loader_takes_it(spelling: str, tmp_path: Path) -> None:
+    model, adapter = make_adapter(tmp_path / "trained", 8)
+    write_adapter(adapter, spelling, place(tmp_path, spelling))
+    fused = tiny_denoiser()
+    GeneralLoRALoader().fuse_lora_to_base_model(fused, load_file(place(tmp_path, spelling)))
+    torch.testing.assert_close(output(fused), output(model), atol=1e-5, rtol=1e-5)
+    ours = merge_adapter(tiny_denoiser().state_dict(), adapter)
+    for name, tensor in fused.state_dict().items():
+        torch.testing.assert_close(tensor, ours[name], atol=1e-7, rtol=1e-6)
+
+
+def test_comfyuis_rule_gives_the_same_weights(tmp_path: Path) -> None:
+    """Its loader knows a layer of its model as `diffusion_model.<path>` and adds `alpha / rank * up @ down` to it."""
+    _, adapter = make_adapter(tmp_path / "trained", 6)
+    write_adapter(adapter, "comfyui", tmp_path / "comfyui.safetensors")
+    lora, weights = load_file(tmp_path / "comfyui.safetensors"), tiny_denoiser().state_dict()
+    expected, used = dict(weights), set()
+    for name in weights:
+        layer = f"diffusion_model.{name.removesuffix('.weight')}"
+        up, down, alpha = (lora.get(f"{layer}.{leaf}") for leaf in ("lora_up.weight", "lora_down.weight", "alpha"))
+        if up is not None and down is not None and alpha is not None:
+            expected[name] = weights[name] + alpha.item() / down.shape[0] * (up @ down)
+            used |= {f"{layer}.{leaf}" for leaf in ("lora_up.weight", "lora_down.weight", "alpha")}
+    assert used == lora.keys()
+    merged = merge_adapter(weights, adapter)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-7, rtol=1e-6)
+
+
+def test_diffusers_names_are_those_of_its_layers(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path / "trained", 4)
+    write_adapter(adapter, "diffusers", tmp_path / "diffusers.safetensors")
+    weights = to_diffusers("denoiser", tiny_denoiser().state_dict())
+    names = load_file(tmp_path / "diffusers.safetensors").keys()
+    assert len(names) == 2 * len(adapter.layers)
+    for name in names:
+        layer = name.removeprefix("transformer.").removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+        assert f"{layer}.weight" in weights
+    assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in names
+
+
+def test_comfyui_files_of_other_trainers_are_read(tmp_path: Path) -> None:
+    """`diffusion_model.` with the matrices called A and B, and no alpha."""
+    model, adapter = make_adapter(tmp_path / "trained", 4)
+    tensors = {}
+    for layer, (down, up) in adapter.layers.items():
+        tensors[f"diffusion_model.{layer}.lora_A.weight"] = down
+        tensors[f"diffusion_model.{layer}.lora_B.weight"] = up
+    save_file(tensors, tmp_path / "other.safetensors")
+    fresh = tiny_denoiser()
+    load_adapter(fresh, tmp_path / "other.safetensors")
+    assert torch.equal(output(fresh), output(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_compute_what_the_adapter_did(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, adapter = make_adapter(tmp_path / "trained", 6)
+    base = {name: tensor.to(dtype) for name, tensor in tiny_denoiser().state_dict().items()}
+    merged = merge_adapter(base, adapter)
+    assert {tensor.dtype for tensor in merged.values()} == {dtype}
+    untouched = [name for name in base if name.removesuffix(".weight") not in adapter.layers]
+    assert all(merged[name] is base[name] for name in untouched)
+    fresh = tiny_denoiser()
+    fresh.load_state_dict({name: tensor.float() for name, tensor in merged.items()})
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    assert (output(fresh) - output(model)).norm() < bound * output(model).norm()
+    halved = merge_adapter(base, adapter, lora_scale=0.0)
+    assert all(torch.equal(halved[name], tensor) for name, tensor in base.items())
+
+
+def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    make_adapter(tmp_path, 4)
+    model = tiny_denoiser()
+    before, names = output(model), [name for name, _ in model.named_modules()]
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    last = sorted(tensors)[-1]
+    for change in ({last: tensors[last][:3].clone()}, {f"{last}.more": torch.zeros(1)}, {last: torch.zeros(0)}):
+        save_file({**tensors, **change}, weights)
+        with pytest.raises(ConfigError, match="adapter_model"):
+            load_adapter(model, tmp_path)
+        assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(output(model), before)
+    save_file(tensors, weights)
+    load_adapter(model, tmp_path)
+    assert len(lora_layers(model)) == 40
+
+
+def test_copying_into_other_layers_is_refused(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path, 4)
+    model = tiny_denoiser()
+    inject_lora(model, 8)
+    with pytest.raises(ConfigError, match="the model wants"):
+        copy_adapter(model, adapter)
+
+
+FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "no LoRA": ({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, "is no LoRA of a denoiser: blocks.0.self_attn.q"),
+    "nothing": ({}, "is no whole LoRA"),
+    "one matrix": ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2)}, r"blocks\.0\.ffn\.0 lacks one"),
+    "of two ranks": (
+        {
+            f"blocks.{n}.ffn.0.lora_{kind}.weight": torch.zeros(*((2 + n, 4) if kind == "A" else (4, 2 + n)))
+            for n in range(2)
+            for kind in "AB"
+        },
+        "one rank",
+    ),
+    "that do not fit": (
+        {"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2), "blocks.0.ffn.0.lora_B.weight": torch.zeros(2, 3)},
+        "do not fit each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_file_is_refused(fault: str, tmp_path: Path) -> None:
+    tensors, said = FAULTS[fault]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ConfigError, match=said) as error:
+        read_adapter(tmp_path / "lora.safetensors")
+    assert "lora.safetensors" in str(error.value)
+
+
+def test_merging_into_another_model_is_refused(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path, 4)
+    with pytest.raises(ConfigError, match=r"does not fit the model: blocks\.2.* is not there"):
+        merge_adapter(load_components("tiny-ti2v").denoiser.state_dict(), adapter)
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    model, _ = make_adapter(tmp_path / "trained", 8)
+    trained, run = str(tmp_path / "trained"), CliRunner().invoke
+    comfy = tmp_path / "out" / "comfy.safetensors"
+    result = run(app, ["adapter", "convert", trained, "--to", "comfyui", "--precision", "bf16", "--out", str(comfy)])
+    assert result.exit_code == 0, result.output
+    assert {tensor.dtype for name, tensor in load_file(comfy).items() if "alpha" not in name} == {torch.bfloat16}
+    merged = tmp_path / "merged.safetensors"
+    assert run(app, ["adapter", "merge", "tiny", trained, "--precision", "fp32", "--out", str(merged)]).exit_code == 0
+    # It is a denoiser as Wan releases them: what is given in a list is loaded.
+    tiny = Path(load_components.__code__.co_filename).parent / "tiny" / "weights" / "tiny"
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 4}))
+    others = [
+        tiny / "Wan2.1_VAE.safetensors",
+        tiny / "models_t5_umt5-xxl-enc.safetensors",
+        tiny / "google" / "umt5-xxl",
+    ]
+    loaded = load_components([merged, *others]).denoiser
+    torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "{adapter}", "--to", "kohya", "--out", "x.safetensors"], "unknown spelling 'kohya'"),
+        (["convert", "{adapter}", "--to", "comfyui", "--out", "folder"], "one .safetensors file"),
+        (["convert", "nowhere", "--to", "peft", "--out", "folder"], "nowhere holds no adapter"),
+        (["merge", "tiny", "{adapter}", "--out", "x.bin"], "written as .safetensors"),
+        (["merge", "tiny", "{adapter}", "--precision", "int8", "--out", "x.safetensors"], "unknown precision 'int8'"),
+        (["merge", "nowhere", "{adapter}", "--out", "x.safetensors"], "nowhere is no folder"),
+        (["convert", "{adapter}", "--to", "comfyui", "--out", "/proc/x.safetensors"], "cannot be written"),
+    ],
+)
+def test_mistakes_at_the_command_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "trained", 4)
+    filled = [argument.format(adapter=tmp_path / "trained") for argument in arguments]
+    result = CliRunner().invoke(app, ["adapter", *filled])
+    assert isinstance(result.exception, ConfigError)
+    assert said in str(result.exception)

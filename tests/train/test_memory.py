@@ -1,0 +1,209 @@
+"""The memory plan: against what real models hold and real runs allocate; what engines, cache and sharding change."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffsynth.configs.model_configs import MODEL_CONFIGS
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+
+from frostline.config import TrainingModuleSettings
+from frostline.errors import ConfigError
+from frostline.models.denoiser import Denoiser
+from frostline.models.faces import load_embedder
+from frostline.models.loading import load_components
+from frostline.models.lora import inject_lora
+from frostline.models.skeleton import RELEASED, read_skeleton
+from frostline.models.vae import decode_latents, use_onednn_conv3d
+from frostline.train.footprint import VideoShape
+from frostline.train.memory import MemoryPlan, memory_plan
+from frostline.train.memory_table import memory_table
+
+CLIP = VideoShape(batch_size=1, num_frames=9, height=96, width=96)
+
+
+def settings(**values: Any) -> TrainingModuleSettings:
+    return TrainingModuleSettings.parse({"lora": {"rank": 8}, **values})
+
+
+def sizes(plan: Any, field: str) -> dict[str, int]:
+    return {stage.stage: getattr(stage, field) for stage in plan.stages}
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe", "tiny-ti2v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_those_that_a_loaded_model_holds(model: str, dtype: torch.dtype) -> None:
+    plan = memory_plan(model, settings(), VideoShape(1, 5, 32, 32), dtype=dtype)
+    components = load_components(model, dtype)
+    held = {name: sum(p.nbytes for p in module.parameters()) for name, module in components.modules()}
+    weights = sizes(plan, "weights")
+    assert weights.pop("vae_encoder") + weights.pop("vae_decoder") == held.pop("vae")
+    assert weights == held
+    inject_lora(components.denoiser, 8)
+    trained = sum(p.nbytes for p in components.denoiser.parameters() if p.requires_grad)
+    assert (plan.adapter, plan.gradients, plan.optimizer) == (trained, trained, 2 * trained)
+    assert plan.resident == sum(sizes(plan, "weights").values()) + 4 * trained
+    assert not plan.assumed
+
+
+def allocated(run: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that PyTorch's CPU allocator still held when `run` returned, and the most that it held at once."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = run()
+    events: Any = profiled.profiler
+    changes = [(e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda event: event[0]):
+        held += change
+        peak = max(peak, held)
+    del result
+    return held, peak
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "full"])
+def test_activations_are_those_that_a_real_step_allocates(checkpointing: Any) -> None:
+    components = load_components("tiny")
+    inject_lora(components.denoiser, 8)
+    denoiser = Denoiser(components.denoiser)
+    denoiser.gradient_checkpointing = checkpointing
+    latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
+    others = (torch.full((1,), 500.0), torch.randn(1, 16, 64), torch.randn(1, 20, 3, 12, 12))
+
+    def frozen() -> None:
+        with torch.no_grad():
+            denoiser(latents, *others)
+
+    def live() -> None:
+        denoiser(latents, *others).sum().backward()
+
+    live()  # gradients are there from now on, as in the plan
+    plan = memory_plan("tiny", settings(gradient_checkpointing=checkpointing), CLIP, dtype=torch.float32)
+    assert allocated(frozen)[1] == pytest.approx(sizes(plan, "frozen_peak")["denoiser"], rel=0.1)
+    assert allocated(live)[1] == pytest.approx(sizes(plan, "live_peak")["denoiser"], rel=0.1)
+
+
+def test_decoding_is_planned_as_it_is() -> None:
+    vae = load_components("tiny").vae
+    # As in training; torch's own slow path would unfold its input.
+    use_onednn_conv3d(vae)
+    latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
+    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32)
+    # Its backward needs no more tensors than its forward; oneDNN's kernels have scratch space of their own.
+    held, peak = allocated(lambda: decode_latents(vae, latents))
+    assert held == pytest.approx(sizes(plan, "kept")["vae_decoder"], rel=0.01)
+    assert peak == pytest.approx(sizes(plan, "live_peak")["vae_decoder"], rel=0.05)
+
+
+def test_the_embedder_is_planned_as_it_is() -> None:
+    embedder: Any = load_embedder("sface")
+    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, embedder=embedder)
+    faces = torch.rand(9, 3, 112, 112, requires_grad=True)
+    _, measured = allocated(lambda: embedder(faces).sum().backward())
+    assert measured == pytest.approx(sizes(plan, "live_peak")["face_embedder"], rel=0.15)
+
+
+def test_releases_are_the_ones_that_diffsynth_knows() -> None:
+    known = [config.get("extra_kwargs", {}) for config in MODEL_CONFIGS]
+    told = ("in_dim", "dim", "ffn_dim", "out_dim", "num_heads", "num_layers", "has_image_input", "text_dim", "freq_dim")
+    for name, networks in RELEASED.items():
+        arguments = networks["denoiser"][1]
+        assert any(all(one.get(key) == arguments[key] for key in told) for one in known), name
+
+
+# Billions of parameters, counted from the released files.
+@pytest.mark.parametrize(
+    ("release", "denoiser", "vae"),
+    [
+        ("Wan2.1-T2V-1.3B", 1.419, 0.127),
+        ("Wan2.1-I2V-14B-480P", 16.395, 0.127),
+        ("Wan2.2-I2V-A14B", 14.289, 0.127),
+        ("Wan2.2-TI2V-5B", 5.000, 0.705),
+    ],
+)
+def test_releases_without_any_files(release: str, denoiser: float, vae: float) -> None:
+    shape = VideoShape(1, 5, 64, 64)
+    plan = memory_plan(f"checkpoints/{release}", settings(gradient_checkpointing="block"), shape)
+    weights = {name: size / 2e9 for name, size in sizes(plan, "weights").items()}
+    assert weights["denoiser"] == pytest.approx(denoiser, rel=2e-3)
+    assert weights.get("denoiser_high_noise", denoiser) == pytest.approx(denoiser, rel=2e-3)
+    assert weights["vae_encoder"] + weights["vae_decoder"] == pytest.approx(vae, rel=5e-3)
+    assert weights["text_encoder"] == pytest.approx(5.681, rel=2e-3)
+    assert weights.get("image_encoder", 0.632) == pytest.approx(0.632, rel=5e-3)
+    assert plan.assumed
+    assert f"sizes are those of the release {release}" in printed(plan)
+
+
+def test_engines_and_the_cache_take_weights_out_of_pytorch() -> None:
+    base = memory_plan("tiny-moe", settings(), CLIP)
+    served = memory_plan("tiny-moe", settings(), CLIP, engines=("denoiser_high_noise", "denoiser", "vae_encoder"))
+    weights = sizes(base, "weights")
+    for name in ("denoiser_high_noise", "vae_encoder"):
+        assert (sizes(served, "weights")[name], sizes(served, "engine")[name]) == (0, weights[name])
+    # The denoiser is live too: its engine is a second copy.
+    assert sizes(served, "weights")["denoiser"] == sizes(served, "engine")["denoiser"] == weights["denoiser"]
+    cached = memory_plan("tiny-moe", settings(), CLIP, engines=("text_encoder",), cached=("text_encoder",))
+    assert cached.resident == base.resident - weights["text_encoder"]
+
+
+def test_what_sharding_divides() -> None:
+    one = memory_plan("tiny", settings(), CLIP)
+    for sharding, divided in (("ddp", 0), ("zero2", 3), ("fsdp", 4), ("zero3", 4)):
+        plan = memory_plan("tiny", settings(), CLIP, num_processes=4, sharding=sharding)  # type: ignore[arg-type]
+        parts = (plan.optimizer // 2, plan.optimizer // 2, plan.gradients, plan.adapter)
+        assert sum(part == -(-one.adapter // 4) for part in parts) == divided
+        shared = sizes(plan, "weights")["denoiser"] < sizes(one, "weights")["denoiser"]
+        assert shared == (sharding in ("fsdp", "zero3"))
+        assert plan.peaks == one.peaks
+
+
+def test_more_tail_steps_keep_more_and_checkpointing_less() -> None:
+    def kept(**values: Any) -> int:
+        return sizes(memory_plan("tiny", settings(**values), CLIP), "kept")["denoiser"]
+
+    assert kept(mid_timestep=4) == 4 * kept(mid_timestep=7)
+    assert kept() > 4 * kept(gradient_checkpointing="block") > kept(gradient_checkpointing="full")
+    # Of two experts the high-noise one serves the first three of eight steps.
+    moe = memory_plan("tiny-moe", settings(mid_timestep=0), CLIP)
+    assert sizes(moe, "kept")["denoiser"] == 5 * kept(mid_timestep=7)
+
+
+def test_the_table_says_whether_it_fits() -> None:
+    plan = memory_plan("tiny-moe", settings(), CLIP, num_processes=8, device_bytes=80 * 10**9)
+    text = printed(plan)
+    assert f"8 processes (ddp): peak {plan.peak / 1e9:.2f} GB of each device, which has 80.00: fits" in text
+    assert "denoiser_high_noise" in text
+    assert replace(plan, device_bytes=10**6).fits is False
+    assert "does not fit" in printed(replace(plan, device_bytes=10**6))
+    assert replace(plan, device_bytes=None).fits is None
+
+
+def printed(plan: MemoryPlan) -> str:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(memory_table(plan))
+    return captured.get()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "checkpoints/Wan3"}, "no folder and named after none of the releases"),
+        ({"engines": ("vae_coder",)}, "no stage 'vae_coder'"),
+        ({"sharding": "dp"}, "unknown sharding 'dp'"),
+        ({"num_processes": 0}, "num_processes must be at least 1"),
+    ],
+)
+def test_what_cannot_be_planned(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        memory_plan(**{"model": "tiny", "settings": settings(), "shape": CLIP, **changes})
+
+
+def test_a_skeleton_of_files_is_that_of_the_loaded_model() -> None:
+    skeleton = read_skeleton("tiny-moe")
+    assert skeleton.networks.keys() == {name for name, _ in load_components("tiny-moe").modules()}
+    assert (skeleton.text_length, skeleton.boundary, skeleton.from_files) == (16, 0.9, True)
+    assert read_skeleton("Wan2.2-T2V-A14B-Diffusers").boundary == 0.875

@@ -1,0 +1,142 @@
+"""`frostline sample`: a clip that can be played, the same for a seed, another with the adapter, engine or not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from frostline.cli import app
+from frostline.errors import ConfigError, DataError
+from frostline.models.lora import save_adapter
+from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.plan import parse_plan
+from frostline.train.module import WanTrainingModule
+from frostline.train.sample import SampledClip, SampleSettings, sample_clip
+from frostline.video import probe_video, read_video
+
+SETTINGS: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": "a person nods",
+    "num_frames": 9,
+    "num_inference_steps": 3,
+    "plan": "torch",
+    "engines": None,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first frame of a held-out clip, 96×96."""
+    path = tmp_path_factory.mktemp("face") / "face.png"
+    pixels = held_out_clips(1, seed=0).video[0, 0]
+    Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, make_module: Callable[..., WanTrainingModule]) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    module = make_module(lora={"rank": 4, "alpha": 8})
+    assert module.lora_config is not None
+    save_adapter(module.components.denoiser, module.lora_config, folder)
+    return folder
+
+
+def clip(face: Path | None, out: Path, **changes: Any) -> SampledClip:
+    return sample_clip(SampleSettings.parse({**SETTINGS, "image": face, **changes}), out)
+
+
+def test_a_clip_that_can_be_played(face: Path, tmp_path: Path) -> None:
+    sampled = clip(face, tmp_path / "new" / "clip.mp4", fps=8)
+    info = probe_video(tmp_path / "new" / "clip.mp4")
+    assert (info.frames, info.height, info.width, info.fps) == (9, 96, 96, 8)
+    assert sampled.video.shape == (9, 3, 96, 96)
+    assert 0 <= sampled.video.min() <= sampled.video.max() <= 1
+    written = read_video(tmp_path / "new" / "clip.mp4").float() / 255
+    assert (written - sampled.video).abs().mean() < 0.03
+    truth = held_out_clips(1, seed=0).video[0, 0]
+    assert (sampled.video[0] - truth).abs().mean() < 0.1, "it starts from the picture"
+    assert sampled.face_score is not None
+    assert 0.2 < sampled.face_score < 1
+    assert sampled.detection_rate is not None
+    assert sampled.detection_rate > 0.5
+
+
+def test_the_seed_makes_the_clip(face: Path, tmp_path: Path) -> None:
+    one, again, other = (clip(face, tmp_path / "clip.mp4", seed=seed).video for seed in (3, 3, 4))
+    assert torch.equal(one, again)
+    assert (one - other).abs().max() > 0.05
+
+
+def test_the_adapter_changes_it_as_much_as_asked(face: Path, adapter: Path, tmp_path: Path) -> None:
+    base = clip(face, tmp_path / "clip.mp4").video
+    videos = {s: clip(face, tmp_path / "clip.mp4", adapter=adapter, lora_scale=s).video for s in (0.0, 0.5, 1.0)}
+    torch.testing.assert_close(videos[0.0], base, atol=1e-5, rtol=0)
+    changed = {scale: (video - base).norm() for scale, video in videos.items()}
+    assert 0 < 1.5 * changed[0.5] < 3 * changed[1.0]
+    assert changed[1.0] > changed[0.5]
+
+
+@pytest.mark.parametrize("model", ["tiny-moe", "tiny-ti2v"])
+def test_every_variant(model: str, face: Path, tmp_path: Path) -> None:
+    assert clip(face, tmp_path / "clip.mp4", model=model, num_frames=5).video.isfinite().all()
+
+
+def test_engines_make_the_same_clip(face: Path, adapter: Path, engines: Path, tmp_path: Path) -> None:
+    changes = {"adapter": adapter, "lora_scale": 0.7}
+    expected = clip(face, tmp_path / "clip.mp4", **changes)
+    actual = clip(face, tmp_path / "clip.mp4", plan="onnxruntime", engines=engines, strict=True, **changes)
+    assert {name for name, choice in actual.plan.items() if choice.backend == "onnxruntime"} == expected.plan.keys()
+    torch.testing.assert_close(actual.video, expected.video, atol=1e-4, rtol=0)
+
+
+def test_sizes(face: Path, tmp_path: Path) -> None:
+    assert clip(face, tmp_path / "clip.mp4", height=48, width=80, num_frames=1).video.shape == (1, 3, 48, 80)
+    assert clip(face, tmp_path / "clip.mp4", max_pixels=2400, num_frames=1).video.shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_frames": 8}, "num_frames must be 4k"),
+        ({"height": 64}, "height and width go together"),
+        ({"height": 60, "width": 64}, "height must be a multiple of 16 for tiny, not 60"),
+        ({"image": None}, "without an image, height and width"),
+        ({"image": None, "height": 64, "width": 64}, "tiny starts from a picture"),
+        ({"plan": "vae_encoder=,x"}, "is neither auto"),
+        ({"plan": "vae_coder=torch"}, "there is no stage 'vae_coder'"),
+        ({"adapter": Path("nowhere")}, "nowhere holds no adapter"),
+        ({"precision": "fp8"}, "precision"),
+        ({"prompt": ""}, "prompt"),
+    ],
+)
+def test_what_cannot_be_sampled(changes: dict[str, Any], said: str, face: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        clip(**{"face": face, "out": tmp_path / "clip.mp4", **changes})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.png: no such file"):
+        clip(tmp_path / "nowhere.png", tmp_path / "clip.mp4")
+    with pytest.raises(ConfigError, match=r"clip\.avi: clips are written as \.mp4"):
+        clip(tmp_path / "nowhere.png", tmp_path / "clip.avi")
+
+
+def test_plans() -> None:
+    assert parse_plan("auto") == "auto"
+    assert parse_plan("vae_encoder = torch, denoiser=openvino") == {"vae_encoder": "torch", "denoiser": "openvino"}
+
+
+def test_the_command(face: Path, adapter: Path, tmp_path: Path) -> None:
+    arguments = ["--image", str(face), "--adapter", str(adapter), "--prompt", "a person nods", "--num-frames", "5"]
+    arguments += ["--num-inference-steps", "2", "--plan", "torch", "--out", str(tmp_path / "clip.mp4"), "--seed", "1"]
+    result = CliRunner().invoke(app, ["sample", "tiny", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "face score" in result.output
+    assert probe_video(tmp_path / "clip.mp4").frames == 5

@@ -85,7 +85,8 @@ def remember(store: EngineStore, key: str, manifests: Iterable[Manifest]) -> Non
 def _files(recipe: Recipe) -> list[Path]:
     """Every file that the stages are loaded from, beside those inside packages."""
     model = find_files(recipe.model)
-    embedder = Path(recipe.reward.embedder.partition(":")[2])
+    settings = (recipe.reward.detector, recipe.reward.embedder)
+    given = [Path(setting.partition(":")[2]) for setting in settings]
     parts = [
         model.denoiser,
         model.denoiser_high_noise,
@@ -93,7 +94,7 @@ def _files(recipe: Recipe) -> list[Path]:
         model.text_encoder,
         model.tokenizer,
         model.image_encoder,
-        embedder if embedder.is_file() else None,
+        *(path for path in given if path.is_file()),
     ]
     found: list[Path] = []
     for part in filter(None, parts):

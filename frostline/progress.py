@@ -30,10 +30,10 @@ class Progress:
         self.console = Console(stderr=True)
 
     @contextmanager
-    def task(self, name: str) -> Iterator[None]:
+    def task(self, name: str) -> Iterator[Bar]:
         """A task of unknown length."""
-        with self._live(name, None):
-            yield
+        with self._live(name, None) as bar:
+            yield bar
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Bar]:

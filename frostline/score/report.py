@@ -21,13 +21,11 @@ _DETAILED = 60
 _POINTS = 600
 _PACKAGES = ("frostline", "torch", "onnxruntime-gpu", "openvino", "av")
 _COLUMNS = (
-    Column("#", "right"),
     Column("Video"),
     Column("Face score", "right"),
     Column("Missing as 0", "right"),
     Column("Faces found", "right"),
     Column("Worst frame", "right"),
-    Column("Best frame", "right"),
     Column("Frames", "right"),
     Column("Remark"),
 )
@@ -44,6 +42,9 @@ def write_score_report(path: Path, outcome: Outcome, settings: ScoreSettings) ->
     page.table(_COLUMNS, [_row(row) for row in rows], caption=_CAPTION)
     _frames(page, rows, settings)
     page.heading("The run")
+    if summary.stage_seconds:
+        seconds = {name: {"seconds": spent} for name, spent in summary.stage_seconds.items()}
+        page.figures(Figure.svg(bar_plot(seconds, unit="s"), "Seconds of each stage", "Where the time went"), columns=2)
     page.facts(_facts(outcome, settings))
     page.write(path)
 
@@ -97,13 +98,12 @@ def _tiles(summary: Summary) -> list[Tile]:
 def _distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
     scores = [row.face_score for row in rows if row.face_score is not None]
     frames = [score for row in rows for score in row.frame_scores or () if score is not None]
-    marks = {"mean": summary.mean, "median": summary.median}
-    marks = {name: place for name, place in marks.items() if place is not None}
-    figures = [
+    return [
         Figure.svg(
-            histogram(scores, bins=min(20, max(5, len(scores))), xlabel="face score", ylabel="videos", marks=marks),
+            histogram(scores, bins=min(20, max(5, len(scores))), xlabel="face score", ylabel="videos"),
             alt="How many videos have which face score",
             title="Videos by face score",
+            caption=f"Mean {_fixed(summary.mean)}, median {_fixed(summary.median)}.",
         ),
         Figure.svg(
             histogram(frames, bins=30, xlabel="score of a frame", ylabel="frames"),
@@ -111,10 +111,6 @@ def _distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
             title="Frames by score",
         ),
     ]
-    if summary.stage_seconds:
-        seconds = {name: {"seconds": spent} for name, spent in summary.stage_seconds.items()}
-        figures.append(Figure.svg(bar_plot(seconds, unit="s"), "Seconds of each stage", "Where the time went"))
-    return figures
 
 
 def _row(row: VideoScore) -> list[str | Cell]:
@@ -123,13 +119,11 @@ def _row(row: VideoScore) -> list[str | Cell]:
     if row.status == "ok" and row.face_score is None:
         remark = f"no face was found. {remark}".strip()
     return [
-        str(row.index + 1),
         row.video,
         Cell(_fixed(row.face_score), row.face_score),
         Cell(_fixed(row.face_score_missing_zero), row.face_score_missing_zero),
         Cell(rate, row.detection_rate),
         _extreme(row.worst_frame, row.worst_frame_score),
-        _extreme(row.best_frame, row.best_frame_score),
         _NONE if row.frames is None else str(row.frames),
         Cell(remark, muted=True),
     ]
@@ -153,6 +147,9 @@ def _frames(page: Page, rows: Sequence[VideoScore], settings: ScoreSettings) -> 
     )
     for row in lowest if len(scored) > len(lowest) else scored:
         page.subheading(row.video, _fixed(row.face_score))
+        if not row.frames_with_face:
+            page.paragraph("No face was found in any of its frames.")
+            continue
         pictures = [
             Figure.jpeg(
                 picture.jpeg,

@@ -3,13 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import pytest
-import skimage.data
 import torch
 from PIL import Image
-from torch import Tensor
+from score_videos import SIZE, moving, portrait
 
 from frostline.progress import Progress
 from frostline.score.request import Pair
@@ -17,25 +14,6 @@ from frostline.score.result import VideoScore
 from frostline.score.run import RunOptions, run_score
 from frostline.score.settings import ScoreSettings
 from frostline.video import write_video
-
-SIZE = 160
-
-
-def portrait(person: str, size: int = SIZE) -> np.ndarray:
-    """(size, size, 3) uint8 of the astronaut or the admiral."""
-    if person == "astronaut":
-        image = Image.fromarray(skimage.data.astronaut()).crop((104, 0, 344, 240))
-    else:
-        path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-        image = Image.open(path).convert("RGB").crop((40, 10, 490, 460))
-    return np.array(image.resize((size, size), Image.Resampling.LANCZOS))
-
-
-def moving(person: str, frames: int = 5, size: int = SIZE) -> Tensor:
-    """(frames, 3, size, size) uint8 of a drifting, flickering portrait."""
-    picture = portrait(person, size)
-    pictures = [np.roll(picture, (t % 5, -(t % 7)), axis=(0, 1)) * (0.85 + 0.03 * (t % 5)) for t in range(frames)]
-    return torch.from_numpy(np.stack(pictures).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,9 @@ class RewardSettings(Settings):
     detector: str = Field(default="mtcnn", description="mtcnn, yunet or scrfd:PATH.onnx")
     embedder: str = Field(default="sface", description="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")
     upscale: int = Field(default=1, ge=1, le=8, description="enlarge frames this many times before detection")
-    min_face_size: int = Field(default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels")
+    min_face_size: int = Field(
+        default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels"
+    )
     missing_face: Literal["exclude", "zero"] = Field(
         default="exclude", description="frames without a face: left out of the mean, or counted as 0"
     )

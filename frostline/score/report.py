@@ -64,9 +64,9 @@ def _subtitle(rows: Sequence[VideoScore], settings: ScoreSettings) -> str:
 def _outcome(summary: Summary) -> str:
     if summary.mean is None or summary.median is None:
         return "No video could be given a score."
-    text = f"The mean face score is {summary.mean:.3f}, half of the videos reach {summary.median:.3f} or more."
+    text = f"The mean face score is {summary.mean:.3f}, the median {summary.median:.3f}."
     if summary.detection_rate is not None:
-        text += f" A face was found in {100 * summary.detection_rate:.1f} % of the frames of a video."
+        text += f" A face was found in {100 * summary.detection_rate:.1f} % of a video's frames."
     if summary.failed:
         text += f" {_count(summary.failed, 'video')} could not be scored."
     return text

@@ -77,6 +77,8 @@ def run_score(
     processes = Processes.join(options.device)
     if processes.count > 1 and file is None:
         raise ConfigError("several processes need --out, where their results come together")
+    if not processes.is_main:
+        progress = Progress(quiet=True)
     done = _finished(file, pairs, settings) if file is not None and options.resume else {}
     with progress.task("load the networks") as task:
         networks = load_networks(settings, options.backend, options.engines, processes.device, task.describe)

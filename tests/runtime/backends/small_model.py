@@ -14,8 +14,8 @@ from frostline.export.stages import FaceModels, StageInputs, build_stages
 from frostline.export.stages.inputs import tolerance
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
-from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.detectors import mtcnn_model
+from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.mtcnn import load_mtcnn_networks
 from frostline.models.lora import adapters_off, inject_lora, lora_parameters
 from frostline.runtime.stage import Network, Runner, Stage

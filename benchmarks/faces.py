@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -11,6 +11,8 @@ from .alignment import align_faces
 from .detections import FaceDetector, LargestFaces, quantize_frames
 from .embedders import FaceEmbedder
 
+_PIXELS_AT_ONCE = 4_000_000  # frame pixels aligned at once: bounds their float copies at about 100 MB
+
 MissingFace = Literal["exclude", "zero"]
 """What a generated frame without a face does to the score: it does not count, or it counts as cosine 0."""
 
@@ -209,7 +211,13 @@ class FaceIdentity:
         faces = detections.largest()
         numbers = torch.bincount(detections.frame_index, minlength=len(pixels))
         rows = faces.found.nonzero()[:, 0]
-        crops = align_faces(pixels[rows].float() / 255, faces.landmarks[rows], self.image_size)
+        run_length = max(1, _PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
+        crops = torch.cat(
+            [
+                align_faces(pixels[part].float() / 255, faces.landmarks[part], self.image_size)
+                for part in rows.split(run_length)  # of no rows, one part without rows
+            ]
+        )
         return FrameFaces(faces, numbers, self.reference_embedder(crops * 2 - 1))
 
     def _embed(self, embedder: Callable[[Tensor], Tensor], frames: Tensor, faces: LargestFaces) -> Tensor:

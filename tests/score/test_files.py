@@ -80,6 +80,11 @@ def test_both_formats_are_what_others_read(people: Path, score_files: ScoreFiles
     assert summary["mean"] == pytest.approx(sum(row.face_score or 0 for row in expected) / 2)
 
 
+def test_every_column_is_documented() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert [name for name in COLUMNS if f"`{name}`" not in readme and not name.startswith("best_frame_")] == []
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_goes_on_where_it_was_stopped(suffix: str, people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
     """Cut at any byte: what is finished is not done again, and the file ends the same."""

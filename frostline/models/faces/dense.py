@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,16 +54,13 @@ class Candidates:
         )
 
 
-class FindCandidates(Protocol):
-    """What a detector does with some frames."""
+def detect_in_parts(frames: Tensor, upscale: int, find: Callable[[Tensor], Candidates], overlap: float) -> Detections:
+    """Faces of (N, 3, H, W) uint8 RGB frames, some at a time; N may be 0.
 
-    def __call__(self, frames: Tensor) -> Candidates:
-        """Candidates in (N, 3, H, W) uint8 RGB frames, N >= 1, in their pixels."""
-        ...
-
-
-def detect_in_parts(frames: Tensor, upscale: int, find: FindCandidates, overlap: float) -> Detections:
-    """Faces of (N, 3, H, W) uint8 RGB frames, some at a time; N may be 0."""
+    Args:
+        find: candidates in (n, 3, h, w) uint8 RGB frames, n >= 1, in their pixels.
+        overlap: see `Candidates.best`.
+    """
     check_frames(frames)
     size = (frames.shape[-2], frames.shape[-1])
     if len(frames) == 0:

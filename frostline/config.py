@@ -47,9 +47,12 @@ class RewardSettings(Settings):
     baseline: float = Field(default=0.54, description="score at which the reward is zero")
     scale: float = Field(default=0.16, gt=0, description="spread of scores that counts as one unit")
     weight: float = Field(default=0.1, ge=0, description="weight of the reward in the loss")
+    detector: str = Field(default="mtcnn", description="mtcnn, yunet or scrfd:PATH.onnx")
     embedder: str = Field(default="sface", description="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")
     upscale: int = Field(default=1, ge=1, le=8, description="enlarge frames this many times before detection")
-    min_face_size: int = Field(default=20, ge=12, description="smallest face to find, in (enlarged) pixels")
+    min_face_size: int = Field(
+        default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels"
+    )
     missing_face: Literal["exclude", "zero"] = Field(
         default="exclude", description="frames without a face: left out of the mean, or counted as 0"
     )

@@ -24,16 +24,16 @@ class Bar(Protocol):
 
 
 class Progress:
-    """Shows what runs, how far it is and how long it takes, on standard error."""
+    """Shows what runs, how far it is and how long it takes, on standard error; nothing if `quiet`."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
 
     @contextmanager
-    def task(self, name: str) -> Iterator[None]:
+    def task(self, name: str) -> Iterator[Bar]:
         """A task of unknown length."""
-        with self._live(name, None):
-            yield
+        with self._live(name, None) as bar:
+            yield bar
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Bar]:

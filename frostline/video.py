@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -42,6 +42,9 @@ _DEMUXERS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,av1,obu,ivf,flv,ogg,asf,gif,mjpeg,yuv4mpegpipe,"
     "png_pipe,apng,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,mp3,wav,flac,aac"
 )
+
+# Four times 8K: more is what a damaged file claims, and would fill the memory.
+_MAX_FRAME_PIXELS = 4 * 7680 * 4320
 
 # Four entries (a, b, c, d) of a display matrix, each -1, 0 or 1: x' = a*x + c*y, y' = b*x + d*y, y downwards.
 _Orientation = tuple[int, int, int, int]
@@ -93,16 +96,42 @@ def read_video(path: str | Path, max_frames: int | None = None, stride: int = 1)
         frames = islice(_decoded(container, stream, path), 0, None, stride)
         first = next(frames)
         orientation = _orientation(first, container, path)
-        arrays = [_rgb(first)]
+        arrays = [_rgb(first, path)]
         for frame in islice(frames, None if max_frames is None else max_frames - 1):
             if (frame.width, frame.height) != (first.width, first.height):
                 raise DataError(
                     f"{path}: frames of unequal size: frame 0 is {first.width}x{first.height}, "
                     f"frame {len(arrays) * stride} is {frame.width}x{frame.height}"
                 )
-            arrays.append(_rgb(frame))
+            arrays.append(_rgb(frame, path))
     video = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     return _upright(video, orientation).contiguous()
+
+
+def stream_video(
+    path: str | Path,
+    max_frames: int | None = None,
+    stride: int = 1,
+    warn: Callable[[str], None] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The frames that `read_video` reads one after the other, as (number in the file, uint8 `(H, W, 3)`).
+
+    Holds one frame at a time, and lets frames differ in size. A file that breaks off ends there.
+
+    Args:
+        warn: told why a file broke off; by default the log is.
+    """
+    if stride < 1 or (max_frames is not None and max_frames < 1):
+        raise ConfigError(f"max_frames and stride must be at least 1, not {max_frames} and {stride}")
+    path = Path(path)
+    stop = None if max_frames is None else (max_frames - 1) * stride + 1
+    with _opened(path) as (container, stream):
+        orientation = None
+        for number, frame in enumerate(islice(_decoded(container, stream, path, warn), stop)):
+            if orientation is None:
+                orientation = _orientation(frame, container, path)
+            if number % stride == 0:
+                yield number, _upright_array(_rgb(frame, path), orientation)
 
 
 def probe_video(path: str | Path) -> VideoInfo:
@@ -228,8 +257,11 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
     raise DataError(f"{path}: no video stream in it: it has no frames, or is cut off or damaged")
 
 
-def _decoded(container: InputContainer, stream: VideoStream, path: Path) -> Iterator[VideoFrame]:
+def _decoded(
+    container: InputContainer, stream: VideoStream, path: Path, warn: Callable[[str], None] | None = None
+) -> Iterator[VideoFrame]:
     """The stream's frames, at least one; a stream that breaks off later ends there, with a warning."""
+    warn = warn or (lambda reason: logger.warning("%s: %s", path, reason))
     count = 0
     try:
         for frame in container.decode(stream):
@@ -238,16 +270,18 @@ def _decoded(container: InputContainer, stream: VideoStream, path: Path) -> Iter
     except av.error.FFmpegError as error:
         if count == 0:
             raise DataError(f"{path}: the first frame cannot be decoded: {_reason(error)}") from error
-        logger.warning("%s: damaged after %d frames (%s): those are used", path, count, _reason(error))
+        warn(f"damaged after {count} frames ({_reason(error)}): those are used")
         return
     if count == 0:
         raise DataError(f"{path}: the video has no frames")
     if count < stream.frames and not _is_still(container):
-        logger.warning("%s: only %d of its %d frames can be decoded", path, count, stream.frames)
+        warn(f"only {count} of its {stream.frames} frames can be decoded")
 
 
-def _rgb(frame: VideoFrame) -> np.ndarray:
+def _rgb(frame: VideoFrame, path: Path) -> np.ndarray:
     """A decoded frame of any pixel format as uint8 `(H, W, 3)`, by its own colour matrix and range."""
+    if frame.width * frame.height > _MAX_FRAME_PIXELS:
+        raise DataError(f"{path}: a frame of {frame.width}x{frame.height} pixels is too large, or the file is damaged")
     return cast(np.ndarray, frame.to_ndarray(format="rgb24"))
 
 
@@ -279,6 +313,13 @@ def _upright(video: torch.Tensor, orientation: _Orientation) -> torch.Tensor:
     else:
         x_sign, y_sign = a, d
     return video.flip([dim for dim, sign in ((-1, x_sign), (-2, y_sign)) if sign < 0])
+
+
+def _upright_array(picture: np.ndarray, orientation: _Orientation) -> np.ndarray:
+    """`_upright` of one `(H, W, 3)` picture."""
+    if orientation == _UPRIGHT:
+        return picture
+    return _upright(torch.from_numpy(picture).permute(2, 0, 1), orientation).permute(1, 2, 0).contiguous().numpy()
 
 
 def _rotation_degrees(orientation: _Orientation) -> int:

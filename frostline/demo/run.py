@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.demo.dataset import write_datasets
+from frostline.demo.dataset import write_clips, write_datasets
 from frostline.demo.report import write_demo_report
 from frostline.demo.timing import Timing, time_steps
 from frostline.export.exporter import export_stage
@@ -80,6 +80,8 @@ def run_demo(out: Path, engines: Path, settings: DemoSettings, progress: Progres
     }
     with progress.task("draw"):
         _draw(out, held_out, before, after)
+        for name, evaluation in (("before", before), ("after", after)):
+            write_clips(out, name, evaluation.videos, held_out_file)
     summary["seconds"] = time.monotonic() - begin
     _write_results(out, summary)
     return summary

@@ -12,8 +12,8 @@ from frostline.export.shapes import ShapeRange
 from frostline.export.stages import FaceModels, StageInputs, build_stages
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
+from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
-from frostline.models.faces.mtcnn import load_mtcnn_networks
 from frostline.models.lora import inject_lora
 from frostline.models.vae import use_onednn_conv3d
 from frostline.runtime.stage import Stage
@@ -56,8 +56,9 @@ def stage_model(
     embedder = load_embedder(reward.embedder)
     assert isinstance(embedder, nn.Module)
     embedder.to(device)
-    detector_networks = nn.ModuleDict(load_mtcnn_networks()).to(device)
-    faces = FaceModels(dict(detector_networks), embedder, {"min_face_size": reward.min_face_size})
+    detector = load_detector(reward.detector, reward.min_face_size)
+    detector_networks = detector.modules().to(device)
+    faces = FaceModels(detector, embedder)
     denoiser = Denoiser(model).to(device)
     expert = None if high_noise is None else Denoiser(high_noise).to(device)
     stages = build_stages(StageInputs(components, denoiser, expert, faces, shapes))

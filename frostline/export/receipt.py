@@ -84,8 +84,9 @@ def remember(store: EngineStore, key: str, manifests: Iterable[Manifest]) -> Non
 
 def _files(recipe: Recipe) -> list[Path]:
     """Every file that the stages are loaded from, beside those inside packages."""
-    embedder = Path(recipe.reward.embedder.partition(":")[2])
-    return [*find_files(recipe.model).paths(), *([embedder] if embedder.is_file() else [])]
+    settings = (recipe.reward.detector, recipe.reward.embedder)
+    given = (Path(setting.partition(":")[2]) for setting in settings)
+    return [*find_files(recipe.model).paths(), *(path for path in given if path.is_file())]
 
 
 def _fingerprint(path: Path) -> list[object]:

@@ -35,8 +35,8 @@ class ShapeRange:
     width: Range = (32, 96, 1024)
     rank: Range = (2, 8, 256)
     faces: Range = (1, 18, 2048)
-    face_height: Range = (12, 64, 2048)
-    face_width: Range = (12, 64, 2048)
+    face_height: Range = (12, 64, 4096)
+    face_width: Range = (12, 64, 4096)
 
     def __post_init__(self) -> None:
         for dimension in fields(self):

@@ -71,6 +71,7 @@ class Figure:
     """A plot, a picture or a clip with its words; made by `svg`, `image` or `video`.
 
     body: markup. kind: its CSS class. wide: on a phone it keeps a legible size and scrolls sideways.
+    span: columns of the grid that it takes.
     """
 
     kind: Literal["plot", "image", "clip"]
@@ -78,11 +79,12 @@ class Figure:
     title: str = ""
     caption: str = ""
     wide: bool = False
+    span: int = 1
 
     @classmethod
-    def svg(cls, markup: str, alt: str, title: str = "", caption: str = "") -> "Figure":
+    def svg(cls, markup: str, alt: str, title: str = "", caption: str = "", span: int = 1) -> "Figure":
         """A plot as inline SVG. The markup is trusted: it comes from `frostline.report.plots`, which escapes."""
-        return cls("plot", f'<div role="img" aria-label="{escape(alt)}">{markup}</div>', title, caption)
+        return cls("plot", f'<div role="img" aria-label="{escape(alt)}">{markup}</div>', title, caption, span=span)
 
     @classmethod
     def image(cls, path: str | Path, alt: str, title: str = "", caption: str = "", wide: bool = False) -> "Figure":
@@ -95,6 +97,11 @@ class Figure:
             data, media_type = _as_webp(data), "image/webp"
         body = f'<img src="{_data_uri(data, media_type)}" alt="{escape(alt)}">'
         return cls("image", body, title, caption, wide)
+
+    @classmethod
+    def jpeg(cls, data: bytes, alt: str, caption: str = "") -> "Figure":
+        """A JPEG picture that is in memory."""
+        return cls("image", f'<img src="{_data_uri(data, "image/jpeg")}" alt="{escape(alt)}">', caption=caption)
 
     @classmethod
     def video(cls, path: str | Path, alt: str, caption: str = "", wide: bool = False) -> "Figure":
@@ -115,6 +122,11 @@ class Page:
 
     def heading(self, text: str) -> None:
         self._sections.append([f"<h2>{escape(text)}</h2>"])
+
+    def subheading(self, text: str, note: str = "") -> None:
+        """A heading within a section, with a remark in grey behind it."""
+        remark = f' <span class="remark">{escape(note)}</span>' if note else ""
+        self._add(f'<h3 class="item">{escape(text)}{remark}</h3>')
 
     def paragraph(self, text: str, lead: bool = False) -> None:
         """A paragraph; a lead says in larger type what the page comes to."""
@@ -219,7 +231,8 @@ def _figure(figure: Figure) -> str:
     title = f"<h3>{escape(figure.title)}</h3>" if figure.title else ""
     caption = f"<figcaption>{escape(figure.caption)}</figcaption>" if figure.caption else ""
     body = f'<div class="scroll wide" tabindex="0">{figure.body}</div>' if figure.wide else figure.body
-    return f'<figure class="{figure.kind}">{title}{body}{caption}</figure>'
+    span = f' style="grid-column: span {figure.span}"' if figure.span > 1 else ""
+    return f'<figure class="{figure.kind}"{span}>{title}{body}{caption}</figure>'
 
 
 def _asset(name: str) -> str:

@@ -9,25 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from frostline.config import RewardSettings
-from frostline.models.faces.detections import Detections, upscale_frames
 from frostline.models.faces.embedders import FaceEmbedder
 from frostline.models.faces.identity import FaceIdentity, IdentityScore, ReferenceFaces, identity_score
 from frostline.runtime.cache import content_key
+from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
 from frostline.runtime.runtime import Runtime
-
-
-@dataclass(frozen=True)
-class RuntimeDetector:
-    """The `face_detector` stage as a `FaceDetector`, on whichever backend the plan names."""
-
-    runtime: Runtime
-
-    def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of (N, 3, H, W) uint8 frames, in their pixels, searched `upscale` times larger."""
-        larger = upscale_frames(frames, upscale)
-        found = self.runtime["face_detector"](frames=larger)
-        height, width = larger.shape[-2:]
-        return Detections(**found, num_frames=len(frames), frame_size=(height, width)).divided(upscale)
 
 
 class FaceIdentityReward:
@@ -43,7 +29,7 @@ class FaceIdentityReward:
         self.embedder = embedder
         live = cast(FaceEmbedder, embedder)
         self.identity = FaceIdentity(RuntimeDetector(runtime), live, settings.upscale, settings.missing_face)
-        self.identity.reference_embedder = self._embed_frozen
+        self.identity.reference_embedder = RuntimeEmbedder.of(live, runtime)
 
     @property
     def references_key(self) -> str:
@@ -62,11 +48,6 @@ class FaceIdentityReward:
         return identity_score(
             embeddings, faces.found, references.embeddings, references.found, self.settings.missing_face
         )
-
-    def _embed_frozen(self, faces: Tensor) -> Tensor:
-        if len(faces) == 0:
-            return faces.new_zeros(0, cast(FaceEmbedder, self.embedder).embedding_dim)
-        return self.runtime["face_embedder"](faces=faces)["embeddings"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from peft import PeftModel
 from frostline.demo.run import DemoSettings, run_demo
 from frostline.models.loading import load_components
 from frostline.progress import Progress
+from frostline.score.request import pairs_of_file
+from frostline.score.run import RunOptions, run_score
+from frostline.score.settings import ScoreSettings
 from frostline.video import read_video
 
 
@@ -55,6 +58,18 @@ def test_data_and_clips_are_real_videos(demo: Path) -> None:
     assert read_video(demo / "data" / "train" / "clip_000.mp4").shape == (9, 3, 96, 96)
     for name in ("truth", "before", "after"):
         assert len(read_video(demo / f"{name}.mp4")) == 9
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_its_clips_score_as_it_said(when: str, demo: Path, engines: Path) -> None:
+    """But for the rounding of written pixels to 8 bits, which the demo embedded as floats."""
+    summary = json.loads((demo / "summary.json").read_text())
+    options = RunOptions(device="cpu", engines=engines)
+    outcome = run_score(pairs_of_file(demo / f"{when}.csv"), ScoreSettings(), options, Progress())
+    assert outcome is not None and outcome.summary.failed == 0
+    assert outcome.summary.detection_rate == pytest.approx(summary[f"detection_rate_{when}"])
+    scores = [row.face_score for row in outcome.rows]
+    assert scores == pytest.approx(summary[f"face_scores_{when}"], abs=5e-3)
 
 
 def test_pictures_and_report_are_there(demo: Path) -> None:

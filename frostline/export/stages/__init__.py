@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from frostline.export.shapes import ShapeRange
 from frostline.runtime.stage import Stage
 
 from . import denoiser, face_detector, face_embedder, image_encoder, text_encoder, vae_decoder, vae_encoder
@@ -16,15 +17,19 @@ _BUILDERS: tuple[Callable[[StageInputs], Stage | None], ...] = (
     denoiser.build,
     denoiser.build_high_noise,
     vae_decoder.build,
-    face_detector.build,
-    face_embedder.build,
 )
+_FACE_BUILDERS: tuple[Callable[[FaceModels, ShapeRange], Stage], ...] = (face_detector.build, face_embedder.build)
 
 
 def build_stages(inputs: StageInputs) -> dict[str, Stage]:
     """All stages that the model has, by name."""
     stages = [stage for build in _BUILDERS if (stage := build(inputs)) is not None]
-    return {stage.name: stage for stage in stages}
+    return {stage.name: stage for stage in stages} | build_face_stages(inputs.faces, inputs.shapes)
 
 
-__all__ = ["FaceModels", "StageInputs", "build_stages"]
+def build_face_stages(faces: FaceModels, shapes: ShapeRange) -> dict[str, Stage]:
+    """The stages of the reward, by name, which need no Wan model."""
+    return {stage.name: stage for stage in (build(faces, shapes) for build in _FACE_BUILDERS)}
+
+
+__all__ = ["FaceModels", "StageInputs", "build_face_stages", "build_stages"]

@@ -1,30 +1,34 @@
-"""`face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the three networks of MTCNN."""
+"""`face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the networks of one detector."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from frostline.export.shapes import ShapeRange
 from frostline.models.faces.detections import quantize_frames
-from frostline.models.faces.mtcnn import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, BatchedMTCNN, as_network
+from frostline.models.faces.detectors import DetectorNetwork
+from frostline.models.faces.networks import as_network
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.stage import Dimension, Network, Runner, Stage, TensorSpec
 
 from .face_networks import contiguous_copy, weights_dtype, with_fp32_edges
-from .inputs import StageInputs, tolerance
+from .inputs import FaceModels, tolerance
 
 
-def build(inputs: StageInputs) -> Stage:
+def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
     """The stage; its outputs are the tensors of `Detections`."""
-    modules = {name: with_fp32_edges(module) for name, module in inputs.faces.detector_networks.items()}
+    detector = faces.detector
+    networks = {name: replace(n, module=with_fp32_edges(n.module)) for name, n in detector.networks.items()}
+    weight = next(iter(detector.networks.values())).module
 
     def assemble(runners: Mapping[str, Callable[..., Mapping[str, Tensor]]]) -> Runner:
-        detector = BatchedMTCNN(runners, **inputs.faces.detector_settings)
+        made = detector.make(runners)
 
         def detect(**tensors: Tensor) -> dict[str, Tensor]:
-            found = detector.detect(tensors["frames"])
+            found = made.detect(tensors["frames"])
             return {
                 "boxes": found.boxes,
                 "probabilities": found.probabilities,
@@ -36,27 +40,34 @@ def build(inputs: StageInputs) -> Stage:
 
     def sample() -> dict[str, Tensor]:
         clips = held_out_clips(2, seed=0)
-        return {"frames": quantize_frames(clips.video.flatten(0, 1)).to(inputs.device)}
+        return {"frames": quantize_frames(clips.video.flatten(0, 1)).to(faces.device)}
 
     return Stage(
         name="face_detector",
-        model="mtcnn",
-        networks=tuple(_network(name, module, inputs) for name, module in modules.items()),
-        torch=assemble({name: as_network(module, MTCNN_OUTPUTS[name]) for name, module in modules.items()}),
+        model=detector.name,
+        networks=tuple(_network(name, network, shapes) for name, network in networks.items()),
+        torch=assemble({name: as_network(network.module, network.outputs) for name, network in networks.items()}),
         assemble=assemble,
         sample=sample,
-        tolerance=tolerance("face_detector", weights_dtype(inputs.faces.detector_networks["pnet"])),
+        tolerance=tolerance("face_detector", weights_dtype(weight)),
     )
 
 
-def _network(name: str, module: nn.Module, inputs: StageInputs) -> Network:
-    shapes, side = inputs.shapes, MTCNN_INPUT_SIZES[name]
-    free = (_odd(shapes.dimension("face_height")), _odd(shapes.dimension("face_width")))
-    size = free if side is None else (side, side)
+def _network(name: str, network: DetectorNetwork, shapes: ShapeRange) -> Network:
+    size: tuple[int | Dimension, int | Dimension]
+    if network.side is not None:
+        size = (network.side, network.side)
+    else:
+        size = (_side(shapes, "face_height", network.multiple), _side(shapes, "face_width", network.multiple))
     images = TensorSpec("images", (shapes.dimension("faces"), 3, *size))
-    return Network(name, contiguous_copy(module), (images,), MTCNN_OUTPUTS[name])
+    return Network(name, contiguous_copy(network.module), (images,), network.outputs)
 
 
-def _odd(dimension: Dimension) -> Dimension:
-    """With an odd typical extent: from an even one AOTInductor infers that all are, and pools odd ones wrongly."""
-    return replace(dimension, opt=min((dimension.opt - 1) | 1, dimension.max))
+def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:
+    """An open side of images; where sides must divide by something, one of so many blocks."""
+    pixels = shapes.dimension(name)
+    if multiple > 1:
+        low, typical, high = (-(-extent // multiple) for extent in (pixels.min, pixels.opt, pixels.max))
+        return Dimension(name, low, typical, high, multiple)
+    # With an odd typical extent: from an even one AOTInductor infers that all are, and pools odd ones wrongly.
+    return replace(pixels, opt=min((pixels.opt - 1) | 1, pixels.max))

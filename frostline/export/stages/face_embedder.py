@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import cast
 
+from frostline.export.shapes import ShapeRange
 from frostline.models.faces.embedders import FaceEmbedder
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
 from .face_networks import weights_dtype, with_fp32_edges
-from .inputs import StageInputs, single_network_stage, tolerance
+from .inputs import FaceModels, single_network_stage, tolerance
 
 
-def build(inputs: StageInputs) -> Stage:
+def build(models: FaceModels, shapes: ShapeRange) -> Stage:
     """The frozen use of the embedder: reference faces and scoring."""
-    module = inputs.faces.embedder
+    module = models.embedder
     embedder = cast(FaceEmbedder, module)
     side = embedder.image_size
-    faces = TensorSpec("faces", (inputs.shapes.dimension("faces"), 3, side, side))
+    faces = TensorSpec("faces", (shapes.dimension("faces"), 3, side, side))
     network = Network("face_embedder", with_fp32_edges(module), (faces,), ("embeddings",))
     return single_network_stage(network, embedder.name, tolerance("face_embedder", weights_dtype(module)))

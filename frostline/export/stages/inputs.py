@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from frostline.export.shapes import ShapeRange
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
+from frostline.models.faces.detectors import DetectorModel
 from frostline.models.weights import PartWeights
 from frostline.runtime.stage import Dimension, Network, Stage, Tolerance
 
@@ -39,15 +40,15 @@ def tolerance(stage: str, dtype: torch.dtype) -> Tolerance:
 
 @dataclass(frozen=True)
 class FaceModels:
-    """The face networks of the reward.
+    """The face networks of the reward. embedder: what `load_embedder` returns."""
 
-    detector_networks: `pnet`, `rnet`, `onet` of MTCNN. embedder: what `load_embedder` returns.
-    detector_settings: keyword arguments of `BatchedMTCNN`.
-    """
-
-    detector_networks: Mapping[str, nn.Module]
+    detector: DetectorModel
     embedder: nn.Module
-    detector_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(itertools.chain(self.embedder.parameters(), self.embedder.buffers())).device
 
 
 @dataclass(frozen=True)

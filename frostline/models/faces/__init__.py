@@ -1,7 +1,8 @@
-"""Faces: detect (MTCNN), align (five points), embed (SFace, ArcFace, FaceNet), compare (identity reward)."""
+"""Faces: detect (MTCNN, YuNet, SCRFD), align (five points), embed (SFace, ArcFace, FaceNet), compare."""
 
 from .alignment import ARCFACE_TEMPLATE, align_faces, similarity_transform
 from .detections import Detections, FaceDetector, LargestFaces, quantize_frames, upscale_frames
+from .detectors import DetectorModel, DetectorNetwork, load_detector
 from .embedders import ArcFaceEmbedder, FaceEmbedder, FacenetEmbedder, SFaceEmbedder, load_embedder
 from .identity import FaceIdentity, IdentityScore, MissingFace, ReferenceFaces, identity_score
 from .mtcnn import (
@@ -9,11 +10,12 @@ from .mtcnn import (
     MTCNN_OUTPUTS,
     BatchedMTCNN,
     MTCNNNetwork,
-    Network,
-    as_network,
     load_mtcnn_networks,
 )
-from .onnx_module import OnnxModule
+from .networks import Network, as_network
+from .onnx_module import OnnxGraph, OnnxModule
+from .scrfd import Scrfd, ScrfdNetwork
+from .yunet import YuNet, YuNetNetwork
 
 __all__ = [
     "ARCFACE_TEMPLATE",
@@ -22,6 +24,8 @@ __all__ = [
     "ArcFaceEmbedder",
     "BatchedMTCNN",
     "Detections",
+    "DetectorModel",
+    "DetectorNetwork",
     "FaceDetector",
     "FaceEmbedder",
     "FaceIdentity",
@@ -31,12 +35,18 @@ __all__ = [
     "MTCNNNetwork",
     "MissingFace",
     "Network",
+    "OnnxGraph",
     "OnnxModule",
     "ReferenceFaces",
     "SFaceEmbedder",
+    "Scrfd",
+    "ScrfdNetwork",
+    "YuNet",
+    "YuNetNetwork",
     "align_faces",
     "as_network",
     "identity_score",
+    "load_detector",
     "load_embedder",
     "load_mtcnn_networks",
     "quantize_frames",

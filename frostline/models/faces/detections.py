@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frostline.errors import DataError
+
 from .alignment import scaled_template
 
 
@@ -93,6 +95,17 @@ class FaceDetector(Protocol):
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
         """Faces of (N, 3, H, W) uint8 RGB frames, in their pixels, searched `upscale` times larger."""
         ...
+
+
+def check_frames(frames: Tensor) -> None:
+    """Frames must be (N, 3, H, W) uint8.
+
+    Raises:
+        DataError: they are not; says what they are.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+        got = f"{tuple(frames.shape)} {frames.dtype}"
+        raise DataError(f"face detection takes (N, 3, H, W) uint8 frames, not {got}")
 
 
 def no_detections(num_frames: int, frame_size: tuple[int, int], device: torch.device) -> Detections:

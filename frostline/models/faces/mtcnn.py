@@ -9,7 +9,7 @@ candidates of all frames, and the crops of all candidates are cut in one gather.
 so that engines can serve them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from frostline.errors import DataError
-
-from .detections import Detections, join_detections, no_detections, upscale_frames
-
-Network = Callable[..., Mapping[str, Tensor]]
-"""Takes `images=` (N, 3, H, W) float32 and returns tensors by the names in `MTCNN_OUTPUTS`."""
+from .detections import Detections, check_frames, join_detections, no_detections, upscale_frames
+from .networks import Network, as_network
 
 MTCNN_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "pnet": ("regression", "probability"),
@@ -77,15 +73,6 @@ def load_mtcnn_networks() -> dict[str, nn.Module]:
     }
 
 
-def as_network(module: nn.Module, output_names: tuple[str, ...]) -> Network:
-    """A module that returns a tuple, as a function from keywords to named tensors."""
-
-    def network(**inputs: Tensor) -> dict[str, Tensor]:
-        return dict(zip(output_names, module(**inputs), strict=True))
-
-    return network
-
-
 class BatchedMTCNN:
     """Detects faces in all frames of a batch at once. Holds no weights: see `networks`.
 
@@ -122,9 +109,7 @@ class BatchedMTCNN:
             upscale: search the frames enlarged this many times (bicubic), so that smaller faces are found:
                 the frames of 64–96 px that the tests and the embedded tiny model use need 2.
         """
-        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-            got = f"{tuple(frames.shape)} {frames.dtype}"
-            raise DataError(f"face detection takes (N, 3, H, W) uint8 frames, not {got}")
+        check_frames(frames)
         height, width = frames.shape[-2:]
         if len(frames) == 0 or not self._scales(height * upscale, width * upscale):
             return no_detections(len(frames), (height, width), frames.device)

@@ -1,7 +1,8 @@
 """A small ONNX interpreter in torch operations: frozen weights, differentiable to its input.
 
-It covers the operations of face embedders in the ArcFace format (SFace, iresnet, MobileFaceNet). Everything
-that depends on constants alone, quantised weights included, is computed once at load.
+It covers the operations of face embedders in the ArcFace format (SFace, iresnet, MobileFaceNet) and of face
+detectors (YuNet, SCRFD). Everything that depends on constants alone, quantised weights included, is computed
+once at load.
 """
 
 import inspect
@@ -34,8 +35,8 @@ class _Step:
     release: tuple[str, ...] = ()
 
 
-class OnnxModule(nn.Module):
-    """An ONNX graph with one input and one output as a frozen PyTorch module.
+class OnnxGraph(nn.Module):
+    """An ONNX graph with one input and one or more outputs as a frozen PyTorch module.
 
     Weights become float32 buffers, batch normalisation is folded into the convolution or matrix product
     before it, and the batch dimension is free whatever batch the file was exported with. Graph inputs that
@@ -46,6 +47,7 @@ class OnnxModule(nn.Module):
 
     Attributes:
         operations: the operations that run at each forward, in order, as ONNX names them.
+        output_names: of the outputs, in the file's order.
 
     Raises:
         ConfigError: the file is missing, malformed or unsafe, or uses something that is not supported.
@@ -56,7 +58,7 @@ class OnnxModule(nn.Module):
         self.path = Path(path)
         graph = load_onnx(self.path).graph
         constants = {tensor.name: _to_torch(numpy_helper.to_array(tensor)) for tensor in graph.initializer}
-        self._output = self._only("output", [value.name for value in graph.output])
+        self.output_names = tuple(value.name for value in graph.output)
         steps = self._fold_constants(_steps(graph), constants)
         used = {name for step in steps for name in step.inputs}
         inputs = [value for value in graph.input if value.name in used and value.name not in constants]
@@ -64,15 +66,16 @@ class OnnxModule(nn.Module):
         dimensions = inputs[0].type.tensor_type.shape.dim
         if dimensions and dimensions[0].dim_value == 1:
             _free_batch(steps, constants)
-        steps = _fold_batch_norms(steps, constants, self._output)
-        self._steps = _with_releases(steps, self._output)
+        steps = _fold_batch_norms(steps, constants, self.output_names)
+        self._steps = _with_releases(steps, self.output_names)
         self.operations = tuple(step.op for step in steps)
 
-        self._arguments: dict[str, Argument] = {}  # small integers: shapes and axes, python values for tracing
+        self._arguments: dict[str, Argument] = {}  # shapes, axes and factors: python values for tracing
         self._buffer_names: dict[str, str] = {}  # ONNX names may hold dots, which buffers must not
+        factors = {name for step in steps if step.op == "Resize" for name in step.inputs[2:3]}
         for name in dict.fromkeys(name for step in steps for name in step.inputs if name in constants):
             value = constants[name]
-            if value.is_floating_point():
+            if value.is_floating_point() and name not in factors:
                 self._buffer_names[name] = f"weight_{len(self._buffer_names)}"
                 # Convolutions run channels last where their weights are, which is faster backward on CPUs.
                 layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
@@ -81,8 +84,8 @@ class OnnxModule(nn.Module):
                 self._arguments[name] = value.tolist()
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The graph's output for its input `x`, float32, batch first."""
+    def forward(self, x: Tensor) -> Any:
+        """The graph's outputs for its input `x` (float32, batch first), a tuple in the order of `output_names`."""
         values: dict[str, Argument] = {self._input: x, "": None, **self._arguments}
         values |= {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
         for step in self._steps:
@@ -90,9 +93,7 @@ class OnnxModule(nn.Module):
             values[step.output] = OPERATIONS[step.op](*arguments, **step.attributes)
             for name in step.release:
                 del values[name]
-        result = values[self._output]
-        assert isinstance(result, Tensor)
-        return result
+        return tuple(values[name] for name in self.output_names)
 
     def _fold_constants(self, steps: list[_Step], constants: dict[str, Tensor]) -> list[_Step]:
         """Check all steps, compute those that read only constants into `constants`, return the others."""
@@ -111,7 +112,7 @@ class OnnxModule(nn.Module):
                 continue
             arguments = [constants[name] if name else None for name in step.inputs]
             try:
-                constants[step.output] = operation(*arguments, **step.attributes)
+                constants[step.output] = torch.as_tensor(operation(*arguments, **step.attributes))
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ConfigError(f"ONNX operation {step.op} failed on constants: {error} ({where})") from error
         return remaining
@@ -120,6 +121,23 @@ class OnnxModule(nn.Module):
         if len(names) != 1:
             raise ConfigError(f"{self.path} must have one {what}, it has {len(names)}: {', '.join(names)}")
         return names[0]
+
+
+class OnnxModule(OnnxGraph):
+    """An `OnnxGraph` of one output, which it returns as it is.
+
+    Raises:
+        ConfigError: the file has several outputs, or is not usable.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._only("output", list(self.output_names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The graph's output for its input `x`, float32, batch first."""
+        (result,) = super().forward(x)
+        return result
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -202,9 +220,9 @@ def _free_batch(steps: list[_Step], constants: dict[str, Tensor]) -> None:
             constants[step.inputs[1]] = torch.cat([torch.zeros_like(shape[:1]), shape[1:]])  # 0: keep
 
 
-def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], output: str) -> list[_Step]:
+def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], outputs: tuple[str, ...]) -> list[_Step]:
     """Fold each BatchNormalization into the Conv or Gemm before it, where nothing else reads its result."""
-    readers: dict[str, int] = {output: 1}
+    readers: dict[str, int] = dict.fromkeys(outputs, 1)
     for step in steps:
         for name in step.inputs:
             readers[name] = readers.get(name, 0) + 1
@@ -244,9 +262,9 @@ def _scaled_weights(step: _Step, norm: _Step, constants: Mapping[str, Tensor]) -
     return (weight * scale.reshape(shape)).float(), ((bias - mean) * scale + beta).float()
 
 
-def _with_releases(steps: list[_Step], output: str) -> list[_Step]:
+def _with_releases(steps: list[_Step], outputs: tuple[str, ...]) -> list[_Step]:
     """The steps, each with the results that it is the last to read, so that memory is freed on the way."""
-    seen = {output}
+    seen = set(outputs)
     results = {step.output for step in steps}
     reversed_steps = []
     for step in reversed(steps):

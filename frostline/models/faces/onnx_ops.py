@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Argument = Tensor | list[int] | int | None
-"""What a node reads: a value, python integers (shapes, axes), or nothing for an omitted input."""
+Argument = Tensor | list[int] | list[float] | int | None
+"""What a node reads: a value, python numbers (shapes, axes, factors), or nothing for an omitted input."""
 
 Integers = Tensor | Sequence[int]
-"""A shape or axes: a tensor while constants are folded, python integers at run time."""
+"""A shape or axes: a tensor while constants are folded, python integers at run time.
+
+What a graph computes from the shape of its input stays python integers too, so that a tracer sees open dimensions.
+"""
 
 
 def constant(
@@ -193,15 +196,74 @@ def transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
     return x.permute(tuple(perm) if perm is not None else tuple(range(x.ndim))[::-1])
 
 
-def concat(*parts: Tensor, axis: int) -> Tensor:
-    return torch.cat(parts, dim=axis)
+def concat(*parts: Tensor | list[int], axis: int) -> Tensor | list[int]:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) < len(parts):
+        return [number for part in parts for number in _integers(part)]
+    return torch.cat(tensors, dim=axis)
+
+
+def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> list[int]:
+    return list(x.shape[start:end])
+
+
+def gather(x: Tensor | list[int], indices: Tensor | list[int] | int, *, axis: int = 0) -> Tensor | list[int] | int:
+    if isinstance(x, Tensor):
+        index = torch.as_tensor(indices)
+        gathered = x.index_select(axis, index.reshape(-1) % x.shape[axis])
+        return gathered.reshape((*x.shape[:axis], *index.shape, *x.shape[axis:][1:]))
+    chosen = indices.tolist() if isinstance(indices, Tensor) else indices
+    return x[chosen] if isinstance(chosen, int) else [x[index] for index in chosen]
+
+
+def slice_(
+    x: Tensor | list[int], starts: Integers, ends: Integers, axes: Integers | None = None, steps: Integers | None = None
+) -> Tensor | list[int]:
+    bounds = list(zip(_integers(starts), _integers(ends), strict=True))
+    along = range(len(bounds)) if axes is None else _integers(axes)
+    if any(step != 1 for step in _integers(steps or [])):
+        raise ValueError("slices with steps are not supported")
+    for axis, (start, end) in zip(along, bounds, strict=True):
+        if not isinstance(x, Tensor):
+            return x[start:end]
+        x = x[(*[slice(None)] * (axis % x.ndim), slice(start, end))]
+    return x
+
+
+def cast(x: Tensor | list[int] | int, *, to: int, saturate: int = 1) -> Tensor | list[int] | int:
+    """Only between integers and between floats: the interpreter has one type of each."""
+    return x
+
+
+def resize(
+    x: Tensor,
+    roi: Tensor | None = None,
+    scales: Sequence[float] | None = None,
+    sizes: Integers | None = None,
+    *,
+    mode: bytes = b"nearest",
+    coordinate_transformation_mode: bytes = b"half_pixel",
+    nearest_mode: bytes = b"round_prefer_floor",
+    cubic_coeff_a: float = -0.75,
+) -> Tensor:
+    """Nearest neighbour as PyTorch has it, height and width by whole factors or to given sizes."""
+    if (mode, coordinate_transformation_mode, nearest_mode) != (b"nearest", b"asymmetric", b"floor"):
+        raise ValueError(f"resizing is supported as nearest, asymmetric, floor, not {mode.decode()}")
+    if sizes is not None:
+        return F.interpolate(x, size=tuple(_integers(sizes)[2:]), mode="nearest")
+    factors = [int(factor) for factor in scales or ()]
+    if len(factors) != 4 or factors != list(scales or ()):
+        raise ValueError(f"resizing is supported by whole factors, not {scales}")
+    return F.interpolate(x, size=(x.shape[2] * factors[2], x.shape[3] * factors[3]), mode="nearest")
 
 
 def squeeze(x: Tensor, axes: Integers | None = None) -> Tensor:
     return x.squeeze() if axes is None else x.squeeze(_integers(axes))
 
 
-def unsqueeze(x: Tensor, axes: Integers) -> Tensor:
+def unsqueeze(x: Tensor | int, axes: Integers) -> Tensor | list[int]:
+    if not isinstance(x, Tensor):
+        return [x]
     rank = x.ndim + len(axes)
     for axis in sorted(axis % rank for axis in _integers(axes)):
         x = x.unsqueeze(axis)
@@ -212,6 +274,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "Add": lambda a, b: a + b,
     "AveragePool": average_pool,
     "BatchNormalization": batch_normalization,
+    "Cast": cast,
     "Clip": clip,
     "Concat": concat,
     "Constant": constant,
@@ -221,6 +284,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "Dropout": dropout,
     "Flatten": flatten,
     "Gemm": gemm,
+    "Gather": gather,
     "GlobalAveragePool": global_average_pool,
     "Identity": identity,
     "LeakyRelu": leaky_relu,
@@ -231,7 +295,10 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "ReduceMean": reduce_mean,
     "Relu": lambda x: F.relu(x),
     "Reshape": reshape,
+    "Resize": resize,
+    "Shape": shape,
     "Sigmoid": lambda x: torch.sigmoid(x),
+    "Slice": slice_,
     "Softmax": softmax,
     "Squeeze": squeeze,
     "Sub": lambda a, b: a - b,

@@ -97,7 +97,9 @@ class OpenVinoRunner:
         """Run the network; every output is freshly allocated and shared with torch."""
         check_inputs(self._network, inputs)
         self._bind_live()
-        for name, tensor in inputs.items():
+        # Kept until the run is over: OpenVINO shares this memory but does not own it.
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
+        for name, tensor in contiguous.items():
             self._request.set_tensor(name, _share(tensor))
         outputs = {name: self._fresh_output(name) for name in self._network.outputs}
         try:
@@ -137,10 +139,10 @@ def _compile(path: Path) -> Any:
 
 
 def _share(tensor: Tensor) -> Any:
-    """The same memory as an OpenVINO tensor, which keeps it alive."""
+    """The memory of a contiguous tensor as an OpenVINO tensor, which does not keep it alive."""
     import openvino
 
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach()
     array = tensor.view(_AS_NUMPY.get(tensor.dtype, tensor.dtype)).numpy()
     if tensor.dtype in _AS_NUMPY:
         return openvino.Tensor(array, openvino.Shape(tensor.shape), openvino.Type.bf16)

@@ -67,5 +67,23 @@ def group_picture(astronaut: Image.Image, hopper: Image.Image) -> Tensor:
 
 
 @pytest.fixture(scope="session")
+def pictures(astronaut: Image.Image, hopper: Image.Image) -> dict[str, Tensor]:
+    """All pictures of faces inside the wheels that the tests need, as (3, H, W) uint8 frames.
+
+    `lfw` is the 100 faces of scikit-image's sample of "Labeled Faces in the Wild", 25 pixels a side, enlarged four
+    times and set side by side.
+    """
+    tiles = skimage.data.lfw_subset()[:100].reshape(10, 10, 25, 25).transpose(0, 2, 1, 3).reshape(250, 250)
+    lfw = Image.fromarray((tiles * 255).round().astype(np.uint8)).resize((1000, 1000), Image.Resampling.BICUBIC)
+    photographs = {
+        "astronaut": astronaut,
+        "hopper": hopper,
+        "camera": Image.fromarray(skimage.data.camera()).convert("RGB"),
+        "lfw": lfw.convert("RGB"),
+    }
+    return {name: as_frames(picture)[0] for name, picture in photographs.items()}
+
+
+@pytest.fixture(scope="session")
 def sface() -> SFaceEmbedder:
     return SFaceEmbedder()

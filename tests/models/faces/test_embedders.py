@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -21,6 +22,7 @@ from frostline.models.faces import (
     FacenetEmbedder,
     SFaceEmbedder,
     align_faces,
+    load_detector,
     load_embedder,
 )
 from frostline.models.faces.embedders import sface_path
@@ -57,6 +59,34 @@ def test_sface_equals_onnxruntime(sface: SFaceEmbedder, faces: Tensor) -> None:
     torch.testing.assert_close(embeddings, expected, atol=1e-4, rtol=0)
     assert F.cosine_similarity(embeddings, expected).min() >= 0.9999
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
+
+
+def test_sface_equals_opencv_on_every_picture(
+    sface: SFaceEmbedder, pictures: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Of every face that YuNet finds, with OpenCV's own alignment: the same crop, and ours of the same landmarks."""
+    model = onnx.load(sface_path())
+    inputs = [value for value in model.graph.input if value.name == "data"]  # OpenCV takes listed weights for inputs
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    onnx.save(model, tmp_path / "sface.onnx")
+    opencv = cv2.FaceRecognizerSF.create(str(tmp_path / "sface.onnx"), "")
+    yunet = load_detector("yunet").in_torch()
+    faces = 0
+    for picture in pictures.values():
+        found = yunet.detect(picture[None])
+        image = np.ascontiguousarray(picture.permute(1, 2, 0).numpy()[..., ::-1])
+        aligned = align_faces(picture[None].expand(len(found), -1, -1, -1) / 255, found.landmarks) * 2 - 1
+        for box, points, ours in zip(found.boxes, found.landmarks, sface(aligned), strict=True):
+            face = torch.cat([box[:2], box[2:] - box[:2], points.flatten(), torch.ones(1)]).numpy()
+            crop = opencv.alignCrop(image, face).copy()
+            theirs = F.normalize(torch.from_numpy(opencv.feature(crop).copy()), dim=1)[0]
+            pixels = torch.from_numpy(crop[..., ::-1].copy()).permute(2, 0, 1)[None].float()
+            assert F.cosine_similarity(sface(pixels / 127.5 - 1)[0], theirs, dim=0) >= 0.9999
+            # OpenCV rounds the crop to 8 bits and its coordinates to 1/32 pixel.
+            assert F.cosine_similarity(ours, theirs, dim=0) >= 0.99
+            faces += 1
+    assert faces >= 20
 
 
 def test_sface_embeds_a_face_alone_as_in_a_batch(sface: SFaceEmbedder, faces: Tensor) -> None:

@@ -72,6 +72,15 @@ def test_equals_facenet_on_every_frame_of_a_clip(
         assert_same_faces(of_frame(detections, t), facenet_detect(facenet, frame))
 
 
+def test_equals_facenet_on_every_picture(detector: BatchedMTCNN, facenet: MTCNN, pictures: dict[str, Tensor]) -> None:
+    faces = 0
+    for picture in pictures.values():
+        expected = facenet_detect(facenet, picture)
+        assert_same_faces(of_frame(detector.detect(picture[None]), 0), expected)
+        faces += len(expected[0])
+    assert faces >= 20
+
+
 def test_equals_facenet_on_a_group_picture(detector: BatchedMTCNN, facenet: MTCNN, group_picture: Tensor) -> None:
     expected = facenet_detect(facenet, group_picture[0])
     assert len(expected[0]) >= 5

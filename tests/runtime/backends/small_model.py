@@ -14,6 +14,7 @@ from frostline.export.stages import FaceModels, StageInputs, build_stages
 from frostline.export.stages.inputs import tolerance
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
+from frostline.models.faces.detectors import mtcnn_model
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.mtcnn import load_mtcnn_networks
 from frostline.models.lora import adapters_off, inject_lora, lora_parameters
@@ -57,7 +58,7 @@ def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str 
         for parameter in lora_parameters(denoiser).values():
             parameter.copy_(0.05 * torch.randn(parameter.shape))
     faces = FaceModels(
-        {name: network.to(device, dtype) for name, network in load_mtcnn_networks().items()},
+        mtcnn_model({name: network.to(device, dtype) for name, network in load_mtcnn_networks().items()}),
         torch.nn.Module.to(load_embedder("sface"), device, dtype),  # type: ignore[arg-type]
     )
     return build_stages(StageInputs(components, Denoiser(denoiser).to(device), None, faces, SHAPES))

@@ -51,6 +51,17 @@ def test_parity_at_the_sizes_of_the_profile_and_at_another(stage: str, name: str
     assert_outputs_are_the_callers(network, own)
 
 
+def test_inputs_in_any_memory_layout_are_computed(onnx_source: Source) -> None:
+    """The contiguous copy of such an input must live until the run is over."""
+    network = network_of("face_detector", "onet")
+    own = OpenVinoRunner(onnx_source("face_detector", "onet"), network)
+    for seed in range(3):
+        images = sample_at(network, seed, faces=32)["images"]
+        strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        assert not strided.is_contiguous()
+        assert_parity(network, own, {"images": strided}, "face_detector")
+
+
 def test_follows_the_trainer(denoiser: Network, runner: OpenVinoRunner) -> None:
     assert_follows_the_trainer(denoiser, runner)
 

@@ -1,0 +1,91 @@
+"""What the single-network detectors (YuNet, SCRFD) share: candidates on three grids, for batches of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from .detections import Detections, check_frames, join_detections, no_detections, upscale_frames
+
+STRIDES = (8, 16, 32)
+"""Pixels between neighbouring cells of the three grids."""
+
+MULTIPLE = STRIDES[-1]
+"""Frames are padded on the right and below until their sides divide by this."""
+
+_PIXELS_AT_ONCE = 4_000_000  # frame pixels searched at once: bounds the activations at about 400 MB
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """K possible faces in N frames, before suppression.
+
+    boxes: (K, 4) float32 left, top, right, bottom. scores: (K,) in [0, 1]. landmarks: (K, 5, 2) x, y.
+    frame_index: (K,) int64. rivals: (K, 4), the boxes by which overlap is judged.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    landmarks: Tensor
+    frame_index: Tensor
+    rivals: Tensor
+
+    def best(self, overlap: float, num_frames: int, frame_size: tuple[int, int]) -> Detections:
+        """The candidates that no better one of their frame overlaps by more than `overlap`, as IoU."""
+        # All frames in one call, shifted apart; in double precision, where the shift rounds nothing that matters.
+        rivals = self.rivals.double()
+        reach = (rivals.abs().amax() + 1).ceil() if len(rivals) else rivals.new_ones(())
+        shifted = rivals + (self.frame_index * (2 * reach))[:, None]
+        kept = nms(shifted, self.scores.double(), overlap)
+        size = (self.boxes[kept, 2:] - self.boxes[kept, :2]).double()
+        kept = kept[size.prod(dim=1).argsort(descending=True, stable=True)]
+        kept = kept[self.frame_index[kept].argsort(stable=True)]
+        return Detections(
+            boxes=self.boxes[kept],
+            probabilities=self.scores[kept],
+            landmarks=self.landmarks[kept],
+            frame_index=self.frame_index[kept],
+            num_frames=num_frames,
+            frame_size=frame_size,
+        )
+
+
+def detect_in_parts(frames: Tensor, upscale: int, find: Callable[[Tensor], Candidates], overlap: float) -> Detections:
+    """Faces of (N, 3, H, W) uint8 RGB frames, some at a time; N may be 0.
+
+    Args:
+        find: candidates in (n, 3, h, w) uint8 RGB frames, n >= 1, in their pixels.
+        overlap: see `Candidates.best`.
+    """
+    check_frames(frames)
+    size = (frames.shape[-2], frames.shape[-1])
+    if len(frames) == 0:
+        return no_detections(0, size, frames.device)
+    run_length = max(1, _PIXELS_AT_ONCE // (size[0] * size[1] * upscale**2))
+    searched = (size[0] * upscale, size[1] * upscale)
+    with torch.no_grad(), torch.autocast(frames.device.type, enabled=False):
+        parts = [
+            find(upscale_frames(part, upscale)).best(overlap, len(part), searched) for part in frames.split(run_length)
+        ]
+    return join_detections(parts).divided(upscale)
+
+
+def padded(height: int, width: int) -> tuple[int, int]:
+    """The sides rounded up to what the strides divide."""
+    return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
+
+
+def cell_places(cells: Tensor, width: int, anchors: int, stride: int) -> Tensor:
+    """(K, 2) x, y in pixels of the top left corners of cells, numbered along rows, `anchors` to each cell."""
+    place = cells // anchors
+    columns = width // stride
+    return stride * torch.stack([place % columns, place // columns], dim=1).float()
+
+
+def gather_strides(pick: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    """Boxes, scores, landmarks and frames of the candidates that `pick` finds at each stride, joined."""
+    return tuple(torch.cat(parts) for parts in zip(*map(pick, STRIDES), strict=True))

@@ -1,0 +1,87 @@
+"""Face detectors by their setting: which networks they are made of, and how to make one from running networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from frostline.errors import ConfigError
+
+from .dense import MULTIPLE
+from .detections import FaceDetector
+from .mtcnn import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, BatchedMTCNN, load_mtcnn_networks
+from .networks import Network, as_network
+from .scrfd import SCRFD_OUTPUTS, Scrfd, ScrfdNetwork
+from .yunet import YUNET_OUTPUTS, YuNet, YuNetNetwork
+
+
+@dataclass(frozen=True)
+class DetectorNetwork:
+    """One network of a detector: a module that takes `images` (N, 3, H, W) float32 and returns a tuple.
+
+    outputs: their names. side: of its square input, None where any size will do that divides by `multiple`.
+    """
+
+    module: nn.Module
+    outputs: tuple[str, ...]
+    side: int | None = None
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class DetectorModel:
+    """A detector that is not yet tied to where its networks run.
+
+    name: what reports and the engine store call it. make: a detector from running networks, by name.
+    """
+
+    name: str
+    networks: Mapping[str, DetectorNetwork]
+    make: Callable[[Mapping[str, Network]], FaceDetector]
+
+    def modules(self) -> nn.ModuleDict:
+        """The networks' modules by name, to move them about."""
+        return nn.ModuleDict({name: network.module for name, network in self.networks.items()})
+
+    def in_torch(self) -> FaceDetector:
+        """The detector with its networks in PyTorch."""
+        return self.make({name: as_network(n.module, n.outputs) for name, n in self.networks.items()})
+
+
+def load_detector(spec: str, min_face_size: int = 20) -> DetectorModel:
+    """A detector by its setting: `mtcnn`, `yunet` or `scrfd:PATH.onnx`.
+
+    Args:
+        min_face_size: side in pixels of the smallest face that MTCNN looks for; the others find what they find.
+    Raises:
+        ConfigError: there is no such detector, or its weights cannot be had.
+    """
+    kind, _, argument = spec.partition(":")
+    if spec == "mtcnn":
+        return mtcnn_model(load_mtcnn_networks(), min_face_size=min_face_size)
+    if spec == "yunet":
+        return _single("yunet", YuNetNetwork(), YUNET_OUTPUTS, YuNet)
+    if kind == "scrfd" and argument:
+        return _single(f"scrfd-{Path(argument).stem}", ScrfdNetwork(argument), SCRFD_OUTPUTS, Scrfd)
+    raise ConfigError(f"unknown face detector {spec!r}: use mtcnn, yunet or scrfd:PATH.onnx")
+
+
+def mtcnn_model(modules: Mapping[str, nn.Module], **settings: Any) -> DetectorModel:
+    """MTCNN of these networks; `settings` are `BatchedMTCNN`'s."""
+    networks = {
+        name: DetectorNetwork(module, MTCNN_OUTPUTS[name], MTCNN_INPUT_SIZES[name]) for name, module in modules.items()
+    }
+    return DetectorModel("mtcnn", networks, lambda running: BatchedMTCNN(running, **settings))
+
+
+def _single(
+    name: str, module: nn.Module, outputs: tuple[str, ...], detector: Callable[[Network], FaceDetector]
+) -> DetectorModel:
+    """A detector of one fully convolutional network."""
+    network = DetectorNetwork(module.eval().requires_grad_(False), outputs, multiple=MULTIPLE)
+    key = name.partition("-")[0]
+    return DetectorModel(name, {key: network}, lambda running: detector(running[key]))

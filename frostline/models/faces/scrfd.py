@@ -1,0 +1,124 @@
+"""SCRFD face detection over batches of frames, from ONNX files in the layout of insightface's `scrfd_10g_bnkps`.
+
+Method: Guo et al. 2021, "Sample and Computation Redistribution for Efficient Face Detection". The layout: nine
+outputs, scores, then boxes, then landmarks, each for the strides 8, 16 and 32, two anchors a cell.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frostline.errors import ConfigError
+
+from .dense import STRIDES, Candidates, cell_places, detect_in_parts, gather_strides, padded
+from .detections import Detections
+from .networks import Network
+from .onnx_module import OnnxGraph
+
+SCRFD_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES)
+"""Names of what `ScrfdNetwork` returns, in its order: scores (N, anchors), the others (N, anchors, 4 and 10)."""
+
+ANCHORS = 2
+_CHANNELS = (1, 4, 10)
+
+
+class ScrfdNetwork(nn.Module):
+    """An SCRFD file with the signature that engines have.
+
+    `forward(images)` takes (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128`, H and W multiples of 32, and
+    returns what `SCRFD_OUTPUTS` names: the probability of a face, and distances to the sides of its box and to its
+    landmarks in strides.
+
+    Args:
+        path: the .onnx file. Its outputs may have a batch dimension or have it folded into the anchors.
+    Raises:
+        ConfigError: the file is missing or of another layout.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.network = OnnxGraph(path)
+        self._check()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The outputs in the order of `SCRFD_OUTPUTS`."""
+        count = images.shape[0]
+        outputs = self.network(images)
+        shaped = [output.reshape(count, -1, _CHANNELS[index // len(STRIDES)]) for index, output in enumerate(outputs)]
+        return (*(scores[..., 0] for scores in shaped[:3]), *shaped[3:])
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Run two frames through, which shows the layout and that the file takes a batch."""
+        path, names = self.network.path, self.network.output_names
+        if len(names) != len(SCRFD_OUTPUTS):
+            raise ConfigError(f"{path} has {len(names)} outputs; an SCRFD file with landmarks has nine")
+        height, width = 64, 96
+        try:
+            outputs = self(torch.zeros(2, 3, height, width))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(f"{path} does not detect in frames of {width} by {height}: {error}") from error
+        for name, stride, output in zip(SCRFD_OUTPUTS, STRIDES * 3, outputs, strict=True):
+            expected = height * width // stride**2 * ANCHORS
+            if output.shape[:2] != (2, expected):
+                raise ConfigError(f"{path}: its {name} has shape {tuple(output.shape)}, not (2, {expected}, …)")
+
+
+class Scrfd:
+    """Detects faces by a `ScrfdNetwork`, wherever that runs.
+
+    Args:
+        network: takes `images=` and returns tensors by the names in `SCRFD_OUTPUTS`.
+        score_threshold: least probability.
+        overlap: IoU above which the weaker of two faces is dropped. Both defaults are insightface's.
+        longest_side: larger frames are searched shrunk to this many pixels, as insightface does.
+    """
+
+    def __init__(
+        self, network: Network, score_threshold: float = 0.5, overlap: float = 0.4, longest_side: int = 640
+    ) -> None:
+        self.network = network
+        self.score_threshold = score_threshold
+        self.overlap = overlap
+        self.longest_side = longest_side
+
+    def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
+        """Faces of (N, 3, H, W) uint8 RGB frames, in their pixels, searched `upscale` times larger.
+
+        A frame's faces do not depend on the other frames; N may be 0.
+        """
+        return detect_in_parts(frames, upscale, self._find, self.overlap)
+
+    def _find(self, frames: Tensor) -> Candidates:
+        images, scale = self._as_input(frames)
+        outputs = self.network(images=images)
+        width = images.shape[-1]
+
+        def pick(stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            scores = outputs[f"score_{stride}"]
+            frame_index, anchors = torch.nonzero(scores >= self.score_threshold, as_tuple=True)
+            centre = cell_places(anchors, width, ANCHORS, stride)
+            sides = outputs[f"bbox_{stride}"][frame_index, anchors] * stride
+            boxes = torch.cat([centre - sides[:, :2], centre + sides[:, 2:]], dim=1)
+            points = outputs[f"kps_{stride}"][frame_index, anchors].unflatten(1, (5, 2)) * stride + centre[:, None]
+            return boxes / scale, scores[frame_index, anchors], points / scale, frame_index
+
+        boxes, scores, landmarks, frame_index = gather_strides(pick)
+        # insightface counts both end pixels.
+        rivals = torch.cat([boxes[:, :2], boxes[:, 2:] + 1], dim=1)
+        return Candidates(boxes, scores, landmarks, frame_index, rivals)
+
+    def _as_input(self, frames: Tensor) -> tuple[Tensor, float]:
+        """(N, 3, H, W) uint8 frames as the network takes them, padded with black, and by what they were shrunk."""
+        height, width = frames.shape[-2:]
+        pixels, scale = frames.float(), 1.0
+        if max(height, width) > self.longest_side:
+            longest, scale = max(height, width), self.longest_side / max(height, width)
+            height, width = (max(1, side * self.longest_side // longest) for side in (height, width))
+            pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round()
+        bottom, right = (side - own for side, own in zip(padded(height, width), (height, width), strict=True))
+        return (F.pad(pixels, (0, right, 0, bottom)) - 127.5) / 128, scale

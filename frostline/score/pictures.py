@@ -1,0 +1,85 @@
+"""Frames of the report: taken out of their videos again, cut around the face, with its box and landmarks drawn in."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from frostline.errors import FrostlineError
+from frostline.score.result import VideoScore
+from frostline.video import stream_video
+
+_SIDE = 320
+_BOX_COLOUR, _POINT_COLOUR, _SHADE = (98, 181, 229), (255, 255, 255), (14, 19, 24)
+
+
+@dataclass(frozen=True)
+class FramePicture:
+    """One frame as JPEG. which: worst or best."""
+
+    which: str
+    number: int
+    score: float
+    jpeg: bytes
+
+
+def extreme_pictures(row: VideoScore, every: int) -> list[FramePicture]:
+    """The worst and the best frame of a scored video, nothing where the file is gone meanwhile.
+
+    Results hold only their numbers, so that pictures can be had of a run that was resumed, or spread over processes.
+
+    Args:
+        every: the stride with which frames were scored.
+    """
+    wanted: dict[int, list[str]] = {}
+    for which in ("worst", "best"):
+        number = getattr(row, f"{which}_frame")
+        if number is not None:
+            wanted.setdefault(number, []).append(which)
+    pictures: list[FramePicture] = []
+    if not wanted:
+        return pictures
+    try:
+        for number, array in stream_video(row.video, max(wanted) // every + 1, every, warn=lambda reason: None):
+            for which in wanted.get(number, ()):
+                score = getattr(row, f"{which}_frame_score")
+                pictures.append(FramePicture(which, number, score, _draw(Image.fromarray(array), row, which)))
+    except FrostlineError:
+        return []
+    return sorted(pictures, key=lambda picture: picture.which, reverse=True)
+
+
+def _draw(image: Image.Image, row: VideoScore, which: str) -> bytes:
+    box = getattr(row, f"{which}_frame_box")
+    landmarks = getattr(row, f"{which}_frame_landmarks")
+    left, top, side = _square_around(box, image.size)
+    image = image.crop((left, top, left + side, top + side)).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    scale = _SIDE / side
+    draw = ImageDraw.Draw(image)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (x + 0.5 - left) * scale, (y + 0.5 - top) * scale
+
+    corners = (*place(*box[:2]), *place(*box[2:]))
+    draw.rectangle(corners, outline=_SHADE, width=4)
+    draw.rectangle(
+        tuple(side + inset for side, inset in zip(corners, (1, 1, -1, -1), strict=True)), outline=_BOX_COLOUR, width=2
+    )
+    for x, y in (place(*point) for point in landmarks):
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_POINT_COLOUR, outline=_SHADE, width=2)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=82)
+    return buffer.getvalue()
+
+
+def _square_around(box: tuple[float, ...], size: tuple[int, int]) -> tuple[int, int, int]:
+    """Left, top and side of a square that shows the face with some of its surroundings, inside the frame if it can."""
+    width, height = size
+    side = round(min(max(2.0 * max(box[2] - box[0], box[3] - box[1]), 48), max(width, height)))
+    centre_x, centre_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    left, top = round(centre_x - side / 2), round(centre_y - side / 2)
+    left = min(max(left, 0), width - side) if side <= width else (width - side) // 2
+    top = min(max(top, 0), height - side) if side <= height else (height - side) // 2
+    return left, top, side

@@ -1,0 +1,209 @@
+"""The report of a scoring run: one page with every score, the curves behind it, and the frames that decide it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from frostline.report.page import Cell, Column, Figure, Page, Tile
+from frostline.report.plots import bar_plot, histogram, line_plot
+from frostline.score.pictures import extreme_pictures
+from frostline.score.result import VideoScore
+from frostline.score.run import Outcome
+from frostline.score.settings import ScoreSettings
+from frostline.score.summary import Summary
+
+_NONE = "\N{EN DASH}"
+_DETAILED = 60
+_POINTS = 600
+_PACKAGES = ("frostline", "torch", "onnxruntime-gpu", "openvino", "av")
+_COLUMNS = (
+    Column("Video"),
+    Column("Face score", "right"),
+    Column("Missing as 0", "right"),
+    Column("Faces found", "right"),
+    Column("Worst frame", "right"),
+    Column("Frames", "right"),
+    Column("Remark"),
+)
+
+
+def write_score_report(path: Path, outcome: Outcome, settings: ScoreSettings) -> None:
+    """Write the page; of many videos, those with the lowest scores are shown frame by frame."""
+    summary, rows = outcome.summary, outcome.rows
+    page = Page("Is it the same person?", _subtitle(rows, settings))
+    page.paragraph(_outcome(summary), lead=True)
+    page.tiles(_tiles(summary))
+    page.heading("All scores")
+    page.figures(*_distribution(summary, rows), columns=2)
+    page.table(_COLUMNS, [_row(row) for row in rows], caption=_CAPTION)
+    _frames(page, rows, settings)
+    page.heading("The run")
+    if summary.stage_seconds:
+        seconds = {name: {"seconds": spent} for name, spent in summary.stage_seconds.items()}
+        page.figures(Figure.svg(bar_plot(seconds, unit="s"), "Seconds of each stage", "Where the time went"), columns=2)
+    page.facts(_facts(outcome, settings))
+    page.write(path)
+
+
+_CAPTION = (
+    "Face score is the mean cosine of the face in each frame with the reference's faces, over the frames that show a "
+    "face; with missing faces as 0 it is the mean over all frames. Press a heading to sort."
+)
+
+
+def _subtitle(rows: Sequence[VideoScore], settings: ScoreSettings) -> str:
+    references = {row.reference for row in rows}
+    against = f"against {Path(next(iter(references))).name}" if len(references) == 1 else "each against its reference"
+    return f"{_count(len(rows), 'video')} {against} · {settings.detector.partition(':')[0]} and {rows[0].face_embedder}"
+
+
+def _outcome(summary: Summary) -> str:
+    if summary.mean is None or summary.median is None:
+        return "No video could be given a score."
+    text = f"The mean face score is {summary.mean:.3f}, the median {summary.median:.3f}."
+    if summary.detection_rate is not None:
+        text += f" A face was found in {100 * summary.detection_rate:.1f} % of a video's frames."
+    if summary.failed:
+        text += f" {_count(summary.failed, 'video')} could not be scored."
+    return text
+
+
+def _tiles(summary: Summary) -> list[Tile]:
+    rate = None if summary.detection_rate is None else 100 * summary.detection_rate
+    tiles = [
+        Tile("Face score, mean", _fixed(summary.mean), note="1 is the same picture, about 0.2 a stranger."),
+        Tile(
+            "Missing faces as 0",
+            _fixed(summary.mean_missing_zero),
+            note="The same over all frames: a video cannot win by hiding the face.",
+        ),
+        Tile(
+            "Detection rate",
+            _fixed(rate, 1),
+            unit="%",
+            note="Share of the frames in which a face was found, the mean over the videos.",
+        ),
+        Tile("Lowest and highest", _fixed(summary.lowest), unit=f"to {_fixed(summary.highest)}"),
+        Tile("Videos scored", str(summary.videos - summary.failed), unit=f"of {summary.videos}"),
+    ]
+    if summary.frames_per_second is not None:
+        tiles.append(Tile("Speed", f"{summary.frames_per_second:.0f}", unit="frames/s"))
+    return tiles
+
+
+def _distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
+    scores = [row.face_score for row in rows if row.face_score is not None]
+    frames = [score for row in rows for score in row.frame_scores or () if score is not None]
+    return [
+        Figure.svg(
+            histogram(scores, bins=min(20, max(5, len(scores))), xlabel="face score", ylabel="videos"),
+            alt="How many videos have which face score",
+            title="Videos by face score",
+            caption=f"Mean {_fixed(summary.mean)}, median {_fixed(summary.median)}.",
+        ),
+        Figure.svg(
+            histogram(frames, bins=30, xlabel="score of a frame", ylabel="frames"),
+            alt="How many frames have which score",
+            title="Frames by score",
+        ),
+    ]
+
+
+def _row(row: VideoScore) -> list[str | Cell]:
+    rate = _NONE if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
+    remark = row.error.removeprefix(f"{row.video}: ") or row.note
+    if row.status == "ok" and row.face_score is None:
+        remark = f"no face was found. {remark}".strip()
+    return [
+        row.video,
+        Cell(_fixed(row.face_score), row.face_score),
+        Cell(_fixed(row.face_score_missing_zero), row.face_score_missing_zero),
+        Cell(rate, row.detection_rate),
+        _extreme(row.worst_frame, row.worst_frame_score),
+        _NONE if row.frames is None else str(row.frames),
+        Cell(remark, muted=True),
+    ]
+
+
+def _extreme(frame: int | None, score: float | None) -> Cell:
+    return Cell(_NONE if score is None else f"{score:.3f} at {frame}", score)
+
+
+def _frames(page: Page, rows: Sequence[VideoScore], settings: ScoreSettings) -> None:
+    scored = [row for row in rows if row.frame_scores and row.status == "ok"]
+    if not scored:
+        return
+    page.heading("Frame by frame")
+    lowest = sorted(scored, key=lambda row: -2.0 if row.face_score is None else row.face_score)[:_DETAILED]
+    if len(scored) > len(lowest):
+        page.paragraph(f"The {len(lowest)} videos with the lowest scores, of {len(scored)}.")
+    page.paragraph(
+        "A curve is broken where no face was found. Beside it, the frames with the lowest and the highest score, "
+        "cut around the face, with the box and the landmarks by which the face was aligned."
+    )
+    for row in lowest if len(scored) > len(lowest) else scored:
+        page.subheading(row.video, _fixed(row.face_score))
+        if not row.frames_with_face:
+            page.paragraph("No face was found in any of its frames.")
+            continue
+        pictures = [
+            Figure.jpeg(
+                picture.jpeg,
+                f"The {picture.which} frame of {row.video}",
+                f"{picture.which.capitalize()}: {picture.score:.3f} at frame {picture.number}",
+            )
+            for picture in extreme_pictures(row, settings.every)
+        ]
+        page.figures(_curve(row), *pictures, columns=4, narrow_columns=2)
+
+
+def _curve(row: VideoScore) -> Figure:
+    places, scores, together = _thinned(row.frame_numbers or (), row.frame_scores or ())
+    low = min((score for score in scores if score is not None), default=0.0)
+    markup = line_plot(
+        {"score": scores}, x=places, xlabel="frame", ylabel="score", y_range=(min(0.0, low), 1.0), size=(440, 210)
+    )
+    caption = f"Each point is the mean of up to {together} frames." if together > 1 else ""
+    return Figure.svg(markup, f"Score of each frame of {row.video}", caption=caption, span=2)
+
+
+def _thinned(numbers: Sequence[int], scores: Sequence[float | None]) -> tuple[list[int], list[float | None], int]:
+    """Not more points than a plot can show, each the mean of so many; without a value where no frame has one."""
+    together = -(-len(numbers) // _POINTS)
+    places, means = [], []
+    for start in range(0, len(numbers), together):
+        run = [score for score in scores[start : start + together] if score is not None]
+        places.append(numbers[start])
+        means.append(sum(run) / len(run) if run else None)
+    return places, means, together
+
+
+def _facts(outcome: Outcome, settings: ScoreSettings) -> dict[str, str]:
+    first, summary = outcome.rows[0], outcome.summary
+    facts = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "face_detector": f"{first.face_detector} on {first.face_detector_backend}",
+        "face_embedder": f"{first.face_embedder} on {first.face_embedder_backend}",
+        "seconds": f"{summary.seconds:.1f}",
+        "frames": str(summary.frames),
+        "python": platform.python_version(),
+    }
+    facts |= {name: str(value) for name, value in settings if value is not None}
+    for package in _PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return facts
+
+
+def _fixed(value: float | None, digits: int = 3) -> str:
+    return _NONE if value is None else f"{value:.{digits}f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

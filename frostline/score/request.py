@@ -1,0 +1,115 @@
+"""What to score: pairs of a video and a reference, from the command line or from a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from frostline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One video to score. `index` is its place in the input, `fault` why it cannot be scored, if that is known."""
+
+    index: int
+    video: str
+    reference: str
+    prompt: str = ""
+    fault: str = ""
+
+
+def gather_pairs(
+    videos: Sequence[str], reference: str | None, file: Path | None, allow_outside: bool = False
+) -> list[Pair]:
+    """The videos that the command line names, or a file of pairs.
+
+    Raises:
+        ConfigError: there is nothing to score, or both were given.
+    """
+    if file is None:
+        return pairs_of_arguments(videos, reference)
+    if videos:
+        raise ConfigError("name videos or give --pairs, not both")
+    return pairs_of_file(file, reference, allow_outside)
+
+
+def pairs_of_arguments(videos: Sequence[str], reference: str | None) -> list[Pair]:
+    """Every video against one reference.
+
+    Raises:
+        ConfigError: there is no video, or no reference.
+    """
+    if not videos:
+        raise ConfigError("nothing to score: name videos, or a file of them with --pairs")
+    if reference is None:
+        raise ConfigError("--reference is missing: a picture or video of the person that the videos should show")
+    return [Pair(index, video, reference) for index, video in enumerate(videos)]
+
+
+def pairs_of_file(file: Path, reference: str | None = None, allow_outside: bool = False) -> list[Pair]:
+    """The rows of a CSV file with the column `video` and, if they are there, `reference` and `prompt`.
+
+    Paths are relative to the file and must stay inside its folder. A row without a reference is scored against
+    `reference`, and where that is not given against itself: how well the video keeps its own face.
+
+    Args:
+        allow_outside: let the file name others outside of its own folder.
+    Raises:
+        ConfigError: the file is missing or no such CSV file. What is wrong with one row is its pair's `fault`.
+    """
+    pairs = [_pair(index, row, file.parent, reference, allow_outside) for index, row in enumerate(_rows(file))]
+    if not pairs:
+        raise ConfigError(f"{file}: holds no rows")
+    return pairs
+
+
+def _rows(file: Path) -> Iterator[dict[str, str | None]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"no such file of pairs: {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if "video" not in (reader.fieldnames or ()):
+            found = ", ".join(reader.fieldnames or ()) or "nothing"
+            raise ConfigError(f"{file}: has no column 'video' (found {found})")
+        yield from reader
+    except csv.Error as error:
+        raise ConfigError(f"{file}, row {reader.line_num + 1}: is not well-formed csv: {error}") from error
+
+
+def _pair(index: int, row: dict[str, str | None], folder: Path, reference: str | None, allow_outside: bool) -> Pair:
+    cells = {name: (row.get(name) or "").strip() for name in ("video", "reference", "prompt")}
+    faults = []
+    if None in row:  # where csv.DictReader puts what is beyond the header
+        faults.append("the row has more fields than the header; quote a prompt that holds commas")
+    if not cells["video"]:
+        faults.append("the row names no video")
+    paths = {}
+    for name in ("video", "reference"):
+        try:
+            paths[name] = _resolve(folder, cells[name], allow_outside)
+        except ValueError as error:
+            paths[name] = cells[name]
+            faults.append(str(error))
+    own = paths["reference"] or reference or paths["video"]
+    return Pair(index, paths["video"], own, cells["prompt"], "; ".join(faults))
+
+
+def _resolve(folder: Path, value: str, allow_outside: bool) -> str:
+    """The path that a file in `folder` names, nothing for nothing; one that leads out of the folder is refused."""
+    if not value:
+        return ""
+    if "\0" in value:
+        raise ValueError("the path holds a NUL character")
+    root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
+    if not allow_outside and not path.is_relative_to(root):
+        raise ValueError(f"{value} lies outside {folder}; --allow-outside permits that for a file you trust")
+    return str(folder / value)

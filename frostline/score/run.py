@@ -1,0 +1,194 @@
+"""A scoring run: what is done already, what is left, who does it, and one file of results in the order of the input."""
+
+from __future__ import annotations
+
+import glob
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from frostline.errors import ConfigError
+from frostline.progress import Bar, Progress
+from frostline.report.writing import written_whole
+from frostline.score.engines import FaceNetworks, check_backend, load_networks
+from frostline.score.files import ResultFile
+from frostline.score.processes import Processes
+from frostline.score.request import Pair
+from frostline.score.result import VideoScore
+from frostline.score.scorer import Scorer
+from frostline.score.settings import ScoreSettings
+from frostline.score.summary import Summary, summarize
+
+Done = Mapping[int, VideoScore]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, on which the results do not depend.
+
+    out: `.jsonl` or `.csv`; None keeps the results in memory. resume: keep the results that are there.
+    batch: frames of one call of the detector.
+    """
+
+    out: Path | None = None
+    resume: bool = False
+    backend: str = "auto"
+    device: str = "auto"
+    engines: Path = Path("engines")
+    batch: int = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All rows in the order of the input, and what they come to; None in all processes but the main one."""
+
+    rows: tuple[VideoScore, ...]
+    summary: Summary
+
+
+@dataclass
+class _Clock:
+    """What a run has done so far. frames: scored, references included. stages: seconds by stage and backend."""
+
+    start: float = field(default_factory=time.monotonic)
+    frames: int = 0
+    stages: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+def run_score(
+    pairs: Sequence[Pair], settings: ScoreSettings, options: RunOptions, progress: Progress
+) -> Outcome | None:
+    """Score `pairs`, all of them or, where a launcher started several processes, this one's share.
+
+    Raises:
+        ConfigError: the options contradict each other, or the results to go on from are of other videos or settings.
+        DataError: the file of results cannot be read or written.
+        EngineError: the engines that were asked for cannot be built.
+    """
+    check_backend(options.backend)
+    file = None if options.out is None else ResultFile(options.out)
+    processes = Processes.join(options.device)
+    if processes.count > 1 and file is None:
+        raise ConfigError("several processes need --out, where their results come together")
+    if not processes.is_main:
+        progress = Progress(quiet=True)
+    done = _finished(file, pairs, settings) if file is not None and options.resume else {}
+    with progress.task("load the networks") as task:
+        networks = load_networks(settings, options.backend, options.engines, processes.device, task.describe)
+    clock = _Clock()
+    left = processes.share([pair for pair in pairs if pair.index not in done])
+    fresh = _scored(left, networks, settings, options.batch, progress, clock)
+    rows = _collect(fresh, done, file, len(pairs), processes)
+    if not processes.is_main:
+        return None
+    summary = summarize(rows, clock.seconds, clock.frames, clock.stages)
+    if file is not None:
+        _write_summary(file.path, summary)
+    return Outcome(tuple(rows), summary)
+
+
+def summary_path(out: Path) -> Path:
+    """Where the summary of the results in `out` lies."""
+    return out.with_suffix(".summary.json")
+
+
+def _scored(
+    pairs: Sequence[Pair],
+    networks: FaceNetworks,
+    settings: ScoreSettings,
+    batch: int,
+    progress: Progress,
+    clock: _Clock,
+) -> Iterator[VideoScore]:
+    """The results of `pairs`, with a bar that tells videos and frames per second."""
+    scorer = Scorer(networks.identity, settings, batch, networks.device, networks.names, networks.backends)
+    with progress.bar("score", len(pairs)) as bar:
+        for row in scorer.score(pairs, _watch(networks, clock, bar)):
+            yield row
+            bar.advance(1)
+
+
+def _watch(networks: FaceNetworks, clock: _Clock, bar: Bar) -> Callable[[int], None]:
+    def on_frames(frames: int) -> None:
+        clock.frames += frames
+        for name, spent in networks.runtime.clock.read().items():
+            clock.stages[f"{name.partition(' ')[0]} ({spent.backend})"] += spent.milliseconds / 1000
+        bar.describe(f"{clock.frames / clock.seconds:.1f} frames/s")
+
+    return on_frames
+
+
+def _collect(
+    fresh: Iterator[VideoScore], done: Done, file: ResultFile | None, count: int, processes: Processes
+) -> list[VideoScore]:
+    """All rows in order, in the main process; every one is in a file as soon as it is known.
+
+    One process that starts at some row appends to the file of results. Several, or one that fills gaps, append to a
+    part each beside it, and the main process joins the parts.
+    """
+    known = [done[index] for index in sorted(done)]
+    if file is None:
+        return known + list(fresh)
+    if processes.is_main:
+        file.rewrite(known)
+        for part in _parts(file):
+            part.unlink()
+    processes.wait()
+    if processes.count == 1 and [row.index for row in known] == list(range(len(known))):
+        rows = known
+        for row in fresh:
+            file.append(row)
+            rows.append(row)
+        return rows
+    own = ResultFile(file.path.with_name(f".{file.path.name}.{processes.rank}-of-{processes.count}.part.jsonl"))
+    own.rewrite([])
+    for row in fresh:
+        own.append(row)
+    processes.wait()
+    if not processes.is_main:
+        return []
+    rows = sorted([*known, *_rows_of_parts(file)], key=lambda row: row.index)
+    assert [row.index for row in rows] == list(range(count))
+    file.rewrite(rows)
+    for part in _parts(file):
+        part.unlink()
+    return rows
+
+
+def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings) -> Done:
+    """The rows that an earlier run left, by index.
+
+    Raises:
+        ConfigError: they are of other videos or settings.
+    """
+    done = {row.index: row for row in (*file.read(), *_rows_of_parts(file))}
+    by_index = {pair.index: pair for pair in pairs}
+    for row in done.values():
+        pair = by_index.get(row.index)
+        if pair is None or (pair.video, pair.reference) != (row.video, row.reference):
+            raise ConfigError(f"{file.path} holds results of other videos ({row.video}): leave out --resume")
+        if row.settings != str(settings):
+            raise ConfigError(
+                f"{file.path} holds results of other settings ({row.settings}, now {settings}): leave out --resume"
+            )
+    return done
+
+
+def _rows_of_parts(file: ResultFile) -> list[VideoScore]:
+    return [row for part in _parts(file) for row in ResultFile(part).read()]
+
+
+def _parts(file: ResultFile) -> list[Path]:
+    return sorted(file.path.parent.glob(f".{glob.escape(file.path.name)}.*-of-*.part.jsonl"))
+
+
+def _write_summary(out: Path, summary: Summary) -> None:
+    with written_whole(summary_path(out)) as part:
+        part.write_text(json.dumps(asdict(summary), indent=2) + "\n")

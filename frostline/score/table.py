@@ -1,0 +1,80 @@
+"""Scores on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from frostline.score.result import VideoScore
+from frostline.score.run import Outcome
+from frostline.score.summary import HISTOGRAM_EDGES, Summary
+
+_SHOWN = 40
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def print_outcome(outcome: Outcome, console: Console) -> None:
+    """The rows of the first videos, all that failed, and the summary."""
+    rows = outcome.rows
+    shown = rows[:_SHOWN]
+    table = Table()
+    for title in ("video", "face score", "missing as 0", "faces found", "worst frame", "frames"):
+        table.add_column(title, justify="left" if title == "video" else "right")
+    for row in shown:
+        if row.status == "ok":
+            table.add_row(*_cells(row))
+    if table.row_count:
+        console.print(table)
+    if len(rows) > len(shown):
+        console.print(f"and {len(rows) - len(shown)} more")
+    for row in rows:
+        if row.status == "error":
+            reason = row.error.removeprefix(f"{row.video}: ")
+            console.print(f"[bold red]failed[/] {escape(f'{row.video}: {reason}')}", soft_wrap=True, highlight=False)
+        elif row.note:
+            console.print(f"[yellow]note[/] {escape(f'{row.video}: {row.note}')}", soft_wrap=True, highlight=False)
+    for line in summary_lines(outcome.summary):
+        console.print(line, highlight=False)
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """The summary in a few lines of text."""
+    lines = []
+    if summary.mean is not None and summary.median is not None:
+        lines.append(f"face score: mean {summary.mean:.3f}, median {summary.median:.3f}  {_sparkline(summary)}")
+    scored = summary.videos - summary.failed
+    counted = f"{scored} of {summary.videos} videos scored"
+    if summary.without_face:
+        counted += f", {summary.without_face} of them without any face"
+    lines.append(f"{counted}, {summary.frames} frames")
+    if summary.frames_per_second is not None:
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.stage_seconds.items())
+        lines.append(f"{summary.seconds:.1f} s, {summary.frames_per_second:.1f} frames/s ({stages})")
+    return lines
+
+
+def _cells(row: VideoScore) -> list[str]:
+    rate = "-" if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
+    worst = "-" if row.worst_frame is None else f"{row.worst_frame} ({row.worst_frame_score:.3f})"
+    return [
+        escape(row.video),
+        _number(row.face_score),
+        _number(row.face_score_missing_zero),
+        rate,
+        worst,
+        str(row.frames),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _sparkline(summary: Summary) -> str:
+    """The histogram as one line, from the lowest score to the highest."""
+    filled = [index for index, count in enumerate(summary.histogram) if count]
+    bins = range(filled[0], filled[-1] + 1)
+    most = max(summary.histogram)
+    bars = "".join(_BLOCKS[-(-summary.histogram[index] * (len(_BLOCKS) - 1) // most)] for index in bins)
+    return f"{HISTOGRAM_EDGES[bins[0]]:g} {bars} {HISTOGRAM_EDGES[bins[-1] + 1]:g}"

@@ -1,0 +1,121 @@
+"""The report: its numbers are on the page, and a real browser shows and sorts them."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from frostline.score.pictures import extreme_pictures
+from frostline.score.report import write_score_report
+from frostline.score.result import VideoScore
+from frostline.score.run import Outcome
+from frostline.score.settings import ScoreSettings
+from frostline.score.summary import summarize
+
+ScoreFiles = Callable[..., tuple[VideoScore, ...]]
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SETTINGS = ScoreSettings(detector="yunet")
+
+
+@pytest.fixture
+def rows(people: Path, score_files: ScoreFiles) -> tuple[VideoScore, ...]:
+    names = ("astronaut", "half", "hopper", "nobody", "<absent>&")
+    return score_files([people / f"{name}.mp4" for name in names], people / "face.png")
+
+
+@pytest.fixture
+def page(rows: tuple[VideoScore, ...], tmp_path: Path) -> Path:
+    path = tmp_path / "report.html"
+    write_score_report(path, Outcome(rows, summarize(rows, 2.0, 40, {"face_detector (torch)": 1.5})), SETTINGS)
+    return path
+
+
+def test_every_number_is_on_the_page(page: Path, rows: tuple[VideoScore, ...]) -> None:
+    html = page.read_text(encoding="utf-8")
+    text = unescape(re.sub(r"<[^>]+>", " ", html))
+    for row in rows:
+        assert row.video in text
+        if row.face_score is not None:
+            assert f"{row.face_score:.3f}" in text
+            assert f"{row.worst_frame_score:.3f} at {row.worst_frame}" in text
+            assert f"Best: {row.best_frame_score:.3f} at frame {row.best_frame}" in text
+    assert "50.0 %" in text and "no such file" in text and "no face was found" in text
+    assert "4 of 5" in " ".join(text.split())
+    assert html.count("data:image/jpeg") == 6  # three videos with faces, worst and best
+    assert "<absent>" not in html
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+
+
+def test_a_gap_breaks_the_curve(
+    page: Path, rows: tuple[VideoScore, ...], people: Path, score_files: ScoreFiles
+) -> None:
+    """A face, none, a face: two strokes where a video full of faces has one."""
+
+    def strokes(row: VideoScore) -> int:
+        write_score_report(page, Outcome((row,), summarize([row])), SETTINGS)
+        curve = page.read_text().partition(f"Score of each frame of {row.video}")[2].partition("</svg>")[0]
+        return len(re.findall(r"stroke: var\(--plot-1", curve))
+
+    whole = rows[0]
+    scores = list(whole.frame_scores or ())
+    broken = whole.model_copy(update={"frame_scores": (*scores[:2], None, *scores[3:])})
+    assert strokes(broken) == strokes(whole) + 1 == 2
+
+
+def test_pictures_show_the_face_with_box_and_landmarks(rows: tuple[VideoScore, ...]) -> None:
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    worst, best = extreme_pictures(rows[1], every=1)
+    assert (worst.which, worst.number, best.which, best.number) == (
+        "worst",
+        rows[1].worst_frame,
+        "best",
+        rows[1].best_frame,
+    )
+    picture = np.asarray(Image.open(io.BytesIO(best.jpeg)).convert("RGB")).astype(int)
+    assert picture.shape == (320, 320, 3)
+    blue = (abs(picture - (98, 181, 229)).sum(axis=2) < 90).sum()
+    assert blue > 300, "the box"
+    assert extreme_pictures(rows[3], every=1) == [] == extreme_pictures(rows[4], every=1)
+    gone = rows[0].model_copy(update={"video": "gone.mp4"})
+    assert extreme_pictures(gone, every=1) == []
+
+
+def test_a_long_video_stays_a_small_plot(rows: tuple[VideoScore, ...], tmp_path: Path) -> None:
+    scores = tuple(None if 5000 < t < 6000 else 0.5 + 0.4 * (t % 2) for t in range(18000))
+    long = rows[0].model_copy(update={"frame_numbers": tuple(range(18000)), "frame_scores": scores})
+    write_score_report(tmp_path / "long.html", Outcome((long,), summarize([long])), SETTINGS)
+    html = (tmp_path / "long.html").read_text()
+    assert "Each point is the mean of up to 30 frames" in html
+    assert len(html) < 300_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+def test_a_browser_shows_and_sorts_the_scores(page: Path, rows: tuple[VideoScore, ...], tmp_path: Path) -> None:
+    # The policy would, rightly, keep the test's own script from running.
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page.read_text(encoding="utf-8"))
+    script = """<script>
+      const cells = (n) => [...document.querySelectorAll(`td:nth-child(${n})`)].map((cell) => cell.textContent).join();
+      document.querySelectorAll("th button")[1].click();
+      const images = [...document.images].filter((image) => image.complete && image.naturalWidth === 320).length;
+      document.title = `${cells(2)} | ${images} pictures | ${document.querySelectorAll(".plot svg").length} plots`;
+    </script></body>"""
+    path = tmp_path / "opened.html"
+    path.write_text(html.replace("</body>", script), encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"
+    )
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = sorted(row.face_score for row in rows if row.face_score is not None)
+    order = ",".join([*(f"{score:.3f}" for score in found), "\N{EN DASH}", "\N{EN DASH}"])
+    assert f"<title>{order} | 6 pictures | 6 plots</title>" in dom

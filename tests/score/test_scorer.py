@@ -1,0 +1,149 @@
+"""Scores against training's own reward; people told apart; a video alone scores as among others."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from frostline.models.faces import BatchedMTCNN, FaceIdentity, load_detector, load_embedder
+from frostline.models.tiny.clips import held_out_clips
+from frostline.score.result import VideoScore
+from frostline.train.module import WanTrainingModule
+from frostline.video import read_video, write_video
+
+ScoreFiles = Callable[..., tuple[VideoScore, ...]]
+MakeModule = Callable[..., WanTrainingModule]
+
+
+@pytest.mark.parametrize("detector", ["mtcnn", "yunet"])
+@pytest.mark.parametrize("missing_face", ["exclude", "zero"])
+def test_agrees_with_the_reward_of_training(
+    detector: str, missing_face: str, make_module: MakeModule, score_files: ScoreFiles, tmp_path: Path
+) -> None:
+    """On the same frames, through the very objects that training uses, with graph and all."""
+    module = make_module(reward={"detector": detector, "missing_face": missing_face, "upscale": 2})
+    video = held_out_clips(2, seed=3).video
+    video[0, 5:] = 0.4  # the face is gone for some frames
+    paths = [write_video(tmp_path / f"{i}.mp4", clip, lossless=True) for i, clip in enumerate(video)]
+    frames = torch.stack([read_video(path) for path in paths]) / 255
+    expected = module.reward.score(frames.requires_grad_(), module.reward.references(frames[[1, 1]]))
+    rows = score_files(paths, paths[1], detector=detector, upscale=2, missing_face=missing_face)
+    assert 0 < expected.detection_rate[0] < 1
+    for b, row in enumerate(rows):
+        assert row.face_score == pytest.approx(expected.face_score[b].item(), abs=1e-6)
+        assert row.face_score_missing_zero == pytest.approx(expected.face_score_missing_zero[b].item(), abs=1e-6)
+        assert row.detection_rate == pytest.approx(expected.detection_rate[b].item(), abs=1e-6)
+        scores = [score or 0.0 for score in row.frame_scores or ()]
+        assert scores == pytest.approx(expected.frame_scores[b].tolist(), abs=1e-6)
+
+
+def test_tells_what_is_in_a_video(people: Path, score_files: ScoreFiles) -> None:
+    same, other, nobody, half = score_files(
+        [people / f"{name}.mp4" for name in ("astronaut", "hopper", "nobody", "half")], people / "face.png"
+    )
+    assert same.face_score is not None and other.face_score is not None
+    assert same.face_score > 0.8 > 0.4 > other.face_score
+    assert (nobody.status, nobody.face_score, nobody.face_score_missing_zero, nobody.detection_rate) == (
+        "ok",
+        None,
+        0,
+        0,
+    )
+    assert half.detection_rate == pytest.approx(0.5)
+    assert half.face_score == pytest.approx(2 * (half.face_score_missing_zero or 0), abs=1e-6)
+    assert [score is None for score in half.frame_scores or ()] == [False] * 3 + [True] * 3
+    found = [score for score in half.frame_scores or () if score is not None]
+    assert (half.worst_frame_score, half.best_frame_score) == (min(found), max(found))
+    assert found[half.best_frame or 0] == max(found)
+    assert (half.frames, half.frames_with_face, half.max_faces, half.width, half.height) == (6, 3, 1, 160, 160)
+    assert half.best_frame_box is not None and len(half.best_frame_landmarks or ()) == 5
+    assert (half.face_detector, half.face_embedder, half.face_detector_backend) == ("yunet", "sface", "torch")
+
+
+def test_frames_are_chosen(people: Path, score_files: ScoreFiles) -> None:
+    (row,) = score_files([people / "half.mp4"], people / "face.png", every=2, max_frames=2)
+    (full,) = score_files([people / "half.mp4"], people / "face.png")
+    assert row.frame_numbers == (0, 2)
+    assert row.frame_scores == pytest.approx([(full.frame_scores or ())[t] for t in (0, 2)], abs=1e-6)
+
+
+def test_a_reference_video_leaves_out_its_first_frame(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
+    """As in training, where the first frame is the one that was given."""
+    video = read_video(people / "astronaut.mp4")
+    start = read_video(people / "hopper.mp4")[:1]
+    reference = write_video(tmp_path / "reference.mp4", torch.cat([start, video]), lossless=True)
+    (row,) = score_files([people / "hopper.mp4"], reference)
+    assert row.face_score is not None and row.face_score < 0.4
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("detector", ["mtcnn", "yunet"])
+def test_a_video_alone_scores_as_in_any_batch(batch: int, detector: str, people: Path, score_files: ScoreFiles) -> None:
+    videos = [people / f"{name}.mp4" for name in ("half", "astronaut", "hopper", "nobody", "half")]
+    together = score_files(videos, people / "face.png", batch=batch, detector=detector)
+    assert [row.index for row in together] == list(range(5))
+    for video, row in zip(videos, together, strict=True):
+        (alone,) = score_files([video], people / "face.png", detector=detector, batch=7)
+        assert row.frame_scores == pytest.approx(alone.frame_scores, abs=1e-5)
+        assert row.worst_frame_box == pytest.approx(alone.worst_frame_box, abs=0.02)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda frames: frames,
+    "mirrored": lambda frames: frames.flip(-1),
+    "dark": lambda frames: (frames * 0.6).byte(),
+    "bright": lambda frames: (frames * 1.3).clamp(0, 255).byte(),
+    "low contrast": lambda frames: (frames * 0.5 + 64).byte(),
+    "grey": lambda frames: frames.float().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1).byte(),
+    "noisy": lambda frames: (frames + 12 * torch.randn(frames.shape)).clamp(0, 255).byte(),
+    "blurred": lambda frames: torch.nn.functional.avg_pool2d(frames.float(), 3, 1, 1).byte(),
+    "small": lambda frames: torch.nn.functional.interpolate(frames.float(), scale_factor=0.6, mode="area").byte(),
+    "turned": lambda frames: _turned(frames, 12),
+}
+
+
+def _turned(frames: Tensor, degrees: float) -> Tensor:
+    angle = np.deg2rad(degrees)
+    matrix = torch.tensor(
+        [[[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]]], dtype=torch.float32
+    )
+    grid = torch.nn.functional.affine_grid(matrix.expand(len(frames), -1, -1), list(frames.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(frames.float(), grid, align_corners=False, padding_mode="border").byte()
+
+
+@pytest.mark.parametrize("detector", ["mtcnn", "yunet"])
+def test_the_same_person_scores_above_any_other(
+    detector: str, people: Path, score_files: ScoreFiles, tmp_path: Path
+) -> None:
+    """Two people in ten disguises each, every disguise against a plain picture of both: no overlap."""
+    videos, same = [], []
+    for person in ("astronaut", "hopper"):
+        frames = read_video(people / f"{person}.mp4")[:2]
+        for name, change in AUGMENTATIONS.items():
+            videos.append(write_video(tmp_path / f"{person} {name}.mp4", change(frames), lossless=True))
+            same.append(person)
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    for person in ("astronaut", "hopper"):
+        rows = score_files(videos, people / f"{person}.mp4", detector=detector)
+        for row, who in zip(rows, same, strict=True):
+            assert row.face_score is not None, row.video
+            scores[who == person].append(row.face_score)
+    assert len(scores[True]) == len(scores[False]) == 20
+    assert min(scores[True]) > 0.55 > 0.4 > max(scores[False])
+
+
+def test_observe_sees_what_detect_and_embed_see(people: Path) -> None:
+    identity = FaceIdentity(BatchedMTCNN(), load_embedder("sface"), upscale=1)
+    pixels = read_video(people / "half.mp4")
+    seen = identity.observe(pixels)
+    faces = identity.detect(pixels[None] / 255)
+    assert torch.equal(seen.largest.found, faces.found[0])
+    expected = identity.embed(pixels[None] / 255, faces)[0][faces.found[0]]
+    torch.testing.assert_close(seen.embeddings, expected, atol=1e-6, rtol=0)
+    parts = seen.split([2, 4])
+    assert [len(part.embeddings) for part in parts] == [2, 1]
+    assert torch.equal(type(seen).join(parts).embeddings, seen.embeddings)
+    assert load_detector("mtcnn").name == "mtcnn"

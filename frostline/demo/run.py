@@ -26,7 +26,8 @@ from frostline.runtime.store import EngineStore
 from frostline.train.data import VideoPromptDataset, collate
 from frostline.train.evaluation import Evaluation, evaluate
 from frostline.train.module import WanTrainingModule
-from frostline.train.trainer import TrainerSettings, train
+from frostline.train.settings import TrainerSettings
+from frostline.train.trainer import RunOptions, train
 from frostline.video import write_video
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def _evaluate(
     module: WanTrainingModule, held_out: VideoPromptDataset, starts: int, what: str, progress: Progress
 ) -> Evaluation:
     with progress.bar(what, starts) as bar:
-        return evaluate(module, held_out, starts, advance=bar.advance)
+        return evaluate(module, held_out, range(starts), advance=bar.advance)
 
 
 def _train(
@@ -120,23 +121,17 @@ def _train(
             bar.describe(f"face score {metrics['face_score']:.3f}, KL {metrics['kl_loss']:.4f}")
             bar.advance(1)
 
-        train(module, dataset, trainer, out, on_step)
+        train(module, dataset, trainer, out, RunOptions(overwrite=True, on_step=on_step))
 
 
 def _scores(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    gains = after.face_score - before.face_score
-    return {
-        "starts": len(gains),
-        "starts_up": int((gains > 0).sum()),
-        "face_score_before": before.face_score.mean().item(),
-        "face_score_after": after.face_score.mean().item(),
-        "face_scores_before": before.face_score.tolist(),
-        "face_scores_after": after.face_score.tolist(),
-        "detection_rate_before": before.detection_rate.mean().item(),
-        "detection_rate_after": after.detection_rate.mean().item(),
-        "psnr_before": before.psnr.mean().item(),
-        "psnr_after": after.psnr.mean().item(),
-    }
+    gains = after.measured["face_score"] - before.measured["face_score"]
+    scores: dict[str, Any] = {"starts": len(gains), "starts_up": int((gains > 0).sum())}
+    for when, evaluation in (("before", before), ("after", after)):
+        scores[f"face_scores_{when}"] = evaluation.measured["face_score"].tolist()
+        for name in ("face_score", "detection_rate", "psnr"):
+            scores[f"{name}_{when}"] = evaluation.measured[name].mean().item()
+    return scores
 
 
 def _stage_rows(module: WanTrainingModule, timing: Timing, parity: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -184,7 +179,7 @@ def _draw(out: Path, held_out: VideoPromptDataset, before: Evaluation, after: Ev
     rows = []
     for index in shown:
         sample = held_out[index]
-        scores = f"{before.face_score[index]:.2f} → {after.face_score[index]:.2f}"
+        scores = " → ".join(f"{evaluation.measured['face_score'][index]:.2f}" for evaluation in (before, after))
         strips = {"truth": sample["video"], "before": before.videos[index], "after": after.videos[index]}
         rows.append(SheetRow(f"{sample['prompt']}, face score {scores}", strips))
     contact_sheet(rows, out / "contact_sheet.png")

@@ -20,6 +20,7 @@ TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 # The name PEFT itself gives to a model's only adapter.
 ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def inject_lora(
@@ -108,9 +109,9 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
         _PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): parameter.detach().cpu().contiguous()
         for name, parameter in lora_parameters(model).items()
     }
-    partial = folder / "adapter_model.safetensors.partial"
+    partial = folder / f"{_WEIGHTS}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / "adapter_model.safetensors")
+    partial.replace(folder / _WEIGHTS)
     config.save_pretrained(str(folder))
 
 
@@ -120,15 +121,31 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     Raises:
         ConfigError: files are missing, or their tensors do not fit the model.
     """
-    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not weights.is_file() or not config_file.is_file():
-        raise ConfigError(f"{folder} holds no adapter: adapter_config.json and adapter_model.safetensors are needed")
-    saved = _read_config(config_file)
-    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in _read_tensors(weights).items()}
+    saved = _read_config(folder)
     try:
         config = inject_lora(model, saved.r, saved.lora_alpha, tuple(saved.target_modules or ()))
     except ConfigError as error:
-        raise ConfigError(f"{config_file}: {error}") from error
+        raise ConfigError(f"{folder / _CONFIG}: {error}") from error
+    _copy_tensors(model, folder / _WEIGHTS)
+    return config
+
+
+def copy_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """Copy the adapter that `folder` holds (PEFT files) into the one that `model` has: into the same memory.
+
+    Raises:
+        ConfigError: files are missing, or it is another adapter than `config` describes.
+    """
+    saved = _read_config(folder)
+    for name in ("r", "lora_alpha", "target_modules"):
+        theirs, ours = getattr(saved, name), getattr(config, name)
+        if theirs != ours:
+            raise ConfigError(f"{folder / _CONFIG}: the adapter has {name} {theirs}, not {ours}")
+    _copy_tensors(model, folder / _WEIGHTS)
+
+
+def _copy_tensors(model: nn.Module, weights: Path) -> None:
+    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in _read_tensors(weights).items()}
     parameters = {name.replace(f".{ADAPTER}.", "."): p for name, p in lora_parameters(model).items()}
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())
@@ -140,14 +157,16 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
                     f"{weights}: {name} is {tuple(tensors[name].shape)}, the model wants {tuple(parameter.shape)}"
                 )
             parameter.copy_(tensors[name])
-    return config
 
 
-def _read_config(path: Path) -> LoraConfig:
+def _read_config(folder: Path) -> LoraConfig:
     from peft import LoraConfig
 
+    path = folder / _CONFIG
+    if not path.is_file() or not (folder / _WEIGHTS).is_file():
+        raise ConfigError(f"{folder} holds no adapter: {_CONFIG} and {_WEIGHTS} are needed")
     try:
-        config = LoraConfig.from_pretrained(str(path.parent))
+        config = LoraConfig.from_pretrained(str(folder))
     except Exception as error:  # peft raises many types of its own
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, LoraConfig) or not isinstance(config.target_modules, set):

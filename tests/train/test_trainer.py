@@ -13,7 +13,8 @@ from frostline.errors import ConfigError
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.data import Sample
 from frostline.train.evaluation import evaluate
-from frostline.train.trainer import TrainerSettings, train
+from frostline.train.settings import TrainerSettings
+from frostline.train.trainer import train
 
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=2, per_device_train_batch_size=1, seed=3)
 
@@ -84,12 +85,12 @@ def test_only_the_lora_moves(runs: list[tuple[Any, Path]], make_module: Any) -> 
 
 def test_evaluation_does_not_depend_on_the_batch(make_module: Any, clips: _Clips) -> None:
     module = make_module("tiny")
-    together, alone = (evaluate(module, clips, 2, batch_size=size) for size in (2, 1))
+    together, alone = (evaluate(module, clips, range(2), batch_size=size) for size in (2, 1))
     torch.testing.assert_close(together.videos, alone.videos, atol=1e-4, rtol=0)
-    torch.testing.assert_close(together.face_score, alone.face_score, atol=1e-3, rtol=0)
-    assert together.psnr.shape == together.detection_rate.shape == (2,)
+    torch.testing.assert_close(together.measured["face_score"], alone.measured["face_score"], atol=1e-3, rtol=0)
+    assert together.measured["psnr"].shape == together.measured["detection_rate"].shape == (2,)
     expected = -10 * torch.log10((together.videos - clips.clips.video).pow(2).flatten(1).mean(1))
-    torch.testing.assert_close(together.psnr, expected)
+    torch.testing.assert_close(together.measured["psnr"], expected)
 
 
 @pytest.mark.parametrize(

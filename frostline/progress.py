@@ -26,8 +26,8 @@ class Bar(Protocol):
 class Progress:
     """Shows what runs, how far it is and how long it takes, on standard error."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
 
     @contextmanager
     def task(self, name: str) -> Iterator[None]:

@@ -55,6 +55,8 @@ def evaluate(
         measured.append({name: value.cpu() for name, value in values.items()})
         videos.append(generated.cpu())
         advance(len(index))
+    # The clock is read with each training step: generating is no part of one.
+    module.runtime.clock.read()
     return Evaluation({name: torch.cat([part[name] for part in measured]) for name in measured[0]}, torch.cat(videos))
 
 

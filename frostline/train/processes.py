@@ -14,6 +14,11 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_index() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a tensor without graph over all processes."""
     count = process_count()

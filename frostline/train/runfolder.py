@@ -20,10 +20,10 @@ from frostline.train.checkpoint import find_checkpoints
 
 log = logging.getLogger(__name__)
 
-METRICS, VALIDATION, RUN_FACTS = "metrics.jsonl", "validation.jsonl", "run.json"
+METRICS, VALIDATION, RUN_FACTS, REPORT = "metrics.jsonl", "validation.jsonl", "run.json", "report.html"
 _LOCK = ".lock"
 # What a run writes; nothing else is ever deleted.
-_WRITTEN = (METRICS, VALIDATION, RUN_FACTS, "config.yaml", "report.html", "adapter", "validation", "cache", "trackers")
+_WRITTEN = (METRICS, VALIDATION, RUN_FACTS, REPORT, "config.yaml", "adapter", "validation", "trackers")
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def refuse_or_clear(folder: Path, overwrite: bool) -> None:
         ConfigError: the folder holds a run, and may not be overwritten.
     """
     found = [checkpoint.path for checkpoint in find_checkpoints(folder)]
-    found += [folder / name for name in _WRITTEN if (folder / name).exists() and name != "cache"]
+    found += [folder / name for name in _WRITTEN if (folder / name).exists()]
     if found and not overwrite:
         raise ConfigError(
             f"{folder} holds a run already ({found[0].name}): go on with it (--resume latest), "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,14 +20,15 @@ from torch.utils.data import Dataset
 from transformers.optimization import get_scheduler
 
 from frostline.errors import FrostlineError, TrainingError
+from frostline.report.writing import written_whole
 from frostline.train.checkpoint import Checkpoint, rotate, set_aside_after
 from frostline.train.data import Sample
 from frostline.train.loader import Batches
 from frostline.train.module import WanTrainingModule
 from frostline.train.order import DataOrder
 from frostline.train.processes import any_process
-from frostline.train.runfolder import METRICS, VALIDATION, JsonLines, claimed, refuse_or_clear
-from frostline.train.saving import restore, save
+from frostline.train.runfolder import METRICS, RUN_FACTS, VALIDATION, JsonLines, claimed, refuse_or_clear
+from frostline.train.saving import CONFIG, restore, save
 from frostline.train.settings import TrainerSettings
 from frostline.train.signals import StopSignals
 from frostline.train.step import Training, optimizer_step
@@ -52,7 +55,8 @@ class RunOptions:
     resume: a verified checkpoint to go on from.
     overwrite: delete the run that the folder holds.
     num_workers: processes that decode videos ahead.
-    config: kept in every checkpoint and told to the trackers.
+    config: the settings of the run, kept beside its files and in every checkpoint, and told to the trackers.
+    facts: what else to keep in `run.json`.
     validate, validation_steps: called with the step at the start, the end and every so many steps, on all processes;
         what it returns becomes a line of `validation.jsonl`.
     on_step: receives each line of `metrics.jsonl`.
@@ -61,7 +65,8 @@ class RunOptions:
     resume: Checkpoint | None = None
     overwrite: bool = False
     num_workers: int = 0
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     validate: Callable[[int], dict[str, Any]] | None = None
     validation_steps: int = 1
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None
@@ -109,12 +114,13 @@ def train(
         if accelerator.is_main_process:
             stack.enter_context(claimed(output_dir))
             _tidy(output_dir, options)
+            _write_facts(output_dir, options)
         accelerator.wait_for_everyone()
         stop = stack.enter_context(StopSignals())
         training = _prepare(module, settings, accelerator)
         if options.resume is not None:
             restore(training, options.resume)
-        start_trackers(accelerator, options.config or {})
+        start_trackers(accelerator, options.config)
         stack.callback(accelerator.end_training)
         return _Run(training, output_dir, options, stop).go(dataset)
 
@@ -128,6 +134,16 @@ def _tidy(output_dir: Path, options: RunOptions) -> None:
     set_aside_after(output_dir, options.resume.step)
     for name in (METRICS, VALIDATION):
         JsonLines(output_dir / name).keep_until(options.resume.step, options.resume.path.parent / name)
+
+
+def _write_facts(output_dir: Path, options: RunOptions) -> None:
+    texts = {
+        RUN_FACTS: json.dumps(options.facts, indent=2) + "\n",
+        CONFIG: yaml.safe_dump(dict(options.config), sort_keys=False),
+    }
+    for name, text in texts.items():
+        with written_whole(output_dir / name) as part:
+            part.write_text(text)
 
 
 def _prepare(module: WanTrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
@@ -217,7 +233,7 @@ class _Run:
         if self.is_main:
             self.metrics.sync()
             self.validation.sync()
-        save(self.training, self.output_dir, self.options.config or {})
+        save(self.training, self.output_dir, self.options.config)
         self.saved_step = self.training.step
 
     def _rescue(self) -> None:

@@ -47,7 +47,8 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     dataset = _training_data(settings, accelerator, progress)
     validation = open_validation(settings)
     with progress.task(f"load {settings.model}"):
-        module = build_module(settings, accelerator.device)
+        # The loader knows "cpu", not the "cpu:1" of a second process.
+        module = build_module(settings, torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device)
     _log_start(settings, accelerator, len(dataset), checkpoint)  # type: ignore[arg-type]
     with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
         bar.advance(checkpoint.step if checkpoint else 0)

@@ -30,6 +30,7 @@ from frostline.train.processes import any_process
 from frostline.train.runfolder import METRICS, RUN_FACTS, VALIDATION, JsonLines, claimed, refuse_or_clear
 from frostline.train.saving import CONFIG, restore, save
 from frostline.train.settings import TrainerSettings
+from frostline.train.sharding import sample_through_shards, shard_frozen_weights
 from frostline.train.signals import StopSignals
 from frostline.train.step import Training, optimizer_step
 from frostline.train.trackers import check_trackers, start_trackers, track
@@ -156,10 +157,13 @@ def _prepare(module: WanTrainingModule, settings: TrainerSettings, accelerator: 
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
     )
+    sharded = shard_frozen_weights(module, accelerator)
     model, optimizer = accelerator.prepare(module, optimizer)
+    if sharded:
+        sample_through_shards(module)
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.lr_warmup_steps, settings.max_train_steps)
     assert isinstance(scheduler, LambdaLR)
-    return Training(accelerator, module, model, optimizer, scheduler, module.trainable_parameters(), settings)
+    return Training(accelerator, module, model, optimizer, scheduler, module.trainable_parameters(), settings, sharded)
 
 
 class _Run:

@@ -72,6 +72,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         outcome = train(module, dataset, settings.train, settings.output_dir, options, accelerator)
     if accelerator.is_main_process:
         write_report(settings.output_dir)
+    accelerator.state.destroy_process_group()
     return outcome
 
 

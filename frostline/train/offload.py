@@ -22,7 +22,7 @@ def saved_in_main_memory(weights: Iterable[Tensor]) -> saved_tensors_hooks:
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
         if tensor.untyped_storage().data_ptr() in resident:
             return tensor.device, tensor
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=tensor.is_cuda)
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         copy.copy_(tensor, non_blocking=tensor.is_cuda)
         return tensor.device, copy
 

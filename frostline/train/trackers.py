@@ -39,6 +39,12 @@ def track(accelerator: Accelerator, line: Mapping[str, Any], section: str) -> No
         accelerator.log(numbers, step=line["step"])
 
 
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers write what they still hold."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -33,7 +33,7 @@ from frostline.train.settings import TrainerSettings
 from frostline.train.sharding import sample_through_shards, shard_frozen_weights
 from frostline.train.signals import StopSignals
 from frostline.train.step import Training, optimizer_step
-from frostline.train.trackers import check_trackers, start_trackers, track
+from frostline.train.trackers import check_trackers, finish_trackers, start_trackers, track
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def train(
         if options.resume is not None:
             restore(training, options.resume)
         start_trackers(accelerator, options.config)
-        stack.callback(accelerator.end_training)
+        stack.callback(finish_trackers, accelerator)
         return _Run(training, output_dir, options, stop).go(dataset)
 
 

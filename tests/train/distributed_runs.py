@@ -1,21 +1,23 @@
 """Run by test_distributed.py, in one process or under torchrun: five steps, and then what each process found.
 
-    python distributed_runs.py OUT BATCH_SIZE [ENGINES]
+python distributed_runs.py OUT BATCH_SIZE [ENGINES]
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from killed_runs import SHARPNESS, Clips
 from torch.distributed.tensor import DTensor
 
 from frostline.train.module import WanTrainingModule
 from frostline.train.processes import process_index
 from frostline.train.settings import TrainerSettings
-from frostline.train.trainer import RunOptions, train
+from frostline.train.trainer import RunOptions, make_accelerator, train
 from frostline.train.validation import Validation, validate
 
 
@@ -43,7 +45,12 @@ def run(out: Path, batch_size: int, engines: Path | None) -> WanTrainingModule:
     )
     starts = Validation(Clips(), [0, 1, 2])
     options = RunOptions(validate=lambda step: validate(module, starts, step, out), validation_steps=5)
-    train(module, Clips(), settings, out, options)
+    accelerator = make_accelerator(settings, out, cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate takes FSDP up on GPUs alone, though nothing in what it then does needs one.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    train(module, Clips(), settings, out, options, accelerator)
     return module
 
 
@@ -54,7 +61,7 @@ def main() -> None:
     inputs = stage.networks[0].samples("opt")
     with torch.no_grad():
         policy = stage.torch(**inputs)["velocity"]
-        base = stage.torch(**inputs, lora_scale=torch.zeros(()))["velocity"]
+        base = stage.torch(**{**inputs, "lora_scale": torch.zeros(())})["velocity"]
     served = module.runtime["denoiser"](**inputs)["velocity"]
     found = {
         "backend": module.runtime.plan["denoiser"].backend,

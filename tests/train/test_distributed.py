@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("distributed_runs.py")
 
 def launch(out: Path, *arguments: str, **variables: str) -> list[dict[str, Any]]:
     """Run the script in two processes; returns what each found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(SCRIPT), str(out), *arguments],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **variables},

@@ -60,5 +60,9 @@ def test_metrics_have_each_step_once_and_equal(runs: tuple[Path, Path, list[str]
 
 def test_no_debris_is_left(runs: tuple[Path, Path, list[str]]) -> None:
     _, killed, _ = runs
-    assert sorted(path.name for path in killed.glob("*checkpoint*")) == ["checkpoint-20", "checkpoint-22", "checkpoint-24"]
+    assert sorted(path.name for path in killed.glob("*checkpoint*")) == [
+        "checkpoint-20",
+        "checkpoint-22",
+        "checkpoint-24",
+    ]
     assert list(killed.glob(".*partial")) == []

@@ -48,7 +48,7 @@ def run(out: Path, batch_size: int, engines: Path | None) -> WanTrainingModule:
     accelerator = make_accelerator(settings, out, cpu=True)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate takes FSDP up on GPUs alone, though nothing in what it then does needs one.
-        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     train(module, Clips(), settings, out, options, accelerator)
     return module

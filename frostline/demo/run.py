@@ -23,10 +23,12 @@ from frostline.progress import Progress
 from frostline.report.sheet import SheetRow, contact_sheet
 from frostline.runtime.backends import TORCH
 from frostline.runtime.store import EngineStore
+from frostline.train.configfile import dump_settings
 from frostline.train.data import VideoPromptDataset, collate
 from frostline.train.evaluation import Evaluation, evaluate
+from frostline.train.launch import run_facts
 from frostline.train.module import WanTrainingModule
-from frostline.train.settings import TrainerSettings
+from frostline.train.settings import RunSettings
 from frostline.train.trainer import RunOptions, train
 from frostline.video import write_video
 
@@ -49,6 +51,17 @@ class DemoSettings:
     starts: int = 20
     seed: int = 0
     timed_rounds: int = 5
+
+
+def demo_settings(steps: int, seed: int) -> RunSettings:
+    """The settings of the demo's training: those of examples/tiny.yaml."""
+    trainer = {
+        "learning_rate": _LEARNING_RATE,
+        "max_train_steps": steps,
+        "per_device_train_batch_size": _BATCH_SIZE,
+        "seed": seed,
+    }
+    return RunSettings.parse({"model": "tiny", **_MODULE_SETTINGS, "data": {"num_frames": 9}, "train": trainer})
 
 
 def run_demo(out: Path, engines: Path, settings: DemoSettings, progress: Progress) -> dict[str, Any]:
@@ -109,19 +122,15 @@ def _evaluate(
 def _train(
     module: WanTrainingModule, dataset: VideoPromptDataset, settings: DemoSettings, out: Path, progress: Progress
 ) -> None:
-    trainer = TrainerSettings(
-        learning_rate=_LEARNING_RATE,
-        max_train_steps=settings.steps,
-        per_device_train_batch_size=_BATCH_SIZE,
-        seed=settings.seed,
-    )
+    run = demo_settings(settings.steps, settings.seed)
     with progress.bar("train the LoRA", settings.steps) as bar:
 
         def on_step(metrics: dict[str, Any]) -> None:
             bar.describe(f"face score {metrics['face_score']:.3f}, KL {metrics['kl_loss']:.4f}")
             bar.advance(1)
 
-        train(module, dataset, trainer, out, RunOptions(overwrite=True, on_step=on_step))
+        options = RunOptions(overwrite=True, config=dump_settings(run), facts=run_facts(module), on_step=on_step)
+        train(module, dataset, run.train, out, options)
 
 
 def _scores(before: Evaluation, after: Evaluation) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def shard_frozen_weights(module: WanTrainingModule, accelerator: Accelerator) ->
     for layer in _frozen_layers(module):
         fully_shard(layer)
     plugin = accelerator.state.fsdp_plugin
+    assert plugin is not None
     plugin.cpu_ram_efficient_loading = False
     plugin.auto_wrap_policy = None
     # accelerate shards the rest of the module, but for these: that is, nothing more.

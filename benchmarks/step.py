@@ -126,7 +126,7 @@ class Game:
                 stack.enter_context(_replaced(module.runtime, "stages", {**module.runtime.stages, stage.name: stage}))
             if contender == "compile":
                 stack.enter_context(_replaced(denoiser_file, "_block", self._compiled_block))
-                stack.enter_context(_replaced(module.reward.identity, "embedder", self._compiled_embedder))
+                stack.enter_context(_replaced(module.rewards[0].reward.identity, "embedder", self._compiled_embedder))
             if contender == "floor":
                 stack.enter_context(_replaced(module.runtime, "run", self._replay()))
             yield

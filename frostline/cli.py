@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -68,6 +70,51 @@ def demo(
 
     summary = run_demo(out, engines_dir, DemoSettings(steps, starts, seed), Progress())
     print_summary(summary, out)
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; see examples/.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. lora.rank=16.")] = None,
+    resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint folder.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings, explained.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and data, show what would run.")] = False,
+) -> None:
+    """Train a reward LoRA; under `accelerate launch -m frostline train …` on many GPUs."""
+    from frostline.train.configfile import commented_yaml, load_run_settings
+
+    if config is not None and "=" in str(config) and not config.exists():
+        config, overrides = None, [str(config), *(overrides or [])]
+    settings = load_run_settings(config, overrides or [])
+    if print_config:
+        typer.echo(commented_yaml(settings), nl=False)
+        return
+    if config is None:
+        raise ConfigError("a configuration file is needed: copy one from examples/")
+    from frostline.progress import Progress
+
+    if dry_run:
+        from frostline.train.dry_run import print_dry_run
+
+        raise typer.Exit(0 if print_dry_run(settings, Console()) else 1)
+    from frostline.train.launch import run_training
+
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        logging.getLogger("frostline").setLevel(logging.ERROR)
+    outcome = run_training(settings, resume, Progress(quiet=not first))
+    if outcome.stopped_by is not None:
+        raise typer.Exit(128 + outcome.stopped_by)
+    if first:
+        typer.echo(f"{outcome.step} steps. The adapter is in {settings.output_dir / 'adapter'}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The output_dir of a training run.")]) -> None:
+    """Write a training run's report.html."""
+    from frostline.train.report import write_report
+
+    typer.echo(f"wrote {write_report(run)}")
 
 
 @app.command()
@@ -153,14 +200,17 @@ def plan(
 ) -> None:
     """Show, per stage, who could serve it, who does, and why."""
     from frostline.config import TrainingModuleSettings
+    from frostline.export.exporter import ensure_verified
     from frostline.export.gain import frozen_uses, stage_gains, step_gain
     from frostline.export.recipe import load_recipe
     from frostline.export.run import load_staged_model
     from frostline.export.tables import plan_table, step_gain_line
     from frostline.models.schedule import FlowMatchSchedule
     from frostline.runtime.runtime import Runtime
+    from frostline.runtime.store import EngineStore
 
     staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
+    ensure_verified(staged.stages.values(), EngineStore(engines_dir))
     runtime = Runtime(staged.stages, "auto", engines_dir)
     settings = TrainingModuleSettings()
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
@@ -380,12 +430,19 @@ def main() -> None:
     """The console script."""
     # Threads that spin while they wait take the cores from those that work; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Typer would turn Ctrl-C into exit code 1; shells and schedulers expect 128 + the signal.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app(standalone_mode=True)
     except ConfigError as error:
         sys.exit(_say(error, 2))
     except FrostlineError as error:
         sys.exit(_say(error, 1))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _say(error: FrostlineError, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -41,24 +42,72 @@ class LoraSettings(Settings):
     )
 
 
-class RewardSettings(Settings):
-    """The face-identity reward: `-(face_score - baseline) / scale * weight` joins the loss."""
+FACE_IDENTITY = "face_identity"
 
+
+class RewardTerm(Settings):
+    """One reward: `-(score - baseline) / scale * weight` joins the loss."""
+
+    type: str = Field(
+        default=FACE_IDENTITY, description="face_identity, or package.module:Class of a reward (see ARCHITECTURE.md)"
+    )
     baseline: float = Field(default=0.54, description="score at which the reward is zero")
     scale: float = Field(default=0.16, gt=0, description="spread of scores that counts as one unit")
     weight: float = Field(default=0.1, ge=0, description="weight of the reward in the loss")
-    detector: str = Field(default="mtcnn", description="mtcnn, yunet or scrfd:PATH.onnx")
-    embedder: str = Field(default="sface", description="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")
-    upscale: int = Field(default=1, ge=1, le=8, description="enlarge frames this many times before detection")
+    options: dict[str, Any] = Field(default={}, description="arguments of package.module:Class")
+    detector: str = Field(default="mtcnn", description="face_identity: mtcnn, yunet or scrfd:PATH.onnx")
+    embedder: str = Field(
+        default="sface", description="face_identity: sface, facenet[:TAG or PATH] or arcface:PATH.onnx"
+    )
+    upscale: int = Field(
+        default=1, ge=1, le=8, description="face_identity: enlarge frames this many times before detection"
+    )
     min_face_size: int = Field(
-        default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels"
+        default=20, ge=12, description="face_identity: smallest face that mtcnn looks for, in (enlarged) pixels"
     )
     missing_face: Literal["exclude", "zero"] = Field(
-        default="exclude", description="frames without a face: left out of the mean, or counted as 0"
+        default="exclude", description="face_identity: frames without a face: left out of the mean, or counted as 0"
     )
     on_no_face: Literal["skip", "zero", "error"] = Field(
-        default="skip", description="samples without any face: no reward, a score of 0, or an error"
+        default="skip", description="samples that cannot be scored: no reward, a score of 0, or an error"
     )
+
+    @property
+    def is_face_identity(self) -> bool:
+        return self.type == FACE_IDENTITY
+
+    @model_validator(mode="after")
+    def _fields_go_with_the_type(self) -> Self:
+        # Defaults are no fault: a file written from these settings names them all.
+        fields = type(self).model_fields
+        for name in ("detector", "embedder", "upscale", "min_face_size", "missing_face"):
+            if not self.is_face_identity and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is of face_identity only, but type is {self.type}")
+        if self.options and self.is_face_identity:
+            raise ValueError("options are of a package.module:Class only; face_identity has fields of its own")
+        return self
+
+
+class RewardSettings(RewardTerm):
+    """The rewards of a step: one, and what else is added to it."""
+
+    plus: tuple[RewardTerm, ...] = Field(default=(), description="further rewards, each with its own type and weight")
+
+    @property
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """All rewards; their terms of the loss are added."""
+        return (self, *self.plus)
+
+    @property
+    def face_identity(self) -> RewardTerm | None:
+        """The face-identity reward, if it is one of them."""
+        return next((term for term in self.terms if term.is_face_identity), None)
+
+    @model_validator(mode="after")
+    def _faces_are_rewarded_once(self) -> Self:
+        if sum(term.is_face_identity for term in self.terms) > 1:
+            raise ValueError("face_identity can be rewarded once only; give it one weight")
+        return self
 
 
 class TrainingModuleSettings(Settings):
@@ -73,6 +122,9 @@ class TrainingModuleSettings(Settings):
     kl_weight: float = Field(default=1.0, ge=0, description="weight of the KL term in the loss")
     gradient_checkpointing: Literal["none", "block", "full"] = Field(
         default="none", description="recompute nothing, every block, or the whole denoiser and VAE decode in backward"
+    )
+    offload_saved_tensors: bool = Field(
+        default=False, description="keep what backward needs in main memory instead of the GPU's: slower, smaller"
     )
     lora: LoraSettings = LoraSettings()
     reward: RewardSettings = RewardSettings()
@@ -89,15 +141,44 @@ class TrainingModuleSettings(Settings):
         return self
 
 
-def _explain(settings: type[BaseModel], problem: dict[str, Any]) -> str:
+def _explain(root: type[Settings], problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"{where or 'settings'}: {problem['msg'].removeprefix('Value error, ')}"
     *parents, key = problem["loc"]
+    section = root
     for parent in parents:
-        annotation = settings.model_fields[parent].annotation
-        # `LoraSettings | None` is a union of which one part is the settings.
-        settings = next(part for part in (*get_args(annotation), annotation) if isinstance(part, type))
-    close = difflib.get_close_matches(str(key), settings.model_fields, n=1, cutoff=0.5)
-    known = f"is {close[0]} meant?" if close else f"known are {', '.join(settings.model_fields)}"
-    return f"{where}: unknown setting, {known}"
+        if isinstance(parent, str):
+            section = nested_settings(section, parent) or section
+    return f"{where}: unknown setting, {_suggestion(str(key), section, root)}"
+
+
+def _suggestion(key: str, section: type[Settings], root: type[Settings]) -> str:
+    """The nearest name of the same section, or the same name in another one."""
+    # Where several sections have the name, the first one's stays.
+    elsewhere = {name.rpartition(".")[2]: name for name in reversed([*dotted_names(root)])}
+    if key in elsewhere:
+        return f"is {elsewhere[key]} meant?"
+    close = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+    if not close:
+        close = [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)]
+    return f"is {close[0]} meant?" if close else f"known are {', '.join(section.model_fields)}"
+
+
+def nested_settings(settings: type[Settings], field: str) -> type[Settings] | None:
+    """The settings that a field holds (by itself, as one of a union, or in a tuple), or None for a plain value."""
+    annotation = settings.model_fields[field].annotation
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Settings):
+            return part
+    return None
+
+
+def dotted_names(settings: type[Settings], prefix: str = "") -> Iterator[str]:
+    """All settings that hold a plain value, as `section.name`."""
+    for name in settings.model_fields:
+        nested = nested_settings(settings, name)
+        if nested is None:
+            yield prefix + name
+        elif nested is not settings and not issubclass(settings, nested):
+            yield from dotted_names(nested, f"{prefix}{name}.")

@@ -13,6 +13,14 @@ class DataError(FrostlineError):
     """A sample, a video or a metadata row is not usable; the message names sample, file and field."""
 
 
+class CheckpointError(FrostlineError):
+    """A checkpoint of a training run is damaged, missing or cannot be written, or the run's folder is taken."""
+
+
+class TrainingError(FrostlineError):
+    """Training cannot go on: its numbers are no longer finite."""
+
+
 class EngineError(FrostlineError):
     """An engine cannot be built, loaded, trusted or run."""
 

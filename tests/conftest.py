@@ -4,7 +4,7 @@ The engines of a whole session are built once, in `engines` and `variant_engines
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from frostline.models.faces import Detections, FaceDetector, IdentityScore, ReferenceFaces
+    from frostline.models.faces import Detections, FaceDetector
     from frostline.train.module import WanTrainingModule
+    from frostline.train.reward import RewardScore
 
 MakeModule = Callable[..., "WanTrainingModule"]
 
@@ -190,10 +191,14 @@ def assert_equal_but_for_rounding(pixels: "Tensor", others: "Tensor") -> None:
 @contextmanager
 def _watched(module: "WanTrainingModule", see: "Callable[[Tensor, Tensor], Tensor]") -> Iterator[None]:
     """Within the block `see(pixels, frames)` decides which pixels are searched when generated frames are scored."""
-    reward, identity = module.reward, module.reward.identity
+    from frostline.train.face_identity import FaceIdentityReward
+
+    reward = module.rewards[0].reward
+    assert isinstance(reward, FaceIdentityReward)
+    identity = reward.identity
     own_score, own_detector = reward.score, identity.detector
 
-    def score(frames: "Tensor", references: "ReferenceFaces") -> "IdentityScore":
+    def score(frames: "Tensor", references: "Mapping[str, Tensor]") -> "RewardScore":
         identity.detector = _Detector(own_detector, lambda pixels: see(pixels, frames))
         try:
             return own_score(frames, references)

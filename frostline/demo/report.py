@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from frostline.report.page import Cell, Column, Figure, Page, Tile
-from frostline.report.plots import bar_plot, line_plot, paired_plot
+from frostline.report.plots import bar_plot, paired_plot
+from frostline.report.words import (
+    NONE,
+    TIMES,
+    change_tile,
+    duration,
+    fixed,
+    milliseconds,
+    number_of,
+    plain,
+    ratio,
+    scientific,
+)
+from frostline.train.report import training_curves
 from frostline.video import probe_video
-
-_TIMES = "\N{MULTIPLICATION SIGN}"
-_MINUS = "\N{MINUS SIGN}"
-_NONE = "\N{EN DASH}"
 
 
 def write_demo_report(
@@ -40,7 +49,7 @@ def write_demo_report(
         page.figures(*_videos(clips), **_clip_columns(clips))
 
     page.heading("What the training did")
-    page.figures(*_curves(summary, metrics), columns=2)
+    page.figures(_every_clip(summary), *training_curves(metrics), columns=2)
 
     page.heading("Which engine ran what")
     page.paragraph(
@@ -53,20 +62,20 @@ def write_demo_report(
     page.figures(*_timings(summary, stages), columns=2)
 
     page.heading("The run")
-    settings = {name: _plain(value) for name, value in (summary.get("settings") or {}).items()}
-    versions = {name: _plain(value) for name, value in (summary.get("versions") or {}).items()}
-    page.facts({"device": _plain(summary.get("device")), **versions, **settings})
+    settings = {name: plain(value) for name, value in (summary.get("settings") or {}).items()}
+    versions = {name: plain(value) for name, value in (summary.get("versions") or {}).items()}
+    page.facts({"device": plain(summary.get("device")), **versions, **settings})
     page.write(path)
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
-    parts = ["frostline demo", summary.get("device"), _duration(summary.get("seconds"))]
+    parts = ["frostline demo", summary.get("device"), duration(summary.get("seconds"))]
     return " · ".join(str(part) for part in parts if part)
 
 
 def _outcome(summary: Mapping[str, Any]) -> str:
     """The result in two sentences, whichever way it went."""
-    before, after = _value(summary, "face_score_before"), _value(summary, "face_score_after")
+    before, after = number_of(summary, "face_score_before"), number_of(summary, "face_score_after")
     gain = after - before
     if math.isnan(gain):
         return "The face score could not be measured."
@@ -75,8 +84,8 @@ def _outcome(summary: Mapping[str, Any]) -> str:
     first = f"On clips it had never seen, the model's face score {change}"
     if "starts" in summary:
         first += f", and {summary.get('starts_up', 0)} of {summary['starts']} clips keep the face better than before"
-    torch_ms, uncached_ms = _value(summary, "step_ms_torch"), _value(summary, "step_ms_hybrid_uncached")
-    kept, engines = (_ratio(torch_ms, ms) for ms in (_value(summary, "step_ms_hybrid"), uncached_ms))
+    torch_ms, uncached_ms = number_of(summary, "step_ms_torch"), number_of(summary, "step_ms_hybrid_uncached")
+    kept, engines = (ratio(torch_ms, ms) for ms in (number_of(summary, "step_ms_hybrid"), uncached_ms))
     if math.isnan(kept):
         return f"{first}."
     if math.isnan(engines):
@@ -88,26 +97,26 @@ def _outcome(summary: Mapping[str, Any]) -> str:
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
-    rates = [100 * _value(summary, f"detection_rate_{when}") for when in ("before", "after")]
+    rates = [100 * number_of(summary, f"detection_rate_{when}") for when in ("before", "after")]
     up, starts = summary.get("starts_up"), summary.get("starts")
-    torch_ms, hybrid_ms = _value(summary, "step_ms_torch"), _value(summary, "step_ms_hybrid")
-    speedup = _ratio(torch_ms, hybrid_ms)
+    torch_ms, hybrid_ms = number_of(summary, "step_ms_torch"), number_of(summary, "step_ms_hybrid")
+    speedup = ratio(torch_ms, hybrid_ms)
     return [
-        _change_tile(
+        change_tile(
             "Face score",
-            _value(summary, "face_score_before"),
-            _value(summary, "face_score_after"),
+            number_of(summary, "face_score_before"),
+            number_of(summary, "face_score_after"),
             digits=3,
             note="How alike the faces in the generated frames and in the true clip are, as a cosine: "
             "1 is the same picture, 0.2 a stranger. Training rewards it.",
         ),
         Tile(
             "Clips that improved",
-            _plain(up),
+            plain(up),
             unit=f"of {starts}" if starts is not None else "",
             note="Held-out starts, not used in training, whose face score is higher after training than before.",
         ),
-        _change_tile(
+        change_tile(
             "Detection rate",
             *rates,
             digits=1,
@@ -115,10 +124,10 @@ def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
             note="Share of the generated frames in which a face is found. Only those are scored, so this must not "
             "fall: hiding the face is no way to keep it.",
         ),
-        _change_tile(
+        change_tile(
             "PSNR to truth",
-            _value(summary, "psnr_before"),
-            _value(summary, "psnr_after"),
+            number_of(summary, "psnr_before"),
+            number_of(summary, "psnr_after"),
             digits=2,
             unit="dB",
             note="How near the pixels are to those of the true clip, in decibels; higher is nearer. "
@@ -127,16 +136,16 @@ def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
         ),
         Tile(
             "One training step",
-            _fixed(hybrid_ms, 0),
+            fixed(hybrid_ms, 0),
             unit="ms",
-            before=_fixed(torch_ms, 0),
+            before=fixed(torch_ms, 0),
             change="" if math.isnan(speedup) else _speed(speedup),
             trend="better" if speedup > 1 else "worse" if speedup < 1 else "same",
             note=_step_words(summary),
         ),
         Tile(
             "The whole demo",
-            _duration(summary.get("seconds")) or _NONE,
+            duration(summary.get("seconds")) or NONE,
             note="Data, export of the engines, training, and measuring before and after, on this machine.",
         ),
     ]
@@ -144,28 +153,12 @@ def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
 
 def _step_words(summary: Mapping[str, Any]) -> str:
     words = "The same step twice, in turns: every stage in PyTorch, then the frozen ones in engines"
-    uncached = _value(summary, "step_ms_hybrid_uncached")
+    uncached = number_of(summary, "step_ms_hybrid_uncached")
     if math.isnan(uncached):
         return f"{words}."
     return (
         f"{words}, with outputs that never change kept from an earlier pass ({uncached:.0f} ms when nothing is kept)."
     )
-
-
-def _change_tile(
-    label: str, before: float, after: float, digits: int, note: str, unit: str = "", tolerance: float = 0.0
-) -> Tile:
-    """A figure where higher is better; a fall within the tolerance is not bad news."""
-    gain = after - before
-    if math.isnan(gain):
-        change, trend = "", "same"
-    elif round(gain, digits) == 0:
-        change, trend = "unchanged", "same"
-    else:
-        sign = "+" if gain > 0 else _MINUS
-        change = f"{sign}{abs(gain):.{digits}f} {unit if unit != '%' else 'points'}".strip()
-        trend = "better" if gain > 0 else "worse" if gain < -tolerance else "same"
-    return Tile(label, _fixed(after, digits), unit, _fixed(before, digits), change, trend, note)
 
 
 def _videos(clips: Mapping[str, Path]) -> list[Figure]:
@@ -184,47 +177,15 @@ def _clip_columns(clips: Mapping[str, Path]) -> dict[str, int]:
     return {"columns": 6, "narrow_columns": kinds or 2}
 
 
-def _curves(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    rows = [row for row in metrics if not math.isnan(_value(row, "step"))]
-    steps = [_value(row, "step") for row in rows]
-    smooth = max(1, len(steps) // 12)
-    average = f" The bold line is the average of {smooth} steps." if smooth > 1 else ""
-
-    def curve(name: str, ylabel: str, **options: Any) -> str:
-        series = {ylabel: [_value(row, name) for row in rows]}
-        return line_plot(series, x=steps, xlabel="training step", ylabel=ylabel, smooth=smooth, **options)
-
-    return [
-        Figure.svg(
-            paired_plot(
-                summary.get("face_scores_before") or [], summary.get("face_scores_after") or [], ylabel="face score"
-            ),
-            alt="Face score of each held-out clip before and after training",
-            title="Every held-out clip",
-            caption="One line a clip, from its face score before training to its score after. "
-            "The short bars are the means; a dashed line is a clip that got worse.",
-        ),
-        Figure.svg(
-            curve("face_score", "face score"),
-            alt="Face score over the training steps",
-            title="The reward while training",
-            caption="The face score of the clips of each training step. It jumps about, as every step has other clips: "
-            f"some are harder than others.{average}",
-        ),
-        Figure.svg(
-            curve("kl_loss", "KL"),
-            alt="KL over the training steps",
-            title="Distance from the model it was",
-            caption="KL measures how far the trained model's predictions have moved from the untrained model's. "
-            f"It is part of the loss, so that the reward is not bought with a broken model.{average}",
-        ),
-        Figure.svg(
-            curve("detection_rate", "frames with a face", percent=True, y_range=(0.0, 1.0)),
-            alt="Detection rate over the training steps",
-            title="Frames that show a face",
-            caption=f"Detection rate in each training step. It has to stay up while the score rises.{average}",
-        ),
-    ]
+def _every_clip(summary: Mapping[str, Any]) -> Figure:
+    before, after = summary.get("face_scores_before") or [], summary.get("face_scores_after") or []
+    return Figure.svg(
+        paired_plot(before, after, ylabel="face score"),
+        alt="Face score of each held-out clip before and after training",
+        title="Every held-out clip",
+        caption="One line a clip, from its face score before training to its score after. "
+        "The short bars are the means; a dashed line is a clip that got worse.",
+    )
 
 
 _STAGE_COLUMNS = (
@@ -244,17 +205,17 @@ _STAGE_CAPTION = (
 
 
 def _stage_row(stage: Mapping[str, Any]) -> list[str | Cell]:
-    hybrid, torch_ms, parity = (_value(stage, name) for name in ("hybrid_ms", "torch_ms", "parity_max_abs"))
-    speed = _ratio(torch_ms, hybrid)
+    hybrid, torch_ms, parity = (number_of(stage, name) for name in ("hybrid_ms", "torch_ms", "parity_max_abs"))
+    speed = ratio(torch_ms, hybrid)
     return [
-        _plain(stage.get("stage")),
-        _plain(stage.get("use")),
-        _plain(stage.get("backend")),
-        Cell(_milliseconds(hybrid), hybrid),
-        Cell(_milliseconds(torch_ms), torch_ms),
-        Cell(_NONE if math.isnan(speed) else f"{speed:.2f} {_TIMES}", speed),
-        Cell(_scientific(parity), parity),
-        Cell(_plain(stage.get("reason"), none=""), muted=True),
+        plain(stage.get("stage")),
+        plain(stage.get("use")),
+        plain(stage.get("backend")),
+        Cell(milliseconds(hybrid), hybrid),
+        Cell(milliseconds(torch_ms), torch_ms),
+        Cell(NONE if math.isnan(speed) else f"{speed:.2f} {TIMES}", speed),
+        Cell(scientific(parity), parity),
+        Cell(plain(stage.get("reason"), none=""), muted=True),
     ]
 
 
@@ -282,53 +243,5 @@ def _timings(summary: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) ->
     ]
 
 
-def _value(mapping: Mapping[str, Any], name: str) -> float:
-    """A number, NaN where there is none."""
-    value = mapping.get(name)
-    return math.nan if value is None else float(value)
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
-
-
 def _speed(ratio: float) -> str:
-    return f"{ratio:.2f} {_TIMES} the speed"
-
-
-def _fixed(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else _NONE
-
-
-def _milliseconds(value: float) -> str:
-    return _fixed(value, 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0)
-
-
-def _scientific(value: float) -> str:
-    """3.1e-07 as 3.1 × 10⁻⁷."""
-    if not math.isfinite(value):
-        return _NONE
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{mantissa} {_TIMES} 10{raised}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _plain(value: Any, none: str = _NONE) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return none if value is None else str(value)
+    return f"{ratio:.2f} {TIMES} the speed"

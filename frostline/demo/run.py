@@ -23,10 +23,13 @@ from frostline.progress import Progress
 from frostline.report.sheet import SheetRow, contact_sheet
 from frostline.runtime.backends import TORCH
 from frostline.runtime.store import EngineStore
+from frostline.train.configfile import dump_settings
 from frostline.train.data import VideoPromptDataset, collate
 from frostline.train.evaluation import Evaluation, evaluate
+from frostline.train.launch import run_facts
 from frostline.train.module import WanTrainingModule
-from frostline.train.trainer import TrainerSettings, train
+from frostline.train.settings import RunSettings
+from frostline.train.trainer import RunOptions, train
 from frostline.video import write_video
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,17 @@ class DemoSettings:
     starts: int = 20
     seed: int = 0
     timed_rounds: int = 5
+
+
+def demo_settings(steps: int, seed: int) -> RunSettings:
+    """The settings of the demo's training: those of examples/tiny.yaml."""
+    trainer = {
+        "learning_rate": _LEARNING_RATE,
+        "max_train_steps": steps,
+        "per_device_train_batch_size": _BATCH_SIZE,
+        "seed": seed,
+    }
+    return RunSettings.parse({"model": "tiny", **_MODULE_SETTINGS, "data": {"num_frames": 9}, "train": trainer})
 
 
 def run_demo(out: Path, engines: Path, settings: DemoSettings, progress: Progress) -> dict[str, Any]:
@@ -104,41 +118,31 @@ def _evaluate(
     module: WanTrainingModule, held_out: VideoPromptDataset, starts: int, what: str, progress: Progress
 ) -> Evaluation:
     with progress.bar(what, starts) as bar:
-        return evaluate(module, held_out, starts, advance=bar.advance)
+        return evaluate(module, held_out, range(starts), advance=bar.advance)
 
 
 def _train(
     module: WanTrainingModule, dataset: VideoPromptDataset, settings: DemoSettings, out: Path, progress: Progress
 ) -> None:
-    trainer = TrainerSettings(
-        learning_rate=_LEARNING_RATE,
-        max_train_steps=settings.steps,
-        per_device_train_batch_size=_BATCH_SIZE,
-        seed=settings.seed,
-    )
+    run = demo_settings(settings.steps, settings.seed)
     with progress.bar("train the LoRA", settings.steps) as bar:
 
         def on_step(metrics: dict[str, Any]) -> None:
             bar.describe(f"face score {metrics['face_score']:.3f}, KL {metrics['kl_loss']:.4f}")
             bar.advance(1)
 
-        train(module, dataset, trainer, out, on_step)
+        options = RunOptions(overwrite=True, config=dump_settings(run), facts=run_facts(module), on_step=on_step)
+        train(module, dataset, run.train, out, options)
 
 
 def _scores(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    gains = after.face_score - before.face_score
-    return {
-        "starts": len(gains),
-        "starts_up": int((gains > 0).sum()),
-        "face_score_before": before.face_score.mean().item(),
-        "face_score_after": after.face_score.mean().item(),
-        "face_scores_before": before.face_score.tolist(),
-        "face_scores_after": after.face_score.tolist(),
-        "detection_rate_before": before.detection_rate.mean().item(),
-        "detection_rate_after": after.detection_rate.mean().item(),
-        "psnr_before": before.psnr.mean().item(),
-        "psnr_after": after.psnr.mean().item(),
-    }
+    gains = after.measured["face_score"] - before.measured["face_score"]
+    scores: dict[str, Any] = {"starts": len(gains), "starts_up": int((gains > 0).sum())}
+    for when, evaluation in (("before", before), ("after", after)):
+        scores[f"face_scores_{when}"] = evaluation.measured["face_score"].tolist()
+        for name in ("face_score", "detection_rate", "psnr"):
+            scores[f"{name}_{when}"] = evaluation.measured[name].mean().item()
+    return scores
 
 
 def _stage_rows(module: WanTrainingModule, timing: Timing, parity: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -186,7 +190,7 @@ def _draw(out: Path, held_out: VideoPromptDataset, before: Evaluation, after: Ev
     rows = []
     for index in shown:
         sample = held_out[index]
-        scores = f"{before.face_score[index]:.2f} → {after.face_score[index]:.2f}"
+        scores = " → ".join(f"{evaluation.measured['face_score'][index]:.2f}" for evaluation in (before, after))
         strips = {"truth": sample["video"], "before": before.videos[index], "after": after.videos[index]}
         rows.append(SheetRow(f"{sample['prompt']}, face score {scores}", strips))
     contact_sheet(rows, out / "contact_sheet.png")

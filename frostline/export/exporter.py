@@ -122,7 +122,8 @@ def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifes
     To be called before a `Runtime` is made, which serves no unverified engine. An engine that fails is deleted.
     """
     verified = []
-    for stage in stages:
+    # The hash of a large model's weights takes a while: only of those that it concerns.
+    for stage in (stage for stage in stages if _awaits_verification(stage, store)):
         weights = weights_sha256(stage)
         for backend in (name for name in ENGINE_BACKENDS if not get_backend(name).unavailable()):
             record = find_engine(store, stage, backend, weights)
@@ -136,6 +137,18 @@ def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifes
             except EngineError as error:
                 log.warning("%s", error)
     return verified
+
+
+def _awaits_verification(stage: Stage, store: EngineStore) -> bool:
+    """Whether any engine of the stage's name was built and not verified, and could run here."""
+    manifests = (record.manifest for record in store.find(stage.model, stage.name))
+    return any(
+        not manifest.verified
+        and not get_backend(manifest.backend).unavailable()
+        and get_backend(manifest.backend).obstacle(stage.networks[0].device, manifest.device) is None
+        for manifest in manifests
+        if manifest is not None
+    )
 
 
 def _build_engine(

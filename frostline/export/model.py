@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from frostline.config import LoraSettings, RewardSettings
+from frostline.config import LoraSettings, RewardTerm
 from frostline.export.shapes import ShapeRange
 from frostline.export.stages import FaceModels, StageInputs, build_stages
 from frostline.models.components import WanComponents
@@ -39,7 +39,7 @@ class StagedModel:
 
 
 def stage_model(
-    components: WanComponents, lora: LoraSettings | None, reward: RewardSettings, shapes: ShapeRange
+    components: WanComponents, lora: LoraSettings | None, reward: RewardTerm, shapes: ShapeRange
 ) -> StagedModel:
     """Inject the LoRA into `components` in place and build all stages.
 

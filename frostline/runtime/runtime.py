@@ -199,7 +199,7 @@ class Runtime:
         if not engine.manifest.verified:
             raise EngineError(
                 f"engine {engine.path} was built but never compared with PyTorch: "
-                f"run `frostline engines verify {engine.manifest.key}` on this machine first"
+                "`frostline plan MODEL` does so on this machine"
             )
         networks = {network.name: network for network in stage.networks}
         runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
@@ -233,7 +233,7 @@ def _doubt(stage: Stage, manifest: Manifest) -> str | None:
     obstacle = get_backend(manifest.backend).obstacle(stage.networks[0].device, manifest.device)
     if obstacle:
         return f"built, not verified here: {obstacle}"
-    return None if manifest.verified else f"unverified: run `frostline engines verify {manifest.key}`"
+    return None if manifest.verified else "unverified: `frostline plan MODEL` compares it with PyTorch"
 
 
 def _export_command(stage: Stage, backend: str) -> str:

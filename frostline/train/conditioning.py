@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from frostline.models.components import WanComponents
-from frostline.models.faces.identity import ReferenceFaces
 from frostline.models.text import tokenize
 from frostline.models.vae import TEMPORAL_STRIDE
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.runtime import Runtime
 from frostline.train.batch import check_batch, fit_to_wan
-from frostline.train.reward import FaceIdentityReward
+from frostline.train.reward import ActiveReward
 
 # Channels of `y` that say which of a latent frame's four video frames are given.
 _MASK_CHANNELS = 4
@@ -31,7 +30,7 @@ class Conditioning:
     y: (B, 4 + C, F, H/8, W/8) mask and latents of the first frame, if the model takes them.
     clip_feature: (B, 257, 1280), if the model takes it.
     first_frame_latents: (B, C, 1, H/8, W/8), if the model pins them.
-    references: the faces of the reference video.
+    references: what each reward knows of the reference video, tensors of B rows.
     """
 
     sample_id: tuple[str, ...]
@@ -41,7 +40,7 @@ class Conditioning:
     y: Tensor | None
     clip_feature: Tensor | None
     first_frame_latents: Tensor | None
-    references: ReferenceFaces
+    references: tuple[Mapping[str, Tensor], ...]
 
     def denoiser_inputs(self) -> dict[str, Tensor]:
         """What the denoiser takes beside latents and timestep."""
@@ -56,12 +55,12 @@ class Conditioner:
         self,
         components: WanComponents,
         runtime: Runtime,
-        reward: FaceIdentityReward,
+        rewards: Sequence[ActiveReward],
         cache: FrozenOutputCache | None,
     ) -> None:
         self.components = components
         self.runtime = runtime
-        self.reward = reward
+        self.rewards = rewards
         self.cache = cache
         weight = components.denoiser.patch_embedding.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -89,7 +88,7 @@ class Conditioner:
             y=self._image_latents(first_frame, T, image_keys),
             clip_feature=self._clip_feature(first_frame, image_keys),
             first_frame_latents=self._first_frame_latents(first_frame, image_keys),
-            references=self._references(video, video_keys),
+            references=tuple(self._references(active, video, video_keys) for active in self.rewards),
         )
 
     def cached_rows(
@@ -164,9 +163,9 @@ class Conditioner:
 
         return self.cached_rows("clip_feature", ["image_encoder"], keys, compute)["clip_feature"]
 
-    def _references(self, video: Tensor, keys: Sequence[str]) -> ReferenceFaces:
-        def compute(rows: list[int]) -> dict[str, Tensor]:
-            return self.reward.references(video[rows])._asdict()
+    def _references(self, active: ActiveReward, video: Tensor, keys: Sequence[str]) -> Mapping[str, Tensor]:
+        def compute(rows: list[int]) -> Mapping[str, Tensor]:
+            return active.reward.references(video[rows])
 
-        keys = [content_key(video=key, settings=self.reward.references_key) for key in keys]
-        return ReferenceFaces(**self.cached_rows("references", ["face_detector", "face_embedder"], keys, compute))
+        keys = [content_key(video=key, settings=active.references_key) for key in keys]
+        return self.cached_rows("references", active.stages, keys, compute)

@@ -99,7 +99,7 @@ class VideoPromptDataset(Dataset[Sample]):
         frame_stride: int = 1,
         allow_outside: bool = False,
     ) -> None:
-        _check_settings(num_frames, height, width, max_pixels, frame_stride)
+        check_cut(num_frames, height, width, max_pixels, frame_stride)
         self.num_frames = num_frames
         self.size = (height, width) if height is not None and width is not None else None
         self.max_pixels = max_pixels
@@ -203,7 +203,8 @@ def _log_padding(sample_id: str, frames: int, num_frames: int) -> None:
     logger.warning("sample %s: %d frames, padded to %d by repeating the last", sample_id, frames, num_frames)
 
 
-def _check_settings(num_frames: int, height: int | None, width: int | None, max_pixels: int, frame_stride: int) -> None:
+def check_cut(num_frames: int, height: int | None, width: int | None, max_pixels: int, frame_stride: int) -> None:
+    """Refuse, with a ConfigError, what Wan cannot take; see `VideoPromptDataset` for the arguments."""
     if num_frames < 1 or num_frames % 4 != 1:
         raise ConfigError(f"num_frames must be 4k+1 (1, 5, 9, …), not {num_frames}")
     if (height is None) != (width is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,13 @@ from frostline.train.module import WanTrainingModule
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per start: face_score, detection_rate in [0, 1], psnr (dB to the true clip), all (N,); videos (N, T, 3, H, W)."""
+    """N generated videos (N, T, 3, H, W) in [0, 1], on the CPU, and how good they are.
 
-    face_score: Tensor
-    detection_rate: Tensor
-    psnr: Tensor
+    measured: (N,) by name: every reward's score and further metrics (`face_score`, `detection_rate`, …), and `psnr`,
+    dB to the true clip.
+    """
+
+    measured: dict[str, Tensor]
     videos: Tensor
 
 
@@ -27,32 +29,35 @@ class Evaluation:
 def evaluate(
     module: WanTrainingModule,
     dataset: Dataset[Sample],
-    count: int,
+    starts: Sequence[int],
     *,
     noise_seed: int = 0,
     batch_size: int = 5,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Generate from the first `count` samples of `dataset` and score against their videos.
+    """Generate from the samples `starts` of `dataset` and score against their videos.
 
     Each start has its own noise, seeded by its index, so that runs before and after training compare.
 
     Args:
         advance: called with the number of starts just finished.
     """
-    parts = []
-    for first in range(0, count, batch_size):
-        index = range(first, min(first + batch_size, count))
+    measured, videos = [], []
+    for first in range(0, len(starts), batch_size):
+        index = starts[first : first + batch_size]
         batch = collate([dataset[i] for i in index])
         conditioning = module.forward_preprocess(batch)
         noise = torch.stack([_noise(conditioning.latent_shape, noise_seed, i) for i in index])
-        videos = module.generate(conditioning, noise.to(conditioning.context.device))
-        score = module.reward.score(videos, conditioning.references)
-        truth = batch["video"].to(videos.device)
-        parts.append((score.face_score, score.detection_rate, _psnr(videos, truth), videos))
+        generated = module.generate(conditioning, noise.to(conditioning.context.device))
+        values = {"psnr": _psnr(generated, batch["video"].to(generated.device))}
+        for active, score in module.score(generated, conditioning):
+            values |= {active.reward.name: score.score, **score.metrics}
+        measured.append({name: value.cpu() for name, value in values.items()})
+        videos.append(generated.cpu())
         advance(len(index))
-    face_score, detection_rate, psnr, videos = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return Evaluation(face_score, detection_rate, psnr, videos)
+    # The clock is read with each training step: generating is no part of one.
+    module.runtime.clock.read()
+    return Evaluation({name: torch.cat([part[name] for part in measured]) for name in measured[0]}, torch.cat(videos))
 
 
 def _noise(shape: tuple[int, ...], seed: int, index: int) -> Tensor:

@@ -91,7 +91,7 @@ def memory_plan(
     shape: VideoShape,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    engines: Collection[str] = (),
+    engines: Collection[str] | Literal["all"] = (),
     cached: Collection[str] = (),
     num_processes: int = 1,
     sharding: Sharding = "ddp",
@@ -105,7 +105,7 @@ def memory_plan(
 
     Args:
         shape: of one device's batch.
-        engines: stages that an engine with its own weights serves.
+        engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
         cached: stages whose outputs are all in the cache, so that they are not loaded at all.
         device_bytes: memory of one device.
         embedder: of the reward, to be counted too.
@@ -121,6 +121,8 @@ def memory_plan(
     footprints = dict(measured.stages)
     if embedder is not None:
         footprints["face_embedder"] = measure_embedder(embedder, shape.batch_size * shape.num_frames)
+    if engines == "all":
+        engines = [name for name in _ALWAYS_FROZEN if name in footprints]
     for name in (*engines, *cached):
         if name not in footprints:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(footprints)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,21 +15,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from frostline.config import TrainingModuleSettings
-from frostline.errors import DataError
+from frostline.errors import ConfigError, DataError
+from frostline.export.exporter import ensure_verified
 from frostline.export.model import stage_model
 from frostline.export.shapes import ShapeRange
+from frostline.models.adapters import read_adapter
 from frostline.models.components import WanComponents
-from frostline.models.faces.identity import IdentityScore
 from frostline.models.files import Entry
 from frostline.models.loading import DEFERRABLE, load_components
-from frostline.models.lora import lora_parameters, save_adapter
+from frostline.models.lora import copy_adapter, lora_parameters, lora_scale, save_adapter
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.vae import decode_latents
+from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.clock import StageTime
 from frostline.runtime.runtime import AUTO, PlanSetting, Runtime
+from frostline.runtime.store import EngineStore
 from frostline.train.conditioning import Conditioner, Conditioning
-from frostline.train.reward import FaceIdentityReward, reward_loss
+from frostline.train.face_identity import face_identity_reward
+from frostline.train.offload import saved_in_main_memory
+from frostline.train.processes import mean_over_processes
+from frostline.train.reward import ActiveReward, RewardScore, build_rewards, reward_loss
 from frostline.train.sampling import Sampler
 
 log = logging.getLogger(__name__)
@@ -37,14 +45,17 @@ log = logging.getLogger(__name__)
 class StepMetrics:
     """What one `forward` measured.
 
-    Per sample: sample_id, face_score, face_score_missing_zero, detection_rate. Per tail step: kl.
+    sample_id: names of the samples.
+    per_sample: what the rewards measured of each, by name: every reward's score (`face_score`, …) and its further
+        metrics (`detection_rate`, `face_score_missing_zero`, …).
+    scores: of each reward, the mean over the samples that count.
+    kl: of each tail step.
     stages: time in each stage and its backend, by stage.
     """
 
     sample_id: tuple[str, ...]
-    face_score: list[float]
-    face_score_missing_zero: list[float]
-    detection_rate: list[float]
+    per_sample: dict[str, list[float]]
+    scores: dict[str, float]
     kl: list[float]
     stages: dict[str, StageTime]
 
@@ -72,15 +83,22 @@ class WanTrainingModule(nn.Module):
         super().__init__()
         self.settings = settings or TrainingModuleSettings()
         self.components = components
-        staged = stage_model(components, self.settings.lora, self.settings.reward, shapes or ShapeRange())
+        faces = self.settings.reward.face_identity or self.settings.reward
+        staged = stage_model(components, self.settings.lora, faces, shapes or ShapeRange())
         self.denoiser, self.denoiser_high_noise = staged.denoiser, staged.denoiser_high_noise
         self.denoiser.gradient_checkpointing = self.settings.gradient_checkpointing
         self.embedder, self.detector_networks = staged.embedder, staged.detector_networks
         self.lora_config, self.stages = staged.lora_config, staged.stages
+        if engines is not None and plan != TORCH:
+            ensure_verified(self.stages.values(), EngineStore(Path(engines)))
         self.runtime = Runtime(self.stages, plan, None if engines is None else Path(engines), strict)
-        self.reward = FaceIdentityReward(self.settings.reward, self.runtime, self.embedder)
+        self.rewards = build_rewards(
+            self.settings.reward,
+            lambda term: face_identity_reward(term, self.runtime, self.embedder),
+            self.denoiser.model.patch_embedding.weight.device,
+        )
         self.cache = self._open_cache()
-        self.conditioner = Conditioner(components, self.runtime, self.reward, self.cache)
+        self.conditioner = Conditioner(components, self.runtime, self.rewards, self.cache)
         self.sampler = Sampler(
             components,
             self.denoiser,
@@ -139,20 +157,30 @@ class WanTrainingModule(nn.Module):
             data: as for `forward_preprocess`; not looked at where `inputs` is given.
             inputs: what `forward_preprocess` returned, to use it again.
         Returns:
-            loss (with graph), face_score and kl_loss, each 0-dim.
+            loss (with graph), face_score (the first reward's score, whatever it rewards) and kl_loss, each 0-dim.
         """
         settings = self.settings
         conditioning = self.forward_preprocess(data) if inputs is None else inputs
         latents = self._rollout(conditioning)
-        sampled = self.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
-        frames = self._decode(sampled.latents)
-        score = self.reward.score(frames, conditioning.references)
-        self._report_missing_faces(conditioning, score)
-        reward = reward_loss(score, settings.reward)
+        with self._saved_tensors():
+            sampled = self.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+            frames = self._decode(sampled.latents)
+            scores = self.score(frames, conditioning)
+        self._report_unscored(conditioning, scores)
+        reward = reward_loss(scores, mean_over_processes)
         kl_loss = torch.stack(sampled.kl).mean()
         loss = reward.loss + settings.kl_weight * kl_loss
-        self.last_metrics = self._metrics(conditioning, score, sampled.kl)
-        return loss, reward.face_score.detach(), kl_loss.detach()
+        self.last_metrics = self._metrics(conditioning, scores, reward.scores, sampled.kl)
+        return loss, next(iter(reward.scores.values())), kl_loss.detach()
+
+    def score(self, frames: Tensor, conditioning: Conditioning) -> list[tuple[ActiveReward, RewardScore]]:
+        """What each reward says of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames."""
+        # In float32, whatever autocast the step runs in.
+        with torch.autocast(frames.device.type, enabled=False):
+            return [
+                (active, active.reward.score(frames, references))
+                for active, references in zip(self.rewards, conditioning.references, strict=True)
+            ]
 
     @torch.no_grad()
     def generate(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
@@ -191,6 +219,19 @@ class WanTrainingModule(nn.Module):
         assert self.lora_config is not None
         save_adapter(self.components.denoiser, self.lora_config, Path(folder))
 
+    def load_adapter(self, folder: str | Path) -> None:
+        """Copy the LoRA in PEFT files into this module's, whose memory stays the engines'.
+
+        Raises:
+            ConfigError: files are missing, or it is another adapter than this module's settings ask for.
+        """
+        assert self.lora_config is not None
+        adapter = read_adapter(Path(folder))
+        if adapter.scale != lora_scale(self.components.denoiser):
+            wanted = lora_scale(self.components.denoiser)
+            raise ConfigError(f"{folder}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}")
+        copy_adapter(self.components.denoiser, adapter)
+
     def _rollout(self, conditioning: Conditioning) -> Tensor:
         mid = self.settings.mid_timestep
         recallable = None if self.settings.noise_seed is None else self.conditioner
@@ -210,21 +251,40 @@ class WanTrainingModule(nn.Module):
                 video = decode_latents(vae, latents, by_frame)
         return _to_frames(video)
 
-    def _report_missing_faces(self, conditioning: Conditioning, score: IdentityScore) -> None:
-        missing = [name for name, valid in zip(conditioning.sample_id, score.valid.tolist(), strict=True) if not valid]
-        if not missing:
-            return
-        message = f"no face to compare in the generated or the reference frames of sample {', '.join(missing)}"
-        if self.settings.reward.on_no_face == "error":
-            raise DataError(f"{message}, field 'video'; on_no_face is 'error'")
-        log.warning("%s: it gives no reward gradient (on_no_face: %s)", message, self.settings.reward.on_no_face)
+    def _saved_tensors(self) -> AbstractContextManager[object]:
+        """Where autograd keeps what backward needs."""
+        if not self.settings.offload_saved_tensors or not torch.is_grad_enabled():
+            return nullcontext()
+        return saved_in_main_memory(itertools.chain(self.parameters(), self.buffers()))
 
-    def _metrics(self, conditioning: Conditioning, score: IdentityScore, kl: list[Tensor]) -> StepMetrics:
+    def _report_unscored(self, conditioning: Conditioning, scores: Sequence[tuple[ActiveReward, RewardScore]]) -> None:
+        for active, score in scores:
+            valid = zip(conditioning.sample_id, score.valid.tolist(), strict=True)
+            missing = [name for name, is_valid in valid if not is_valid]
+            if not missing:
+                continue
+            what = "no face to compare" if active.settings.is_face_identity else f"nothing for {active.reward.name}"
+            message = f"{what} in the generated or the reference frames of sample {', '.join(missing)}"
+            how = active.settings.on_no_face
+            if how == "error":
+                raise DataError(f"{message}, field 'video'; on_no_face is 'error'")
+            log.warning("%s: it gives no reward gradient (on_no_face: %s)", message, how)
+
+    def _metrics(
+        self,
+        conditioning: Conditioning,
+        scores: Sequence[tuple[ActiveReward, RewardScore]],
+        means: Mapping[str, Tensor],
+        kl: list[Tensor],
+    ) -> StepMetrics:
+        per_sample = {}
+        for active, score in scores:
+            named = {active.reward.name: score.score, **score.metrics}
+            per_sample |= {name: values.tolist() for name, values in named.items()}
         return StepMetrics(
             sample_id=conditioning.sample_id,
-            face_score=score.face_score.tolist(),
-            face_score_missing_zero=score.face_score_missing_zero.tolist(),
-            detection_rate=score.detection_rate.tolist(),
+            per_sample=per_sample,
+            scores={name: mean.item() for name, mean in means.items()},
             kl=torch.stack(kl).tolist(),
             stages=self.runtime.clock.read(),
         )

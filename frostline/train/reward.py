@@ -1,71 +1,141 @@
-"""The face-identity reward of a training step: detection frozen, embedding live."""
+"""Rewards: what one is, how it is found by name, and how several join the loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from frostline.config import RewardSettings
-from frostline.models.faces.embedders import FaceEmbedder
-from frostline.models.faces.identity import FaceIdentity, IdentityScore, ReferenceFaces, identity_score
+from frostline.config import RewardSettings, RewardTerm
+from frostline.errors import ConfigError
 from frostline.runtime.cache import content_key
-from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
-from frostline.runtime.runtime import Runtime
 
 
-class FaceIdentityReward:
-    """Scores generated frames against the faces of the reference video.
+@dataclass(frozen=True, eq=False)
+class RewardScore:
+    """What a reward says of B generated videos.
 
-    Args:
-        embedder: differentiable; the frozen use for references goes through the runtime.
+    score: (B,) with graph; 0 with zero gradient where `valid` is False. valid: (B,) bool, whether there was anything
+    to score. metrics: further figures of each video, (B,) without graph, by name.
     """
 
-    def __init__(self, settings: RewardSettings, runtime: Runtime, embedder: nn.Module) -> None:
-        self.settings = settings
-        self.runtime = runtime
-        self.embedder = embedder
-        live = cast(FaceEmbedder, embedder)
-        self.identity = FaceIdentity(RuntimeDetector(runtime), live, settings.upscale, settings.missing_face)
-        self.identity.reference_embedder = RuntimeEmbedder.of(live, runtime)
+    score: Tensor
+    valid: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def references_key(self) -> str:
-        """What the references depend on, beside the video and the weights."""
-        return content_key(upscale=self.settings.upscale, min_face_size=self.settings.min_face_size)
 
-    def references(self, video: Tensor) -> ReferenceFaces:
-        """The faces in frames 1…T-1 of (B, T, 3, H, W) reference videos in [0, 1]."""
-        return self.identity.references(video)
+class Reward(Protocol):
+    """Scores generated videos; see `frostline.train.sharpness` for a short one."""
 
-    def score(self, frames: Tensor, references: ReferenceFaces) -> IdentityScore:
-        """The score of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames."""
-        faces = self.identity.detect(frames)
-        with self.runtime.clock.measure("face_embedder_live", "torch"):
-            embeddings = self.identity.embed(frames, faces)
-        return identity_score(
-            embeddings, faces.found, references.embeddings, references.found, self.settings.missing_face
-        )
+    name: str
+    """What logs call its score."""
+
+    def references(self, video: Tensor) -> Mapping[str, Tensor]:
+        """What to know of (B, T, 3, H, W) reference videos in [0, 1]: tensors of B rows, computed once and cached."""
+        ...
+
+    def score(self, frames: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
+        """The score of generated (B, T, 3, H, W) frames in [0, 1], differentiable to them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ActiveReward:
+    """A reward with its part in the loss.
+
+    references_key: what its references depend on beside the video; stages: beside it and the weights of these.
+    """
+
+    reward: Reward
+    settings: RewardTerm
+    references_key: str
+    stages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """loss, face_score: 0-dim with graph."""
+    """loss: 0-dim with graph. scores: 0-dim without, by reward; each the mean of the samples that count."""
 
     loss: Tensor
-    face_score: Tensor
+    scores: dict[str, Tensor]
 
 
-def reward_loss(score: IdentityScore, settings: RewardSettings) -> RewardLoss:
-    """`-(face_score - baseline) / scale * weight`, the mean over the samples that count.
+def build_rewards(
+    settings: RewardSettings, face_identity: Callable[[RewardTerm], ActiveReward], device: torch.device
+) -> tuple[ActiveReward, ...]:
+    """All rewards of the settings.
 
-    Samples without any face count as 0 or not at all, as `on_no_face` says; their gradient is zero either way.
-    Without a sample that counts there is no reward: a loss of 0 that still hangs on the graph.
+    Args:
+        face_identity: makes that reward, which runs on stages.
+    Raises:
+        ConfigError: a class cannot be found or made, or two rewards go by one name.
     """
-    counts = torch.ones_like(score.valid) if settings.on_no_face == "zero" else score.valid
-    number = counts.sum().clamp(min=1)
-    face_score = torch.where(counts, score.face_score, 0).sum() / number
-    loss = -(face_score - settings.baseline) / settings.scale * settings.weight
-    return RewardLoss(torch.where(counts.any(), loss, 0 * face_score), face_score)
+    rewards = tuple(
+        face_identity(term) if term.is_face_identity else _custom_reward(term, device) for term in settings.terms
+    )
+    names = [active.reward.name for active in rewards]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"reward: two rewards go by one name: {', '.join(names)}")
+    return rewards
+
+
+def reward_loss(
+    scores: Sequence[tuple[ActiveReward, RewardScore]], mean_count: Callable[[Tensor], Tensor] = lambda count: count
+) -> RewardLoss:
+    """The sum of `-(score - baseline) / scale * weight`, each score the mean over the samples that count.
+
+    Samples that a reward cannot score count as 0 or not at all, as `on_no_face` says; their gradient is zero either
+    way. Without a sample that counts there is no reward: a loss of 0 that still hangs on the graph.
+
+    Args:
+        mean_count: from the number of samples that count here to its mean over all processes. Where gradients are
+            averaged over processes, each then weighs its samples as one process with all of them would.
+    """
+    total: Tensor | None = None
+    means = {}
+    for active, scored in scores:
+        settings = active.settings
+        counts = torch.ones_like(scored.valid) if settings.on_no_face == "zero" else scored.valid
+        everywhere = mean_count(counts.sum().float())
+        # The share of this process: 1 on average.
+        share = counts.sum() / everywhere.clamp(min=torch.finfo(torch.float32).tiny)
+        mean = torch.where(counts, scored.score, 0).sum() / counts.sum().clamp(min=1)
+        loss = -(mean - settings.baseline) / settings.scale * settings.weight * share
+        loss = torch.where(everywhere > 0, loss, 0 * mean)
+        total = loss if total is None else total + loss
+        means[active.reward.name] = (mean * share).detach()
+    assert total is not None
+    return RewardLoss(total, means)
+
+
+def _custom_reward(term: RewardTerm, device: torch.device) -> ActiveReward:
+    make = _find_class(term.type)
+    try:
+        reward = make(**term.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"reward.type {term.type}: cannot be made with options {term.options}: {error}") from error
+    for name in ("name", "references", "score"):
+        if not hasattr(reward, name):
+            raise ConfigError(f"reward.type {term.type}: is no reward, it has no {name!r} (see ARCHITECTURE.md)")
+    if isinstance(reward, nn.Module):
+        reward.to(device).eval().requires_grad_(False)
+    return ActiveReward(cast(Reward, reward), term, content_key(type=term.type, options=term.options))
+
+
+def _find_class(path: str) -> Callable[..., Any]:
+    module_name, colon, name = path.partition(":")
+    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise ConfigError(f"reward.type {path!r}: must be face_identity or package.module:Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"reward.type {path}: {module_name} cannot be imported: {error}") from error
+    found = getattr(module, name, None)
+    if not inspect.isclass(found):
+        raise ConfigError(f"reward.type {path}: {module_name} has no class {name!r}")
+    return found

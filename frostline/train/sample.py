@@ -132,8 +132,9 @@ def _sample(module: WanTrainingModule, settings: SampleSettings, picture: Tensor
     videos = module.generate(conditioning, noise.to(conditioning.context.device))
     if picture is None:
         return SampledClip(videos[0].cpu(), None, None, module.runtime.plan)
-    score = module.reward.score(videos, conditioning.references)
-    return SampledClip(videos[0].cpu(), score.face_score.item(), score.detection_rate.item(), module.runtime.plan)
+    ((_, score),) = module.score(videos, conditioning)
+    detection_rate = score.metrics["detection_rate"].item()
+    return SampledClip(videos[0].cpu(), score.score.item(), detection_rate, module.runtime.plan)
 
 
 def _size(settings: SampleSettings, picture: Tensor | None, multiple: int) -> tuple[int, int]:

@@ -1,34 +1,92 @@
-"""The training loop: accelerate for device and distribution, AdamW, clipping, metrics.jsonl, the adapter."""
+"""The training loop: accelerate for device and distribution, AdamW, metrics, checkpoints that nothing is lost from."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import Field
-from torch.utils.data import DataLoader, Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers.optimization import get_scheduler
 
-from frostline.config import Settings
-from frostline.runtime.clock import StageTime
-from frostline.train.data import CollatedBatch, Sample, collate
+from frostline.errors import FrostlineError, TrainingError
+from frostline.report.writing import written_whole
+from frostline.train.checkpoint import Checkpoint, rotate, set_aside_after
+from frostline.train.data import Sample
+from frostline.train.loader import Batches
 from frostline.train.module import WanTrainingModule
+from frostline.train.order import DataOrder
+from frostline.train.processes import any_process
+from frostline.train.runfolder import METRICS, RUN_FACTS, VALIDATION, JsonLines, claimed, refuse_or_clear
+from frostline.train.saving import CONFIG, restore, save
+from frostline.train.settings import TrainerSettings
+from frostline.train.sharding import sample_through_shards, shard_frozen_weights
+from frostline.train.signals import StopSignals
+from frostline.train.step import Training, optimizer_step
+from frostline.train.trackers import check_trackers, finish_trackers, start_trackers, track
+
+log = logging.getLogger(__name__)
+
+ADAPTER, TRACKERS = "adapter", "trackers"
 
 
-class TrainerSettings(Settings):
-    """How long and how fast to train."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. step: optimizer steps done, skipped: those without an update. stopped_by: a signal, if one."""
 
-    learning_rate: float = Field(default=2.5e-6, gt=0, description="of AdamW")
-    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
-    max_train_steps: int = Field(default=100, ge=1, description="optimizer steps")
-    per_device_train_batch_size: int = Field(default=1, ge=1, description="samples per step and process")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
-    seed: int = Field(default=0, ge=0, description="of data order and fresh noise")
+    step: int
+    skipped: int
+    stopped_by: signal.Signals | None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is around the loop.
+
+    resume: a verified checkpoint to go on from.
+    overwrite: delete the run that the folder holds.
+    num_workers: processes that decode videos ahead.
+    config: the settings of the run, kept beside its files and in every checkpoint, and told to the trackers.
+    facts: what else to keep in `run.json`.
+    validate, validation_steps: called with the step at the start, the end and every so many steps, on all processes;
+        what it returns becomes a line of `validation.jsonl`.
+    on_step: receives each line of `metrics.jsonl`.
+    """
+
+    resume: Checkpoint | None = None
+    overwrite: bool = False
+    num_workers: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    validate: Callable[[int], dict[str, Any]] | None = None
+    validation_steps: int = 1
+    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None
+
+
+def make_accelerator(settings: TrainerSettings, output_dir: Path, cpu: bool) -> Accelerator:
+    """The accelerator of a run; what `accelerate launch` set up for several processes is taken up.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+    """
+    check_trackers(settings.report_to)
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=list(settings.report_to) or None,
+        project_dir=output_dir / TRACKERS,
+    )
 
 
 def train(
@@ -36,70 +94,161 @@ def train(
     dataset: Dataset[Sample],
     settings: TrainerSettings,
     output_dir: Path,
-    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
-) -> None:
-    """Train the LoRA of `module`; writes `metrics.jsonl` as it goes and `adapter/` at the end.
+    options: RunOptions | None = None,
+    accelerator: Accelerator | None = None,
+) -> Outcome:
+    """Train the LoRA of `module`; writes `metrics.jsonl` and `checkpoint-N/` as it goes, and `adapter/` at the end.
 
-    Args:
-        on_step: receives each line of `metrics.jsonl`.
+    SIGTERM or SIGINT: the running step is finished and saved, then the run ends.
+
+    Raises:
+        ConfigError: the folder holds another run.
+        CheckpointError: the folder is taken, or a checkpoint cannot be written or restored.
+        DataError: a sample cannot be read; the steps before it are saved.
+        TrainingError: too many steps in a row had no finite loss; what was trained before is saved.
     """
-    accelerator = Accelerator(cpu=module.components.denoiser.patch_embedding.weight.device.type == "cpu")
-    set_seed(settings.seed)
-    parameters = list(module.trainable_parameters().values())
-    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
-    loader = DataLoader(
-        dataset,
-        batch_size=settings.per_device_train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=collate,
-        generator=torch.Generator().manual_seed(settings.seed),
-    )
-    model, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "metrics.jsonl").open("w") as log:
-        for step, batch in zip(range(1, settings.max_train_steps + 1), _forever(loader), strict=False):
-            start = time.perf_counter()
-            loss, face_score, kl_loss = model(batch)
-            with module.runtime.clock.measure("backward", "torch"):
-                accelerator.backward(loss)
-            grad_norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - start
-            backward = module.runtime.clock.read()
-            metrics = {
-                "step": step,
-                "loss": loss.item(),
-                "face_score": face_score.item(),
-                "kl_loss": kl_loss.item(),
-                "grad_norm": float(grad_norm) if grad_norm is not None else None,
-                "learning_rate": settings.learning_rate,
-                "seconds": seconds,
-                **_sample_metrics(module, backward),
-            }
-            if accelerator.is_main_process:
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
-                on_step(metrics)
-    if accelerator.is_main_process:
-        module.save_adapter(output_dir / "adapter")
+    options = options or RunOptions()
+    if accelerator is None:
+        on_cpu = module.components.denoiser.patch_embedding.weight.device.type == "cpu"
+        accelerator = make_accelerator(settings, output_dir, on_cpu)
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(claimed(output_dir))
+            _tidy(output_dir, options)
+            _write_facts(output_dir, options)
+        accelerator.wait_for_everyone()
+        stop = stack.enter_context(StopSignals())
+        training = _prepare(module, settings, accelerator)
+        if options.resume is not None:
+            restore(training, options.resume)
+        start_trackers(accelerator, options.config)
+        stack.callback(finish_trackers, accelerator)
+        return _Run(training, output_dir, options, stop).go(dataset)
 
 
-def _forever(loader: DataLoader[Sample]) -> Iterator[CollatedBatch]:
-    while True:
-        yield from loader  # type: ignore[misc]
+def _tidy(output_dir: Path, options: RunOptions) -> None:
+    """Let the folder hold what the run goes on from, and nothing of another one."""
+    if options.resume is None:
+        refuse_or_clear(output_dir, options.overwrite)
+        return
+    rotate(output_dir, None)
+    set_aside_after(output_dir, options.resume.step)
+    for name in (METRICS, VALIDATION):
+        JsonLines(output_dir / name).keep_until(options.resume.step, options.resume.path.parent / name)
 
 
-def _sample_metrics(module: WanTrainingModule, backward: dict[str, StageTime]) -> dict[str, Any]:
-    measured = module.last_metrics
-    assert measured is not None
-    count = len(measured.sample_id)
-    stages = {**measured.stages, **backward}
-    return {
-        "detection_rate": sum(measured.detection_rate) / count,
-        "face_score_missing_zero": sum(measured.face_score_missing_zero) / count,
-        "sample_id": list(measured.sample_id),
-        "kl": measured.kl,
-        "stages": {name: {"backend": time.backend, "ms": time.milliseconds} for name, time in stages.items()},
+def _write_facts(output_dir: Path, options: RunOptions) -> None:
+    texts = {
+        RUN_FACTS: json.dumps(options.facts, indent=2) + "\n",
+        CONFIG: yaml.safe_dump(dict(options.config), sort_keys=False),
     }
+    for name, text in texts.items():
+        with written_whole(output_dir / name) as part:
+            part.write_text(text)
+
+
+def _prepare(module: WanTrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
+    # Fresh noise differs between the processes; the data order has generators of its own.
+    set_seed(settings.seed, device_specific=True)
+    optimizer = torch.optim.AdamW(
+        module.trainable_parameters().values(),
+        settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    sharded = shard_frozen_weights(module, accelerator)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    if sharded:
+        sample_through_shards(module)
+    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.lr_warmup_steps, settings.max_train_steps)
+    assert isinstance(scheduler, LambdaLR)
+    return Training(accelerator, module, model, optimizer, scheduler, module.trainable_parameters(), settings, sharded)
+
+
+class _Run:
+    """The loop, and the files that it writes."""
+
+    def __init__(self, training: Training, output_dir: Path, options: RunOptions, stop: StopSignals) -> None:
+        self.training = training
+        self.output_dir = output_dir
+        self.options = options
+        self.stop = stop
+        self.is_main = training.accelerator.is_main_process
+        self.metrics, self.validation = JsonLines(output_dir / METRICS), JsonLines(output_dir / VALIDATION)
+        self.saved_step = training.step if options.resume is not None else None
+
+    def go(self, dataset: Dataset[Sample]) -> Outcome:
+        training, settings = self.training, self.training.settings
+        order = DataOrder(
+            len(dataset),  # type: ignore[arg-type]
+            settings.per_device_train_batch_size,
+            settings.seed,
+            training.accelerator.num_processes,
+            training.accelerator.process_index,
+            training.samples,
+        )
+        batches = Batches(dataset, order, self.options.num_workers)
+        try:
+            if training.step == 0:
+                self._validate()
+            while training.step < settings.max_train_steps and not self._asked_to_stop():
+                self._one_step(batches)
+        except Exception:
+            self._rescue()
+            raise
+        finally:
+            batches.close()
+        self._save()
+        if training.step >= settings.max_train_steps and self.is_main:
+            training.module.save_adapter(self.output_dir / ADAPTER)
+        return Outcome(training.step, training.skipped, self.stop.requested)
+
+    def _one_step(self, batches: Batches) -> None:
+        training, settings = self.training, self.training.settings
+        line = optimizer_step(training, batches)
+        if self.is_main:
+            self.metrics.append(line)
+            track(training.accelerator, line, "train")
+            self.options.on_step(line)
+        if line["skipped"]:
+            log.warning("step %d: the loss or its gradient is not finite; the weights stay as they are", training.step)
+            if training.skipped_in_row >= settings.max_skipped_steps:
+                raise TrainingError(
+                    f"{training.skipped_in_row} steps in a row, up to step {training.step}, had no finite loss and "
+                    "gradient: lower train.learning_rate, or look at the samples of these steps in metrics.jsonl"
+                )
+        if training.step % self.options.validation_steps == 0 or training.step == settings.max_train_steps:
+            self._validate()
+        if training.step % settings.checkpointing_steps == 0:
+            self._save()
+
+    def _validate(self) -> None:
+        if self.options.validate is None:
+            return
+        line = {"step": self.training.step, **self.options.validate(self.training.step)}
+        if self.is_main:
+            self.validation.append(line)
+            track(self.training.accelerator, line, "validation")
+
+    def _save(self) -> None:
+        if self.training.step in (0, self.saved_step):
+            return
+        if self.is_main:
+            self.metrics.sync()
+            self.validation.sync()
+        save(self.training, self.output_dir, self.options.config)
+        self.saved_step = self.training.step
+
+    def _rescue(self) -> None:
+        """Save the last whole step before an error ends the run."""
+        # Other processes may wait for this one in the middle of a step: with them, the last checkpoint must do.
+        if self.training.accelerator.num_processes > 1 or not self.training.intact:
+            return
+        try:
+            self._save()
+        except FrostlineError as error:
+            log.warning("%s", error)
+
+    def _asked_to_stop(self) -> bool:
+        return any_process(self.stop.requested is not None, self.training.accelerator.device)

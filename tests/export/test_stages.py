@@ -195,8 +195,8 @@ def test_every_engine_was_verified_and_timed(variant_engines: Path, modules: dic
     records = EngineStore(variant_engines).find()
     stages = {(name, str(stage.model)) for module in modules.values() for name, stage in module.stages.items()}
     assert {(record.id.stage, record.id.model) for record in records} == stages
-    # Beside the five stages of tiny: the denoiser of tiny-ti2v, and the first expert of tiny-moe.
-    assert len(records) == 7
+    # Beside the six stages of tiny: the denoiser of tiny-ti2v, and the first expert of tiny-moe.
+    assert len(records) == 8
     for record in records:
         manifest = EngineStore(variant_engines).verify(record).manifest
         assert manifest.verified

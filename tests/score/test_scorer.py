@@ -11,6 +11,7 @@ from torch import Tensor
 from frostline.models.faces import BatchedMTCNN, FaceIdentity, load_detector, load_embedder
 from frostline.models.tiny.clips import held_out_clips
 from frostline.score.result import VideoScore
+from frostline.train.face_identity import FaceIdentityReward
 from frostline.train.module import WanTrainingModule
 from frostline.video import read_video, write_video
 
@@ -29,7 +30,9 @@ def test_agrees_with_the_reward_of_training(
     video[0, 5:] = 0.4  # the face is gone for some frames
     paths = [write_video(tmp_path / f"{i}.mp4", clip, lossless=True) for i, clip in enumerate(video)]
     frames = torch.stack([read_video(path) for path in paths]) / 255
-    expected = module.reward.score(frames.requires_grad_(), module.reward.references(frames[[1, 1]]))
+    reward = module.rewards[0].reward
+    assert isinstance(reward, FaceIdentityReward)
+    expected = reward.identity_score(frames.requires_grad_(), reward.references(frames[[1, 1]]))
     rows = score_files(paths, paths[1], detector=detector, upscale=2, missing_face=missing_face)
     assert 0 < expected.detection_rate[0] < 1
     for b, row in enumerate(rows):

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
-from frostline.models.faces import IdentityScore, quantize_frames
+from frostline.models.faces import quantize_frames
 from frostline.models.tiny.clips import held_out_clips
+from frostline.train.face_identity import FaceIdentityReward, face_identity_reward
 from frostline.train.module import WanTrainingModule
-from frostline.train.reward import FaceIdentityReward, reward_loss
+from frostline.train.reward import RewardScore, reward_loss
 
 if TYPE_CHECKING:
     from conftest import RewardTape
@@ -78,7 +79,7 @@ def assert_same_steps(
     assert_same_gradient(expected_gradient, gradient(other))
     assert module.last_metrics is not None
     assert other.last_metrics is not None
-    assert other.last_metrics.detection_rate == module.last_metrics.detection_rate
+    assert other.last_metrics.per_sample["detection_rate"] == module.last_metrics.per_sample["detection_rate"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -90,7 +91,7 @@ def test_a_step_with_engines_equals_a_step_in_torch(
     assert_same_steps(in_torch, hybrid, clips(count, seed=count, num_frames=9 if count == 1 else 5), tape)
     assert in_torch.last_metrics is not None
     assert hybrid.last_metrics is not None
-    assert max(hybrid.last_metrics.detection_rate) > 0, "no reward was compared"
+    assert max(hybrid.last_metrics.per_sample["detection_rate"]) > 0, "no reward was compared"
     assert hybrid.last_metrics.stages["denoiser"].backend == "onnxruntime"
     assert in_torch.last_metrics.stages["denoiser"].backend == "torch"
 
@@ -282,7 +283,7 @@ def test_a_sample_without_a_face_is_named_and_gives_no_reward(
     assert gradient(module).abs().max() == 0
     assert "sample grey-0.mp4, grey-1.mp4" in caplog.text
     assert module.last_metrics is not None
-    assert module.last_metrics.face_score == [0.0, 0.0]
+    assert module.last_metrics.per_sample["face_score"] == [0.0, 0.0]
 
 
 def test_on_no_face_decides_what_such_a_sample_costs(make_module: MakeModule) -> None:
@@ -302,35 +303,30 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
     """Half the frames of the first sample have no face, the second sample has none at all."""
     module = make_module(**QUICK)
     settings = RewardSettings(missing_face=missing_face)
-    reward = FaceIdentityReward(settings, module.runtime, module.embedder)
+    active = face_identity_reward(settings, module.runtime, module.embedder)
+    reward = active.reward
+    assert isinstance(reward, FaceIdentityReward)
     video = held_out_clips(2, seed=0, num_frames=5).video
     references = reward.references(video)
-    assert references.found.all()
+    assert references["found"].all()
     frames = video[:, :4].clone()
     frames[0, 2:] = 0.5
     frames[1] = 0.5
     frames.requires_grad_()
-    score = reward.score(frames, references)
+    score = reward.identity_score(frames, references)
     assert score.detection_rate.tolist() == [0.5, 0.0]
     assert score.valid.tolist() == [True, False]
     seen = score.frame_scores[0, :2].mean()
     assert seen > 0.7, "a face is its own best likeness"
     torch.testing.assert_close(score.face_score[0], seen if missing_face == "exclude" else seen / 2)
     torch.testing.assert_close(score.face_score_missing_zero[0], seen / 2)
-    outcome = reward_loss(score, settings)
-    torch.testing.assert_close(outcome.face_score, score.face_score[0])
+    outcome = reward_loss([(active, RewardScore(score.face_score, score.valid))])
+    torch.testing.assert_close(outcome.scores["face_score"], score.face_score[0].detach())
     torch.testing.assert_close(outcome.loss, -(score.face_score[0] - 0.54) / 0.16 * 0.1)
     outcome.loss.backward()
     assert frames.grad is not None
     changed = frames.grad.abs().amax(dim=(2, 3, 4)) > 0
     assert changed.tolist() == [[True, True, False, False], [False] * 4]
-
-
-def test_reward_constants_are_settings() -> None:
-    value = torch.tensor([0.7, 0.3])
-    score = IdentityScore(value, value[:, None], torch.ones(2), value, torch.tensor([True, True]))
-    settings = RewardSettings(baseline=0.4, scale=0.2, weight=3.0)
-    assert reward_loss(score, settings).loss.item() == pytest.approx(-(0.5 - 0.4) / 0.2 * 3)
 
 
 def test_the_example_of_the_design(engines: Path, make_module: MakeModule) -> None:
@@ -392,12 +388,17 @@ def test_metrics_of_the_last_step(make_module: MakeModule, caplog: pytest.LogCap
     metrics = module.last_metrics
     assert metrics is not None
     assert metrics.sample_id == ("a.mp4", "b.mp4")
-    assert len(metrics.face_score) == len(metrics.face_score_missing_zero) == len(metrics.detection_rate) == 2
-    assert all(0 <= rate <= 1 for rate in metrics.detection_rate)
+    of_each = metrics.per_sample
+    assert {name: len(values) for name, values in of_each.items()} == {
+        "face_score": 2,
+        "detection_rate": 2,
+        "face_score_missing_zero": 2,
+    }
+    assert all(0 <= rate <= 1 for rate in of_each["detection_rate"])
     assert len(metrics.kl) == 4
     assert min(metrics.kl) > 0
     assert sum(metrics.kl) / 4 == pytest.approx(kl_loss.item())
-    found = [score for score, rate in zip(metrics.face_score, metrics.detection_rate, strict=True) if rate]
+    found = [score for score, rate in zip(of_each["face_score"], of_each["detection_rate"], strict=True) if rate]
     assert face_score.item() == pytest.approx(sum(found) / max(len(found), 1))
     calls = {name: (time.backend, time.calls) for name, time in metrics.stages.items()}
     assert calls["text_encoder"] == calls["vae_encoder"] == ("torch", 1)

@@ -217,12 +217,12 @@ def test_the_whole_step_is_section_1_of_the_design(
     for index, (prompt, video) in enumerate(zip(clips.prompts, clips.video, strict=True)):
         scored = ScoredFrames(tape, index)
         steps.append(reference.step(prompt, video, scored))
-        assert len(scored.faces.landmarks) == round(metrics.detection_rate[index] * len(video))
+        assert len(scored.faces.landmarks) == round(metrics.per_sample["detection_rate"][index] * len(video))
     if model == "tiny":
-        assert min(metrics.detection_rate) > 0, "no reward was compared"
+        assert min(metrics.per_sample["detection_rate"]) > 0, "no reward was compared"
     losses, scores, kls = (torch.stack(values) for values in zip(*steps, strict=True))
-    valid = torch.tensor(metrics.detection_rate) > 0
-    torch.testing.assert_close(torch.tensor(metrics.face_score), scores.detach(), atol=1e-5, rtol=0)
+    valid = torch.tensor(metrics.per_sample["detection_rate"]) > 0
+    torch.testing.assert_close(torch.tensor(metrics.per_sample["face_score"]), scores.detach(), atol=1e-5, rtol=0)
     # A sample without a face gives no reward, and the reward is the mean of those that do.
     rewards = torch.where(valid, losses - KL_WEIGHT * kls, 0).sum() / valid.sum().clamp(min=1)
     loss = rewards + KL_WEIGHT * kls.mean()

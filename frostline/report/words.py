@@ -1,0 +1,80 @@
+"""Numbers as a reader wants them, and tiles that compare two."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from frostline.report.page import Tile
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+NONE = "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
+
+
+def change_tile(
+    label: str, before: float, after: float, digits: int, note: str, unit: str = "", tolerance: float = 0.0
+) -> Tile:
+    """A figure where higher is better; a fall within the tolerance is not bad news."""
+    gain = after - before
+    if math.isnan(gain):
+        change, trend = "", "same"
+    elif round(gain, digits) == 0:
+        change, trend = "unchanged", "same"
+    else:
+        sign = "+" if gain > 0 else _MINUS
+        change = f"{sign}{abs(gain):.{digits}f} {unit if unit != '%' else 'points'}".strip()
+        trend = "better" if gain > 0 else "worse" if gain < -tolerance else "same"
+    return Tile(label, fixed(after, digits), unit, fixed(before, digits), change, trend, note)
+
+
+def number_of(mapping: Mapping[str, Any], name: str) -> float:
+    """A number, NaN where there is none."""
+    value = mapping.get(name)
+    return math.nan if value is None else float(value)
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """NaN where there is nothing to divide by."""
+    return numerator / denominator if denominator else math.nan
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits after the point."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else NONE
+
+
+def milliseconds(value: float) -> str:
+    """With as many digits as are of use."""
+    return fixed(value, 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0)
+
+
+def scientific(value: float) -> str:
+    """3.1e-07 as 3.1 × 10⁻⁷."""
+    if not math.isfinite(value):
+        return NONE
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa} {TIMES} 10{raised}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as minutes and seconds; nothing where there is no number."""
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def plain(value: Any, none: str = NONE) -> str:
+    """Any value in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return none if value is None else str(value)

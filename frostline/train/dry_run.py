@@ -1,0 +1,106 @@
+"""`frostline train --dry-run`: what would run, and what is wrong with it, without loading a model."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from frostline.errors import DataError, FrostlineError
+from frostline.models.faces.embedders import load_embedder
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.vae import SPATIAL_MULTIPLE
+from frostline.runtime.backends import TORCH
+from frostline.train.batch import nearest_multiple
+from frostline.train.data import VideoPromptDataset
+from frostline.train.footprint import VideoShape
+from frostline.train.memory import MemoryPlan, memory_plan
+from frostline.train.memory_table import memory_table
+from frostline.train.settings import RunSettings, VideoSettings
+from frostline.train.trackers import check_trackers
+
+
+def print_dry_run(settings: RunSettings, console: Console) -> bool:
+    """Print the schedule, the pace and every bad row; returns whether the run could begin."""
+    console.print(_schedule_table(settings))
+    problems = []
+    try:
+        console.print(memory_table(_memory_plan(settings)))
+    except FrostlineError as error:
+        problems.append(f"model: {error}")
+    for section, videos in (("data", settings.data), ("validation", settings.validation)):
+        lines = _look_at(section, videos, settings, console)
+        if section == "validation" or settings.data.bad_rows == "error":
+            problems += lines
+    try:
+        check_trackers(settings.train.report_to)
+    except FrostlineError as error:
+        problems.append(str(error))
+    for problem in problems:
+        console.print(f"[bold red]problem[/] {problem}", soft_wrap=True, highlight=False)
+    console.print("this run could begin" if not problems else f"{len(problems)} problems", highlight=False)
+    return not problems
+
+
+def _memory_plan(settings: RunSettings) -> MemoryPlan:
+    data, train, memory = settings.data, settings.train, settings.memory
+    height, width = data.height, data.width
+    if height is None or width is None:
+        # Videos keep their proportions; of all shapes with so many pixels, the square stands for them.
+        height = width = nearest_multiple(math.isqrt(data.max_pixels), 2 * SPATIAL_MULTIPLE)
+    faces = settings.reward.face_identity
+    return memory_plan(
+        settings.model,
+        settings,
+        VideoShape(train.per_device_train_batch_size, data.num_frames, height, width),
+        dtype=train.weight_dtype,
+        engines=() if settings.plan.backend == TORCH else "all",
+        num_processes=memory.num_processes,
+        sharding=memory.sharding,
+        device_bytes=None if memory.device_gb is None else int(memory.device_gb * 1e9),
+        embedder=None if faces is None else load_embedder(faces.embedder),  # type: ignore[arg-type]
+    )
+
+
+def _look_at(section: str, videos: VideoSettings, settings: RunSettings, console: Console) -> list[str]:
+    """What is wrong with a data source, one line a row."""
+    if videos.source is None:
+        return [] if section == "validation" else ["data.source: is needed: a metadata file, or a folder of videos"]
+    try:
+        dataset = videos.open(videos.source)
+    except DataError as error:
+        return [f"{section}: {error}"]
+    bad = dataset.validate(deep=True)
+    console.print(f"{section}: {len(dataset) - len(bad)} of {len(dataset)} rows can be read", highlight=False)
+    if section == "data" and len(bad) < len(dataset):
+        console.print(_pace(settings, dataset, len(bad)), highlight=False)
+    return [str(row) for row in bad]
+
+
+def _pace(settings: RunSettings, dataset: VideoPromptDataset, bad: int) -> str:
+    train = settings.train
+    per_process = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    passes = per_process * train.max_train_steps / (len(dataset) - bad)
+    return (
+        f"{train.max_train_steps} steps of {per_process} samples a process: {passes:.3g} passes over the data "
+        "with one process, N times as many with N"
+    )
+
+
+def _schedule_table(settings: RunSettings) -> Table:
+    """Which step is frozen, which carries gradient, at which noise."""
+    schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+    table = Table(title="one training step", title_justify="left")
+    for column in ("step", "sigma", "timestep", "what runs"):
+        table.add_column(column, justify="left" if column == "what runs" else "right")
+    for index in range(settings.num_inference_steps):
+        sigma, timestep = float(schedule.sigmas[index]), float(schedule.timesteps[index])
+        if index < settings.mid_timestep:
+            what = "rollout head: frozen"
+        elif index <= settings.final_timestep:
+            what = "denoise tail: gradient, and its KL reference (frozen)"
+        else:
+            what = "not run"
+        table.add_row(str(index), f"{sigma:.4f}", f"{timestep:.1f}", what)
+    return table

@@ -1,0 +1,211 @@
+"""`frostline train`: from settings to a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset, Subset
+
+from frostline.config import TrainingModuleSettings
+from frostline.errors import CheckpointError, ConfigError, DataError
+from frostline.export.shapes import parse_shapes
+from frostline.progress import Progress
+from frostline.runtime.backends import TORCH
+from frostline.train.checkpoint import Checkpoint, find_checkpoints, latest_intact
+from frostline.train.configfile import dump_settings
+from frostline.train.data import BadRow, Sample, VideoPromptDataset
+from frostline.train.module import WanTrainingModule
+from frostline.train.processes import gather_from_processes
+from frostline.train.report import write_report
+from frostline.train.saving import versions
+from frostline.train.settings import RunSettings
+from frostline.train.trainer import Outcome, RunOptions, make_accelerator, train
+from frostline.train.validation import Validation, validate
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest"
+_T = TypeVar("_T")
+_LISTED_ROWS = 20
+
+
+def run_training(settings: RunSettings, resume: str | None, progress: Progress) -> Outcome:
+    """Check the data, load the model, train, and write the report.
+
+    Args:
+        resume: `latest`, a checkpoint folder, or a folder of checkpoints; None starts afresh.
+    Raises:
+        FrostlineError: says what is wrong and what to do; nothing that was saved is lost.
+    """
+    accelerator = make_accelerator(settings.train, settings.output_dir, _wants_cpu(settings))
+    checkpoint = _from_first_process(accelerator, lambda: find_resume(settings.output_dir, resume))
+    dataset = _training_data(settings, accelerator, progress)
+    validation = open_validation(settings)
+    with progress.task(f"load {settings.model}"):
+        # The loader knows "cpu", not the "cpu:1" of a second process.
+        module = build_module(settings, torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device)
+    _log_start(settings, accelerator, len(dataset), checkpoint)  # type: ignore[arg-type]
+    with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
+        bar.advance(checkpoint.step if checkpoint else 0)
+
+        def on_step(line: dict[str, Any]) -> None:
+            bar.describe(_describe(line))
+            bar.advance(1)
+
+        options = RunOptions(
+            resume=checkpoint,
+            overwrite=settings.overwrite_output_dir,
+            num_workers=settings.data.num_workers,
+            config=dump_settings(settings),
+            facts=run_facts(module),
+            validate=None
+            if validation is None
+            else lambda step: validate(module, validation, step, settings.output_dir),
+            validation_steps=settings.validation.steps,
+            on_step=on_step,
+        )
+        outcome = train(module, dataset, settings.train, settings.output_dir, options, accelerator)
+    if accelerator.is_main_process:
+        write_report(settings.output_dir)
+    accelerator.state.destroy_process_group()
+    return outcome
+
+
+def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint that `resume` means, verified; None where a run is to begin.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if resume is None:
+        return None
+    if resume == LATEST:
+        found = latest_intact(output_dir)
+        if found is None:
+            log.warning("%s holds no checkpoint yet: starting from the beginning", output_dir)
+        return found
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder to resume from")
+    siblings = [checkpoint for checkpoint in find_checkpoints(folder.parent) if checkpoint.path.name == folder.name]
+    if siblings:
+        siblings[0].verify()
+        return siblings[0]
+    found = latest_intact(folder)
+    if found is None:
+        raise CheckpointError(f"{folder}: is no checkpoint, and holds none")
+    return found
+
+
+def build_module(settings: RunSettings, device: torch.device) -> WanTrainingModule:
+    """The training module that the settings describe; its LoRA follows from the seed."""
+    torch.manual_seed(settings.train.seed)
+    step = settings.model_dump(include=set(TrainingModuleSettings.model_fields))
+    if settings.cache_dir is None:
+        # On disk: a run that goes on recalls what the run before computed, and every process what the others did.
+        step["cache_dir"] = settings.output_dir / "cache"
+    plan = settings.plan
+    module = WanTrainingModule.from_pretrained(
+        settings.model,
+        engines=plan.engines,
+        plan=TORCH,
+        strict=plan.strict,
+        shapes=parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes),
+        dtype=settings.train.weight_dtype,
+        device=device,
+        **step,
+    )
+    module.runtime.replan({**dict.fromkeys(module.stages, plan.backend), **plan.stages})
+    return module
+
+
+def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) -> Dataset[Sample]:
+    """The dataset without the rows that cannot be read, where these may be skipped.
+
+    Raises:
+        DataError: they may not, or no other row is left.
+    """
+    if not found:
+        return dataset
+    listed = "\n".join(f"  {row}" for row in found[:_LISTED_ROWS])
+    more = f"\n  … and {len(found) - _LISTED_ROWS} more" if len(found) > _LISTED_ROWS else ""
+    message = f"{len(found)} of {len(dataset)} rows cannot be trained on:\n{listed}{more}"
+    if bad_rows == "error":
+        raise DataError(f"{message}\nmend them, or set data.bad_rows to skip")
+    bad = {row.sample_id for row in found}
+    good = [index for index, name in enumerate(dataset.sample_ids) if name not in bad]
+    if not good:
+        raise DataError(message)
+    log.warning("%s", message)
+    return Subset(dataset, good)
+
+
+def open_validation(settings: RunSettings) -> Validation | None:
+    """The held-out starts, if the settings name some."""
+    validation = settings.validation
+    if validation.source is None:
+        return None
+    dataset = validation.open(validation.source)
+    starts = range(min(validation.num_videos, len(dataset)))
+    unusable = [row for row in dataset.validate() if row.sample_id in dataset.sample_ids[: len(starts)]]
+    if unusable:
+        raise DataError(f"validation: {unusable[0]}")
+    return Validation(dataset, starts, validation.batch_size, validation.noise_seed)
+
+
+def run_facts(module: WanTrainingModule) -> dict[str, Any]:
+    """What the report says of a run beside its settings."""
+    plan = {name: {"backend": choice.backend, "reason": choice.reason} for name, choice in module.runtime.plan.items()}
+    return {"plan": plan, "versions": versions()}
+
+
+def _training_data(settings: RunSettings, accelerator: Accelerator, progress: Progress) -> Dataset[Sample]:
+    if settings.data.source is None:
+        raise ConfigError("data.source: is needed: a metadata file, or a folder of captioned videos")
+    dataset = settings.data.open(settings.data.source)
+
+    def look() -> list[BadRow]:
+        with progress.task("look at the data"):
+            return dataset.validate()
+
+    return check_rows(dataset, settings.data.bad_rows, _from_first_process(accelerator, look))
+
+
+def _from_first_process(accelerator: Accelerator, compute: Callable[[], _T]) -> _T:
+    """What `compute` returns on the first process, on all of them."""
+    return gather_from_processes(compute() if accelerator.is_main_process else None)[0]
+
+
+def _wants_cpu(settings: RunSettings) -> bool:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is asked for, but torch finds no GPU here")
+    return settings.device == "cpu" or not torch.cuda.is_available()
+
+
+def _log_start(settings: RunSettings, accelerator: Accelerator, samples: int, checkpoint: Checkpoint | None) -> None:
+    trainer, processes = settings.train, accelerator.num_processes
+    per_step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * processes
+    log.info(
+        "%d samples, %d a step (%d processes of %d, %d times): %d steps see each sample %.3g times",
+        samples,
+        per_step,
+        processes,
+        trainer.per_device_train_batch_size,
+        trainer.gradient_accumulation_steps,
+        trainer.max_train_steps,
+        per_step * trainer.max_train_steps / samples,
+    )
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint.path)
+
+
+def _describe(line: Mapping[str, Any]) -> str:
+    """The line beside the progress bar."""
+    stages = sorted(line["stages"].items(), key=lambda stage: -stage[1]["ms"])
+    slowest = ", ".join(f"{name} {stage['ms'] / 1000:.1f}" for name, stage in stages[:3])
+    return f"score {line['score']:.3f}, KL {line['kl_loss']:.4f}, {line['seconds']:.1f} s/step ({slowest})"

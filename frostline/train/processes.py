@@ -1,0 +1,58 @@
+"""What the processes of a distributed run tell each other; with one process every function is free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor without graph over all processes."""
+    count = process_count()
+    if count == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / count
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether any process says yes."""
+    if process_count() == 1:
+        return flag
+    said = torch.tensor(int(flag), device=device)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return bool(said.item())
+
+
+def gather_from_processes(value: Any) -> list[Any]:
+    """The values of all processes, in their order, on every one of them."""
+    count = process_count()
+    if count == 1:
+        return [value]
+    gathered: list[Any] = [None] * count
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace gradients by their mean over all processes, in one message."""
+    if process_count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -1,0 +1,125 @@
+"""The folder of a training run: one run at a time, lines of JSON that end where a checkpoint does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from frostline.errors import CheckpointError, ConfigError
+from frostline.report.writing import written_whole
+from frostline.train.checkpoint import find_checkpoints
+
+log = logging.getLogger(__name__)
+
+METRICS, VALIDATION, RUN_FACTS, REPORT = "metrics.jsonl", "validation.jsonl", "run.json", "report.html"
+_LOCK = ".lock"
+# What a run writes; nothing else is ever deleted.
+_WRITTEN = (METRICS, VALIDATION, RUN_FACTS, REPORT, "config.yaml", "adapter", "validation", "trackers")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within the block no other run may write to the folder, which is made if need be.
+
+    Raises:
+        CheckpointError: another run is in it, or it cannot be written to.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{folder}: another run is writing there; wait for it, or choose another output_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{folder}: cannot be written to: {reason}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_or_clear(folder: Path, overwrite: bool) -> None:
+    """Make sure that a fresh run mixes with no earlier one.
+
+    Raises:
+        ConfigError: the folder holds a run, and may not be overwritten.
+    """
+    found = [checkpoint.path for checkpoint in find_checkpoints(folder)]
+    found += [folder / name for name in _WRITTEN if (folder / name).exists()]
+    if found and not overwrite:
+        raise ConfigError(
+            f"{folder} holds a run already ({found[0].name}): go on with it (--resume latest), "
+            "choose another output_dir, or set overwrite_output_dir"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class JsonLines:
+    """A file of one JSON object a line; what is not finite becomes null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write one line, whole.
+
+        Raises:
+            CheckpointError: the disk does not take it.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Make sure that the disk has all lines."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def keep_until(self, step: int, source: Path | None = None) -> None:
+        """Keep the lines (or those of `source`) up to a step: the rest was not saved, and will come again."""
+        kept = [line for line in read_lines(source or self.path) if line.get("step", 0) <= step]
+        with written_whole(self.path) as part:
+            part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a killed writer may have left a piece of one at the end."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            log.debug("%s: a broken line is left out", path)
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: _finite(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,159 @@
+"""Settings of a training run: what a YAML file for `frostline train` may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from frostline.config import Settings, TrainingModuleSettings
+from frostline.errors import ConfigError
+from frostline.train.data import VideoPromptDataset, check_cut
+from frostline.train.memory import Sharding
+
+if TYPE_CHECKING:
+    import torch
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+LrSchedulerType = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+class TrainerSettings(Settings):
+    """How long and how fast to train, and what is kept of it."""
+
+    learning_rate: float = Field(default=2.5e-6, gt=0, description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="of AdamW")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
+    lr_scheduler_type: LrSchedulerType = Field(
+        default="constant_with_warmup", description="how the learning rate runs over the steps"
+    )
+    lr_warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
+    max_train_steps: int = Field(default=100, ge=1, description="optimizer steps")
+    per_device_train_batch_size: int = Field(default=1, ge=1, description="samples per forward and process")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="forwards per optimizer step")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        default="no",
+        description="bf16: frozen weights and arithmetic in bf16, LoRA weights and their optimizer in fp32",
+    )
+    seed: int = Field(default=0, ge=0, description="of data order, LoRA initialisation and fresh noise")
+    max_skipped_steps: int = Field(
+        default=10, ge=1, description="stop after so many steps in a row whose loss or gradient was NaN or infinite"
+    )
+    checkpointing_steps: int = Field(default=50, ge=1, description="write checkpoint-N every so many steps")
+    save_total_limit: int | None = Field(default=None, ge=1, description="keep only the newest so many checkpoints")
+    report_to: tuple[Tracker, ...] = Field(
+        default=(), description="trackers beside metrics.jsonl: tensorboard, wandb, trackio, or none"
+    )
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The floating-point type of the frozen weights."""
+        import torch
+
+        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_reads_no_as_false(cls, value: Any) -> Any:
+        return "no" if value is False else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_or_none(cls, value: Any) -> Any:
+        """`none`, one name, and `a,b` mean the same as lists."""
+        if value is None or value == "none":
+            return ()
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class VideoSettings(Settings):
+    """Where videos with prompts lie, and what is cut from them."""
+
+    source: Path | None = Field(
+        default=None, description="metadata.csv, .json or .jsonl with video and prompt, or a folder of captioned videos"
+    )
+    num_frames: int = Field(default=17, ge=1, description="frames of every sample, 4k+1")
+    height: int | None = Field(
+        default=None, description="pixels, a multiple of 16; each video keeps its own if not given"
+    )
+    width: int | None = Field(default=None, description="pixels, a multiple of 16; goes with height")
+    max_pixels: int = Field(default=480 * 832, description="height times width, where these are not given")
+    frame_stride: int = Field(default=1, ge=1, description="take every so manieth frame")
+    allow_outside: bool = Field(default=False, description="let the metadata name videos outside its own folder")
+
+    @model_validator(mode="after")
+    def _wan_takes_such_a_cut(self) -> Self:
+        try:
+            check_cut(self.num_frames, self.height, self.width, self.max_pixels, self.frame_stride)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def open(self, source: Path) -> VideoPromptDataset:
+        """The dataset that these settings describe.
+
+        Raises:
+            DataError: the source cannot be read, or none of its rows is usable.
+        """
+        cut = self.model_dump(include={"num_frames", "height", "width", "max_pixels", "frame_stride", "allow_outside"})
+        return VideoPromptDataset(source, **cut)
+
+
+class DataSettings(VideoSettings):
+    """The training data."""
+
+    num_workers: int = Field(default=0, ge=0, description="processes that decode videos ahead; 0 decodes in between")
+    bad_rows: Literal["error", "skip"] = Field(
+        default="error", description="rows that cannot be read: refuse to train, or train on the others"
+    )
+
+
+class ValidationSettings(VideoSettings):
+    """Held-out starts, generated and scored now and then with noise that never changes."""
+
+    steps: int = Field(default=50, ge=1, description="validate every so many steps, and at the start and the end")
+    num_videos: int = Field(default=5, ge=1, description="of the source's first rows")
+    batch_size: int = Field(default=1, ge=1, description="videos generated together, per process")
+    noise_seed: int = Field(default=0, ge=0, description="of the start noise")
+
+
+class PlanSettings(Settings):
+    """Which backend serves which frozen stage."""
+
+    backend: str = Field(
+        default="auto", description="auto (the fastest verified engine), torch, onnxruntime, tensorrt, …"
+    )
+    stages: dict[str, str] = Field(default={}, description="backends of single stages, e.g. {vae_encoder: torch}")
+    engines: Path = Field(default=Path("engines"), description="the engine store")
+    strict: bool = Field(default=False, description="stop where an engine fails, instead of falling back to torch")
+    min_shapes: str = Field(default="", description="of the engines, as `frostline export --min-shapes`")
+    opt_shapes: str = Field(default="", description="of the engines, as `frostline export --opt-shapes`")
+    max_shapes: str = Field(default="", description="of the engines, as `frostline export --max-shapes`")
+
+
+class MemorySettings(Settings):
+    """For which machine `--dry-run` plans the memory; a run itself heeds none of these."""
+
+    num_processes: int = Field(default=1, ge=1, description="processes, one a device")
+    sharding: Sharding = Field(
+        default="ddp", description="how accelerate is to divide weights: ddp, zero2, zero3, fsdp"
+    )
+    device_gb: float | None = Field(default=None, gt=0, description="memory of a device, in 10^9 bytes")
+
+
+class RunSettings(TrainingModuleSettings):
+    """A training run: the step (`num_inference_steps` … `reward`), and what is around it."""
+
+    model: str = Field(default="tiny", description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
+    output_dir: Path = Field(default=Path("runs/train"), description="everything that the run writes")
+    overwrite_output_dir: bool = Field(default=False, description="delete the run that output_dir holds")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
+    data: DataSettings = DataSettings()
+    validation: ValidationSettings = ValidationSettings()
+    train: TrainerSettings = TrainerSettings()
+    plan: PlanSettings = PlanSettings()
+    memory: MemorySettings = MemorySettings()

@@ -1,0 +1,78 @@
+"""Run by test_distributed.py, in one process or under torchrun: five steps, and then what each process found.
+
+python distributed_runs.py OUT BATCH_SIZE [ENGINES]
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from killed_runs import SHARPNESS, Clips
+from torch.distributed.tensor import DTensor
+
+from frostline.train.module import WanTrainingModule
+from frostline.train.processes import process_index
+from frostline.train.settings import TrainerSettings
+from frostline.train.trainer import RunOptions, make_accelerator, train
+from frostline.train.validation import Validation, validate
+
+
+def run(out: Path, batch_size: int, engines: Path | None) -> WanTrainingModule:
+    """Noise that never changes, a gradient that is never clipped, a reward without a jump in it."""
+    torch.manual_seed(0)
+    module = WanTrainingModule.from_pretrained(
+        "tiny",
+        engines=engines,
+        plan="torch",
+        lora={"rank": 4},
+        reward=SHARPNESS,
+        num_inference_steps=3,
+        mid_timestep=1,
+        final_timestep=2,
+    )
+    if engines is not None:
+        module.runtime.replan({**dict.fromkeys(module.stages, "torch"), "denoiser": "onnxruntime"})
+    settings = TrainerSettings(
+        learning_rate=1e-3,
+        max_grad_norm=1e9,
+        max_train_steps=5,
+        per_device_train_batch_size=batch_size,
+        checkpointing_steps=1,
+    )
+    starts = Validation(Clips(), [0, 1, 2])
+    options = RunOptions(validate=lambda step: validate(module, starts, step, out), validation_steps=5)
+    accelerator = make_accelerator(settings, out, cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate takes FSDP up on GPUs alone, though nothing in what it then does needs one.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    train(module, Clips(), settings, out, options, accelerator)
+    return module
+
+
+def main() -> None:
+    out, batch_size = Path(sys.argv[1]), int(sys.argv[2])
+    module = run(out, batch_size, Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    stage = module.stages["denoiser"]
+    inputs = stage.networks[0].samples("opt")
+    with torch.no_grad():
+        policy = stage.torch(**inputs)["velocity"]
+        base = stage.torch(**{**inputs, "lora_scale": torch.zeros(())})["velocity"]
+    served = module.runtime["denoiser"](**inputs)["velocity"]
+    found = {
+        "backend": module.runtime.plan["denoiser"].backend,
+        "off_policy": ((served - policy).norm() / policy.norm()).item(),
+        "moved": ((policy - base).norm() / base.norm()).item(),
+        "sharded": sum(isinstance(parameter, DTensor) for parameter in module.parameters()),
+        "sharded_lora": sum(isinstance(parameter, DTensor) for parameter in module.trainable_parameters().values()),
+    }
+    (out / f"process-{process_index()}.json").write_text(json.dumps(found))
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Configuration files: what is read, what is refused and how, what is printed, and the examples."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from frostline.config import dotted_names
+from frostline.errors import ConfigError
+from frostline.train.configfile import commented_yaml, load_run_settings
+from frostline.train.settings import RunSettings
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_overrides_go_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("\ufefftrain: {learning_rate: 1e-3, report_to: none}\nlora:\n  rank: 4\n")
+    changes = ["train.learning_rate=1e-5", "lora.target_modules=[q, k]", "noise_seed=null", "train.mixed_precision=no"]
+    settings = load_run_settings(path, changes)
+    assert settings.train.learning_rate == 1e-5
+    assert settings.lora.rank == 4
+    assert settings.lora.target_modules == ("q", "k")
+    assert settings.noise_seed is None
+    assert settings.train.mixed_precision == "no"
+    assert settings.train.report_to == ()
+
+
+def test_entries_of_a_list_are_reached_by_number(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("reward:\n  plus:\n  - {type: 'a.b:C', weight: 1}\n")
+    assert load_run_settings(path, ["reward.plus.0.weight=2"]).reward.plus[0].weight == 2
+    with pytest.raises(ConfigError, match="none of the 1 entries"):
+        load_run_settings(path, ["reward.plus.1.weight=2"])
+
+
+BAD: dict[str, tuple[str, list[str], str]] = {
+    "unknown": ("lora: {rnk: 3}", [], "lora.rnk: unknown setting, is rank meant?"),
+    "in another section": ("learning_rate: 1e-5", [], "is train.learning_rate meant?"),
+    "diffusers' name": ("train: {lr_scheduler: x}", [], "is lr_scheduler_type meant?"),
+    "unknown section": ("trian: {seed: 1}", [], "trian: unknown setting, is train meant?"),
+    "in a list": ("reward: {plus: [{tipe: a}]}", [], "reward.plus.0.tipe: unknown setting, is type meant?"),
+    "twice": ("lora: {rank: 1}\nlora: {rank: 2}", [], "lora stands twice"),
+    "no mapping": ("- a\n- b", [], "must be a mapping of settings, not list"),
+    "no yaml": ("lora: {rank: 1", [], "cannot be read as YAML"),
+    "python object": ("lora: !!python/object/apply:os.system [true]", [], "cannot be read as YAML"),
+    "negative": ("train: {learning_rate: -1}", [], "train.learning_rate: Input should be greater than 0"),
+    "text": ("train: {max_train_steps: many}", [], "train.max_train_steps: Input should be a valid integer"),
+    "choice": ("train: {lr_scheduler_type: sine}", [], "'constant_with_warmup'"),
+    "fp16": ("train: {mixed_precision: fp16}", [], "train.mixed_precision: Input should be 'no' or 'bf16'"),
+    "tracker": ("train: {report_to: [wandbb]}", [], "train.report_to.0"),
+    "frames": ("data: {num_frames: 16}", [], "data: num_frames must be 4k+1"),
+    "height alone": ("validation: {height: 64}", [], "validation: height and width go together"),
+    "steps": ("mid_timestep: 7\nfinal_timestep: 5", [], "mid_timestep <= final_timestep < num_inference_steps"),
+    "options of faces": ("reward: {options: {a: 1}}", [], "options are of a package.module:Class only"),
+    "faces of another": ("reward: {type: 'a:B', embedder: facenet}", [], "embedder is of face_identity only"),
+    "faces twice": ("reward: {plus: [{weight: 1}]}", [], "face_identity can be rewarded once only"),
+    "override without value": ("{}", ["lora.rank"], "must be section.name=value"),
+    "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is no section"),
+    "override in yaml": ("{}", ["lora.target_modules=[q"], "the value cannot be read as YAML"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    text, overrides, said = BAD[name]
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run_settings(path, overrides)
+    assert said in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_run_settings(tmp_path / "run.yaml")
+
+
+def test_the_printed_page_reads_back_and_explains_every_setting() -> None:
+    custom = {"type": "a.b:C", "options": {"x": 1}, "plus": [{"weight": 0.5}]}
+    settings = RunSettings.parse({"reward": custom, "train": {"learning_rate": 2.5e-6}, "cache_dir": "somewhere"})
+    page = commented_yaml(settings)
+    assert RunSettings.parse(yaml.safe_load(page)) == settings
+    for line in page.splitlines():
+        assert not line or "  # " in line, line
+        assert "None" not in line.partition("# ")[2]
+    assert page.splitlines()[0].startswith("model:")
+
+
+def test_every_setting_has_its_words() -> None:
+    def described(model: Any) -> None:
+        for name, field in model.model_fields.items():
+            assert field.description or hasattr(field.annotation, "model_fields"), f"{model.__name__}.{name}"
+
+    described(RunSettings)
+    for nested in ("lora", "reward", "data", "validation", "train", "plan"):
+        described(RunSettings.model_fields[nested].annotation)
+    assert len(list(dotted_names(RunSettings))) > 60
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_parse(path: Path) -> None:
+    settings = load_run_settings(path)
+    assert settings.data.source is not None
+    assert settings.model == "tiny" or settings.train.mixed_precision == "bf16"
+
+
+def test_the_reference_example_has_the_published_settings() -> None:
+    settings = load_run_settings(EXAMPLES / "Wan2.2-I2V-A14B.yaml")
+    assert (settings.num_inference_steps, settings.mid_timestep, settings.final_timestep) == (8, 4, 7)
+    assert (settings.shift, settings.lora.rank, settings.data.max_pixels) == (5.0, 32, 480 * 480)
+    train = settings.train
+    assert (train.learning_rate, train.lr_warmup_steps, train.per_device_train_batch_size) == (2.5e-6, 10, 1)

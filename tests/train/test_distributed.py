@@ -1,0 +1,85 @@
+"""Two processes against one: the same samples, the same gradients, every process's engine on-policy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_runs import run
+from safetensors.torch import load_file
+from torch import Tensor
+
+SCRIPT = Path(__file__).with_name("distributed_runs.py")
+
+
+def launch(out: Path, *arguments: str, **variables: str) -> list[dict[str, Any]]:
+    """Run the script in two processes; returns what each found."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(out), *arguments],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"process-{index}.json").read_text()) for index in range(2)]
+
+
+def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def first_gradient(out: Path) -> Tensor:
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    moments = load_file(out / "checkpoint-1" / "optimizer.safetensors")
+    return torch.cat([moments[name].flatten() for name in sorted(moments) if name.endswith("/exp_avg")]).double()
+
+
+def adapter(out: Path) -> Tensor:
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    run(out, batch_size=2, engines=None)
+    return out
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    assert error(first_gradient(out), first_gradient(alone)) <= 1e-5
+    assert error(adapter(out), adapter(alone)) <= 1e-3
+    for one, other in zip(lines(out), lines(alone), strict=True):
+        assert one["sample_id"] == other["sample_id"]
+        assert one["score"] == pytest.approx(other["score"], rel=1e-3)
+    for one, other in zip(lines(out, "validation.jsonl"), lines(alone, "validation.jsonl"), strict=True):
+        assert one["starts"]["psnr"] == pytest.approx(other["starts"]["psnr"], rel=1e-3)
+
+
+def test_two_processes_are_one_with_twice_the_batch(alone: Path, tmp_path: Path, engines: Path) -> None:
+    found = launch(tmp_path, "1", str(engines))
+    assert_same_run(tmp_path, alone)
+    for process in found:
+        assert process["backend"] == "onnxruntime"
+        assert process["moved"] > 0.01
+        assert process["off_policy"] < 1e-4 * process["moved"] + 1e-5
+        assert process["sharded"] == 0
+
+
+def test_fsdp2_shards_what_is_frozen_and_trains_the_same(alone: Path, tmp_path: Path) -> None:
+    found = launch(tmp_path, "1", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert_same_run(tmp_path, alone)
+    assert [process["sharded_lora"] for process in found] == [0, 0]
+    # Ten linear layers in each of four blocks, weight and bias.
+    assert [process["sharded"] for process in found] == [80, 80]

@@ -1,0 +1,68 @@
+"""Killed and taken up again: the run ends as if nothing had happened, to the bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("killed_runs.py")
+# What depends on the clock of the machine.
+TIMES = ("seconds", "stages")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """A run left alone, one that was killed ten times, and a line about each kill."""
+    out = tmp_path_factory.mktemp("runs")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(out), "0"], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / "whole", out / "killed", done.stdout.splitlines()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read]
+
+
+def test_it_was_killed_in_the_middle(runs: tuple[Path, Path, list[str]]) -> None:
+    codes = [line.split()[1] for line in runs[2]]
+    assert len(codes) == 10
+    assert codes.count("143") >= 3
+    assert codes.count("-9") >= 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter/adapter_model.safetensors",
+        "checkpoint-24/adapter_model.safetensors",
+        "checkpoint-24/optimizer.safetensors",
+        "checkpoint-24/random-0.safetensors",
+        "checkpoint-24/state.json",
+        "validation.jsonl",
+    ],
+)
+def test_what_a_killed_run_leaves_is_equal_to_the_bit(name: str, runs: tuple[Path, Path, list[str]]) -> None:
+    whole, killed, _ = runs
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_metrics_have_each_step_once_and_equal(runs: tuple[Path, Path, list[str]]) -> None:
+    whole, killed, _ = runs
+    assert [line["step"] for line in lines(killed / "metrics.jsonl")] == list(range(1, 25))
+    assert lines(killed / "metrics.jsonl") == lines(whole / "metrics.jsonl")
+
+
+def test_no_debris_is_left(runs: tuple[Path, Path, list[str]]) -> None:
+    _, killed, _ = runs
+    assert sorted(path.name for path in killed.glob("*checkpoint*")) == [
+        "checkpoint-20",
+        "checkpoint-22",
+        "checkpoint-24",
+    ]
+    assert list(killed.glob(".*partial")) == []

@@ -18,12 +18,13 @@ from frostline.train.footprint import Footprint, VideoShape, measure_embedder, m
 
 Sharding = Literal["ddp", "zero2", "zero3", "fsdp"]
 
-# What is divided among the processes: of the live denoiser its frozen weights, of the adapter all.
+# What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
+# but for FSDP2: engines read the adapter's memory, so `train/sharding.py` leaves it whole.
 _DIVIDED: Mapping[str, frozenset[str]] = {
     "ddp": frozenset(),
     "zero2": frozenset({"gradients", "optimizer"}),
-    "zero3": frozenset({"weights", "gradients", "optimizer"}),
-    "fsdp": frozenset({"weights", "gradients", "optimizer"}),
+    "zero3": frozenset({"weights", "adapter", "gradients", "optimizer"}),
+    "fsdp": frozenset({"weights"}),
 }
 # Frozen wherever they are used: PyTorch needs no weights of them once an engine or the cache serves them.
 _ALWAYS_FROZEN = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
@@ -147,7 +148,7 @@ def memory_plan(
     return MemoryPlan(
         model=skeleton.name,
         stages=tuple(stages),
-        adapter=share("weights", measured.adapter),
+        adapter=share("adapter", measured.adapter),
         gradients=share("gradients", measured.adapter),
         optimizer=share("optimizer", _MOMENTS * measured.adapter),
         peaks=_peaks(footprints, tail),

@@ -139,9 +139,7 @@ class MemorySettings(Settings):
     """For which machine `--dry-run` plans the memory; a run itself heeds none of these."""
 
     num_processes: int = Field(default=1, ge=1, description="processes, one a device")
-    sharding: Sharding = Field(
-        default="ddp", description="how accelerate is to divide weights: ddp, zero2, zero3, fsdp"
-    )
+    sharding: Sharding = Field(default="ddp", description="how accelerate divides weights: ddp, zero2, zero3, fsdp")
     device_gb: float | None = Field(default=None, gt=0, description="memory of a device, in 10^9 bytes")
 
 

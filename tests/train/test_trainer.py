@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
@@ -289,6 +291,15 @@ def test_only_activations_are_copied_to_main_memory() -> None:
     torch.testing.assert_close(x.grad, 2 * layer.weight.sum(dim=0).expand(2, 4))
 
 
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """accelerate settles on one precision a process, until it is told to forget."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("other_precision")
 def test_bf16_trains_fp32_weights(make_module: Any, small: _Small, tmp_path: Path) -> None:
     module = make_module(dtype=torch.bfloat16, **QUICK)
     # Far less than bf16 resolves: only a master weight in fp32 can take such a step.

@@ -116,7 +116,8 @@ def test_measures_are_what_numpy_says(values: list[float], seed: int, size: floa
     relative = error / max(np.abs(a).max(), np.finfo(np.float32).tiny)
     expected = [f(e) for e in (error, relative) for f in (np.max, np.mean, lambda x: np.quantile(x, 0.99))]
     # Errors relative to nothing overflow on both sides.
-    assert [getattr(parity, name) for name in MEASURES] == pytest.approx(expected, rel=1e-9)
+    # Polygraphy takes means in fp32.
+    assert [getattr(parity, name) for name in MEASURES] == pytest.approx(expected, rel=1e-6)
     norms = np.linalg.norm(a) * np.linalg.norm(b)
     if norms > 0:
         assert parity.cosine == pytest.approx(a @ b / norms, abs=1e-9)

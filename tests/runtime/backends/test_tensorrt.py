@@ -289,7 +289,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 def test_the_runner_binds_addresses_and_allocates_outputs(fake: Any) -> None:
     live = torch.ones(1)
     x = TensorSpec("x", (Dimension("n", 1, 2, 8), 4))
-    network = Network("n", nn.Module(), (x,), ("y",), {"live": live}, (TensorSpec("live", (1,)),))
+    network = Network("n", nn.Linear(4, 4), (x,), ("y",), {"live": live}, (TensorSpec("live", (1,)),))
     runner = TensorRTRunner(fake, b"plan", network, torch.device("cpu"))
     values = torch.randn(4, 3).t()
     assert not values.is_contiguous()

@@ -227,6 +227,8 @@ class WanTrainingModule(nn.Module):
         """
         assert self.lora_config is not None
         adapter = read_adapter(Path(folder))
+        if adapter.rank != self.settings.lora.rank:
+            raise ConfigError(f"{folder}: the adapter has rank {adapter.rank}, not {self.settings.lora.rank}")
         if adapter.scale != lora_scale(self.components.denoiser):
             wanted = lora_scale(self.components.denoiser)
             raise ConfigError(f"{folder}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}")

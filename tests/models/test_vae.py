@@ -13,11 +13,6 @@ from frostline.models.vae import decode_latents, use_onednn_conv3d
 from frostline.train.tracking import MemoryTracker, tensors_of
 
 
-@pytest.fixture(scope="module")
-def vae() -> Any:
-    return load_components("tiny").vae
-
-
 def random_video(frames: int, batch: int = 1, size: tuple[int, int] = (32, 48)) -> Tensor:
     return 2 * torch.rand(batch, 3, frames, *size, generator=torch.Generator().manual_seed(frames)) - 1
 

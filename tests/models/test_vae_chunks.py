@@ -1,11 +1,9 @@
 """Encoding and decoding in chunks against diffsynth's own loop, for both of Wan's VAEs."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffsynth.models.wan_video_vae import VideoVAE38_
 from torch import Tensor
 
 from frostline.models.loading import load_components
@@ -20,19 +18,6 @@ from frostline.models.vae_chunks import (
 )
 
 LENGTHS = [1, 5, 9, 17]
-
-
-@pytest.fixture(scope="module")
-def vae() -> Any:
-    return load_components("tiny").vae
-
-
-@pytest.fixture(scope="module")
-def vae38() -> Any:
-    """The VAE of Wan2.2 TI2V, small, its weights random."""
-    torch.manual_seed(0)
-    model = VideoVAE38_(dim=8, z_dim=8, dec_dim=8, num_res_blocks=1).eval().requires_grad_(False)
-    return SimpleNamespace(model=model, scale=[torch.randn(8), 1 + torch.rand(8)])
 
 
 def random_video(frames: int, batch: int = 1, size: tuple[int, int] = (32, 48)) -> Tensor:

@@ -246,7 +246,7 @@ def test_the_learning_rate_follows_its_schedule_also_after_a_resume(
 def test_what_was_saved_for_another_adapter_is_refused(make_module: Any, small: _Small, tmp_path: Path) -> None:
     _run(make_module(**QUICK), small, tmp_path, steps=1)
     options = RunOptions(resume=find_resume(tmp_path, "latest"))
-    with pytest.raises(ConfigError, match="the adapter has r 8, not 4"):
+    with pytest.raises(ConfigError, match="the adapter has rank 8, not 4"):
         _run(make_module(lora={"rank": 4}, **QUICK), small, tmp_path, options=options)
 
 

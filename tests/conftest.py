@@ -4,6 +4,8 @@ The engines of a whole session are built once, in `engines` and `variant_engines
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from frostline.train.reward import RewardScore
 
 MakeModule = Callable[..., "WanTrainingModule"]
+
+_FRESH = "FROSTLINE_TEST_IN_FRESH_PROCESS"
 
 SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "kl_weight": 0.1}
 
@@ -58,6 +62,20 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test with the mark `fresh_process` in a process of its own: one that forks must have no threads yet."""
+    if pyfuncitem.get_closest_marker("fresh_process") is None or _FRESH in os.environ:
+        return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", pyfuncitem.nodeid]
+    result = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env={**environment, _FRESH: "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    return True
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -217,6 +217,7 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     assert alive.exists()
 
 
+@pytest.mark.fresh_process
 def test_several_processes_share_one_folder(tmp_path: Path) -> None:
     values = {content_key(value=value): float(value) for value in range(12)}
 

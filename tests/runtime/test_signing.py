@@ -38,6 +38,7 @@ def test_another_key_signs_differently(signing_key: Path) -> None:
     assert not signing.verify(b"x", signature)
 
 
+@pytest.mark.fresh_process
 def test_processes_that_race_for_the_first_key_agree() -> None:
     barrier, results = fork.Barrier(8), fork.SimpleQueue()
 

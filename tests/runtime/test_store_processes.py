@@ -16,6 +16,8 @@ from frostline.runtime import signing
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.store import EngineStore, VerifiedEngine
 
+pytestmark = pytest.mark.fresh_process
+
 WORDS = ("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 CHANGES_ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 

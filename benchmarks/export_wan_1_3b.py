@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import tempfile
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import RESULTS, machine, write_result
+from shapes import DTYPES, random_denoiser
 
 from frostline.config import LoraSettings, RewardSettings
 from frostline.export.exporter import export_stage
@@ -30,30 +29,11 @@ from frostline.models.loading import load_components
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.store import EngineStore
 
-# Wan2.1-T2V-1.3B, as its config.json has it.
-_SHAPE: dict[str, Any] = {
-    "dim": 1536,
-    "in_dim": 16,
-    "ffn_dim": 8960,
-    "out_dim": 16,
-    "text_dim": 64,  # the tiny text encoder's, so that the rest of the model can be the tiny one
-    "freq_dim": 256,
-    "eps": 1e-6,
-    "patch_size": (1, 2, 2),
-    "num_heads": 12,
-    "num_layers": 30,
-    "has_image_input": False,
-    "require_clip_embedding": False,
-    "require_vae_embedding": False,
-}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_RESULTS = Path(__file__).parent / "results"
-
 
 def main() -> None:
     """Run one export and write its measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", choices=_DTYPES, default="bf16")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--backend", default="tensorrt-rtx")
     parser.add_argument("--compute-capability", default="8.9")
     parser.add_argument("--rank", type=int, default=32)
@@ -62,16 +42,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.engines_dir) as folder:
         result = _export(arguments, arguments.engines_dir or Path(folder))
-    out = arguments.out or _RESULTS / f"export-wan-1.3b-{arguments.precision}-{arguments.backend}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = arguments.out or RESULTS / f"export-wan-1.3b-{arguments.precision}-{arguments.backend}.json"
+    write_result(out, result)
     print(json.dumps(result, indent=2))
 
 
 def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
-    dtype = _DTYPES[arguments.precision]
+    dtype = DTYPES[arguments.precision]
     staged = stage_model(
-        replace(load_components("tiny", dtype), name="wan-1.3b-shaped", denoiser=_random_denoiser(dtype)),
+        replace(load_components("tiny", dtype), name="wan-1.3b-shaped", denoiser=random_denoiser(dtype)),
         LoraSettings(rank=arguments.rank),
         RewardSettings(),
         parse_shapes("video:1x1x3x64x64", "video:1x5x3x64x64", "video:2x81x3x832x832"),
@@ -90,7 +69,7 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
     ends = [begin for _, begin in phases[1:]] + [seconds]
     manifest = exported.manifest
     return {
-        "model": "Wan2.1-T2V-1.3B shape, random weights",
+        "model": "Wan2.1 1.3B shape (see benchmarks/shapes.py), random weights",
         "parameters": sum(p.numel() for p in staged.components.denoiser.parameters()),
         "precision": arguments.precision,
         "backend": arguments.backend,
@@ -103,22 +82,8 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
         "verified": manifest.verified,
         "parity": [measured.model_dump() for measured in manifest.parity],
         "latency_ms": manifest.latency_ms,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("frostline", "torch", "onnx", "onnxscript", "onnxruntime-gpu")},
+        "machine": machine(torch.device("cpu")),
     }
-
-
-def _random_denoiser(dtype: torch.dtype) -> Any:
-    from diffsynth.models.wan_video_dit import WanModel
-
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    # Made in its own type: an fp32 copy of 1.4 billion weights would be 5.7 GB more.
-    torch.set_default_dtype(dtype)
-    try:
-        return WanModel(**_SHAPE).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
 
 
 def _peak_gib() -> float:

@@ -11,14 +11,11 @@ used as its examples do: `mtcnn(frame)`, then `resnet(face[None])`, a frame at a
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ import onnx
 import skimage.data
 import torch
 from facenet_pytorch import MTCNN, InceptionResnetV1
+from measuring import machine, write_result
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +33,6 @@ from torch import Tensor
 
 from frostline.models.faces.networks import bundled_model
 from frostline.progress import Progress
-from frostline.report.writing import written_whole
 from frostline.runtime.backends import get_backend
 from frostline.score.engines import FaceNetworks, load_networks
 from frostline.score.request import Pair
@@ -45,9 +42,6 @@ from frostline.video import read_video, stream_video, write_video
 
 _YUNET = "face_detection_yunet_2023mar_int8bq.onnx"
 _SFACE = "face_recognition_sface_2021dec_int8bq.onnx"
-_PACKAGES = (
-    "frostline", "torch", "facenet-pytorch", "opencv-python-headless", "onnxruntime-gpu", "openvino", "av", "numpy",
-)  # fmt: skip
 _BATCH = 32
 # Who is compared with whom: (who, against whom, in what, the least ratio that is asked for).
 _GOALS = (
@@ -150,8 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(arguments.out) as part:
-        part.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.out, result)
     print_result(result)
 
 
@@ -213,14 +206,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "backends": {name: own.networks.backends() for name, own in ours.items()},
         "plan": {name: str(own.networks.runtime.plan).splitlines() for name, own in ours.items()},
         "samples_seconds": samples,
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "load_before": load_before,
-            "load_after": os.getloadavg(),
-            "python": platform.python_version(),
-        },
-        "versions": {name: found for name in _PACKAGES if (found := installed(name))},
+        "machine": {**machine(torch.device("cpu")), "load_before": load_before, "load_after": os.getloadavg()},
     }
 
 
@@ -313,23 +299,6 @@ def opencv_frames(path: Path) -> Any:
     capture = cv2.VideoCapture(str(path))
     while (read := capture.read())[0]:
         yield read[1]
-
-
-def processor() -> str:
-    names = (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def print_result(result: Mapping[str, Any]) -> None:

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("frostline", "torch", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "openvino", "diffsynth", "peft")
+_PACKAGES = (
+    *("frostline", "torch", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "openvino", "diffsynth", "peft"),
+    *("facenet-pytorch", "opencv-python-headless"),
+)
 
 Contender = Callable[[], object]
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from frostline.report.writing import written_whole
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     *("frostline", "torch", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "openvino", "diffsynth", "peft"),
@@ -93,10 +95,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _processor() -> str:

@@ -21,6 +21,7 @@ from frostline.demo.timing import Timing, time_steps
 from frostline.export.exporter import export_stage
 from frostline.progress import Progress
 from frostline.report.sheet import SheetRow, contact_sheet
+from frostline.report.writing import written_whole
 from frostline.runtime.backends import TORCH
 from frostline.runtime.store import EngineStore
 from frostline.train.configfile import dump_settings
@@ -205,9 +206,8 @@ def _side_by_side(videos: Tensor) -> Tensor:
 
 
 def _write_results(out: Path, summary: dict[str, Any]) -> None:
-    partial = out / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.replace(out / "summary.json")
+    with written_whole(out / "summary.json") as part:
+        part.write_text(json.dumps(summary, indent=2) + "\n")
     metrics: Sequence[Any] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     clips = {name: out / f"{name}.mp4" for name in ("truth", "before", "after")}
     write_demo_report(out / "report.html", summary, metrics, out / "contact_sheet.png", clips)

@@ -124,7 +124,7 @@ class VideoPromptDataset(Dataset[Sample]):
         except DataError as error:
             raise DataError(str(self._bad_row(row, "video", str(error)))) from error
         height, width = frames.shape[-2:]
-        video = _crop_to(frames, self.size or size_within(height, width, self.max_pixels))
+        video = crop_to(frames, self.size or size_within(height, width, self.max_pixels))
         if len(video) < self.num_frames:
             _log_padding(row.sample_id, len(video), self.num_frames)
             video = pad_frames(video, self.num_frames, dim=0)
@@ -183,7 +183,7 @@ def size_within(height: int, width: int, max_pixels: int) -> tuple[int, int]:
     return fitted[0] * SPATIAL_MULTIPLE, fitted[1] * SPATIAL_MULTIPLE
 
 
-def _crop_to(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def crop_to(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 `(T, 3, H, W)` as float32 in [0, 1], cut to `size` (height, width)."""
     height, width = size
     scale = max(height / frames.shape[-2], width / frames.shape[-1])

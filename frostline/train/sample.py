@@ -17,8 +17,8 @@ from frostline.models.lora import copy_adapter, lora_parameters
 from frostline.models.precision import Precision, parse_precision
 from frostline.models.vae import TEMPORAL_STRIDE
 from frostline.runtime.plan import Plan, parse_plan
-from frostline.train.batch import nearest_multiple, resize
-from frostline.train.data import size_within
+from frostline.train.batch import nearest_multiple
+from frostline.train.data import crop_to, size_within
 from frostline.train.module import WanTrainingModule
 from frostline.video import read_video, write_video
 
@@ -124,7 +124,7 @@ def _sample(module: WanTrainingModule, settings: SampleSettings, picture: Tensor
     if picture is None and (module.components.takes_image_latents or module.components.pins_first_frame):
         raise ConfigError(f"{settings.model} starts from a picture: give --image")
     size = _size(settings, picture, module.components.spatial_multiple)
-    frame = torch.zeros(1, 3, *size) if picture is None else _cover(picture.float() / 255, size)
+    frame = torch.zeros(1, 3, *size) if picture is None else crop_to(picture, size)
     video = frame.expand(settings.num_frames, -1, -1, -1)[None]
     conditioning = module.forward_preprocess({"prompt": [settings.prompt], "video": video})
     generator = torch.Generator().manual_seed(settings.seed)
@@ -147,11 +147,3 @@ def _size(settings: SampleSettings, picture: Tensor | None, multiple: int) -> tu
     assert picture is not None
     height, width = size_within(picture.shape[-2], picture.shape[-1], settings.max_pixels)
     return nearest_multiple(height, multiple), nearest_multiple(width, multiple)
-
-
-def _cover(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of (1, 3, H, W) in [0, 1], as large as fits the shape of `size`, resized to it."""
-    scale = max(size[0] / picture.shape[-2], size[1] / picture.shape[-1])
-    height, width = (max(side, round(extent * scale)) for side, extent in zip(size, picture.shape[-2:], strict=True))
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return resize(picture, (height, width))[..., top : top + size[0], left : left + size[1]]

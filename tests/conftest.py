@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from frostline.train.module import WanTrainingModule
     from frostline.train.reward import RewardScore
 
+RefusedUsage = Callable[..., str]
 MakeModule = Callable[..., "WanTrainingModule"]
 
 _FRESH = "FROSTLINE_TEST_IN_FRESH_PROCESS"
@@ -76,6 +77,23 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     return True
+
+
+@pytest.fixture
+def refused_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RefusedUsage:
+    """`refused_usage("export", …)`: the command line must exit with 2; returns what it said, on one line."""
+    from frostline.cli import main
+
+    def run(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["frostline", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        output = " ".join(" ".join(capsys.readouterr()).split())
+        assert exit_.value.code == 2, output
+        return output
+
+    return run
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from frostline import __version__
-from frostline.cli import app, main
+from frostline.cli import app
 
 
 def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -43,20 +44,8 @@ def test_help_does_not_import_torch() -> None:
         (("no-such-command",), "no-such-command"),
     ],
 )
-def test_usage_errors_exit_with_2(
-    arguments: tuple[str, ...],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["frostline", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    output = " ".join(" ".join(capsys.readouterr()).split())
-    assert exit_.value.code == 2, output
-    assert said in output
+def test_usage_errors_exit_with_2(arguments: tuple[str, ...], said: str, refused_usage: Callable[..., str]) -> None:
+    assert said in refused_usage(*arguments)
 
 
 def test_a_users_mistake_shows_no_traceback(tmp_path: Path) -> None:

@@ -6,10 +6,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.audio.frame import AudioFrame
-from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange
 from PIL import Image, ImageOps
+from video_files import audio_only, encode, no_frames
 
 from frostline.errors import ConfigError, DataError
 from frostline.video import VideoInfo, probe_video, read_video, write_video
@@ -33,28 +31,6 @@ def smooth_video(frames: int = 5, height: int = 48, width: int = 64) -> torch.Te
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     pictures = [torch.stack([x, y, torch.full_like(x, t / frames)]) for t in range(frames)]
     return (torch.stack(pictures) * 255).round().to(torch.uint8)
-
-
-def encode(
-    path: Path, pictures: list[np.ndarray], codec: str = "libx264", pix_fmt: str = "yuv420p", **extra: object
-) -> Path:
-    """Write pictures with PyAV alone. extra: rotation and hflip of the display matrix, format, faststart."""
-    options = {"movflags": "faststart"} if extra.get("faststart") else {}
-    with av.open(str(path), "w", format=extra.get("format"), options=options) as container:
-        stream = container.add_stream(codec, rate=16)
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        if "rotation" in extra:
-            if not hasattr(stream, "set_display_rotation"):
-                pytest.skip("this PyAV cannot write a display matrix")
-            stream.set_display_rotation(extra["rotation"], hflip=extra.get("hflip", False))
-        if pix_fmt.startswith("gray"):
-            stream.codec_context.color_range = ColorRange.JPEG
-        for picture in pictures:
-            frame = VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def corner_colours(video: torch.Tensor) -> list[tuple[int, ...]]:
@@ -221,23 +197,6 @@ def _data_cut_off(path: Path) -> None:
     path.write_bytes(content[: content.index(b"mdat") + 8])
 
 
-def _audio_only(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def _no_frames(path: Path, container_format: str) -> None:
-    with av.open(str(path), "w", format=container_format) as container:
-        stream = container.add_stream("libx264", rate=16)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        container.start_encoding()
-
-
 def _broken_image(path: Path) -> None:
     Image.fromarray(corners(32, 64)).save(path, format="PNG")
     path.write_bytes(path.read_bytes()[:40])
@@ -253,9 +212,9 @@ BAD_FILES = {
     "cut_off_start": (_cut_off_start, "cannot be read as a video"),
     "index_cut_off": (_index_cut_off, "cut off or damaged"),
     "data_cut_off": (_data_cut_off, "first frame cannot be decoded"),
-    "audio_only": (_audio_only, "only audio"),
-    "no_frames": (lambda path: _no_frames(path, "mp4"), "no frames"),
-    "no_frames_mkv": (lambda path: _no_frames(path, "matroska"), "no frames"),
+    "audio_only": (audio_only, "only audio"),
+    "no_frames": (no_frames, "no frames"),
+    "no_frames_mkv": (lambda path: no_frames(path, "matroska"), "no frames"),
     "broken_image": (_broken_image, "first frame cannot be decoded"),
 }
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_wan
 import torch
 from diffsynth.configs.model_configs import MODEL_CONFIGS
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_
 from safetensors.torch import save_file
+from small_wan import TEXT, TOKENIZER, VAE
 from torch import Tensor, nn
 
 import frostline.models.loading as loading
@@ -23,26 +25,8 @@ from frostline.models.layouts.architecture import denoiser_arguments
 from frostline.models.loading import load_components
 
 EMBEDDED = Path(loading.__file__).parent / "tiny" / "weights"
-TOKENIZER = EMBEDDED / "tiny" / "google" / "umt5-xxl"
-
-VAE = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
 VAE38 = {"dim": 8, "z_dim": 48, "dec_dim": 8, "num_res_blocks": 1}
-TEXT = {"vocab": 64, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 2, "num_buckets": 8}
-# Official but for the sizes: 128 entries a head, 256 frequencies.
-DENOISER: dict[str, Any] = {
-    "dim": 256,
-    "in_dim": 36,
-    "ffn_dim": 320,
-    "out_dim": 16,
-    "text_dim": 32,
-    "freq_dim": 256,
-    "eps": 1e-6,
-    "patch_size": (1, 2, 2),
-    "num_heads": 2,
-    "num_layers": 3,
-    "has_image_input": False,
-    "require_clip_embedding": False,
-}
+DENOISER: dict[str, Any] = {**small_wan.DENOISER, "num_layers": 3}
 TI2V: dict[str, Any] = {
     **DENOISER,
     "in_dim": 48,

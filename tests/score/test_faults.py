@@ -5,13 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
-from av.audio.frame import AudioFrame
-from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange
+import video_files
 from PIL import Image
 from score_videos import moving, portrait
 
@@ -25,22 +22,8 @@ ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 def encode(
     path: Path, pictures: list[np.ndarray], codec: str = "libx264", pix_fmt: str = "yuv444p", **extra: Any
 ) -> Path:
-    """Write pictures (H, W, 3) or (H, W, 4) with PyAV. extra: rotation of the display matrix, format, faststart."""
-    options = {"movflags": "faststart"} if extra.get("faststart") else {}
-    with av.open(str(path), "w", format=extra.get("format"), options=options) as container:
-        stream = container.add_stream(codec, rate=16, options={"crf": "10"} if codec == "libx264" else {})
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        if "rotation" in extra:
-            stream.set_display_rotation(extra["rotation"])
-        if pix_fmt.startswith("gray"):
-            stream.codec_context.color_range = ColorRange.JPEG
-        for picture in pictures:
-            source = "rgba" if picture.shape[2] == 4 else "rgb24"
-            frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=source).reformat(format=pix_fmt)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
+    """At a quality at which a face keeps its score; see `video_files.encode`."""
+    return video_files.encode(path, pictures, codec, pix_fmt, crf=10, **extra)
 
 
 def pictures(person: str = "astronaut", frames: int = 4, size: int = 160) -> list[np.ndarray]:
@@ -59,23 +42,6 @@ def _half(path: Path) -> None:
 def _index_cut_off(path: Path) -> None:
     encode(path, pictures())
     path.write_bytes(path.read_bytes()[:-600])
-
-
-def _no_frames(path: Path) -> None:
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=16)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        container.start_encoding()
-
-
-def _audio_only(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 def _sizes(path: Path) -> None:
@@ -123,8 +89,8 @@ REPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero_bytes": (lambda path: path.touch(), "empty (0 bytes)"),
     "unreadable": (_text, "cannot be read as a video"),
     "index_cut_off": (_index_cut_off, "cut off or damaged"),
-    "zero_frames": (_no_frames, "no frames"),
-    "audio_only": (_audio_only, "only audio"),
+    "zero_frames": (video_files.no_frames, "no frames"),
+    "audio_only": (video_files.audio_only, "only audio"),
 }
 """Files that cannot be scored, and what must be said of them."""
 

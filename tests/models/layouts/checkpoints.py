@@ -14,33 +14,14 @@ from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_
 from safetensors.torch import save_file
+from small_wan import DENOISER, TEXT, TOKENIZER, VAE
 from torch import Tensor, nn
 
-import frostline.models.loading as loading
 from frostline.models.layouts.convert import to_diffusers
 from frostline.models.layouts.names import Part
 
-TOKENIZER = Path(loading.__file__).parent / "tiny" / "weights" / "tiny" / "google" / "umt5-xxl"
-
-VAE = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
 VAE38 = {"dim": 8, "z_dim": 48, "dec_dim": 12, "num_res_blocks": 1}
-TEXT = {"vocab": 64, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 2, "num_buckets": 8}
 IMAGE_LAYERS = 2
-# Official but for the sizes: 128 entries a head, 256 frequencies.
-DENOISER: dict[str, Any] = {
-    "dim": 256,
-    "in_dim": 36,
-    "ffn_dim": 320,
-    "out_dim": 16,
-    "text_dim": 32,
-    "freq_dim": 256,
-    "eps": 1e-6,
-    "patch_size": (1, 2, 2),
-    "num_heads": 2,
-    "num_layers": 2,
-    "has_image_input": False,
-    "require_clip_embedding": False,
-}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def encode(
 ) -> Path:
     """Write pictures (H, W, 3) or (H, W, 4).
 
-    crf: of libx264. extra: rotation and hflip of the display matrix, format, faststart.
+    crf: of libx264. extra: rotation and hflip of the display matrix, format, faststart, b_frames.
     """
     options = {"movflags": "faststart"} if extra.get("faststart") else {}
     with av.open(str(path), "w", format=extra.get("format"), options=options) as container:
@@ -33,6 +33,8 @@ def encode(
             if not hasattr(stream, "set_display_rotation"):
                 pytest.skip("this PyAV cannot write a display matrix")
             stream.set_display_rotation(extra["rotation"], hflip=extra.get("hflip", False))
+        if "b_frames" in extra:
+            stream.codec_context.max_b_frames = extra["b_frames"]
         if pix_fmt.startswith("gray"):
             stream.codec_context.color_range = ColorRange.JPEG
         for picture in pictures:

@@ -1,6 +1,6 @@
-"""Run by test_distributed.py, in one process or under torchrun: a run of each reward, and what each process found.
+"""Run by test_distributed.py under torchrun: a run of each reward and one that is sharded, and what each process found.
 
-python distributed_runs.py OUT BATCH_SIZE [ENGINES]
+python distributed_runs.py OUT ENGINES
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from killed_runs import SHARPNESS, Clips
 from torch.distributed.tensor import DTensor
@@ -25,7 +25,12 @@ STEPS = {"sharpness": 5, "faces": 2}
 
 
 def run(
-    out: Path, reward: str, batch_size: int, accumulation: int = 1, engines: Path | None = None
+    out: Path,
+    reward: str,
+    batch_size: int,
+    accumulation: int = 1,
+    engines: Path | None = None,
+    sharded: bool = False,
 ) -> WanTrainingModule:
     """Noise that never changes, a gradient that is never clipped."""
     torch.manual_seed(0)
@@ -53,7 +58,7 @@ def run(
     starts = Validation(clips, [0, 1, 2])
     options = RunOptions(validate=lambda step: validate(module, starts, step, out), validation_steps=5)
     accelerator = make_accelerator(settings, out, cpu=True)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if sharded:
         # accelerate takes FSDP up on GPUs alone, though nothing in what it then does needs one.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
@@ -62,10 +67,18 @@ def run(
 
 
 def main() -> None:
-    out, batch_size = Path(sys.argv[1]), int(sys.argv[2])
-    if len(sys.argv) > 3:
-        run(out / "faces", "faces", batch_size)
-    module = run(out, "sharpness", batch_size, engines=Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    out, engines = Path(sys.argv[1]), Path(sys.argv[2])
+    run(out / "faces", "faces", 1)
+    note(out / "replicated", run(out / "replicated", "sharpness", 1, engines=engines))
+    # As `accelerate launch --use_fsdp` would have begun.
+    AcceleratorState._reset_state()
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    note(out / "sharded", run(out / "sharded", "sharpness", 1, sharded=True))
+    PartialState().destroy_process_group()
+
+
+def note(out: Path, module: WanTrainingModule) -> None:
+    """Whether the engine is on-policy here, and what is sharded."""
     stage = module.stages["denoiser"]
     inputs = stage.networks[0].samples("opt")
     with torch.no_grad():
@@ -80,7 +93,6 @@ def main() -> None:
         "sharded_lora": sum(isinstance(parameter, DTensor) for parameter in module.trainable_parameters().values()),
     }
     (out / f"process-{process_index()}.json").write_text(json.dumps(found))
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.table import Table
 from frostline.errors import FrostlineError
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.schedule import FlowMatchSchedule
-from frostline.models.skeleton import read_skeleton
+from frostline.models.skeleton import Skeleton, read_skeleton
 from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.runtime.backends import TORCH
 from frostline.train.batch import nearest_multiple
@@ -24,10 +24,11 @@ from frostline.train.trackers import check_trackers
 
 def print_dry_run(settings: RunSettings, console: Console) -> bool:
     """Print the schedule, the pace and every bad row; returns whether the run could begin."""
-    console.print(_schedule_table(settings))
     problems, multiple = [], SPATIAL_MULTIPLE
     try:
-        multiple = read_skeleton(settings.model).spatial_multiple
+        skeleton = read_skeleton(settings.model)
+        multiple = skeleton.spatial_multiple
+        console.print(_schedule_table(settings, skeleton))
         console.print(memory_table(_memory_plan(settings, multiple)))
     except FrostlineError as error:
         problems.append(f"model: {error}")
@@ -90,9 +91,12 @@ def _pace(settings: RunSettings, dataset: VideoPromptDataset, bad: int) -> str:
     )
 
 
-def _schedule_table(settings: RunSettings) -> Table:
-    """Which step is frozen, which carries gradient, at which noise."""
+def _schedule_table(settings: RunSettings, skeleton: Skeleton) -> Table:
+    """Which step is frozen, which carries gradient, at which noise, and of two experts by which."""
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+    two_experts = "denoiser_high_noise" in skeleton.networks
+    boundary = skeleton.boundary if settings.boundary is None else settings.boundary
+    high_noise_steps = schedule.high_noise_steps(boundary) if two_experts else 0
     table = Table(title="one training step", title_justify="left")
     for column in ("step", "sigma", "timestep", "what runs"):
         table.add_column(column, justify="left" if column == "what runs" else "right")
@@ -104,5 +108,7 @@ def _schedule_table(settings: RunSettings) -> Table:
             what = "denoise tail: gradient, and its KL reference (frozen)"
         else:
             what = "not run"
+        if two_experts and what != "not run":
+            what = f"{what}; {'high' if index < high_noise_steps else 'low'}-noise expert"
         table.add_row(str(index), f"{sigma:.4f}", f"{timestep:.1f}", what)
     return table

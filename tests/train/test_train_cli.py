@@ -63,7 +63,7 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path) -> None:
+def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     metrics = workplace / "run" / "metrics.jsonl"
     arguments = command("config.yaml", "output_dir=run", "train.max_train_steps=1000", "train.checkpointing_steps=500")
@@ -89,16 +89,10 @@ def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path) -> None:
         assert (workplace / "run" / f"checkpoint-{steps[-1]}" / "manifest.json").is_file()
     assert "going on from" in errors
     last = len(lines(metrics))
-    done = subprocess.run(
-        command("config.yaml", "output_dir=run", f"train.max_train_steps={last + 2}", "--resume", "latest"),
-        cwd=workplace,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(workplace)
+    end = ["output_dir=run", f"train.max_train_steps={last + 2}", "--resume", "latest"]
+    done = CliRunner().invoke(app, ["train", "config.yaml", *end])
+    assert done.exit_code == 0, done.output
     run = workplace / "run"
     assert [line["step"] for line in lines(metrics)] == list(range(1, last + 3))
     validated = lines(run / "validation.jsonl")
@@ -197,6 +191,20 @@ def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.Monk
         assert words in result.output
     printed = CliRunner().invoke(app, ["train", "config.yaml", "lora.rank=5", "--print-config"])
     assert "rank: 5" in printed.output
+
+
+def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """14 B parameters, twice, on eight cards of 80 GB: what runs at each step, and the memory of each stage."""
+    monkeypatch.chdir(workplace)
+    reference = str(Path(__file__).parents[2] / "examples" / "Wan2.2-I2V-A14B.yaml")
+    machine = ["memory.num_processes=8", "memory.sharding=fsdp", "memory.device_gb=80"]
+    sources = ["data.source=data", "validation.source=data"]
+    result = CliRunner().invoke(app, ["train", reference, "--dry-run", *machine, *sources])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("rollout head: frozen; high-noise expert") == 3
+    assert result.output.count("rollout head: frozen; low-noise expert") == 1
+    for words in ("denoiser_high_noise", "text_encoder", "8 processes (fsdp): peak", "which has 80.00: fits"):
+        assert words in result.output
 
 
 def test_the_demo_trains_with_the_tiny_example() -> None:

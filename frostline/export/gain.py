@@ -33,7 +33,7 @@ class StageGain:
 
 @dataclass(frozen=True)
 class StepGain:
-    """Predicted milliseconds of one step: its frozen part in torch and as planned, and its live part, always torch's."""
+    """Predicted milliseconds of one step: the frozen part in torch and as planned, and the live part in torch."""
 
     torch_ms: float
     planned_ms: float

@@ -79,7 +79,7 @@ def step_gain_lines(gain: StepGain) -> list[str]:
     return [
         f"frozen part of one step, nothing recalled: {gain.torch_ms:.0f} ms in {TORCH}, {gain.planned_ms:.0f} ms as "
         f"planned ({gain.torch_ms / gain.planned_ms:.2f}x)",
-        f"whole step, with a live part of about {gain.live_ms:.0f} ms (no checkpointing, backward taken to last as long "
+        f"whole step, with a live part of about {gain.live_ms:.0f} ms (no checkpointing, backward as long "
         f"as forward): {whole_torch:.0f} ms in {TORCH}, {whole_planned:.0f} ms as planned "
         f"({whole_torch / whole_planned:.2f}x)",
     ]

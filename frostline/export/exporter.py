@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from frostline.errors import EngineError, ParityError
-from frostline.export.onnx import trace_onnx
+from frostline.export.onnx import save_onnx
 from frostline.export.parity import compare
-from frostline.export.program import trace_program
+from frostline.export.traces import Traces
 from frostline.runtime import manifest
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
@@ -58,6 +58,7 @@ def export_stage(
     *,
     options: BuildOptions = _DEFAULT_OPTIONS,
     force: bool = False,
+    traces: Traces | None = None,
     progress: Progress = lambda step: None,
 ) -> Exported:
     """Make sure that an engine of `stage` is in the store, verified if this machine can run it.
@@ -65,6 +66,7 @@ def export_stage(
     Args:
         options: what the backend is asked for.
         force: build it even if it is there.
+        traces: of this stage, for whoever builds it for several backends.
         progress: told what is going on, in a few words.
     Raises:
         EngineError: the backend is not available, or tracing, building or loading failed.
@@ -78,7 +80,7 @@ def export_stage(
     with store.building(stage.model, stage.name, backend_name, key) as build:
         engine, built = build.existing, False
         if engine is None or force:
-            engine, built = _build_engine(stage, weights, build, options, progress), True
+            engine, built = _build_engine(stage, weights, build, options, traces or Traces(), progress), True
     if engine.manifest.verified:
         return Exported(engine.manifest, built)
     if obstacle := backend.obstacle(stage.networks[0].device, engine.manifest.device):
@@ -152,13 +154,13 @@ def _awaits_verification(stage: Stage, store: EngineStore) -> bool:
 
 
 def _build_engine(
-    stage: Stage, weights: str, build: Build, options: BuildOptions, progress: Progress
+    stage: Stage, weights: str, build: Build, options: BuildOptions, traces: Traces, progress: Progress
 ) -> VerifiedEngine:
     backend = get_backend(build.id.backend)
     target = backend.target(stage.networks[0].device, options)
     start = time.monotonic()
     stage.restore_weights()
-    networks = [_build_network(network, backend, build, options, progress) for network in stage.networks]
+    networks = [_build_network(network, backend, build, options, traces, progress) for network in stage.networks]
     return build.commit(
         Manifest(
             **vars(build.id),
@@ -176,12 +178,12 @@ def _build_engine(
 
 
 def _build_network(
-    network: Network, backend: Backend, build: Build, options: BuildOptions, progress: Progress
+    network: Network, backend: Backend, build: Build, options: BuildOptions, traces: Traces, progress: Progress
 ) -> manifest.Network:
     progress(f"trace {network.name}")
     sources = build.folder / "sources"
     sources.mkdir(exist_ok=True)
-    source = _trace(network, backend, sources, options)
+    source = _trace(network, backend, sources, options, traces)
     progress(f"build {network.name}")
     if options.progress is None:
         options = replace(
@@ -209,11 +211,13 @@ def _build_network(
     )
 
 
-def _trace(network: Network, backend: Backend, folder: Path, options: BuildOptions) -> Path | ExportedProgram:
+def _trace(
+    network: Network, backend: Backend, folder: Path, options: BuildOptions, traces: Traces
+) -> Path | ExportedProgram:
     if backend.SOURCE == "exported_program":
-        return trace_program(network)
+        return traces.program(network)
     source = folder / f"{network.name}.onnx"
-    trace_onnx(network, source, options.opset)
+    save_onnx(network, traces.onnx(network, options.opset), source)
     return source
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from frostline.report.writing import written_whole
+from frostline.writing import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from frostline.errors import DataError
 from frostline.models.precision import DTYPES
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import OPSET, BuildOptions
 from frostline.runtime.device import compute_capabilities
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.store import EngineRecord, EngineStore, engine_key
+from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +75,11 @@ def _recall(memo: Path) -> str | None:
 
 
 def _remember(memo: Path, digest: str) -> None:
-    partial = memo.with_suffix(f".{os.getpid()}.partial")
     try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(digest + "\n")
-        partial.replace(memo)
-    except OSError as error:
-        log.debug("cannot note a digest in %s: %s", memo, error)  # the next run computes it again
+        with written_whole(memo) as part:
+            part.write_text(digest + "\n")
+    except DataError as error:
+        log.debug("%s", error)  # the next run computes it again
 
 
 def _sha256(stage: Stage) -> str:

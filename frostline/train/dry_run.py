@@ -7,9 +7,10 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from frostline.errors import DataError, FrostlineError
+from frostline.errors import FrostlineError
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.skeleton import read_skeleton
 from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.runtime.backends import TORCH
 from frostline.train.batch import nearest_multiple
@@ -24,13 +25,14 @@ from frostline.train.trackers import check_trackers
 def print_dry_run(settings: RunSettings, console: Console) -> bool:
     """Print the schedule, the pace and every bad row; returns whether the run could begin."""
     console.print(_schedule_table(settings))
-    problems = []
+    problems, multiple = [], SPATIAL_MULTIPLE
     try:
-        console.print(memory_table(_memory_plan(settings)))
+        multiple = read_skeleton(settings.model).spatial_multiple
+        console.print(memory_table(_memory_plan(settings, multiple)))
     except FrostlineError as error:
         problems.append(f"model: {error}")
     for section, videos in (("data", settings.data), ("validation", settings.validation)):
-        lines = _look_at(section, videos, settings, console)
+        lines = _look_at(section, videos, multiple, settings, console)
         if section == "validation" or settings.data.bad_rows == "error":
             problems += lines
     try:
@@ -43,12 +45,12 @@ def print_dry_run(settings: RunSettings, console: Console) -> bool:
     return not problems
 
 
-def _memory_plan(settings: RunSettings) -> MemoryPlan:
+def _memory_plan(settings: RunSettings, multiple: int) -> MemoryPlan:
     data, train, memory = settings.data, settings.train, settings.memory
     height, width = data.height, data.width
     if height is None or width is None:
         # Videos keep their proportions; of all shapes with so many pixels, the square stands for them.
-        height = width = nearest_multiple(math.isqrt(data.max_pixels), 2 * SPATIAL_MULTIPLE)
+        height = width = nearest_multiple(math.isqrt(data.max_pixels), multiple)
     faces = settings.reward.face_identity
     return memory_plan(
         settings.model,
@@ -63,13 +65,13 @@ def _memory_plan(settings: RunSettings) -> MemoryPlan:
     )
 
 
-def _look_at(section: str, videos: VideoSettings, settings: RunSettings, console: Console) -> list[str]:
+def _look_at(section: str, videos: VideoSettings, multiple: int, settings: RunSettings, console: Console) -> list[str]:
     """What is wrong with a data source, one line a row."""
     if videos.source is None:
         return [] if section == "validation" else ["data.source: is needed: a metadata file, or a folder of videos"]
     try:
-        dataset = videos.open(videos.source)
-    except DataError as error:
+        dataset = videos.open(videos.source, multiple)
+    except FrostlineError as error:
         return [f"{section}: {error}"]
     bad = dataset.validate(deep=True)
     console.print(f"{section}: {len(dataset) - len(bad)} of {len(dataset)} rows can be read", highlight=False)

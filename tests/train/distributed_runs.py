@@ -1,4 +1,4 @@
-"""Run by test_distributed.py, in one process or under torchrun: five steps, and then what each process found.
+"""Run by test_distributed.py, in one process or under torchrun: a run of each reward, and what each process found.
 
 python distributed_runs.py OUT BATCH_SIZE [ENGINES]
 """
@@ -20,16 +20,21 @@ from frostline.train.settings import TrainerSettings
 from frostline.train.trainer import RunOptions, make_accelerator, train
 from frostline.train.validation import Validation, validate
 
+FACES = {"type": "face_identity", "upscale": 2}
+STEPS = {"sharpness": 5, "faces": 2}
 
-def run(out: Path, batch_size: int, engines: Path | None) -> WanTrainingModule:
-    """Noise that never changes, a gradient that is never clipped, a reward without a jump in it."""
+
+def run(
+    out: Path, reward: str, batch_size: int, accumulation: int = 1, engines: Path | None = None
+) -> WanTrainingModule:
+    """Noise that never changes, a gradient that is never clipped."""
     torch.manual_seed(0)
     module = WanTrainingModule.from_pretrained(
         "tiny",
         engines=engines,
         plan="torch",
         lora={"rank": 4},
-        reward=SHARPNESS,
+        reward=SHARPNESS if reward == "sharpness" else FACES,
         num_inference_steps=3,
         mid_timestep=1,
         final_timestep=2,
@@ -39,24 +44,28 @@ def run(out: Path, batch_size: int, engines: Path | None) -> WanTrainingModule:
     settings = TrainerSettings(
         learning_rate=1e-3,
         max_grad_norm=1e9,
-        max_train_steps=5,
+        max_train_steps=STEPS[reward],
         per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         checkpointing_steps=1,
     )
-    starts = Validation(Clips(), [0, 1, 2])
+    clips = Clips() if reward == "sharpness" else Clips(size=64)
+    starts = Validation(clips, [0, 1, 2])
     options = RunOptions(validate=lambda step: validate(module, starts, step, out), validation_steps=5)
     accelerator = make_accelerator(settings, out, cpu=True)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate takes FSDP up on GPUs alone, though nothing in what it then does needs one.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    train(module, Clips(), settings, out, options, accelerator)
+    train(module, clips, settings, out, options, accelerator)
     return module
 
 
 def main() -> None:
     out, batch_size = Path(sys.argv[1]), int(sys.argv[2])
-    module = run(out, batch_size, Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    if len(sys.argv) > 3:
+        run(out / "faces", "faces", batch_size)
+    module = run(out, "sharpness", batch_size, engines=Path(sys.argv[3]) if len(sys.argv) > 3 else None)
     stage = module.stages["denoiser"]
     inputs = stage.networks[0].samples("opt")
     with torch.no_grad():

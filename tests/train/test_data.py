@@ -153,6 +153,16 @@ def test_size_within(size: tuple[int, int], max_pixels: int, expected: tuple[int
     assert size_within(*size, max_pixels) == expected
 
 
+def test_sides_are_multiples_of_what_the_model_takes(folder: Path) -> None:
+    assert size_within(1080, 1920, 704 * 1280, 32) == (704, 1248)
+    path = write_metadata(folder, "csv", ROWS)
+    assert VideoPromptDataset(path, num_frames=1, multiple=32)[0]["video"].shape[-2:] == (32, 64)
+    with pytest.raises(ConfigError, match="height must be a multiple of 32, not 48"):
+        VideoPromptDataset(path, height=48, width=64, multiple=32)
+    with pytest.raises(ConfigError, match="max_pixels must be at least 1024"):
+        VideoPromptDataset(path, max_pixels=512, multiple=32)
+
+
 def test_paths_from_the_file_stay_in_its_folder(folder: Path, videos: Path) -> None:
     outside = str(videos / "a.mp4")
     climbing = f"../{videos.name}/a.mp4"

@@ -24,8 +24,9 @@ import numpy as np
 import onnx
 import skimage.data
 import torch
+from building import ENGINES
 from facenet_pytorch import MTCNN, InceptionResnetV1
-from measuring import machine, write_result
+from measuring import RESULTS, machine, write_result
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -132,12 +133,12 @@ class Frostline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS / "faces.json")
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
+    parser.add_argument("--engines-dir", type=Path, default=ENGINES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(arguments.threads)

@@ -65,7 +65,8 @@ def main() -> None:
     base = Point(batch, frames, pixels)
     shapes = parse_shapes("", f"video:{arguments.engine_video}", "")
     store = EngineStore(arguments.engines_dir)
-    build_engines(_module(base, shapes, arguments).stages.values(), arguments.backends, store)
+    stages = [stage for stage in _module(base, shapes, arguments).stages.values() if stage.name != "vae_decoder"]
+    build_engines(stages, arguments.backends, store)  # the decoder is live in training, and in PyTorch
     result: dict[str, Any] = {"base": vars(base), "machine": machine(device), "axes": {}}
     for axis, values in wanted_axes(arguments.axes).items():
         rows = []

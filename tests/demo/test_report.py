@@ -1,20 +1,16 @@
 """The demo's report: the summary's numbers are on the page, with their units, whichever way the run went."""
 
 import re
-import shutil
-import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from browser import needs_chromium, render
 
 from frostline.demo.report import write_demo_report
 from frostline.report.sheet import SheetRow, contact_sheet
 from frostline.video import write_video
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def example_summary() -> dict[str, Any]:
@@ -148,16 +144,11 @@ def test_missing_values_leave_a_page(tmp_path: Path) -> None:
     assert "no values" in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_chromium
 def test_browser_shows_the_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, example_summary(), example_metrics(), (32, 32))
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
-    )
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    text = visible(result.stdout)
+    dom, log = render(path, tmp_path / "profile")
+    text = visible(dom)
     for words in EXPECTED:
         assert words in text
-    assert "Content Security Policy" not in result.stderr
+    assert "Content Security Policy" not in log

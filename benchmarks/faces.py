@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -196,7 +197,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load_before = os.getloadavg()
     samples = {section: take_turns(runs, arguments.rounds, section) for section, runs in sections.items()}
     return {
-        "command": f"python benchmarks/faces.py --out {arguments.out}",
+        "command": " ".join(["python", "benchmarks/faces.py", *sys.argv[1:]]),
         "what": f"{arguments.frames} frames of {arguments.size} px a side, one face each, {arguments.threads} threads",
         "checks": checks,
         "frames_per_second": {

@@ -25,6 +25,7 @@ bench: venv  ## Every benchmark, under 20 minutes on two cores: tables, and figu
 	$(VENV_PYTHON) benchmarks/stages.py
 	$(VENV_PYTHON) benchmarks/scaling.py
 	$(VENV_PYTHON) benchmarks/cold.py
+	$(VENV_PYTHON) benchmarks/syncs.py
 	$(VENV_PYTHON) benchmarks/faces.py --rounds 3
 	$(VENV_PYTHON) benchmarks/table.py
 

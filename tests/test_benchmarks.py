@@ -15,6 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from contenders import CONTENDERS, Outcome, compare  # noqa: E402
 from measuring import interleave, medians, peak_growth_mib, ratio, summary  # noqa: E402
 from scaling import wanted_axes  # noqa: E402
+from syncs import count_places  # noqa: E402
 from table import BEGIN, END, render, step_table, tables_of, with_tables  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -64,6 +65,16 @@ def test_who_computes_something_else_is_found_out() -> None:
 def test_axes_by_name() -> None:
     assert list(wanted_axes("tail,batch")) == ["tail", "batch"]
     assert {"frames", "pixels", "batch", "rank", "tail"} == set(wanted_axes(""))
+
+
+def test_places_are_told_by_the_innermost_line_of_frostline() -> None:
+    item, step = "aten::_local_scalar_dense", ["<built-in method>", "frostline/train/step.py(7): go", "run.py(1): main"]
+    events = [(item, step), (item, step), (item, ["run.py(1): main"]), ("aten::add", step), ("aten::nonzero", [])]
+    assert count_places(events) == [
+        ((item, "frostline/train/step.py(7): go"), 2),
+        ((item, "run.py(1): main"), 1),
+        (("aten::nonzero", "unknown"), 1),
+    ]
 
 
 def step_result() -> dict[str, Any]:

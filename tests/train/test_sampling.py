@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train import sampling
@@ -77,3 +78,35 @@ def test_more_than_the_engine_serves_goes_one_by_one(
     module = make_module(plan={"denoiser": ORT}, engines=engines)
     assert kl_and_calls(module, many)[1] == [10, 10, 10, 10]
     assert "serves this shape" not in caplog.text
+
+
+class ValuesAskedFor(TorchDispatchMode):
+    """Counts where a tensor's value comes to the host: on a GPU, each makes it wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The schedule is in float64, and always on the CPU.
+        self.count += func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.float64
+        return func(*args, **(kwargs or {}))
+
+
+def test_from_noise_to_latents_no_value_is_asked_for(data: dict[str, Any], make_module: MakeModule) -> None:
+    module = make_module()
+    settings = module.settings
+    conditioning = module.forward_preprocess(data)
+    noise = module.noise(conditioning)
+    counts = []
+    for _ in range(2):
+        with ValuesAskedFor() as asked:
+            latents = module.sampler.head(noise, conditioning, 0, settings.mid_timestep)
+            module.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+        counts.append(asked.count)
+    # The LoRA scale and its absence, once each.
+    assert counts == [2, 0]
+    module.sampler._lora_off.fill_(0)
+    with ValuesAskedFor() as asked:
+        module.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+    assert asked.count == 1, "a scale that was written to has to be looked at again"

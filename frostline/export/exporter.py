@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from frostline.errors import EngineError, ParityError
@@ -23,6 +21,7 @@ from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_back
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.device import compute_capabilities, full_fp32
 from frostline.runtime.identity import find_engine, precision_of, stage_key, weights_sha256
+from frostline.runtime.latency import machine_id, take_turns
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.stage import Network, Runner, Size, Stage, Tolerance
 from frostline.runtime.store import Build, EngineStore, VerifiedEngine
@@ -111,7 +110,10 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
         raise ParityError(_explain(stage, backend, failed))
     updated = engine.manifest.updated(
         parity=tuple(parity),
-        latency_ms=_latency_ms({TORCH: stage.torch, backend: assembled}, stage.sample()),
+        latency_ms=take_turns(
+            {TORCH: stage.torch, backend: assembled}, stage.sample(), _LATENCY_RUNS, _LATENCY_SECONDS
+        ),
+        measured_on=machine_id(stage.networks[0].device),
         tolerance=manifest.Tolerance(**vars(stage.tolerance)),
         verified=True,
     )
@@ -233,29 +235,6 @@ def _parity(stage: Stage, runners: Mapping[str, Runner], assembled: Runner) -> l
     with torch.no_grad():
         expected = stage.torch(**inputs)
     return measured + compare(stage.name, "sample", expected, assembled(**inputs), stage.tolerance)
-
-
-@torch.no_grad()
-def _latency_ms(contenders: Mapping[str, Runner], inputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Median milliseconds, the contenders taking turns so that a busy moment hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run(**inputs)
-    deadline = time.monotonic() + _LATENCY_SECONDS
-    for _ in range(_LATENCY_RUNS):
-        for name, run in contenders.items():
-            times[name].append(_time_ms(run, inputs))
-        if time.monotonic() > deadline:
-            break
-    return {name: statistics.median(samples) for name, samples in times.items()}
-
-
-def _time_ms(run: Runner, inputs: Mapping[str, Tensor]) -> float:
-    start = time.perf_counter()
-    run(**inputs)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
 
 
 def _explain(stage: Stage, backend: str, failed: Sequence[manifest.Parity]) -> str:

@@ -53,7 +53,7 @@ def test_engines_of_every_backend_come_from_one_trace(
     for backend in BACKENDS[1:]:
         pytest.importorskip(backend.replace("-", "_"))
     stage = Stage(
-        "gated", "small", (network,), network.reference, lambda runners: runners["gated"],
+        "gated", "small", (network,), lambda **inputs: network.reference(inputs), lambda runners: runners["gated"],
         lambda: network.samples("opt"), Tolerance(1e-6, 1e-5, 0.999999),
     )  # fmt: skip
     traces = Traces()

@@ -87,10 +87,10 @@ def plan(
     """Show, per stage, who could serve it, who does, and why."""
     from frostline.config import TrainingModuleSettings
     from frostline.export.exporter import ensure_verified
-    from frostline.export.gain import frozen_uses, stage_gains, step_gain
+    from frostline.export.gain import frozen_uses, live_uses, stage_gains, step_gain
     from frostline.export.recipe import load_recipe
     from frostline.export.run import load_staged_model
-    from frostline.export.tables import plan_table, step_gain_line
+    from frostline.export.tables import plan_table, step_gain_lines
     from frostline.models.schedule import FlowMatchSchedule
     from frostline.runtime.runtime import Runtime
     from frostline.runtime.store import EngineStore
@@ -101,10 +101,11 @@ def plan(
     settings = TrainingModuleSettings()
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
     high_noise = schedule.high_noise_steps(staged.components.boundary) if staged.denoiser_high_noise else 0
-    uses = frozen_uses(settings.mid_timestep, settings.final_timestep, high_noise)
+    steps = (settings.mid_timestep, settings.final_timestep, high_noise)
     console = Console()
     console.print(plan_table(stage_gains(runtime)))
-    console.print(step_gain_line(step_gain(runtime, uses)))
+    for line in step_gain_lines(step_gain(runtime, frozen_uses(*steps), live_uses(*steps))):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _print_export(rows: list[ExportRow]) -> None:

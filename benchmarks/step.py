@@ -73,8 +73,6 @@ def main() -> None:
     stages = [module.stages[name] for name in wanted if name != "vae_decoder"]  # live in training, and in PyTorch
     result["engines"] = build_engines(stages, arguments.backends, EngineStore(arguments.engines_dir))
     module.runtime.replan("auto")
-    result["plan"] = {name: vars(choice) for name, choice in module.runtime.plan.items()}
-    Console().print(str(module.runtime.plan), highlight=False)
     write_result(arguments.out, result)
     contenders = Contenders(module, plain_vae, batch)
     contenders.record_frozen()
@@ -86,6 +84,9 @@ def main() -> None:
     spans: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     steps = {name: contenders.timed_step(name, spans[name]) for name in names}
     samples = interleave(steps, arguments.rounds, device)
+    # What served, at this shape: known only after the first step.
+    result["plan"] = {name: vars(choice) for name, choice in module.runtime.plan.items()}
+    Console(width=160).print(str(module.runtime.plan), highlight=False)
     rows = summary(samples)
     result["contenders"] = {
         name: {

@@ -20,7 +20,10 @@ test: venv  ## All tests that need no GPU.
 	set -e; for part in $(TEST_PARTS); do OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu" \
 		--numprocesses 2 --dist loadfile $${part//,/ }; done
 
+# Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.
+bench: export FROSTLINE_CACHE_DIR := runs/bench/cache
 bench: venv  ## Every benchmark, under 20 minutes on two cores: tables, and figures in benchmarks/results/.
+	rm -rf runs/bench/cache
 	$(VENV_PYTHON) benchmarks/step.py
 	$(VENV_PYTHON) benchmarks/stages.py
 	$(VENV_PYTHON) benchmarks/scaling.py

@@ -160,7 +160,7 @@ def _engine(stage: Stage, backend: str, store: EngineStore, device: torch.device
         "build_seconds": exported.manifest.build_seconds,
         "load_seconds": load_seconds,
         "engine_mb": record.bytes / 1e6,
-        "parity": exported.worst.model_dump(),
+        "parity": exported.worst.model_dump(mode="json"),
     }
     return row, lambda tensors: run(**tensors)
 

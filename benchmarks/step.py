@@ -6,7 +6,8 @@
 - reference: diffsynth's functions as they are, one sample at a time, faces searched a frame at a time by
   facenet-pytorch's own MTCNN, every block recomputed in backward, nothing recalled.
 - eager: the batch in one go and no block recomputed, all in PyTorch, nothing recalled.
-- compile: eager with torch.compile on the denoiser's blocks and the face embedder.
+- compile: eager with torch.compile on the denoiser's blocks, and on the face embedder where that is faster; the loop of
+  the VAE over frames with its lists of caches is slower compiled.
 - cold: frostline with the engines that its plan chooses, nothing recalled: a sample's first epoch.
 - warm: the same with frozen outputs recalled: every later epoch.
 - floor: every frozen result for free; what is left is the live part, which no engine can take over.
@@ -72,11 +73,10 @@ def main() -> None:
     stages = [module.stages[name] for name in wanted if name != "vae_decoder"]  # live in training, and in PyTorch
     result["engines"] = build_engines(stages, arguments.backends, EngineStore(arguments.engines_dir))
     module.runtime.replan("auto")
-    result["plan"] = {name: vars(choice) for name, choice in module.runtime.plan.items()}
-    Console().print(str(module.runtime.plan), highlight=False)
     write_result(arguments.out, result)
     contenders = Contenders(module, plain_vae, batch)
     contenders.record_frozen()
+    result["compiled"] = contenders.compiled
     outcomes = {name: contenders.outcome(name) for name in names}
     base = "eager_onednn" if "eager_onednn" in names else "eager"
     result["checks"] = checks = compare(outcomes, base, *_SAME[arguments.precision])
@@ -84,6 +84,9 @@ def main() -> None:
     spans: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     steps = {name: contenders.timed_step(name, spans[name]) for name in names}
     samples = interleave(steps, arguments.rounds, device)
+    # What served, at this shape: known only after the first step.
+    result["plan"] = {name: vars(choice) for name, choice in module.runtime.plan.items()}
+    Console(width=160).print(str(module.runtime.plan), highlight=False)
     rows = summary(samples)
     result["contenders"] = {
         name: {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 README = BENCHMARKS.parent / "README.md"
@@ -14,7 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from contenders import CONTENDERS, Outcome, compare  # noqa: E402
 from measuring import interleave, medians, peak_growth_mib, ratio, summary  # noqa: E402
-from scaling import wanted_axes  # noqa: E402
+from scaling import plot, wanted_axes  # noqa: E402
 from syncs import count_places  # noqa: E402
 from table import BEGIN, END, render, step_table, tables_of, with_tables  # noqa: E402
 
@@ -112,3 +113,18 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
 
 def test_readme_shows_what_was_measured() -> None:
     assert tables_of(README.read_text()) == render(BENCHMARKS / "results")
+
+
+def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis(tmp_path: Path) -> None:
+    def point(milliseconds: float) -> dict[str, Any]:
+        return {"median_ms": milliseconds, "memory_mib": milliseconds / 2}
+
+    rows = [{"tail": steps, "warm": point(100.0 * steps), "eager": point(150.0 * steps)} for steps in (1, 2, 4)]
+    base = {"batch": 1, "frames": 5, "pixels": 64, "rank": 8, "tail": 4}
+    plot(
+        {"base": base, "axes": {"tail": rows, "batch": [{**row, "batch": row["tail"]} for row in rows]}},
+        tmp_path / "p.png",
+    )
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size == (640, 600)
+        assert len(set(picture.convert("RGB").getdata())) > 100

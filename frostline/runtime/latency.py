@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import frostline
 from frostline.runtime.memo import cache_folder, recall, remember
 from frostline.runtime.stage import Runner
 
@@ -93,11 +94,12 @@ class LatencyNote:
     """What was measured of the same contenders at the same shape on the same machine, if anything was.
 
     Args:
-        contenders: by backend, what identifies its engine; of torch, its version.
+        contenders: by backend, what identifies its engine; of torch, any word.
     """
 
     def __init__(self, stage: str, contenders: Mapping[str, str], shape: str, device: torch.device) -> None:
-        facts = [f"v{_VERSION}", machine_id(device), torch.__version__, stage, shape, *sorted(contenders.values())]
+        versions = [f"v{_VERSION}", frostline.__version__, torch.__version__]
+        facts = [*versions, machine_id(device), stage, shape, *sorted(contenders.values())]
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         self._path = cache_folder() / "latency" / f"{key}.json"
         self._backends = set(contenders)

@@ -179,18 +179,17 @@ class Runtime:
                 candidates[backend] = manifest
         if not candidates:
             return Choice(TORCH, f"no verified engine: `{_export_command(stage, ENGINE_BACKENDS[0])}`")
-        here = machine_id(stage.networks[0].device)
-        if strange := [backend for backend, manifest in candidates.items() if manifest.measured_on != here]:
-            reason = f"{strange[0]} was not measured on this machine: it is, as soon as it is needed"
-            return Choice(strange[0], reason, {}, tuple(candidates))
         # Latencies come from different runs: what compares is the ratio to torch in the same run.
         gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
         best = max(gains, key=lambda backend: gains[backend])
+        backend = best if gains[best] > 1 else TORCH
+        here = machine_id(stage.networks[0].device)
+        if any(manifest.measured_on != here for manifest in candidates.values()):
+            reason = f"as {candidates[best].measured_on or 'another machine'} has it; this one decides at first use"
+            return Choice(backend, reason, {}, tuple(candidates))
         worth = tuple(name for name, gain in gains.items() if _WORTH_A_TRIAL * gain >= max(1, gains[best]))
-        latency_ms = candidates[best].latency_ms
-        if gains[best] <= 1:
-            return Choice(TORCH, f"{best} is slower ({gains[best]:.2f}x)", latency_ms, worth)
-        return Choice(best, f"{gains[best]:.2f}x as fast as torch", latency_ms, worth)
+        reason = f"{gains[best]:.2f}x as fast as torch" if gains[best] > 1 else f"{best} is slower ({gains[best]:.2f}x)"
+        return Choice(backend, reason, candidates[best].latency_ms, worth)
 
     def _backend_at(self, stage: str, inputs: Mapping[str, Tensor]) -> str:
         """The backend that serves inputs of these shapes."""
@@ -203,10 +202,13 @@ class Runtime:
         self._served[stage] = self._at_shape[stage, shape]
         return self._served[stage].backend
 
+    @torch.no_grad()
     def _fastest_at(self, stage: Stage, choice: Choice, shape: str, inputs: Mapping[str, Tensor]) -> Choice:
         """Measured, or recalled from an earlier run on this machine."""
         if stage.weights is not None and not stage.weights.resident:
             return choice  # to read them for a comparison costs more than it could gain
+        if _several_processes():
+            return choice  # a stage in shards runs in all processes at once: they have to choose alike
         records = {backend: self.record(stage.name, backend) for backend in choice.candidates}
         contenders = {backend: record.id.key for backend, record in records.items() if record is not None}
         note = LatencyNote(stage.name, {**contenders, TORCH: TORCH}, shape, stage.networks[0].device)
@@ -310,6 +312,11 @@ class _PlannedRunner:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.runtime.run(self.stage, inputs)
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _holds_weights(backend: str) -> bool:

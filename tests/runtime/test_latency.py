@@ -126,10 +126,12 @@ def test_another_machine_measures_anew(
 ) -> None:
     assert Runtime({"double": stage}, "auto", engines).plan["double"].reason == "2.00x as fast as torch"
     run(Runtime({"double": stage}, "auto", engines), 8)
+    machine_id_here = machine_id(CPU)
     for module in (latency, runtime):
         monkeypatch.setattr(module, "machine_id", lambda device: "another CPU")
     auto = Runtime({"double": stage}, "auto", engines)
-    assert "onnxruntime was not measured on this machine" in auto.plan["double"].reason
+    assert auto.plan["double"].reason == f"as {machine_id_here} has it; this one decides at first use"
+    assert auto.plan["double"].backend == ORT
     assert not auto.plan["double"].latency_ms
     assert run(auto, 8) == ORT
     assert len(trials) == 2
@@ -152,6 +154,17 @@ def test_a_backend_that_was_asked_for_is_not_questioned(
     with auto.use(double="torch"):
         assert run(auto, 8) == "torch"
     assert trials == []
+
+
+def test_several_processes_keep_to_the_plan(
+    stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage in shards runs in all processes at once: they must neither try nor choose on their own."""
+    run(Runtime({"double": stage}, "auto", engines), 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert [run(Runtime({"double": stage}, "auto", engines), rows) for rows in (2, 3)] == [ORT, ORT]
+    assert len(trials) == 1
 
 
 def test_a_shape_that_no_engine_serves_goes_to_torch_with_one_warning(

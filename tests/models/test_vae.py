@@ -1,5 +1,6 @@
 """The live decoder and the fast convolution against diffsynth's own VAE."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_the_fast_convolution_changes_nothing(batch: int) -> None:
     values, gradients = [], []
     for one in (vae, fast):
         latents = expected.clone().requires_grad_()
-        decoded = decode_latents(one, latents)
+        decoded = one.model.decode(latents, one.scale)
         (decoded * video).sum().backward()
         assert latents.grad is not None
         values.append(decoded.detach())
@@ -80,24 +81,62 @@ def test_the_fast_convolution_steps_aside_for_other_types() -> None:
     assert torch.equal(actual, expected)
 
 
+def decoded_with_gradient(decoder: Any, frames: int, decode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, int]:
+    """The video, the gradient of the latents, and the bytes kept in between."""
+    values = torch.randn(2, len(decoder.scale[0]), frames, 4, 6, generator=torch.Generator().manual_seed(frames))
+    latents = values.requires_grad_()
+    with MemoryTracker([*tensors_of(decoder.model), latents]) as tracker:
+        video = decode(latents)
+        kept = tracker.live
+    (video * torch.linspace(0, 1, video.shape[-1])).sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().max() > 0
+    return video.detach(), latents.grad, kept
+
+
+def diffsynths(decoder: Any) -> Callable[[Tensor], Tensor]:
+    def decode(latents: Tensor) -> Tensor:
+        video = decoder.model.decode(latents, decoder.scale)
+        decoder.model.clear_cache()
+        return video.clamp(-1, 1)
+
+    return decode
+
+
 @pytest.mark.parametrize("name", ["vae", "vae38"])
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_decoding_frame_by_frame_changes_nothing_and_keeps_less(
     name: str, frames: int, request: pytest.FixtureRequest
 ) -> None:
     decoder: Any = request.getfixturevalue(name)
-    channels = len(decoder.scale[0])
-    values = torch.randn(2, channels, frames, 4, 6, generator=torch.Generator().manual_seed(frames))
-    videos, gradients, kept = [], [], []
-    for checkpoint_frames in (False, True):
-        latents = values.clone().requires_grad_()
-        with MemoryTracker([*tensors_of(decoder.model), latents]) as tracker:
-            video = decode_latents(decoder, latents, checkpoint_frames)
-            kept.append(tracker.live)
-        (video * torch.linspace(0, 1, video.shape[-1])).sum().backward()
-        videos.append(video.detach())
-        gradients.append(latents.grad)
-    assert torch.equal(videos[0], videos[1])
-    assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
-    assert kept[1] < 0.35 * kept[0]
+    expected, gradient, kept = decoded_with_gradient(decoder, frames, diffsynths(decoder))
+    video, by_frame, less = decoded_with_gradient(decoder, frames, lambda z: decode_latents(decoder, z, True))
+    assert torch.equal(video, expected)
+    torch.testing.assert_close(by_frame, gradient, atol=1e-5, rtol=1e-4)
+    assert less < 0.35 * kept
+
+
+@pytest.mark.parametrize("name", ["vae", "vae38"])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_decoding_all_frames_at_once_changes_nothing_and_keeps_less(
+    name: str, frames: int, request: pytest.FixtureRequest
+) -> None:
+    decoder: Any = request.getfixturevalue(name)
+    expected, gradient, kept = decoded_with_gradient(decoder, frames, diffsynths(decoder))
+    video, at_once, less = decoded_with_gradient(decoder, frames, lambda z: decode_latents(decoder, z))
+    assert (video - expected).norm() < 2e-6 * expected.norm()
+    torch.testing.assert_close(video, expected, atol=1e-5, rtol=0)
+    assert 1 - F.cosine_similarity(at_once.double().flatten(), gradient.double().flatten(), dim=0) < 1e-10
+    assert (at_once - gradient).norm() < 5e-6 * gradient.norm()
+    assert less < 0.5 * kept
+
+
+def test_all_frames_at_once_under_autocast(vae: Any) -> None:
+    """As close to the exact video and gradient as diffsynth's own decoder is there."""
+    exact, exact_gradient, _ = decoded_with_gradient(vae, 3, diffsynths(vae))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, plain_gradient, _ = decoded_with_gradient(vae, 3, diffsynths(vae))
+        video, gradient, _ = decoded_with_gradient(vae, 3, lambda z: decode_latents(vae, z))
+    assert video.dtype == plain.dtype == torch.bfloat16
+    assert (video - exact).norm() < 1.1 * (plain - exact).norm()
+    assert (gradient - exact_gradient).norm() < 1.1 * (plain_gradient - exact_gradient).norm()

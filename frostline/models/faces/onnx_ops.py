@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frostline.models import frozen
+
 Argument = Tensor | list[int] | list[float] | int | None
 """What a node reads: a value, python numbers (shapes, axes, factors), or nothing for an omitted input."""
 
@@ -75,7 +77,8 @@ def conv(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     x, padding = _split_padding(x, pads, 0.0)
-    return F.conv2d(x, weight, bias, tuple(strides or (1, 1)), padding, tuple(dilations or (1, 1)), group)
+    options = (tuple(strides or (1, 1)), padding, tuple(dilations or (1, 1)), group)
+    return (frozen.convolution if _live(x) else frozen.convolve)(x, weight, bias, *options)
 
 
 def batch_normalization(
@@ -94,12 +97,11 @@ def batch_normalization(
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    per_channel = slope.ndim == x.ndim - 1 and slope.numel() == slope.shape[0]
-    if x.requires_grad or not (per_channel or slope.numel() == 1):
-        # The backward of F.prelu also computes the gradient of the slope, which is frozen here, and takes twice as
-        # long as this one.
-        return torch.lerp(F.relu(x), x, slope)
-    return F.prelu(x, slope.flatten())
+    if _live(x):
+        return frozen.prelu(x, slope)
+    if slope.numel() == 1 or (slope.ndim == x.ndim - 1 and slope.numel() == slope.shape[0]):
+        return F.prelu(x, slope.flatten())
+    return torch.lerp(F.relu(x), x, slope)
 
 
 def gemm(
@@ -306,6 +308,11 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "Unsqueeze": unsqueeze,
 }
 """ONNX operation to torch function."""
+
+
+def _live(x: Tensor) -> bool:
+    """Whether a gradient flows through `x`; the weights are frozen."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _integers(values: Integers) -> list[int]:

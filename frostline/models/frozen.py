@@ -1,0 +1,169 @@
+"""Operations of frozen networks that a gradient flows through: backward is to the input alone and needs little kept.
+
+PyTorch's own keep the inputs of a convolution, which only the gradient of its weights needs, and every intermediate
+result of a normalisation. These keep nothing and one tensor. Without a gradient to compute, they are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+_aten = torch.ops.aten
+# As in `F.normalize`.
+_SMALLEST_LENGTH = 1e-12
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv2d` or `F.conv3d`, in oneDNN on a CPU; the weights get no gradient."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _Convolution.apply(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.options = options
+        result = convolve(x, weight, bias, *options)
+        ctx.shape, ctx.layout = x.shape, _layout(result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.options
+        gradient = gradients[0].contiguous(memory_format=ctx.layout)
+        # Never read: it tells size and layout of the result.
+        x = empty_as(ctx.shape, gradient)
+        none = [0] * len(stride)
+        gradient, _, _ = _aten.convolution_backward(
+            *(gradient, x, weight, None, stride, padding, dilation, False, none, groups, [True, False, False])
+        )
+        return (gradient, *6 * [None])
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """A convolution over two or three dimensions, the latter on a CPU always in oneDNN.
+
+    At batch 1 torch picks a slow path of its own for fp32: about five times slower, same numbers to 1e-6.
+    """
+    if weight.ndim == 4:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    # autocast acts on the public operator only, and a tracer must see that one too.
+    traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    if not on_cpu or torch.is_autocast_enabled("cpu") or traced:
+        return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+
+
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """`F.prelu` with a slope that broadcasts to `x`, and gets no gradient."""
+    return _PReLU.apply(x, slope)  # type: ignore[no-any-return]
+
+
+class _PReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(x, slope)
+        return torch._prelu_kernel(x, slope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, slope = ctx.saved_tensors
+        # `torch.where` does not vectorise.
+        positive = _aten.threshold_backward(gradients[0], x, 0)
+        return positive.lerp_(gradients[0], slope), None
+
+
+def rms_norm_silu(x: Tensor, gamma: Tensor, front: int = 0) -> Tensor:
+    """`F.silu(F.normalize(x, dim=1) * sqrt(C) * gamma)`, with empty frames in front.
+
+    Args:
+        x: (B, C, T, H, W).
+        gamma: (C, 1, 1, 1).
+        front: so many frames of zeros come before the first, as a causal convolution wants them.
+    Returns:
+        (B, C, front + T, H, W).
+    """
+    return _RMSNormSiLU.apply(x, gamma, front)  # type: ignore[no-any-return]
+
+
+class _RMSNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, front: int) -> Tensor:
+        length = _length(x)
+        ctx.save_for_backward(x, length, gamma)
+        ctx.front = front
+        batch, channels, frames, height, width = x.shape
+        padded = empty_as((batch, channels, front + frames, height, width), x)
+        padded[:, :, :front] = 0
+        scaled = (x * _inverse(length, channels)).mul_(gamma)
+        if scaled.dtype == padded.dtype:
+            _aten.silu.out(scaled, out=padded[:, :, front:])
+        else:
+            padded[:, :, front:] = F.silu(scaled, inplace=True)
+        return padded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, length, gamma = ctx.saved_tensors
+        gradient = gradients[0][:, :, ctx.front :]
+        inverse = _inverse(length, x.shape[1])
+        scaled = (x * inverse).mul_(gamma)
+        along = _aten.silu_backward(gradient.to(scaled.dtype), scaled).mul_(gamma)
+        # What lengthens x as a whole changes nothing.
+        share = (along * x).sum(1, keepdim=True) / length.square()
+        share = torch.where(length > _SMALLEST_LENGTH, share * inverse, 0)
+        return along.mul_(inverse).addcmul_(x, share, value=-1).to(x.dtype), None, None
+
+
+def _length(x: Tensor) -> Tensor:
+    """(B, 1, T, H, W) float32 norms over the channels."""
+    if x.device.type == "cpu":
+        # `vector_norm` does not vectorise across the channels.
+        x = x.float()
+        return (x * x).sum(1, keepdim=True).sqrt_()
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+
+
+def _inverse(length: Tensor, channels: int) -> Tensor:
+    return channels**0.5 / length.clamp(min=_SMALLEST_LENGTH)
+
+
+def empty_as(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory for a tensor of another shape, its channels last where those of `like` are."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    channels_last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return channels_last if x.is_contiguous(memory_format=channels_last) else torch.contiguous_format

@@ -92,7 +92,7 @@ def show_held_out(page: Page, run: Path, validation: Lines) -> None:
             for start in starts
             for name, clip in start.clips.items()
         ]
-        page.figures(*clips, columns=len(strips), narrow_columns=len(strips))
+        page.figures(*clips, columns=2 * len(strips), narrow_columns=len(strips))
     page.figures(*_curves(validation), columns=2)
 
 

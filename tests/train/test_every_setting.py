@@ -49,6 +49,7 @@ BASE = {
 }
 FACES = {"reward": {"type": "face_identity", "baseline": 0.54, "scale": 0.16}}
 NO_VALIDATION = {"validation": {"source": None}}
+SHARDED = {"memory": {"num_processes": 2, "sharding": "fsdp"}}
 Observe = Callable[[RunSettings], Any]
 
 
@@ -291,9 +292,9 @@ CASES: dict[str, Case] = {
     "plan.min_shapes": Case("video:1x5x3x32x32", a_start),
     "plan.opt_shapes": Case("video:1x5x3x64x64", a_start),
     "plan.max_shapes": Case("video:1x5x3x512x512", a_start),
-    "memory.num_processes": Case(8, the_dry_run, {"memory": {"sharding": "fsdp"}}),
-    "memory.sharding": Case("fsdp", the_dry_run, {"memory": {"num_processes": 8}}),
-    "memory.device_gb": Case(80, the_dry_run),
+    "memory.num_processes": Case(8, the_dry_run, SHARDED),
+    "memory.sharding": Case("ddp", the_dry_run, SHARDED),
+    "memory.device_gb": Case(80, the_dry_run, SHARDED),
 }
 
 

@@ -23,6 +23,7 @@ from frostline.progress import Progress
 from frostline.report.sheet import SheetRow, contact_sheet
 from frostline.report.writing import written_whole
 from frostline.runtime.backends import TORCH
+from frostline.runtime.heap import keep_freed_memory
 from frostline.runtime.store import EngineStore
 from frostline.train.configfile import dump_settings
 from frostline.train.data import VideoPromptDataset, collate
@@ -68,6 +69,7 @@ def demo_settings(steps: int, seed: int) -> RunSettings:
 def run_demo(out: Path, engines: Path, settings: DemoSettings, progress: Progress) -> dict[str, Any]:
     """Make data, export engines, train, measure, and write everything to `out`; returns `summary.json`'s content."""
     begin = time.monotonic()
+    keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     with progress.task("write the dataset"):
         train_file, held_out_file = write_datasets(out / "data", _TRAIN_CLIPS, settings.starts)

@@ -16,6 +16,7 @@ from frostline.errors import CheckpointError, ConfigError, DataError
 from frostline.export.shapes import parse_shapes
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
+from frostline.runtime.heap import keep_freed_memory
 from frostline.train.checkpoint import Checkpoint, find_checkpoints, latest_intact
 from frostline.train.configfile import dump_settings
 from frostline.train.data import BadRow, Sample, VideoPromptDataset
@@ -43,6 +44,8 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         FrostlineError: says what is wrong and what to do; nothing that was saved is lost.
     """
     accelerator = make_accelerator(settings.train, settings.output_dir, _wants_cpu(settings))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     checkpoint = _from_first_process(accelerator, lambda: find_resume(settings.output_dir, resume))
     dataset = _training_data(settings, accelerator, progress)
     validation = open_validation(settings)

@@ -9,9 +9,9 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONUNBUFFERED := 1
 
 # One after another: a process that had run all of them in one go crashed in native code.
-TEST_PARTS := tests/models,tests/report,tests/test_cli.py,tests/test_video.py tests/runtime tests/export tests/score,tests/demo tests/train
+TEST_PARTS := tests/models,tests/report,tests/test_benchmarks.py,tests/test_cli.py,tests/test_video.py tests/runtime tests/export tests/score,tests/demo tests/train
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test bench lint venv clean
 
 demo: venv  ## The main job end to end on the embedded tiny model: results in runs/demo/.
 	.venv/bin/frostline demo
@@ -19,6 +19,18 @@ demo: venv  ## The main job end to end on the embedded tiny model: results in ru
 test: venv  ## All tests that need no GPU.
 	set -e; for part in $(TEST_PARTS); do OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu" \
 		--numprocesses 2 --dist loadfile $${part//,/ }; done
+
+# Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.
+bench: export FROSTLINE_CACHE_DIR := runs/bench/cache
+bench: venv  ## Every benchmark, under 20 minutes on two cores: tables, and figures in benchmarks/results/.
+	rm -rf runs/bench/cache
+	$(VENV_PYTHON) benchmarks/step.py
+	$(VENV_PYTHON) benchmarks/stages.py
+	$(VENV_PYTHON) benchmarks/scaling.py
+	$(VENV_PYTHON) benchmarks/cold.py
+	$(VENV_PYTHON) benchmarks/syncs.py
+	$(VENV_PYTHON) benchmarks/faces.py --rounds 3
+	$(VENV_PYTHON) benchmarks/table.py
 
 lint: venv  ## Formatting, lint and types.
 	.venv/bin/ruff format --check .

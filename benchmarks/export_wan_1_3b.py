@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import tempfile
 import time
@@ -57,16 +58,15 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
     )
     loaded = _peak_gib()
     start = time.monotonic()
-    phases: list[tuple[str, float]] = []
+    steps: list[tuple[str, float]] = []
     exported = export_stage(
         staged.stages["denoiser"],
         arguments.backend,
         EngineStore(engines),
         options=BuildOptions(compute_capabilities=(arguments.compute_capability,)),
-        progress=lambda step: phases.append((step, time.monotonic() - start)),
+        progress=lambda step: steps.append((step, time.monotonic() - start)),
     )
     seconds = time.monotonic() - start
-    ends = [begin for _, begin in phases[1:]] + [seconds]
     manifest = exported.manifest
     return {
         "model": "Wan2.1 1.3B shape (see benchmarks/shapes.py), random weights",
@@ -75,7 +75,7 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
         "backend": arguments.backend,
         "device": manifest.device,
         "seconds": round(seconds, 1),
-        "seconds_by_phase": {name: round(end - begin, 1) for (name, begin), end in zip(phases, ends, strict=True)},
+        "seconds_by_phase": _seconds_by_phase(steps, seconds),
         "peak_memory_gib_before_export": round(loaded, 2),
         "peak_memory_gib": round(_peak_gib(), 2),
         "artifacts_gb": {name: round(part.bytes / 1e9, 3) for name, part in manifest.artifacts.items()},
@@ -84,6 +84,16 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
         "latency_ms": manifest.latency_ms,
         "machine": machine(torch.device("cpu")),
     }
+
+
+def _seconds_by_phase(steps: list[tuple[str, float]], end: float) -> dict[str, float]:
+    """From what an export said it was doing, and when; TensorRT counts its steps, thousands of them: `phase 3/607`."""
+    phases: dict[str, float] = {}
+    ends = [begin for _, begin in steps[1:]] + [end]
+    for (step, begin), finish in zip(steps, ends, strict=True):
+        name = re.sub(r" \d+/\d+$", "", step)
+        phases[name] = phases.get(name, 0.0) + finish - begin
+    return {name: round(seconds, 1) for name, seconds in phases.items() if seconds >= 0.1}
 
 
 def _peak_gib() -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +25,9 @@ import numpy as np
 import onnx
 import skimage.data
 import torch
+from building import ENGINES
 from facenet_pytorch import MTCNN, InceptionResnetV1
-from measuring import machine, write_result
+from measuring import RESULTS, machine, write_result
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -132,12 +134,12 @@ class Frostline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS / "faces.json")
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
+    parser.add_argument("--engines-dir", type=Path, default=ENGINES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(arguments.threads)
@@ -195,7 +197,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load_before = os.getloadavg()
     samples = {section: take_turns(runs, arguments.rounds, section) for section, runs in sections.items()}
     return {
-        "command": f"python benchmarks/faces.py --out {arguments.out}",
+        "command": " ".join(["python", "benchmarks/faces.py", *sys.argv[1:]]),
         "what": f"{arguments.frames} frames of {arguments.size} px a side, one face each, {arguments.threads} threads",
         "checks": checks,
         "frames_per_second": {

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from frostline.report.writing import written_whole
+from frostline.writing import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
@@ -29,11 +30,16 @@ Contender = Callable[[], object]
 def interleave(
     contenders: Mapping[str, Contender], rounds: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, by contender; a busy moment of the machine hits all of them."""
+    """Milliseconds of each call, by contender; a busy moment of the machine hits all of them.
+
+    Another contender goes first in every round: who follows whom may matter too.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
     for index in range(warm_up + rounds):
-        for name, run in contenders.items():
-            milliseconds = time_ms(run, device)
+        first = index % max(1, len(names))
+        for name in (*names[first:], *names[:first]):
+            milliseconds = time_ms(contenders[name], device)
             if index >= warm_up:
                 samples[name].append(milliseconds)
     return samples
@@ -64,6 +70,26 @@ def peak_gpu_gib(run: Contender, device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30
 
 
+def peak_growth_mib(run: Contender, device: torch.device) -> float:
+    """By how much memory grows, at its highest, during one call: torch's on a GPU, else the whole process's."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        peak = peak_gpu_gib(run, device)
+        assert peak is not None
+        return 1024 * peak - before / 2**20
+    # What was freed is given back first, or a call could grow into it unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+    before = _status_mib("VmRSS")
+    run()
+    return _status_mib("VmHWM") - before
+
+
+def _status_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     """Median and quartiles in milliseconds."""
     rows = {}
@@ -71,6 +97,12 @@ def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
         low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
         rows[name] = {"median_ms": middle, "quartile_1_ms": low, "quartile_3_ms": high}
     return rows
+
+
+def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each figure over rows that may lack some: what is not there is 0."""
+    names = sorted({name for row in rows for name in row})
+    return {name: statistics.median(row.get(name, 0.0) for row in rows) for name in names}
 
 
 def ratio(samples: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:

@@ -1,20 +1,34 @@
 """Each stage on each backend against eager PyTorch and torch.compile: speed, build and load time, memory, parity.
 
-python benchmarks/stages.py --model tiny --backends onnxruntime,aotinductor,openvino
-python benchmarks/stages.py --model wan2.1-1.3b --device cuda --precision bf16 --video 1x17x3x256x256
+    python benchmarks/stages.py --model tiny --backends onnxruntime,aotinductor,openvino
+    python benchmarks/stages.py --model wan2.1-1.3b --device cuda --precision bf16 --video 1x17x3x256x256 --shapes ""
+
+Engines are built once, around `--video`, and run at every shape of `--shapes` too. In eager PyTorch, Conv3d runs in
+oneDNN at every batch; `torch, own Conv3d` is the VAE as torch convolves by itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RESULTS, interleave, machine, peak_gpu_gib, ratio, summary, synchronize, write_result
+from building import add_engine_arguments
+from contenders import plain_copy
+from measuring import (
+    RESULTS,
+    interleave,
+    machine,
+    peak_growth_mib,
+    ratio,
+    summary,
+    synchronize,
+    write_result,
+)
 from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, TINY, WAN_1_3B, build_components
@@ -30,78 +44,108 @@ from frostline.runtime.stage import Stage
 from frostline.runtime.store import EngineStore
 
 _COMPILE = "torch.compile"
+_OWN_CONV3D = "torch, own Conv3d"
+_ENGINE_COLUMNS = ("build_seconds", "load_seconds", "engine_mb")
+
+Run = Callable[[dict[str, Tensor]], Any]
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
+    start = time.monotonic()
     arguments = _arguments()
     device = torch.device(arguments.device)
-    staged = stage_model(
-        build_components(arguments.model, DTYPES[arguments.precision], device),
-        LoraSettings(rank=arguments.rank),
-        RewardSettings(),
-        parse_shapes("", f"video:{arguments.video}", ""),
-    )
+    staged, plain_vae = _stage(arguments, arguments.video, device)
     names = arguments.stages.split(",") if arguments.stages else list(staged.stages)
-    result: dict[str, Any] = {"arguments": vars(arguments) | {"out": str(arguments.out)}, "machine": machine(device)}
-    result["stages"] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        store = EngineStore(arguments.engines_dir or Path(folder))
+    inputs = {name: {arguments.video: staged.stages[name].sample()} for name in names}
+    for video in filter(None, arguments.shapes.split(",")):
+        other, _ = _stage(arguments, video, device)
         for name in names:
-            result["stages"][name] = _measure(staged, staged.stages[name], store, arguments, device)
-            write_result(arguments.out, result)
-            Console().print(_table({name: result["stages"][name]}))
-    Console().print(_table(result["stages"]))
+            inputs[name][video] = other.stages[name].sample()
+    result: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "stages": {}}
+    store = EngineStore(arguments.engines_dir)
+    for name in names:
+        with torch.no_grad():
+            result["stages"][name] = _measure(staged.stages[name], plain_vae, inputs[name], store, arguments, device)
+        result["seconds"] = time.monotonic() - start
+        write_result(arguments.out, result)
+        Console(width=160).print(_table({name: result["stages"][name]}))
+    Console().print(f"{result['seconds']:.0f} s")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=(TINY, WAN_1_3B), default=TINY)
     parser.add_argument("--stages", help="comma-separated; all if not given")
-    parser.add_argument("--backends", default="onnxruntime")
+    add_engine_arguments(parser)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--video", default="2x9x3x96x96", help="BxTx3xHxW")
+    parser.add_argument("--video", default="2x9x3x96x96", help="BxTx3xHxW that engines are built around")
+    parser.add_argument("--shapes", default="1x5x3x64x64,1x17x3x128x128", help="further shapes, comma-separated")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--engines-dir", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS / "stages.json")
     return parser.parse_args()
 
 
+def _stage(arguments: argparse.Namespace, video: str, device: torch.device) -> tuple[StagedModel, Any]:
+    """The stages around a shape, and a VAE that convolves as torch does by itself."""
+    components = build_components(arguments.model, DTYPES[arguments.precision], device)
+    plain_vae = plain_copy(components)
+    shapes = parse_shapes("", f"video:{video},faces:{_faces(video)}x3x112x112", "")
+    return stage_model(components, LoraSettings(rank=arguments.rank), RewardSettings(), shapes), plain_vae
+
+
+def _faces(video: str) -> int:
+    """One face in every frame."""
+    batch, frames, *_ = (int(part) for part in video.split("x"))
+    return batch * frames
+
+
 def _measure(
-    staged: StagedModel, stage: Stage, store: EngineStore, arguments: argparse.Namespace, device: torch.device
+    stage: Stage,
+    plain_vae: Any,
+    inputs: dict[str, dict[str, Tensor]],
+    store: EngineStore,
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, Any]:
-    inputs = stage.sample()
-    rows: dict[str, dict[str, Any]] = {}
-    contenders: dict[str, Callable[[], Any]] = {TORCH: lambda: stage.torch(**inputs)}
-    expected = _run(contenders[TORCH])
-    if not arguments.no_compile:
+    """All contenders at all shapes of one stage."""
+    runs: dict[str, Run] = {TORCH: lambda tensors: stage.torch(**tensors)}
+    built: dict[str, dict[str, Any]] = {TORCH: {}}
+    if device.type == "cpu" and (own := _own_conv3d(stage, plain_vae)):
+        runs[_OWN_CONV3D] = own
+    for backend in arguments.backends:
         try:
-            contenders[_COMPILE] = _compiled(stage, inputs)
-            rows[_COMPILE] = {"build_seconds": _seconds(contenders[_COMPILE], device)}
-        except Exception as error:  # the compiler's own many types
-            rows[_COMPILE] = {"error": _first_line(error)}
-            contenders.pop(_COMPILE, None)
-    for backend in arguments.backends.split(","):
-        try:
-            rows[backend], contenders[backend] = _engine(stage, backend, store, inputs, device)
+            built[backend], runs[backend] = _engine(stage, backend, store, device)
         except FrostlineError as error:
-            rows[backend] = {"error": _first_line(error)}
-    samples = interleave({name: _no_grad(run) for name, run in contenders.items()}, arguments.rounds, device)
-    for name, run in contenders.items():
-        row = rows.setdefault(name, {})
-        row |= summary(samples)[name]
-        row |= {"samples_ms": samples[name], "peak_gpu_gib": peak_gpu_gib(_no_grad(run), device)}
-        row["relative_error"] = _relative_error(expected, _run(run))
-        row["torch_over_this"] = ratio(samples, TORCH, name)
-    return {"inputs": {name: list(tensor.shape) for name, tensor in inputs.items()}, "contenders": rows}
+            built[backend] = {"error": _first_line(error)}
+    if not arguments.no_compile:
+        runs[_COMPILE] = _compiled(stage)
+    shapes = {}
+    for video, tensors in inputs.items():
+        rows: dict[str, dict[str, Any]] = {}
+        for name, run in [*runs.items()]:
+            try:
+                first = time.perf_counter()
+                outputs = run(tensors)
+                synchronize(device)
+                rows[name] = {"first_call_seconds": time.perf_counter() - first}
+            except Exception as error:  # the compiler's own many types, and shapes that an engine does not serve
+                rows[name] = {"error": _first_line(error)}
+                continue
+            rows[name]["relative_error"] = _relative_error(stage.torch(**tensors), outputs)
+        calls = {name: partial(runs[name], tensors) for name, row in rows.items() if "error" not in row}
+        samples = interleave(calls, arguments.rounds, device)
+        for name, row in summary(samples).items():
+            rows[name] |= {**row, "samples_ms": samples[name], "torch_over_this": ratio(samples, TORCH, name)}
+            rows[name]["memory_mib"] = peak_growth_mib(calls[name], device)
+        shapes[video] = {"inputs": {name: list(tensor.shape) for name, tensor in tensors.items()}, "contenders": rows}
+    return {"engines": built, "shapes": shapes}
 
 
-def _engine(
-    stage: Stage, backend: str, store: EngineStore, inputs: dict[str, Tensor], device: torch.device
-) -> tuple[dict[str, Any], Callable[[], Any]]:
+def _engine(stage: Stage, backend: str, store: EngineStore, device: torch.device) -> tuple[dict[str, Any], Run]:
     exported = export_stage(stage, backend, store)
     if exported.unverified:
         raise FrostlineError(f"built in {exported.manifest.build_seconds:.0f} s, not run: {exported.unverified}")
@@ -110,19 +154,18 @@ def _engine(
     start = time.perf_counter()
     networks = {network.name: network for network in stage.networks}
     run = stage.assemble(get_backend(backend).load(store.verify(record), networks, device))
-    run(**inputs)
     synchronize(device)
-    worst = max(exported.manifest.parity, key=lambda parity: parity.max_rel)
+    load_seconds = time.perf_counter() - start
     row = {
         "build_seconds": exported.manifest.build_seconds,
-        "load_seconds": time.perf_counter() - start,
+        "load_seconds": load_seconds,
         "engine_mb": record.bytes / 1e6,
-        "parity": worst.model_dump(),
+        "parity": exported.worst.model_dump(mode="json"),
     }
-    return row, lambda: run(**inputs)
+    return row, lambda tensors: run(**tensors)
 
 
-def _compiled(stage: Stage, inputs: dict[str, Tensor]) -> Callable[[], Any]:
+def _compiled(stage: Stage) -> Run:
     """Every network of the stage in `torch.compile`, put together as an engine's would be."""
     runners = {}
     for network in stage.networks:
@@ -134,23 +177,16 @@ def _compiled(stage: Stage, inputs: dict[str, Tensor]) -> Callable[[], Any]:
 
         runners[network.name] = run
     assembled = stage.assemble(runners)
-    return lambda: assembled(**inputs)
+    return lambda tensors: assembled(**tensors)
 
 
-@torch.no_grad()
-def _run(contender: Callable[[], Any]) -> Any:
-    return contender()
-
-
-def _no_grad(contender: Callable[[], Any]) -> Callable[[], Any]:
-    return torch.no_grad()(contender)
-
-
-def _seconds(contender: Callable[[], Any], device: torch.device) -> float:
-    start = time.perf_counter()
-    _run(contender)
-    synchronize(device)
-    return time.perf_counter() - start
+def _own_conv3d(stage: Stage, vae: Any) -> Run | None:
+    """The stage as diffsynth has it, convolving as torch does by itself; None for stages without Conv3d."""
+    if stage.name == "vae_encoder":
+        return lambda tensors: {"latents": vae.model.encode(tensors["video"], vae.scale)}
+    if stage.name == "vae_decoder":
+        return lambda tensors: {"video": vae.model.decode(tensors["latents"], vae.scale).clamp(-1, 1)}
+    return None
 
 
 def _relative_error(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float | None:
@@ -169,25 +205,30 @@ def _first_line(error: Exception) -> str:
 
 
 def _table(stages: dict[str, Any]) -> Table:
-    table = Table("stage", "contender", title="torch / this: above 1 is faster than eager PyTorch")
-    for column in ("median ms", "torch / this", "relative error", "build s", "load s", "peak GPU GiB"):
+    table = Table("stage", "shape", "contender", title="torch / this: above 1 is faster than eager PyTorch")
+    for column in ("median ms", "torch / this", "relative error", "memory MiB", "first s", "build s", "load s", "MB"):
         table.add_column(column, justify="right")
     for stage, measured in stages.items():
-        for name, row in measured["contenders"].items():
-            if "error" in row:
-                table.add_row(stage, name, "-", row["error"][:60])
-                continue
-            peak, build, load = row["peak_gpu_gib"], row.get("build_seconds"), row.get("load_seconds")
-            table.add_row(
-                stage,
-                name,
-                f"{row['median_ms']:.2f}",
-                f"{row['torch_over_this']['median']:.2f}",
-                "-" if row["relative_error"] is None else f"{row['relative_error']:.1e}",
-                "-" if build is None else f"{build:.1f}",
-                "-" if load is None else f"{load:.2f}",
-                "-" if peak is None else f"{peak:.2f}",
-            )
+        failed = {name: row for name, row in measured["engines"].items() if "error" in row}
+        for name, row in failed.items():
+            table.add_row(stage, "", name, "-", row["error"][:60])
+        for shape, at_shape in measured["shapes"].items():
+            for name, row in at_shape["contenders"].items():
+                if "error" in row:
+                    table.add_row(stage, shape, name, "-", row["error"][:60])
+                    continue
+                engine = measured["engines"].get(name, {})
+                table.add_row(
+                    stage,
+                    shape,
+                    name,
+                    f"{row['median_ms']:.2f}",
+                    f"{row['torch_over_this']['median']:.2f}",
+                    "-" if row["relative_error"] is None else f"{row['relative_error']:.1e}",
+                    f"{row['memory_mib']:.0f}",
+                    f"{row['first_call_seconds']:.2f}",
+                    *(f"{engine[key]:.2f}" if key in engine else "-" for key in _ENGINE_COLUMNS),
+                )
     return table
 
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from frostline.errors import EngineError, ParityError
-from frostline.export.onnx import trace_onnx
+from frostline.export.onnx import save_onnx
 from frostline.export.parity import compare
-from frostline.export.program import trace_program
+from frostline.export.traces import Traces
 from frostline.runtime import manifest
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.device import compute_capabilities, full_fp32
 from frostline.runtime.identity import find_engine, precision_of, stage_key, weights_sha256
+from frostline.runtime.latency import machine_id, take_turns
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.stage import Network, Runner, Size, Stage, Tolerance
 from frostline.runtime.store import Build, EngineStore, VerifiedEngine
@@ -58,6 +57,7 @@ def export_stage(
     *,
     options: BuildOptions = _DEFAULT_OPTIONS,
     force: bool = False,
+    traces: Traces | None = None,
     progress: Progress = lambda step: None,
 ) -> Exported:
     """Make sure that an engine of `stage` is in the store, verified if this machine can run it.
@@ -65,6 +65,7 @@ def export_stage(
     Args:
         options: what the backend is asked for.
         force: build it even if it is there.
+        traces: of this stage, for whoever builds it for several backends.
         progress: told what is going on, in a few words.
     Raises:
         EngineError: the backend is not available, or tracing, building or loading failed.
@@ -78,7 +79,7 @@ def export_stage(
     with store.building(stage.model, stage.name, backend_name, key) as build:
         engine, built = build.existing, False
         if engine is None or force:
-            engine, built = _build_engine(stage, weights, build, options, progress), True
+            engine, built = _build_engine(stage, weights, build, options, traces or Traces(), progress), True
     if engine.manifest.verified:
         return Exported(engine.manifest, built)
     if obstacle := backend.obstacle(stage.networks[0].device, engine.manifest.device):
@@ -109,7 +110,10 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
         raise ParityError(_explain(stage, backend, failed))
     updated = engine.manifest.updated(
         parity=tuple(parity),
-        latency_ms=_latency_ms({TORCH: stage.torch, backend: assembled}, stage.sample()),
+        latency_ms=take_turns(
+            {TORCH: stage.torch, backend: assembled}, stage.sample(), _LATENCY_RUNS, _LATENCY_SECONDS
+        ),
+        measured_on=machine_id(stage.networks[0].device),
         tolerance=manifest.Tolerance(**vars(stage.tolerance)),
         verified=True,
     )
@@ -152,13 +156,13 @@ def _awaits_verification(stage: Stage, store: EngineStore) -> bool:
 
 
 def _build_engine(
-    stage: Stage, weights: str, build: Build, options: BuildOptions, progress: Progress
+    stage: Stage, weights: str, build: Build, options: BuildOptions, traces: Traces, progress: Progress
 ) -> VerifiedEngine:
     backend = get_backend(build.id.backend)
     target = backend.target(stage.networks[0].device, options)
     start = time.monotonic()
     stage.restore_weights()
-    networks = [_build_network(network, backend, build, options, progress) for network in stage.networks]
+    networks = [_build_network(network, backend, build, options, traces, progress) for network in stage.networks]
     return build.commit(
         Manifest(
             **vars(build.id),
@@ -176,12 +180,12 @@ def _build_engine(
 
 
 def _build_network(
-    network: Network, backend: Backend, build: Build, options: BuildOptions, progress: Progress
+    network: Network, backend: Backend, build: Build, options: BuildOptions, traces: Traces, progress: Progress
 ) -> manifest.Network:
     progress(f"trace {network.name}")
     sources = build.folder / "sources"
     sources.mkdir(exist_ok=True)
-    source = _trace(network, backend, sources, options)
+    source = _trace(network, backend, sources, options, traces)
     progress(f"build {network.name}")
     if options.progress is None:
         options = replace(
@@ -209,11 +213,13 @@ def _build_network(
     )
 
 
-def _trace(network: Network, backend: Backend, folder: Path, options: BuildOptions) -> Path | ExportedProgram:
+def _trace(
+    network: Network, backend: Backend, folder: Path, options: BuildOptions, traces: Traces
+) -> Path | ExportedProgram:
     if backend.SOURCE == "exported_program":
-        return trace_program(network)
+        return traces.program(network)
     source = folder / f"{network.name}.onnx"
-    trace_onnx(network, source, options.opset)
+    save_onnx(network, traces.onnx(network, options.opset), source)
     return source
 
 
@@ -229,29 +235,6 @@ def _parity(stage: Stage, runners: Mapping[str, Runner], assembled: Runner) -> l
     with torch.no_grad():
         expected = stage.torch(**inputs)
     return measured + compare(stage.name, "sample", expected, assembled(**inputs), stage.tolerance)
-
-
-@torch.no_grad()
-def _latency_ms(contenders: Mapping[str, Runner], inputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Median milliseconds, the contenders taking turns so that a busy moment hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run(**inputs)
-    deadline = time.monotonic() + _LATENCY_SECONDS
-    for _ in range(_LATENCY_RUNS):
-        for name, run in contenders.items():
-            times[name].append(_time_ms(run, inputs))
-        if time.monotonic() > deadline:
-            break
-    return {name: statistics.median(samples) for name, samples in times.items()}
-
-
-def _time_ms(run: Runner, inputs: Mapping[str, Tensor]) -> float:
-    start = time.perf_counter()
-    run(**inputs)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
 
 
 def _explain(stage: Stage, backend: str, failed: Sequence[manifest.Parity]) -> str:

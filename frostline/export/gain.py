@@ -1,4 +1,4 @@
-"""What a plan is worth: the candidates of each stage, and the predicted time of a step's frozen part."""
+"""What a plan is worth: the candidates of each stage, and the predicted time of a whole training step."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class StageGain:
 
 @dataclass(frozen=True)
 class StepGain:
-    """Predicted milliseconds of the frozen part of one step."""
+    """Predicted milliseconds of one step: the frozen part in torch and as planned, and the live part in torch."""
 
     torch_ms: float
     planned_ms: float
+    live_ms: float
 
 
 def stage_gains(runtime: Runtime) -> list[StageGain]:
@@ -64,16 +65,34 @@ def frozen_uses(mid_timestep: int, final_timestep: int, high_noise_steps: int) -
     }
 
 
-def step_gain(runtime: Runtime, uses: Mapping[str, int]) -> StepGain:
-    """The sum over all stages that were measured; the others count on neither side."""
-    torch_ms = planned_ms = 0.0
+def live_uses(mid_timestep: int, final_timestep: int, high_noise_steps: int) -> dict[str, int]:
+    """How often a step runs each stage forward with gradient: the denoise tail, the decoder, the embedder."""
+    tail = range(mid_timestep, final_timestep + 1)
+    high_noise = sum(index < high_noise_steps for index in tail)
+    return {
+        "denoiser_high_noise": high_noise,
+        "denoiser": len(tail) - high_noise,
+        "vae_decoder": 1,
+        "face_embedder": 1,
+    }
+
+
+def step_gain(runtime: Runtime, frozen: Mapping[str, int], live: Mapping[str, int]) -> StepGain:
+    """The sums over all stages that were measured; the others count nowhere.
+
+    Args:
+        frozen, live: how often a step uses each stage without and with gradient.
+    """
+    torch_ms = planned_ms = live_ms = 0.0
     for name, choice in runtime.plan.items():
         latency = choice.latency_ms
         if TORCH not in latency:
             continue
-        torch_ms += uses.get(name, 0) * latency[TORCH]
-        planned_ms += uses.get(name, 0) * latency[choice.backend]
-    return StepGain(torch_ms, planned_ms)
+        torch_ms += frozen.get(name, 0) * latency[TORCH]
+        planned_ms += frozen.get(name, 0) * latency[choice.backend]
+        # All large weights are frozen: backward has the input's gradient alone to compute, as much work as forward.
+        live_ms += 2 * live.get(name, 0) * latency[TORCH]
+    return StepGain(torch_ms, planned_ms, live_ms)
 
 
 def _torch_candidate(choice: Choice) -> Candidate:

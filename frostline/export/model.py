@@ -19,6 +19,7 @@ from frostline.models.vae import use_onednn_conv3d
 from frostline.runtime.stage import Stage
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
 
 
@@ -27,22 +28,24 @@ class StagedModel:
     """A Wan model with its LoRA, its reward's networks and its stages.
 
     denoiser: carries the LoRA of `lora_config`, or none where that is None.
+    faces: the reward's networks, None where it looks at no faces.
     """
 
     components: WanComponents
     denoiser: Denoiser
     denoiser_high_noise: Denoiser | None
     lora_config: LoraConfig | None
-    embedder: nn.Module
-    detector_networks: nn.ModuleDict
+    faces: FaceModels | None
     stages: dict[str, Stage]
 
 
 def stage_model(
-    components: WanComponents, lora: LoraSettings | None, reward: RewardTerm, shapes: ShapeRange
+    components: WanComponents, lora: LoraSettings | None, reward: RewardTerm | None, shapes: ShapeRange
 ) -> StagedModel:
     """Inject the LoRA into `components` in place and build all stages.
 
+    Args:
+        reward: that of faces, whose networks become stages; None loads none.
     Raises:
         ConfigError: the LoRA or the embedder cannot be had as asked.
     """
@@ -53,13 +56,16 @@ def stage_model(
         lora_config = inject_lora(model, lora.rank, lora.alpha, lora.target_modules)
     # Live and frozen uses alike: an engine is then compared with the fastest plain PyTorch.
     use_onednn_conv3d(components.vae)
-    embedder = load_embedder(reward.embedder)
-    assert isinstance(embedder, nn.Module)
-    embedder.to(device)
-    detector = load_detector(reward.detector, reward.min_face_size)
-    detector_networks = detector.modules().to(device)
-    faces = FaceModels(detector, embedder)
+    faces = None if reward is None else _load_faces(reward, device)
     denoiser = Denoiser(model).to(device)
     expert = None if high_noise is None else Denoiser(high_noise).to(device)
     stages = build_stages(StageInputs(components, denoiser, expert, faces, shapes))
-    return StagedModel(components, denoiser, expert, lora_config, embedder, detector_networks, stages)
+    return StagedModel(components, denoiser, expert, lora_config, faces, stages)
+
+
+def _load_faces(reward: RewardTerm, device: torch.device) -> FaceModels:
+    embedder = load_embedder(reward.embedder)
+    assert isinstance(embedder, nn.Module)
+    detector = load_detector(reward.detector, reward.min_face_size)
+    detector.modules().to(device)
+    return FaceModels(detector, embedder.to(device))

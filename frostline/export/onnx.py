@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
+from torch.onnx import ONNXProgram
 
 from frostline.errors import EngineError
 from frostline.export.islands import widen_sensitive
@@ -22,8 +24,15 @@ def trace_onnx(network: Network, path: Path, opset: int = OPSET) -> None:
     Raises:
         EngineError: the exporter cannot express the network.
     """
-    program = trace_program(network)
-    weights = sum(tensor.nbytes for tensor in network.module.state_dict().values())
+    save_onnx(network, translate(network, trace_program(network), opset), path)
+
+
+def translate(network: Network, program: ExportedProgram, opset: int) -> ONNXProgram:
+    """What `trace_program` gave for `network`, in ONNX; it reads the weights where the network has them.
+
+    Raises:
+        EngineError: the exporter cannot express the network.
+    """
     try:
         with quiet(), torch.no_grad():
             translated = torch.onnx.export(
@@ -35,8 +44,22 @@ def trace_onnx(network: Network, path: Path, opset: int = OPSET) -> None:
             )
             assert translated is not None
             widen_sensitive(translated.model)
+    except Exception as error:
+        raise EngineError(f"network {network.name} cannot be expressed in ONNX: {error}") from error
+    return translated
+
+
+def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
+    """Write what `translate` gave, large weights into one file beside it.
+
+    Raises:
+        EngineError: the exporter cannot write it.
+    """
+    weights = sum(tensor.nbytes for tensor in network.module.state_dict().values())
+    try:
+        with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)
     except OSError:
         raise
     except Exception as error:
-        raise EngineError(f"network {network.name} cannot be expressed in ONNX: {error}") from error
+        raise EngineError(f"network {network.name} cannot be written as ONNX: {error}") from error

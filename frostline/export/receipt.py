@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +20,7 @@ from frostline.models.files import find_files
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.manifest import EngineId, Manifest, canonical_json
 from frostline.runtime.store import EngineStore
+from frostline.writing import written_whole
 
 _FOLDER = ".receipts"
 _PACKAGES = (
@@ -76,10 +76,8 @@ def recall(store: EngineStore, key: str) -> list[Manifest] | None:
 def remember(store: EngineStore, key: str, manifests: Iterable[Manifest]) -> None:
     """Write the receipt of an export that went well."""
     path = store.root / _FOLDER / f"{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps([list(vars(manifest.id).values()) for manifest in manifests]) + "\n")
-    partial.replace(path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps([list(vars(manifest.id).values()) for manifest in manifests]) + "\n")
 
 
 def _files(recipe: Recipe) -> list[Path]:

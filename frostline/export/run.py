@@ -13,6 +13,7 @@ from frostline.export.exporter import export_stage
 from frostline.export.model import StagedModel, stage_model
 from frostline.export.outcome import ExportRow, Status
 from frostline.export.recipe import ALL_STAGES, Recipe
+from frostline.export.traces import Traces
 from frostline.models.loading import load_components
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
@@ -71,7 +72,10 @@ def export_model(
         ConfigError: the recipe names a stage that the model does not have, or an unknown or unavailable backend.
         EngineError: `strict`, and an export failed.
     """
+    traces: dict[str, Traces] = {}
     for backend, stage in planned_exports(staged, recipe):
+        # One stage's at a time.
+        traces = {stage.name: traces.get(stage.name, Traces())}
         if options.dry_run:
             yield ExportRow(stage.name, backend, "planned", 0.0)
             continue
@@ -85,6 +89,7 @@ def export_model(
                 store,
                 force=options.force,
                 options=options.build,
+                traces=traces[stage.name],
                 progress=lambda step, stage=stage, backend=backend: announce(f"{backend} {stage.name}: {step}"),
             )
         except EngineError as error:
@@ -98,7 +103,7 @@ def export_model(
 
 
 def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stage]]:
-    """Backend and stage of each export, in order.
+    """Backend and stage of each export, in order: stage by stage, so that a stage is traced once.
 
     Raises:
         ConfigError: see `export_model`.
@@ -107,7 +112,7 @@ def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stag
         if reason := get_backend(backend).unavailable():
             raise ConfigError(f"backend {backend}: {reason}")
     names = _stage_names(recipe.stages, staged.stages)
-    return [(backend, staged.stages[name]) for backend in recipe.backends for name in names]
+    return [(backend, staged.stages[name]) for name in names for backend in recipe.backends]
 
 
 def _stage_names(wanted: Sequence[str], known: dict[str, Stage]) -> Sequence[str]:

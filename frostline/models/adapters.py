@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, DataError
+from frostline.writing import written_whole
 
 from .layouts.names import DENOISER, rename
 
@@ -95,7 +96,8 @@ def write_adapter(adapter: Adapter, spelling: str, out: Path, dtype: torch.dtype
     Args:
         dtype: of the matrices; as they are if not given.
     Raises:
-        ConfigError: the spelling is unknown, or `out` cannot be written.
+        ConfigError: the spelling is unknown, or goes into another kind of file.
+        DataError: `out` cannot be written.
     """
     if spelling not in SPELLINGS:
         raise ConfigError(f"unknown spelling {spelling!r}: use one of {', '.join(SPELLINGS)}")
@@ -153,7 +155,8 @@ def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
     """Write tensors as one safetensors file, which appears only complete.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it is no .safetensors file.
+        DataError: it cannot be written.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: weights are written as .safetensors")
@@ -244,11 +247,8 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error}") from error
+        with written_whole(path) as part:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from error

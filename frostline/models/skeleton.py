@@ -12,6 +12,7 @@ from frostline.errors import ConfigError
 from .files import BOUNDARY_IMAGE, BOUNDARY_TEXT, EMBEDDED, TEXT_LENGTH, find_files
 from .layouts.architecture import network_arguments
 from .layouts.names import Part
+from .vae import SPATIAL_MULTIPLE
 
 Network = tuple[Part, Mapping[str, Any]]
 
@@ -63,6 +64,12 @@ class Skeleton:
     text_length: int
     boundary: float
     from_files: bool
+
+    @property
+    def spatial_multiple(self) -> int:
+        """See `WanComponents`."""
+        # Only the VAE of Wan2.2 TI2V has a decoder of other sizes than its encoder; it halves once more.
+        return SPATIAL_MULTIPLE * (2 if "dec_dim" in self.networks["vae"][1] else 1)
 
 
 def read_skeleton(model: str | Path) -> Skeleton:

@@ -24,7 +24,7 @@ from typing import Literal
 from PIL import Image
 
 from frostline.errors import DataError
-from frostline.report.writing import written_whole
+from frostline.writing import written_whole
 
 _IMAGE_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _LARGE_IMAGE_BYTES = 200_000

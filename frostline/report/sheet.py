@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from frostline.errors import DataError
-from frostline.report.writing import written_whole
+from frostline.writing import written_whole
 
 # A mid-grey that reads on a white page as on a dark one (4.3 to 1 against both): the sheet's own ground is transparent.
 _TEXT_COLOUR = (112, 124, 137, 255)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +14,12 @@ from frostline.models.precision import DTYPES
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import OPSET, BuildOptions
 from frostline.runtime.device import compute_capabilities
+from frostline.runtime.memo import cache_folder, recall, remember
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.store import EngineRecord, EngineStore, engine_key
 
-log = logging.getLogger(__name__)
-
 # Raise it when a network's forward changes in a way that names, shapes and layers do not show.
 GRAPH_VERSION = 1
-CACHE_VARIABLE = "FROSTLINE_CACHE_DIR"
 # Raise it when the digest is made of other things.
 _MEMO_VERSION = 1
 _DEFAULT_OPTIONS = BuildOptions()
@@ -39,12 +35,13 @@ def weights_sha256(stage: Stage) -> str:
     if weights is None or weights.resident:
         return _sha256(stage)
     memo = digest_memo(stage, weights.source)
-    if (known := _recall(memo)) is not None:
+    known = recall(memo)
+    if known is not None and re.fullmatch(r"[0-9a-f]{64}", known):
         return known
     weights.restore()
     computed = _sha256(stage)
     # Of what was read a moment ago, and not of tensors that someone may have changed since.
-    _remember(memo, computed)
+    remember(memo, computed)
     return computed
 
 
@@ -52,34 +49,7 @@ def digest_memo(stage: Stage, source: str) -> Path:
     """Where the digest of weights from `source` is noted."""
     graph = [_describe(network) for network in stage.networks]
     key = hashlib.sha256("\n".join([f"v{_MEMO_VERSION}", stage.name, source, *graph]).encode()).hexdigest()
-    return _cache_folder() / "weights" / f"{key}.sha256"
-
-
-def _cache_folder() -> Path:
-    """`FROSTLINE_CACHE_DIR`, or the user's own folder for what can be computed again."""
-    if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder)
-    import platformdirs  # only this default needs it
-
-    return platformdirs.user_cache_path("frostline")
-
-
-def _recall(memo: Path) -> str | None:
-    try:
-        noted = memo.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return noted if re.fullmatch(r"[0-9a-f]{64}", noted) else None
-
-
-def _remember(memo: Path, digest: str) -> None:
-    partial = memo.with_suffix(f".{os.getpid()}.partial")
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(digest + "\n")
-        partial.replace(memo)
-    except OSError as error:
-        log.debug("cannot note a digest in %s: %s", memo, error)  # the next run computes it again
+    return cache_folder() / "weights" / f"{key}.sha256"
 
 
 def _sha256(stage: Stage) -> str:

@@ -154,7 +154,8 @@ class Manifest(_Part):
     build_seconds: float = Field(default=0.0, ge=0)
     parity: tuple[Parity, ...] = ()
     tolerance: Tolerance | None = None
-    latency_ms: dict[str, float] = Field(default={}, description="measured on this machine, by backend")
+    latency_ms: dict[str, float] = Field(default={}, description="by backend, all in one interleaved run")
+    measured_on: str = Field(default="", description="the machine that latency_ms is of")
     verified: bool = Field(default=False, description="parity was measured on a device that runs the engine")
     created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
 

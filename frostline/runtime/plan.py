@@ -26,11 +26,15 @@ def parse_plan(text: str) -> str | dict[str, str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of one stage, the reason, and the latencies (ms, by backend) that decided."""
+    """The backend of one stage, the reason, and the latencies (ms, by backend) that decided.
+
+    candidates: engines among which each new shape decides, and torch; none where the backend does not depend on it.
+    """
 
     backend: str
     reason: str
     latency_ms: Mapping[str, float] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
 
 
 class Plan(Mapping[str, Choice]):

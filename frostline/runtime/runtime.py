@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from frostline.errors import ConfigError, EngineError, ShapeError
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.clock import StageClock
 from frostline.runtime.identity import find_engine, weights_sha256
+from frostline.runtime.latency import LatencyNote, machine_id, shape_class, take_turns
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.plan import Choice, Plan
 from frostline.runtime.stage import Runner, Stage
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 PlanSetting = str | Mapping[str, str]
 AUTO = "auto"
+# Engines by so much slower than the best where they were verified are not tried at other shapes.
+_WORTH_A_TRIAL = 2
+# What is spent on a comparison at a new shape, beside a first run of each.
+_TRIAL_RUNS, _TRIAL_SECONDS = 5, 0.5
 
 
 class Runtime:
@@ -31,8 +36,8 @@ class Runtime:
 
     Args:
         stages: by name.
-        plan: `auto` (per stage the fastest verified engine measured on this machine, torch where none is faster),
-            one backend for all stages, or a mapping of stage to backend (`auto` for the stages it leaves out).
+        plan: `auto` (per stage and shape the fastest verified engine, measured on this machine, torch where none is
+            faster), one backend for all stages, or a mapping of stage to backend (`auto` for the stages it leaves out).
         engines: the engine store; None serves everything from torch.
         strict: raise where an engine fails, instead of falling back to torch.
     Raises:
@@ -55,18 +60,23 @@ class Runtime:
         self._runners: dict[tuple[str, str], Runner] = {}
         self._warned: set[str] = set()
         self._plan: dict[str, Choice] = {}
+        self._at_shape: dict[tuple[str, str], Choice] = {}
+        self._served: dict[str, Choice] = {}
         self.replan(plan)
 
     def replan(self, plan: PlanSetting) -> None:
         """Choose anew, for instance after an export; engines that failed before get another chance."""
         wanted = self._expand(plan)
         self._runners.clear()
+        self._at_shape.clear()
+        self._served.clear()
         self._plan = {name: self._choose(stage, wanted[name]) for name, stage in self.stages.items()}
 
     @property
     def plan(self) -> Plan:
-        """What serves each stage now."""
-        return Plan(self._plan)
+        """What serves each stage now; where that depends on the shape, at the one that came last."""
+        served = {name: self._served.get(name, choice) for name, choice in self._plan.items() if choice.candidates}
+        return Plan({**self._plan, **served})
 
     def __getitem__(self, stage: str) -> Runner:
         """The stage as a callable that follows the plan, also when it changes later."""
@@ -102,12 +112,22 @@ class Runtime:
                 weights.release()
 
     def fingerprint(self, stage: str) -> str:
-        """What the stage's outputs depend on, beside its inputs: its weights and the backend that serves it."""
-        return f"{self._plan[stage].backend} {self._weights_of(stage)}"
+        """What the stage's outputs depend on, beside its inputs: its weights and the backends that may serve it."""
+        choice = self._plan[stage]
+        backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend
+        return f"{backends} {self._weights_of(stage)}"
+
+    def admits(self, stage: str, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether inputs of a stage that is one network, in one call, are of shapes that its backend serves."""
+        choice = self._plan[stage]
+        if choice.backend == TORCH and not choice.candidates:
+            return True
+        (network,) = self.stages[stage].networks
+        return all(spec.admits(inputs[spec.name].shape) for spec in network.inputs)
 
     def run(self, stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one stage as planned; a failing engine is replaced by torch, with one warning."""
-        backend = self._plan[stage].backend
+        backend = self._backend_at(stage, inputs)
         with torch.no_grad(), self.clock.measure(stage, backend):
             try:
                 return self._runner(stage, backend)(**inputs)
@@ -119,7 +139,7 @@ class Runtime:
             except Exception as error:
                 if backend == TORCH or self.strict:
                     raise
-                self._fall_back(stage, backend, error)
+                self._do_without(stage, backend, error)
                 return self._runner(stage, TORCH)(**inputs)
 
     def _expand(self, plan: PlanSetting) -> dict[str, str]:
@@ -151,25 +171,99 @@ class Runtime:
     def _fastest(self, stage: Stage) -> Choice:
         if self._store is None:
             return Choice(TORCH, "no engine store")
-        candidates = {}
+        candidates: dict[str, Manifest] = {}
         for backend in ENGINE_BACKENDS:
             record = self.record(stage.name, backend)
             manifest = record.manifest if record else None
-            if (
-                manifest
-                and not _doubt(stage, manifest)
-                and backend in manifest.latency_ms
-                and TORCH in manifest.latency_ms
-            ):
-                candidates[backend] = manifest.latency_ms
+            if manifest and not _doubt(stage, manifest) and {backend, TORCH} <= manifest.latency_ms.keys():
+                candidates[backend] = manifest
         if not candidates:
             return Choice(TORCH, f"no verified engine: `{_export_command(stage, ENGINE_BACKENDS[0])}`")
         # Latencies come from different runs: what compares is the ratio to torch in the same run.
-        best = min(candidates, key=lambda backend: candidates[backend][backend] / candidates[backend][TORCH])
-        gain = candidates[best][TORCH] / candidates[best][best]
-        if gain <= 1:
-            return Choice(TORCH, f"{best} is slower ({gain:.2f}x)", candidates[best])
-        return Choice(best, f"{gain:.2f}x as fast as torch", candidates[best])
+        gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
+        best = max(gains, key=lambda backend: gains[backend])
+        backend = best if gains[best] > 1 else TORCH
+        here = machine_id(stage.networks[0].device)
+        if any(manifest.measured_on != here for manifest in candidates.values()):
+            reason = f"as {candidates[best].measured_on or 'another machine'} has it; this one decides at first use"
+            return Choice(backend, reason, {}, tuple(candidates))
+        worth = tuple(name for name, gain in gains.items() if _WORTH_A_TRIAL * gain >= max(1, gains[best]))
+        reason = f"{gains[best]:.2f}x as fast as torch" if gains[best] > 1 else f"{best} is slower ({gains[best]:.2f}x)"
+        return Choice(backend, reason, candidates[best].latency_ms, worth)
+
+    def _backend_at(self, stage: str, inputs: Mapping[str, Tensor]) -> str:
+        """The backend that serves inputs of these shapes."""
+        choice = self._plan[stage]
+        if not choice.candidates:
+            return choice.backend
+        shape = shape_class(inputs)
+        if (stage, shape) not in self._at_shape:
+            self._at_shape[stage, shape] = self._fastest_at(self.stages[stage], choice, shape, inputs)
+        self._served[stage] = self._at_shape[stage, shape]
+        return self._served[stage].backend
+
+    @torch.no_grad()
+    def _fastest_at(self, stage: Stage, choice: Choice, shape: str, inputs: Mapping[str, Tensor]) -> Choice:
+        """Measured, or recalled from an earlier run on this machine."""
+        if stage.weights is not None and not stage.weights.resident:
+            return choice  # to read them for a comparison costs more than it could gain
+        if _several_processes():
+            return choice  # a stage in shards runs in all processes at once: they have to choose alike
+        records = {backend: self.record(stage.name, backend) for backend in choice.candidates}
+        contenders = {backend: record.id.key for backend, record in records.items() if record is not None}
+        note = LatencyNote(stage.name, {**contenders, TORCH: TORCH}, shape, stage.networks[0].device)
+        latency_ms = note.read()
+        if latency_ms is None:
+            runners = {TORCH: stage.torch, **self._able(stage, choice.candidates, inputs)}
+            if len(runners) == 1:
+                return Choice(TORCH, "no engine serves this shape")
+            log.info("stage %s: timing %s at %s", stage.name, ", ".join(runners), shape)
+            latency_ms = take_turns(runners, inputs, _TRIAL_RUNS, _TRIAL_SECONDS)
+            if runners.keys() == contenders.keys() | {TORCH}:
+                latency_ms = note.write(latency_ms)
+        best = min(latency_ms, key=lambda backend: latency_ms[backend])
+        self._forget_engines(
+            stage.name, {best, *(c.backend for (name, _), c in self._at_shape.items() if name == stage.name)}
+        )
+        if best == TORCH:
+            rival = min(latency_ms.keys() - {TORCH}, key=lambda backend: latency_ms[backend])
+            gain = latency_ms[TORCH] / latency_ms[rival]
+            return Choice(TORCH, f"{rival} is slower at this shape ({gain:.2f}x)", latency_ms)
+        return Choice(best, f"{latency_ms[TORCH] / latency_ms[best]:.2f}x as fast as torch at this shape", latency_ms)
+
+    def _able(self, stage: Stage, backends: Iterable[str], inputs: Mapping[str, Tensor]) -> dict[str, Runner]:
+        """Those of the engines that load, and run on these inputs."""
+        able = {}
+        for backend in backends:
+            try:
+                runner = self._runner(stage.name, backend)
+                runner(**inputs)
+            except ShapeError as error:
+                if self.strict:
+                    raise
+                self._warn_once(f"stage {stage.name}: torch serves this shape ({error})")
+            except Exception as error:
+                if self.strict:
+                    raise
+                self._do_without(stage.name, backend, error)
+            else:
+                able[backend] = runner
+        return able
+
+    def _do_without(self, stage: str, backend: str, error: Exception) -> None:
+        """Serve a stage from now on with what is left: the other candidates, if there are any, and torch."""
+        rest = tuple(name for name in self._plan[stage].candidates if name != backend)
+        left = " or ".join((*rest, TORCH))
+        log.warning("stage %s: backend %s failed, %s serves it from now on (%s)", stage, backend, left, error)
+        self._plan[stage] = Choice(rest[0] if rest else TORCH, f"{backend} failed: {error}", {}, rest)
+        self._at_shape = {key: choice for key, choice in self._at_shape.items() if key[0] != stage}
+        self._served.pop(stage, None)
+
+    def _forget_engines(self, stage: str, needed: set[str]) -> None:
+        """Give the memory of engines back that lost wherever they were tried."""
+        for name, backend in [*self._runners]:
+            if name == stage and backend not in needed:
+                del self._runners[name, backend]
 
     def record(self, stage: str, backend: str) -> EngineRecord | None:
         """The engine of a stage on a backend, if one was built for these weights, shapes and this machine."""
@@ -210,10 +304,6 @@ class Runtime:
             self._warned.add(message)
             log.warning("%s", message)
 
-    def _fall_back(self, stage: str, backend: str, error: Exception) -> None:
-        log.warning("stage %s: backend %s failed, torch serves it from now on (%s)", stage, backend, error)
-        self._plan[stage] = Choice(TORCH, f"{backend} failed: {error}")
-
 
 @dataclass(frozen=True)
 class _PlannedRunner:
@@ -222,6 +312,11 @@ class _PlannedRunner:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.runtime.run(self.stage, inputs)
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _holds_weights(backend: str) -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from frostline.errors import ConfigError, DataError
-from frostline.report.writing import written_whole
 from frostline.score.result import COLUMNS, VideoScore
+from frostline.writing import written_whole
 
 SUFFIXES = (".jsonl", ".csv")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from frostline.errors import ConfigError
 from frostline.progress import Bar, Progress
-from frostline.report.writing import written_whole
 from frostline.score.engines import FaceNetworks, check_backend, load_networks
 from frostline.score.files import ResultFile
 from frostline.score.processes import Processes
@@ -21,6 +20,7 @@ from frostline.score.result import VideoScore
 from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary, summarize
+from frostline.writing import written_whole
 
 Done = Mapping[int, VideoScore]
 

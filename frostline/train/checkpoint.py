@@ -27,7 +27,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from frostline.errors import CheckpointError
+from frostline.errors import CheckpointError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
             shutil.rmtree(final)
         partial.rename(final)
         _sync(run)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DataError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         kept = latest(run)
         rest = f"the last whole one is {kept.path}" if kept else "there is none before it"

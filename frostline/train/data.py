@@ -29,7 +29,7 @@ _FRAMES_AT_ONCE = 8
 
 
 class Sample(TypedDict):
-    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], T = 4k+1, H and W multiples of 16."""
+    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], T = 4k+1, H and W multiples of what the model takes."""
 
     sample_id: str
     prompt: str
@@ -80,10 +80,10 @@ class VideoPromptDataset(Dataset[Sample]):
     allowed, paths relative to the file), a folder that holds one, or a folder of videos with .txt captions of
     the same name.
     num_frames: frames of every sample, 4k+1, taken from the video's start, `frame_stride` apart.
-    height, width: the size of every sample, multiples of 16; left out, each video keeps its own, shrunk to
-    at most `max_pixels` and rounded down to multiples of 16. Videos are resized to cover the size and cropped
-    at the centre.
+    height, width: the size of every sample; left out, each video keeps its own, shrunk to at most `max_pixels` and
+    rounded down to multiples of `multiple`. Videos are resized to cover the size and cropped at the centre.
     allow_outside: let the metadata name videos outside its own folder; only for metadata you trust.
+    multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
 
     A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
     """
@@ -98,12 +98,14 @@ class VideoPromptDataset(Dataset[Sample]):
         max_pixels: int = 480 * 832,
         frame_stride: int = 1,
         allow_outside: bool = False,
+        multiple: int = SPATIAL_MULTIPLE,
     ) -> None:
-        check_cut(num_frames, height, width, max_pixels, frame_stride)
+        check_cut(num_frames, height, width, max_pixels, frame_stride, multiple)
         self.num_frames = num_frames
         self.size = (height, width) if height is not None and width is not None else None
         self.max_pixels = max_pixels
         self.frame_stride = frame_stride
+        self.multiple = multiple
         self.source = _resolve_source(Path(source))
         self._rows = _with_unique_ids(_read_rows(self.source, allow_outside))
         if not self._rows:
@@ -124,7 +126,7 @@ class VideoPromptDataset(Dataset[Sample]):
         except DataError as error:
             raise DataError(str(self._bad_row(row, "video", str(error)))) from error
         height, width = frames.shape[-2:]
-        video = crop_to(frames, self.size or size_within(height, width, self.max_pixels))
+        video = crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.multiple))
         if len(video) < self.num_frames:
             _log_padding(row.sample_id, len(video), self.num_frames)
             video = pad_frames(video, self.num_frames, dim=0)
@@ -175,12 +177,12 @@ def collate(samples: Sequence[Sample]) -> CollatedBatch:
     }
 
 
-def size_within(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) shrunk to at most `max_pixels`, in multiples of 16 rounded down, at least 16 each."""
+def size_within(height: int, width: int, max_pixels: int, multiple: int = SPATIAL_MULTIPLE) -> tuple[int, int]:
+    """(height, width) shrunk to at most `max_pixels`, in multiples rounded down, at least one of them each."""
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
-    # The small term keeps a size that is already a multiple of 16 from falling to the next through rounding.
-    fitted = [max(1, math.floor(side * scale / SPATIAL_MULTIPLE + 1e-9)) for side in (height, width)]
-    return fitted[0] * SPATIAL_MULTIPLE, fitted[1] * SPATIAL_MULTIPLE
+    # The small term keeps a size that is already a multiple from falling to the next through rounding.
+    fitted = [max(1, math.floor(side * scale / multiple + 1e-9)) for side in (height, width)]
+    return fitted[0] * multiple, fitted[1] * multiple
 
 
 def crop_to(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -203,17 +205,24 @@ def _log_padding(sample_id: str, frames: int, num_frames: int) -> None:
     logger.warning("sample %s: %d frames, padded to %d by repeating the last", sample_id, frames, num_frames)
 
 
-def check_cut(num_frames: int, height: int | None, width: int | None, max_pixels: int, frame_stride: int) -> None:
+def check_cut(
+    num_frames: int,
+    height: int | None,
+    width: int | None,
+    max_pixels: int,
+    frame_stride: int,
+    multiple: int = SPATIAL_MULTIPLE,
+) -> None:
     """Refuse, with a ConfigError, what Wan cannot take; see `VideoPromptDataset` for the arguments."""
     if num_frames < 1 or num_frames % 4 != 1:
         raise ConfigError(f"num_frames must be 4k+1 (1, 5, 9, …), not {num_frames}")
     if (height is None) != (width is None):
         raise ConfigError("height and width go together: set both or neither")
     for name, side in (("height", height), ("width", width)):
-        if side is not None and (side < SPATIAL_MULTIPLE or side % SPATIAL_MULTIPLE):
-            raise ConfigError(f"{name} must be a multiple of {SPATIAL_MULTIPLE}, not {side}")
-    if max_pixels < SPATIAL_MULTIPLE**2:
-        raise ConfigError(f"max_pixels must be at least {SPATIAL_MULTIPLE**2}, not {max_pixels}")
+        if side is not None and (side < multiple or side % multiple):
+            raise ConfigError(f"{name} must be a multiple of {multiple}, not {side}")
+    if max_pixels < multiple**2:
+        raise ConfigError(f"max_pixels must be at least {multiple**2}, not {max_pixels}")
     if frame_stride < 1:
         raise ConfigError(f"frame_stride must be at least 1, not {frame_stride}")
 

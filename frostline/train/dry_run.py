@@ -7,9 +7,10 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from frostline.errors import DataError, FrostlineError
+from frostline.errors import FrostlineError
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.skeleton import Skeleton, read_skeleton
 from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.runtime.backends import TORCH
 from frostline.train.batch import nearest_multiple
@@ -23,14 +24,16 @@ from frostline.train.trackers import check_trackers
 
 def print_dry_run(settings: RunSettings, console: Console) -> bool:
     """Print the schedule, the pace and every bad row; returns whether the run could begin."""
-    console.print(_schedule_table(settings))
-    problems = []
+    problems, multiple = [], SPATIAL_MULTIPLE
     try:
-        console.print(memory_table(_memory_plan(settings)))
+        skeleton = read_skeleton(settings.model)
+        multiple = skeleton.spatial_multiple
+        console.print(_schedule_table(settings, skeleton))
+        console.print(memory_table(_memory_plan(settings, multiple)))
     except FrostlineError as error:
         problems.append(f"model: {error}")
     for section, videos in (("data", settings.data), ("validation", settings.validation)):
-        lines = _look_at(section, videos, settings, console)
+        lines = _look_at(section, videos, multiple, settings, console)
         if section == "validation" or settings.data.bad_rows == "error":
             problems += lines
     try:
@@ -43,12 +46,12 @@ def print_dry_run(settings: RunSettings, console: Console) -> bool:
     return not problems
 
 
-def _memory_plan(settings: RunSettings) -> MemoryPlan:
+def _memory_plan(settings: RunSettings, multiple: int) -> MemoryPlan:
     data, train, memory = settings.data, settings.train, settings.memory
     height, width = data.height, data.width
     if height is None or width is None:
         # Videos keep their proportions; of all shapes with so many pixels, the square stands for them.
-        height = width = nearest_multiple(math.isqrt(data.max_pixels), 2 * SPATIAL_MULTIPLE)
+        height = width = nearest_multiple(math.isqrt(data.max_pixels), multiple)
     faces = settings.reward.face_identity
     return memory_plan(
         settings.model,
@@ -63,13 +66,13 @@ def _memory_plan(settings: RunSettings) -> MemoryPlan:
     )
 
 
-def _look_at(section: str, videos: VideoSettings, settings: RunSettings, console: Console) -> list[str]:
+def _look_at(section: str, videos: VideoSettings, multiple: int, settings: RunSettings, console: Console) -> list[str]:
     """What is wrong with a data source, one line a row."""
     if videos.source is None:
         return [] if section == "validation" else ["data.source: is needed: a metadata file, or a folder of videos"]
     try:
-        dataset = videos.open(videos.source)
-    except DataError as error:
+        dataset = videos.open(videos.source, multiple)
+    except FrostlineError as error:
         return [f"{section}: {error}"]
     bad = dataset.validate(deep=True)
     console.print(f"{section}: {len(dataset) - len(bad)} of {len(dataset)} rows can be read", highlight=False)
@@ -88,9 +91,12 @@ def _pace(settings: RunSettings, dataset: VideoPromptDataset, bad: int) -> str:
     )
 
 
-def _schedule_table(settings: RunSettings) -> Table:
-    """Which step is frozen, which carries gradient, at which noise."""
+def _schedule_table(settings: RunSettings, skeleton: Skeleton) -> Table:
+    """Which step is frozen, which carries gradient, at which noise, and of two experts by which."""
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+    two_experts = "denoiser_high_noise" in skeleton.networks
+    boundary = skeleton.boundary if settings.boundary is None else settings.boundary
+    high_noise_steps = schedule.high_noise_steps(boundary) if two_experts else 0
     table = Table(title="one training step", title_justify="left")
     for column in ("step", "sigma", "timestep", "what runs"):
         table.add_column(column, justify="left" if column == "what runs" else "right")
@@ -102,5 +108,7 @@ def _schedule_table(settings: RunSettings) -> Table:
             what = "denoise tail: gradient, and its KL reference (frozen)"
         else:
             what = "not run"
+        if two_experts and what != "not run":
+            what = f"{what}; {'high' if index < high_noise_steps else 'low'}-noise expert"
         table.add_row(str(index), f"{sigma:.4f}", f"{timestep:.1f}", what)
     return table

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, Subset
 from frostline.config import TrainingModuleSettings
 from frostline.errors import CheckpointError, ConfigError, DataError
 from frostline.export.shapes import parse_shapes
+from frostline.models.skeleton import read_skeleton
+from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.heap import keep_freed_memory
@@ -47,8 +49,9 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     checkpoint = _from_first_process(accelerator, lambda: find_resume(settings.output_dir, resume))
-    dataset = _training_data(settings, accelerator, progress)
-    validation = open_validation(settings)
+    multiple = read_skeleton(settings.model).spatial_multiple
+    dataset = _training_data(settings, accelerator, progress, multiple)
+    validation = open_validation(settings, multiple)
     with progress.task(f"load {settings.model}"):
         # The loader knows "cpu", not the "cpu:1" of a second process.
         module = build_module(settings, torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device)
@@ -60,15 +63,25 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
             bar.describe(_describe(line))
             bar.advance(1)
 
+        def validate_at(step: int) -> dict[str, Any]:
+            assert validation is not None
+            starts = len(validation.starts)
+            seen = 0
+
+            def on_starts(done: int) -> None:
+                nonlocal seen
+                seen += done
+                bar.describe(f"look at held-out start {min(seen, starts)} of {starts}")
+
+            return validate(module, validation, step, settings.output_dir, on_starts)
+
         options = RunOptions(
             resume=checkpoint,
             overwrite=settings.overwrite_output_dir,
             num_workers=settings.data.num_workers,
             config=dump_settings(settings),
             facts=run_facts(module),
-            validate=None
-            if validation is None
-            else lambda step: validate(module, validation, step, settings.output_dir),
+            validate=None if validation is None else validate_at,
             validation_steps=settings.validation.steps,
             on_step=on_step,
         )
@@ -148,29 +161,36 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
     return Subset(dataset, good)
 
 
-def open_validation(settings: RunSettings) -> Validation | None:
+def open_validation(settings: RunSettings, multiple: int = SPATIAL_MULTIPLE) -> Validation | None:
     """The held-out starts, if the settings name some."""
     validation = settings.validation
     if validation.source is None:
         return None
-    dataset = validation.open(validation.source)
+    dataset = validation.open(validation.source, multiple)
     starts = range(min(validation.num_videos, len(dataset)))
     unusable = [row for row in dataset.validate() if row.sample_id in dataset.sample_ids[: len(starts)]]
     if unusable:
         raise DataError(f"validation: {unusable[0]}")
-    return Validation(dataset, starts, validation.batch_size, validation.noise_seed)
+    return Validation(dataset, starts, validation.batch_size, validation.noise_seed, validation.lossless)
 
 
 def run_facts(module: WanTrainingModule) -> dict[str, Any]:
     """What the report says of a run beside its settings."""
-    plan = {name: {"backend": choice.backend, "reason": choice.reason} for name, choice in module.runtime.plan.items()}
+    runtime, plan = module.runtime, {}
+    for name, choice in runtime.plan.items():
+        record = None if choice.backend == TORCH else runtime.record(name, choice.backend)
+        manifest = None if record is None else record.manifest
+        errors = [] if manifest is None else [parity.max_abs for parity in manifest.parity]
+        plan[name] = {"backend": choice.backend, "reason": choice.reason, "parity_max_abs": max(errors, default=None)}
     return {"plan": plan, "versions": versions()}
 
 
-def _training_data(settings: RunSettings, accelerator: Accelerator, progress: Progress) -> Dataset[Sample]:
+def _training_data(
+    settings: RunSettings, accelerator: Accelerator, progress: Progress, multiple: int
+) -> Dataset[Sample]:
     if settings.data.source is None:
         raise ConfigError("data.source: is needed: a metadata file, or a folder of captioned videos")
-    dataset = settings.data.open(settings.data.source)
+    dataset = settings.data.open(settings.data.source, multiple)
 
     def look() -> list[BadRow]:
         with progress.task("look at the data"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from frostline.config import TrainingModuleSettings
+from frostline.config import RewardTerm, TrainingModuleSettings
 from frostline.errors import ConfigError, DataError
 from frostline.export.exporter import ensure_verified
 from frostline.export.model import stage_model
@@ -83,19 +83,19 @@ class WanTrainingModule(nn.Module):
         super().__init__()
         self.settings = settings or TrainingModuleSettings()
         self.components = components
-        faces = self.settings.reward.face_identity or self.settings.reward
-        staged = stage_model(components, self.settings.lora, faces, shapes or ShapeRange())
+        staged = stage_model(components, self.settings.lora, self.settings.reward.face_identity, shapes or ShapeRange())
         self.denoiser, self.denoiser_high_noise = staged.denoiser, staged.denoiser_high_noise
         self.denoiser.gradient_checkpointing = self.settings.gradient_checkpointing
-        self.embedder, self.detector_networks = staged.embedder, staged.detector_networks
         self.lora_config, self.stages = staged.lora_config, staged.stages
         if engines is not None and plan != TORCH:
             ensure_verified(self.stages.values(), EngineStore(Path(engines)))
         self.runtime = Runtime(self.stages, plan, None if engines is None else Path(engines), strict)
+        self.faces = staged.faces
+        if self.faces is not None:
+            # Registered, so that they move with the module.
+            self.embedder, self.detector_networks = self.faces.embedder, self.faces.detector.modules()
         self.rewards = build_rewards(
-            self.settings.reward,
-            lambda term: face_identity_reward(term, self.runtime, self.embedder),
-            self.denoiser.model.patch_embedding.weight.device,
+            self.settings.reward, self._face_identity, self.denoiser.model.patch_embedding.weight.device
         )
         self.cache = self._open_cache()
         self.conditioner = Conditioner(components, self.runtime, self.rewards, self.cache)
@@ -135,6 +135,10 @@ class WanTrainingModule(nn.Module):
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module
+
+    def _face_identity(self, term: RewardTerm) -> ActiveReward:
+        assert self.faces is not None
+        return face_identity_reward(term, self.runtime, self.faces.embedder)
 
     def _open_cache(self) -> FrozenOutputCache | None:
         settings = self.settings

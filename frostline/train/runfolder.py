@@ -15,15 +15,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from frostline.errors import CheckpointError, ConfigError
-from frostline.report.writing import written_whole
 from frostline.train.checkpoint import find_checkpoints
+from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
 
-METRICS, VALIDATION, RUN_FACTS, REPORT = "metrics.jsonl", "validation.jsonl", "run.json", "report.html"
+METRICS, VALIDATION, RUN_FACTS = "metrics.jsonl", "validation.jsonl", "run.json"
+REPORT, SHEET, TIMING = "report.html", "contact_sheet.png", "timing.json"
 _LOCK = ".lock"
 # What a run writes; nothing else is ever deleted.
-_WRITTEN = (METRICS, VALIDATION, RUN_FACTS, REPORT, "config.yaml", "adapter", "validation", "trackers")
+_WRITTEN = (
+    *(METRICS, VALIDATION, RUN_FACTS, REPORT, SHEET, TIMING, "config.yaml"),
+    *("adapter", "validation", "trackers"),
+)
 
 
 @contextmanager

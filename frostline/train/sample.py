@@ -17,7 +17,6 @@ from frostline.models.lora import copy_adapter, lora_parameters
 from frostline.models.precision import Precision, parse_precision
 from frostline.models.vae import TEMPORAL_STRIDE
 from frostline.runtime.plan import Plan, parse_plan
-from frostline.train.batch import nearest_multiple
 from frostline.train.data import crop_to, size_within
 from frostline.train.module import WanTrainingModule
 from frostline.video import read_video, write_video
@@ -145,5 +144,4 @@ def _size(settings: SampleSettings, picture: Tensor | None, multiple: int) -> tu
                 raise ConfigError(f"{name} must be a multiple of {multiple} for {settings.model}, not {side}")
         return settings.height, settings.width
     assert picture is not None
-    height, width = size_within(picture.shape[-2], picture.shape[-1], settings.max_pixels)
-    return nearest_multiple(height, multiple), nearest_multiple(width, multiple)
+    return size_within(picture.shape[-2], picture.shape[-1], settings.max_pixels, multiple)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from frostline.runtime.runtime import Runtime
 from frostline.train.conditioning import Conditioner, Conditioning
 
 _LIVE = "torch"
+# Up to so many positions of latents, the KL references of a whole tail are one call: beyond, one step's alone fill the
+# device, and the others would only add to the memory that is needed.
+_POSITIONS_AT_ONCE = 32768
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,38 @@ class Sampler:
         `kl_i = mean((v_lora - v_base)^2) / (2 sigma_i^2)`, `v_base` frozen.
         """
         given = conditioning.denoiser_inputs()
-        kl = []
-        for index in range(mid_timestep, final_timestep + 1):
+        steps = range(mid_timestep, final_timestep + 1)
+        before, velocities = [], []
+        for index in steps:
             velocity = self._live_velocity(latents, index, given)
-            if index < self.high_noise_steps:
-                kl.append(latents.new_zeros(()))
-            else:
-                base = self._frozen_velocity(latents.detach(), index, given, lora=False)
-                sigma = float(self.schedule.sigmas[index])
-                kl.append((velocity - base).pow(2).mean() / (2 * sigma**2))
+            before.append(latents.detach())
+            velocities.append(velocity)
             latents = self._advance(latents, velocity, index, conditioning)
+        # The experts' boundary comes first: below it nothing carries a LoRA, and there is no divergence.
+        frozen = [index for index in steps if index < self.high_noise_steps]
+        kl = [latents.new_zeros(()) for _ in frozen]
+        bases = self._base_velocities(before[len(frozen) :], steps[len(frozen) :], given)
+        for index, velocity, base in zip(steps[len(frozen) :], velocities[len(frozen) :], bases, strict=True):
+            sigma = float(self.schedule.sigmas[index])
+            kl.append((velocity - base).pow(2).mean() / (2 * sigma**2))
         return Sampled(latents, kl)
+
+    def _base_velocities(
+        self, latents: Sequence[Tensor], steps: Sequence[int], given: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        """`v_base` at each step, (B, C, F, h, w) float32: all in one call where that pays.
+
+        None of them waits for another, as the velocities of the tail do.
+        """
+        count = len(latents)
+        if count > 1 and sum(x[:, 0].numel() for x in latents) <= _POSITIONS_AT_ONCE:
+            rows = [self._inputs(x, index) for x, index in zip(latents, steps, strict=True)]
+            inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+            inputs |= {name: torch.cat([tensor] * count) for name, tensor in given.items()}
+            inputs["lora_scale"] = self._lora_off
+            if self.runtime.admits("denoiser", inputs):
+                return self.runtime["denoiser"](**inputs)["velocity"].float().chunk(count)
+        return [self._frozen_velocity(x, index, given, lora=False) for x, index in zip(latents, steps, strict=True)]
 
     def _advance(self, latents: Tensor, velocity: Tensor, index: int, conditioning: Conditioning) -> Tensor:
         latents = self.schedule.step(latents, velocity, index)

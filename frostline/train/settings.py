@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from frostline.config import Settings, TrainingModuleSettings
 from frostline.errors import ConfigError
+from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.train.data import VideoPromptDataset, check_cut
 from frostline.train.memory import Sharding
 
@@ -78,9 +79,10 @@ class VideoSettings(Settings):
     )
     num_frames: int = Field(default=17, ge=1, description="frames of every sample, 4k+1")
     height: int | None = Field(
-        default=None, description="pixels, a multiple of 16; each video keeps its own if not given"
+        default=None,
+        description="pixels, a multiple of 16 (of 32 for Wan2.2-TI2V-5B); each video keeps its own if not given",
     )
-    width: int | None = Field(default=None, description="pixels, a multiple of 16; goes with height")
+    width: int | None = Field(default=None, description="pixels, as height, and goes with it")
     max_pixels: int = Field(default=480 * 832, description="height times width, where these are not given")
     frame_stride: int = Field(default=1, ge=1, description="take every so manieth frame")
     allow_outside: bool = Field(default=False, description="let the metadata name videos outside its own folder")
@@ -93,14 +95,17 @@ class VideoSettings(Settings):
             raise ValueError(str(error)) from None
         return self
 
-    def open(self, source: Path) -> VideoPromptDataset:
+    def open(self, source: Path, multiple: int = SPATIAL_MULTIPLE) -> VideoPromptDataset:
         """The dataset that these settings describe.
 
+        Args:
+            multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
         Raises:
+            ConfigError: height, width or max_pixels do not go with it.
             DataError: the source cannot be read, or none of its rows is usable.
         """
         cut = self.model_dump(include={"num_frames", "height", "width", "max_pixels", "frame_stride", "allow_outside"})
-        return VideoPromptDataset(source, **cut)
+        return VideoPromptDataset(source, **cut, multiple=multiple)
 
 
 class DataSettings(VideoSettings):
@@ -119,6 +124,9 @@ class ValidationSettings(VideoSettings):
     num_videos: int = Field(default=5, ge=1, description="of the source's first rows")
     batch_size: int = Field(default=1, ge=1, description="videos generated together, per process")
     noise_seed: int = Field(default=0, ge=0, description="of the start noise")
+    lossless: bool = Field(
+        default=False, description="write the clips without loss as well, so that `frostline score` finds the same"
+    )
 
 
 class PlanSettings(Settings):

@@ -22,7 +22,11 @@ def shard_frozen_weights(module: WanTrainingModule, accelerator: Accelerator) ->
         ConfigError: accelerate is set up for what is not supported: FSDP1 or DeepSpeed.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError("DeepSpeed is not supported; use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)")
+        # It also keeps its own, divided copy of the optimizer, which a checkpoint could not hold bit for bit.
+        raise ConfigError(
+            "DeepSpeed is not supported: it updates the weights within backward, before a gradient that is not finite "
+            "can be skipped; use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+        )
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:

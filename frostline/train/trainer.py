@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 from transformers.optimization import get_scheduler
 
 from frostline.errors import FrostlineError, TrainingError
-from frostline.report.writing import written_whole
 from frostline.train.checkpoint import Checkpoint, rotate, set_aside_after
 from frostline.train.data import Sample
 from frostline.train.loader import Batches
@@ -34,6 +33,7 @@ from frostline.train.sharding import sample_through_shards, shard_frozen_weights
 from frostline.train.signals import StopSignals
 from frostline.train.step import Training, optimizer_step
 from frostline.train.trackers import check_trackers, finish_trackers, start_trackers, track
+from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frostline.export.gain import frozen_uses, step_gain
+from frostline.export.gain import frozen_uses, live_uses, step_gain
+from frostline.export.tables import step_gain_lines
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.runtime.plan import Choice, Plan
 
@@ -31,13 +32,16 @@ def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> 
     """As `Sampler` walks: head steps run one expert or the other, tail steps of the low-noise one its reference."""
     final = data.draw(st.integers(0, N - 1))
     mid, high = data.draw(st.integers(0, final)), data.draw(st.integers(0, N))
-    low_noise = high_noise = 0
+    low_noise = high_noise = live_low = live_high = 0
     for index in range(final + 1):
         in_tail, by_high = index >= mid, index < high
         high_noise += by_high and not in_tail
         low_noise += not by_high
-    uses = frozen_uses(mid, final, high)
+        live_high += by_high and in_tail
+        live_low += not by_high and in_tail
+    uses, live = frozen_uses(mid, final, high), live_uses(mid, final, high)
     assert (uses["denoiser"], uses["denoiser_high_noise"]) == (low_noise, high_noise)
+    assert live == {"denoiser": live_low, "denoiser_high_noise": live_high, "vae_decoder": 1, "face_embedder": 1}
 
 
 def runtime(**choices: Choice) -> Any:
@@ -50,9 +54,13 @@ def test_a_step_costs_uses_times_latency() -> None:
         denoiser=Choice("onnxruntime", "fastest", {"torch": 10.0, "onnxruntime": 4.0, "openvino": 5.0}),
         vae_encoder=Choice("torch", "no engine is faster", {"torch": 7.0, "onnxruntime": 9.0}),
     )
-    gain = step_gain(planned, {"text_encoder": 1, "denoiser": 8, "vae_encoder": 1})
+    gain = step_gain(planned, {"text_encoder": 1, "denoiser": 8, "vae_encoder": 1}, {"denoiser": 4, "vae_decoder": 1})
     assert gain.torch_ms == pytest.approx(3 + 8 * 10 + 7)
     assert gain.planned_ms == pytest.approx(1 + 8 * 4 + 7)
+    assert gain.live_ms == pytest.approx(2 * 4 * 10)
+    frozen, whole = step_gain_lines(gain)
+    assert "90 ms in torch, 40 ms as planned (2.25x)" in frozen
+    assert "170 ms in torch, 120 ms as planned (1.42x)" in whole
 
 
 def test_stages_that_are_unused_or_unmeasured_do_not_count() -> None:
@@ -61,7 +69,8 @@ def test_stages_that_are_unused_or_unmeasured_do_not_count() -> None:
         image_encoder=Choice("onnxruntime", "fastest", {"torch": 99.0, "onnxruntime": 98.0}),
         vae_encoder=Choice("torch", "no engine"),
     )
-    gain = step_gain(planned, {"denoiser": 2, "vae_encoder": 1})
-    assert (gain.torch_ms, gain.planned_ms) == (20.0, 8.0)
-    nothing = step_gain(runtime(vae_encoder=Choice("torch", "no engine")), {"vae_encoder": 1})
-    assert (nothing.torch_ms, nothing.planned_ms) == (0.0, 0.0)
+    gain = step_gain(planned, {"denoiser": 2, "vae_encoder": 1}, {})
+    assert (gain.torch_ms, gain.planned_ms, gain.live_ms) == (20.0, 8.0, 0.0)
+    nothing = step_gain(runtime(vae_encoder=Choice("torch", "no engine")), {"vae_encoder": 1}, {"vae_encoder": 1})
+    assert (nothing.torch_ms, nothing.planned_ms, nothing.live_ms) == (0.0, 0.0, 0.0)
+    assert step_gain_lines(nothing) == ["no engine was measured on this machine: nothing to predict"]

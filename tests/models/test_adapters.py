@@ -13,7 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from frostline.cli import app
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, DataError
 from frostline.models.adapters import (
     SPELLINGS,
     Adapter,
@@ -258,7 +258,6 @@ def test_the_commands(tmp_path: Path) -> None:
         (["merge", "tiny", "{adapter}", "--out", "x.bin"], "written as .safetensors"),
         (["merge", "tiny", "{adapter}", "--precision", "int8", "--out", "x.safetensors"], "unknown precision 'int8'"),
         (["merge", "nowhere", "{adapter}", "--out", "x.safetensors"], "nowhere is no folder"),
-        (["convert", "{adapter}", "--to", "comfyui", "--out", "/proc/x.safetensors"], "cannot be written"),
     ],
 )
 def test_mistakes_at_the_command_line(arguments: list[str], said: str, tmp_path: Path) -> None:
@@ -267,3 +266,11 @@ def test_mistakes_at_the_command_line(arguments: list[str], said: str, tmp_path:
     result = CliRunner().invoke(app, ["adapter", *filled])
     assert isinstance(result.exception, ConfigError)
     assert said in str(result.exception)
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    make_adapter(tmp_path, 4)
+    command = ["adapter", "convert", str(tmp_path), "--to", "comfyui", "--out", "/proc/x.safetensors"]
+    error = CliRunner().invoke(app, command).exception
+    assert isinstance(error, DataError)
+    assert "x.safetensors: cannot be written: " in str(error)

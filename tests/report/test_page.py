@@ -3,13 +3,12 @@
 import base64
 import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from browser import needs_chromium, render
 from PIL import Image
 
 from frostline.errors import DataError
@@ -19,9 +18,6 @@ from frostline.video import write_video
 
 NASTY = """<script>alert("1")</script> & 'it' </style>"""
 VOID = {"meta", "img", "br", "link", "input"}
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
 
 
 class Markup(HTMLParser):
@@ -196,17 +192,6 @@ def test_colours_read_on_both_grounds(dark: bool) -> None:
     for name, colour in colours.items():
         if name not in ("--ground", "--rule", "--plot-rule"):
             assert contrast(colour, colours["--ground"]) >= 4.5, name
-
-
-def render(path: Path, profile: Path) -> tuple[str, str]:
-    """The page's DOM after its scripts ran, and what the browser had to say."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
-    )
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={profile}", path.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return result.stdout, result.stderr
 
 
 @needs_chromium

@@ -1,13 +1,12 @@
 """The report: its numbers are on the page, and a real browser shows and sorts them."""
 
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
 import pytest
+from browser import needs_chromium, render
 
 from frostline.score.pictures import extreme_pictures
 from frostline.score.report import write_score_report
@@ -18,7 +17,6 @@ from frostline.score.summary import summarize
 
 ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SETTINGS = ScoreSettings(detector="yunet")
 
 
@@ -98,7 +96,7 @@ def test_a_long_video_stays_a_small_plot(rows: tuple[VideoScore, ...], tmp_path:
     assert len(html) < 300_000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_chromium
 def test_a_browser_shows_and_sorts_the_scores(page: Path, rows: tuple[VideoScore, ...], tmp_path: Path) -> None:
     # The policy would, rightly, keep the test's own script from running.
     html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page.read_text(encoding="utf-8"))
@@ -110,12 +108,7 @@ def test_a_browser_shows_and_sorts_the_scores(page: Path, rows: tuple[VideoScore
     </script></body>"""
     path = tmp_path / "opened.html"
     path.write_text(html.replace("</body>", script), encoding="utf-8")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"
-    )
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom, _ = render(path, tmp_path / "profile")
     found = sorted(row.face_score for row in rows if row.face_score is not None)
     order = ",".join([*(f"{score:.3f}" for score in found), "\N{EN DASH}", "\N{EN DASH}"])
     assert f"<title>{order} | 6 pictures | 6 plots</title>" in dom

@@ -1,6 +1,6 @@
-"""Run by test_distributed.py, in one process or under torchrun: five steps, and then what each process found.
+"""Run by test_distributed.py under torchrun: a run of each reward and one that is sharded, and what each process found.
 
-python distributed_runs.py OUT BATCH_SIZE [ENGINES]
+python distributed_runs.py OUT ENGINES
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from killed_runs import SHARPNESS, Clips
 from torch.distributed.tensor import DTensor
@@ -20,16 +20,26 @@ from frostline.train.settings import TrainerSettings
 from frostline.train.trainer import RunOptions, make_accelerator, train
 from frostline.train.validation import Validation, validate
 
+FACES = {"type": "face_identity", "upscale": 2}
+STEPS = {"sharpness": 5, "faces": 2}
 
-def run(out: Path, batch_size: int, engines: Path | None) -> WanTrainingModule:
-    """Noise that never changes, a gradient that is never clipped, a reward without a jump in it."""
+
+def run(
+    out: Path,
+    reward: str,
+    batch_size: int,
+    accumulation: int = 1,
+    engines: Path | None = None,
+    sharded: bool = False,
+) -> WanTrainingModule:
+    """Noise that never changes, a gradient that is never clipped."""
     torch.manual_seed(0)
     module = WanTrainingModule.from_pretrained(
         "tiny",
         engines=engines,
         plan="torch",
         lora={"rank": 4},
-        reward=SHARPNESS,
+        reward=SHARPNESS if reward == "sharpness" else FACES,
         num_inference_steps=3,
         mid_timestep=1,
         final_timestep=2,
@@ -39,24 +49,36 @@ def run(out: Path, batch_size: int, engines: Path | None) -> WanTrainingModule:
     settings = TrainerSettings(
         learning_rate=1e-3,
         max_grad_norm=1e9,
-        max_train_steps=5,
+        max_train_steps=STEPS[reward],
         per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         checkpointing_steps=1,
     )
-    starts = Validation(Clips(), [0, 1, 2])
+    clips = Clips() if reward == "sharpness" else Clips(size=64)
+    starts = Validation(clips, [0, 1, 2])
     options = RunOptions(validate=lambda step: validate(module, starts, step, out), validation_steps=5)
     accelerator = make_accelerator(settings, out, cpu=True)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if sharded:
         # accelerate takes FSDP up on GPUs alone, though nothing in what it then does needs one.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    train(module, Clips(), settings, out, options, accelerator)
+    train(module, clips, settings, out, options, accelerator)
     return module
 
 
 def main() -> None:
-    out, batch_size = Path(sys.argv[1]), int(sys.argv[2])
-    module = run(out, batch_size, Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    out, engines = Path(sys.argv[1]), Path(sys.argv[2])
+    run(out / "faces", "faces", 1)
+    note(out / "replicated", run(out / "replicated", "sharpness", 1, engines=engines))
+    # As `accelerate launch --use_fsdp` would have begun.
+    AcceleratorState._reset_state()
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    note(out / "sharded", run(out / "sharded", "sharpness", 1, sharded=True))
+    PartialState().destroy_process_group()
+
+
+def note(out: Path, module: WanTrainingModule) -> None:
+    """Whether the engine is on-policy here, and what is sharded."""
     stage = module.stages["denoiser"]
     inputs = stage.networks[0].samples("opt")
     with torch.no_grad():
@@ -71,7 +93,6 @@ def main() -> None:
         "sharded_lora": sum(isinstance(parameter, DTensor) for parameter in module.trainable_parameters().values()),
     }
     (out / f"process-{process_index()}.json").write_text(json.dumps(found))
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

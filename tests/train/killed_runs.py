@@ -40,8 +40,8 @@ SETTINGS = TrainerSettings(
 class Clips(torch.utils.data.Dataset[Sample]):
     """Seven tiny clips: with batches of two, epochs end within a batch."""
 
-    def __init__(self) -> None:
-        self.clips = held_out_clips(7, seed=2, num_frames=5, size=32)
+    def __init__(self, size: int = 32) -> None:
+        self.clips = held_out_clips(7, seed=2, num_frames=5, size=size)
 
     def __len__(self) -> int:
         return len(self.clips.video)

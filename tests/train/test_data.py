@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,11 +88,10 @@ def test_folder_with_captions(folder: Path) -> None:
     assert dataset[2]["video"].shape == (5, 3, 32, 64)
 
 
-def test_workers_and_collate_make_a_batch_that_passes_the_contract(folder: Path) -> None:
+def test_collate_makes_a_batch_that_passes_the_contract(folder: Path) -> None:
     dataset = VideoPromptDataset(write_metadata(folder, "csv", ROWS), num_frames=5, height=32, width=48)
-    # A worker forked from a process in which other libraries run threads may crash: spawned ones do not.
-    loader = DataLoader(dataset, batch_size=3, num_workers=1, collate_fn=collate, multiprocessing_context="spawn")
-    (batch,) = list(loader)
+    # As a worker of a run gets it (test_train_cli.py has one).
+    (batch,) = DataLoader(pickle.loads(pickle.dumps(dataset)), batch_size=3, collate_fn=collate)
     assert batch["video"].shape == (3, 5, 3, 32, 48)
     checked = check_batch(batch)
     assert checked.sample_id == dataset.sample_ids
@@ -151,6 +151,16 @@ def test_resizing_covers_and_crops_the_centre(tmp_path: Path) -> None:
 )
 def test_size_within(size: tuple[int, int], max_pixels: int, expected: tuple[int, int]) -> None:
     assert size_within(*size, max_pixels) == expected
+
+
+def test_sides_are_multiples_of_what_the_model_takes(folder: Path) -> None:
+    assert size_within(1080, 1920, 704 * 1280, 32) == (704, 1248)
+    path = write_metadata(folder, "csv", ROWS)
+    assert VideoPromptDataset(path, num_frames=1, multiple=32)[0]["video"].shape[-2:] == (32, 64)
+    with pytest.raises(ConfigError, match="height must be a multiple of 32, not 48"):
+        VideoPromptDataset(path, height=48, width=64, multiple=32)
+    with pytest.raises(ConfigError, match="max_pixels must be at least 1024"):
+        VideoPromptDataset(path, max_pixels=512, multiple=32)
 
 
 def test_paths_from_the_file_stay_in_its_folder(folder: Path, videos: Path) -> None:

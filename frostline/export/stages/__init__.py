@@ -22,9 +22,9 @@ _FACE_BUILDERS: tuple[Callable[[FaceModels, ShapeRange], Stage], ...] = (face_de
 
 
 def build_stages(inputs: StageInputs) -> dict[str, Stage]:
-    """All stages that the model has, by name."""
-    stages = [stage for build in _BUILDERS if (stage := build(inputs)) is not None]
-    return {stage.name: stage for stage in stages} | build_face_stages(inputs.faces, inputs.shapes)
+    """All stages that the model and its reward have, by name."""
+    stages = {stage.name: stage for build in _BUILDERS if (stage := build(inputs)) is not None}
+    return stages if inputs.faces is None else stages | build_face_stages(inputs.faces, inputs.shapes)
 
 
 def build_face_stages(faces: FaceModels, shapes: ShapeRange) -> dict[str, Stage]:

@@ -7,10 +7,12 @@ step the engine is on-policy with nothing to rebuild, and with scale 0 the same 
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from frostline.models.denoiser import Denoiser
 from frostline.models.lora import adapters_off, live_scale, lora_parameters, lora_scale
@@ -60,9 +62,10 @@ def build_high_noise(inputs: StageInputs) -> Stage | None:
 
 def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
     network = _network(name, denoiser, inputs)
+    scales = _KnownScales()
 
     def in_torch(*, lora_scale: Tensor | None = None, **tensors: Tensor) -> dict[str, Tensor]:
-        with nullcontext() if lora_scale is None else _scaled(denoiser.model, lora_scale):
+        with nullcontext() if lora_scale is None else _scaled(denoiser.model, lora_scale, scales):
             return {"velocity": denoiser(**tensors)}
 
     return Stage(
@@ -77,9 +80,23 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
     )
 
 
-def _scaled(model: nn.Module, scale: Tensor) -> AbstractContextManager[None]:
-    """The model at a LoRA scale; 0 skips the adapters. The scale is on the CPU: looking at it makes no GPU wait."""
-    value = scale.item()
+class _KnownScales:
+    """Values of scales that were looked at before: to look makes the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        self._known: MutableMapping[Tensor, tuple[int, float]] = WeakTensorKeyDictionary()
+
+    def value(self, scale: Tensor) -> float:
+        version, value = self._known.get(scale, (None, 0.0))
+        if version != scale._version:
+            value = scale.item()
+            self._known[scale] = (scale._version, value)
+        return value
+
+
+def _scaled(model: nn.Module, scale: Tensor, scales: _KnownScales) -> AbstractContextManager[None]:
+    """The model at a LoRA scale; 0 skips the adapters."""
+    value = scales.value(scale)
     if value == 0:
         return adapters_off(model)
     return nullcontext() if math.isclose(value, lora_scale(model), rel_tol=1e-6) else live_scale(model, scale)

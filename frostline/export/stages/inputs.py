@@ -53,12 +53,12 @@ class FaceModels:
 
 @dataclass(frozen=True)
 class StageInputs:
-    """A loaded model; the denoisers carry the LoRA, if there is one."""
+    """A loaded model; the denoisers carry the LoRA, if there is one. faces: None where no reward looks at them."""
 
     components: WanComponents
     denoiser: Denoiser
     denoiser_high_noise: Denoiser | None
-    faces: FaceModels
+    faces: FaceModels | None
     shapes: ShapeRange
 
     @property

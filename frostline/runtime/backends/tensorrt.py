@@ -1,7 +1,8 @@
 """TensorRT and TensorRT-RTX: one builder and one runner for two modules with the same API.
 
 Networks are strongly typed: the types in the ONNX graph are those of the engine. TensorRT-RTX builds for a named
-compute capability on any machine, TensorRT for the GPU that it finds. Running takes an NVIDIA driver.
+compute capability on any machine, TensorRT for the GPU that it finds. Running takes an NVIDIA driver; from the second
+call of a shape on it is the replay of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from frostline.runtime.device import compute_capabilities, device_name, sm_name
 from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
 
+from .cuda_graphs import CudaGraphs
 from .inputs import check_inputs, check_live
 from .options import BuildOptions, BuildProgress
 
@@ -201,24 +203,30 @@ class TensorRTRunner:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise EngineError(f"TensorRT cannot load {network.name}: {_last_words(self._logger)}")
-            # Else TensorRT would reserve, for good, what the largest shapes of the profile need.
-            strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            self._context = self._engine.create_execution_context(strategy)
+            self._context = _new_context(trt, self._engine)
         if self._context is None:
             raise EngineError(f"TensorRT cannot prepare {network.name}: {_last_words(self._logger)}")
+        self._graphs = CudaGraphs(self._launch)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the network; outputs are freshly allocated, and ready on torch's current stream."""
         check_inputs(self._network, inputs)
+        live = self._network.live.values()
         with torch.cuda.device(self._device):
-            # Whatever is copied must live until the launch; afterwards the stream's order protects it.
-            kept = [self._bind_input(name, tensor) for name, tensor in {**inputs, **self._network.live}.items()]
-            if missing := self._context.infer_shapes():
-                raise EngineError(f"{self._network.name} lacks its input {missing[0]}")
-            kept.append(self._bind_scratch())
-            outputs = {name: self._bind_output(name) for name in self._network.outputs}
-            if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
-                raise EngineError(f"TensorRT failed on {self._network.name}: {_last_words(self._logger)}")
+            if not all(tensor.is_contiguous() for tensor in live):
+                # Such a tensor is copied at each launch, and a recording would keep one copy for good.
+                return self._launch(inputs)
+            return self._graphs(inputs, depends=tuple(tensor.data_ptr() for tensor in live))
+
+    def _launch(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Whatever is copied must live until the launch; afterwards the stream's order protects it.
+        kept = [self._bind_input(name, tensor) for name, tensor in {**inputs, **self._network.live}.items()]
+        if missing := self._context.infer_shapes():
+            raise EngineError(f"{self._network.name} lacks its input {missing[0]}")
+        kept.append(self._bind_scratch())
+        outputs = {name: self._bind_output(name) for name in self._network.outputs}
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+            raise EngineError(f"TensorRT failed on {self._network.name}: {_last_words(self._logger)}")
         return outputs
 
     def _bind_input(self, name: str, tensor: Tensor) -> Tensor:
@@ -245,6 +253,22 @@ class TensorRTRunner:
         output = torch.empty(shape, dtype=dtype, device=self._device)
         self._context.set_tensor_address(name, output.data_ptr())
         return output
+
+
+def _new_context(trt: Any, engine: Any) -> Any:
+    """An execution context in memory that torch allocates at each launch.
+
+    Else TensorRT would reserve, for good, what the largest shapes of the profile need.
+    """
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if specialization is None:
+        return engine.create_execution_context(strategy)
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    # TensorRT-RTX compiles kernels for new shapes in the background; a CUDA graph would keep the slow ones for good.
+    config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+    return engine.create_execution_context(config)
 
 
 def _parse(trt: Any, graph: Any, source: Path, logger: Any) -> None:

@@ -42,6 +42,9 @@ BUILDS = [
     ("vae_encoder", "first", FP32),
     ("vae_encoder", "first", FP16),
     ("vae_encoder", "next", BF16),
+    ("vae_decoder", "first", BF16),
+    ("vae_decoder", "next", FP32),
+    ("vae_decoder", "next", FP16),
 ]
 
 
@@ -261,9 +264,36 @@ class Context:
         rows, columns = self.shapes["x"]
         array = ctypes.c_float * (rows * columns)
         x, y = (array.from_address(self.addresses[name]) for name in "xy")
-        (live,) = (ctypes.c_float * 1).from_address(self.addresses["live"])
-        y[:] = [2 * value + live for value in x]
+        live = (ctypes.c_float * 1).from_address(self.addresses["live"])
+
+        def kernel() -> None:
+            y[:] = [2 * value + live[0] for value in x]
+
+        if Graph.recording is None:
+            kernel()
+        else:
+            Graph.recording.kernels.append(kernel)
         return True
+
+
+class Graph:
+    """A CUDA graph of such launches: while one is recorded, nothing is computed."""
+
+    recording: "Graph | None" = None
+
+    def __init__(self) -> None:
+        self.kernels: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for kernel in self.kernels:
+            kernel()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def record(graph: "Graph") -> Iterator[None]:
+        Graph.recording = graph
+        yield
+        Graph.recording = None
 
 
 @pytest.fixture
@@ -278,6 +308,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph.record)
     yield SimpleNamespace(
         ILogger=type("ILogger", (), {"WARNING": 2, "__init__": lambda self: None}),
         Runtime=lambda logger: runtime,
@@ -286,27 +318,68 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     )
 
 
-def test_the_runner_binds_addresses_and_allocates_outputs(fake: Any) -> None:
-    live = torch.ones(1)
+@pytest.fixture
+def doubled() -> Network:
+    """The network of `Context`."""
     x = TensorSpec("x", (Dimension("n", 1, 2, 8), 4))
-    network = Network("n", nn.Linear(4, 4), (x,), ("y",), {"live": live}, (TensorSpec("live", (1,)),))
-    runner = TensorRTRunner(fake, b"plan", network, torch.device("cpu"))
+    return Network("n", nn.Linear(4, 4), (x,), ("y",), {"live": torch.ones(1)}, (TensorSpec("live", (1,)),))
+
+
+def test_the_runner_binds_addresses_and_allocates_outputs(fake: Any, doubled: Network) -> None:
+    runner = TensorRTRunner(fake, b"plan", doubled, torch.device("cpu"))
     values = torch.randn(4, 3).t()
     assert not values.is_contiguous()
     first = runner(x=values)["y"]
     torch.testing.assert_close(first, 2 * values + 1)
-    live.fill_(5)
-    second = runner(x=values)["y"]
-    torch.testing.assert_close(second, 2 * values + 5)
-    torch.testing.assert_close(first, 2 * values + 1)
-    assert fake.context.addresses["live"] == live.data_ptr()
-    assert fake.context.addresses["y"] == second.data_ptr()
-    assert fake.context.streams == [7, 7]
-    assert [size for _, size in fake.context.scratch] == [64, 64]
+    assert fake.context.addresses == {
+        "x": fake.context.addresses["x"],
+        "live": doubled.live["live"].data_ptr(),
+        "y": first.data_ptr(),
+    }
+    assert fake.context.streams == [7]
+    assert [size for _, size in fake.context.scratch] == [64]
     with pytest.raises(EngineError, match="engine serves"):
         runner(x=torch.zeros(9, 4))
     with pytest.raises(EngineError, match="TensorRT cannot load n: it does not say why"):
-        TensorRTRunner(fake, b"other", network, torch.device("cpu"))
+        TensorRTRunner(fake, b"other", doubled, torch.device("cpu"))
+
+
+def test_from_the_second_call_of_a_shape_on_a_cuda_graph_is_replayed(fake: Any, doubled: Network) -> None:
+    runner, live = TensorRTRunner(fake, b"plan", doubled, torch.device("cpu")), doubled.live["live"]
+    outputs = []
+    for call in range(4):
+        live.fill_(call)
+        values = torch.randn(4, 3).t()
+        outputs.append((runner(x=values)["y"], 2 * values + call))
+    # One launch, then another to settle the shape and one to record; two replays launch nothing.
+    assert len(fake.context.streams) == 3
+    for actual, expected in outputs:
+        torch.testing.assert_close(actual, expected)
+    other = torch.randn(2, 4)
+    torch.testing.assert_close(runner(x=other)["y"], 2 * other + 3)
+    assert len(fake.context.streams) == 4
+    # Where the live tensor has moved, what was recorded holds no more.
+    doubled.live["live"] = moved = torch.full((1,), 9.0)
+    torch.testing.assert_close(runner(x=values)["y"], 2 * values + 9)
+    moved.fill_(8)
+    torch.testing.assert_close(runner(x=values)["y"], 2 * values + 8)
+
+
+def test_what_cannot_be_recorded_is_launched(
+    fake: Any, doubled: Network, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextlib.contextmanager
+    def refuse(graph: Graph) -> Iterator[None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    runner, values = TensorRTRunner(fake, b"plan", doubled, torch.device("cpu")), torch.randn(3, 4)
+    for _ in range(4):
+        torch.testing.assert_close(runner(x=values)["y"], 2 * values + 1)
+    assert [record.message for record in caplog.records] == [
+        "no CUDA graph is recorded, every call launches each kernel: operation not permitted when stream is capturing"
+    ]
 
 
 def runs_here() -> bool:
@@ -329,7 +402,8 @@ def test_parity_on_a_gpu(stage: str, name: str, dtype: torch.dtype, onnx_source:
         plan = tmp_path / TENSORRT_RTX.build(network, onnx_source(stage, name, dtype), tmp_path, options)
         assert json.loads((tmp_path / f"{name}.layers.json").read_text())["Layers"]
         runner = TensorRTRunner(trt, plan.read_bytes(), network, device)
-        for size in ("opt", "min"):
+        # The third call of a shape is the replay of what the second one recorded.
+        for size in ("opt", "min", "opt", "opt", "opt"):
             assert_parity(network, runner, network.samples(size), stage)
         if stage == "denoiser" and dtype == FP32:
             assert_follows_the_trainer(network, runner)

@@ -1,4 +1,4 @@
-"""Files that appear only complete."""
+"""Files that appear only whole."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

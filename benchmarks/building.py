@@ -1,0 +1,55 @@
+"""The engines that benchmarks run: built once, in one store that all of them share."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from frostline.errors import EngineError
+from frostline.export.exporter import export_stage
+from frostline.runtime.backends import get_backend
+from frostline.runtime.stage import Stage
+from frostline.runtime.store import EngineStore
+
+ENGINES = Path(__file__).parents[1] / "runs" / "bench" / "engines"
+BACKENDS = "onnxruntime,openvino"
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, backends: str = BACKENDS) -> None:
+    """`--backends` and `--engines-dir`, as every benchmark has them."""
+    parser.add_argument(
+        "--backends", type=_names, default=backends, help="comma-separated; those not installed drop out"
+    )
+    parser.add_argument("--engines-dir", type=Path, default=ENGINES, help="where engines are built and looked for")
+
+
+def build_engines(stages: Iterable[Stage], backends: Iterable[str], store: EngineStore) -> dict[str, dict[str, str]]:
+    """Engines of all `stages` on all `backends`, built where they are missing; what came of each, in words.
+
+    What cannot be built is told and left to torch.
+    """
+    outcome: dict[str, dict[str, str]] = {}
+    for stage in stages:
+        for backend in backends:
+            start = time.monotonic()
+            try:
+                exported = export_stage(stage, backend, store)
+                said = exported.unverified or f"verified, {_latencies(exported.manifest.latency_ms)}"
+            except EngineError as error:
+                said = str(error)[:300]
+            said = f"{time.monotonic() - start:.0f} s: {said}"
+            outcome.setdefault(stage.name, {})[backend] = said
+            Console(stderr=True).print(f"{stage.name} {backend}: {said}", highlight=False)
+    return outcome
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name and get_backend(name).unavailable() is None]
+
+
+def _latencies(latency_ms: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in latency_ms.items())

@@ -1,0 +1,218 @@
+"""The contenders of `step.py`: one module that steps as each of them does, on equal weights, noise and batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from measuring import interleave, summary
+from reference import ReferenceStep
+from torch import Tensor, nn
+
+import frostline.models.denoiser as denoiser_file
+from frostline.models.components import WanComponents
+from frostline.runtime.backends import TORCH
+from frostline.train.module import WanTrainingModule
+
+# Those whose name ends so have Conv3d in oneDNN at every batch on a CPU; the others, what torch chooses.
+ONEDNN = "_onednn"
+CONTENDERS: Mapping[str, str] = {
+    "reference": "the reference's way, torch's own Conv3d",
+    "reference_onednn": "the reference's way, Conv3d in oneDNN",
+    "eager": "eager PyTorch, batched, torch's own Conv3d",
+    "eager_onednn": "eager PyTorch, batched, Conv3d in oneDNN",
+    "compile": "the same with torch.compile",
+    "cold": "frostline, nothing recalled",
+    "warm": "frostline, frozen results recalled",
+    "floor": "live part alone",
+}
+_REFERENCES = ("reference", "reference_onednn")
+_EAGER = ("eager", "eager_onednn", "compile")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step computed: the LoRA's gradient flat, in fp64."""
+
+    loss: float
+    face_score: float
+    kl_loss: float
+    gradient: Tensor
+
+
+class Contenders:
+    """Steps of `module` on `batch` in the way of any contender.
+
+    Args:
+        plain_vae: a copy of the module's VAE that still convolves as torch does; see `plain_copy`.
+    """
+
+    def __init__(self, module: WanTrainingModule, plain_vae: Any, batch: Mapping[str, Any]) -> None:
+        self.module = module
+        self.batch = batch
+        self.vaes = {False: plain_vae, True: module.components.vae}
+        self._references = {name: ReferenceStep(module, self._vae(name)) for name in _REFERENCES}
+        self._cache = module.conditioner.cache
+        self._compiled_block = torch.compile(denoiser_file._block)
+        with torch.no_grad():
+            self._conditioning = module.forward_preprocess(batch)
+        self._compiled_embedder = self._faster_embedder()
+        self._frozen: list[dict[str, Tensor]] = []
+
+    @property
+    def compiled(self) -> list[str]:
+        """What `compile` compiles."""
+        return ["denoiser blocks", *(["face embedder"] if self._compiled_embedder is not self.module.embedder else [])]
+
+    def step(self, contender: str) -> tuple[float, float, float]:
+        """Forward and backward; loss, face score and KL loss. The gradient adds up in the LoRA's matrices."""
+        if contender in self._references:
+            return self._references[contender](self.batch)
+        with self._playing(contender):
+            conditioning = self._conditioning if contender == "floor" else None
+            loss, face_score, kl_loss = self.module(self.batch, conditioning)
+            with self.module.runtime.clock.measure("backward", TORCH):
+                loss.backward()
+        return loss.item(), face_score.item(), kl_loss.item()
+
+    def outcome(self, contender: str) -> Outcome:
+        """What one step computes."""
+        self.module.zero_grad()
+        figures = self.step(contender)
+        parameters = self.module.trainable_parameters().values()
+        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double()
+        self.module.zero_grad()
+        return Outcome(*figures, gradient)
+
+    def timed_step(self, contender: str, stages: list[dict[str, float]]) -> Callable[[], None]:
+        """A step to be timed, which appends the milliseconds of each stage to `stages`."""
+        module = self.module
+
+        def step() -> None:
+            module.zero_grad()
+            module.last_metrics = None
+            self.step(contender)
+            # A forward of the module reads the clock itself; the rest, backward among it, is read here.
+            forward = {} if module.last_metrics is None else module.last_metrics.stages
+            spans = {**forward, **module.runtime.clock.read()}
+            stages.append({stage: span.milliseconds for stage, span in spans.items()})
+
+        return step
+
+    def record_frozen(self) -> None:
+        """Keep what every frozen stage answers in one step, for the floor to be given for free."""
+        run = self.module.runtime.run
+        self._frozen = []
+
+        def recording(stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            outputs = run(stage, inputs)
+            self._frozen.append(outputs)
+            return outputs
+
+        with _replaced(self.module.runtime, "run", recording):
+            self.module(self.batch, self._conditioning)
+
+    def _faster_embedder(self) -> Any:
+        """The live embedder compiled, or as it is where that is faster: a user would keep the better one too."""
+        embedder: Any = self.module.embedder
+        frames = self.batch["video"].shape[0] * self.batch["video"].shape[1]
+        device = self._conditioning.context.device
+        faces = torch.zeros(frames, 3, embedder.image_size, embedder.image_size, device=device, requires_grad=True)
+        candidates = {"eager": embedder, "compiled": torch.compile(embedder)}
+        calls = {name: partial(_forward_and_backward, run, faces) for name, run in candidates.items()}
+        medians = {name: row["median_ms"] for name, row in summary(interleave(calls, 3, device)).items()}
+        return min(candidates.items(), key=lambda named: medians[named[0]])[1]
+
+    def _vae(self, contender: str) -> Any:
+        return self.vaes[contender.endswith(ONEDNN) or contender == "compile"]
+
+    @contextmanager
+    def _playing(self, contender: str) -> Iterator[None]:
+        """Within the block the module steps as `contender` does."""
+        module = self.module
+        cache = self._cache if contender in ("warm", "floor") else None
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(module.conditioner, "cache", cache))
+            if contender in _EAGER:
+                stack.enter_context(module.runtime.use(**dict.fromkeys(module.stages, TORCH)))
+                stack.enter_context(self._vae_of(contender))
+            if contender == "compile":
+                stack.enter_context(_replaced(denoiser_file, "_block", self._compiled_block))
+                stack.enter_context(_replaced(module.rewards[0].reward.identity, "embedder", self._compiled_embedder))
+            if contender == "floor":
+                stack.enter_context(_replaced(module.runtime, "run", self._replay()))
+            yield
+
+    @contextmanager
+    def _vae_of(self, contender: str) -> Iterator[None]:
+        """diffsynth's own `encode` and `decode`, whatever frostline makes of them."""
+        vae, module = self._vae(contender), self.module
+
+        def encode(*, video: Tensor) -> dict[str, Tensor]:
+            latents = vae.model.encode(video, vae.scale)
+            vae.model.clear_cache()
+            return {"latents": latents}
+
+        def decode(latents: Tensor) -> Tensor:
+            with module.runtime.clock.measure("vae_decoder", TORCH):
+                video = vae.model.decode(latents.to(vae.model.conv2.weight.dtype), vae.scale).clamp(-1, 1)
+                vae.model.clear_cache()
+            return (video.float().transpose(1, 2) + 1) / 2
+
+        stages = module.runtime.stages
+        encoder = replace(stages["vae_encoder"], torch=encode)
+        with (
+            _replaced(module.runtime, "stages", {**stages, "vae_encoder": encoder}),
+            _replaced(module, "_decode", decode),
+        ):
+            yield
+
+    def _replay(self) -> Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]:
+        answers = iter(self._frozen)
+        return lambda stage, inputs: next(answers)
+
+
+def _forward_and_backward(embedder: Callable[[Tensor], Tensor], faces: Tensor) -> None:
+    torch.autograd.grad(embedder(faces).sum(), faces)
+
+
+def plain_copy(components: WanComponents) -> Any:
+    """A copy of the VAE, to be made before a module lets the original convolve in oneDNN."""
+    vae: nn.Module = components.vae
+    return copy.deepcopy(vae)
+
+
+def compare(outcomes: Mapping[str, Outcome], base: str, loss_tolerance: float, least_cosine: float) -> dict[str, Any]:
+    """Loss and gradient of every contender against those of `base`."""
+    wanted = outcomes[base]
+    checks = {}
+    for name, outcome in outcomes.items():
+        cosine = nn.functional.cosine_similarity(outcome.gradient, wanted.gradient, dim=0).item()
+        checks[name] = {
+            "loss": outcome.loss,
+            "face_score": outcome.face_score,
+            "kl_loss": outcome.kl_loss,
+            "gradient_cosine": cosine,
+            "gradient_norm_ratio": (outcome.gradient.norm() / wanted.gradient.norm()).item(),
+            "same": abs(outcome.loss - wanted.loss) <= loss_tolerance and cosine >= least_cosine,
+        }
+    return checks
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    own = name in vars(owner)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,191 @@
+"""How the time and the memory of a step grow with frames, pixels, batch, LoRA rank and steps of the tail.
+
+    python benchmarks/scaling.py --out benchmarks/results/scaling.json    # and scaling.png beside it
+
+One figure is changed at a time, the others stay at `--video`, rank 8 and a tail of 4 steps. `warm` is frostline with
+frozen results recalled, on engines that were built once for a range of shapes; `eager` the same step in PyTorch alone,
+nothing recalled. Memory is what a step adds, at its highest, to the memory that the process had before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from building import add_engine_arguments, build_engines
+from measuring import RESULTS, interleave, machine, peak_growth_mib, summary, write_result
+from rich.console import Console
+from rich.table import Table
+from shapes import TINY, build_components
+
+from frostline.config import TrainingModuleSettings
+from frostline.export.shapes import parse_shapes
+from frostline.models.tiny.clips import held_out_clips
+from frostline.progress import Progress
+from frostline.runtime.backends import TORCH
+from frostline.runtime.store import EngineStore
+from frostline.train.module import WanTrainingModule
+
+CONTENDERS = ("warm", "eager")
+_INFERENCE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of everything that is varied."""
+
+    batch: int
+    frames: int
+    pixels: int
+    rank: int = 8
+    tail: int = 4
+
+
+# What is varied, and its name on the axis.
+AXES: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    "frames": ("frames of a clip", (5, 9, 17, 33)),
+    "pixels": ("pixels a side", (48, 64, 96, 128)),
+    "batch": ("samples in a batch", (1, 2, 4, 8)),
+    "rank": ("LoRA rank", (4, 16, 64, 128)),
+    "tail": ("steps of the tail", (1, 2, 4, 8)),
+}
+
+
+def main() -> None:
+    """Measure, print a table, write JSON and the plot."""
+    start = time.monotonic()
+    arguments = _arguments()
+    device = torch.device(arguments.device)
+    batch, frames, _, pixels, _ = (int(part) for part in arguments.video.split("x"))
+    base = Point(batch, frames, pixels)
+    shapes = parse_shapes("", f"video:{arguments.engine_video}", "")
+    store = EngineStore(arguments.engines_dir)
+    stages = [stage for stage in _module(base, shapes, arguments).stages.values() if stage.name != "vae_decoder"]
+    build_engines(stages, arguments.backends, store)  # the decoder is live in training, and in PyTorch
+    result: dict[str, Any] = {"base": vars(base), "machine": machine(device), "axes": {}}
+    for axis, values in wanted_axes(arguments.axes).items():
+        rows = []
+        with Progress().bar(axis, len(values)) as bar:
+            for value in values:
+                rows.append({axis: value, **_measure(replace(base, **{axis: value}), shapes, arguments, device)})
+                bar.advance(1)
+        result["axes"][axis] = rows
+        write_result(arguments.out, result)
+    result["seconds"] = time.monotonic() - start
+    write_result(arguments.out, result)
+    plot(result, arguments.out.with_suffix(".png"))
+    for axis, rows in result["axes"].items():
+        Console().print(_table(axis, rows))
+    Console().print(f"{result['seconds']:.0f} s")
+
+
+def wanted_axes(names: str) -> dict[str, tuple[int, ...]]:
+    """The values to measure, by axis."""
+    chosen = names.split(",") if names else list(AXES)
+    return {name: AXES[name][1] for name in chosen}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_arguments(parser)
+    parser.add_argument("--video", default="1x9x3x64x64", help="BxTx3xHxW that the others stay at")
+    parser.add_argument("--engine-video", default="2x9x3x96x96", help="the shape that engines are built around")
+    parser.add_argument("--axes", default="", help=f"comma-separated, of {', '.join(AXES)}; all if not given")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
+    return parser.parse_args()
+
+
+def _module(point: Point, shapes: Any, arguments: argparse.Namespace) -> WanTrainingModule:
+    settings = TrainingModuleSettings.parse(
+        {
+            "lora": {"rank": point.rank},
+            "num_inference_steps": _INFERENCE_STEPS,
+            "mid_timestep": _INFERENCE_STEPS - point.tail,
+            "final_timestep": _INFERENCE_STEPS - 1,
+            "reward": {"upscale": 2},
+        }
+    )
+    components = build_components(TINY, torch.float32, torch.device(arguments.device))
+    return WanTrainingModule(components, settings, engines=arguments.engines_dir, shapes=shapes)
+
+
+def _measure(point: Point, shapes: Any, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    module = _module(point, shapes, arguments)
+    clips = held_out_clips(point.batch, seed=0, num_frames=point.frames, size=point.pixels)
+    data = {"prompt": clips.prompts, "video": clips.video}
+    steps = {name: _step(module, data, name) for name in CONTENDERS}
+    samples = interleave(steps, arguments.rounds, device)
+    rows = summary(samples)
+    return {
+        name: {**rows[name], "samples_ms": samples[name], "memory_mib": peak_growth_mib(steps[name], device)}
+        for name in CONTENDERS
+    }
+
+
+def _step(module: WanTrainingModule, data: Mapping[str, Any], contender: str) -> Callable[[], None]:
+    cache = module.conditioner.cache
+
+    def step() -> None:
+        eager = contender == "eager"
+        module.conditioner.cache = None if eager else cache
+        with module.runtime.use(**dict.fromkeys(module.stages, TORCH) if eager else {}):
+            loss, _, _ = module(data)
+            loss.backward()
+        module.zero_grad()
+
+    return step
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Time above, memory below, one column an axis."""
+    from matplotlib.figure import Figure
+
+    axes = result["axes"]
+    figure = Figure(figsize=(3.2 * len(axes), 6), layout="constrained")
+    grid = figure.subplots(2, len(axes), squeeze=False)
+    for column, (axis, rows) in enumerate(axes.items()):
+        values = [row[axis] for row in rows]
+        for row, (figure_of, unit) in enumerate((("median_ms", "ms"), ("memory_mib", "MiB"))):
+            place = grid[row][column]
+            for name in CONTENDERS:
+                place.plot(values, [point[name][figure_of] for point in rows], marker="o", label=name)
+            place.set_ylim(bottom=0)
+            place.set_xlim(left=0)
+            place.grid(alpha=0.3)
+            place.set_xlabel(AXES[axis][0])
+            if column == 0:
+                place.set_ylabel(f"{'time of a step' if row == 0 else 'memory that a step adds'}, {unit}")
+    grid[0][0].legend()
+    base = result["base"]
+    figure.suptitle(
+        f"tiny: one figure varied, the others at {base['batch']} clip of {base['frames']} frames, "
+        f"{base['pixels']} pixels a side, rank {base['rank']}, {base['tail']} steps in the tail"
+    )
+    figure.savefig(path, dpi=100)
+
+
+def _table(axis: str, rows: list[Mapping[str, Any]]) -> Table:
+    table = Table(AXES[axis][0])
+    for name in CONTENDERS:
+        for unit in ("ms", "MiB"):
+            table.add_column(f"{name} {unit}", justify="right")
+    for row in rows:
+        table.add_row(str(row[axis]), *_cells(row))
+    return table
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[str]:
+    for name in CONTENDERS:
+        yield f"{row[name]['median_ms']:.0f}"
+        yield f"{row[name]['memory_mib']:.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Where a step asks a tensor for its values: on a GPU, each such place makes the host wait for all work before it.
+
+    python benchmarks/syncs.py --out benchmarks/results/syncs.json
+
+One warm training step, forward and backward, under torch's profiler, on whatever device it runs: the operators that
+bring values to the host, or need them to know how large their result is, counted by the line of frostline that they
+are called from. On a CPU they cost nothing, but they are the same places; only `tolist` leaves no trace there. The
+schedule's figures, in `schedule.py` and `sampling.py`, lie on the host in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from building import add_engine_arguments, build_engines
+from measuring import RESULTS, machine, write_result
+from rich.console import Console
+from rich.table import Table
+from shapes import TINY, build_components
+from torch.profiler import ProfilerActivity, profile
+
+from frostline.config import TrainingModuleSettings
+from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.store import EngineStore
+from frostline.train.module import WanTrainingModule
+
+# `item`, `float()` and `if tensor:` end in the first; a result as long as a mask has ones needs the others.
+OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+
+
+def main() -> None:
+    """Trace, print a table, write JSON."""
+    arguments = _arguments()
+    device = torch.device(arguments.device)
+    settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "reward": {"upscale": 2}})
+    module = WanTrainingModule(build_components(TINY, torch.float32, device), settings, engines=arguments.engines_dir)
+    stages = [stage for stage in module.stages.values() if stage.name != "vae_decoder"]
+    build_engines(stages, arguments.backends, EngineStore(arguments.engines_dir))
+    module.runtime.replan("auto")
+    clips = held_out_clips(2, seed=0)
+    data = {"prompt": clips.prompts, "video": clips.video}
+    for _ in range(2):  # the first fills the cache, and measures what auto did not know
+        module(data)[0].backward()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    config = torch._C._profiler._ExperimentalConfig(verbose=True)  # stacks are empty without it
+    with profile(activities=activities, with_stack=True, experimental_config=config) as trace:
+        module(data)[0].backward()
+    places = count_places((event.name, event.stack) for event in trace.events() or ())
+    result = {"machine": machine(device), "places": [[name, place, count] for (name, place), count in places]}
+    write_result(arguments.out, result)
+    if arguments.trace:
+        trace.export_chrome_trace(str(arguments.trace))
+    table = Table("operator", "from", "times in a step")
+    for (name, place), count in places:
+        table.add_row(name, place, str(count))
+    Console(width=140).print(table, f"{sum(count for _, count in places)} in all")
+
+
+def count_places(events: Iterable[tuple[str, list[str]]]) -> list[tuple[tuple[str, str], int]]:
+    """How often each operator of `OPERATORS` is called from each line, the most frequent first.
+
+    Args:
+        events: name and stack, innermost frame first, as `path(line): function`.
+    """
+    counts = Counter((name, _place(stack)) for name, stack in events if name in OPERATORS)
+    return counts.most_common()
+
+
+def _place(stack: list[str]) -> str:
+    """The innermost frame within frostline, or else the innermost of all."""
+    own = (frame for frame in stack if frame.startswith("frostline/"))  # the profiler cuts what sys.path holds
+    return next(own, next(iter(stack), "unknown"))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_arguments(parser)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trace", type=Path, help="also write the whole trace, for chrome://tracing")
+    parser.add_argument("--out", type=Path, default=RESULTS / "syncs.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

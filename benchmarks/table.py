@@ -1,0 +1,114 @@
+"""The tables of README, from the results that lie in `benchmarks/results/`.
+
+python benchmarks/table.py            # print them
+python benchmarks/table.py --readme   # and put them into README.md, between their two marks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- printed by python benchmarks/table.py -->", "<!-- end -->"
+_TARGETS = {
+    "reference_over_warm": "≥ 3.0",
+    "reference_over_cold": "≥ 2.0",
+    "compile_over_warm": "≥ 1.0",
+    "warm_over_floor": "≤ 1.15",
+    "cold_over_floor": "≤ 1.4",
+}
+
+
+def main() -> None:
+    """Print the tables; write them into README where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", action="store_true", help="write them into README.md too")
+    arguments = parser.parse_args()
+    tables = render(arguments.results)
+    print(tables)
+    if arguments.readme:
+        README.write_text(with_tables(README.read_text(), tables))
+
+
+def render(results: Path) -> str:
+    """Markdown of all results that are there."""
+    parts = []
+    for name, table in _TABLES.items():
+        path = results / f"{name}.json"
+        if path.is_file():
+            parts.append(table(json.loads(path.read_text())))
+    return "\n\n".join(parts)
+
+
+def with_tables(page: str, tables: str) -> str:
+    """The page with `tables` between its marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"there is no place for the tables: {BEGIN} and {END} on lines of their own are missing")
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+
+
+def tables_of(page: str) -> str:
+    """What stands between the marks of a page."""
+    return page.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def step_table(result: Result) -> str:
+    """One training step: every contender, and the ratios that are asked for."""
+    contenders, warm = result["contenders"], result["contenders"]["warm"]["median_ms"]
+    rows = [(row["what"], f"{row['median_ms']:.0f}", f"{row['median_ms'] / warm:.2f}") for row in contenders.values()]
+    title = f"One training step of {result['arguments']['model']}, {result['arguments']['video']}"
+    asked = [
+        (name.replace("_", " "), f"{spread['median']:.2f}", _spread(spread), _TARGETS.get(name, ""))
+        for name, spread in result["ratio_spread"].items()
+    ]
+    ratios = _markdown(("ratio", "median", "quartiles", "asked for"), asked)
+    return f"{_markdown((title, 'ms', 'of warm'), rows)}\n\n{ratios}\n\n{_where(result)}"
+
+
+def faces_table(result: Result) -> str:
+    """Frames per second of the whole path of scoring."""
+    rows = [(name, f"{fps:.0f}") for name, fps in result["frames_per_second"]["whole path"].items()]
+    title = f"Scoring a video: {result['what']}"
+    return f"{_markdown((title, 'frames/s'), rows)}\n\n{_where(result)}"
+
+
+def cold_table(result: Result) -> str:
+    """What a user waits for before anything runs."""
+    rows = [(name, f"{row['median_ms'] / 1000:.2f}") for name, row in result["waits"].items()]
+    return f"{_markdown(('From a cold start', 's'), rows)}\n\n{_where(result)}"
+
+
+_TABLES: Mapping[str, Callable[[Result], str]] = {"step": step_table, "faces": faces_table, "cold": cold_table}
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _spread(spread: Mapping[str, float]) -> str:
+    return f"{spread['quartile_1']:.2f} to {spread['quartile_3']:.2f}"
+
+
+def _where(result: Result) -> str:
+    machine = result["machine"]
+    versions = ", ".join(
+        f"{name} {machine['versions'][name]}"
+        for name in ("torch", "onnxruntime-gpu", "openvino")
+        if name in machine["versions"]
+    )
+    return f"{machine['device']}, {machine['torch_threads']} threads; {versions}; commit {machine['commit']}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The command line: one function a sub-command, no logic. Exit code 2 for usage, 1 for failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from frostline import __version__
+from frostline.cli import adapters, engines, exporting, scoring, training
+from frostline.errors import ConfigError, FrostlineError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+for command in (
+    *(training.demo, training.train, training.report),
+    *(exporting.export, exporting.plan),
+    *(training.sample, scoring.score),
+):
+    app.command()(command)
+app.add_typer(engines.app, name="engines")
+app.add_typer(adapters.app, name="adapter")
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Reward-feedback LoRA training of Wan video models with the frozen stages in engines."""
+    if version:
+        typer.echo(f"frostline {__version__}")
+        raise typer.Exit
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    # Chatter of the tracer that a user can do nothing about.
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("frostline").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def main() -> None:
+    """The console script."""
+    # Threads that spin while they wait take the cores from those that work; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Typer would turn Ctrl-C into exit code 1; shells and schedulers expect 128 + the signal.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        sys.exit(_say(error, 2))
+    except FrostlineError as error:
+        sys.exit(_say(error, 1))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _say(error: FrostlineError, code: int) -> int:
+    Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    return code

@@ -1,0 +1,93 @@
+"""`frostline engines …`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from frostline.cli.options import ENGINES, EnginesDir
+from frostline.errors import FrostlineError
+
+app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
+
+Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.")]
+
+
+@app.command("list")
+def list_engines(engines_dir: EnginesDir = ENGINES) -> None:
+    """All engines of the store."""
+    from frostline.export.tables import engine_table
+    from frostline.runtime.store import EngineStore
+
+    Console().print(engine_table(EngineStore(engines_dir).find()))
+
+
+@app.command()
+def inspect(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
+    """The manifest of one engine, as JSON."""
+    from frostline.runtime.store import EngineStore
+
+    record = EngineStore(engines_dir).by_key(key)
+    if record.manifest is None:
+        raise FrostlineError(record.problem or f"engine {record.path} is damaged")
+    Console().print_json(record.manifest.model_dump_json())
+
+
+@app.command()
+def verify(
+    key: Annotated[str | None, typer.Argument(help="The key of an engine, or its beginning; all if left out.")] = None,
+    engines_dir: EnginesDir = ENGINES,
+) -> None:
+    """Check signatures and hashes; exit code 1 if one does not hold."""
+    from frostline.runtime.store import EngineStore
+
+    store, console, refused = EngineStore(engines_dir), Console(), 0
+    for record in store.find() if key is None else [store.by_key(key)]:
+        try:
+            store.verify(record)
+            console.print(f"[green]holds[/] {record.path}")
+        except FrostlineError as error:
+            refused += 1
+            console.print(f"[bold red]refused[/] {error}", soft_wrap=True)
+    if refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def trust(path: Annotated[Path, typer.Argument(help="The folder of an engine inside the store.")]) -> None:
+    """Sign an engine that was built elsewhere with your key."""
+    from frostline.runtime.store import EngineStore
+
+    engine = EngineStore(path.resolve().parents[2]).trust(path)
+    typer.echo(f"signed {engine.path}")
+
+
+@app.command("rm")
+def remove(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
+    """Delete one engine."""
+    from frostline.runtime.store import EngineStore
+
+    store = EngineStore(engines_dir)
+    record = store.by_key(key)
+    store.remove(record)
+    typer.echo(f"removed {record.path}")
+
+
+@app.command()
+def prune(
+    older_than: Annotated[float | None, typer.Option(min=0, help="Remove engines older than this many days.")] = None,
+    max_size: Annotated[float | None, typer.Option(min=0, help="Keep the newest that fit this many GB.")] = None,
+    engines_dir: EnginesDir = ENGINES,
+) -> None:
+    """Delete old engines, and what interrupted builds left."""
+    from datetime import timedelta
+
+    from frostline.runtime.store import EngineStore
+
+    age = None if older_than is None else timedelta(days=older_than)
+    size = None if max_size is None else int(max_size * 1e9)
+    for record in EngineStore(engines_dir).prune(age, size):
+        typer.echo(f"removed {record.path}")

@@ -1,0 +1,117 @@
+"""`frostline export` and `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from frostline.cli.options import ENGINES, Device, EnginesDir, Model
+
+if TYPE_CHECKING:
+    from frostline.export.outcome import ExportRow
+
+
+def export(
+    model: Model,
+    stages: Annotated[str | None, typer.Option(help="Comma-separated names, or all.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Comma-separated names of backends.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    opset: Annotated[int | None, typer.Option(min=18, max=23, help="ONNX opset.")] = None,
+    min_shapes: Annotated[str | None, typer.Option(help="video:1x5x3x64x64,… as trtexec spells them.")] = None,
+    opt_shapes: Annotated[str | None, typer.Option(help="The shapes to tune for.")] = None,
+    max_shapes: Annotated[str | None, typer.Option(help="The largest shapes.")] = None,
+    compute_capability: Annotated[str | None, typer.Option(help="8.9[,12.0] or current, for TensorRT.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="Comma-separated names of adapted layers.")] = None,
+    live_lora: Annotated[bool, typer.Option("--live-lora/--no-live-lora", help="LoRA matrices as inputs.")] = True,
+    atol: Annotated[float | None, typer.Option(min=0, help="Absolute error allowed.")] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="Error allowed, relative to the largest value.")] = None,
+    cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Cosine demanded.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache file.")] = None,
+    device: Device = "auto",
+    engines_dir: EnginesDir = ENGINES,
+    force: Annotated[bool, typer.Option("--force", help="Build engines that are there already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be built.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure.")] = False,
+) -> None:
+    """Turn the frozen stages of a Wan model into verified, signed engines."""
+    from frostline.export.outcome import ExportRow
+    from frostline.export.receipt import recall, receipt_key, remember
+    from frostline.export.recipe import load_recipe
+    from frostline.progress import Progress
+    from frostline.runtime.backends.options import OPSET, BuildOptions
+    from frostline.runtime.store import EngineStore
+
+    changes: dict[str, Any] = {
+        "stages": stages,
+        "backends": backend,
+        "precision": precision,
+        "compute_capabilities": compute_capability,
+        "min_shapes": min_shapes,
+        "opt_shapes": opt_shapes,
+        "max_shapes": max_shapes,
+    }
+    recipe = load_recipe(model, changes).with_lora(live_lora, lora_targets)
+    build = BuildOptions(opset or OPSET, recipe.compute_capabilities, timing_cache)
+    store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device)
+    known = None if force or dry_run else recall(store, receipt)
+    if known is not None:
+        _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
+        return
+    from frostline.export.run import ExportOptions, export_model, load_staged_model, planned_exports
+
+    options = ExportOptions(build, force, dry_run, strict, atol, rtol, cosine)
+    progress = Progress()
+    with progress.task(f"load {recipe.model}"):
+        staged = load_staged_model(recipe, device)
+    rows = []
+    with progress.bar("export", len(planned_exports(staged, recipe))) as bar:
+        for row in export_model(staged, recipe, store, options, bar.describe):
+            rows.append(row)
+            bar.advance(1)
+    _print_export(rows)
+    if any(row.status == "failed" for row in rows):
+        raise typer.Exit(1)
+    if not dry_run:
+        remember(store, receipt, [row.manifest for row in rows if row.manifest is not None])
+
+
+def plan(
+    model: Model,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    device: Device = "auto",
+    engines_dir: EnginesDir = ENGINES,
+) -> None:
+    """Show, per stage, who could serve it, who does, and why."""
+    from frostline.config import TrainingModuleSettings
+    from frostline.export.exporter import ensure_verified
+    from frostline.export.gain import frozen_uses, live_uses, stage_gains, step_gain
+    from frostline.export.recipe import load_recipe
+    from frostline.export.run import load_staged_model
+    from frostline.export.tables import plan_table, step_gain_lines
+    from frostline.models.schedule import FlowMatchSchedule
+    from frostline.runtime.runtime import Runtime
+    from frostline.runtime.store import EngineStore
+
+    staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
+    ensure_verified(staged.stages.values(), EngineStore(engines_dir))
+    runtime = Runtime(staged.stages, "auto", engines_dir)
+    settings = TrainingModuleSettings()
+    schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+    high_noise = schedule.high_noise_steps(staged.components.boundary) if staged.denoiser_high_noise else 0
+    steps = (settings.mid_timestep, settings.final_timestep, high_noise)
+    console = Console()
+    console.print(plan_table(stage_gains(runtime)))
+    for line in step_gain_lines(step_gain(runtime, frozen_uses(*steps), live_uses(*steps))):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _print_export(rows: list[ExportRow]) -> None:
+    from frostline.export.tables import export_notes, export_table
+
+    console = Console()
+    console.print(export_table(rows))
+    for note in export_notes(rows):
+        console.print(note, soft_wrap=True, highlight=False, markup=False)

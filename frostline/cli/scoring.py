@@ -1,0 +1,70 @@
+"""`frostline score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from frostline.cli.options import ENGINES, Device, EnginesDir
+from frostline.errors import ConfigError
+
+
+def score(
+    videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO…", help="Videos or pictures.")] = None,
+    reference: Annotated[str | None, typer.Option(help="A picture or video of the person.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="CSV: video[,reference][,prompt], or a dataset's metadata.")
+    ] = None,
+    detector: Annotated[str, typer.Option(help="mtcnn, yunet or scrfd:PATH.onnx")] = "mtcnn",
+    embedder: Annotated[str, typer.Option(help="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")] = "sface",
+    backend: Annotated[str, typer.Option(help="auto, torch, or one whose engines are built if need be.")] = "auto",
+    every: Annotated[int, typer.Option(help="Score every so many frames.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(help="Score at most so many frames of a video.")] = None,
+    missing_face: Annotated[str, typer.Option(help="Frames without a face: exclude, or zero.")] = "exclude",
+    upscale: Annotated[int, typer.Option(help="Enlarge frames so many times to find small faces.")] = 1,
+    min_face_size: Annotated[int, typer.Option(help="Smallest face that mtcnn looks for, in pixels.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="Frames of one call of the detector.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Results, .jsonl or .csv, one row a video.")] = None,
+    report: Annotated[Path | None, typer.Option(help="One HTML page with curves and pictures.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the results in --out.")] = False,
+    fail_under: Annotated[float | None, typer.Option(help="Exit with 1 if the mean score is lower.")] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Let --pairs name files outside its folder.")
+    ] = False,
+    device: Device = "auto",
+    engines_dir: EnginesDir = ENGINES,
+) -> None:
+    """Score videos by how much their face is the reference's: the reward of training, on batched engines."""
+    from frostline.progress import Progress
+    from frostline.score.request import gather_pairs
+    from frostline.score.run import RunOptions, run_score
+    from frostline.score.settings import ScoreSettings
+    from frostline.score.table import print_outcome
+
+    settings = ScoreSettings.parse(
+        {
+            "detector": detector,
+            "embedder": embedder,
+            "upscale": upscale,
+            "min_face_size": min_face_size,
+            "missing_face": missing_face,
+            "every": every,
+            "max_frames": max_frames,
+        }
+    )
+    if resume and out is None:
+        raise ConfigError("--resume goes on from the results in --out, which is missing")
+    wanted = gather_pairs(videos or [], reference, pairs, allow_outside)
+    outcome = run_score(wanted, settings, RunOptions(out, resume, backend, device, engines_dir, batch), Progress())
+    if outcome is None:
+        return
+    print_outcome(outcome, Console())
+    if report is not None:
+        from frostline.score.report import write_score_report
+
+        write_score_report(report, outcome, settings)
+    if outcome.summary.failed or (fail_under is not None and not outcome.summary.reaches(fail_under)):
+        raise typer.Exit(1)

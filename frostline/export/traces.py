@@ -1,0 +1,31 @@
+"""Tracing takes seconds to minutes a network: what came of it is kept while several backends are built from it."""
+
+from __future__ import annotations
+
+from torch.export import ExportedProgram
+from torch.onnx import ONNXProgram
+
+from frostline.export.onnx import translate
+from frostline.export.program import trace_program
+from frostline.runtime.stage import Network
+
+
+class Traces:
+    """The graphs of one stage's networks, each made when it is first asked for. They hold no weights of their own."""
+
+    def __init__(self) -> None:
+        self._programs: dict[str, ExportedProgram] = {}
+        self._translated: dict[tuple[str, int], ONNXProgram] = {}
+
+    def program(self, network: Network) -> ExportedProgram:
+        """See `trace_program`."""
+        if network.name not in self._programs:
+            self._programs[network.name] = trace_program(network)
+        return self._programs[network.name]
+
+    def onnx(self, network: Network, opset: int) -> ONNXProgram:
+        """See `translate`."""
+        key = network.name, opset
+        if key not in self._translated:
+            self._translated[key] = translate(network, self.program(network), opset)
+        return self._translated[key]

@@ -1,0 +1,26 @@
+"""A real browser, to look at pages as their readers do."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+
+_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+)
+
+
+def render(page: Path, profile: Path) -> tuple[str, str]:
+    """The page's DOM after its scripts ran, and what the browser had to say.
+
+    Args:
+        profile: an empty folder, or none yet, for the browser's own files.
+    """
+    command = [str(CHROMIUM), *_FLAGS.split(), f"--user-data-dir={profile}", page.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return result.stdout, result.stderr

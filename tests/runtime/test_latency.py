@@ -1,0 +1,226 @@
+"""`auto` at each shape: what is measured, what is remembered, and what makes it measure anew."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frostline.export.exporter import export_stage
+from frostline.runtime import latency, runtime
+from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.latency import LatencyNote, machine_id, shape_class, take_turns
+from frostline.runtime.runtime import Runtime
+from frostline.runtime.stage import Dimension, Network, Runner, Stage, TensorSpec, Tolerance
+from frostline.runtime.store import EngineStore
+
+ORT = "onnxruntime"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def signing_key(session_signing_key: Path) -> Path:
+    """The engines here outlive a test, and so must their key."""
+    return session_signing_key
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for what is remembered."""
+    monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path))
+    return tmp_path / "latency"
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    """`y = 2 x` for x of 1 to 64 rows."""
+
+    class Double(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.two
+
+    network = Network("double", Double(), (TensorSpec("x", (Dimension("rows", 1, 4, 64), 3)),), ("y",))
+    return Stage(
+        "double",
+        "toy",
+        (network,),
+        lambda **inputs: network.reference(inputs),
+        lambda runners: runners["double"],
+        lambda: network.samples("opt"),
+        Tolerance(atol=1e-6, rtol=0, cosine=0.999),
+    )
+
+
+@pytest.fixture(scope="module")
+def engines(stage: Stage, tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
+    """An engine that was twice as fast as torch where it was verified."""
+    root = tmp_path_factory.mktemp("engines")
+    store = EngineStore(root)
+    exported = export_stage(stage, ORT, store).manifest
+    record = store.get(*vars(exported.id).values())
+    assert record is not None
+    store.update(store.verify(record), exported.updated(latency_ms={"torch": 2.0, ORT: 1.0}))
+    return root
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
+    """Rows and contenders of every measurement; the engine wins from 8 rows on."""
+    seen = []
+
+    def measured(runners: Mapping[str, Runner], inputs: Mapping[str, Tensor], *_: float) -> dict[str, float]:
+        rows = len(inputs["x"])
+        seen.append((rows, tuple(runners)))
+        return {name: 1.0 if (name == ORT) == (rows >= 8) else 2.0 for name in runners}
+
+    monkeypatch.setattr(runtime, "take_turns", measured)
+    return seen
+
+
+def run(auto: Runtime, rows: int) -> str:
+    """The backend that served."""
+    x = torch.ones(rows, 3)
+    assert torch.equal(auto["double"](x=x)["y"], 2 * x)
+    (served,) = auto.clock.read().values()
+    assert auto.plan["double"].backend == served.backend
+    return served.backend
+
+
+def test_every_shape_is_measured_once_and_served_by_the_fastest(
+    stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]]
+) -> None:
+    auto = Runtime({"double": stage}, "auto", engines)
+    prints = {auto.fingerprint("double")}
+    assert [run(auto, rows) for rows in (2, 8, 2, 8, 7)] == ["torch", ORT, "torch", ORT, ORT]
+    assert trials == [(2, ("torch", ORT)), (8, ("torch", ORT))]
+    assert auto.plan["double"].reason == "2.00x as fast as torch at this shape"
+    run(auto, 2)
+    assert auto.plan["double"].reason == "onnxruntime is slower at this shape (0.50x)"
+    # What a cache holds stays valid: every candidate has passed parity.
+    assert prints == {auto.fingerprint("double")}
+
+
+def test_the_next_run_remembers(
+    stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]], notes: Path
+) -> None:
+    run(Runtime({"double": stage}, "auto", engines), 8)
+    assert run(Runtime({"double": stage}, "auto", engines), 8) == ORT
+    assert len(trials) == 1
+    (note,) = notes.iterdir()
+    note.write_text("{")
+    assert run(Runtime({"double": stage}, "auto", engines), 8) == ORT
+    assert len(trials) == 2
+    assert json.loads(note.read_text()) == {"torch": 2.0, ORT: 1.0}
+
+
+def test_another_machine_measures_anew(
+    stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Runtime({"double": stage}, "auto", engines).plan["double"].reason == "2.00x as fast as torch"
+    run(Runtime({"double": stage}, "auto", engines), 8)
+    machine_id_here = machine_id(CPU)
+    for module in (latency, runtime):
+        monkeypatch.setattr(module, "machine_id", lambda device: "another CPU")
+    auto = Runtime({"double": stage}, "auto", engines)
+    assert auto.plan["double"].reason == f"as {machine_id_here} has it; this one decides at first use"
+    assert auto.plan["double"].backend == ORT
+    assert not auto.plan["double"].latency_ms
+    assert run(auto, 8) == ORT
+    assert len(trials) == 2
+
+
+def test_the_number_of_threads_is_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine_id(CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert machine_id(CPU) != before
+    assert f"{os.cpu_count()} cores" in before
+
+
+def test_a_backend_that_was_asked_for_is_not_questioned(
+    stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]]
+) -> None:
+    assert run(Runtime({"double": stage}, ORT, engines), 2) == ORT
+    auto = Runtime({"double": stage}, "auto", engines)
+    with auto.use(double=ORT):
+        assert run(auto, 2) == ORT
+    with auto.use(double="torch"):
+        assert run(auto, 8) == "torch"
+    assert trials == []
+
+
+def test_several_processes_keep_to_the_plan(
+    stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage in shards runs in all processes at once: they must neither try nor choose on their own."""
+    run(Runtime({"double": stage}, "auto", engines), 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert [run(Runtime({"double": stage}, "auto", engines), rows) for rows in (2, 3)] == [ORT, ORT]
+    assert len(trials) == 1
+
+
+def test_a_shape_that_no_engine_serves_goes_to_torch_with_one_warning(
+    stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    auto = Runtime({"double": stage}, "auto", engines)
+    assert [run(auto, rows) for rows in (65, 66, 8)] == ["torch", "torch", ORT]
+    assert [r.getMessage()[:46] for r in caplog.records if r.levelno == logging.WARNING] == [
+        "stage double: torch serves this shape (network"
+    ]
+
+
+def test_an_engine_that_fails_its_trial_costs_one_warning(
+    stage: Stage,
+    engines: Path,
+    trials: list[tuple[int, tuple[str, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(self: OnnxRuntimeRunner, **inputs: Tensor) -> dict[str, Tensor]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "__call__", broken)
+    auto = Runtime({"double": stage}, "auto", engines)
+    assert [run(auto, rows) for rows in (8, 16)] == ["torch", "torch"]
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert message == "stage double: backend onnxruntime failed, torch serves it from now on (out of memory)"
+    assert trials == []
+
+
+def test_whoever_notes_first_is_believed(notes: Path) -> None:
+    note = LatencyNote("double", {ORT: "key", "torch": "torch"}, "x:8x3", CPU)
+    assert note.read() is None
+    assert note.write({ORT: 1.0, "torch": 2.0}) == {ORT: 1.0, "torch": 2.0}
+    again = LatencyNote("double", {ORT: "key", "torch": "torch"}, "x:8x3", CPU)
+    assert again.write({ORT: 2.0, "torch": 1.0}) == {ORT: 1.0, "torch": 2.0}
+    assert LatencyNote("double", {ORT: "another", "torch": "torch"}, "x:8x3", CPU).read() is None
+    assert [path.suffix for path in notes.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize(
+    ("extent", "rounded"),
+    [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 12), (13, 16), (17, 24), (96, 96)],
+)
+def test_shapes_of_one_class(extent: int, rounded: int) -> None:
+    assert shape_class({"b": torch.zeros(extent, 1), "a": torch.zeros(())}) == f"a: b:{rounded}x1"
+
+
+def test_runners_take_turns() -> None:
+    calls: list[str] = []
+
+    def runner(name: str) -> Callable[..., dict[str, Tensor]]:
+        return lambda **inputs: calls.append(name) or inputs
+
+    times = take_turns({name: runner(name) for name in "ab"}, {"x": torch.zeros(1)}, runs=2, seconds=60)
+    assert calls == ["a", "b"] * 3
+    assert times.keys() == {"a", "b"}
+    assert take_turns({"a": runner("a")}, {}, runs=9, seconds=-1).keys() == {"a"}
+    assert calls.count("a") == 3 + 2

@@ -1,0 +1,130 @@
+"""The benchmarks' own arithmetic, and that README shows what was measured."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+README = BENCHMARKS.parent / "README.md"
+sys.path.insert(0, str(BENCHMARKS))
+
+from contenders import CONTENDERS, Outcome, compare  # noqa: E402
+from measuring import interleave, medians, peak_growth_mib, ratio, summary  # noqa: E402
+from scaling import plot, wanted_axes  # noqa: E402
+from syncs import count_places  # noqa: E402
+from table import BEGIN, END, render, step_table, tables_of, with_tables  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    samples = interleave(runs, rounds=2, device=CPU)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert {name: len(values) for name, values in samples.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    # The second round was ten times as slow for both.
+    samples = {"slow": [30.0, 400.0, 20.0], "fast": [10.0, 100.0, 10.0]}
+    assert ratio(samples, "slow", "fast") == {"median": 3.0, "quartile_1": 2.0, "quartile_3": 4.0}
+    assert summary(samples)["fast"]["median_ms"] == 10.0
+    assert summary({"once": [5.0]})["once"] == {"median_ms": 5.0, "quartile_1_ms": 5.0, "quartile_3_ms": 5.0}
+
+
+def test_a_stage_that_did_not_run_took_no_time() -> None:
+    assert medians([{"a": 1.0, "b": 4.0}, {"a": 3.0}, {"a": 2.0}]) == {"a": 2.0, "b": 0.0}
+
+
+def test_peak_memory_is_that_of_the_call() -> None:
+    def use(mebibytes: int) -> None:
+        torch.zeros(mebibytes * 2**18).add_(1)
+
+    large, small = peak_growth_mib(lambda: use(200), CPU), peak_growth_mib(lambda: use(20), CPU)
+    assert 190 <= large <= 260
+    assert 10 <= small <= 80
+
+
+def test_who_computes_something_else_is_found_out() -> None:
+    gradient = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    outcomes = {
+        "base": Outcome(1.0, 0.5, 0.1, gradient),
+        "same": Outcome(1.0 + 1e-6, 0.5, 0.1, gradient * (1 + 1e-6)),
+        "other loss": Outcome(1.1, 0.5, 0.1, gradient),
+        "other gradient": Outcome(1.0, 0.5, 0.1, -gradient),
+    }
+    checks = compare(outcomes, "base", loss_tolerance=1e-3, least_cosine=0.999)
+    assert [name for name, check in checks.items() if check["same"]] == ["base", "same"]
+
+
+def test_axes_by_name() -> None:
+    assert list(wanted_axes("tail,batch")) == ["tail", "batch"]
+    assert {"frames", "pixels", "batch", "rank", "tail"} == set(wanted_axes(""))
+
+
+def test_places_are_told_by_the_innermost_line_of_frostline() -> None:
+    item, step = "aten::_local_scalar_dense", ["<built-in method>", "frostline/train/step.py(7): go", "run.py(1): main"]
+    events = [(item, step), (item, step), (item, ["run.py(1): main"]), ("aten::add", step), ("aten::nonzero", [])]
+    assert count_places(events) == [
+        ((item, "frostline/train/step.py(7): go"), 2),
+        ((item, "run.py(1): main"), 1),
+        (("aten::nonzero", "unknown"), 1),
+    ]
+
+
+def step_result() -> dict[str, Any]:
+    return {
+        "arguments": {"model": "tiny", "video": "2x9x3x96x96"},
+        "machine": {"device": "a CPU", "torch_threads": 2, "versions": {"torch": "2.13"}, "commit": "abc"},
+        "contenders": {
+            name: {"what": what, "median_ms": 100.0 * place}
+            for place, (name, what) in enumerate(CONTENDERS.items(), start=1)
+        },
+        "ratio_spread": {"warm_over_floor": {"median": 1.1, "quartile_1": 1.0, "quartile_3": 1.25}},
+    }
+
+
+def test_the_table_of_a_step() -> None:
+    lines = step_table(step_result()).splitlines()
+    assert lines[0] == "| One training step of tiny, 2x9x3x96x96 | ms | of warm |"
+    # `warm` is the seventh of the eight, and so 700 ms.
+    assert lines[2] == f"| {CONTENDERS['reference']} | 100 | 0.14 |"
+    assert "| warm over floor | 1.10 | 1.00 to 1.25 | ≤ 1.15 |" in lines
+    assert lines[-1] == "a CPU, 2 threads; torch 2.13; commit abc."
+
+
+def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
+    (tmp_path / "step.json").write_text(json.dumps(step_result()))
+    tables = render(tmp_path)
+    page = with_tables(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", tables)
+    assert page.startswith(f"before\n\n{BEGIN}\n\n| One training step")
+    assert page.endswith(f"{END}\n\nafter\n")
+    assert tables_of(page) == tables
+    assert with_tables(page, tables) == page
+    with pytest.raises(SystemExit, match="no place for the tables"):
+        with_tables("a page without marks", tables)
+
+
+def test_readme_shows_what_was_measured() -> None:
+    assert tables_of(README.read_text()) == render(BENCHMARKS / "results")
+
+
+def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis(tmp_path: Path) -> None:
+    def point(milliseconds: float) -> dict[str, Any]:
+        return {"median_ms": milliseconds, "memory_mib": milliseconds / 2}
+
+    rows = [{"tail": steps, "warm": point(100.0 * steps), "eager": point(150.0 * steps)} for steps in (1, 2, 4)]
+    base = {"batch": 1, "frames": 5, "pixels": 64, "rank": 8, "tail": 4}
+    plot(
+        {"base": base, "axes": {"tail": rows, "batch": [{**row, "batch": row["tail"]} for row in rows]}},
+        tmp_path / "p.png",
+    )
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size == (640, 600)
+        assert len(set(picture.convert("RGB").getdata())) > 100

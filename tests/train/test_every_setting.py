@@ -1,0 +1,379 @@
+"""Every setting of a run does something: each is changed here by itself, and what it acts on must change with it.
+
+That it changes it in the right way is what the other tests are for.
+"""
+
+import contextlib
+import copy
+import csv
+import functools
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from frostline.config import dotted_names
+from frostline.errors import FrostlineError
+from frostline.models.loading import load_components
+from frostline.models.tiny.clips import held_out_clips
+from frostline.progress import Progress
+from frostline.train.data import collate
+from frostline.train.dry_run import print_dry_run
+from frostline.train.launch import build_module, open_validation, run_training
+from frostline.train.loader import Batches
+from frostline.train.module import WanTrainingModule
+from frostline.train.settings import RunSettings
+from frostline.video import write_video
+
+SHARPNESS = "frostline.train.sharpness:SharpnessReward"
+BASE = {
+    "model": "tiny",
+    "device": "cpu",
+    "output_dir": "run",
+    "num_inference_steps": 3,
+    "mid_timestep": 1,
+    "final_timestep": 2,
+    "lora": {"rank": 2},
+    "plan": {"backend": "torch", "engines": "engines"},
+    "reward": {"type": SHARPNESS, "baseline": 0, "scale": 1},
+    "data": {"source": "data", "num_frames": 5},
+    "validation": {"source": "data", "num_frames": 5, "steps": 2, "num_videos": 1},
+    "train": {"learning_rate": 1e-3, "max_train_steps": 2, "checkpointing_steps": 1},
+}
+FACES = {"reward": {"type": "face_identity", "baseline": 0.54, "scale": 0.16}}
+NO_VALIDATION = {"validation": {"source": None}}
+Observe = Callable[[RunSettings], Any]
+
+
+# What settings act on.
+
+
+def a_step(settings: RunSettings) -> Any:
+    """Loss, score, KL and gradients of a forward and backward; what was saved, recomputed and cached on the way."""
+    module = build_module(settings, torch.device("cpu"))
+    with torch.no_grad():
+        for index, parameter in enumerate(module.trainable_parameters().values()):
+            parameter.copy_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    blocks = 0
+
+    def count(*_: object) -> None:
+        nonlocal blocks
+        blocks += 1
+
+    module.components.denoiser.blocks[0].ffn.register_forward_hook(count)
+    torch.manual_seed(1)
+    assert settings.data.source is not None
+    loss, score, kl_loss = module(collate([settings.data.open(settings.data.source)[0]]))
+    loss.backward()
+    assert module.last_metrics is not None
+    cache = settings.cache_dir or settings.output_dir / "cache"
+    return {
+        "loss": (loss.item(), score.item(), kl_loss.item(), module.last_metrics.per_sample),
+        "gradients": {name: _numbers(p.grad) for name, p in module.trainable_parameters().items()},
+        "scale": module.stages["denoiser"].networks[0].samples("opt")["lora_scale"].item(),
+        "blocks": blocks,
+        "saving": type(module._saved_tensors()).__name__,
+        "cache": (module.cache is None, settings.cache_dir is not None and cache.is_dir()),
+        "variant": [type(rewarded.reward).__name__ for rewarded in module.rewards],
+    }
+
+
+def a_start(settings: RunSettings) -> Any:
+    """The module as it is before the first step: sizes, LoRA, types, the plan, and the shapes of its stages."""
+    module = build_module(settings, torch.device("cpu"))
+    sizes = {
+        network.name: [(spec.name, [str(extent) for extent in spec.shape]) for spec in network.inputs]
+        for stage in module.stages.values()
+        for network in stage.networks
+    }
+    return {
+        "variant": (module.components.pins_first_frame, module.components.denoiser_high_noise is None),
+        "lora": {name: (p.shape, p.dtype, _numbers(p)) for name, p in module.trainable_parameters().items()},
+        "dtype": module.components.denoiser.patch_embedding.weight.dtype,
+        "plan": {name: (choice.backend, choice.reason) for name, choice in module.runtime.plan.items()},
+        "sizes": sizes,
+    }
+
+
+def faces(settings: RunSettings) -> Any:
+    """What the face reward sees in a clip whose face is gone half way, and says of one without any."""
+    module = build_module(settings, torch.device("cpu"))
+    video = held_out_clips(1, seed=3, num_frames=5).video
+    gone = video.clone()
+    gone[:, 3:] = 0.5
+    (active,) = module.rewards
+    references = active.reward.references(video)
+    score = active.reward.score(gone, references)
+    with torch.no_grad():
+        loss = module({"prompt": ["p"], "video": torch.full((1, 5, 3, 32, 32), 0.5)})[0]
+    return score.score.tolist(), {name: m.tolist() for name, m in score.metrics.items()}, loss.item()
+
+
+def samples(section: str) -> Observe:
+    """The rows of a data source, and its first sample."""
+
+    def observe(settings: RunSettings) -> Any:
+        videos = getattr(settings, section)
+        dataset = videos.open(videos.source)
+        sample = dataset[0]
+        bad = [row.field for row in dataset.validate()]
+        return dataset.sample_ids, bad, tuple(sample["video"].shape), _numbers(sample["video"])
+
+    return observe
+
+
+def held_out(settings: RunSettings) -> Any:
+    """What is generated, in which batches and from which noise."""
+    validation = open_validation(settings)
+    return None if validation is None else (list(validation.starts), validation.batch_size, validation.noise_seed)
+
+
+def a_run(settings: RunSettings) -> Any:
+    """All that a run leaves, but for times."""
+    run_training(settings, None, Progress(quiet=True))
+    out, left = settings.output_dir, {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file() and "cache" not in path.parts):
+        name = path.relative_to(out).as_posix()
+        left[name] = None
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            left[name] = [{k: v for k, v in line.items() if k not in ("seconds", "stages")} for line in lines]
+        elif path.suffix == ".safetensors":
+            left[name] = {key: _numbers(tensor) for key, tensor in load_file(path).items()}
+    left.update(dict.fromkeys(("trackers",), (out / "trackers").exists()))
+    return left
+
+
+def folders(settings: RunSettings) -> Any:
+    """Where a run writes."""
+    a_run(settings)
+    return sorted(path.parent.name for path in Path().glob("*/metrics.jsonl"))
+
+
+def twice(settings: RunSettings) -> Any:
+    """A run over another one."""
+    a_run(settings)
+    return a_run(settings)
+
+
+def workers(settings: RunSettings) -> Any:
+    """How many processes a run wants to read its data with."""
+    wanted = []
+
+    class Counted(Batches):
+        def __init__(self, dataset: Any, order: Any, num_workers: int) -> None:
+            wanted.append(num_workers)
+            super().__init__(dataset, order, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("frostline.train.trainer.Batches", Counted)
+        a_run(settings)
+    return wanted
+
+
+def never_finite(settings: RunSettings) -> Any:
+    """How far a run comes whose loss is never finite."""
+    forward = WanTrainingModule.forward
+
+    def poisoned(module: WanTrainingModule, data: Any) -> Any:
+        loss, *others = forward(module, data)
+        return loss * float("nan"), *others
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WanTrainingModule, "forward", poisoned)
+        return a_run(settings)
+
+
+def the_dry_run(settings: RunSettings) -> Any:
+    """The page that `--dry-run` prints."""
+    page = io.StringIO()
+    print_dry_run(settings, Console(file=page, width=160))
+    return page.getvalue()
+
+
+def _numbers(tensor: torch.Tensor | None) -> Any:
+    return (
+        None if tensor is None else (tuple(tensor.shape), tensor.double().sum().item(), tensor.double().norm().item())
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is given for the setting, what it acts on, and from what else to start. refused: the words of the error."""
+
+    value: Any
+    acts_on: Observe
+    start: dict[str, Any] | None = None
+    refused: str = ""
+
+
+_data, _validation = samples("data"), samples("validation")
+CASES: dict[str, Case] = {
+    "num_inference_steps": Case(4, a_step),
+    "mid_timestep": Case(2, a_step),
+    "final_timestep": Case(1, a_step),
+    "shift": Case(3.0, a_step),
+    "boundary": Case(0.99, a_step, {"model": "tiny-moe"}),
+    "noise_seed": Case(25, a_step),
+    "kl_weight": Case(0.5, a_step),
+    "gradient_checkpointing": Case("block", a_step),
+    "offload_saved_tensors": Case(True, a_step),
+    "lora.rank": Case(3, a_start),
+    "lora.alpha": Case(4.0, a_step),
+    "lora.target_modules": Case(["q"], a_start),
+    "reward.type": Case("face_identity", a_step),
+    "reward.baseline": Case(0.1, a_step),
+    "reward.scale": Case(0.5, a_step),
+    "reward.weight": Case(0.3, a_step),
+    "reward.options": Case({"floor": 0.1}, a_step),
+    "reward.detector": Case("yunet", faces, FACES),
+    "reward.embedder": Case("facenet:gone.pt", faces, FACES, refused="gone.pt"),
+    "reward.upscale": Case(2, faces, FACES),
+    "reward.min_face_size": Case(90, faces, FACES),
+    "reward.missing_face": Case("zero", faces, FACES),
+    "reward.on_no_face": Case("zero", faces, FACES),
+    "reward.plus": Case([{"type": "face_identity"}], a_step),
+    "cache_dir": Case("elsewhere", a_step),
+    "cache_bytes": Case(0, a_step),
+    "model": Case("tiny-ti2v", a_start),
+    "output_dir": Case("elsewhere", folders, NO_VALIDATION),
+    "overwrite_output_dir": Case(True, twice, NO_VALIDATION),
+    "device": Case("cuda", a_run, refused="torch finds no GPU here"),
+    "data.source": Case("other", _data),
+    "data.num_frames": Case(9, _data),
+    "data.height": Case(16, _data, {"data": {"width": 16}}),
+    "data.width": Case(16, _data, {"data": {"height": 16}}),
+    "data.max_pixels": Case(16 * 16, _data),
+    "data.frame_stride": Case(2, _data),
+    "data.allow_outside": Case(True, _data, {"data": {"source": "reaching"}}),
+    "data.num_workers": Case(1, workers, NO_VALIDATION),
+    "data.bad_rows": Case("skip", a_run, {**NO_VALIDATION, "data": {"source": "half"}}),
+    "validation.source": Case(None, held_out),
+    "validation.num_frames": Case(9, _validation),
+    "validation.height": Case(16, _validation, {"validation": {"width": 16}}),
+    "validation.width": Case(16, _validation, {"validation": {"height": 16}}),
+    "validation.max_pixels": Case(16 * 16, _validation),
+    "validation.frame_stride": Case(2, _validation),
+    "validation.allow_outside": Case(True, _validation, {"validation": {"source": "reaching"}}),
+    "validation.steps": Case(1, a_run),
+    "validation.num_videos": Case(2, held_out),
+    "validation.batch_size": Case(2, held_out),
+    "validation.noise_seed": Case(1, held_out),
+    "validation.lossless": Case(True, a_run),
+    "train.learning_rate": Case(2e-3, a_run, NO_VALIDATION),
+    "train.weight_decay": Case(0.5, a_run, NO_VALIDATION),
+    "train.adam_beta1": Case(0.5, a_run, NO_VALIDATION),
+    "train.adam_beta2": Case(0.5, a_run, NO_VALIDATION),
+    "train.adam_epsilon": Case(1e-2, a_run, NO_VALIDATION),
+    "train.lr_scheduler_type": Case("linear", a_run, NO_VALIDATION),
+    "train.lr_warmup_steps": Case(1, a_run, NO_VALIDATION),
+    "train.max_train_steps": Case(1, a_run, NO_VALIDATION),
+    "train.per_device_train_batch_size": Case(2, a_run, NO_VALIDATION),
+    "train.gradient_accumulation_steps": Case(2, a_run, NO_VALIDATION),
+    "train.max_grad_norm": Case(1e-6, a_run, NO_VALIDATION),
+    "train.mixed_precision": Case("bf16", a_start),
+    "train.seed": Case(1, a_start),
+    "train.max_skipped_steps": Case(1, never_finite, NO_VALIDATION, refused="1 steps in a row"),
+    "train.checkpointing_steps": Case(2, a_run, NO_VALIDATION),
+    "train.save_total_limit": Case(1, a_run, NO_VALIDATION),
+    "train.report_to": Case("tensorboard", a_run, NO_VALIDATION),
+    "plan.backend": Case("onnxruntime", a_start),
+    "plan.stages": Case({"denoiser": "onnxruntime"}, a_start),
+    "plan.engines": Case("built", a_start, {"plan": {"backend": "onnxruntime"}}),
+    "plan.strict": Case(True, a_start, {"plan": {"backend": "openvino"}}, refused="no engine of"),
+    "plan.min_shapes": Case("video:1x5x3x32x32", a_start),
+    "plan.opt_shapes": Case("video:1x5x3x64x64", a_start),
+    "plan.max_shapes": Case("video:1x5x3x512x512", a_start),
+    "memory.num_processes": Case(8, the_dry_run, {"memory": {"sharding": "fsdp"}}),
+    "memory.sharding": Case("fsdp", the_dry_run, {"memory": {"num_processes": 8}}),
+    "memory.device_gb": Case(80, the_dry_run),
+}
+
+
+def test_no_setting_is_forgotten() -> None:
+    assert CASES.keys() == {*dotted_names(RunSettings), "reward.plus"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_setting_acts(name: str, observe: Callable[[str, Any, dict[str, Any]], Any]) -> None:
+    case = CASES[name]
+    if name == "device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    start = merged(BASE, case.start or {})
+    before = observe("before", case.acts_on, start)
+    after = observe(name, case.acts_on, merged(start, nested(name, case.value)))
+    if case.refused:
+        assert isinstance(after, FrostlineError)
+        assert case.refused in str(after)
+    else:
+        assert not isinstance(after, FrostlineError), after
+    assert repr(after) != repr(before)
+
+
+@pytest.fixture(scope="module")
+def observe(
+    tmp_path_factory: pytest.TempPathFactory, engines: Path
+) -> Iterator[Callable[[str, Observe, dict[str, Any]], Any]]:
+    """What something is, or how it is refused, under these settings, each time in a folder that is as new."""
+    data = tmp_path_factory.mktemp("data")
+    write_data(data)
+    known: dict[str, Any] = {}
+
+    def look(name: str, acts_on: Observe, values: dict[str, Any]) -> Any:
+        key = f"{name} {acts_on.__name__} {json.dumps(values)}"
+        if key not in known:
+            place = tmp_path_factory.mktemp("place")
+            for source in data.iterdir():
+                (place / source.name).symlink_to(source)
+            (place / "built").symlink_to(engines)
+            with contextlib.chdir(place):
+                try:
+                    known[key] = acts_on(RunSettings.parse(values))
+                except FrostlineError as error:
+                    known[key] = error
+        return known[key]
+
+    loaded = functools.cache(load_components)
+    with pytest.MonkeyPatch.context() as patch:
+        # Each module has its own, but they are read once.
+        patch.setattr(
+            "frostline.train.module.load_components",
+            lambda model, dtype, device, defer: copy.deepcopy(loaded(model, dtype, str(device))),
+        )
+        yield look
+
+
+def write_data(folder: Path) -> None:
+    """`data`, with an `other` source, one that is `half` broken, and one `reaching` out of its folder."""
+    clips = held_out_clips(3, seed=2, num_frames=9, size=32)
+    for index, video in enumerate(clips.video):
+        write_video(folder / "data" / f"{index}.mp4", video, lossless=True)
+    for name in ("other", "half", "reaching"):
+        write_video(folder / name / "0.mp4", clips.video[2], lossless=True)
+    sources = {"data": ["0.mp4", "1.mp4", "2.mp4"], "other": ["0.mp4"], "half": ["0.mp4", "gone.mp4"]}
+    for name, videos in {**sources, "reaching": ["0.mp4", "../data/1.mp4"]}.items():
+        with (folder / name / "metadata.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["video", "prompt"], *([video, "a person nods"] for video in videos)])
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value as mappings."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The second put over the first."""
+    both = dict(one)
+    for name, value in other.items():
+        inner = both.get(name)
+        both[name] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return both

@@ -1,0 +1,116 @@
+"""What happens to a run when the disk fills up, or an engine is damaged: a clear error or a run that goes on."""
+
+import json
+import logging
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate.utils import DistributedType
+from torch.utils.data import Dataset
+
+from frostline.errors import CheckpointError, ConfigError, EngineError
+from frostline.models.tiny.clips import held_out_clips
+from frostline.train.data import Sample
+from frostline.train.launch import find_resume
+from frostline.train.settings import TrainerSettings
+from frostline.train.sharding import shard_frozen_weights
+from frostline.train.trainer import RunOptions, train
+
+QUICK: dict[str, Any] = {
+    "num_inference_steps": 3,
+    "mid_timestep": 1,
+    "final_timestep": 2,
+    "reward": {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
+}
+
+
+class _Clips(Dataset[Sample]):
+    def __init__(self) -> None:
+        self.clips = held_out_clips(2, seed=11, num_frames=5, size=32)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"sample_id": f"clip {index}", "prompt": self.clips.prompts[index], "video": self.clips.video[index]}
+
+
+def run(module: Any, out: Path, resume: bool = False) -> Any:
+    settings = TrainerSettings(learning_rate=1e-3, max_train_steps=2, checkpointing_steps=1)
+    return train(module, _Clips(), settings, out, RunOptions(resume=find_resume(out, "latest") if resume else None))
+
+
+@contextmanager
+def files_no_larger_than(limit: int) -> Iterator[None]:
+    """Within the block the system refuses to write more to a file, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# The adapter is smaller than the optimizer: either file may be the one that finds no place.
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors"])
+def test_a_full_disk_loses_nothing(file: str, make_module: Any, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run(make_module(**QUICK), whole)
+    needed = (whole / "checkpoint-2" / file).stat().st_size
+    with (
+        files_no_larger_than(needed - 1),
+        pytest.raises(CheckpointError, match=r"checkpoint-1 cannot be written: .*arge"),
+    ):
+        run(make_module(**QUICK), out)
+    assert [path.name for path in out.iterdir() if "checkpoint" in path.name] == []
+    # With room again, the run is begun anew; filled up in the middle, it goes on.
+    shutil.copytree(whole / "checkpoint-1", out / "checkpoint-1")
+    shutil.copy(whole / "metrics.jsonl", out / "metrics.jsonl")
+    with (
+        files_no_larger_than(needed - 1),
+        pytest.raises(CheckpointError, match=r"the last whole one is .*checkpoint-1"),
+    ):
+        run(make_module(**QUICK), out, resume=True)
+    assert run(make_module(**QUICK), out, resume=True).step == 2
+    for name in (file, "state.json"):
+        assert (out / "checkpoint-2" / name).read_bytes() == (whole / "checkpoint-2" / name).read_bytes()
+
+
+def test_a_damaged_engine_is_not_used(
+    make_module: Any, engines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = tmp_path / "engines"
+    shutil.copytree(engines / "tiny" / "denoiser", store / "tiny" / "denoiser")
+    for graph in store.rglob("*.onnx"):
+        content = bytearray(graph.read_bytes())
+        content[len(content) // 2] ^= 1
+        graph.write_bytes(content)
+    plan = {"denoiser": "onnxruntime"}
+    module = make_module(plan={**dict.fromkeys(make_module(**QUICK).stages, "torch"), **plan}, engines=store, **QUICK)
+    with pytest.raises(EngineError, match="hash"):
+        run(module, tmp_path / "strict")
+    everything = dict.fromkeys(module.stages, "torch")
+    module = make_module(plan={**everything, **plan}, engines=store, strict=False, **QUICK)
+    with caplog.at_level(logging.WARNING):
+        assert run(module, tmp_path / "run").step == 2
+    assert "backend onnxruntime failed, torch serves it from now on" in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["stages"]["denoiser"]["backend"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(DistributedType.DEEPSPEED, "DeepSpeed is not supported"), (DistributedType.FSDP, "FSDP1 is not supported")],
+)
+def test_ways_to_distribute_that_are_not_supported_are_refused(
+    kind: DistributedType, said: str, make_module: Any
+) -> None:
+    accelerator: Any = SimpleNamespace(distributed_type=kind, is_fsdp2=False)
+    with pytest.raises(ConfigError, match=f"{said}.*use FSDP2"):
+        shard_frozen_weights(make_module(**QUICK), accelerator)

@@ -1,0 +1,112 @@
+"""The KL references of a tail: one call for all of them is each of them alone."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from frostline.models.tiny.clips import held_out_clips
+from frostline.train import sampling
+from frostline.train.module import WanTrainingModule
+
+MakeModule = Callable[..., WanTrainingModule]
+ORT = "onnxruntime"
+
+
+def kl_and_calls(module: WanTrainingModule, data: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+    """The KL of each tail step with its gradient at the LoRA, flat, and the batch of each KL reference."""
+    batches = []
+    run = module.runtime.run
+
+    def counting(stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if stage == "denoiser" and not inputs["lora_scale"].item():
+            batches.append(len(inputs["latents"]))
+        return run(stage, inputs)
+
+    module.runtime.run = counting  # type: ignore[method-assign]
+    conditioning = module.forward_preprocess(data)
+    noise = module.noise(conditioning)
+    latents, first = module.sampler.start(conditioning, noise, module.settings.mid_timestep, None)
+    latents = module.sampler.head(latents, conditioning, first, module.settings.mid_timestep)
+    sampled = module.sampler.tail(latents, conditioning, module.settings.mid_timestep, module.settings.final_timestep)
+    kl = torch.stack(sampled.kl)
+    gradients = torch.autograd.grad(kl.sum(), [*module.trainable_parameters().values()])
+    del module.runtime.run
+    return torch.cat([kl.detach(), *(gradient.flatten() for gradient in gradients)]), batches
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    clips = held_out_clips(2, seed=3, num_frames=5, size=64)
+    return {"prompt": clips.prompts, "video": clips.video}
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe", "tiny-ti2v"])
+@pytest.mark.parametrize("backend", ["torch", ORT])
+def test_all_kl_references_in_one_call(
+    backend: str,
+    model: str,
+    data: dict[str, Any],
+    make_module: MakeModule,
+    variant_engines: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A tail that starts with the high-noise expert, where there are two.
+    settings = {"mid_timestep": 2 if model == "tiny-moe" else 4}
+    module = make_module(model, plan={"denoiser": backend}, engines=variant_engines, **settings)
+    together, batches = kl_and_calls(module, data)
+    assert len(batches) == 1
+    monkeypatch.setattr(sampling, "_POSITIONS_AT_ONCE", 0)
+    alone, separate = kl_and_calls(module, data)
+    assert separate == [2] * (batches[0] // 2)
+    assert len(separate) >= 4
+    kl = 8 - settings["mid_timestep"]
+    torch.testing.assert_close(together[:kl], alone[:kl], atol=1e-6, rtol=1e-5)
+    assert torch.nn.functional.cosine_similarity(together[kl:], alone[kl:], dim=0) >= 0.99999
+    assert (together[kl:].norm() / alone[kl:].norm() - 1).abs() <= 1e-4
+
+
+def test_more_than_the_engine_serves_goes_one_by_one(
+    data: dict[str, Any], make_module: MakeModule, engines: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Engines serve up to 32 samples: four steps of ten are too many for one call, ten are not."""
+    many = {"prompt": data["prompt"] * 5, "video": data["video"].repeat(5, 1, 1, 1, 1)}
+    module = make_module(plan={"denoiser": ORT}, engines=engines)
+    assert kl_and_calls(module, many)[1] == [10, 10, 10, 10]
+    assert "serves this shape" not in caplog.text
+
+
+class ValuesAskedFor(TorchDispatchMode):
+    """Counts where a tensor's value comes to the host: on a GPU, each makes it wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The schedule is in float64, and always on the CPU.
+        self.count += func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.float64
+        return func(*args, **(kwargs or {}))
+
+
+def test_from_noise_to_latents_no_value_is_asked_for(data: dict[str, Any], make_module: MakeModule) -> None:
+    module = make_module()
+    settings = module.settings
+    conditioning = module.forward_preprocess(data)
+    noise = module.noise(conditioning)
+    counts = []
+    for _ in range(2):
+        with ValuesAskedFor() as asked:
+            latents = module.sampler.head(noise, conditioning, 0, settings.mid_timestep)
+            module.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+        counts.append(asked.count)
+    # The LoRA scale and its absence, once each.
+    assert counts == [2, 0]
+    module.sampler._lora_off.fill_(0)
+    with ValuesAskedFor() as asked:
+        module.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+    assert asked.count == 1, "a scale that was written to has to be looked at again"

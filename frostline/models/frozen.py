@@ -48,7 +48,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         gradient = gradients[0].contiguous(memory_format=ctx.layout)
@@ -97,7 +97,7 @@ class _PReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, slope = ctx.saved_tensors
         # `torch.where` does not vectorise.
         positive = _aten.threshold_backward(gradients[0], x, 0)
@@ -138,7 +138,7 @@ class _RMSNormSiLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, gamma, lengths = ctx.saved_tensors
         parts = []
         runs = _runs(x)

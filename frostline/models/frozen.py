@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 _aten = torch.ops.aten
 # As in `F.normalize`.
 _SMALLEST_LENGTH = 1e-12
+_ELEMENTS_AT_ONCE = 2**24
 
 
 def convolution(
@@ -47,7 +48,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         gradient = gradients[0].contiguous(memory_format=ctx.layout)
@@ -96,7 +97,7 @@ class _PReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, slope = ctx.saved_tensors
         # `torch.where` does not vectorise.
         positive = _aten.threshold_backward(gradients[0], x, 0)
@@ -119,31 +120,49 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, front: int = 0) -> Tensor:
 class _RMSNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, front: int) -> Tensor:
-        length = _length(x)
-        ctx.save_for_backward(x, length, gamma)
-        ctx.front = front
         batch, channels, frames, height, width = x.shape
         padded = empty_as((batch, channels, front + frames, height, width), x)
         padded[:, :, :front] = 0
-        scaled = (x * _inverse(length, channels)).mul_(gamma)
-        if scaled.dtype == padded.dtype:
-            _aten.silu.out(scaled, out=padded[:, :, front:])
-        else:
-            padded[:, :, front:] = F.silu(scaled, inplace=True)
+        lengths = []
+        runs = _runs(x)
+        for run, place in zip(runs, padded[:, :, front:].split(runs[0].shape[2], dim=2), strict=True):
+            lengths.append(_length(run))
+            scaled = (run * _inverse(lengths[-1], channels)).mul_(gamma)
+            if scaled.dtype == place.dtype:
+                _aten.silu.out(scaled, out=place)
+            else:
+                place.copy_(F.silu(scaled, inplace=True))
+        ctx.save_for_backward(x, gamma, _joined(lengths))
+        ctx.front = front
         return padded
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, length, gamma = ctx.saved_tensors
-        gradient = gradients[0][:, :, ctx.front :]
-        inverse = _inverse(length, x.shape[1])
-        scaled = (x * inverse).mul_(gamma)
-        along = _aten.silu_backward(gradient.to(scaled.dtype), scaled).mul_(gamma)
-        # What lengthens x as a whole changes nothing.
-        share = (along * x).sum(1, keepdim=True) / length.square()
-        share = torch.where(length > _SMALLEST_LENGTH, share * inverse, 0)
-        return along.mul_(inverse).addcmul_(x, share, value=-1).to(x.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, gamma, lengths = ctx.saved_tensors
+        parts = []
+        runs = _runs(x)
+        frames = runs[0].shape[2]
+        following = gradients[0][:, :, ctx.front :]
+        for run, gradient, length in zip(runs, following.split(frames, 2), lengths.split(frames, 2), strict=True):
+            inverse = _inverse(length, x.shape[1])
+            scaled = (run * inverse).mul_(gamma)
+            along = _aten.silu_backward(gradient.to(scaled.dtype), scaled).mul_(gamma)
+            del scaled
+            # What lengthens a pixel as a whole changes nothing.
+            share = (along * run).sum(1, keepdim=True) / length.square()
+            share = torch.where(length > _SMALLEST_LENGTH, share * inverse, 0)
+            parts.append(along.mul_(inverse).addcmul_(run, share, value=-1).to(x.dtype))
+        return _joined(parts), None, None
+
+
+def _runs(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, C, T, H, W) in runs of frames, so that what is computed in between stays small beside the whole."""
+    return x.split(max(1, _ELEMENTS_AT_ONCE * x.shape[2] // x.numel()), dim=2)
+
+
+def _joined(runs: list[Tensor]) -> Tensor:
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=2)
 
 
 def _length(x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _upsampled(layer: Resample, x: Tensor) -> Tensor:
     if layer.mode == "upsample3d" and x.shape[2] > 1:
         doubled = _convolved(layer.time_conv, x[:, :, 1:])
         x = cast(Tensor, _InterleavedFrames.apply(x[:, :, :1], doubled))
-    frames = _doubled(cast("nn.Conv2d", layer.resample[1]), x.transpose(1, 2).flatten(0, 1))
+    frames = _doubled(cast(Any, layer.resample)[1], x.transpose(1, 2).flatten(0, 1))
     return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
@@ -107,7 +107,7 @@ class _InterleavedPixels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # type: ignore[override]
         windows = empty_as(ctx.shape, gradients[0]).zero_()
         for pixel, window in _pixels_and_windows(gradients[0], windows):
             window.copy_(pixel)
@@ -140,7 +140,7 @@ class _InterleavedFrames(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         frames = gradients[0]
         batch, channels, count, height, width = frames.shape
         doubled = empty_as((batch, 2 * channels, count // 2, height, width), frames)
@@ -158,10 +158,10 @@ def _normed_and_convolved(norm: Any, layer: CausalConv3d, x: Tensor) -> Tensor:
 
 
 def _frames_in_front(layer: CausalConv3d) -> int:
-    return layer._padding[4]
+    return int(layer._padding[4])
 
 
 def _convolved_within(layer: CausalConv3d, x: Tensor) -> Tensor:
     """The convolution of frames that have what comes before them already."""
-    padding = (0, layer._padding[2], layer._padding[0])
+    padding = (0, int(layer._padding[2]), int(layer._padding[0]))
     return convolution(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation)

@@ -18,6 +18,7 @@ from frostline.models.skeleton import read_skeleton
 from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
+from frostline.runtime.heap import keep_freed_memory
 from frostline.train.checkpoint import Checkpoint, find_checkpoints, latest_intact
 from frostline.train.configfile import dump_settings
 from frostline.train.data import BadRow, Sample, VideoPromptDataset
@@ -45,6 +46,8 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         FrostlineError: says what is wrong and what to do; nothing that was saved is lost.
     """
     accelerator = make_accelerator(settings.train, settings.output_dir, _wants_cpu(settings))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     checkpoint = _from_first_process(accelerator, lambda: find_resume(settings.output_dir, resume))
     multiple = read_skeleton(settings.model).spatial_multiple
     dataset = _training_data(settings, accelerator, progress, multiple)

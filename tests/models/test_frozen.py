@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frostline.models import frozen
 from frostline.models.frozen import convolution, prelu, rms_norm_silu
 from frostline.train.tracking import MemoryTracker
 
@@ -87,7 +88,10 @@ def test_prelu(slope: Tensor) -> None:
 
 @pytest.mark.parametrize("front", [0, 2])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
-def test_rms_norm_silu(front: int, scale: float) -> None:
+@pytest.mark.parametrize("at_once", [2**24, 500])
+def test_rms_norm_silu(front: int, scale: float, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all frames at once, and in runs of two and one."""
+    monkeypatch.setattr(frozen, "_ELEMENTS_AT_ONCE", at_once)
     gamma = random(6, 1, 1, 1, seed=2)
 
     def plain(x: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""The live part of a step piece by piece, as it is and as PyTorch and diffsynth have it: forward and backward apart.
+
+    python benchmarks/live.py --out benchmarks/results/live.json
+
+- decode: diffsynth's loop over latent frames, and `decode_clip` over all of them.
+- embed: SFace in PyTorch's own operations, and in those of `frostline.models.frozen`.
+- tail: one denoiser step, for scale.
+
+All of it with memory as the C library manages it, and again once the process keeps what it frees (`runtime/heap.py`).
+Values and gradients are compared before times are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measuring import RESULTS, interleave, machine, summary, write_result
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from frostline.models.denoiser import Denoiser
+from frostline.models.faces import onnx_module, onnx_ops
+from frostline.models.faces.embedders import SFaceEmbedder
+from frostline.models.loading import load_components
+from frostline.models.lora import inject_lora
+from frostline.models.vae import use_onednn_conv3d
+from frostline.models.vae_clip import decode_clip
+from frostline.runtime.heap import keep_freed_memory
+
+Piece = Callable[[Tensor], Tensor]
+# Of gradients; SFace's PReLUs have kinks, where a last bit of the input decides.
+_LEAST_COSINE = 0.99999
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    """Compare, measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=2, help="clips, each of 9 frames of 96 by 96")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=RESULTS / "live.json")
+    arguments = parser.parse_args()
+    pieces = _pieces(arguments.batch)
+    _compare(pieces)
+    result: dict[str, Any] = {"machine": machine(CPU), "batch": arguments.batch, "milliseconds": {}}
+    for heap in ("glibc's own", "kept"):
+        if heap == "kept" and not keep_freed_memory():
+            break
+        result["milliseconds"][heap] = summary(interleave(_contenders(pieces), arguments.rounds, CPU, warm_up=2))
+        write_result(arguments.out, result)
+    _print(result["milliseconds"])
+
+
+def _pieces(batch: int) -> dict[str, tuple[Piece, Tensor]]:
+    """By name: what is computed, and from what."""
+    torch.manual_seed(0)
+    components = load_components("tiny")
+    vae: Any = components.vae
+    use_onednn_conv3d(vae)
+    inject_lora(components.denoiser, 8)
+    denoiser = Denoiser(components.denoiser)
+    others = (torch.full((batch,), 500.0), torch.randn(batch, 16, 64), torch.randn(batch, 20, 3, 12, 12))
+    latents, faces = torch.randn(batch, 16, 3, 12, 12), 2 * torch.rand(9 * batch, 3, 112, 112) - 1
+    embedder = SFaceEmbedder()
+    return {
+        "decode, diffsynth": (lambda z: vae.model.decode(z, vae.scale), latents),
+        "decode": (lambda z: decode_clip(vae, z), latents),
+        "embed, PyTorch": (_in_plain_operations(embedder), faces),
+        "embed": (embedder, faces),
+        "tail, a step": (lambda z: denoiser(z, *others), latents),
+    }
+
+
+def _in_plain_operations(embedder: SFaceEmbedder) -> Piece:
+    """The embedder as it is where autograd keeps what it does by itself."""
+
+    def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, **attributes: Any) -> Tensor:
+        x, padding = onnx_ops._split_padding(x, attributes.get("pads"), 0.0)
+        strides = tuple(attributes.get("strides", (1, 1)))
+        return F.conv2d(x, weight, bias, strides, padding, 1, attributes.get("group", 1))
+
+    def prelu(x: Tensor, slope: Tensor) -> Tensor:
+        return F.prelu(x, slope.flatten())
+
+    plain = {**onnx_ops.OPERATIONS, "Conv": convolution, "PRelu": prelu}
+
+    def embed(faces: Tensor) -> Tensor:
+        own, onnx_module.OPERATIONS = onnx_module.OPERATIONS, plain
+        try:
+            return embedder(faces)
+        finally:
+            onnx_module.OPERATIONS = own
+
+    return embed
+
+
+def _compare(pieces: dict[str, tuple[Piece, Tensor]]) -> None:
+    for fast, plain in (("decode", "decode, diffsynth"), ("embed", "embed, PyTorch")):
+        values, gradients = [], []
+        for name in (fast, plain):
+            piece, given = pieces[name]
+            leaf = given.clone().requires_grad_()
+            value = piece(leaf)
+            value.backward(_gradient(value))
+            assert leaf.grad is not None
+            values.append(value.detach())
+            gradients.append(leaf.grad.double().flatten())
+        error = ((values[0] - values[1]).norm() / values[1].norm()).item()
+        cosine = F.cosine_similarity(*gradients, dim=0).item()
+        Console().print(f"{fast}: relative error {error:.1e}, cosine of gradients 1 - {1 - cosine:.1e}")
+        if error > 1e-5 or cosine < _LEAST_COSINE:
+            raise SystemExit(f"{fast} is not what {plain} is: these times would compare nothing")
+
+
+def _contenders(pieces: dict[str, tuple[Piece, Tensor]]) -> dict[str, Callable[[], object]]:
+    results: dict[str, Tensor] = {}
+    contenders: dict[str, Callable[[], object]] = {}
+    for name, (piece, given) in pieces.items():
+
+        def forward(name: str = name, piece: Piece = piece, given: Tensor = given) -> None:
+            results[name] = piece(given.clone().requires_grad_())
+
+        def backward(name: str = name) -> None:
+            result = results.pop(name)
+            result.backward(_gradient(result))
+
+        contenders[f"{name}: forward"], contenders[f"{name}: backward"] = forward, backward
+    return contenders
+
+
+def _gradient(result: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, result.shape[-1]).expand_as(result)
+
+
+def _print(milliseconds: dict[str, dict[str, dict[str, float]]]) -> None:
+    table = Table("piece", *(f"memory {heap}: ms" for heap in milliseconds), title="the live part of a step")
+    for name in next(iter(milliseconds.values())):
+        table.add_row(name, *(f"{rows[name]['median_ms']:.0f}" for rows in milliseconds.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

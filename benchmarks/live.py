@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import RESULTS, interleave, machine, summary, write_result
+from measuring import RESULTS, machine, summary, time_ms, write_result
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -52,7 +53,7 @@ def main() -> None:
     for heap in ("glibc's own", "kept"):
         if heap == "kept" and not keep_freed_memory():
             break
-        result["milliseconds"][heap] = summary(interleave(_contenders(pieces), arguments.rounds, CPU, warm_up=2))
+        result["milliseconds"][heap] = summary(_measure(pieces, arguments.rounds))
         write_result(arguments.out, result)
     _print(result["milliseconds"])
 
@@ -118,20 +119,22 @@ def _compare(pieces: dict[str, tuple[Piece, Tensor]]) -> None:
             raise SystemExit(f"{fast} is not what {plain} is: these times would compare nothing")
 
 
-def _contenders(pieces: dict[str, tuple[Piece, Tensor]]) -> dict[str, Callable[[], object]]:
-    results: dict[str, Tensor] = {}
-    contenders: dict[str, Callable[[], object]] = {}
-    for name, (piece, given) in pieces.items():
+def _measure(pieces: dict[str, tuple[Piece, Tensor]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Milliseconds of forward and backward by piece, the pieces in turns."""
+    samples: dict[str, list[float]] = {f"{name}: {way}": [] for name in pieces for way in ("forward", "backward")}
+    for index in range(warm_up + rounds):
+        for name, (piece, given) in pieces.items():
+            leaf, results = given.clone().requires_grad_(), []
+            forward = time_ms(partial(_append, results, piece, leaf), CPU)
+            backward = time_ms(partial(results[0].backward, _gradient(results[0])), CPU)
+            if index >= warm_up:
+                samples[f"{name}: forward"].append(forward)
+                samples[f"{name}: backward"].append(backward)
+    return samples
 
-        def forward(name: str = name, piece: Piece = piece, given: Tensor = given) -> None:
-            results[name] = piece(given.clone().requires_grad_())
 
-        def backward(name: str = name) -> None:
-            result = results.pop(name)
-            result.backward(_gradient(result))
-
-        contenders[f"{name}: forward"], contenders[f"{name}: backward"] = forward, backward
-    return contenders
+def _append(results: list[Tensor], piece: Piece, leaf: Tensor) -> None:
+    results.append(piece(leaf))
 
 
 def _gradient(result: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ test: venv  ## All tests that need no GPU.
 
 # Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.
 bench: export FROSTLINE_CACHE_DIR := runs/bench/cache
-bench: venv  ## Every benchmark, under 20 minutes on two cores: tables, and figures in benchmarks/results/.
+bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	rm -rf runs/bench/cache
 	$(VENV_PYTHON) benchmarks/step.py
-	$(VENV_PYTHON) benchmarks/stages.py
-	$(VENV_PYTHON) benchmarks/scaling.py
-	$(VENV_PYTHON) benchmarks/cold.py
+	$(VENV_PYTHON) benchmarks/stages.py --shapes 1x5x3x64x64 --rounds 3
+	$(VENV_PYTHON) benchmarks/scaling.py --rounds 2
+	$(VENV_PYTHON) benchmarks/cold.py --rounds 2
 	$(VENV_PYTHON) benchmarks/syncs.py
 	$(VENV_PYTHON) benchmarks/faces.py --rounds 3
 	$(VENV_PYTHON) benchmarks/table.py

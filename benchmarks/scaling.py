@@ -48,11 +48,11 @@ class Point:
 
 # What is varied, and its name on the axis.
 AXES: Mapping[str, tuple[str, tuple[int, ...]]] = {
-    "frames": ("frames of a clip", (5, 9, 17, 33)),
-    "pixels": ("pixels a side", (48, 64, 96, 128)),
-    "batch": ("samples in a batch", (1, 2, 4, 8)),
-    "rank": ("LoRA rank", (4, 16, 64, 128)),
-    "tail": ("steps of the tail", (1, 2, 4, 8)),
+    "frames": ("frames of a clip", (5, 9, 17)),
+    "pixels": ("pixels a side", (64, 96, 128)),
+    "batch": ("samples in a batch", (1, 2, 4)),
+    "rank": ("LoRA rank", (4, 32, 128)),
+    "tail": ("steps of the tail", (1, 4, 8)),
 }
 
 

@@ -14,7 +14,8 @@
 
 At batch 1 torch runs fp32 Conv3d on a path of its own that is several times slower than oneDNN's. The first two are
 shown both ways: as torch does it by itself, and (`_onednn`) with oneDNN at every batch, as in frostline. All contenders
-start from equal weights and noise; their losses and gradients are compared before their times are.
+start from equal weights and noise; their losses and gradients are compared before their times are. All embed faces
+with frostline's own embedder, so what that gains over plain operations is in no ratio (`live.py` has it).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import frostline.models.vae as vae_file
 from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
 from frostline.models.faces import quantize_frames
@@ -341,7 +342,10 @@ def test_the_example_of_the_design(engines: Path, make_module: MakeModule) -> No
     assert {choice.backend for choice in module.runtime.plan.values()} == {"onnxruntime"}
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule) -> None:
+def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is recomputed is decoded frame by frame, hence the other too: a clip at once is another order of sums,
+    # which the tests of the VAE hold against this one.
+    monkeypatch.setattr(vae_file, "decode_clip", lambda vae, latents: vae.model.decode(latents, vae.scale))
     data = clips(1, seed=3, num_frames=5)
     expected = None
     for how in ("none", "block", "full"):
@@ -402,9 +406,9 @@ def test_metrics_of_the_last_step(make_module: MakeModule, caplog: pytest.LogCap
     assert face_score.item() == pytest.approx(sum(found) / max(len(found), 1))
     calls = {name: (time.backend, time.calls) for name, time in metrics.stages.items()}
     assert calls["text_encoder"] == calls["vae_encoder"] == ("torch", 1)
-    # Three steps of the first expert, one of the second, and four as the reference of the KL.
+    # Three steps of the first expert, one of the second, and one call for the references of all four KL terms.
     assert calls["denoiser_high_noise"] == ("torch", 3)
-    assert calls["denoiser"] == ("torch", 5)
+    assert calls["denoiser"] == ("torch", 2)
     assert calls["vae_decoder"] == ("torch", 1)
     assert calls["face_detector"] == ("torch", 2)
     assert all(time.milliseconds > 0 for time in metrics.stages.values())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from measuring import interleave, summary
 from reference import ReferenceStep
+from shapes import see_faces_everywhere
 from torch import Tensor, nn
 
 import frostline.models.denoiser as denoiser_file
@@ -45,18 +46,32 @@ class Outcome:
     gradient: Tensor
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """What two outcomes may differ by and still be the same: absolute in the loss, least cosine of the gradients."""
+
+    loss: float
+    cosine: float
+
+
 class Contenders:
     """Steps of `module` on `batch` in the way of any contender.
 
     Args:
         plain_vae: a copy of the module's VAE that still convolves as torch does; see `plain_copy`.
+        faces_everywhere: whether every frame counts as a face; see `see_faces_everywhere`.
     """
 
-    def __init__(self, module: WanTrainingModule, plain_vae: Any, batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self, module: WanTrainingModule, plain_vae: Any, batch: Mapping[str, Any], faces_everywhere: bool = False
+    ) -> None:
         self.module = module
         self.batch = batch
         self.vaes = {False: plain_vae, True: module.components.vae}
         self._references = {name: ReferenceStep(module, self._vae(name)) for name in _REFERENCES}
+        if faces_everywhere:
+            for faces in (module.rewards[0].reward.identity, *(each.faces for each in self._references.values())):
+                see_faces_everywhere(faces)
         self._cache = module.conditioner.cache
         self._compiled_block = torch.compile(denoiser_file._block)
         with torch.no_grad():
@@ -88,6 +103,30 @@ class Contenders:
         gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double()
         self.module.zero_grad()
         return Outcome(*figures, gradient)
+
+    def rounding_noise(self, contender: str, tries: int = 3) -> Tolerance:
+        """Twice what the contender's outcome moves by when the LoRA's weights do by up to a unit in the last place.
+
+        The unit is of the model's type: what another order of its operations would do. A score, which is about 1, may
+        move by a unit in any case.
+        """
+        plain, parameters = self.outcome(contender), [*self.module.trainable_parameters().values()]
+        before = [parameter.detach().clone() for parameter in parameters]
+        unit = torch.finfo(self._references["reference"].dtype).eps
+        generator = torch.Generator(before[0].device).manual_seed(0)
+        moved: dict[str, Outcome] = {}
+        with torch.no_grad():
+            for index in range(tries):
+                for parameter, value in zip(parameters, before, strict=True):
+                    change = torch.empty_like(value).uniform_(-unit, unit, generator=generator)
+                    parameter.copy_(value * (1 + change))
+                with torch.enable_grad():
+                    moved[str(index)] = self.outcome(contender)
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        losses = [abs(each.loss - plain.loss) for each in moved.values()]
+        cosines = [_cosine(each.gradient, plain.gradient) for each in moved.values()]
+        return Tolerance(loss=max(unit, 2 * max(losses)), cosine=1 - 2 * (1 - min(cosines)))
 
     def timed_step(self, contender: str, stages: list[dict[str, float]]) -> Callable[[], None]:
         """A step to be timed, which appends the milliseconds of each stage to `stages`."""
@@ -187,21 +226,25 @@ def plain_copy(components: WanComponents) -> Any:
     return copy.deepcopy(vae)
 
 
-def compare(outcomes: Mapping[str, Outcome], base: str, loss_tolerance: float, least_cosine: float) -> dict[str, Any]:
+def compare(outcomes: Mapping[str, Outcome], base: str, tolerance: Tolerance) -> dict[str, Any]:
     """Loss and gradient of every contender against those of `base`."""
     wanted = outcomes[base]
     checks = {}
     for name, outcome in outcomes.items():
-        cosine = nn.functional.cosine_similarity(outcome.gradient, wanted.gradient, dim=0).item()
+        cosine = _cosine(outcome.gradient, wanted.gradient)
         checks[name] = {
             "loss": outcome.loss,
             "face_score": outcome.face_score,
             "kl_loss": outcome.kl_loss,
             "gradient_cosine": cosine,
             "gradient_norm_ratio": (outcome.gradient.norm() / wanted.gradient.norm()).item(),
-            "same": abs(outcome.loss - wanted.loss) <= loss_tolerance and cosine >= least_cosine,
+            "same": abs(outcome.loss - wanted.loss) <= tolerance.loss and cosine >= tolerance.cosine,
         }
     return checks
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
 @contextmanager

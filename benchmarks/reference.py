@@ -159,13 +159,21 @@ class ReferenceStep:
         from diffsynth.pipelines.wan_video import model_fn_wan_video
 
         timestep = torch.tensor([float(self.schedule.timesteps[index])], device=self.device)
-        velocity = model_fn_wan_video(
-            dit=self.components.denoiser,
-            latents=latents.to(self.dtype),
-            timestep=timestep,
-            use_gradient_checkpointing=True,
-            **given,
+        # The pipeline rounds the timestep itself to bf16 (937.5 becomes 936); rounding what its sinusoid gives keeps
+        # all contenders at the same timestep.
+        rounding = self.components.denoiser.time_embedding.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].to(self.dtype),)
         )
+        try:
+            velocity = model_fn_wan_video(
+                dit=self.components.denoiser,
+                latents=latents.to(self.dtype),
+                timestep=timestep,
+                use_gradient_checkpointing=True,
+                **given,
+            )
+        finally:
+            rounding.remove()
         return velocity.float()
 
     def _score(self, frames: Tensor, references: ReferenceFaces) -> Tensor:

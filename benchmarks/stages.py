@@ -4,14 +4,15 @@
     python benchmarks/stages.py --model wan2.1-1.3b --device cuda --precision bf16 --video 1x17x3x256x256 --shapes ""
 
 Engines are built once, around `--video`, and run at every shape of `--shapes` too. In eager PyTorch, Conv3d runs in
-oneDNN at every batch; `torch, own Conv3d` is the VAE as torch convolves by itself.
+oneDNN at every batch; `torch, own Conv3d` is the VAE as torch convolves by itself. `bound` is the least time that the
+device could take, by `roofline.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from measuring import (
 )
 from rich.console import Console
 from rich.table import Table
+from roofline import Ceilings, measure_ceilings, measure_work
 from shapes import DTYPES, TINY, WAN_1_3B, build_components
 from torch import Tensor
 
@@ -62,11 +64,21 @@ def main() -> None:
         other, _ = _stage(arguments, video, device)
         for name in names:
             inputs[name][video] = other.stages[name].sample()
-    result: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "stages": {}}
+    ceilings = {dtype: measure_ceilings(device, dtype) for dtype in {torch.float32, DTYPES[arguments.precision]}}
+    result: dict[str, Any] = {
+        "machine": machine(device),
+        "ceilings": {str(dtype).removeprefix("torch."): vars(each) for dtype, each in ceilings.items()},
+        "model": arguments.model,
+        "stages": {},
+    }
     store = EngineStore(arguments.engines_dir)
     for name in names:
         with torch.no_grad():
-            result["stages"][name] = _measure(staged.stages[name], plain_vae, inputs[name], store, arguments, device)
+            stage = staged.stages[name]
+            measured = _measure(stage, plain_vae, inputs[name], store, arguments, device)
+            for video, tensors in inputs[name].items():
+                measured["shapes"][video]["roofline"] = _roofline(stage, tensors, ceilings)
+            result["stages"][name] = measured
         result["seconds"] = time.monotonic() - start
         write_result(arguments.out, result)
         Console(width=160).print(_table({name: result["stages"][name]}))
@@ -165,6 +177,14 @@ def _engine(stage: Stage, backend: str, store: EngineStore, device: torch.device
     return row, lambda tensors: run(**tensors)
 
 
+def _roofline(stage: Stage, tensors: dict[str, Tensor], ceilings: Mapping[torch.dtype, Ceilings]) -> dict[str, float]:
+    modules = [network.module for network in stage.networks]
+    weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+    work = measure_work(lambda: stage.torch(**tensors).values(), tensors.values(), weights)
+    dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
+    return {**vars(work), "bound_ms": work.milliseconds(ceilings[dtype])}
+
+
 def _compiled(stage: Stage) -> Run:
     """Every network of the stage in `torch.compile`, put together as an engine's would be."""
     runners = {}
@@ -206,7 +226,7 @@ def _first_line(error: Exception) -> str:
 
 def _table(stages: dict[str, Any]) -> Table:
     table = Table("stage", "shape", "contender", title="torch / this: above 1 is faster than eager PyTorch")
-    for column in ("median ms", "torch / this", "relative error", "memory MiB", "first s", "build s", "load s", "MB"):
+    for column in ("median ms", "bound ms", "torch / this", "relative error", "memory MiB", "first s", "build s", "load s", "MB"):
         table.add_column(column, justify="right")
     for stage, measured in stages.items():
         failed = {name: row for name, row in measured["engines"].items() if "error" in row}
@@ -223,6 +243,7 @@ def _table(stages: dict[str, Any]) -> Table:
                     shape,
                     name,
                     f"{row['median_ms']:.2f}",
+                    f"{at_shape['roofline']['bound_ms']:.2f}",
                     f"{row['torch_over_this']['median']:.2f}",
                     "-" if row["relative_error"] is None else f"{row['relative_error']:.1e}",
                     f"{row['memory_mib']:.0f}",

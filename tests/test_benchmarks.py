@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 README = BENCHMARKS.parent / "README.md"
 sys.path.insert(0, str(BENCHMARKS))
 
-from contenders import CONTENDERS, Outcome, compare  # noqa: E402
+from contenders import CONTENDERS, Outcome, Tolerance, compare  # noqa: E402
 from measuring import interleave, medians, peak_growth_mib, ratio, summary  # noqa: E402
 from scaling import plot, wanted_axes  # noqa: E402
 from syncs import count_places  # noqa: E402
@@ -59,7 +59,7 @@ def test_who_computes_something_else_is_found_out() -> None:
         "other loss": Outcome(1.1, 0.5, 0.1, gradient),
         "other gradient": Outcome(1.0, 0.5, 0.1, -gradient),
     }
-    checks = compare(outcomes, "base", loss_tolerance=1e-3, least_cosine=0.999)
+    checks = compare(outcomes, "base", Tolerance(loss=1e-3, cosine=0.999))
     assert [name for name, check in checks.items() if check["same"]] == ["base", "same"]
 
 

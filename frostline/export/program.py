@@ -7,7 +7,8 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx.experimental._config as fx_config
@@ -48,10 +49,7 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
         base = symbols[dimension.name]
         return base if dimension.multiple == 1 else dimension.multiple * base
 
-    return tuple(
-        {axis: symbol(extent) for axis, extent in enumerate(spec.shape) if isinstance(extent, Dimension)}
-        for spec in specs
-    )
+    return tuple({axis: symbol(extent) for axis, extent in enumerate(spec.shape) if _is_open(extent)} for spec in specs)
 
 
 def _drop_asserts(program: ExportedProgram) -> None:
@@ -86,8 +84,20 @@ def quiet() -> Iterator[None]:
 
 
 def _samples(network: Network) -> tuple[Tensor, ...]:
-    # Live tensors as copies: the tracer would take the originals for the weights that they are.
-    return (*network.samples("opt").values(), *(tensor.detach().clone() for tensor in network.live.values()))
+    generator = torch.Generator().manual_seed(0)
+    specs = (_without_extent_one(spec) for spec in (*network.inputs, *network.live_specs))
+    return tuple(spec.sample("opt", generator).to(network.device) for spec in specs)
+
+
+def _without_extent_one(spec: TensorSpec) -> TensorSpec:
+    """The spec with typical extents of at least 2 where it is open: to the tracer, a 1 is a constant."""
+    shape = (replace(extent, opt=max(extent.opt, 2)) if _is_open(extent) else extent for extent in spec.shape)
+    return replace(spec, shape=tuple(shape))
+
+
+def _is_open(extent: int | Dimension) -> TypeGuard[Dimension]:
+    """Whether engines leave it open: a range of one extent is fixed."""
+    return isinstance(extent, Dimension) and extent.min < extent.max
 
 
 class _Positional(nn.Module):

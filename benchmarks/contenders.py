@@ -180,8 +180,9 @@ class Contenders:
             if contender in _EAGER:
                 stack.enter_context(module.runtime.use(**dict.fromkeys(module.stages, TORCH)))
                 stack.enter_context(self._vae_of(contender))
+                stack.enter_context(_replaced(module.denoiser, "run_block", denoiser_file._block))
             if contender == "compile":
-                stack.enter_context(_replaced(denoiser_file, "_block", self._compiled_block))
+                stack.enter_context(_replaced(module.denoiser, "run_block", self._compiled_block))
                 stack.enter_context(_replaced(module.rewards[0].reward.identity, "embedder", self._compiled_embedder))
             if contender == "floor":
                 stack.enter_context(_replaced(module.runtime, "run", self._replay()))

@@ -9,7 +9,8 @@
 - eager: the batch in one go and no block recomputed, all in PyTorch, nothing recalled.
 - compile: eager with torch.compile on the denoiser's blocks, and on the face embedder where that is faster; the loop of
   the VAE over frames with its lists of caches is slower compiled.
-- cold: frostline with the engines that its plan chooses, nothing recalled: a sample's first epoch.
+- cold: frostline with the engines that its plan chooses, nothing recalled: a sample's first epoch. `--torch-compile`
+  is its setting `torch_compile`.
 - warm: the same with frozen outputs recalled: every later epoch.
 - floor: every frozen result for free; what is left is the live part, which no engine can take over.
 
@@ -71,6 +72,9 @@ def main() -> None:
     names = [
         name for name in CONTENDERS if name not in left_out and (device.type == "cpu" or not name.endswith(ONEDNN))
     ]
+    if arguments.precision == "fp32":
+        # cuDNN's convolutions would round to TF32, 10 bits of mantissa: no two contenders would be equal.
+        torch.backends.cudnn.allow_tf32 = False
     module, plain_vae = _build(arguments, device)
     batch = _batch(arguments.video)
     result: dict[str, Any] = {"arguments": _plain(vars(arguments)), "machine": machine(device)}
@@ -127,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--gradient-checkpointing", choices=("none", "block", "full"), default="none")
+    parser.add_argument("--torch-compile", action="store_true", help="compile the blocks of cold, warm and floor too")
     parser.add_argument("--without", default="", help="contenders to leave out, comma-separated")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
     return parser.parse_args()
@@ -144,6 +149,7 @@ def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrai
             "lora": {"rank": arguments.rank},
             "kl_weight": 0.2,
             "gradient_checkpointing": arguments.gradient_checkpointing,
+            "torch_compile": arguments.torch_compile,
             "reward": {"upscale": 2 if arguments.model == TINY else 1},
         }
     )

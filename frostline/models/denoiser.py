@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffsynth.models.wan_video_dit import DiTBlock, SelfAttention, WanModel
 
 GradientCheckpointing = Literal["none", "block", "full"]
+BlockForward = Callable[..., Tensor]
 
 
 class Denoiser(nn.Module):
@@ -41,6 +42,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.model = model
         self.gradient_checkpointing: GradientCheckpointing = "none"
+        self.run_block: BlockForward = _block
         axes = [rope_table(frequencies) for frequencies in model.freqs]
         tables = [cos for cos, _ in axes] + [sin for _, sin in axes] + [*sinusoid_frequencies(model.freq_dim)]
         for name, table in zip(self._TABLES, tables, strict=True):
@@ -54,6 +56,10 @@ class Denoiser(nn.Module):
         for name, table in exact.items():
             setattr(self, name, table.to(device))
         return self
+
+    def compile_blocks(self) -> None:
+        """Run every block in `torch.compile`, live and frozen: one block is compiled, and all are like it."""
+        self.run_block = torch.compile(_block)
 
     @property
     def pins_first_frame(self) -> bool:
@@ -103,13 +109,15 @@ class Denoiser(nn.Module):
             context = torch.cat([model.img_emb(clip_feature), context], dim=1)
         cos = grid_table((self.cos_f, self.cos_h, self.cos_w), grid)
         sin = grid_table((self.sin_f, self.sin_h, self.sin_w), grid)
+        # A trace takes the operations themselves, never what was compiled of them.
+        run_block = _block if torch.compiler.is_exporting() else self.run_block
         # "full" too: when the whole is recomputed, all blocks at once would be too much.
         per_block = self.gradient_checkpointing != "none" and torch.is_grad_enabled()
         for block in cast("list[DiTBlock]", model.blocks):
             if per_block:
-                x = checkpoint(_block, block, x, context, modulation, cos, sin, use_reentrant=False)
+                x = checkpoint(run_block, block, x, context, modulation, cos, sin, use_reentrant=False)
             else:
-                x = _block(block, x, context, modulation, cos, sin)
+                x = run_block(block, x, context, modulation, cos, sin)
         return model.unpatchify(model.head(x, time), grid)  # type: ignore[arg-type]
 
     def _time_embedding(self, timestep: Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> Tensor:

@@ -89,6 +89,9 @@ class WanTrainingModule(nn.Module):
         self.lora_config, self.stages = staged.lora_config, staged.stages
         if engines is not None and plan != TORCH:
             ensure_verified(self.stages.values(), EngineStore(Path(engines)))
+        if self.settings.torch_compile:
+            for denoiser in filter(None, (self.denoiser, self.denoiser_high_noise)):
+                denoiser.compile_blocks()
         self.runtime = Runtime(self.stages, plan, None if engines is None else Path(engines), strict)
         self.faces = staged.faces
         if self.faces is not None:

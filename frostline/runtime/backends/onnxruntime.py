@@ -29,6 +29,12 @@ HOLDS_WEIGHTS = True
 
 _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
+_CUDA_SETTINGS = {
+    # TF32 has 10 bits of mantissa: no fp32 engine would be equal to PyTorch.
+    "use_tf32": "0",
+    # An exhaustive search runs every algorithm at each new shape, and a face detector's shapes never end.
+    "cudnn_conv_algo_search": "HEURISTIC",
+}
 # What ONNX Runtime computes on the host by design, even for a GPU: a few integers that are shapes.
 _SHAPE_ARITHMETIC = frozenset(
     (
@@ -138,6 +144,8 @@ class OnnxRuntimeRunner:
 def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
     import onnxruntime
 
+    # Errors only. Those end in exceptions, and its warnings (of providers that are no plug-ins) help nobody.
+    onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Spinning threads of two pools (torch's and this one) would fight for the same cores.
@@ -149,8 +157,7 @@ def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSess
     if provider is None:
         raise EngineError(f"ONNX Runtime has no provider for {device.type} here")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # TF32 has 10 bits of mantissa: no fp32 engine would be equal to PyTorch.
-    arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0), "use_tf32": "0"}
+    arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0), **_CUDA_SETTINGS}
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, arguments)])
     except Exception as error:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from frostline.models.faces.detections import Detections, upscale_frames
 from frostline.models.faces.identity import FaceIdentity, ReferenceFaces, identity_score
+from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.lora import adapters_off
 from frostline.models.schedule import FlowMatchSchedule
-from frostline.models.vae import TEMPORAL_STRIDE
 from frostline.runtime.backends import TORCH
 
 if TYPE_CHECKING:

@@ -47,9 +47,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     target = torch.empty_like(source)
     calls = {"product": partial(torch.mm, left, right, out=product), "copy": partial(target.copy_, source)}
     best = {name: min(samples) / 1000 for name, samples in interleave(calls, 5, device).items()}
-    return Ceilings(
-        operations=2 * side**3 / best["product"], bytes=2 * length * source.element_size() / best["copy"]
-    )
+    return Ceilings(operations=2 * side**3 / best["product"], bytes=2 * length * source.element_size() / best["copy"])
 
 
 def measure_work(run: Callable[[], Iterable[Tensor]], inputs: Iterable[Tensor], weights: Iterable[Tensor]) -> Work:

@@ -226,7 +226,17 @@ def _first_line(error: Exception) -> str:
 
 def _table(stages: dict[str, Any]) -> Table:
     table = Table("stage", "shape", "contender", title="torch / this: above 1 is faster than eager PyTorch")
-    for column in ("median ms", "bound ms", "torch / this", "relative error", "memory MiB", "first s", "build s", "load s", "MB"):
+    for column in (
+        "median ms",
+        "bound ms",
+        "torch / this",
+        "relative error",
+        "memory MiB",
+        "first s",
+        "build s",
+        "load s",
+        "MB",
+    ):
         table.add_column(column, justify="right")
     for stage, measured in stages.items():
         failed = {name: row for name, row in measured["engines"].items() if "error" in row}

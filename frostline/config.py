@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from frostline.errors import ConfigError
-from frostline.models.lora import TARGET_MODULES
+
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+# Of every block: the projections of its attentions, and its feed-forward layers.
+TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
 class Settings(BaseModel):

@@ -35,6 +35,9 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Build engines that are there already.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be built.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Processes that build; what cores and memory take.")
+    ] = None,
 ) -> None:
     """Turn the frozen stages of a Wan model into verified, signed engines."""
     from frostline.export.outcome import ExportRow
@@ -60,12 +63,14 @@ def export(
     if known is not None:
         _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
         return
-    from frostline.export.run import ExportOptions, export_model, load_staged_model, planned_exports
+    from frostline.export.jobs import fitting_jobs
+    from frostline.export.model import load_staged_model
+    from frostline.export.run import ExportOptions, export_model, planned_exports
 
-    options = ExportOptions(build, force, dry_run, strict, atol, rtol, cosine)
     progress = Progress()
     with progress.task(f"load {recipe.model}"):
         staged = load_staged_model(recipe, device)
+    options = ExportOptions(build, force, dry_run, strict, jobs or fitting_jobs(staged), atol, rtol, cosine)
     rows = []
     with progress.bar("export", len(planned_exports(staged, recipe))) as bar:
         for row in export_model(staged, recipe, store, options, bar.describe):
@@ -88,8 +93,8 @@ def plan(
     from frostline.config import TrainingModuleSettings
     from frostline.export.exporter import ensure_verified
     from frostline.export.gain import frozen_uses, live_uses, stage_gains, step_gain
+    from frostline.export.model import load_staged_model
     from frostline.export.recipe import load_recipe
-    from frostline.export.run import load_staged_model
     from frostline.export.tables import plan_table, step_gain_lines
     from frostline.models.schedule import FlowMatchSchedule
     from frostline.runtime.runtime import Runtime

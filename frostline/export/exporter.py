@@ -20,10 +20,11 @@ from frostline.runtime import manifest
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.device import compute_capabilities, full_fp32
+from frostline.runtime.dimension import Size
 from frostline.runtime.identity import find_engine, precision_of, stage_key, weights_sha256
 from frostline.runtime.latency import machine_id, take_turns
 from frostline.runtime.manifest import Manifest
-from frostline.runtime.stage import Network, Runner, Size, Stage, Tolerance
+from frostline.runtime.stage import Network, Runner, Stage, Tolerance
 from frostline.runtime.store import Build, EngineStore, VerifiedEngine
 
 log = logging.getLogger(__name__)
@@ -71,22 +72,52 @@ def export_stage(
         EngineError: the backend is not available, or tracing, building or loading failed.
         ParityError: the engine does not compute what PyTorch computes; it is not kept.
     """
-    backend = get_backend(backend_name)
-    if reason := backend.unavailable():
-        raise EngineError(reason)
-    weights = weights_sha256(stage)
-    key = stage_key(stage, backend_name, precision_of(stage), weights, options)
-    with store.building(stage.model, stage.name, backend_name, key) as build:
-        engine, built = build.existing, False
-        if engine is None or force:
-            engine, built = _build_engine(stage, weights, build, options, traces or Traces(), progress), True
+    engine, built = build_stage(
+        stage, backend_name, store, options=options, force=force, traces=traces, progress=progress
+    )
     if engine.manifest.verified:
         return Exported(engine.manifest, built)
+    backend = get_backend(backend_name)
     if obstacle := backend.obstacle(stage.networks[0].device, engine.manifest.device):
         log.info("the %s engine of %s is built, not verified here: %s", backend_name, stage.name, obstacle)
         return Exported(engine.manifest, built, unverified=obstacle)
     progress("verify")
     return Exported(verify_engine_parity(stage, store, engine), built)
+
+
+def build_stage(
+    stage: Stage,
+    backend_name: str,
+    store: EngineStore,
+    *,
+    options: BuildOptions = _DEFAULT_OPTIONS,
+    force: bool = False,
+    traces: Traces | None = None,
+    progress: Progress = lambda step: None,
+) -> tuple[VerifiedEngine, bool]:
+    """`export_stage` without the verification: the engine, and whether this call built it.
+
+    Raises:
+        EngineError: the backend is not available, or tracing or building failed.
+    """
+    if reason := get_backend(backend_name).unavailable():
+        raise EngineError(reason)
+    weights = weights_sha256(stage)
+    with store.building(stage.model, *_identity(stage, backend_name, weights, options)) as build:
+        if build.existing is not None and not force:
+            return build.existing, False
+        return _build_engine(stage, weights, build, options, traces or Traces(), progress), True
+
+
+def is_built(stage: Stage, backend_name: str, store: EngineStore, options: BuildOptions) -> bool:
+    """Whether `build_stage` would find the engine in the store."""
+    identity = _identity(stage, backend_name, weights_sha256(stage), options)
+    return store.get(stage.model, *identity) is not None
+
+
+def _identity(stage: Stage, backend_name: str, weights: str, options: BuildOptions) -> tuple[str, str, str]:
+    """Stage, backend and key: of the stage's model, one engine."""
+    return stage.name, backend_name, stage_key(stage, backend_name, precision_of(stage), weights, options)
 
 
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from frostline.config import LoraSettings, RewardTerm
 from frostline.export.shapes import ShapeRange
@@ -14,13 +15,15 @@ from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
 from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
+from frostline.models.loading import load_components
 from frostline.models.lora import inject_lora
 from frostline.models.vae import use_onednn_conv3d
 from frostline.runtime.stage import Stage
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig
+
+    from frostline.export.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,30 @@ class StagedModel:
     lora_config: LoraConfig | None
     faces: FaceModels | None
     stages: dict[str, Stage]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.denoiser.model.patch_embedding.weight.device
+
+    def weights(self) -> list[Tensor]:
+        """The parameters of all stages, each once."""
+        networks = (network for stage in self.stages.values() for network in stage.networks)
+        return [*{id(weight): weight for network in networks for weight in network.module.parameters()}.values()]
+
+
+def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
+    """The recipe's model with its stages, in the recipe's precision.
+
+    Args:
+        device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
+    Raises:
+        ConfigError: the model cannot be loaded.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    components = load_components(recipe.model, recipe.dtype, device)
+    return stage_model(components, recipe.lora, recipe.reward, recipe.shapes)
 
 
 def stage_model(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from frostline.errors import EngineError
-from frostline.runtime.stage import Dimension, Network, TensorSpec
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, TensorSpec
 
 
 def trace_program(network: Network) -> ExportedProgram:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from frostline.config import LoraSettings, RewardSettings, Settings
+from frostline.config import LoraSettings, Precision, RewardSettings, Settings
 from frostline.errors import ConfigError
 from frostline.export.shapes import ShapeRange, parse_shapes
-from frostline.models.precision import DTYPES, Precision
-from frostline.runtime.backends import get_backend
+from frostline.runtime.backends import check_backend
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,7 @@ class Recipe(Settings):
         """Fail before a model is loaded, which takes seconds or minutes."""
         _ = self.shapes
         for backend in self.backends:
-            get_backend(backend)
+            check_backend(backend)
         return self
 
     @property
@@ -71,6 +70,8 @@ class Recipe(Settings):
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type that `precision` names."""
+        from frostline.models.precision import DTYPES
+
         return DTYPES[self.precision]
 
 

@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from frostline.errors import ConfigError, EngineError
-from frostline.export.exporter import export_stage
-from frostline.export.model import StagedModel, stage_model
+from frostline.export.exporter import export_stage, is_built
+from frostline.export.jobs import Seconds, build_ahead
+from frostline.export.model import StagedModel
 from frostline.export.outcome import ExportRow, Status
 from frostline.export.recipe import ALL_STAGES, Recipe
 from frostline.export.traces import Traces
-from frostline.models.loading import load_components
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.stage import Stage, Tolerance
@@ -27,12 +25,14 @@ class ExportOptions:
 
     build: what backends heed. force: build engines that are there. dry_run: only say what would be built.
     strict: stop at the first failure. atol, rtol, cosine: put over every stage's own tolerance.
+    jobs: processes that build; see `frostline.export.jobs.fitting_jobs`.
     """
 
     build: BuildOptions = field(default_factory=BuildOptions)
     force: bool = False
     dry_run: bool = False
     strict: bool = False
+    jobs: int = 1
     atol: float | None = None
     rtol: float | None = None
     cosine: float | None = None
@@ -41,20 +41,6 @@ class ExportOptions:
         """The tolerance of a stage with this export's bounds over it."""
         bounds = {"atol": self.atol, "rtol": self.rtol, "cosine": self.cosine}
         return replace(of_stage, **{name: bound for name, bound in bounds.items() if bound is not None})
-
-
-def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
-    """The recipe's model with its stages, in the recipe's precision.
-
-    Args:
-        device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
-    Raises:
-        ConfigError: the model cannot be loaded.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    components = load_components(recipe.model, recipe.dtype, device)
-    return stage_model(components, recipe.lora, recipe.reward, recipe.shapes)
 
 
 def export_model(
@@ -66,14 +52,18 @@ def export_model(
 ) -> Iterator[ExportRow]:
     """Export what the recipe names, one row as each is done; a failure is a row, and the others go on.
 
+    With several jobs all is built first, and then verified here: who measures latencies must be alone.
+
     Args:
         announce: told what is going on, in a few words.
     Raises:
         ConfigError: the recipe names a stage that the model does not have, or an unknown or unavailable backend.
         EngineError: `strict`, and an export failed.
     """
+    planned = planned_exports(staged, recipe)
+    ahead = {} if options.dry_run else _build_ahead(staged, recipe, planned, store, options, announce)
     traces: dict[str, Traces] = {}
-    for backend, stage in planned_exports(staged, recipe):
+    for backend, stage in planned:
         # One stage's at a time.
         traces = {stage.name: traces.get(stage.name, Traces())}
         if options.dry_run:
@@ -87,7 +77,7 @@ def export_model(
                 stage,
                 backend,
                 store,
-                force=options.force,
+                force=options.force and (stage.name, backend) not in ahead,
                 options=options.build,
                 traces=traces[stage.name],
                 progress=lambda step, stage=stage, backend=backend: announce(f"{backend} {stage.name}: {step}"),
@@ -98,8 +88,10 @@ def export_model(
             yield ExportRow(stage.name, backend, "failed", time.monotonic() - start, note=str(error))
             continue
         note = f"built, not verified here: {exported.unverified}" if exported.unverified else ""
-        status: Status = "built" if exported.built else "present"
-        yield ExportRow(stage.name, backend, status, time.monotonic() - start, exported.manifest, note)
+        built_here = exported.built or (stage.name, backend) in ahead
+        status: Status = "built" if built_here else "present"
+        seconds = ahead.get((stage.name, backend), 0.0) + time.monotonic() - start
+        yield ExportRow(stage.name, backend, status, seconds, exported.manifest, note)
 
 
 def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stage]]:
@@ -113,6 +105,29 @@ def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stag
             raise ConfigError(f"backend {backend}: {reason}")
     names = _stage_names(recipe.stages, staged.stages)
     return [(backend, staged.stages[name]) for name in names for backend in recipe.backends]
+
+
+def _build_ahead(
+    staged: StagedModel,
+    recipe: Recipe,
+    planned: Sequence[tuple[str, Stage]],
+    store: EngineStore,
+    options: ExportOptions,
+    announce: Callable[[str], None],
+) -> Seconds:
+    """Build in several processes, where there are several stages to be built."""
+    if options.jobs == 1:
+        return {}
+    lacking = {
+        stage.name: stage
+        for backend, stage in planned
+        if options.force or not is_built(stage, backend, store, options.build)
+    }
+    if len(lacking) < 2:
+        return {}
+    jobs = min(options.jobs, len(lacking))
+    stages = [*lacking.values()]
+    return build_ahead(staged, recipe, stages, store, options.build, jobs=jobs, force=options.force, announce=announce)
 
 
 def _stage_names(wanted: Sequence[str], known: dict[str, Stage]) -> Sequence[str]:

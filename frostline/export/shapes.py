@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import cast
 
 from frostline.errors import ConfigError
-from frostline.models.vae import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
-from frostline.runtime.stage import Dimension
+from frostline.models.geometry import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
+from frostline.runtime.dimension import Dimension
 
 Range = tuple[int, int, int]
 

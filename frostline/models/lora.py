@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from frostline.config import TARGET_MODULES
 from frostline.errors import ConfigError
 
 from .adapters import CONFIG_FILE, PEFT, SPELLINGS, Adapter, read_adapter, write_peft
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 # The name PEFT itself gives to a model's only adapter.
 ADAPTER = "default"
 

@@ -10,9 +10,9 @@ from typing import Any
 from frostline.errors import ConfigError
 
 from .files import BOUNDARY_IMAGE, BOUNDARY_TEXT, EMBEDDED, TEXT_LENGTH, find_files
+from .geometry import SPATIAL_MULTIPLE
 from .layouts.architecture import network_arguments
 from .layouts.names import Part
-from .vae import SPATIAL_MULTIPLE
 
 Network = tuple[Part, Mapping[str, Any]]
 

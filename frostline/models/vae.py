@@ -16,12 +16,6 @@ from frostline.models.vae_clip import decode_clip
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE
 
-# Temporal compression: one latent frame for the first video frame, then one for every four.
-TEMPORAL_STRIDE = 4
-# Height and width of a video: the VAE halves them three times and the denoiser takes 2x2 patches of the latents.
-# The VAE of Wan2.2 TI2V halves once more: `WanComponents.spatial_multiple` is what a model wants.
-SPATIAL_MULTIPLE = 16
-
 
 def decode_latents(vae: WanVideoVAE, latents: Tensor, checkpoint_frames: bool = False) -> Tensor:
     """Decode (B, C, F, h, w) normalised latents, gradient on, to a video (B, 3, 4F - 3, 8h, 8w) in [-1, 1].

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frostline.models.vae import TEMPORAL_STRIDE
+from frostline.models.geometry import TEMPORAL_STRIDE
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE

@@ -6,17 +6,17 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from frostline.errors import ShapeError
 from frostline.models.weights import PartWeights
+from frostline.runtime.dimension import Dimension, Size
 
 log = logging.getLogger(__name__)
 
-Size = Literal["min", "opt", "max"]
 Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
@@ -27,29 +27,6 @@ class Runner(Protocol):
     """
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """A dimension that an engine leaves open: `multiple * n` with `min <= n <= max`.
-
-    Dimensions of one name share n: a video's height may be 16 n while its latents' is 2 n.
-    """
-
-    name: str
-    min: int
-    opt: int
-    max: int
-    multiple: int = 1
-
-    def admits(self, extent: int) -> bool:
-        """Whether `extent` is in the range."""
-        blocks, rest = divmod(extent, self.multiple)
-        return rest == 0 and self.min <= blocks <= self.max
-
-    def at(self, size: Size) -> int:
-        """The extent at one end, or in the middle, of the range."""
-        return self.multiple * getattr(self, size)
 
 
 @dataclass(frozen=True)

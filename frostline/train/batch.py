@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from frostline.errors import DataError
-from frostline.models.vae import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
+from frostline.models.geometry import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
 
 logger = logging.getLogger(__name__)
 

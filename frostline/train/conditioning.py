@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from frostline.models.components import WanComponents
+from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.text import tokenize
-from frostline.models.vae import TEMPORAL_STRIDE
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.runtime import Runtime
 from frostline.train.batch import check_batch, fit_to_wan

@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import Dataset
 
 from frostline.errors import ConfigError, DataError
-from frostline.train.batch import SPATIAL_MULTIPLE, nearest_name, pad_frames, resize
+from frostline.models.geometry import SPATIAL_MULTIPLE
+from frostline.train.batch import nearest_name, pad_frames, resize
 from frostline.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe_video, read_video
 
 logger = logging.getLogger(__name__)

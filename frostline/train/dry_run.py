@@ -9,9 +9,9 @@ from rich.table import Table
 
 from frostline.errors import FrostlineError
 from frostline.models.faces.embedders import load_embedder
+from frostline.models.geometry import SPATIAL_MULTIPLE
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.skeleton import Skeleton, read_skeleton
-from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.runtime.backends import TORCH
 from frostline.train.batch import nearest_multiple
 from frostline.train.data import VideoPromptDataset

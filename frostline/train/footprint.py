@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from frostline.config import LoraSettings
 from frostline.models.denoiser import Denoiser, GradientCheckpointing
+from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.image import ImageEncoder
 from frostline.models.lora import inject_lora, lora_parameters
 from frostline.models.networks import build_network
 from frostline.models.skeleton import Skeleton
 from frostline.models.text import TextEncoder
-from frostline.models.vae import TEMPORAL_STRIDE, decode_latents
+from frostline.models.vae import decode_latents
 from frostline.train.tracking import MemoryTracker, tensors_of
 
 _CLIP_FEATURE = (257, 1280)

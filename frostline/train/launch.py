@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, Subset
 from frostline.config import TrainingModuleSettings
 from frostline.errors import CheckpointError, ConfigError, DataError
 from frostline.export.shapes import parse_shapes
+from frostline.models.geometry import SPATIAL_MULTIPLE
 from frostline.models.skeleton import read_skeleton
-from frostline.models.vae import SPATIAL_MULTIPLE
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.heap import keep_freed_memory

@@ -10,12 +10,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from frostline.config import LoraSettings, Settings
+from frostline.config import LoraSettings, Precision, Settings
 from frostline.errors import ConfigError
 from frostline.models.adapters import Adapter, read_adapter
+from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.lora import copy_adapter, lora_parameters
-from frostline.models.precision import Precision, parse_precision
-from frostline.models.vae import TEMPORAL_STRIDE
+from frostline.models.precision import parse_precision
 from frostline.runtime.plan import Plan, parse_plan
 from frostline.train.data import crop_to, size_within
 from frostline.train.module import WanTrainingModule

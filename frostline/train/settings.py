@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from frostline.config import Settings, TrainingModuleSettings
 from frostline.errors import ConfigError
-from frostline.models.vae import SPATIAL_MULTIPLE
+from frostline.models.geometry import SPATIAL_MULTIPLE
 from frostline.train.data import VideoPromptDataset, check_cut
 from frostline.train.memory import Sharding
 

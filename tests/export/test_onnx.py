@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from frostline.errors import EngineError
 from frostline.export import onnx as onnx_export
 from frostline.export.onnx import trace_onnx
-from frostline.runtime.stage import Dimension, Network, TensorSpec
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, TensorSpec
 
 
 class Scaled(nn.Module):

@@ -17,8 +17,8 @@ import pytest
 
 from frostline.errors import EngineError, ParityError
 from frostline.export.exporter import Exported, export_stage
+from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
-from frostline.export.run import load_staged_model
 from frostline.runtime.stage import Stage, Tolerance
 from frostline.runtime.store import EngineStore
 

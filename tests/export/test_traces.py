@@ -11,7 +11,8 @@ from torch.export import ExportedProgram
 from frostline.export import traces as traces_file
 from frostline.export.exporter import export_stage
 from frostline.export.traces import Traces
-from frostline.runtime.stage import Dimension, Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
 from frostline.runtime.store import EngineStore
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx")

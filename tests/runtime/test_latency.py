@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from frostline.export.exporter import export_stage
 from frostline.runtime import latency, runtime
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.dimension import Dimension
 from frostline.runtime.latency import LatencyNote, machine_id, shape_class, take_turns
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Dimension, Network, Runner, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, Tolerance
 from frostline.runtime.store import EngineStore
 
 ORT = "onnxruntime"

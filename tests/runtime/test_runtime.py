@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from frostline.errors import ConfigError, EngineError
 from frostline.export.exporter import export_stage
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.dimension import Dimension
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Dimension, Network, Runner, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, Tolerance
 from frostline.runtime.store import EngineStore
 from frostline.train.module import WanTrainingModule
 

@@ -16,7 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from frostline.models.denoiser import Denoiser
 from frostline.models.lora import adapters_off, live_scale, lora_parameters, lora_scale
-from frostline.runtime.stage import Dimension, Network, Stage, TensorSpec
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, Stage, TensorSpec
 
 from .inputs import StageInputs, tolerance
 

@@ -12,7 +12,8 @@ from frostline.models.faces.detections import quantize_frames
 from frostline.models.faces.detectors import DetectorNetwork
 from frostline.models.faces.networks import as_network
 from frostline.models.tiny.clips import held_out_clips
-from frostline.runtime.stage import Dimension, Network, Runner, Stage, TensorSpec
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
 
 from .face_networks import contiguous_copy, weights_dtype, with_fp32_edges
 from .inputs import FaceModels, tolerance

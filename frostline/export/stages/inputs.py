@@ -14,7 +14,8 @@ from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
 from frostline.models.faces.detectors import DetectorModel
 from frostline.models.weights import PartWeights
-from frostline.runtime.stage import Dimension, Network, Stage, Tolerance
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, Stage, Tolerance
 
 # The bounds by the type of the weights, both sides computing in that type. Measured on small models of random weights,
 # the worst of ONNX Runtime, OpenVINO and AOTInductor, relative to the largest output: 6e-6, 3e-3 and 2.6e-2, of which

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from frostline.models.vae import TEMPORAL_STRIDE
+from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.vae_chunks import VaeEncoderFirst, VaeEncoderNext, encode_in_chunks
 from frostline.runtime.stage import Runner, Stage, TensorSpec
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from frostline.errors import ConfigError
 
-from .convert import to_official
 from .names import Part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Spelling = Literal["official", "diffusers"]
 
@@ -85,14 +85,11 @@ def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
     prefix = next(wrapped, "")
     for telltale, (part, spelling) in _TELLTALES.items():
         if prefix + telltale in shapes:
-            # On the meta device a conversion is one of shapes.
-            skeleton = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
             try:
-                official = _spelled_officially(part, spelling, prefix, skeleton)
+                official_shapes = _official_shapes(part, spelling, prefix, shapes)
             except ConfigError as error:
                 raise ConfigError(f"{paths[0]}: {error}") from error
             config = read_json(paths[0].parent / "config.json")
-            official_shapes = {name: tuple(tensor.shape) for name, tensor in official.items()}
             return NetworkFiles(part, spelling, tuple(paths), prefix, official_shapes, config)
     return None
 
@@ -107,7 +104,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="numpy") as file:  # no value is read, so bf16 is no matter
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         content = _load_mapped(path)
         # As diffsynth unwraps it.
@@ -184,11 +181,31 @@ def _spelled_officially(
     part: Part, spelling: Spelling, prefix: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return to_official(part, plain) if spelling == "diffusers" else plain
+    if spelling != "diffusers":
+        return plain
+    from .convert import to_official
+
+    return to_official(part, plain)
+
+
+def _official_shapes(
+    part: Part, spelling: Spelling, prefix: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    if spelling != "diffusers":
+        # Whoever only looks need not wait for torch to be imported.
+        return {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    import torch
+
+    # On the meta device a conversion is one of shapes.
+    skeleton = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    official = _spelled_officially(part, spelling, prefix, skeleton)
+    return {name: tuple(tensor.shape) for name, tensor in official.items()}
 
 
 def _load_mapped(path: Path) -> Any:
     """A torch file, its values left on disk where its format allows."""
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-import torch
-
 from frostline.errors import ConfigError
-from frostline.runtime.stage import Network, Runner
-from frostline.runtime.verification import VerifiedEngine
-
-from .options import BuildOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch.export import ExportedProgram
+
+    from frostline.runtime.stage import Network, Runner
+    from frostline.runtime.verification import VerifiedEngine
+
+    from .options import BuildOptions
 
 TORCH = "torch"
 # The file, and within it the object that is the backend where the file itself is not.
@@ -63,14 +63,23 @@ class Backend(Protocol):
         ...
 
 
+def check_backend(name: str) -> None:
+    """Hold a name against those of the backends, without importing any.
+
+    Raises:
+        ConfigError: it is none of theirs.
+    """
+    if name not in _REGISTRY:
+        raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *_REGISTRY))}")
+
+
 def get_backend(name: str) -> Backend:
     """The backend of this name.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in _REGISTRY:
-        raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *_REGISTRY))}")
+    check_backend(name)
     file, _, attribute = _REGISTRY[name].partition(":")
     module = importlib.import_module(f"frostline.runtime.backends.{file}")
     return cast(Backend, getattr(module, attribute) if attribute else module)

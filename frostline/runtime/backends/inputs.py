@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from frostline.errors import EngineError, ShapeError
-from frostline.runtime.stage import Dimension, Network, TensorSpec
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, TensorSpec
 
 
 def check_inputs(network: Network, inputs: Mapping[str, Tensor]) -> None:

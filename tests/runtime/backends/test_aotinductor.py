@@ -19,7 +19,8 @@ from frostline.errors import EngineError
 from frostline.export.program import trace_program
 from frostline.runtime.backends import BuildOptions, aotinductor
 from frostline.runtime.backends.aotinductor import AOTInductorRunner
-from frostline.runtime.stage import Dimension, Network, TensorSpec
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, TensorSpec
 
 pytestmark = pytest.mark.skipif(aotinductor.unavailable() is not None, reason="no C++ compiler")
 

@@ -18,8 +18,9 @@ from frostline.export.onnx import trace_onnx
 from frostline.runtime.backends import BuildOptions, get_backend
 from frostline.runtime.backends.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTRunner
 from frostline.runtime.device import device_name
+from frostline.runtime.dimension import Dimension
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Dimension, Network, Stage, TensorSpec
+from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.store import EngineStore
 
 trt = pytest.importorskip("tensorrt_rtx")

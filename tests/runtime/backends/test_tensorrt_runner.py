@@ -12,7 +12,8 @@ from torch import nn
 
 from frostline.errors import EngineError
 from frostline.runtime.backends.tensorrt import TensorRTRunner
-from frostline.runtime.stage import Dimension, Network, TensorSpec
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, TensorSpec
 
 
 class Context:

@@ -118,6 +118,32 @@ def test_gradient_checkpointing_changes_nothing(variant: str, variants: dict[str
             torch.testing.assert_close(one, two, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["none", "block"])
+def test_compiled_blocks_compute_the_same(kind: GradientCheckpointing, variants: dict[str, WanModel]) -> None:
+    """Values and gradient; and a trace holds the operations, not what was compiled of them."""
+    denoiser = Denoiser(copy.deepcopy(variants["tiny"])).requires_grad_(True)
+    denoiser.gradient_checkpointing = kind
+    given = inputs(denoiser.model, SHAPES[1])
+
+    def velocity_and_gradient() -> tuple[Tensor, Tensor]:
+        denoiser.zero_grad()
+        velocity = denoiser(**given)
+        velocity.square().mean().backward()
+        return velocity.detach(), torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None])
+
+    expected, wanted = velocity_and_gradient()
+    trace = torch.export.export(denoiser, (), given)
+    denoiser.compile_blocks()
+    actual, gradient = velocity_and_gradient()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert F.cosine_similarity(gradient, wanted, dim=0) > 0.999999
+    assert abs(gradient.norm() / wanted.norm() - 1) < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(**given), expected, atol=1e-5, rtol=0)
+    again = torch.export.export(denoiser, (), given)
+    assert [node.target for node in again.graph.nodes] == [node.target for node in trace.graph.nodes]
+
+
 @pytest.mark.parametrize("kind", ["block", "full"])
 def test_gradient_checkpointing_keeps_less(kind: GradientCheckpointing, variants: dict[str, WanModel]) -> None:
     def kept_bytes(kind: GradientCheckpointing) -> int:

@@ -225,6 +225,7 @@ CASES: dict[str, Case] = {
     "noise_seed": Case(25, a_step),
     "kl_weight": Case(0.5, a_step),
     "gradient_checkpointing": Case("block", a_step),
+    "torch_compile": Case(True, a_step),
     "offload_saved_tensors": Case(True, a_step),
     "lora.rank": Case(3, a_start),
     "lora.alpha": Case(4.0, a_step),

@@ -1,0 +1,79 @@
+"""Building in several processes ends in the same verified engines as building in one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from frostline.export import jobs as jobs_file
+from frostline.export.jobs import build_ahead, fitting_jobs
+from frostline.export.model import StagedModel, load_staged_model
+from frostline.export.recipe import Recipe
+from frostline.export.run import ExportOptions, export_model
+from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.store import EngineStore
+
+pytestmark = pytest.mark.timeout(400)
+
+STAGES = ("text_encoder", "face_embedder")
+RECIPE = Recipe(model="tiny", stages=STAGES, backends=("onnxruntime", "tensorrt-rtx"))
+
+
+@pytest.fixture(scope="module")
+def staged() -> StagedModel:
+    return load_staged_model(RECIPE, "cpu")
+
+
+def test_two_processes_build_and_this_one_verifies(staged: StagedModel, tmp_path: Path) -> None:
+    store, said = EngineStore(tmp_path), list[str]()
+    options = ExportOptions(jobs=2)
+    rows = list(export_model(staged, RECIPE, store, options, said.append))
+    assert [(row.stage, row.backend) for row in rows] == [(s, b) for s in STAGES for b in RECIPE.backends]
+    assert {row.status for row in rows} == {"built"}
+    assert any("of 2 stages built" in step for step in said)
+    assert not any(": trace" in step for step in said), "nothing was left for this process to build"
+    for row in rows:
+        assert row.manifest is not None
+        assert row.manifest.verified == (row.backend == "onnxruntime"), row.note
+        assert row.seconds >= row.manifest.build_seconds
+    alone = list(export_model(staged, RECIPE, EngineStore(tmp_path / "alone"), ExportOptions()))
+    assert [row.manifest.id for row in rows if row.manifest] == [row.manifest.id for row in alone if row.manifest]
+    again = list(export_model(staged, RECIPE, store, options))
+    assert {row.status for row in again} == {"present"}
+    forced = RECIPE.model_copy(update={"stages": STAGES[:1], "backends": ("onnxruntime",)})
+    assert [row.status for row in export_model(staged, forced, store, ExportOptions(force=True, jobs=2))] == ["built"]
+
+
+def test_a_process_that_dies_leaves_the_work_to_this_one(
+    staged: StagedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = RECIPE.model_copy(update={"model": "tiny-moe"})
+    # A device that no process can load the model on, as memory that is not there would be.
+    lost = StagedModel(**{**vars(staged), "stages": staged.stages})
+    store = EngineStore(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StagedModel, "device", "meta")
+        built = build_ahead(lost, recipe, [*staged.stages.values()][:1], store, BuildOptions(), jobs=1)
+    assert built == {}
+    assert "going on in this one" in caplog.text
+    assert not list(store.find())
+
+
+def test_as_many_jobs_as_memory_takes(staged: StagedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_file.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(jobs_file, "_available_bytes", lambda: 2**40)
+    assert fitting_jobs(staged) == len(staged.stages)
+    monkeypatch.setattr(jobs_file, "_available_bytes", lambda: 7 * 2**30)
+    assert fitting_jobs(staged) == 2
+    monkeypatch.setattr(jobs_file, "_available_bytes", lambda: 2**20)
+    assert fitting_jobs(staged) == 1
+
+
+def test_asking_again_needs_no_torch() -> None:
+    """Or it would take seconds to say that all is there."""
+    asked = "import sys, frostline.cli.exporting, frostline.export.receipt, frostline.export.tables, frostline.progress"
+    recipe = "frostline.export.receipt.receipt_key(frostline.export.receipt.Recipe(model='tiny'), Options(), 'auto')"
+    code = f"{asked}\nfrom frostline.runtime.backends.options import BuildOptions as Options\n{recipe}\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

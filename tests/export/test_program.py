@@ -1,0 +1,62 @@
+"""Tracing at extents that a tracer takes for constants: 1, and ranges of one extent."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from frostline.config import LoraSettings
+from frostline.export.model import stage_model
+from frostline.export.onnx import trace_onnx
+from frostline.export.parity import compare
+from frostline.export.program import trace_program
+from frostline.export.shapes import parse_shapes
+from frostline.models.loading import load_components
+from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.stage import Network, Stage
+
+pytestmark = pytest.mark.timeout(400)
+
+CPU = torch.device("cpu")
+ONE = "video:1x5x3x64x64"
+
+
+def stages(min_shapes: str, opt_shapes: str, max_shapes: str) -> dict[str, Stage]:
+    shapes = parse_shapes(min_shapes, opt_shapes, max_shapes)
+    return stage_model(load_components("tiny"), LoraSettings(), None, shapes).stages
+
+
+def assert_equal_to_torch(stage: Stage, network: Network, folder: Path) -> None:
+    path = folder / f"{network.name}.onnx"
+    trace_onnx(network, path)
+    runner = OnnxRuntimeRunner(path, network, CPU)
+    for size in ("opt", "min"):
+        inputs = network.samples(size)
+        for measured in compare(network.name, size, network.reference(inputs), runner(**inputs), stage.tolerance):
+            assert measured.passed, measured
+
+
+def test_one_sample_is_the_typical_batch(tmp_path: Path) -> None:
+    """All of it stays open, as a run at another batch shows."""
+    made = stages("", ONE, "")
+    for stage, name in (("vae_encoder", "first"), ("denoiser", "denoiser")):
+        network = next(each for each in made[stage].networks if each.name == name)
+        assert network.samples("opt")[network.inputs[0].name].shape[0] == 1
+        assert_equal_to_torch(made[stage], network, tmp_path)
+    network = made["vae_encoder"].networks[0]
+    runner = OnnxRuntimeRunner(tmp_path / "first.onnx", network, CPU)
+    pair = {"video": torch.randn(3, 3, 1, 64, 32)}
+    expected, actual = network.reference(pair), runner(**pair)
+    torch.testing.assert_close(actual["latents"], expected["latents"], atol=1e-4, rtol=0)
+
+
+def test_fixed_shapes_are_constants_of_the_graph(tmp_path: Path) -> None:
+    made = stages(ONE, ONE, ONE)
+    network = made["vae_encoder"].networks[0]
+    placeholders = [node for node in trace_program(network).graph.nodes if node.op == "placeholder"]
+    video = next(
+        node.meta["val"] for node in placeholders if node.name in trace_program(network).graph_signature.user_inputs
+    )
+    assert tuple(video.shape) == (1, 3, 1, 64, 64)
+    assert all(isinstance(extent, int) for extent in video.shape)
+    assert_equal_to_torch(made["vae_encoder"], network, tmp_path)

@@ -106,6 +106,8 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
             with safe_open(path, framework="numpy") as file:  # no value is read, so bf16 is no matter
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        from torch import Tensor
+
         content = _load_mapped(path)
         # As diffsynth unwraps it.
         if isinstance(content, dict) and len(content) == 1:

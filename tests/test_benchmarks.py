@@ -80,7 +80,7 @@ def test_places_are_told_by_the_innermost_line_of_frostline() -> None:
 
 def step_result() -> dict[str, Any]:
     return {
-        "arguments": {"model": "tiny", "video": "2x9x3x96x96"},
+        "arguments": {"model": "tiny", "video": "2x9x3x96x96", "precision": "fp32"},
         "machine": {"device": "a CPU", "torch_threads": 2, "versions": {"torch": "2.13"}, "commit": "abc"},
         "contenders": {
             name: {"what": what, "median_ms": 100.0 * place}

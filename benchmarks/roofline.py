@@ -16,7 +16,6 @@ from measuring import interleave
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-
 _ONEDNN = torch.ops.aten.mkldnn_convolution
 
 

@@ -68,11 +68,15 @@ def main() -> None:
     stages = [stage for stage in _module(base, shapes, arguments).stages.values() if stage.name != "vae_decoder"]
     build_engines(stages, arguments.backends, store)  # the decoder is live in training, and in PyTorch
     result: dict[str, Any] = {"base": vars(base), "machine": machine(device), "axes": {}}
+    measured: dict[Point, dict[str, Any]] = {}  # most axes go through the base
     for axis, values in wanted_axes(arguments.axes).items():
         rows = []
         with Progress().bar(axis, len(values)) as bar:
             for value in values:
-                rows.append({axis: value, **_measure(replace(base, **{axis: value}), shapes, arguments, device)})
+                point = replace(base, **{axis: value})
+                if point not in measured:
+                    measured[point] = _measure(point, shapes, arguments, device)
+                rows.append({axis: value, **measured[point]})
                 bar.advance(1)
         result["axes"][axis] = rows
         write_result(arguments.out, result)

@@ -4,7 +4,8 @@
 
 One figure is changed at a time, the others stay at `--video`, rank 8 and a tail of 4 steps. `warm` is frostline with
 frozen results recalled, on engines that were built once for a range of shapes; `eager` the same step in PyTorch alone,
-nothing recalled. Every frame counts as a face, whatever the detector finds. Memory is what a step adds, at its highest, to the memory that the process had before it.
+nothing recalled. Every frame counts as a face, whatever the detector finds. Memory is what a step adds, at its highest,
+to the memory that the process had before it.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ test: venv  ## All tests that need no GPU.
 bench: export FROSTLINE_CACHE_DIR := runs/bench/cache
 bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	rm -rf runs/bench/cache
-	$(VENV_PYTHON) benchmarks/step.py
-	$(VENV_PYTHON) benchmarks/stages.py --shapes 1x5x3x64x64 --rounds 3
+	$(VENV_PYTHON) benchmarks/step.py --rounds 3
+	$(VENV_PYTHON) benchmarks/stages.py --shapes= --rounds 3
 	$(VENV_PYTHON) benchmarks/scaling.py --rounds 2
 	$(VENV_PYTHON) benchmarks/cold.py --rounds 2
 	$(VENV_PYTHON) benchmarks/syncs.py

@@ -14,7 +14,9 @@ from functools import partial
 import torch
 from measuring import interleave
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+_ONEDNN = torch.ops.aten.mkldnn_convolution
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 def measure_work(run: Callable[[], Iterable[Tensor]], inputs: Iterable[Tensor], weights: Iterable[Tensor]) -> Work:
     """What the call does, of `inputs` and `weights` that it reads."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={_ONEDNN: _onednn_operations}) as counter:
         outputs = [*run()]
     tensors = [*outputs, *inputs, *{weight.data_ptr(): weight for weight in weights}.values()]
     return Work(counter.get_total_flops(), sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def _onednn_operations(x: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object) -> int:
+    """Of a convolution that is sent to oneDNN by name, which torch's counter does not know; by shapes."""
+    return conv_flop_count(x, weight, out_shape)

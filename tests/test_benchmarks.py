@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 README = BENCHMARKS.parent / "README.md"
@@ -15,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from contenders import CONTENDERS, Outcome, Tolerance, compare  # noqa: E402
 from measuring import interleave, medians, peak_growth_mib, ratio, summary  # noqa: E402
+from roofline import Ceilings, Work, measure_work  # noqa: E402
 from scaling import plot, wanted_axes  # noqa: E402
 from syncs import count_places  # noqa: E402
 from table import BEGIN, END, render, step_table, tables_of, with_tables  # noqa: E402
@@ -80,7 +82,7 @@ def test_places_are_told_by_the_innermost_line_of_frostline() -> None:
 
 def step_result() -> dict[str, Any]:
     return {
-        "arguments": {"model": "tiny", "video": "2x9x3x96x96"},
+        "arguments": {"model": "tiny", "video": "2x9x3x96x96", "precision": "fp32"},
         "machine": {"device": "a CPU", "torch_threads": 2, "versions": {"torch": "2.13"}, "commit": "abc"},
         "contenders": {
             name: {"what": what, "median_ms": 100.0 * place}
@@ -128,3 +130,17 @@ def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis(tmp_path: Path) -
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size == (640, 600)
         assert len(set(picture.convert("RGB").getdata())) > 100
+
+
+def test_the_bound_counts_convolutions_however_they_are_called() -> None:
+    x, weight = torch.randn(1, 4, 3, 8, 8), torch.randn(5, 4, 3, 3, 3)
+    padding = (1, 1, 1)
+
+    def by_name() -> list[Tensor]:
+        return [torch.mkldnn_convolution(x, weight, None, padding, (1, 1, 1), (1, 1, 1), 1)]
+
+    by_module = measure_work(lambda: [torch.conv3d(x, weight, None, 1, 1)], [x], [weight])
+    assert measure_work(by_name, [x], [weight, weight]) == by_module
+    assert by_module == Work(operations=2 * 5 * 3 * 64 * 4 * 27, bytes=4 * (x.numel() + weight.numel() + 5 * 3 * 64))
+    assert by_module.milliseconds(Ceilings(operations=1e9, bytes=1e12)) == pytest.approx(by_module.operations / 1e6)
+    assert by_module.milliseconds(Ceilings(operations=1e15, bytes=1e6)) == pytest.approx(by_module.bytes / 1e3)

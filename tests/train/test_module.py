@@ -1,19 +1,17 @@
-"""One training step: with engines and without, cached and not, alone and in a batch, and where there is no face."""
+"""One training step in PyTorch: alone and in a batch, with every kind of face, and what it says of itself."""
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
+from steps import QUICK, assert_same_gradient, assert_same_step, clips, gradient, row, small_clips
 
 import frostline.models.vae as vae_file
 from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
 from frostline.models.faces import quantize_frames
-from frostline.models.tiny.clips import held_out_clips
 from frostline.train.face_identity import FaceIdentityReward, face_identity_reward
 from frostline.train.module import WanTrainingModule
 from frostline.train.reward import RewardScore, reward_loss
@@ -22,185 +20,6 @@ if TYPE_CHECKING:
     from conftest import RewardTape
 
 MakeModule = Callable[..., WanTrainingModule]
-
-# Three Euler steps (and clips of 32×32 pixels), for what does not depend on what is in the picture.
-QUICK: dict[str, Any] = {"num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
-
-
-def clips(count: int, seed: int = 0, **size: int) -> dict[str, Any]:
-    held_out = held_out_clips(count, seed, **size)
-    return {"prompt": held_out.prompts, "video": held_out.video}
-
-
-def small_clips(count: int, seed: int = 0) -> dict[str, Any]:
-    return clips(count, seed, num_frames=5, size=32)
-
-
-def row(data: dict[str, Any], index: int) -> dict[str, Any]:
-    return {"prompt": [data["prompt"][index]], "video": data["video"][index : index + 1]}
-
-
-def gradient(module: WanTrainingModule) -> Tensor:
-    """The gradient of all LoRA matrices, flat, and none left behind."""
-    parts = []
-    for parameter in module.trainable_parameters().values():
-        assert parameter.grad is not None
-        parts.append(parameter.grad.flatten())
-        parameter.grad = None
-    return torch.cat(parts).double()
-
-
-def assert_same_step(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...], tolerance: float = 1e-5) -> None:
-    """loss, face_score, kl_loss."""
-    for one, other in zip(expected, actual, strict=True):
-        assert (one - other).abs().item() <= tolerance
-
-
-def assert_same_gradient(expected: Tensor, actual: Tensor, norm: float = 1e-4) -> None:
-    assert torch.nn.functional.cosine_similarity(expected, actual, dim=0) >= 0.99999
-    assert (actual.norm() / expected.norm() - 1).abs() <= norm
-
-
-def assert_same_steps(
-    module: WanTrainingModule, other: WanTrainingModule, data: dict[str, Any], tape: "RewardTape"
-) -> None:
-    """Both compute the same step, forward and backward."""
-    with tape.record(module):
-        expected = module(data)
-    expected[0].backward()
-    expected_gradient = gradient(module)
-    with tape.replay(other):
-        actual = other(data)
-    assert_same_step(expected, actual)
-    actual[0].backward(retain_graph=True)
-    # What the kinks of the embedder do to the norm is said at `RewardTape`.
-    assert_same_gradient(expected_gradient, gradient(other), norm=1e-3)
-    tape.holds_gradient = True
-    actual[0].backward()
-    assert_same_gradient(expected_gradient, gradient(other))
-    assert module.last_metrics is not None
-    assert other.last_metrics is not None
-    assert other.last_metrics.per_sample["detection_rate"] == module.last_metrics.per_sample["detection_rate"]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_step_with_engines_equals_a_step_in_torch(
-    count: int, make_module: MakeModule, engines: Path, tape: "RewardTape"
-) -> None:
-    in_torch, hybrid = make_module(), make_module(plan="onnxruntime", engines=engines)
-    assert {choice.backend for choice in hybrid.runtime.plan.values()} == {"onnxruntime"}
-    assert_same_steps(in_torch, hybrid, clips(count, seed=count, num_frames=9 if count == 1 else 5), tape)
-    assert in_torch.last_metrics is not None
-    assert hybrid.last_metrics is not None
-    assert max(hybrid.last_metrics.per_sample["detection_rate"]) > 0, "no reward was compared"
-    assert hybrid.last_metrics.stages["denoiser"].backend == "onnxruntime"
-    assert in_torch.last_metrics.stages["denoiser"].backend == "torch"
-
-
-@pytest.mark.parametrize("model", ["tiny-moe", "tiny-ti2v"])
-def test_the_variants_step_with_engines_as_in_torch(
-    model: str, make_module: MakeModule, variant_engines: Path, tape: "RewardTape"
-) -> None:
-    in_torch, hybrid = make_module(model), make_module(model, plan="onnxruntime", engines=variant_engines)
-    assert {choice.backend for choice in hybrid.runtime.plan.values()} == {"onnxruntime"}
-    assert_same_steps(in_torch, hybrid, clips(1, seed=7, num_frames=5), tape)
-
-
-def test_the_kl_of_a_new_lora_is_zero_with_engines(make_module: MakeModule, engines: Path) -> None:
-    module = make_module(plan="onnxruntime", engines=engines, lora_spread=0)
-    _, _, kl_loss = module(small_clips(2))
-    assert 0 <= kl_loss.item() <= 1e-10
-    assert module.last_metrics is not None
-    assert len(module.last_metrics.kl) == 4
-    assert max(module.last_metrics.kl) <= 1e-10
-
-
-def test_an_engine_follows_the_policy_after_an_optimizer_step(make_module: MakeModule, engines: Path) -> None:
-    module = make_module(plan="onnxruntime", engines=engines, **QUICK)
-    files = {path: path.stat().st_mtime_ns for path in engines.rglob("*") if path.is_file()}
-    stage = module.stages["denoiser"]
-    inputs = stage.networks[0].samples("opt")
-    base = {**inputs, "lora_scale": torch.zeros(())}
-    before, base_before = module.runtime["denoiser"](**inputs), module.runtime["denoiser"](**base)
-    optimizer = torch.optim.AdamW(module.trainable_parameters().values(), lr=1e-2)
-    loss, _, _ = module(small_clips(1))
-    loss.backward()
-    optimizer.step()
-    after = module.runtime["denoiser"](**inputs)["velocity"]
-    assert (after - before["velocity"]).norm() > 0.01 * before["velocity"].norm()
-    with torch.no_grad():
-        torch.testing.assert_close(after, stage.torch(**inputs)["velocity"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(module.runtime["denoiser"](**base), base_before, atol=0, rtol=0)
-    assert module.runtime.plan["denoiser"].backend == "onnxruntime"
-    assert {path: path.stat().st_mtime_ns for path in engines.rglob("*") if path.is_file()} == files
-
-
-@pytest.mark.parametrize("model", ["tiny", "tiny-moe", "tiny-ti2v"])
-def test_a_cached_step_is_the_uncached_one(model: str, make_module: MakeModule, tmp_path: Path) -> None:
-    data = small_clips(2)
-    uncached = make_module(model, cache_bytes=0, **QUICK)
-    cached = make_module(model, cache_dir=tmp_path, **QUICK)
-    expected = uncached(data)
-    assert uncached.cache is None
-    assert cached.cache is not None
-    assert [torch.equal(one, other) for one, other in zip(expected, cached(data), strict=True)] == [True] * 3
-    # Context, image latents and references of two samples; and with two experts the latents of the first.
-    entries = 8 if model == "tiny-moe" else 6
-    assert (cached.cache.hits, cached.cache.misses) == (0, entries)
-    assert [torch.equal(one, other) for one, other in zip(expected, cached(data), strict=True)] == [True] * 3
-    assert (cached.cache.hits, cached.cache.misses) == (entries, entries)
-    assert len(list(tmp_path.glob("*.safetensors"))) == entries
-
-
-def test_another_process_finds_the_cache_and_recomputes_what_is_damaged(
-    make_module: MakeModule, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = small_clips(1)
-    expected = make_module(cache_dir=tmp_path, **QUICK)(data)
-    again = make_module(cache_dir=tmp_path, **QUICK)
-    assert [torch.equal(one, other) for one, other in zip(expected, again(data), strict=True)] == [True] * 3
-    assert again.cache is not None
-    assert (again.cache.hits, again.cache.misses) == (3, 0)
-    for path in tmp_path.glob("*.safetensors"):
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-    damaged = make_module(cache_dir=tmp_path, **QUICK)
-    assert [torch.equal(one, other) for one, other in zip(expected, damaged(data), strict=True)] == [True] * 3
-    assert damaged.cache is not None
-    assert (damaged.cache.corrupted, damaged.cache.hits) == (3, 0)
-    assert caplog.text.count("is damaged") == 3
-    repaired = make_module(cache_dir=tmp_path, **QUICK)
-    repaired(data)
-    assert repaired.cache is not None
-    assert (repaired.cache.corrupted, repaired.cache.hits) == (0, 3)
-
-
-def test_cached_conditions_are_not_shared_between_different_inputs(make_module: MakeModule) -> None:
-    module = make_module(**QUICK)
-    data = small_clips(2)
-    both = module.forward_preprocess(data)
-    alone = module.forward_preprocess(row(data, 1))
-    assert module.cache is not None
-    assert module.cache.hits == 3
-    assert both.y is not None
-    assert alone.y is not None
-    assert torch.equal(alone.y[0], both.y[1])
-    assert not torch.equal(both.y[0], both.y[1])
-    changed = dict(data, video=1 - data["video"])
-    other = module.forward_preprocess(changed)
-    assert module.cache.hits == 5, "the prompts are known, the pictures are not"
-    assert other.y is not None
-    assert not torch.equal(other.y, both.y)
-
-
-def test_conditions_can_be_used_again(make_module: MakeModule) -> None:
-    module = make_module(cache_bytes=0, **QUICK)
-    data = small_clips(2)
-    inputs = module.forward_preprocess(data)
-    expected = module(data)
-    again = module({}, inputs=inputs)
-    assert [torch.equal(one, other) for one, other in zip(expected, again, strict=True)] == [True] * 3
 
 
 def test_a_batch_is_the_mean_of_its_samples(make_module: MakeModule, tape: "RewardTape") -> None:
@@ -307,7 +126,7 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
     active = face_identity_reward(settings, module.runtime, module.embedder)
     reward = active.reward
     assert isinstance(reward, FaceIdentityReward)
-    video = held_out_clips(2, seed=0, num_frames=5).video
+    video = clips(2, num_frames=5)["video"]
     references = reward.references(video)
     assert references["found"].all()
     frames = video[:, :4].clone()
@@ -328,18 +147,6 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
     assert frames.grad is not None
     changed = frames.grad.abs().amax(dim=(2, 3, 4)) > 0
     assert changed.tolist() == [[True, True, False, False], [False] * 4]
-
-
-def test_the_example_of_the_design(engines: Path, make_module: MakeModule) -> None:
-    """16 frames of 256×256 noise, on a plan with engines and without any setting."""
-    module = WanTrainingModule.from_pretrained("tiny", engines=engines, plan="onnxruntime", strict=True)
-    generator = torch.Generator().manual_seed(0)
-    video = torch.rand(1, 16, 3, 256, 256, generator=generator)
-    loss, face_score, kl_loss = module.forward({"prompt": ["a person talking"], "video": video})
-    assert [value.shape for value in (loss, face_score, kl_loss)] == [()] * 3
-    assert torch.stack([loss.detach(), face_score, kl_loss]).isfinite().all()
-    assert loss.requires_grad
-    assert {choice.backend for choice in module.runtime.plan.values()} == {"onnxruntime"}
 
 
 def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,71 @@
+"""One training step as the tests take it, and when two of them are the same."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from frostline.models.tiny.clips import held_out_clips
+from frostline.train.module import WanTrainingModule
+
+if TYPE_CHECKING:
+    from conftest import RewardTape
+
+# Three Euler steps (and clips of 32×32 pixels), for what does not depend on what is in the picture.
+QUICK: dict[str, Any] = {"num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
+
+
+def clips(count: int, seed: int = 0, **size: int) -> dict[str, Any]:
+    held_out = held_out_clips(count, seed, **size)
+    return {"prompt": held_out.prompts, "video": held_out.video}
+
+
+def small_clips(count: int, seed: int = 0) -> dict[str, Any]:
+    return clips(count, seed, num_frames=5, size=32)
+
+
+def row(data: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"prompt": [data["prompt"][index]], "video": data["video"][index : index + 1]}
+
+
+def gradient(module: WanTrainingModule) -> Tensor:
+    """The gradient of all LoRA matrices, flat, and none left behind."""
+    parts = []
+    for parameter in module.trainable_parameters().values():
+        assert parameter.grad is not None
+        parts.append(parameter.grad.flatten())
+        parameter.grad = None
+    return torch.cat(parts).double()
+
+
+def assert_same_step(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...], tolerance: float = 1e-5) -> None:
+    """loss, face_score, kl_loss."""
+    for one, other in zip(expected, actual, strict=True):
+        assert (one - other).abs().item() <= tolerance
+
+
+def assert_same_gradient(expected: Tensor, actual: Tensor, norm: float = 1e-4) -> None:
+    assert torch.nn.functional.cosine_similarity(expected, actual, dim=0) >= 0.99999
+    assert (actual.norm() / expected.norm() - 1).abs() <= norm
+
+
+def assert_same_steps(
+    module: WanTrainingModule, other: WanTrainingModule, data: dict[str, Any], tape: "RewardTape"
+) -> None:
+    """Both compute the same step, forward and backward."""
+    with tape.record(module):
+        expected = module(data)
+    expected[0].backward()
+    expected_gradient = gradient(module)
+    with tape.replay(other):
+        actual = other(data)
+    assert_same_step(expected, actual)
+    actual[0].backward(retain_graph=True)
+    # What the kinks of the embedder do to the norm is said at `RewardTape`.
+    assert_same_gradient(expected_gradient, gradient(other), norm=1e-3)
+    tape.holds_gradient = True
+    actual[0].backward()
+    assert_same_gradient(expected_gradient, gradient(other))
+    assert module.last_metrics is not None
+    assert other.last_metrics is not None
+    assert other.last_metrics.per_sample["detection_rate"] == module.last_metrics.per_sample["detection_rate"]

@@ -22,10 +22,9 @@ test: venv  ## All tests that need no GPU.
 
 # Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.
 bench: export FROSTLINE_CACHE_DIR := runs/bench/cache
-bench: export BENCH_SHAPES := video:2x9x3x96x96
 bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	rm -rf runs/bench/cache
-	.venv/bin/frostline export tiny --backend onnxruntime,openvino --opt-shapes $(BENCH_SHAPES) --engines-dir runs/bench/engines
+	.venv/bin/frostline export tiny --backend onnxruntime,openvino --opt-shapes video:2x9x3x96x96 --engines-dir runs/bench/engines
 	$(VENV_PYTHON) benchmarks/step.py --rounds 3
 	$(VENV_PYTHON) benchmarks/stages.py --shapes= --rounds 3
 	$(VENV_PYTHON) benchmarks/scaling.py --rounds 2

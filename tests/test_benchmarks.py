@@ -94,7 +94,7 @@ def step_result() -> dict[str, Any]:
 
 def test_the_table_of_a_step() -> None:
     lines = step_table(step_result()).splitlines()
-    assert lines[0] == "| One training step of tiny, 2x9x3x96x96 | ms | of warm |"
+    assert lines[0] == "| One training step of tiny, 2x9x3x96x96, fp32 | ms | of warm |"
     # `warm` is the seventh of the eight, and so 700 ms.
     assert lines[2] == f"| {CONTENDERS['reference']} | 100 | 0.14 |"
     assert "| warm over floor | 1.10 | 1.00 to 1.25 | ≤ 1.15 |" in lines

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from frostline.errors import EngineError
 from frostline.export.program import trace_program
-from frostline.runtime.backends import BuildOptions, aotinductor
+from frostline.runtime.backends import aotinductor
 from frostline.runtime.backends.aotinductor import AOTInductorRunner
+from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.dimension import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 

@@ -15,7 +15,8 @@ from torch import nn
 from frostline.errors import EngineError
 from frostline.export.exporter import ensure_verified, export_stage
 from frostline.export.onnx import trace_onnx
-from frostline.runtime.backends import BuildOptions, get_backend
+from frostline.runtime.backends import get_backend
+from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.backends.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTRunner
 from frostline.runtime.device import device_name
 from frostline.runtime.dimension import Dimension

@@ -60,9 +60,8 @@ def test_metrics_have_each_step_once_and_equal(runs: tuple[Path, Path, list[str]
 
 def test_no_debris_is_left(runs: tuple[Path, Path, list[str]]) -> None:
     _, killed, _ = runs
-    assert sorted(path.name for path in killed.glob("*checkpoint*")) == [
-        "checkpoint-20",
-        "checkpoint-22",
-        "checkpoint-24",
-    ]
+    steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in killed.glob("*checkpoint*"))
+    # As many as may be kept. SIGTERM saves at a step of its own, so which the others are depends on the moment.
+    assert len(steps) == 3
+    assert steps[-1] == 24
     assert list(killed.glob(".*partial")) == []

@@ -103,21 +103,19 @@ def build_stage(
     if reason := get_backend(backend_name).unavailable():
         raise EngineError(reason)
     weights = weights_sha256(stage)
-    with store.building(stage.model, *_identity(stage, backend_name, weights, options)) as build:
+    key = stage_key(stage, backend_name, precision_of(stage), weights, options)
+    with store.building(stage.model, stage.name, backend_name, key) as build:
         if build.existing is not None and not force:
             return build.existing, False
         return _build_engine(stage, weights, build, options, traces or Traces(), progress), True
 
 
-def is_built(stage: Stage, backend_name: str, store: EngineStore, options: BuildOptions) -> bool:
-    """Whether `build_stage` would find the engine in the store."""
-    identity = _identity(stage, backend_name, weights_sha256(stage), options)
-    return store.get(stage.model, *identity) is not None
-
-
-def _identity(stage: Stage, backend_name: str, weights: str, options: BuildOptions) -> tuple[str, str, str]:
-    """Stage, backend and key: of the stage's model, one engine."""
-    return stage.name, backend_name, stage_key(stage, backend_name, precision_of(stage), weights, options)
+def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, options: BuildOptions) -> bool:
+    """Whether `build_stage` would find an engine of each backend in the store."""
+    # Once for all backends: of a large model it takes a while.
+    weights = weights_sha256(stage)
+    keys = {name: stage_key(stage, name, precision_of(stage), weights, options) for name in backend_names}
+    return all(store.get(stage.model, stage.name, name, key) is not None for name, key in keys.items())
 
 
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from frostline.errors import ConfigError, EngineError
-from frostline.export.exporter import export_stage, is_built
+from frostline.export.exporter import all_built, export_stage
 from frostline.export.jobs import Seconds, build_ahead
 from frostline.export.model import StagedModel
 from frostline.export.outcome import ExportRow, Status
@@ -118,16 +118,14 @@ def _build_ahead(
     """Build in several processes, where there are several stages to be built."""
     if options.jobs == 1:
         return {}
-    lacking = {
-        stage.name: stage
-        for backend, stage in planned
-        if options.force or not is_built(stage, backend, store, options.build)
-    }
+    stages = {stage.name: stage for _, stage in planned}.values()
+    lacking = [
+        stage for stage in stages if options.force or not all_built(stage, recipe.backends, store, options.build)
+    ]
     if len(lacking) < 2:
         return {}
     jobs = min(options.jobs, len(lacking))
-    stages = [*lacking.values()]
-    return build_ahead(staged, recipe, stages, store, options.build, jobs=jobs, force=options.force, announce=announce)
+    return build_ahead(staged, recipe, lacking, store, options.build, jobs=jobs, force=options.force, announce=announce)
 
 
 def _stage_names(wanted: Sequence[str], known: dict[str, Stage]) -> Sequence[str]:

@@ -97,9 +97,7 @@ class WanTrainingModule(nn.Module):
         if self.faces is not None:
             # Registered, so that they move with the module.
             self.embedder, self.detector_networks = self.faces.embedder, self.faces.detector.modules()
-        self.rewards = build_rewards(
-            self.settings.reward, self._face_identity, self.denoiser.model.patch_embedding.weight.device
-        )
+        self.rewards = build_rewards(self.settings.reward, self._face_identity, staged.device)
         self.cache = self._open_cache()
         self.conditioner = Conditioner(components, self.runtime, self.rewards, self.cache)
         self.sampler = Sampler(

@@ -17,8 +17,9 @@ demo: venv  ## The main job end to end on the embedded tiny model: results in ru
 	.venv/bin/frostline demo
 
 test: venv  ## All tests that need no GPU.
-	set -e; for part in $(TEST_PARTS); do OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu" \
-		--numprocesses 2 --dist loadfile $${part//,/ }; done
+	set -e; export FROSTLINE_TEST_FOLDER=$$(mktemp -d) OMP_NUM_THREADS=1; trap 'rm -rf "$$FROSTLINE_TEST_FOLDER"' EXIT; \
+		for part in $(TEST_PARTS); do \
+		$(VENV_PYTHON) -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile $${part//,/ }; done
 
 # Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.
 bench: export FROSTLINE_CACHE_DIR := runs/bench/cache

@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from frostline.errors import ConfigError
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+GradientCheckpointing: TypeAlias = Literal["none", "block", "full"]
+# From the fastest to the smallest.
+CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
+AUTO: Literal["auto"] = "auto"
 # Of every block: the projections of its attentions, and its feed-forward layers.
 TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
@@ -123,8 +127,15 @@ class TrainingModuleSettings(Settings):
     boundary: float | None = Field(default=None, ge=0, le=1, description="of two experts; the model's own if not given")
     noise_seed: int | None = Field(default=24, description="seed of the start noise; null draws fresh noise every step")
     kl_weight: float = Field(default=1.0, ge=0, description="weight of the KL term in the loss")
-    gradient_checkpointing: Literal["none", "block", "full"] = Field(
-        default="none", description="recompute nothing, every block, or the whole denoiser and VAE decode in backward"
+    gradient_checkpointing: GradientCheckpointing | Literal["auto"] = Field(
+        default="auto",
+        description="recompute nothing (none), every block, or the whole denoiser and VAE decode (full) in backward; "
+        "auto: the first of these that fits the memory",
+    )
+    engine_forward: bool = Field(
+        default=True,
+        description="let the plan's engines compute what backward recomputes: the VAE decode under block and full, the "
+        "denoise tail under full; the gradient is PyTorch's",
     )
     torch_compile: bool = Field(
         default=False, description="compile the denoiser's blocks in the first step: worth its minute on a GPU"

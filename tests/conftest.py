@@ -1,6 +1,7 @@
 """What all tests share: threads that get along, a signing key of their own, tiny's engines, training modules.
 
-The engines of a whole session are built once, in `engines` and `variant_engines`; tests must not change them.
+The engines of a whole session are built once, in `engines` and `variant_engines`; tests must not change them. Several
+sessions that are told the same `FROSTLINE_TEST_FOLDER`, as those of `make test` are, build them once altogether.
 """
 
 import os
@@ -29,7 +30,8 @@ MakeModule = Callable[..., "WanTrainingModule"]
 
 _FRESH = "FROSTLINE_TEST_IN_FRESH_PROCESS"
 
-SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "kl_weight": 0.1}
+# What fits is not measured anew for every module.
+SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "kl_weight": 0.1, "gradient_checkpointing": "none"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,7 +99,9 @@ def refused_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the whole run: the processes of a parallel run build each engine once, and wait for each other."""
+    """A folder for the whole run: its processes build each engine once, and wait for each other."""
+    if folder := os.environ.get("FROSTLINE_TEST_FOLDER"):
+        return Path(folder)
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 

@@ -23,6 +23,7 @@ from frostline.export.model import StagedModel, load_staged_model
 from frostline.export.recipe import Recipe
 from frostline.export.traces import Traces
 from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.device import free_bytes
 from frostline.runtime.stage import Stage
 from frostline.runtime.store import EngineStore
 
@@ -54,7 +55,7 @@ def fitting_jobs(staged: StagedModel) -> int:
     if staged.device.type != "cpu":
         return 1
     weights = sum(tensor.numel() * tensor.element_size() for tensor in staged.weights())
-    by_memory = _available_bytes() // (_BYTES_PER_JOB + _WEIGHTS_PER_JOB * weights)
+    by_memory = free_bytes(staged.device) // (_BYTES_PER_JOB + _WEIGHTS_PER_JOB * weights)
     return max(1, min(len(os.sched_getaffinity(0)), len(staged.stages), by_memory))
 
 
@@ -145,12 +146,3 @@ def _build(stage_name: str) -> Seconds:
 
 def _graph_size(stage: Stage) -> int:
     return sum(1 for network in stage.networks for _ in network.module.modules())
-
-
-def _available_bytes() -> int:
-    """Memory that programs can still have; all there is where the system does not say."""
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

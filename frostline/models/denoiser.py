@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from .rope import apply_rope, grid_table, rope_table, sinusoid_frequencies, time
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_dit import DiTBlock, SelfAttention, WanModel
 
-GradientCheckpointing = Literal["none", "block", "full"]
 BlockForward = Callable[..., Tensor]
 
 
@@ -26,6 +25,9 @@ class Denoiser(nn.Module):
 
     Args:
         model: the weights; LoRA layers may have been injected.
+
+    Attributes:
+        checkpoint_blocks: keep the input of every block for backward, and recompute the rest.
     """
 
     cos_f: Tensor
@@ -41,7 +43,7 @@ class Denoiser(nn.Module):
     def __init__(self, model: WanModel) -> None:
         super().__init__()
         self.model = model
-        self.gradient_checkpointing: GradientCheckpointing = "none"
+        self.checkpoint_blocks = False
         self.run_block: BlockForward = _block
         axes = [rope_table(frequencies) for frequencies in model.freqs]
         tables = [cos for cos, _ in axes] + [sin for _, sin in axes] + [*sinusoid_frequencies(model.freq_dim)]
@@ -85,18 +87,6 @@ class Denoiser(nn.Module):
         Returns:
             (B, C, F, H, W) in the latents' dtype.
         """
-        if self.gradient_checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self._velocity, latents, timestep, context, y, clip_feature, use_reentrant=False)  # type: ignore[return-value]
-        return self._velocity(latents, timestep, context, y, clip_feature)
-
-    def _velocity(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        y: Tensor | None,
-        clip_feature: Tensor | None,
-    ) -> Tensor:
         model = self.model
         x = latents if y is None else torch.cat([latents, y], dim=1)
         x = model.patch_embedding(x)
@@ -111,8 +101,7 @@ class Denoiser(nn.Module):
         sin = grid_table((self.sin_f, self.sin_h, self.sin_w), grid)
         # A trace takes the operations themselves, never what was compiled of them.
         run_block = _block if torch.compiler.is_exporting() else self.run_block
-        # "full" too: when the whole is recomputed, all blocks at once would be too much.
-        per_block = self.gradient_checkpointing != "none" and torch.is_grad_enabled()
+        per_block = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in cast("list[DiTBlock]", model.blocks):
             if per_block:
                 x = checkpoint(run_block, block, x, context, modulation, cos, sin, use_reentrant=False)

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from frostline.config import AUTO
 from frostline.errors import ConfigError, EngineError, ShapeError
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.clock import StageClock
@@ -18,13 +20,12 @@ from frostline.runtime.identity import find_engine, weights_sha256
 from frostline.runtime.latency import LatencyNote, machine_id, shape_class, take_turns
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.plan import Choice, Plan
-from frostline.runtime.stage import Runner, Stage
+from frostline.runtime.stage import Network, Runner, Stage
 from frostline.runtime.store import EngineRecord, EngineStore
 
 log = logging.getLogger(__name__)
 
 PlanSetting = str | Mapping[str, str]
-AUTO = "auto"
 # Engines by so much slower than the best where they were verified are not tried at other shapes.
 _WORTH_A_TRIAL = 2
 # What is spent on a comparison at a new shape, beside a first run of each.
@@ -57,7 +58,7 @@ class Runtime:
         self.clock = StageClock()
         self._store = EngineStore(engines) if engines is not None else None
         self._weights: dict[str, str] = {}
-        self._runners: dict[tuple[str, str], Runner] = {}
+        self._loaded: dict[tuple[str, str], _Loaded] = {}
         self._warned: set[str] = set()
         self._plan: dict[str, Choice] = {}
         self._at_shape: dict[tuple[str, str], Choice] = {}
@@ -67,7 +68,7 @@ class Runtime:
     def replan(self, plan: PlanSetting) -> None:
         """Choose anew, for instance after an export; engines that failed before get another chance."""
         wanted = self._expand(plan)
-        self._runners.clear()
+        self._loaded.clear()
         self._at_shape.clear()
         self._served.clear()
         self._plan = {name: self._choose(stage, wanted[name]) for name, stage in self.stages.items()}
@@ -125,22 +126,39 @@ class Runtime:
         (network,) = self.stages[stage].networks
         return all(spec.admits(inputs[spec.name].shape) for spec in network.inputs)
 
-    def run(self, stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run one stage as planned; a failing engine is replaced by torch, with one warning."""
+    def run(self, stage: str, inputs: Mapping[str, Tensor], use: str | None = None) -> dict[str, Tensor]:
+        """Run one stage as planned; a failing engine is replaced by torch, with one warning.
+
+        Args:
+            use: what the clock is to call it; the stage's name if not given.
+        """
         backend = self._backend_at(stage, inputs)
-        with torch.no_grad(), self.clock.measure(stage, backend):
+        with torch.no_grad(), self.clock.measure(use or stage, backend):
             try:
-                return self._runner(stage, backend)(**inputs)
-            except ShapeError as error:
-                if self.strict:
-                    raise
-                self._warn_once(f"stage {stage}: torch serves this shape ({error})")
-                return self._runner(stage, TORCH)(**inputs)
+                return self._load(stage, backend).whole(**inputs)
             except Exception as error:
-                if backend == TORCH or self.strict:
-                    raise
-                self._do_without(stage, backend, error)
-                return self._runner(stage, TORCH)(**inputs)
+                self._give_way(stage, backend, error)
+                return self._load(stage, TORCH).whole(**inputs)
+
+    def networks_at(self, stage: str, inputs: Mapping[str, Tensor]) -> tuple[str, dict[str, Runner]]:
+        """The backend that serves inputs of these shapes, and the stage's networks on it, by name.
+
+        For who puts the stage together in another way. They do not keep time. Where an engine fails, torch computes
+        that network and all that are called after it, with one warning.
+        """
+        backend = serving = self._backend_at(stage, inputs)
+
+        def run(name: str, /, **tensors: Tensor) -> dict[str, Tensor]:
+            nonlocal serving
+            with torch.no_grad():
+                try:
+                    return self._load(stage, serving).networks[name](**tensors)
+                except Exception as error:
+                    self._give_way(stage, serving, error)
+                    serving = TORCH
+                    return self._load(stage, TORCH).networks[name](**tensors)
+
+        return backend, {network.name: partial(run, network.name) for network in self.stages[stage].networks}
 
     def _expand(self, plan: PlanSetting) -> dict[str, str]:
         if isinstance(plan, str):
@@ -236,16 +254,10 @@ class Runtime:
         able = {}
         for backend in backends:
             try:
-                runner = self._runner(stage.name, backend)
+                runner = self._load(stage.name, backend).whole
                 runner(**inputs)
-            except ShapeError as error:
-                if self.strict:
-                    raise
-                self._warn_once(f"stage {stage.name}: torch serves this shape ({error})")
             except Exception as error:
-                if self.strict:
-                    raise
-                self._do_without(stage.name, backend, error)
+                self._give_way(stage.name, backend, error)
             else:
                 able[backend] = runner
         return able
@@ -261,9 +273,9 @@ class Runtime:
 
     def _forget_engines(self, stage: str, needed: set[str]) -> None:
         """Give the memory of engines back that lost wherever they were tried."""
-        for name, backend in [*self._runners]:
+        for name, backend in [*self._loaded]:
             if name == stage and backend not in needed:
-                del self._runners[name, backend]
+                del self._loaded[name, backend]
 
     def record(self, stage: str, backend: str) -> EngineRecord | None:
         """The engine of a stage on a backend, if one was built for these weights, shapes and this machine."""
@@ -276,16 +288,18 @@ class Runtime:
             self._weights[stage] = weights_sha256(self.stages[stage])
         return self._weights[stage]
 
-    def _runner(self, name: str, backend: str) -> Runner:
+    def _load(self, name: str, backend: str) -> _Loaded:
+        stage = self.stages[name]
         if not _holds_weights(backend):
-            self.stages[name].restore_weights()
+            stage.restore_weights()
         if backend == TORCH:
-            return self.stages[name].torch
-        if (name, backend) not in self._runners:
-            self._runners[name, backend] = self._load(self.stages[name], backend)
-        return self._runners[name, backend]
+            return _Loaded({network.name: _in_torch(network) for network in stage.networks}, stage.torch)
+        if (name, backend) not in self._loaded:
+            networks = self._load_engine(stage, backend)
+            self._loaded[name, backend] = _Loaded(networks, stage.assemble(networks))
+        return self._loaded[name, backend]
 
-    def _load(self, stage: Stage, backend: str) -> Runner:
+    def _load_engine(self, stage: Stage, backend: str) -> Mapping[str, Runner]:
         record = self.record(stage.name, backend)
         if self._store is None or record is None:
             raise EngineError(f"no engine: build it with `{_export_command(stage, backend)}`")
@@ -296,13 +310,33 @@ class Runtime:
                 "`frostline plan MODEL` does so on this machine"
             )
         networks = {network.name: network for network in stage.networks}
-        runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
-        return stage.assemble(runners)
+        return get_backend(backend).load(engine, networks, stage.networks[0].device)
+
+    def _give_way(self, stage: str, backend: str, error: Exception) -> None:
+        """Let torch have what a backend failed at: this shape, or from now on; raises where it may not."""
+        if backend == TORCH or self.strict:
+            raise error
+        if isinstance(error, ShapeError):
+            self._warn_once(f"stage {stage}: torch serves this shape ({error})")
+        else:
+            self._do_without(stage, backend, error)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             log.warning("%s", message)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A stage on one backend, and the networks that it is made of."""
+
+    networks: Mapping[str, Runner]
+    whole: Runner
+
+
+def _in_torch(network: Network) -> Runner:
+    return lambda **inputs: network.reference(inputs)
 
 
 @dataclass(frozen=True)

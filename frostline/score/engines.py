@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from frostline.config import AUTO
 from frostline.errors import ConfigError
 from frostline.export.exporter import ensure_verified, export_stage
 from frostline.export.shapes import ShapeRange
@@ -18,7 +19,7 @@ from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.identity import FaceIdentity
 from frostline.runtime.backends import TORCH, get_backend
 from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
-from frostline.runtime.runtime import AUTO, Runtime
+from frostline.runtime.runtime import Runtime
 from frostline.runtime.store import EngineStore
 from frostline.score.settings import ScoreSettings
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.console import Console
 from rich.table import Table
 
@@ -13,9 +11,7 @@ from frostline.models.geometry import SPATIAL_MULTIPLE
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.skeleton import Skeleton, read_skeleton
 from frostline.runtime.backends import TORCH
-from frostline.train.batch import nearest_multiple
 from frostline.train.data import VideoPromptDataset
-from frostline.train.footprint import VideoShape
 from frostline.train.memory import MemoryPlan, memory_plan
 from frostline.train.memory_table import memory_table
 from frostline.train.settings import RunSettings, VideoSettings
@@ -47,16 +43,12 @@ def print_dry_run(settings: RunSettings, console: Console) -> bool:
 
 
 def _memory_plan(settings: RunSettings, multiple: int) -> MemoryPlan:
-    data, train, memory = settings.data, settings.train, settings.memory
-    height, width = data.height, data.width
-    if height is None or width is None:
-        # Videos keep their proportions; of all shapes with so many pixels, the square stands for them.
-        height = width = nearest_multiple(math.isqrt(data.max_pixels), multiple)
+    train, memory = settings.train, settings.memory
     faces = settings.reward.face_identity
     return memory_plan(
         settings.model,
         settings,
-        VideoShape(train.per_device_train_batch_size, data.num_frames, height, width),
+        settings.video_shape(multiple),
         dtype=train.weight_dtype,
         engines=() if settings.plan.backend == TORCH else "all",
         num_processes=memory.num_processes,

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
-from frostline.config import LoraSettings
-from frostline.models.denoiser import Denoiser, GradientCheckpointing
-from frostline.models.geometry import TEMPORAL_STRIDE
+from frostline.config import GradientCheckpointing, LoraSettings
+from frostline.models.components import WanComponents
+from frostline.models.denoiser import Denoiser
+from frostline.models.geometry import TEMPORAL_STRIDE, VideoShape
 from frostline.models.image import ImageEncoder
 from frostline.models.lora import inject_lora, lora_parameters
 from frostline.models.networks import build_network
 from frostline.models.skeleton import Skeleton
 from frostline.models.text import TextEncoder
 from frostline.models.vae import decode_latents
+from frostline.models.vae_chunks import VaeDecoderFirst, VaeDecoderNext
+from frostline.train.recompute import decode_recomputed, recomputed
 from frostline.train.tracking import MemoryTracker, tensors_of
 
 _CLIP_FEATURE = (257, 1280)
 _MASK_CHANNELS = 4
 _VAE_ENCODER = ("model.encoder.", "model.conv1.")
-
-
-@dataclass(frozen=True)
-class VideoShape:
-    """What a step computes on: samples, frames (4k + 1), pixels."""
-
-    batch_size: int
-    num_frames: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -73,41 +66,25 @@ def measure_model(
 
     Counted are tensors, as `MemoryTracker` does.
     """
-    modules = {field: _build(skeleton, field, dtype) for field in skeleton.networks}
+    modules: dict[str, Any] = {field: _build(skeleton, field, dtype) for field in skeleton.networks}
     inject_lora(modules["denoiser"], lora.rank, lora.alpha, lora.target_modules)
     # What is computed from weights as a module is built cannot be faked before it is there.
-    denoiser = Denoiser(cast(Any, modules["denoiser"]))
-    denoiser.gradient_checkpointing = gradient_checkpointing
+    denoiser, text_encoder, vae = Denoiser(modules["denoiser"]), TextEncoder(modules["text_encoder"]), modules["vae"]
+    image_encoder = ImageEncoder(modules["image_encoder"]).to(dtype) if "image_encoder" in modules else None
+    faked = [module for module in (denoiser, text_encoder, vae, image_encoder) if module is not None]
     stages: dict[str, Footprint] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        make = _Inputs(skeleton, modules, shape, dtype)
-        text_encoder = _fake(TextEncoder(cast(Any, modules["text_encoder"])))
+    with _faked(*faked):
+        make = _Inputs(vae, denoiser.model, skeleton.text_length, shape, dtype)
         stages["text_encoder"] = _measure(text_encoder, text_encoder, make.tokens())
-        if "image_encoder" in modules:
-            image_encoder = _fake(ImageEncoder(cast(Any, modules["image_encoder"])).to(dtype))
+        if image_encoder is not None:
             stages["image_encoder"] = _measure(image_encoder, image_encoder, make.image())
-        vae: Any = _fake(modules["vae"])
-        weights = {name: _bytes([p]) for name, p in vae.named_parameters()}
-        in_encoder = sum(size for name, size in weights.items() if name.startswith(_VAE_ENCODER))
         encoding = _measure(vae, lambda video: vae.model.encode(video, vae.scale), make.video())
+        in_encoder = _bytes(p for name, p in vae.named_parameters() if name.startswith(_VAE_ENCODER))
         stages["vae_encoder"] = Footprint(in_encoder, encoding.frozen_peak)
-        denoiser = cast(Denoiser, _fake(denoiser))
-        frozen_bytes = _bytes(p for p in denoiser.parameters() if not p.requires_grad)
-        inputs = make.latents()
-        live = _measure(denoiser, denoiser, inputs, live=True)
+        stages |= _live_stages(vae, denoiser, make, gradient_checkpointing)
         if "denoiser_high_noise" in modules:
             expert_bytes = _bytes(modules["denoiser_high_noise"].parameters())
-            stages["denoiser_high_noise"] = Footprint(expert_bytes, live.frozen_peak)
-        stages["denoiser"] = Footprint(frozen_bytes, live.frozen_peak, live.kept, live.forward_peak, live.backward_peak)
-        decode = _decoder(vae, gradient_checkpointing)
-        decoding = _measure(vae, decode, (inputs[0],), live=True)
-        stages["vae_decoder"] = Footprint(
-            sum(weights.values()) - in_encoder,
-            decoding.frozen_peak,
-            decoding.kept,
-            decoding.forward_peak,
-            decoding.backward_peak,
-        )
+            stages["denoiser_high_noise"] = Footprint(expert_bytes, stages["denoiser"].frozen_peak)
     blocks = cast("list[nn.Module]", denoiser.model.blocks)
     return ModelFootprint(
         stages,
@@ -116,10 +93,21 @@ def measure_model(
     )
 
 
+def measure_live_stages(
+    components: WanComponents, shape: VideoShape, gradient_checkpointing: GradientCheckpointing
+) -> dict[str, Footprint]:
+    """`denoiser` and `vae_decoder` of a loaded model with its LoRA; its tensors are set aside for the while."""
+    vae, denoiser = components.vae, Denoiser(components.denoiser)
+    dtype = components.denoiser.patch_embedding.weight.dtype
+    with _faked(vae, denoiser):
+        make = _Inputs(vae, denoiser.model, components.text_length, shape, dtype)
+        return _live_stages(vae, denoiser, make, gradient_checkpointing)
+
+
 def measure_embedder(embedder: nn.Module, faces: int) -> Footprint:
     """The face embedder on so many faces, each kept until backward; computed for one, on the embedder's own weights."""
-    side = cast(int, embedder.image_size)
-    one = _measure(embedder, embedder, (torch.zeros(1, 3, side, side),), live=True)
+    side, device = cast(int, embedder.image_size), next(iter(tensors_of(embedder))).device
+    one = _measure(embedder, embedder, (torch.zeros(1, 3, side, side, device=device),), live=True)
     kept, peaks = faces * one.kept, (faces * one.forward_peak, faces * one.backward_peak)
     return Footprint(_bytes(tensors_of(embedder)), faces * one.frozen_peak, kept, *peaks)
 
@@ -127,16 +115,13 @@ def measure_embedder(embedder: nn.Module, faces: int) -> Footprint:
 class _Inputs:
     """Fake inputs of each stage."""
 
-    def __init__(
-        self, skeleton: Skeleton, modules: Mapping[str, nn.Module], shape: VideoShape, dtype: torch.dtype
-    ) -> None:
-        self.skeleton, self.shape, self.dtype = skeleton, shape, dtype
-        self.vae: Any = modules["vae"]
-        self.denoiser: Any = modules["denoiser"]
+    def __init__(self, vae: Any, denoiser: Any, text_length: int, shape: VideoShape, dtype: torch.dtype) -> None:
+        self.vae, self.denoiser = vae, denoiser
+        self.text_length, self.shape, self.dtype = text_length, shape, dtype
 
     def tokens(self) -> tuple[Tensor, ...]:
         """ids and mask."""
-        size = (self.shape.batch_size, self.skeleton.text_length)
+        size = (self.shape.batch_size, self.text_length)
         return torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.int64)
 
     def image(self) -> tuple[Tensor, ...]:
@@ -152,8 +137,8 @@ class _Inputs:
         """latents, timestep, context, and the conditions that the denoiser takes."""
         shape, channels, stride = self.shape, self.vae.model.z_dim, self.vae.upsampling_factor
         grid = ((shape.num_frames - 1) // TEMPORAL_STRIDE + 1, shape.height // stride, shape.width // stride)
-        width = self.skeleton.networks["text_encoder"][1]["dim"]
-        context = torch.zeros(shape.batch_size, self.skeleton.text_length, width, dtype=self.dtype)
+        width = self.denoiser.text_embedding[0].in_features
+        context = torch.zeros(shape.batch_size, self.text_length, width, dtype=self.dtype)
         latents = torch.zeros(shape.batch_size, channels, *grid, dtype=self.dtype)
         inputs = [latents, torch.zeros(shape.batch_size), context]
         if self.denoiser.in_dim > channels:
@@ -172,29 +157,89 @@ def _build(skeleton: Skeleton, field: str, dtype: torch.dtype) -> nn.Module:
     return module.eval().requires_grad_(False).to(dtype)
 
 
-def _fake(module: nn.Module) -> nn.Module:
-    """Within a `FakeTensorMode`: parameters and buffers on a device that computes, still without content."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-            part._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in part.named_buffers(recurse=False):
-            part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return module
+@contextmanager
+def _faked(*modules: nn.Module) -> Iterator[None]:
+    """Within the block no tensor has content, those of the modules neither; these are what they were afterwards."""
+    # The mode registers a stand-in for GPUs. Had autograd not started by then, it would start threads for them, which a
+    # forked process cannot.
+    torch.ones((), requires_grad=True).backward()
+    scales: list[tuple[Any, list[Tensor]]] = [
+        (module, cast(Any, module.scale)) for module in modules if isinstance(getattr(module, "scale", None), list)
+    ]
+    before = [(part, dict(part._parameters), dict(part._buffers)) for module in modules for part in module.modules()]
+    try:
+        for module, scale in scales:  # statistics that diffsynth's VAE keeps outside of its buffers
+            module.scale = [tensor.cpu() for tensor in scale]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for part, parameters, buffers in before:
+                for name, parameter in parameters.items():
+                    if parameter is not None:
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                        part._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            yield
+    finally:
+        for module, scale in scales:
+            module.scale = scale
+        for part, parameters, buffers in before:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+
+
+def _live_stages(
+    vae: Any, denoiser: Denoiser, make: _Inputs, gradient_checkpointing: GradientCheckpointing
+) -> dict[str, Footprint]:
+    inputs = make.latents()
+    tail = _measure(denoiser, _tail(denoiser, gradient_checkpointing), inputs, live=True)
+    decoding = _measure(vae, _decoder(vae, gradient_checkpointing), inputs[:1], live=True)
+    in_encoder = _bytes(p for name, p in vae.named_parameters() if name.startswith(_VAE_ENCODER))
+    return {
+        "denoiser": replace(tail, weights=_bytes(p for p in denoiser.parameters() if not p.requires_grad)),
+        "vae_decoder": replace(decoding, weights=decoding.weights - in_encoder),
+    }
+
+
+def _tail(denoiser: Denoiser, gradient_checkpointing: GradientCheckpointing) -> Callable[..., Tensor]:
+    """A step of it, as `Sampler` does it."""
+    names = ("latents", "timestep", "context", "y", "clip_feature")
+    adapter = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    # Under "full" too, where it is backward that runs the blocks.
+    denoiser.checkpoint_blocks = gradient_checkpointing != "none"
+
+    def in_torch(**inputs: Tensor) -> dict[str, Tensor]:
+        return {"velocity": denoiser(**inputs)}
+
+    def step(*inputs: Tensor | None) -> Tensor:
+        given = {name: tensor for name, tensor in zip(names, inputs, strict=False) if tensor is not None}
+        whole = gradient_checkpointing == "full"
+        return (recomputed(in_torch, in_torch, given, adapter) if whole else in_torch(**given))["velocity"]
+
+    return step
 
 
 def _decoder(vae: Any, gradient_checkpointing: GradientCheckpointing) -> Callable[[Tensor], Tensor]:
     """As `WanTrainingModule` decodes."""
+    networks = {"first": _named(VaeDecoderFirst(vae)), "next": _named(VaeDecoderNext(vae))}
+    whole = gradient_checkpointing == "full"
 
     def decode(latents: Tensor) -> Tensor:
-        by_frame = gradient_checkpointing != "none"
-        if gradient_checkpointing == "full" and torch.is_grad_enabled():
-            video = checkpoint(decode_latents, vae, latents, by_frame, use_reentrant=False)
-            assert isinstance(video, Tensor)
-            return video.float()
-        return decode_latents(vae, latents, by_frame).float()
+        if gradient_checkpointing == "none" or not torch.is_grad_enabled():
+            return decode_latents(vae, latents).float()
+        return decode_recomputed(networks, networks, latents, whole).float()
 
     return decode
+
+
+def _named(chunk: VaeDecoderFirst) -> Callable[..., dict[str, Tensor]]:
+    """A network of the decoder with inputs and outputs by name."""
+
+    def run(latents: Tensor, **caches: Tensor) -> dict[str, Tensor]:
+        video, *following = chunk(latents, *caches.values())
+        return {"video": video, **{f"next_cache_{index:02d}": cache for index, cache in enumerate(following)}}
+
+    return run
 
 
 def _measure(

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset, Subset
 
-from frostline.config import TrainingModuleSettings
+from frostline.config import CHECKPOINTING, TrainingModuleSettings
 from frostline.errors import CheckpointError, ConfigError, DataError
 from frostline.export.shapes import parse_shapes
-from frostline.models.geometry import SPATIAL_MULTIPLE
+from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
 from frostline.models.skeleton import read_skeleton
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
@@ -55,6 +55,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     with progress.task(f"load {settings.model}"):
         # The loader knows "cpu", not the "cpu:1" of a second process.
         module = build_module(settings, torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device)
+    _settle_checkpointing(module, settings.video_shape(multiple))
     _log_start(settings, accelerator, len(dataset), checkpoint)  # type: ignore[arg-type]
     with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
         bar.advance(checkpoint.step if checkpoint else 0)
@@ -90,6 +91,13 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         write_report(settings.output_dir)
     accelerator.state.destroy_process_group()
     return outcome
+
+
+def _settle_checkpointing(module: WanTrainingModule, shape: VideoShape) -> None:
+    """The same in every process: they gather shards at the same moments."""
+    module.settle_checkpointing(shape)
+    if module.gradient_checkpointing is not None:
+        module.checkpoint(max(gather_from_processes(module.gradient_checkpointing), key=CHECKPOINTING.index))
 
 
 def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:

@@ -10,11 +10,12 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from frostline.config import TrainingModuleSettings
+from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing, TrainingModuleSettings
 from frostline.errors import ConfigError
+from frostline.models.geometry import VideoShape
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.skeleton import read_skeleton
-from frostline.train.footprint import Footprint, VideoShape, measure_embedder, measure_model
+from frostline.train.footprint import Footprint, measure_embedder, measure_model
 
 Sharding = Literal["ddp", "zero2", "zero3", "fsdp"]
 
@@ -29,8 +30,11 @@ _DIVIDED: Mapping[str, frozenset[str]] = {
 # Frozen wherever they are used: PyTorch needs no weights of them once an engine or the cache serves them.
 _ALWAYS_FROZEN = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
 _LIVE = ("denoiser", "vae_decoder", "face_embedder")
+# Of what is free, where it is to be chosen how much is recomputed. Counted are tensors: kernels want scratch space,
+# allocators whole pages, engines memory of their own.
+USABLE = 0.8
 # AdamW keeps two moments of every trained value.
-_MOMENTS = 2
+MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,13 @@ class StageMemory:
 class MemoryPlan:
     """What one device holds.
 
-    adapter, gradients, optimizer: bytes of the LoRA and what trains it. peaks: by phase of a step, the most activations
-    that are held at once. device_bytes: what there is, if known. assumed: that the sizes are those of a release,
-    because there were no files.
+    gradient_checkpointing: the kind; where memory is to choose, the first that fits. adapter, gradients, optimizer:
+    bytes of the LoRA and what trains it. peaks: by phase of a step, the most activations that are held at once.
+    device_bytes: what there is, if known. assumed: that the sizes are those of a release, because there were no files.
     """
 
     model: str
+    gradient_checkpointing: GradientCheckpointing
     stages: tuple[StageMemory, ...]
     adapter: int
     gradients: int
@@ -118,48 +123,60 @@ def memory_plan(
     if num_processes < 1:
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
     skeleton = read_skeleton(model)
-    measured = measure_model(skeleton, shape, dtype, settings.lora, settings.gradient_checkpointing)
-    footprints = dict(measured.stages)
-    if embedder is not None:
-        footprints["face_embedder"] = measure_embedder(embedder, shape.batch_size * shape.num_frames)
-    if engines == "all":
-        engines = [name for name in _ALWAYS_FROZEN if name in footprints]
-    for name in (*engines, *cached):
-        if name not in footprints:
-            raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(footprints)}")
-    divided = _DIVIDED[sharding]
-    tail = _tail_steps(settings, skeleton.boundary if "denoiser_high_noise" in footprints else None)
-    stages = []
-    for name, footprint in footprints.items():
-        weights = footprint.weights
-        if name in _ALWAYS_FROZEN and (name in engines or name in cached):
-            weights = 0
-        elif name == "denoiser" and "weights" in divided:
-            # Its share, and the block that is gathered while it computes.
-            weights = min(weights, -(-weights // num_processes) + (measured.largest_block if num_processes > 1 else 0))
-        engine = footprint.weights if name in engines and name not in cached else 0
-        live_peak = max(footprint.forward_peak, footprint.backward_peak)
-        kept = footprint.kept * (tail if name == "denoiser" else 1)
-        stages.append(StageMemory(name, weights, engine, footprint.frozen_peak, kept, live_peak))
 
-    def share(what: str, size: int) -> int:
-        return -(-size // num_processes) if what in divided else size
+    def plan_with(kind: GradientCheckpointing) -> MemoryPlan:
+        measured = measure_model(skeleton, shape, dtype, settings.lora, kind)
+        footprints = dict(measured.stages)
+        if embedder is not None:
+            footprints["face_embedder"] = measure_embedder(embedder, shape.batch_size * shape.num_frames)
+        served = [name for name in _ALWAYS_FROZEN if name in footprints] if engines == "all" else engines
+        for name in (*served, *cached):
+            if name not in footprints:
+                raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(footprints)}")
+        divided = _DIVIDED[sharding]
+        tail = tail_steps(settings, skeleton.boundary if "denoiser_high_noise" in footprints else None)
+        stages = []
+        for name, footprint in footprints.items():
+            weights = footprint.weights
+            if name in _ALWAYS_FROZEN and (name in served or name in cached):
+                weights = 0
+            elif name == "denoiser" and "weights" in divided:
+                # Its share, and the block that is gathered while it computes.
+                gathered = measured.largest_block if num_processes > 1 else 0
+                weights = min(weights, -(-weights // num_processes) + gathered)
+            engine = footprint.weights if name in served and name not in cached else 0
+            live_peak = max(footprint.forward_peak, footprint.backward_peak)
+            kept = footprint.kept * (tail if name == "denoiser" else 1)
+            stages.append(StageMemory(name, weights, engine, footprint.frozen_peak, kept, live_peak))
 
-    return MemoryPlan(
-        model=skeleton.name,
-        stages=tuple(stages),
-        adapter=share("adapter", measured.adapter),
-        gradients=share("gradients", measured.adapter),
-        optimizer=share("optimizer", _MOMENTS * measured.adapter),
-        peaks=_peaks(footprints, tail),
-        num_processes=num_processes,
-        sharding=sharding,
-        device_bytes=device_bytes,
-        assumed=not skeleton.from_files,
-    )
+        def share(what: str, size: int) -> int:
+            return -(-size // num_processes) if what in divided else size
+
+        return MemoryPlan(
+            model=skeleton.name,
+            gradient_checkpointing=kind,
+            stages=tuple(stages),
+            adapter=share("adapter", measured.adapter),
+            gradients=share("gradients", measured.adapter),
+            optimizer=share("optimizer", MOMENTS * measured.adapter),
+            peaks=activation_peaks(footprints, tail),
+            num_processes=num_processes,
+            sharding=sharding,
+            device_bytes=device_bytes,
+            assumed=not skeleton.from_files,
+        )
+
+    asked = settings.gradient_checkpointing
+    kinds = CHECKPOINTING if asked == AUTO else (asked,)
+    plans = []
+    for kind in kinds:
+        plans.append(plan_with(kind))
+        if device_bytes is None or max(plans[-1].peaks.values()) <= USABLE * (device_bytes - plans[-1].resident):
+            return plans[-1]
+    return min(plans, key=lambda plan: plan.peak)
 
 
-def _tail_steps(settings: TrainingModuleSettings, boundary: float | None) -> int:
+def tail_steps(settings: TrainingModuleSettings, boundary: float | None) -> int:
     """Steps that keep activations for backward: those of the tail that the denoiser with the LoRA serves."""
     first = settings.mid_timestep
     if boundary is not None:
@@ -169,7 +186,7 @@ def _tail_steps(settings: TrainingModuleSettings, boundary: float | None) -> int
     return max(0, settings.final_timestep + 1 - first)
 
 
-def _peaks(footprints: Mapping[str, Footprint], tail: int) -> dict[str, int]:
+def activation_peaks(footprints: Mapping[str, Footprint], tail: int) -> dict[str, int]:
     """The most activations that are held at once, by phase of a step."""
     denoiser, decoder = footprints["denoiser"], footprints["vae_decoder"]
     embedder = footprints.get("face_embedder", Footprint(0, 0))
@@ -183,7 +200,7 @@ def _peaks(footprints: Mapping[str, Footprint], tail: int) -> dict[str, int]:
         before_last + denoiser.backward_peak,
     ]
     return {
-        "conditioning": max(conditioning),
+        "conditioning": max(conditioning, default=0),
         "rollout": denoiser.frozen_peak,
         # The KL reference runs beside what the step keeps.
         "tail": max(before_last + denoiser.forward_peak, kept + denoiser.frozen_peak),

@@ -25,6 +25,7 @@ def memory_table(plan: MemoryPlan) -> Group:
     lines = [
         f"{training}; held all the time {_cell(plan.resident)}",
         f"most activations at once: {peaks}",
+        f"gradient checkpointing: {plan.gradient_checkpointing}",
         f"{processes}: peak {_cell(plan.peak)} GB of each device{_verdict(plan)}",
     ]
     if plan.assumed:

@@ -12,9 +12,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
 
-from frostline.config import RewardTerm, TrainingModuleSettings
+from frostline.config import AUTO, GradientCheckpointing, RewardTerm, TrainingModuleSettings
 from frostline.errors import ConfigError, DataError
 from frostline.export.exporter import ensure_verified
 from frostline.export.model import stage_model
@@ -22,6 +22,7 @@ from frostline.export.shapes import ShapeRange
 from frostline.models.adapters import read_adapter
 from frostline.models.components import WanComponents
 from frostline.models.files import Entry
+from frostline.models.geometry import TEMPORAL_STRIDE, VideoShape
 from frostline.models.loading import DEFERRABLE, load_components
 from frostline.models.lora import copy_adapter, lora_parameters, lora_scale, save_adapter
 from frostline.models.schedule import FlowMatchSchedule
@@ -29,12 +30,15 @@ from frostline.models.vae import decode_latents
 from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.clock import StageTime
-from frostline.runtime.runtime import AUTO, PlanSetting, Runtime
+from frostline.runtime.device import free_bytes
+from frostline.runtime.runtime import PlanSetting, Runtime
 from frostline.runtime.store import EngineStore
+from frostline.train.checkpointing import fitting_checkpointing
 from frostline.train.conditioning import Conditioner, Conditioning
 from frostline.train.face_identity import face_identity_reward
 from frostline.train.offload import saved_in_main_memory
-from frostline.train.processes import mean_over_processes
+from frostline.train.processes import mean_over_processes, process_count
+from frostline.train.recompute import decode_recomputed
 from frostline.train.reward import ActiveReward, RewardScore, build_rewards, reward_loss
 from frostline.train.sampling import Sampler
 
@@ -85,7 +89,6 @@ class WanTrainingModule(nn.Module):
         self.components = components
         staged = stage_model(components, self.settings.lora, self.settings.reward.face_identity, shapes or ShapeRange())
         self.denoiser, self.denoiser_high_noise = staged.denoiser, staged.denoiser_high_noise
-        self.denoiser.gradient_checkpointing = self.settings.gradient_checkpointing
         self.lora_config, self.stages = staged.lora_config, staged.stages
         if engines is not None and plan != TORCH:
             ensure_verified(self.stages.values(), EngineStore(Path(engines)))
@@ -107,7 +110,12 @@ class WanTrainingModule(nn.Module):
             self.runtime,
             FlowMatchSchedule(self.settings.num_inference_steps, self.settings.shift),
             components.boundary if self.settings.boundary is None else self.settings.boundary,
+            engine_forward=self.settings.engine_forward,
         )
+        self.gradient_checkpointing: GradientCheckpointing | None = None
+        self._settled_for: VideoShape | None = None
+        if self.settings.gradient_checkpointing != AUTO:
+            self.checkpoint(self.settings.gradient_checkpointing)
         self.last_metrics: StepMetrics | None = None
 
     @classmethod
@@ -166,6 +174,7 @@ class WanTrainingModule(nn.Module):
         """
         settings = self.settings
         conditioning = self.forward_preprocess(data) if inputs is None else inputs
+        self._settle_for(conditioning)
         latents = self._rollout(conditioning)
         with self._saved_tensors():
             sampled = self.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
@@ -177,6 +186,33 @@ class WanTrainingModule(nn.Module):
         loss = reward.loss + settings.kl_weight * kl_loss
         self.last_metrics = self._metrics(conditioning, scores, reward.scores, sampled.kl)
         return loss, next(iter(reward.scores.values())), kl_loss.detach()
+
+    def checkpoint(self, kind: GradientCheckpointing) -> None:
+        """Recompute so much in backward from now on."""
+        self.gradient_checkpointing = kind
+        # Under "full" too: when a whole forward is recomputed, all its blocks at once would be too much.
+        self.denoiser.checkpoint_blocks = kind != "none"
+        self.sampler.recompute_tail = kind == "full"
+
+    def settle_checkpointing(self, shape: VideoShape) -> None:
+        """Where gradient checkpointing is chosen by memory, choose it for steps of this shape.
+
+        `forward` does so by itself for the first shape, and in a single process for each that is larger than those
+        before.
+
+        Raises:
+            ConfigError: the weights are sharded already.
+        """
+        if self.settings.gradient_checkpointing == AUTO:
+            if any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
+                raise ConfigError(
+                    "gradient_checkpointing: auto has to be settled before weights are sharded: call "
+                    "settle_checkpointing(shape) first, or name the kind"
+                )
+            free = free_bytes(self.denoiser.model.patch_embedding.weight.device)
+            embedder = None if self.faces is None else self.faces.embedder
+            self.checkpoint(fitting_checkpointing(self.components, self.settings, shape, free, embedder))
+            self._settled_for = shape
 
     def score(self, frames: Tensor, conditioning: Conditioning) -> list[tuple[ActiveReward, RewardScore]]:
         """What each reward says of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames."""
@@ -239,6 +275,16 @@ class WanTrainingModule(nn.Module):
             raise ConfigError(f"{folder}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}")
         copy_adapter(self.components.denoiser, adapter)
 
+    def _settle_for(self, conditioning: Conditioning) -> None:
+        if self.settings.gradient_checkpointing != AUTO or not torch.is_grad_enabled():
+            return
+        _, frames, height, width = conditioning.latent_shape
+        stride = self.components.spatial_stride
+        count = len(conditioning.sample_id)
+        shape = VideoShape(count, TEMPORAL_STRIDE * (frames - 1) + 1, height * stride, width * stride)
+        if self._settled_for is None or (process_count() == 1 and shape.pixels > self._settled_for.pixels):
+            self.settle_checkpointing(shape)
+
     def _rollout(self, conditioning: Conditioning) -> Tensor:
         mid = self.settings.mid_timestep
         recallable = None if self.settings.noise_seed is None else self.conditioner
@@ -247,15 +293,17 @@ class WanTrainingModule(nn.Module):
 
     def _decode(self, latents: Tensor) -> Tensor:
         """(B, T, 3, H, W) float32 in [0, 1] from latents (B, C, F, h, w), gradient on."""
-        vae = self.components.vae
+        vae, how = self.components.vae, self.gradient_checkpointing
         latents = latents.to(vae.model.conv2.weight.dtype)
-        with self.runtime.clock.measure("vae_decoder", "torch"):
-            by_frame = self.settings.gradient_checkpointing != "none"
-            if self.settings.gradient_checkpointing == "full" and torch.is_grad_enabled():
-                video = checkpoint(decode_latents, vae, latents, by_frame, use_reentrant=False)
-                assert isinstance(video, Tensor)
-            else:
-                video = decode_latents(vae, latents, by_frame)
+        if how in (None, "none") or not torch.is_grad_enabled():
+            with self.runtime.clock.measure("vae_decoder", TORCH):
+                return _to_frames(decode_latents(vae, latents))
+        recompute = {network.name: network.in_torch for network in self.stages["vae_decoder"].networks}
+        backend, forward = TORCH, recompute
+        if self.settings.engine_forward:
+            backend, forward = self.runtime.networks_at("vae_decoder", {"latents": latents.detach()})
+        with self.runtime.clock.measure("vae_decoder", backend):
+            video = decode_recomputed(forward, recompute, latents, whole=how == "full")
         return _to_frames(video)
 
     def _saved_tensors(self) -> AbstractContextManager[object]:

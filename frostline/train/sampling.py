@@ -12,11 +12,13 @@ from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
 from frostline.models.lora import lora_scale
 from frostline.models.schedule import FlowMatchSchedule
+from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import content_key
 from frostline.runtime.runtime import Runtime
 from frostline.train.conditioning import Conditioner, Conditioning
+from frostline.train.recompute import recomputed
 
-_LIVE = "torch"
+_TAIL = "denoise_tail"
 # Up to so many positions of latents, the KL references of a whole tail are one call: beyond, one step's alone fill the
 # device, and the others would only add to the memory that is needed.
 _POSITIONS_AT_ONCE = 32768
@@ -36,6 +38,8 @@ class Sampler:
     Args:
         denoiser: carries the LoRA; serves all steps that the high-noise expert does not.
         denoiser_high_noise: the wholly frozen expert for `t_i >= boundary * 1000`, if there are two.
+        recompute_tail: keep for backward only the latents of each tail step.
+        engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
     """
 
     def __init__(
@@ -46,12 +50,15 @@ class Sampler:
         runtime: Runtime,
         schedule: FlowMatchSchedule,
         boundary: float,
+        recompute_tail: bool = False,
+        engine_forward: bool = True,
     ) -> None:
         self.components = components
         self.denoiser = denoiser
         self.denoiser_high_noise = denoiser_high_noise
         self.runtime = runtime
         self.schedule = schedule
+        self.recompute_tail, self.engine_forward = recompute_tail, engine_forward
         self.high_noise_steps = schedule.high_noise_steps(boundary) if denoiser_high_noise is not None else 0
         device = denoiser.model.patch_embedding.weight.device
         self._lora_on = torch.tensor(lora_scale(denoiser.model), device=device)
@@ -157,15 +164,28 @@ class Sampler:
         return self.runtime["denoiser"](**inputs, lora_scale=scale)["velocity"].float()
 
     def _live_velocity(self, latents: Tensor, index: int, given: Mapping[str, Tensor]) -> Tensor:
-        """(B, C, F, h, w) float32 with graph, from PyTorch."""
-        denoiser = self.denoiser
+        """(B, C, F, h, w) float32 with the graph of PyTorch."""
+        inputs = {**self._inputs(latents, index), **given}
         if index < self.high_noise_steps:
             assert self.denoiser_high_noise is not None
-            denoiser = self.denoiser_high_noise
-            if (weights := self.components.weights.get("denoiser_high_noise")) is not None:
+            denoiser, stage, scale = self.denoiser_high_noise, "denoiser_high_noise", {}
+        else:
+            denoiser, stage, scale = self.denoiser, "denoiser", {"lora_scale": self._lora_on}
+
+        def in_torch(**tensors: Tensor) -> dict[str, Tensor]:
+            if (weights := self.components.weights.get(stage)) is not None:
                 weights.restore()
-        with self.runtime.clock.measure("denoise_tail", _LIVE):
-            return denoiser(**self._inputs(latents, index), **given).float()
+            return {"velocity": denoiser(**tensors)}
+
+        def planned(**tensors: Tensor) -> dict[str, Tensor]:
+            return self.runtime.run(stage, {**tensors, **scale}, use=_TAIL)
+
+        adapter = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        if self.recompute_tail and self.engine_forward:
+            return recomputed(planned, in_torch, inputs, adapter)["velocity"].float()
+        with self.runtime.clock.measure(_TAIL, TORCH):
+            outputs = recomputed(in_torch, in_torch, inputs, adapter) if self.recompute_tail else in_torch(**inputs)
+            return outputs["velocity"].float()
 
     def _inputs(self, latents: Tensor, index: int) -> dict[str, Tensor]:
         """Latents are kept in fp32 between steps: small updates would drown in bf16."""

@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from frostline.config import AUTO
 from frostline.errors import CheckpointError
 from frostline.train.checkpoint import Checkpoint, read_state, rotate, write_checkpoint
 from frostline.train.processes import gather_from_processes
@@ -55,6 +56,9 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         training.skipped, training.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
         restore_schedule(training.scheduler, training.step - training.skipped)
         processes = int(state["processes"])
+        if training.module.settings.gradient_checkpointing == AUTO:
+            # Whatever is free this time: another kind adds up in another order.
+            training.module.checkpoint(state["gradient_checkpointing"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be restored: {error}") from error
     _restore_random(training, checkpoint, processes)
@@ -77,6 +81,7 @@ def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[
         "skipped": training.skipped,
         "skipped_in_row": training.skipped_in_row,
         "processes": training.accelerator.num_processes,
+        "gradient_checkpointing": training.module.gradient_checkpointing,
         "versions": versions(),
     }
     (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")

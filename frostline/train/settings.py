@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -9,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from frostline.config import Settings, TrainingModuleSettings
 from frostline.errors import ConfigError
-from frostline.models.geometry import SPATIAL_MULTIPLE
+from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
+from frostline.train.batch import nearest_multiple
 from frostline.train.data import VideoPromptDataset, check_cut
 from frostline.train.memory import Sharding
 
@@ -163,3 +165,14 @@ class RunSettings(TrainingModuleSettings):
     train: TrainerSettings = TrainerSettings()
     plan: PlanSettings = PlanSettings()
     memory: MemorySettings = MemorySettings()
+
+    def video_shape(self, multiple: int = SPATIAL_MULTIPLE) -> VideoShape:
+        """What a step of one process computes on.
+
+        Where videos keep their proportions, the square of so many pixels stands for all of them.
+        """
+        data = self.data
+        height, width = data.height, data.width
+        if height is None or width is None:
+            height = width = nearest_multiple(math.isqrt(data.max_pixels), multiple)
+        return VideoShape(self.train.per_device_train_batch_size, data.num_frames, height, width)

@@ -105,19 +105,6 @@ def diffsynths(decoder: Any) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("name", ["vae", "vae38"])
 @pytest.mark.parametrize("frames", [1, 2, 4])
-def test_decoding_frame_by_frame_changes_nothing_and_keeps_less(
-    name: str, frames: int, request: pytest.FixtureRequest
-) -> None:
-    decoder: Any = request.getfixturevalue(name)
-    expected, gradient, kept = decoded_with_gradient(decoder, frames, diffsynths(decoder))
-    video, by_frame, less = decoded_with_gradient(decoder, frames, lambda z: decode_latents(decoder, z, True))
-    assert torch.equal(video, expected)
-    torch.testing.assert_close(by_frame, gradient, atol=1e-5, rtol=1e-4)
-    assert less < 0.35 * kept
-
-
-@pytest.mark.parametrize("name", ["vae", "vae38"])
-@pytest.mark.parametrize("frames", [1, 2, 4])
 def test_decoding_all_frames_at_once_changes_nothing_and_keeps_less(
     name: str, frames: int, request: pytest.FixtureRequest
 ) -> None:

@@ -257,6 +257,49 @@ def test_a_shape_beyond_the_engine_is_served_by_torch_this_once(
 
 
 @pytest.mark.parametrize("backend", [ORT, "torch"])
+def test_the_networks_of_a_stage_run_on_its_backend(backend: str, stages: dict[str, Stage], built: Path) -> None:
+    runtime = Runtime(stages, {"first": backend, "second": "torch"}, built, strict=True)
+    x = rows()
+    serving, networks = runtime.networks_at("first", {"x": x})
+    assert (serving, [*networks]) == (backend, ["first"])
+    torch.testing.assert_close(networks["first"](x=x)["y"], expected(stages, "first", x), atol=1e-6, rtol=0)
+    assert runtime.clock.read() == {}
+
+
+def test_networks_whose_engine_fails_are_served_by_torch_with_one_warning(
+    stages: dict[str, Stage], built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def fail(self: OnnxRuntimeRunner, **inputs: Tensor) -> dict[str, Tensor]:
+        calls.append(inputs)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "__call__", fail)
+    runtime, strict = (Runtime(stages, {"first": ORT, "second": "torch"}, built, strict=s) for s in (False, True))
+    _, networks = runtime.networks_at("first", {"x": rows()})
+    for seed in (1, 2):
+        x = rows(seed=seed)
+        assert torch.equal(networks["first"](x=x)["y"], expected(stages, "first", x))
+    assert len(calls) == 1
+    (message,) = warnings(caplog)
+    assert "torch serves it from now on (out of memory)" in message
+    assert runtime.networks_at("first", {"x": rows()})[0] == "torch"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        strict.networks_at("first", {"x": rows()})[1]["first"](x=rows())
+
+
+def test_networks_whose_engine_cannot_be_loaded_are_served_by_torch(
+    stages: dict[str, Stage], corrupted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = Runtime(stages, {"first": ORT, "second": "torch"}, corrupted)
+    _, networks = runtime.networks_at("first", {"x": rows()})
+    assert torch.equal(networks["first"](x=rows())["y"], expected(stages, "first", rows()))
+    (message,) = warnings(caplog)
+    assert "the hash of" in message
+
+
+@pytest.mark.parametrize("backend", [ORT, "torch"])
 def test_outputs_belong_to_the_caller(backend: str, stages: dict[str, Stage], built: Path) -> None:
     runtime = Runtime(stages, {"first": backend, "second": "torch"}, built, strict=True)
     first = runtime["first"](x=rows(seed=1))["y"]

@@ -1,5 +1,7 @@
 """Run by test_distributed.py under torchrun: a run of each reward and one that is sharded, and what each process found.
 
+Those whose reward has no steps also recompute in backward what they can; the runs that they are held against do not.
+
 python distributed_runs.py OUT ENGINES
 """
 
@@ -31,6 +33,7 @@ def run(
     accumulation: int = 1,
     engines: Path | None = None,
     sharded: bool = False,
+    gradient_checkpointing: str = "none",
 ) -> WanTrainingModule:
     """Noise that never changes, a gradient that is never clipped."""
     torch.manual_seed(0)
@@ -43,6 +46,7 @@ def run(
         num_inference_steps=3,
         mid_timestep=1,
         final_timestep=2,
+        gradient_checkpointing=gradient_checkpointing,
     )
     if engines is not None:
         module.runtime.replan({**dict.fromkeys(module.stages, "torch"), "denoiser": "onnxruntime"})
@@ -69,11 +73,11 @@ def run(
 def main() -> None:
     out, engines = Path(sys.argv[1]), Path(sys.argv[2])
     run(out / "faces", "faces", 1)
-    note(out / "replicated", run(out / "replicated", "sharpness", 1, engines=engines))
+    note(out / "replicated", run(out / "replicated", "sharpness", 1, engines=engines, gradient_checkpointing="full"))
     # As `accelerate launch --use_fsdp` would have begun.
     AcceleratorState._reset_state()
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    note(out / "sharded", run(out / "sharded", "sharpness", 1, sharded=True))
+    note(out / "sharded", run(out / "sharded", "sharpness", 1, sharded=True, gradient_checkpointing="full"))
     PartialState().destroy_process_group()
 
 

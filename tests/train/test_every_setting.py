@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,14 @@ def a_step(settings: RunSettings) -> Any:
         blocks += 1
 
     module.components.denoiser.blocks[0].ffn.register_forward_hook(count)
+    served = Counter()
+    run = module.runtime.run
+
+    def serve(stage: str, *arguments: Any, **options: Any) -> Any:
+        served[stage] += 1
+        return run(stage, *arguments, **options)
+
+    module.runtime.run = serve
     torch.manual_seed(1)
     assert settings.data.source is not None
     loss, score, kl_loss = module(collate([settings.data.open(settings.data.source)[0]]))
@@ -80,6 +89,7 @@ def a_step(settings: RunSettings) -> Any:
         "gradients": {name: _numbers(p.grad) for name, p in module.trainable_parameters().items()},
         "scale": module.stages["denoiser"].networks[0].samples("opt")["lora_scale"].item(),
         "blocks": blocks,
+        "served": served,
         "saving": type(module._saved_tensors()).__name__,
         "cache": (module.cache is None, settings.cache_dir is not None and cache.is_dir()),
         "variant": [type(rewarded.reward).__name__ for rewarded in module.rewards],
@@ -225,6 +235,7 @@ CASES: dict[str, Case] = {
     "noise_seed": Case(25, a_step),
     "kl_weight": Case(0.5, a_step),
     "gradient_checkpointing": Case("block", a_step),
+    "engine_forward": Case(False, a_step, {"gradient_checkpointing": "full"}),
     "torch_compile": Case(True, a_step),
     "offload_saved_tensors": Case(True, a_step),
     "lora.rank": Case(3, a_start),

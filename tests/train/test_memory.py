@@ -1,5 +1,6 @@
 """The memory plan: against what real models hold and real runs allocate; what engines, cache and sharding change."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,15 +11,18 @@ from diffsynth.configs.model_configs import MODEL_CONFIGS
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from frostline.config import TrainingModuleSettings
+from frostline.config import CHECKPOINTING, TrainingModuleSettings
 from frostline.errors import ConfigError
 from frostline.models.denoiser import Denoiser
 from frostline.models.faces import load_embedder
+from frostline.models.geometry import VideoShape
 from frostline.models.loading import load_components
 from frostline.models.lora import inject_lora
 from frostline.models.skeleton import RELEASED, read_skeleton
 from frostline.models.vae import decode_latents, use_onednn_conv3d
-from frostline.train.footprint import VideoShape, measure_model
+from frostline.train import footprint
+from frostline.train.checkpointing import fitting_checkpointing
+from frostline.train.footprint import measure_model
 from frostline.train.memory import MemoryPlan, memory_plan
 from frostline.train.memory_table import memory_table
 
@@ -69,7 +73,7 @@ def test_activations_are_those_that_a_real_step_allocates(checkpointing: Any) ->
     components = load_components("tiny")
     inject_lora(components.denoiser, 8)
     denoiser = Denoiser(components.denoiser)
-    denoiser.gradient_checkpointing = checkpointing
+    step = footprint._tail(denoiser, checkpointing)
     latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
     others = (torch.full((1,), 500.0), torch.randn(1, 16, 64), torch.randn(1, 20, 3, 12, 12))
 
@@ -78,7 +82,7 @@ def test_activations_are_those_that_a_real_step_allocates(checkpointing: Any) ->
             denoiser(latents, *others)
 
     def live() -> None:
-        denoiser(latents, *others).sum().backward()
+        step(latents, *others).sum().backward()
 
     live()  # gradients are there from now on, as in the plan
     plan = memory_plan("tiny", settings(gradient_checkpointing=checkpointing), CLIP, dtype=torch.float32)
@@ -208,3 +212,34 @@ def test_a_skeleton_of_files_is_that_of_the_loaded_model() -> None:
     assert skeleton.networks.keys() == {name for name, _ in load_components("tiny-moe").modules()}
     assert (skeleton.text_length, skeleton.boundary, skeleton.from_files) == (16, 0.9, True)
     assert read_skeleton("Wan2.2-T2V-A14B-Diffusers").boundary == 0.875
+
+
+def test_memory_chooses_how_much_is_recomputed(caplog: pytest.LogCaptureFixture) -> None:
+    """The same of a loaded model and of files; and a loaded model is what it was."""
+    caplog.set_level(logging.INFO)
+    components, embedder = load_components("tiny"), load_embedder("sface")
+    assert isinstance(embedder, torch.nn.Module)
+    inject_lora(components.denoiser, 8)
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()}
+    scale = components.vae.scale
+    shape, auto = VideoShape(2, 9, 96, 96), settings(gradient_checkpointing="auto")
+
+    def plan(how: TrainingModuleSettings, device_bytes: int | None = None) -> MemoryPlan:
+        options: dict[str, Any] = {"dtype": torch.float32, "embedder": embedder, "device_bytes": device_bytes}
+        return memory_plan("tiny", how, shape, **options)
+
+    plans = [plan(settings(gradient_checkpointing=kind)) for kind in CHECKPOINTING]
+    needs = [each.gradients + each.optimizer + max(each.peaks.values()) for each in plans]
+    assert needs == sorted(needs, reverse=True)
+    for each, need in zip(plans, needs, strict=True):
+        kind, free = each.gradient_checkpointing, int(need / 0.8) + 1
+        assert fitting_checkpointing(components, auto, shape, free, embedder) == kind
+        enough = each.resident + free
+        assert plan(auto, enough) == replace(each, device_bytes=enough)
+    assert "it may not do" not in caplog.text
+    assert fitting_checkpointing(components, auto, shape, int(needs[-1] / 0.8) - 10, embedder) == "full"
+    assert "full, and it may not do" in caplog.text
+    assert fitting_checkpointing(components, settings(gradient_checkpointing="block"), shape, 1) == "block"
+    assert plan(auto).gradient_checkpointing == "none", "nothing is known of the device"
+    assert {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()} == before
+    assert components.vae.scale is scale

@@ -150,8 +150,8 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
 
 
 def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is recomputed is decoded frame by frame, hence the other too: a clip at once is another order of sums,
-    # which the tests of the VAE hold against this one.
+    # What is recomputed is decoded chunk by chunk, hence the other too: a clip at once is another order of sums, which
+    # the tests of the VAE hold against this one.
     monkeypatch.setattr(vae_file, "decode_clip", lambda vae, latents: vae.model.decode(latents, vae.scale))
     data = clips(1, seed=3, num_frames=5)
     expected = None

@@ -39,6 +39,37 @@ def test_the_variants_step_with_engines_as_in_torch(
     assert_same_steps(in_torch, hybrid, clips(1, seed=7, num_frames=5), tape)
 
 
+@pytest.mark.parametrize(
+    ("model", "how", "engines_serve"),
+    [
+        ("tiny", "block", {"vae_decoder"}),
+        ("tiny", "full", {"vae_decoder", "denoise_tail"}),
+        ("tiny-moe", "full", {"vae_decoder", "denoise_tail"}),
+        ("tiny-ti2v", "full", {"vae_decoder", "denoise_tail"}),
+    ],
+)
+def test_engines_compute_what_backward_recomputes(
+    model: str, how: str, engines_serve: set[str], make_module: MakeModule, variant_engines: Path, tape: "RewardTape"
+) -> None:
+    in_torch = make_module(model)
+    hybrid = make_module(model, plan="onnxruntime", engines=variant_engines, gradient_checkpointing=how)
+    assert_same_steps(in_torch, hybrid, clips(1, seed=7, num_frames=5), tape)
+    assert hybrid.last_metrics is not None
+    stages = hybrid.last_metrics.stages
+    live = {name: stages[name].backend for name in ("vae_decoder", "denoise_tail")}
+    assert {name for name, backend in live.items() if backend == "onnxruntime"} == engines_serve
+
+
+def test_engines_leave_the_live_part_alone_if_told_so(make_module: MakeModule, engines: Path) -> None:
+    asked = {"plan": "onnxruntime", "engines": engines, "gradient_checkpointing": "full", **QUICK}
+    module = make_module(engine_forward=False, **asked)
+    module(small_clips(1))
+    assert module.last_metrics is not None
+    stages = module.last_metrics.stages
+    assert (stages["denoise_tail"].backend, stages["vae_decoder"].backend) == ("torch", "torch")
+    assert stages["denoiser"].backend == "onnxruntime"
+
+
 def test_the_kl_of_a_new_lora_is_zero_with_engines(make_module: MakeModule, engines: Path) -> None:
     module = make_module(plan="onnxruntime", engines=engines, lora_spread=0)
     _, _, kl_loss = module(small_clips(2))

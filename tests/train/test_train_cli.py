@@ -203,7 +203,13 @@ def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypat
     assert result.exit_code == 0, result.output
     assert result.output.count("rollout head: frozen; high-noise expert") == 3
     assert result.output.count("rollout head: frozen; low-noise expert") == 1
-    for words in ("denoiser_high_noise", "text_encoder", "8 processes (fsdp): peak", "which has 80.00: fits"):
+    for words in (
+        "denoiser_high_noise",
+        "text_encoder",
+        "8 processes (fsdp): peak",
+        "which has 80.00: fits",
+        "checkpointing: full",
+    ):
         assert words in result.output
 
 

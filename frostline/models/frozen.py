@@ -104,25 +104,27 @@ class _PReLU(torch.autograd.Function):
         return positive.lerp_(gradients[0], slope), None
 
 
-def rms_norm_silu(x: Tensor, gamma: Tensor, front: int = 0) -> Tensor:
-    """`F.silu(F.normalize(x, dim=1) * sqrt(C) * gamma)`, with empty frames in front.
+def rms_norm_silu(x: Tensor, gamma: Tensor, front: int | Tensor = 0) -> Tensor:
+    """`F.silu(F.normalize(x, dim=1) * sqrt(C) * gamma)`, with other frames in front.
 
     Args:
         x: (B, C, T, H, W).
         gamma: (C, 1, 1, 1).
-        front: so many frames of zeros come before the first, as a causal convolution wants them.
+        front: what comes before the first frame, as a causal convolution wants it: so many frames of zeros, or
+            (B, C, front, H, W), which are not normalised.
     Returns:
         (B, C, front + T, H, W).
     """
-    return _RMSNormSiLU.apply(x, gamma, front)  # type: ignore[no-any-return]
+    frames, before = (front, None) if isinstance(front, int) else (front.shape[2], front)
+    return _RMSNormSiLU.apply(x, gamma, frames, before)  # type: ignore[no-any-return]
 
 
 class _RMSNormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, front: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, front: int, before: Tensor | None) -> Tensor:
         batch, channels, frames, height, width = x.shape
         padded = empty_as((batch, channels, front + frames, height, width), x)
-        padded[:, :, :front] = 0
+        padded[:, :, :front] = 0 if before is None else before
         lengths = []
         runs = _runs(x)
         for run, place in zip(runs, padded[:, :, front:].split(runs[0].shape[2], dim=2), strict=True):
@@ -153,7 +155,8 @@ class _RMSNormSiLU(torch.autograd.Function):
             share = (along * run).sum(1, keepdim=True) / length.square()
             share = torch.where(length > _SMALLEST_LENGTH, share * inverse, 0)
             parts.append(along.mul_(inverse).addcmul_(run, share, value=-1).to(x.dtype))
-        return _joined(parts), None, None
+        before = gradients[0][:, :, : ctx.front] if ctx.needs_input_grad[3] else None
+        return _joined(parts), None, None, before
 
 
 def _runs(x: Tensor) -> tuple[Tensor, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from frostline.models.frozen import convolve
-from frostline.models.vae_clip import decode_clip
+from frostline.models.vae_chunks import decode_in_chunks
+from frostline.models.vae_clip import decode_chunk, decode_clip
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -19,14 +21,21 @@ def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
     """Decode (B, C, F, h, w) normalised latents to a video (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
 
     With a gradient to compute, all frames are decoded at once (`decode_clip`), which keeps 40 GB for 81 frames of
-    480×480 in bf16 (diffsynth's loop 154 GB); chunk by chunk, `train/recompute.py` does with less.
+    480×480 in bf16 (diffsynth's loop 154 GB); `train/recompute.py` does with less. Without, a chunk after another.
     """
     if torch.is_grad_enabled():
         return decode_clip(vae, latents).clamp(-1, 1)
-    video = vae.model.decode(latents, vae.scale)
-    # Else diffsynth's lists would keep the last activations, and their graph, until the next call.
-    vae.model.clear_cache()
-    return video.clamp(-1, 1)
+    return decode_in_chunks(decoder_chunks(vae), latents)
+
+
+def decoder_chunks(vae: WanVideoVAE) -> dict[str, Callable[..., dict[str, Tensor]]]:
+    """The networks `first` and `next` of `decode_in_chunks`, gradient on."""
+
+    def chunk(latents: Tensor, **caches: Tensor) -> dict[str, Tensor]:
+        video, *seen = decode_chunk(vae, latents, [*caches.values()])
+        return {"video": video.clamp(-1, 1), **{f"next_cache_{index:02d}": cache for index, cache in enumerate(seen)}}
+
+    return {"first": chunk, "next": chunk}
 
 
 def use_onednn_conv3d(module: nn.Module) -> None:

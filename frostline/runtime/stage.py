@@ -105,10 +105,6 @@ class Network:
     @torch.no_grad()
     def reference(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What PyTorch computes on the same inputs."""
-        return self.in_torch(**inputs)
-
-    def in_torch(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """What PyTorch computes, with a graph."""
         positional = [inputs[spec.name] for spec in self.inputs]
         result = self.module(*positional, *self.live.values())
         return dict(zip(self.outputs, result if isinstance(result, tuple) else (result,), strict=True))

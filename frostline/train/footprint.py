@@ -20,8 +20,7 @@ from frostline.models.lora import inject_lora, lora_parameters
 from frostline.models.networks import build_network
 from frostline.models.skeleton import Skeleton
 from frostline.models.text import TextEncoder
-from frostline.models.vae import decode_latents
-from frostline.models.vae_chunks import VaeDecoderFirst, VaeDecoderNext
+from frostline.models.vae import decode_latents, decoder_chunks
 from frostline.train.recompute import decode_recomputed, recomputed
 from frostline.train.tracking import MemoryTracker, tensors_of
 
@@ -221,25 +220,14 @@ def _tail(denoiser: Denoiser, gradient_checkpointing: GradientCheckpointing) -> 
 
 def _decoder(vae: Any, gradient_checkpointing: GradientCheckpointing) -> Callable[[Tensor], Tensor]:
     """As `WanTrainingModule` decodes."""
-    networks = {"first": _named(VaeDecoderFirst(vae)), "next": _named(VaeDecoderNext(vae))}
-    whole = gradient_checkpointing == "full"
+    chunks, whole = decoder_chunks(vae), gradient_checkpointing == "full"
 
     def decode(latents: Tensor) -> Tensor:
         if gradient_checkpointing == "none" or not torch.is_grad_enabled():
             return decode_latents(vae, latents).float()
-        return decode_recomputed(networks, networks, latents, whole).float()
+        return decode_recomputed(chunks, chunks, latents, whole).float()
 
     return decode
-
-
-def _named(chunk: VaeDecoderFirst) -> Callable[..., dict[str, Tensor]]:
-    """A network of the decoder with inputs and outputs by name."""
-
-    def run(latents: Tensor, **caches: Tensor) -> dict[str, Tensor]:
-        video, *following = chunk(latents, *caches.values())
-        return {"video": video, **{f"next_cache_{index:02d}": cache for index, cache in enumerate(following)}}
-
-    return run
 
 
 def _measure(

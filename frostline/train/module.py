@@ -26,7 +26,7 @@ from frostline.models.geometry import TEMPORAL_STRIDE, VideoShape
 from frostline.models.loading import DEFERRABLE, load_components
 from frostline.models.lora import copy_adapter, lora_parameters, lora_scale, save_adapter
 from frostline.models.schedule import FlowMatchSchedule
-from frostline.models.vae import decode_latents
+from frostline.models.vae import decode_latents, decoder_chunks
 from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.clock import StageTime
@@ -298,10 +298,12 @@ class WanTrainingModule(nn.Module):
         if how in (None, "none") or not torch.is_grad_enabled():
             with self.runtime.clock.measure("vae_decoder", TORCH):
                 return _to_frames(decode_latents(vae, latents))
-        recompute = {network.name: network.in_torch for network in self.stages["vae_decoder"].networks}
-        backend, forward = TORCH, recompute
+        forward = recompute = decoder_chunks(vae)
+        backend = TORCH
         if self.settings.engine_forward:
-            backend, forward = self.runtime.networks_at("vae_decoder", {"latents": latents.detach()})
+            backend, engines = self.runtime.networks_at("vae_decoder", {"latents": latents.detach()})
+            # The stage's own networks in PyTorch are made to be traced, and slower.
+            forward = recompute if backend == TORCH else engines
         with self.runtime.clock.measure("vae_decoder", backend):
             video = decode_recomputed(forward, recompute, latents, whole=how == "full")
         return _to_frames(video)

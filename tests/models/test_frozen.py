@@ -100,6 +100,21 @@ def test_rms_norm_silu(front: int, scale: float, at_once: int, monkeypatch: pyte
     assert_same(lambda x: rms_norm_silu(x, gamma, front), plain, scale * random(2, 6, 3, 4, 5))
 
 
+def test_rms_norm_silu_behind_other_frames() -> None:
+    """Which are not normalised, and get the gradient that is theirs."""
+    gamma, before = random(6, 1, 1, 1, seed=2), random(2, 6, 2, 4, 5, seed=3).requires_grad_()
+    x, weights = random(2, 6, 3, 4, 5).requires_grad_(), random(2, 6, 5, 4, 5, seed=4)
+    values, gradients = [], []
+    for y in (
+        rms_norm_silu(x, gamma, before),
+        torch.cat([before, F.silu(F.normalize(x, dim=1) * 6**0.5 * gamma)], dim=2),
+    ):
+        values.append(y.detach())
+        gradients.append(torch.autograd.grad((y * weights).sum(), (before, x)))
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_a_pixel_without_content_is_normalised_to_zero() -> None:
     x = random(1, 6, 1, 2, 2)
     x[:, :, :, 0] = 0

@@ -11,6 +11,8 @@ from torch import Tensor
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.models.vae import decode_latents, use_onednn_conv3d
+from frostline.models.vae_chunks import VaeDecoderFirst, VaeDecoderNext
+from frostline.models.vae_clip import decode_chunk
 from frostline.train.tracking import MemoryTracker, tensors_of
 
 
@@ -116,6 +118,25 @@ def test_decoding_all_frames_at_once_changes_nothing_and_keeps_less(
     assert 1 - F.cosine_similarity(at_once.double().flatten(), gradient.double().flatten(), dim=0) < 1e-10
     assert (at_once - gradient).norm() < 5e-6 * gradient.norm()
     assert less < 0.5 * kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vae", "vae38"])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_a_chunk_after_another_is_the_clip(name: str, frames: int, request: pytest.FixtureRequest) -> None:
+    """And its caches are those that an engine of the decoder takes and gives."""
+    decoder: Any = request.getfixturevalue(name)
+    latents = torch.randn(2, len(decoder.scale[0]), frames, 4, 6, generator=torch.Generator().manual_seed(frames))
+    expected = diffsynths(decoder)(latents)
+    torch.testing.assert_close(decode_latents(decoder, latents), expected, atol=1e-5, rtol=0)
+    first, following = VaeDecoderFirst(decoder), VaeDecoderNext(decoder)
+    caches: list[Tensor] = []
+    for chunk in latents.split(1, dim=2):
+        wanted = following(chunk, *caches) if caches else first(chunk)
+        video, *caches = decode_chunk(decoder, chunk, caches)
+        assert [cache.shape for cache in caches] == [cache.shape for cache in wanted[1:]]
+        for one, other in zip((video.clamp(-1, 1), *caches), wanted, strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_all_frames_at_once_under_autocast(vae: Any) -> None:

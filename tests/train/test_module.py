@@ -12,6 +12,7 @@ import frostline.models.vae as vae_file
 from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
 from frostline.models.faces import quantize_frames
+from frostline.models.vae_chunks import decode_in_chunks
 from frostline.train.face_identity import FaceIdentityReward, face_identity_reward
 from frostline.train.module import WanTrainingModule
 from frostline.train.reward import RewardScore, reward_loss
@@ -152,7 +153,9 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
 def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is recomputed is decoded chunk by chunk, hence the other too: a clip at once is another order of sums, which
     # the tests of the VAE hold against this one.
-    monkeypatch.setattr(vae_file, "decode_clip", lambda vae, latents: vae.model.decode(latents, vae.scale))
+    monkeypatch.setattr(
+        vae_file, "decode_clip", lambda vae, latents: decode_in_chunks(vae_file.decoder_chunks(vae), latents)
+    )
     data = clips(1, seed=3, num_frames=5)
     expected = None
     for how in ("none", "block", "full"):

@@ -1,0 +1,136 @@
+"""A step under each gradient checkpointing, what is recomputed first computed by PyTorch and by the plan's engines.
+
+    python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json
+
+Warm steps, forward and backward, contenders taking turns, with the most memory that each took. Loss and gradient of all
+are compared before their times are. Without recomputation there is nothing for an engine to do first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from building import add_engine_arguments, build_engines
+from contenders import Outcome, Tolerance, compare
+from measuring import RESULTS, interleave, machine, peak_growth_mib, ratio, summary, write_result
+from rich.console import Console
+from rich.table import Table
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, see_faces_everywhere
+
+from frostline.config import GradientCheckpointing, TrainingModuleSettings
+from frostline.export.shapes import parse_shapes
+from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.backends import TORCH
+from frostline.runtime.store import EngineStore
+from frostline.train.module import WanTrainingModule
+
+# By name: the kind, and whether engines compute first what backward computes once more.
+CONTENDERS: Mapping[str, tuple[GradientCheckpointing, bool]] = {
+    "none": ("none", False),
+    "block, torch first": ("block", False),
+    "block, engines first": ("block", True),
+    "full, torch first": ("full", False),
+    "full, engines first": ("full", True),
+}
+_SAME = Tolerance(loss=1e-3, cosine=0.999)
+
+
+def main() -> None:
+    """Compare, measure, print a table, write JSON."""
+    arguments = _arguments()
+    device = torch.device(arguments.device)
+    settings = TrainingModuleSettings.parse(
+        {"lora": {"rank": 8}, "kl_weight": 0.2, "gradient_checkpointing": "none", "reward": {"upscale": 2}}
+    )
+    module = WanTrainingModule(
+        build_components(arguments.model, DTYPES[arguments.precision], device),
+        settings,
+        plan=TORCH,
+        engines=arguments.engines_dir,
+        shapes=parse_shapes("", f"video:{arguments.video}", ""),
+    )
+    if arguments.model != TINY:
+        see_faces_everywhere(module.rewards[0].reward.identity)
+    build_engines(module.stages.values(), arguments.backends, EngineStore(arguments.engines_dir))
+    module.runtime.replan("auto")
+    count, frames, _, height, width = (int(part) for part in arguments.video.split("x"))
+    clips = held_out_clips(count, seed=0, num_frames=frames, size=max(height, width))
+    data = {"prompt": clips.prompts, "video": clips.video[..., :height, :width].contiguous()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.trainable_parameters().values():
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    steps = {name: _step(module, data, *how) for name, how in CONTENDERS.items()}
+    checks = compare({name: _outcome(module, step) for name, step in steps.items()}, "none", _SAME)
+    samples = interleave(steps, arguments.rounds, device)
+    result = {
+        "arguments": {"model": arguments.model, "video": arguments.video, "precision": arguments.precision},
+        "machine": machine(device),
+        "checks": checks,
+        "plan": {name: choice.backend for name, choice in module.runtime.plan.items()},
+        "milliseconds": summary(samples),
+        "samples_ms": samples,
+        "peak_growth_mib": {name: peak_growth_mib(step, device) for name, step in steps.items()},
+        "torch_over_engines": {
+            kind: ratio(samples, f"{kind}, torch first", f"{kind}, engines first") for kind in ("block", "full")
+        },
+    }
+    write_result(arguments.out, result)
+    _print(result)
+    if strange := [name for name, check in checks.items() if not check["same"]]:
+        raise SystemExit(f"{', '.join(strange)}: not the same loss or gradient as none: these times compare nothing")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", "--shape", choices=(TINY, WAN_1_3B), default=TINY)
+    add_engine_arguments(parser)
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--video", default="2x9x3x96x96", help="BxTx3xHxW")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "checkpointing.json")
+    return parser.parse_args()
+
+
+def _step(module: WanTrainingModule, data: Mapping[str, Any], kind: GradientCheckpointing, engines_first: bool) -> Any:
+    def step() -> tuple[float, float, float]:
+        module.zero_grad()
+        module.checkpoint(kind)
+        module.settings = module.settings.model_copy(update={"engine_forward": engines_first})
+        module.sampler.engine_forward = engines_first
+        loss, face_score, kl_loss = module(data)
+        loss.backward()
+        return loss.item(), face_score.item(), kl_loss.item()
+
+    return step
+
+
+def _outcome(module: WanTrainingModule, step: Any) -> Outcome:
+    figures = step()
+    parameters = module.trainable_parameters().values()
+    return Outcome(*figures, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double())
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    table = Table("gradient checkpointing", "ms", "quartiles", "peak MiB", "1 - cosine of the gradient")
+    for name, row in result["milliseconds"].items():
+        spread = f"{row['quartile_1_ms']:.0f} to {row['quartile_3_ms']:.0f}"
+        cosine = result["checks"][name]["gradient_cosine"]
+        table.add_row(
+            name, f"{row['median_ms']:.0f}", spread, f"{result['peak_growth_mib'][name]:.0f}", f"{1 - cosine:.1e}"
+        )
+    console = Console(width=140)
+    console.print(table)
+    for kind, spread in result["torch_over_engines"].items():
+        span = f"{spread['quartile_1']:.2f} to {spread['quartile_3']:.2f}"
+        console.print(f"{kind}: torch first over engines first {spread['median']:.2f} ({span})")
+    console.print(str(result["plan"]), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,12 +4,12 @@ PYTHON ?= python3
 UV := .uv/bin/uv
 VENV_PYTHON := .venv/bin/python
 
-# Threads that spin while they wait take the cores from those that work.
-export OMP_WAIT_POLICY ?= passive
+# Threads that spin for long while they wait take the cores from an engine's; those that never do take long to wake up.
+export GOMP_SPINCOUNT ?= 20000
 export PYTHONUNBUFFERED := 1
 
 # One after another: a process that had run all of them in one go crashed in native code.
-TEST_PARTS := tests/models,tests/report,tests/test_benchmarks.py,tests/test_cli.py,tests/test_video.py tests/runtime tests/export tests/score,tests/demo tests/train
+TEST_PARTS := tests/models,tests/report,tests/test_benchmarks.py,tests/test_cli.py,tests/test_video.py tests/runtime tests/export tests/demo,tests/score tests/train
 
 .PHONY: demo test bench lint venv clean
 
@@ -27,6 +27,7 @@ bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	rm -rf runs/bench/cache
 	.venv/bin/frostline export tiny --backend onnxruntime,openvino --opt-shapes video:2x9x3x96x96 --engines-dir runs/bench/engines
 	$(VENV_PYTHON) benchmarks/step.py --rounds 3
+	$(VENV_PYTHON) benchmarks/checkpointing.py --rounds 3
 	$(VENV_PYTHON) benchmarks/stages.py --shapes= --rounds 3
 	$(VENV_PYTHON) benchmarks/scaling.py --rounds 2
 	$(VENV_PYTHON) benchmarks/cold.py --rounds 2

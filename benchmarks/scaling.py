@@ -114,6 +114,7 @@ def _module(point: Point, shapes: Any, arguments: argparse.Namespace) -> WanTrai
             "num_inference_steps": _INFERENCE_STEPS,
             "mid_timestep": _INFERENCE_STEPS - point.tail,
             "final_timestep": _INFERENCE_STEPS - 1,
+            "gradient_checkpointing": "none",
             "reward": {"upscale": 2},
         }
     )

@@ -79,6 +79,17 @@ def step_table(result: Result) -> str:
     return f"{_markdown((title, 'ms', 'of warm'), rows)}\n\n{ratios}\n\n{_where(result)}"
 
 
+def checkpointing_table(result: Result) -> str:
+    """A warm step under each gradient checkpointing."""
+    rows = [
+        (name, f"{row['median_ms']:.0f}", f"{result['peak_growth_mib'][name]:.0f}")
+        for name, row in result["milliseconds"].items()
+    ]
+    arguments = result["arguments"]
+    title = f"Gradient checkpointing, warm step of {arguments['model']}, {arguments['video']}, {arguments['precision']}"
+    return f"{_markdown((title, 'ms', 'peak MiB'), rows)}\n\n{_where(result)}"
+
+
 def faces_table(result: Result) -> str:
     """Frames per second of the whole path of scoring."""
     rows = [(name, f"{fps:.0f}") for name, fps in result["frames_per_second"]["whole path"].items()]
@@ -95,6 +106,7 @@ def cold_table(result: Result) -> str:
 _TABLES: Mapping[str, Callable[[Result], str]] = {
     "step": step_table,
     "step-wan2.1-1.3b": step_table,
+    "checkpointing": checkpointing_table,
     "faces": faces_table,
     "cold": cold_table,
 }

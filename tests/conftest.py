@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# Read by OpenMP as torch starts: threads that spin while they wait take the cores from those that work.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read by OpenMP as torch starts: threads that spin for long while they wait take the cores from those that work.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -48,8 +48,10 @@ def _options(
 
 def main() -> None:
     """The console script."""
-    # Threads that spin while they wait take the cores from those that work; must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that spin for long while they wait take the cores from an engine's; those that never do take long to wake
+    # up. libgomp's default is 300000, some milliseconds; to be set before torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Typer would turn Ctrl-C into exit code 1; shells and schedulers expect 128 + the signal.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)

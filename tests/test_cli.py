@@ -1,6 +1,7 @@
 """The command line: exit codes, clear errors, and the engines commands on real engines."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from frostline import __version__
-from frostline.cli import app
+from frostline.cli import app, main
 
 
 def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -21,6 +22,18 @@ def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 def test_version() -> None:
     result = _run("--version")
     assert (result.returncode, result.stdout.strip()) == (0, f"frostline {__version__}")
+
+
+@pytest.mark.parametrize("policy", [None, "passive"])
+def test_how_long_threads_spin_is_set_unless_the_user_did(policy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(sys, "argv", ["frostline", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert ("GOMP_SPINCOUNT" in os.environ) is (policy is None)
 
 
 def test_help_does_not_import_torch() -> None:

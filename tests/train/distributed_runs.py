@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from killed_runs import SHARPNESS, Clips
+from killed_runs import SHARPNESS
+from steps import Clips
 from torch.distributed.tensor import DTensor
 
 from frostline.train.module import WanTrainingModule

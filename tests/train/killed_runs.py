@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steps import Clips
 
-from frostline.models.tiny.clips import held_out_clips
-from frostline.train.data import Sample
 from frostline.train.launch import find_resume
 from frostline.train.module import WanTrainingModule
 from frostline.train.settings import TrainerSettings
@@ -35,19 +34,6 @@ SETTINGS = TrainerSettings(
     checkpointing_steps=2,
     save_total_limit=3,
 )
-
-
-class Clips(torch.utils.data.Dataset[Sample]):
-    """Seven tiny clips: with batches of two, epochs end within a batch."""
-
-    def __init__(self, size: int = 32) -> None:
-        self.clips = held_out_clips(7, seed=2, num_frames=5, size=size)
-
-    def __len__(self) -> int:
-        return len(self.clips.video)
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"sample_id": f"clip {index}", "prompt": self.clips.prompts[index], "video": self.clips.video[index]}
 
 
 def make_module(cache: Path) -> WanTrainingModule:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from frostline.models.tiny.clips import held_out_clips
+from frostline.train.data import Sample
 from frostline.train.module import WanTrainingModule
 
 if TYPE_CHECKING:
@@ -22,6 +23,19 @@ def clips(count: int, seed: int = 0, **size: int) -> dict[str, Any]:
 
 def small_clips(count: int, seed: int = 0) -> dict[str, Any]:
     return clips(count, seed, num_frames=5, size=32)
+
+
+class Clips(torch.utils.data.Dataset[Sample]):
+    """Held-out clips as a data set; with seven of them and batches of two, epochs end within a batch."""
+
+    def __init__(self, count: int = 7, seed: int = 2, num_frames: int = 5, size: int = 32) -> None:
+        self.clips = held_out_clips(count, seed, num_frames=num_frames, size=size)
+
+    def __len__(self) -> int:
+        return len(self.clips.video)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"sample_id": f"clip {index}", "prompt": self.clips.prompts[index], "video": self.clips.video[index]}
 
 
 def row(data: dict[str, Any], index: int) -> dict[str, Any]:

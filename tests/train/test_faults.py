@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 from accelerate.utils import DistributedType
-from torch.utils.data import Dataset
+from steps import Clips
 
 from frostline.errors import CheckpointError, ConfigError, EngineError
-from frostline.models.tiny.clips import held_out_clips
-from frostline.train.data import Sample
 from frostline.train.launch import find_resume
 from frostline.train.settings import TrainerSettings
 from frostline.train.sharding import shard_frozen_weights
@@ -30,20 +28,15 @@ QUICK: dict[str, Any] = {
 }
 
 
-class _Clips(Dataset[Sample]):
-    def __init__(self) -> None:
-        self.clips = held_out_clips(2, seed=11, num_frames=5, size=32)
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"sample_id": f"clip {index}", "prompt": self.clips.prompts[index], "video": self.clips.video[index]}
-
-
 def run(module: Any, out: Path, resume: bool = False) -> Any:
     settings = TrainerSettings(learning_rate=1e-3, max_train_steps=2, checkpointing_steps=1)
-    return train(module, _Clips(), settings, out, RunOptions(resume=find_resume(out, "latest") if resume else None))
+    return train(
+        module,
+        Clips(count=2, seed=11),
+        settings,
+        out,
+        RunOptions(resume=find_resume(out, "latest") if resume else None),
+    )
 
 
 @contextmanager

@@ -6,26 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from steps import Clips
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from frostline.models.tiny.clips import held_out_clips
-from frostline.train.data import Sample
 from frostline.train.settings import TrainerSettings
 from frostline.train.trackers import PROJECT
 from frostline.train.trainer import RunOptions, train
 
 SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
-
-
-class _Clips:
-    def __init__(self) -> None:
-        self.clips = held_out_clips(2, seed=11, num_frames=5, size=32)
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"sample_id": f"clip {index}", "prompt": self.clips.prompts[index], "video": self.clips.video[index]}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +34,7 @@ def run(make_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         validation_steps=3,
     )
     settings = TrainerSettings(learning_rate=1e-3, max_train_steps=3, report_to=("tensorboard",))
-    train(module, _Clips(), settings, out, options)  # type: ignore[arg-type]
+    train(module, Clips(count=2, seed=11), settings, out, options)  # type: ignore[arg-type]
     return out
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
+from steps import Clips
 
 from frostline.config import TrainingModuleSettings
 from frostline.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -27,24 +27,13 @@ from frostline.train.trainer import RunOptions, train
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=2, per_device_train_batch_size=1, seed=3)
 
 
-class _Clips(Dataset[Sample]):
-    def __init__(self, count: int) -> None:
-        self.clips = held_out_clips(count, seed=11)
-
-    def __len__(self) -> int:
-        return len(self.clips.video)
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"sample_id": f"clip {index}", "prompt": self.clips.prompts[index], "video": self.clips.video[index]}
+@pytest.fixture(scope="module")
+def clips() -> Clips:
+    return Clips(2, seed=11, num_frames=9, size=96)
 
 
 @pytest.fixture(scope="module")
-def clips() -> _Clips:
-    return _Clips(2)
-
-
-@pytest.fixture(scope="module")
-def runs(make_module: Any, clips: _Clips, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Path]]:
+def runs(make_module: Any, clips: Clips, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Path]]:
     """The same run, twice, from the same start."""
     folder = tmp_path_factory.mktemp("runs")
     made = []
@@ -91,7 +80,7 @@ def test_only_the_lora_moves(runs: list[tuple[Any, Path]], make_module: Any) -> 
     assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
 
 
-def test_evaluation_does_not_depend_on_the_batch(make_module: Any, clips: _Clips) -> None:
+def test_evaluation_does_not_depend_on_the_batch(make_module: Any, clips: Clips) -> None:
     module = make_module("tiny")
     together, alone = (evaluate(module, clips, range(2), batch_size=size) for size in (2, 1))
     torch.testing.assert_close(together.videos, alone.videos, atol=1e-4, rtol=0)
@@ -120,7 +109,7 @@ def test_nested_settings_name_where_they_are_wrong() -> None:
 
 
 def _run(
-    module: Any, clips: _Clips, out: Path, steps: int = 2, options: RunOptions | None = None, **changes: Any
+    module: Any, clips: Clips, out: Path, steps: int = 2, options: RunOptions | None = None, **changes: Any
 ) -> Any:
     settings = {"learning_rate": 1e-3, "max_train_steps": steps, "checkpointing_steps": 1, "seed": 3, **changes}
     return train(module, clips, TrainerSettings.parse(settings), out, options)
@@ -134,7 +123,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-class _Small(_Clips):
+class _Small(Clips):
     def __init__(self, count: int) -> None:
         self.clips = held_out_clips(count, seed=11, num_frames=5, size=32)
 

@@ -215,8 +215,8 @@ class IntegralImage(NamedTuple):
     integers.
 
     Attributes:
-        sums: (3, N * (H + 1) * (W + 1)) int32 or int64; entry (c, n, y, x) sums the pixels above y and left
-            of x.
+        sums: (N * (H + 1) * (W + 1), 4) int32 or int64; entry (n, y, x) sums the red, green and blue pixels above y
+            and left of x. The fourth is empty: four are moved at once.
         num_frames: N.
         frame_size: (H, W).
     """
@@ -230,8 +230,9 @@ def _integral_image(frames: Tensor) -> IntegralImage:
     """Integral images of (N, 3, H, W) uint8 frames."""
     N, _, H, W = frames.shape
     dtype = torch.int32 if 255 * H * W < 2**31 else torch.int64
-    sums = frames.transpose(0, 1).cumsum(3, dtype=dtype).cumsum(2, dtype=dtype)
-    return IntegralImage(F.pad(sums, (1, 0, 1, 0)).reshape(3, -1), N, (H, W))
+    sums = frames.new_zeros((N, H + 1, W + 1, 4), dtype=dtype)
+    sums[:, 1:, 1:, :3] = frames.cumsum(3, dtype=dtype).cumsum(2, dtype=dtype).permute(0, 2, 3, 1)
+    return IntegralImage(sums.flatten(0, 2), N, (H, W))
 
 
 def _pixel_ranges(integral: IntegralImage, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -249,8 +250,8 @@ def _inside(integral: IntegralImage, boxes: Tensor, frame_index: Tensor) -> tupl
 
 
 def _crops(integral: IntegralImage, boxes: Tensor, frame_index: Tensor, size: int) -> Tensor:
-    """(K, 3, size, size) float32 crops of the boxes, equal to `F.interpolate(crop, size, mode="area")` on
-    each.
+    """(K, 3, size, size) float32 crops of the boxes, channels last, equal to `F.interpolate(crop, size, mode="area")`
+    on each.
 
     Area interpolation averages the pixels [floor(i * length / size), ceil((i + 1) * length / size)) of each
     axis.
@@ -266,14 +267,16 @@ def _crops(integral: IntegralImage, boxes: Tensor, frame_index: Tensor, size: in
     y0, y1 = cells(top, bottom)
     height, width = integral.frame_size
     row = width + 1
-    first = (frame_index * (height + 1) * row)[:, None, None]
+    first = (frame_index * (height + 1) * row)[:, None]
+    above, below = ((first + y * row)[:, :, None] for y in (y0, y1))
 
-    def sums(y: Tensor, x: Tensor) -> Tensor:
-        return integral.sums[:, first + y[:, :, None] * row + x[:, None, :]]
+    def sums(line: Tensor, x: Tensor) -> Tensor:
+        return integral.sums.index_select(0, (line + x[:, None, :]).flatten())
 
-    total = sums(y1, x1) - sums(y0, x1) - sums(y1, x0) + sums(y0, x0)
-    area = (y1 - y0)[:, :, None] * (x1 - x0)[:, None, :]
-    return (total.float() / area.float()).transpose(0, 1).contiguous()
+    total = sums(below, x1).sub_(sums(above, x1)).sub_(sums(below, x0)).add_(sums(above, x0))
+    area = ((y1 - y0)[:, :, None] * (x1 - x0)[:, None, :]).reshape(-1, 1)
+    pixels = total[:, :3].float() / area.float()
+    return pixels.view(len(boxes), size, size, 3).permute(0, 3, 1, 2)
 
 
 def _normalized(pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 # One after another: a process that had run all of them in one go crashed in native code.
 TEST_PARTS := tests/models,tests/report,tests/test_benchmarks.py,tests/test_cli.py,tests/test_video.py tests/runtime tests/export tests/demo,tests/score tests/train
 
-.PHONY: demo test bench lint venv clean
+.PHONY: demo test bench test-gpu bench-gpu lint venv clean
 
 demo: venv  ## The main job end to end on the embedded tiny model: results in runs/demo/.
 	.venv/bin/frostline demo
@@ -34,6 +34,17 @@ bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	$(VENV_PYTHON) benchmarks/syncs.py
 	$(VENV_PYTHON) benchmarks/faces.py --rounds 2
 	$(VENV_PYTHON) benchmarks/table.py
+
+test-gpu: venv  ## The tests that need an NVIDIA GPU.
+	$(VENV_PYTHON) -m pytest -q -m gpu
+
+# Each in a process of its own, the most telling first; compilers take most of the time.
+bench-gpu: ON_GPU := --model wan2.1-1.3b --device cuda --precision bf16 --video 1x17x3x256x256 --fixed-shapes
+bench-gpu: venv  ## The benchmarks at the size of Wan2.1-1.3B on an NVIDIA GPU.
+	$(VENV_PYTHON) benchmarks/step.py $(ON_GPU) --backends aotinductor --stages denoiser --torch-compile \
+		--out benchmarks/results/step-wan2.1-1.3b.json
+	$(VENV_PYTHON) benchmarks/stages.py $(ON_GPU) --backends onnxruntime,aotinductor --shapes= \
+		--out benchmarks/results/stages-wan2.1-1.3b.json
 
 lint: venv  ## Formatting, lint and types.
 	.venv/bin/ruff format --check .

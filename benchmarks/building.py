@@ -11,6 +11,7 @@ from rich.console import Console
 
 from frostline.errors import EngineError
 from frostline.export.exporter import export_stage
+from frostline.export.shapes import ShapeRange, parse_shapes
 from frostline.runtime.backends import get_backend
 from frostline.runtime.stage import Stage
 from frostline.runtime.store import EngineStore
@@ -25,6 +26,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str = BACKEN
         "--backends", type=_names, default=backends, help="comma-separated; those not installed drop out"
     )
     parser.add_argument("--engines-dir", type=Path, default=ENGINES, help="where engines are built and looked for")
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, video: str) -> None:
+    """`--video` and `--fixed-shapes`, where engines are built around one shape."""
+    parser.add_argument("--video", default=video, help="BxTx3xHxW that engines are built around")
+    parser.add_argument("--fixed-shapes", action="store_true", help="and serve alone: compilers have less to do")
+
+
+def engine_shapes(arguments: argparse.Namespace, shapes: str) -> ShapeRange:
+    """What engines are built around, and if asked for alone."""
+    bound = shapes if arguments.fixed_shapes else ""
+    return parse_shapes(bound, shapes, bound)
 
 
 def build_engines(stages: Iterable[Stage], backends: Iterable[str], store: EngineStore) -> dict[str, dict[str, str]]:

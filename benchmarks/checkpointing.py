@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from building import add_engine_arguments, build_engines
+from building import add_engine_arguments, add_shape_arguments, build_engines, engine_shapes
 from contenders import Outcome, Tolerance, compare
 from measuring import RESULTS, interleave, machine, peak_growth_mib, ratio, summary, write_result
 from rich.console import Console
@@ -22,7 +22,6 @@ from rich.table import Table
 from shapes import DTYPES, TINY, WAN_1_3B, build_components, see_faces_everywhere
 
 from frostline.config import GradientCheckpointing, TrainingModuleSettings
-from frostline.export.shapes import parse_shapes
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import TORCH
 from frostline.runtime.store import EngineStore
@@ -51,7 +50,7 @@ def main() -> None:
         settings,
         plan=TORCH,
         engines=arguments.engines_dir,
-        shapes=parse_shapes("", f"video:{arguments.video}", ""),
+        shapes=engine_shapes(arguments, f"video:{arguments.video}"),
     )
     if arguments.model != TINY:
         see_faces_everywhere(module.rewards[0].reward.identity)
@@ -90,7 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", "--shape", choices=(TINY, WAN_1_3B), default=TINY)
     add_engine_arguments(parser)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--video", default="2x9x3x96x96", help="BxTx3xHxW")
+    add_shape_arguments(parser, "2x9x3x96x96")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpointing.json")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from building import add_engine_arguments
+from building import add_engine_arguments, add_shape_arguments, engine_shapes
 from contenders import plain_copy
 from measuring import (
     RESULTS,
@@ -40,7 +40,6 @@ from frostline.config import LoraSettings, RewardSettings
 from frostline.errors import FrostlineError
 from frostline.export.exporter import export_stage
 from frostline.export.model import StagedModel, stage_model
-from frostline.export.shapes import parse_shapes
 from frostline.runtime.backends import TORCH, get_backend
 from frostline.runtime.stage import Stage
 from frostline.runtime.store import EngineStore
@@ -91,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stages", help="comma-separated; all if not given")
     add_engine_arguments(parser)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--video", default="2x9x3x96x96", help="BxTx3xHxW that engines are built around")
+    add_shape_arguments(parser, "2x9x3x96x96")
     parser.add_argument("--shapes", default="1x5x3x64x64,1x17x3x128x128", help="further shapes, comma-separated")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
@@ -105,7 +104,7 @@ def _stage(arguments: argparse.Namespace, video: str, device: torch.device) -> t
     """The stages around a shape, and a VAE that convolves as torch does by itself."""
     components = build_components(arguments.model, DTYPES[arguments.precision], device)
     plain_vae = plain_copy(components)
-    shapes = parse_shapes("", f"video:{video},faces:{_faces(video)}x3x112x112", "")
+    shapes = engine_shapes(arguments, f"video:{video},faces:{_faces(video)}x3x112x112")
     return stage_model(components, LoraSettings(rank=arguments.rank), RewardSettings(), shapes), plain_vae
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from building import add_engine_arguments, build_engines
+from building import add_engine_arguments, add_shape_arguments, build_engines, engine_shapes
 from contenders import CONTENDERS, ONEDNN, Contenders, Tolerance, compare, plain_copy
 from measuring import RESULTS, interleave, machine, medians, peak_gpu_gib, ratio, summary, write_result
 from rich.console import Console
@@ -39,7 +39,6 @@ from rich.table import Table
 from shapes import DTYPES, TINY, WAN_1_3B, build_components
 
 from frostline.config import TrainingModuleSettings
-from frostline.export.shapes import parse_shapes
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import TORCH
 from frostline.runtime.store import EngineStore
@@ -126,7 +125,7 @@ def _arguments() -> argparse.Namespace:
     add_engine_arguments(parser)
     parser.add_argument("--stages", help="export these only, comma-separated; all if not given")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--video", default="2x9x3x96x96", help="BxTx3xHxW")
+    add_shape_arguments(parser, "2x9x3x96x96")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -155,7 +154,7 @@ def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrai
     )
     components = build_components(arguments.model, DTYPES[arguments.precision], device)
     plain_vae = plain_copy(components)
-    shapes = parse_shapes("", f"video:{arguments.video}", "")
+    shapes = engine_shapes(arguments, f"video:{arguments.video}")
     module = WanTrainingModule(components, settings, plan=TORCH, engines=arguments.engines_dir, shapes=shapes)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

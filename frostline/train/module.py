@@ -282,7 +282,10 @@ class WanTrainingModule(nn.Module):
         stride = self.components.spatial_stride
         count = len(conditioning.sample_id)
         shape = VideoShape(count, TEMPORAL_STRIDE * (frames - 1) + 1, height * stride, width * stride)
-        if self._settled_for is None or (process_count() == 1 and shape.pixels > self._settled_for.pixels):
+        # One of several processes cannot choose alone: where weights are sharded, all gather them at the same moments.
+        settled = self._settled_for
+        larger = settled is not None and process_count() == 1 and shape.pixels > settled.pixels
+        if self.gradient_checkpointing is None or larger:
             self.settle_checkpointing(shape)
 
     def _rollout(self, conditioning: Conditioning) -> Tensor:

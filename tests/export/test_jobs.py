@@ -60,11 +60,11 @@ def test_a_process_that_dies_leaves_the_work_to_this_one(
 
 def test_as_many_jobs_as_memory_takes(staged: StagedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_file.os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(jobs_file, "_available_bytes", lambda: 2**40)
+    monkeypatch.setattr(jobs_file, "free_bytes", lambda device: 2**40)
     assert fitting_jobs(staged) == len(staged.stages)
-    monkeypatch.setattr(jobs_file, "_available_bytes", lambda: 7 * 2**30)
+    monkeypatch.setattr(jobs_file, "free_bytes", lambda device: 7 * 2**30)
     assert fitting_jobs(staged) == 2
-    monkeypatch.setattr(jobs_file, "_available_bytes", lambda: 2**20)
+    monkeypatch.setattr(jobs_file, "free_bytes", lambda device: 2**20)
     assert fitting_jobs(staged) == 1
 
 

@@ -9,9 +9,11 @@ import torch
 from steps import QUICK, assert_same_gradient, assert_same_step, clips, gradient, row, small_clips
 
 import frostline.models.vae as vae_file
+import frostline.train.module as module_file
 from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
 from frostline.models.faces import quantize_frames
+from frostline.models.geometry import VideoShape
 from frostline.models.vae_chunks import decode_in_chunks
 from frostline.train.face_identity import FaceIdentityReward, face_identity_reward
 from frostline.train.module import WanTrainingModule
@@ -168,6 +170,38 @@ def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule, mon
         assert torch.equal(loss, expected[0])
         if how != "none":
             torch.testing.assert_close(gradient(module), expected[1], atol=1e-9, rtol=1e-6)
+
+
+def test_checkpointing_is_settled_for_the_largest_shape(
+    make_module: MakeModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[VideoShape] = []
+
+    def choose(components: Any, settings: Any, shape: VideoShape, free: int, embedder: Any) -> str:
+        assert free > 0
+        assert embedder is not None
+        seen.append(shape)
+        return "block"
+
+    monkeypatch.setattr(module_file, "fitting_checkpointing", choose)
+    module = make_module(gradient_checkpointing="auto", **QUICK)
+    assert module.gradient_checkpointing is None
+    with torch.no_grad():
+        module(small_clips(2))
+    assert seen == [], "nothing is kept for backward"
+    for count in (1, 1, 2, 1):
+        module(small_clips(count))
+    assert seen == [VideoShape(1, 5, 32, 32), VideoShape(2, 5, 32, 32)]
+    assert module.gradient_checkpointing == "block"
+    assert module.denoiser.checkpoint_blocks
+    assert not module.sampler.recompute_tail
+    module.checkpoint("full")
+    assert module.sampler.recompute_tail
+    resumed = make_module(gradient_checkpointing="auto", **QUICK)
+    resumed.checkpoint("full")
+    resumed(small_clips(1))
+    assert resumed.gradient_checkpointing == "full", "what a checkpoint says stands"
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(

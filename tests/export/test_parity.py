@@ -104,7 +104,8 @@ def test_every_output_is_measured() -> None:
 @given(
     values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=300),
     seed=st.integers(0, 99),
-    size=st.floats(0, 1),
+    # Errors below what fp32 has at full precision are flushed to zero, or not, by whoever takes a mean.
+    size=st.just(0.0) | st.floats(1e-30, 1),
 )
 @settings(max_examples=100, deadline=None)
 def test_measures_are_what_numpy_says(values: list[float], seed: int, size: float) -> None:

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from building import add_engine_arguments, add_shape_arguments, build_engines, engine_shapes
-from contenders import Outcome, Tolerance, compare
+from contenders import Outcome, Tolerance, compare, flat_gradient
 from measuring import RESULTS, interleave, machine, peak_growth_mib, ratio, summary, write_result
 from rich.console import Console
 from rich.table import Table
-from shapes import DTYPES, TINY, WAN_1_3B, build_components, see_faces_everywhere
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, see_faces_everywhere, spread_lora
 
 from frostline.config import GradientCheckpointing, TrainingModuleSettings
-from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import TORCH
 from frostline.runtime.store import EngineStore
 from frostline.train.module import WanTrainingModule
@@ -56,13 +55,8 @@ def main() -> None:
         see_faces_everywhere(module.rewards[0].reward.identity)
     build_engines(module.stages.values(), arguments.backends, EngineStore(arguments.engines_dir))
     module.runtime.replan("auto")
-    count, frames, _, height, width = (int(part) for part in arguments.video.split("x"))
-    clips = held_out_clips(count, seed=0, num_frames=frames, size=max(height, width))
-    data = {"prompt": clips.prompts, "video": clips.video[..., :height, :width].contiguous()}
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.trainable_parameters().values():
-            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    data = clips_of(arguments.video)
+    spread_lora(module)
     steps = {name: _step(module, data, *how) for name, how in CONTENDERS.items()}
     checks = compare({name: _outcome(module, step) for name, step in steps.items()}, "none", _SAME)
     samples = interleave(steps, arguments.rounds, device)
@@ -110,9 +104,7 @@ def _step(module: WanTrainingModule, data: Mapping[str, Any], kind: GradientChec
 
 
 def _outcome(module: WanTrainingModule, step: Any) -> Outcome:
-    figures = step()
-    parameters = module.trainable_parameters().values()
-    return Outcome(*figures, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double())
+    return Outcome(*step(), flat_gradient(module))
 
 
 def _print(result: Mapping[str, Any]) -> None:

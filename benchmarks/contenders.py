@@ -99,8 +99,7 @@ class Contenders:
         """What one step computes."""
         self.module.zero_grad()
         figures = self.step(contender)
-        parameters = self.module.trainable_parameters().values()
-        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double()
+        gradient = flat_gradient(self.module)
         self.module.zero_grad()
         return Outcome(*figures, gradient)
 
@@ -225,6 +224,11 @@ def plain_copy(components: WanComponents) -> Any:
     """A copy of the VAE, to be made before a module lets the original convolve in oneDNN."""
     vae: nn.Module = components.vae
     return copy.deepcopy(vae)
+
+
+def flat_gradient(module: WanTrainingModule) -> Tensor:
+    """The gradient of the LoRA's matrices, in fp64."""
+    return torch.cat([p.grad.flatten() for p in module.trainable_parameters().values() if p.grad is not None]).double()
 
 
 def compare(outcomes: Mapping[str, Outcome], base: str, tolerance: Tolerance) -> dict[str, Any]:

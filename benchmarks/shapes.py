@@ -11,6 +11,8 @@ from torch import Tensor
 from frostline.models.components import WanComponents
 from frostline.models.faces import FaceIdentity, LargestFaces
 from frostline.models.loading import load_components
+from frostline.models.tiny.clips import held_out_clips
+from frostline.train.module import WanTrainingModule
 
 TINY = "tiny"
 WAN_1_3B = "wan2.1-1.3b"
@@ -61,6 +63,21 @@ def see_faces_everywhere(faces: FaceIdentity) -> None:
         return replace(found, found=torch.ones_like(found.found))
 
     faces.detect = looked_at  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def clips_of(video: str) -> dict[str, Any]:
+    """Held-out clips of a shape such as 2x9x3x96x96, as a step takes them."""
+    count, frames, _, height, width = (int(part) for part in video.split("x"))
+    clips = held_out_clips(count, seed=0, num_frames=frames, size=max(height, width))
+    return {"prompt": clips.prompts, "video": clips.video[..., :height, :width].contiguous()}
+
+
+@torch.no_grad()
+def spread_lora(module: WanTrainingModule) -> None:
+    """A policy of its own: with the B matrices at zero there is no KL term and half of the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.trainable_parameters().values():
+        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 def random_denoiser(dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:

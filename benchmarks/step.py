@@ -36,10 +36,9 @@ from contenders import CONTENDERS, ONEDNN, Contenders, Tolerance, compare, plain
 from measuring import RESULTS, interleave, machine, medians, peak_gpu_gib, ratio, summary, write_result
 from rich.console import Console
 from rich.table import Table
-from shapes import DTYPES, TINY, WAN_1_3B, build_components
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, spread_lora
 
 from frostline.config import TrainingModuleSettings
-from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import TORCH
 from frostline.runtime.store import EngineStore
 from frostline.train.module import WanTrainingModule
@@ -75,7 +74,7 @@ def main() -> None:
         # cuDNN's convolutions would round to TF32, 10 bits of mantissa: no two contenders would be equal.
         torch.backends.cudnn.allow_tf32 = False
     module, plain_vae = _build(arguments, device)
-    batch = _batch(arguments.video)
+    batch = clips_of(arguments.video)
     result: dict[str, Any] = {"arguments": _plain(vars(arguments)), "machine": machine(device)}
     wanted = [name for name in module.stages if not arguments.stages or name in arguments.stages.split(",")]
     stages = [module.stages[name] for name in wanted if name != "vae_decoder"]  # live in training, and in PyTorch
@@ -156,18 +155,8 @@ def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrai
     plain_vae = plain_copy(components)
     shapes = engine_shapes(arguments, f"video:{arguments.video}")
     module = WanTrainingModule(components, settings, plan=TORCH, engines=arguments.engines_dir, shapes=shapes)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        # A policy of its own: with the B matrices at zero there is no KL term and half of the gradient.
-        for parameter in module.trainable_parameters().values():
-            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    spread_lora(module)
     return module, plain_vae
-
-
-def _batch(video: str) -> dict[str, Any]:
-    count, frames, _, height, width = (int(part) for part in video.split("x"))
-    clips = held_out_clips(count, seed=0, num_frames=frames, size=max(height, width))
-    return {"prompt": clips.prompts, "video": clips.video[..., :height, :width].contiguous()}
 
 
 def _print(result: Mapping[str, Any]) -> None:

@@ -123,12 +123,12 @@ def memory_plan(
     if num_processes < 1:
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
     skeleton = read_skeleton(model)
+    faces = shape.batch_size * shape.num_frames
+    reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
 
     def plan_with(kind: GradientCheckpointing) -> MemoryPlan:
         measured = measure_model(skeleton, shape, dtype, settings.lora, kind)
-        footprints = dict(measured.stages)
-        if embedder is not None:
-            footprints["face_embedder"] = measure_embedder(embedder, shape.batch_size * shape.num_frames)
+        footprints = {**measured.stages, **reward}
         served = [name for name in _ALWAYS_FROZEN if name in footprints] if engines == "all" else engines
         for name in (*served, *cached):
             if name not in footprints:

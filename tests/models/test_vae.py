@@ -1,11 +1,11 @@
 """The live decoder and the fast convolution against diffsynth's own VAE."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from decoding import decoded_with_gradient, diffsynths
 from torch import Tensor
 
 from frostline.models.loading import load_components
@@ -13,7 +13,6 @@ from frostline.models.tiny.clips import held_out_clips
 from frostline.models.vae import decode_latents, use_onednn_conv3d
 from frostline.models.vae_chunks import VaeDecoderFirst, VaeDecoderNext
 from frostline.models.vae_clip import decode_chunk
-from frostline.train.tracking import MemoryTracker, tensors_of
 
 
 def random_video(frames: int, batch: int = 1, size: tuple[int, int] = (32, 48)) -> Tensor:
@@ -81,28 +80,6 @@ def test_the_fast_convolution_steps_aside_for_other_types() -> None:
     with torch.no_grad():
         expected, actual = (v.model.encode(video.bfloat16(), v.scale) for v in (vae, fast))
     assert torch.equal(actual, expected)
-
-
-def decoded_with_gradient(decoder: Any, frames: int, decode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, int]:
-    """The video, the gradient of the latents, and the bytes kept in between."""
-    values = torch.randn(2, len(decoder.scale[0]), frames, 4, 6, generator=torch.Generator().manual_seed(frames))
-    latents = values.requires_grad_()
-    with MemoryTracker([*tensors_of(decoder.model), latents]) as tracker:
-        video = decode(latents)
-        kept = tracker.live
-    (video * torch.linspace(0, 1, video.shape[-1])).sum().backward()
-    assert latents.grad is not None
-    assert latents.grad.abs().max() > 0
-    return video.detach(), latents.grad, kept
-
-
-def diffsynths(decoder: Any) -> Callable[[Tensor], Tensor]:
-    def decode(latents: Tensor) -> Tensor:
-        video = decoder.model.decode(latents, decoder.scale)
-        decoder.model.clear_cache()
-        return video.clamp(-1, 1)
-
-    return decode
 
 
 @pytest.mark.parametrize("name", ["vae", "vae38"])

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from decoding import decoded_with_gradient, diffsynths
 from torch import Tensor, nn
 
 from frostline.models.loading import load_components
 from frostline.models.vae import decoder_chunks
 from frostline.train.recompute import decode_recomputed, recomputed
-from frostline.train.tracking import MemoryTracker, tensors_of
 
 
 class Doubled(nn.Module):
@@ -98,34 +98,14 @@ def vae(request: pytest.FixtureRequest) -> Any:
     return load_components(request.param).vae
 
 
-def decoded(vae: Any, frames: int, decode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, int]:
-    """The video, the gradient of the latents, and the bytes kept in between."""
-    values = torch.randn(2, len(vae.scale[0]), frames, 4, 6, generator=torch.Generator().manual_seed(frames))
-    latents = values.requires_grad_()
-    with MemoryTracker([*tensors_of(vae.model), latents]) as tracker:
-        video = decode(latents)
-        kept = tracker.live
-    (video * torch.linspace(0, 1, video.shape[-1])).sum().backward()
-    assert latents.grad is not None
-    assert latents.grad.abs().max() > 0
-    return video.detach(), latents.grad, kept
-
-
-def diffsynths(vae: Any) -> Callable[[Tensor], Tensor]:
-    def decode(latents: Tensor) -> Tensor:
-        video = vae.model.decode(latents, vae.scale)
-        vae.model.clear_cache()
-        return video.clamp(-1, 1)
-
-    return decode
-
-
 @pytest.mark.parametrize("frames", [1, 2, 4])
 @pytest.mark.parametrize(("whole", "share"), [(False, 0.35), (True, 0.1)])
 def test_decoding_recomputed_changes_nothing_and_keeps_less(vae: Any, frames: int, whole: bool, share: float) -> None:
-    expected, gradient, kept = decoded(vae, frames, diffsynths(vae))
+    expected, gradient, kept = decoded_with_gradient(vae, frames, diffsynths(vae))
     networks = decoder_chunks(vae)
-    video, recomputed_, less = decoded(vae, frames, lambda z: decode_recomputed(networks, networks, z, whole))
+    video, recomputed_, less = decoded_with_gradient(
+        vae, frames, lambda z: decode_recomputed(networks, networks, z, whole)
+    )
     torch.testing.assert_close(video, expected, atol=1e-5, rtol=0)
     assert F.cosine_similarity(recomputed_.double().flatten(), gradient.double().flatten(), dim=0) > 1 - 1e-10
     assert (recomputed_ - gradient).norm() < 1e-5 * gradient.norm()
@@ -141,8 +121,8 @@ def test_a_decoders_caches_carry_the_gradient_and_not_the_engines_error(vae: Any
         return lambda **inputs: {key: 1.001 * value for key, value in networks[name](**inputs).items()}
 
     engines = {name: engine(name) for name in networks}
-    expected, gradient, _ = decoded(vae, 3, diffsynths(vae))
-    video, other, _ = decoded(vae, 3, lambda z: decode_recomputed(engines, networks, z, whole))
+    expected, gradient, _ = decoded_with_gradient(vae, 3, diffsynths(vae))
+    video, other, _ = decoded_with_gradient(vae, 3, lambda z: decode_recomputed(engines, networks, z, whole))
     error = (video - expected).norm() / expected.norm()
     assert 5e-4 < error < 5e-3
     assert F.cosine_similarity(other.double().flatten(), gradient.double().flatten(), dim=0) > 0.999

@@ -95,7 +95,6 @@ def _step(module: WanTrainingModule, data: Mapping[str, Any], kind: GradientChec
         module.zero_grad()
         module.checkpoint(kind)
         module.settings = module.settings.model_copy(update={"engine_forward": engines_first})
-        module.sampler.engine_forward = engines_first
         loss, face_score, kl_loss = module(data)
         loss.backward()
         return loss.item(), face_score.item(), kl_loss.item()

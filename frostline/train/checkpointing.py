@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -11,12 +13,57 @@ from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing, Trainin
 from frostline.models.components import WanComponents
 from frostline.models.geometry import VideoShape
 from frostline.models.lora import lora_parameters
-from frostline.train.footprint import measure_embedder, measure_live_stages
-from frostline.train.memory import MOMENTS, USABLE, activation_peaks, tail_steps
+from frostline.train.footprint import Footprint, measure_embedder, measure_live_stages
+from frostline.train.phases import activation_peaks, tail_steps
 
 log = logging.getLogger(__name__)
 
+# AdamW keeps two moments of every trained value.
+MOMENTS = 2
+# Of what is free. Counted are tensors: kernels want scratch space, allocators whole pages, engines memory of their own.
+_USABLE = 0.8
 _GB = 1e9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kind: what was chosen. footprints: of the stages with it. needs: bytes of a step by each kind that was measured.
+
+    fits: whether what it needs is free; True where that is not known.
+    """
+
+    kind: GradientCheckpointing
+    footprints: Mapping[str, Footprint]
+    needs: Mapping[GradientCheckpointing, int]
+    fits: bool
+
+
+def least_recomputation(
+    asked: GradientCheckpointing | Literal["auto"],
+    measure: Callable[[GradientCheckpointing], Mapping[str, Footprint]],
+    tail: int,
+    training: int,
+    free: int | None,
+) -> Choice:
+    """The kind that is asked for; of "auto" the first that fits, or where none does, the one that needs least.
+
+    Args:
+        measure: the stages' footprints with a kind.
+        tail: steps that keep activations.
+        training: bytes of what comes with the first steps: gradients, and the optimizer's moments.
+        free: bytes of the device beside weights, engines and adapter; None where they are not known.
+    """
+    footprints: dict[GradientCheckpointing, Mapping[str, Footprint]] = {}
+    needs: dict[GradientCheckpointing, int] = {}
+    kinds = CHECKPOINTING if asked == AUTO else (asked,)
+    for kind in kinds:
+        footprints[kind] = measure(kind)
+        needs[kind] = training + max(activation_peaks(footprints[kind], tail).values())
+        if free is None or needs[kind] <= _USABLE * free:
+            return Choice(kind, footprints[kind], needs, fits=True)
+    # To recompute takes memory too: where little is kept, it may need more.
+    least = min(needs, key=lambda kind: needs[kind])
+    return Choice(least, footprints[least], needs, fits=False)
 
 
 def fitting_checkpointing(
@@ -26,7 +73,7 @@ def fitting_checkpointing(
     free: int,
     embedder: nn.Module | None = None,
 ) -> GradientCheckpointing:
-    """The first of none, block and full with which a step fits; where none does, the least, with a warning.
+    """What a loaded model's steps are to recompute; where nothing fits, with a warning.
 
     Measured on tensors without content: that takes seconds, and no memory.
 
@@ -37,23 +84,22 @@ def fitting_checkpointing(
     """
     if settings.gradient_checkpointing != AUTO:
         return settings.gradient_checkpointing
-    tail = tail_steps(settings, None if components.denoiser_high_noise is None else components.boundary)
-    # Gradients and AdamW's moments come with the first steps.
-    trained = (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(components.denoiser).values())
     faces = shape.batch_size * shape.num_frames
     reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
-    needs: dict[GradientCheckpointing, int] = {}
-    for kind in CHECKPOINTING:
-        footprints = {**measure_live_stages(components, shape, kind), **reward}
-        needs[kind] = trained + max(activation_peaks(footprints, tail).values())
-        if needs[kind] <= USABLE * free:
-            log.info("%s: %s", _described(shape, needs, free), kind)
-            return kind
-    # To recompute takes memory too: where little is kept, it may need more.
-    least = min(needs, key=lambda kind: needs[kind])
-    what = _described(shape, needs, free)
-    log.warning("%s: %s, and it may not do; offload_saved_tensors and smaller videos need less", what, least)
-    return least
+    choice = least_recomputation(
+        AUTO,
+        lambda kind: measure_live_stages(components, shape, kind) | reward,
+        tail_steps(settings, None if components.denoiser_high_noise is None else components.boundary),
+        (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(components.denoiser).values()),
+        free,
+    )
+    what = _described(shape, choice.needs, free)
+    if choice.fits:
+        log.info("%s: %s", what, choice.kind)
+    else:
+        advice = "offload_saved_tensors and smaller videos need less"
+        log.warning("%s: %s, and it may not do; %s", what, choice.kind, advice)
+    return choice.kind
 
 
 def _described(shape: VideoShape, needs: Mapping[GradientCheckpointing, int], free: int) -> str:

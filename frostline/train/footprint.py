@@ -47,23 +47,23 @@ class Footprint:
 
 @dataclass(frozen=True)
 class ModelFootprint:
-    """stages: by name. adapter: bytes of the LoRA. largest_block: bytes of the largest block of the denoiser."""
+    """What a model needs of memory.
 
-    stages: Mapping[str, Footprint]
+    weights: bytes by stage. stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of the
+    LoRA. largest_block: bytes of the largest block of the denoiser.
+    """
+
+    weights: Mapping[str, int]
+    stages: Callable[[GradientCheckpointing], dict[str, Footprint]]
     adapter: int
     largest_block: int
 
 
-def measure_model(
-    skeleton: Skeleton,
-    shape: VideoShape,
-    dtype: torch.dtype,
-    lora: LoraSettings,
-    gradient_checkpointing: GradientCheckpointing,
-) -> ModelFootprint:
-    """Run every stage of a model once on fake tensors: no weights are read, nothing of size is allocated.
+def measure_model(skeleton: Skeleton, shape: VideoShape, dtype: torch.dtype, lora: LoraSettings) -> ModelFootprint:
+    """Run stages of a model on fake tensors: no weights are read, nothing of size is allocated.
 
-    Counted are tensors, as `MemoryTracker` does.
+    Counted are tensors, as `MemoryTracker` does. The frozen stages run once, the live ones for each kind that is asked
+    for.
     """
     modules: dict[str, Any] = {field: _build(skeleton, field, dtype) for field in skeleton.networks}
     inject_lora(modules["denoiser"], lora.rank, lora.alpha, lora.target_modules)
@@ -71,24 +71,35 @@ def measure_model(
     denoiser, text_encoder, vae = Denoiser(modules["denoiser"]), TextEncoder(modules["text_encoder"]), modules["vae"]
     image_encoder = ImageEncoder(modules["image_encoder"]).to(dtype) if "image_encoder" in modules else None
     faked = [module for module in (denoiser, text_encoder, vae, image_encoder) if module is not None]
-    stages: dict[str, Footprint] = {}
+    frozen: dict[str, Footprint] = {}
     with _faked(*faked):
         make = _Inputs(vae, denoiser.model, skeleton.text_length, shape, dtype)
-        stages["text_encoder"] = _measure(text_encoder, text_encoder, make.tokens())
+        frozen["text_encoder"] = _measure(text_encoder, text_encoder, make.tokens())
         if image_encoder is not None:
-            stages["image_encoder"] = _measure(image_encoder, image_encoder, make.image())
+            frozen["image_encoder"] = _measure(image_encoder, image_encoder, make.image())
         encoding = _measure(vae, lambda video: vae.model.encode(video, vae.scale), make.video())
-        in_encoder = _bytes(p for name, p in vae.named_parameters() if name.startswith(_VAE_ENCODER))
-        stages["vae_encoder"] = Footprint(in_encoder, encoding.frozen_peak)
-        stages |= _live_stages(vae, denoiser, make, gradient_checkpointing)
-        if "denoiser_high_noise" in modules:
-            expert_bytes = _bytes(modules["denoiser_high_noise"].parameters())
-            stages["denoiser_high_noise"] = Footprint(expert_bytes, stages["denoiser"].frozen_peak)
+        frozen["vae_encoder"] = replace(encoding, weights=_encoder_bytes(vae))
+
+    weights = {name: footprint.weights for name, footprint in frozen.items()}
+    weights |= {"denoiser": _frozen_bytes(denoiser), "vae_decoder": _bytes(vae.parameters()) - _encoder_bytes(vae)}
+    if (expert := modules.get("denoiser_high_noise")) is not None:
+        weights["denoiser_high_noise"] = _bytes(expert.parameters())
+
+    def stages(kind: GradientCheckpointing) -> dict[str, Footprint]:
+        with _faked(*faked):
+            live = _live_stages(vae, denoiser, _Inputs(vae, denoiser.model, skeleton.text_length, shape, dtype), kind)
+        measured = frozen | live
+        if "denoiser_high_noise" in weights:
+            peak = live["denoiser"].frozen_peak
+            measured["denoiser_high_noise"] = Footprint(weights["denoiser_high_noise"], peak)
+        return measured
+
     blocks = cast("list[nn.Module]", denoiser.model.blocks)
     return ModelFootprint(
+        weights,
         stages,
         adapter=_bytes(lora_parameters(denoiser.model).values()),
-        largest_block=max(_bytes(p for p in block.parameters() if not p.requires_grad) for block in blocks),
+        largest_block=max(_frozen_bytes(block) for block in blocks),
     )
 
 
@@ -193,10 +204,9 @@ def _live_stages(
     inputs = make.latents()
     tail = _measure(denoiser, _tail(denoiser, gradient_checkpointing), inputs, live=True)
     decoding = _measure(vae, _decoder(vae, gradient_checkpointing), inputs[:1], live=True)
-    in_encoder = _bytes(p for name, p in vae.named_parameters() if name.startswith(_VAE_ENCODER))
     return {
-        "denoiser": replace(tail, weights=_bytes(p for p in denoiser.parameters() if not p.requires_grad)),
-        "vae_decoder": replace(decoding, weights=decoding.weights - in_encoder),
+        "denoiser": replace(tail, weights=_frozen_bytes(denoiser)),
+        "vae_decoder": replace(decoding, weights=decoding.weights - _encoder_bytes(vae)),
     }
 
 
@@ -248,6 +258,14 @@ def _measure(
         tracker.restart()
         result.sum().backward()
         return Footprint(_bytes(module.parameters()), frozen_peak, kept, forward_peak, tracker.peak)
+
+
+def _encoder_bytes(vae: nn.Module) -> int:
+    return _bytes(p for name, p in vae.named_parameters() if name.startswith(_VAE_ENCODER))
+
+
+def _frozen_bytes(module: nn.Module) -> int:
+    return _bytes(p for p in module.parameters() if not p.requires_grad)
 
 
 def _bytes(tensors: Any) -> int:

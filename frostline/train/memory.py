@@ -10,12 +10,13 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing, TrainingModuleSettings
+from frostline.config import GradientCheckpointing, TrainingModuleSettings
 from frostline.errors import ConfigError
 from frostline.models.geometry import VideoShape
-from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.skeleton import read_skeleton
-from frostline.train.footprint import Footprint, measure_embedder, measure_model
+from frostline.train.checkpointing import MOMENTS, least_recomputation
+from frostline.train.footprint import measure_embedder, measure_model
+from frostline.train.phases import ALWAYS_FROZEN, activation_peaks, tail_steps
 
 Sharding = Literal["ddp", "zero2", "zero3", "fsdp"]
 
@@ -27,14 +28,6 @@ _DIVIDED: Mapping[str, frozenset[str]] = {
     "zero3": frozenset({"weights", "adapter", "gradients", "optimizer"}),
     "fsdp": frozenset({"weights"}),
 }
-# Frozen wherever they are used: PyTorch needs no weights of them once an engine or the cache serves them.
-_ALWAYS_FROZEN = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
-_LIVE = ("denoiser", "vae_decoder", "face_embedder")
-# Of what is free, where it is to be chosen how much is recomputed. Counted are tensors: kernels want scratch space,
-# allocators whole pages, engines memory of their own.
-USABLE = 0.8
-# AdamW keeps two moments of every trained value.
-MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -123,88 +116,53 @@ def memory_plan(
     if num_processes < 1:
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
     skeleton = read_skeleton(model)
+    measured = measure_model(skeleton, shape, dtype, settings.lora)
     faces = shape.batch_size * shape.num_frames
     reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
+    weights = {**measured.weights, **{name: footprint.weights for name, footprint in reward.items()}}
+    served = [name for name in ALWAYS_FROZEN if name in weights] if engines == "all" else engines
+    for name in (*served, *cached):
+        if name not in weights:
+            raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
+    of_engines = {name: size for name, size in weights.items() if name in served and name not in cached}
+    divided = _DIVIDED[sharding]
 
-    def plan_with(kind: GradientCheckpointing) -> MemoryPlan:
-        measured = measure_model(skeleton, shape, dtype, settings.lora, kind)
-        footprints = {**measured.stages, **reward}
-        served = [name for name in _ALWAYS_FROZEN if name in footprints] if engines == "all" else engines
-        for name in (*served, *cached):
-            if name not in footprints:
-                raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(footprints)}")
-        divided = _DIVIDED[sharding]
-        tail = tail_steps(settings, skeleton.boundary if "denoiser_high_noise" in footprints else None)
-        stages = []
-        for name, footprint in footprints.items():
-            weights = footprint.weights
-            if name in _ALWAYS_FROZEN and (name in served or name in cached):
-                weights = 0
-            elif name == "denoiser" and "weights" in divided:
-                # Its share, and the block that is gathered while it computes.
-                gathered = measured.largest_block if num_processes > 1 else 0
-                weights = min(weights, -(-weights // num_processes) + gathered)
-            engine = footprint.weights if name in served and name not in cached else 0
-            live_peak = max(footprint.forward_peak, footprint.backward_peak)
-            kept = footprint.kept * (tail if name == "denoiser" else 1)
-            stages.append(StageMemory(name, weights, engine, footprint.frozen_peak, kept, live_peak))
+    def share(what: str, size: int) -> int:
+        return -(-size // num_processes) if what in divided else size
 
-        def share(what: str, size: int) -> int:
-            return -(-size // num_processes) if what in divided else size
-
-        return MemoryPlan(
-            model=skeleton.name,
-            gradient_checkpointing=kind,
-            stages=tuple(stages),
-            adapter=share("adapter", measured.adapter),
-            gradients=share("gradients", measured.adapter),
-            optimizer=share("optimizer", MOMENTS * measured.adapter),
-            peaks=activation_peaks(footprints, tail),
-            num_processes=num_processes,
-            sharding=sharding,
-            device_bytes=device_bytes,
-            assumed=not skeleton.from_files,
-        )
-
-    asked = settings.gradient_checkpointing
-    kinds = CHECKPOINTING if asked == AUTO else (asked,)
-    plans = []
-    for kind in kinds:
-        plans.append(plan_with(kind))
-        if device_bytes is None or max(plans[-1].peaks.values()) <= USABLE * (device_bytes - plans[-1].resident):
-            return plans[-1]
-    return min(plans, key=lambda plan: plan.peak)
-
-
-def tail_steps(settings: TrainingModuleSettings, boundary: float | None) -> int:
-    """Steps that keep activations for backward: those of the tail that the denoiser with the LoRA serves."""
-    first = settings.mid_timestep
-    if boundary is not None:
-        schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
-        boundary = boundary if settings.boundary is None else settings.boundary
-        first = max(first, schedule.high_noise_steps(boundary))
-    return max(0, settings.final_timestep + 1 - first)
-
-
-def activation_peaks(footprints: Mapping[str, Footprint], tail: int) -> dict[str, int]:
-    """The most activations that are held at once, by phase of a step."""
-    denoiser, decoder = footprints["denoiser"], footprints["vae_decoder"]
-    embedder = footprints.get("face_embedder", Footprint(0, 0))
-    conditioning = [footprints[name].frozen_peak for name in footprints if name in _ALWAYS_FROZEN]
-    before_last = denoiser.kept * max(0, tail - 1)
-    kept = denoiser.kept * tail
-    decoded = kept + decoder.kept
-    backward = [
-        decoded + embedder.backward_peak,
-        kept + decoder.backward_peak,
-        before_last + denoiser.backward_peak,
-    ]
-    return {
-        "conditioning": max(conditioning, default=0),
-        "rollout": denoiser.frozen_peak,
-        # The KL reference runs beside what the step keeps.
-        "tail": max(before_last + denoiser.forward_peak, kept + denoiser.frozen_peak),
-        "decode": kept + decoder.forward_peak,
-        "reward": decoded + embedder.forward_peak,
-        "backward": max(backward),
-    }
+    adapter, gradients = share("adapter", measured.adapter), share("gradients", measured.adapter)
+    optimizer = share("optimizer", MOMENTS * measured.adapter)
+    for name in weights:
+        if name in ALWAYS_FROZEN and (name in served or name in cached):
+            weights[name] = 0
+    # Its share, and the block that is gathered while it computes.
+    whole = weights["denoiser"]
+    weights["denoiser"] = min(whole, share("weights", whole) + measured.largest_block)
+    tail = tail_steps(settings, skeleton.boundary if "denoiser_high_noise" in weights else None)
+    held = sum(weights.values()) + sum(of_engines.values()) + adapter
+    choice = least_recomputation(
+        settings.gradient_checkpointing,
+        lambda kind: measured.stages(kind) | reward,
+        tail,
+        gradients + optimizer,
+        None if device_bytes is None else device_bytes - held,
+    )
+    stages = []
+    for name, footprint in choice.footprints.items():
+        live_peak = max(footprint.forward_peak, footprint.backward_peak)
+        kept = footprint.kept * (tail if name == "denoiser" else 1)
+        engine = of_engines.get(name, 0)
+        stages.append(StageMemory(name, weights[name], engine, footprint.frozen_peak, kept, live_peak))
+    return MemoryPlan(
+        model=skeleton.name,
+        gradient_checkpointing=choice.kind,
+        stages=tuple(stages),
+        adapter=adapter,
+        gradients=gradients,
+        optimizer=optimizer,
+        peaks=activation_peaks(choice.footprints, tail),
+        num_processes=num_processes,
+        sharding=sharding,
+        device_bytes=device_bytes,
+        assumed=not skeleton.from_files,
+    )

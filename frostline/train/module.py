@@ -110,7 +110,6 @@ class WanTrainingModule(nn.Module):
             self.runtime,
             FlowMatchSchedule(self.settings.num_inference_steps, self.settings.shift),
             components.boundary if self.settings.boundary is None else self.settings.boundary,
-            engine_forward=self.settings.engine_forward,
         )
         self.gradient_checkpointing: GradientCheckpointing | None = None
         self._settled_for: VideoShape | None = None
@@ -177,7 +176,14 @@ class WanTrainingModule(nn.Module):
         self._settle_for(conditioning)
         latents = self._rollout(conditioning)
         with self._saved_tensors():
-            sampled = self.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+            sampled = self.sampler.tail(
+                latents,
+                conditioning,
+                settings.mid_timestep,
+                settings.final_timestep,
+                recompute=self.gradient_checkpointing == "full",
+                engine_forward=settings.engine_forward,
+            )
             frames = self._decode(sampled.latents)
             scores = self.score(frames, conditioning)
         self._report_unscored(conditioning, scores)
@@ -192,7 +198,6 @@ class WanTrainingModule(nn.Module):
         self.gradient_checkpointing = kind
         # Under "full" too: when a whole forward is recomputed, all its blocks at once would be too much.
         self.denoiser.checkpoint_blocks = kind != "none"
-        self.sampler.recompute_tail = kind == "full"
 
     def settle_checkpointing(self, shape: VideoShape) -> None:
         """Where gradient checkpointing is chosen by memory, choose it for steps of this shape.

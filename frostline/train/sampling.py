@@ -38,8 +38,6 @@ class Sampler:
     Args:
         denoiser: carries the LoRA; serves all steps that the high-noise expert does not.
         denoiser_high_noise: the wholly frozen expert for `t_i >= boundary * 1000`, if there are two.
-        recompute_tail: keep for backward only the latents of each tail step.
-        engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
     """
 
     def __init__(
@@ -50,15 +48,12 @@ class Sampler:
         runtime: Runtime,
         schedule: FlowMatchSchedule,
         boundary: float,
-        recompute_tail: bool = False,
-        engine_forward: bool = True,
     ) -> None:
         self.components = components
         self.denoiser = denoiser
         self.denoiser_high_noise = denoiser_high_noise
         self.runtime = runtime
         self.schedule = schedule
-        self.recompute_tail, self.engine_forward = recompute_tail, engine_forward
         self.high_noise_steps = schedule.high_noise_steps(boundary) if denoiser_high_noise is not None else 0
         device = denoiser.model.patch_embedding.weight.device
         self._lora_on = torch.tensor(lora_scale(denoiser.model), device=device)
@@ -103,16 +98,28 @@ class Sampler:
             latents = self._advance(latents, velocity, index, conditioning)
         return latents
 
-    def tail(self, latents: Tensor, conditioning: Conditioning, mid_timestep: int, final_timestep: int) -> Sampled:
+    def tail(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        mid_timestep: int,
+        final_timestep: int,
+        recompute: bool = False,
+        engine_forward: bool = True,
+    ) -> Sampled:
         """The denoise tail: steps `mid_timestep … final_timestep` with graph, each with its KL term.
 
         `kl_i = mean((v_lora - v_base)^2) / (2 sigma_i^2)`, `v_base` frozen.
+
+        Args:
+            recompute: keep for backward only the latents of each step.
+            engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
         """
         given = conditioning.denoiser_inputs()
         steps = range(mid_timestep, final_timestep + 1)
         before, velocities = [], []
         for index in steps:
-            velocity = self._live_velocity(latents, index, given)
+            velocity = self._live_velocity(latents, index, given, recompute, engine_forward)
             before.append(latents.detach())
             velocities.append(velocity)
             latents = self._advance(latents, velocity, index, conditioning)
@@ -163,7 +170,9 @@ class Sampler:
         scale = self._lora_on if lora else self._lora_off
         return self.runtime["denoiser"](**inputs, lora_scale=scale)["velocity"].float()
 
-    def _live_velocity(self, latents: Tensor, index: int, given: Mapping[str, Tensor]) -> Tensor:
+    def _live_velocity(
+        self, latents: Tensor, index: int, given: Mapping[str, Tensor], recompute: bool, engine_forward: bool
+    ) -> Tensor:
         """(B, C, F, h, w) float32 with the graph of PyTorch."""
         inputs = {**self._inputs(latents, index), **given}
         if index < self.high_noise_steps:
@@ -181,10 +190,10 @@ class Sampler:
             return self.runtime.run(stage, {**tensors, **scale}, use=_TAIL)
 
         adapter = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-        if self.recompute_tail and self.engine_forward:
+        if recompute and engine_forward:
             return recomputed(planned, in_torch, inputs, adapter)["velocity"].float()
         with self.runtime.clock.measure(_TAIL, TORCH):
-            outputs = recomputed(in_torch, in_torch, inputs, adapter) if self.recompute_tail else in_torch(**inputs)
+            outputs = recomputed(in_torch, in_torch, inputs, adapter) if recompute else in_torch(**inputs)
             return outputs["velocity"].float()
 
     def _inputs(self, latents: Tensor, index: int) -> dict[str, Tensor]:

@@ -138,11 +138,15 @@ def test_another_machine_measures_anew(
     assert len(trials) == 2
 
 
-def test_the_number_of_threads_is_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = machine_id(CPU)
+def test_threads_and_how_they_wait_are_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    seen = [machine_id(CPU)]
+    monkeypatch.setenv("GOMP_SPINCOUNT", "20000")
+    seen.append(machine_id(CPU))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert machine_id(CPU) != before
-    assert f"{os.cpu_count()} cores" in before
+    seen.append(machine_id(CPU))
+    assert len({*seen}) == 3
+    assert f"{os.cpu_count()} cores" in seen[0]
 
 
 def test_a_backend_that_was_asked_for_is_not_questioned(

@@ -95,7 +95,7 @@ def test_decoding_is_planned_as_it_is() -> None:
     # As in training; torch's own slow path would unfold its input.
     use_onednn_conv3d(vae)
     latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
-    planned = measure_model(read_skeleton("tiny"), CLIP, torch.float32, settings().lora, "none").stages["vae_decoder"]
+    planned = measure_model(read_skeleton("tiny"), CLIP, torch.float32, settings().lora).stages("none")["vae_decoder"]
     held, peak = allocated(lambda: decode_latents(vae, latents))
     assert held == pytest.approx(planned.kept, rel=0.01)
     assert peak == pytest.approx(planned.forward_peak, rel=0.05)

@@ -198,7 +198,7 @@ class Contenders:
             return {"latents": latents}
 
         def decode(latents: Tensor) -> Tensor:
-            with module.runtime.clock.measure("vae_decoder", TORCH):
+            with module.runtime.clock.measure("vae_decoder_live", TORCH):
                 video = vae.model.decode(latents.to(vae.model.conv2.weight.dtype), vae.scale).clamp(-1, 1)
                 vae.model.clear_cache()
             return (video.float().transpose(1, 2) + 1) / 2

@@ -101,7 +101,7 @@ class ReferenceStep:
             given = self._condition(prompt, video)
             references = self._references(video)
         latents, kl_loss = self._denoise(self._noise(video), given)
-        with self._time("vae_decoder"):
+        with self._time("vae_decoder_live"):
             decoded = self.vae.model.decode(latents.to(self.dtype), self.vae.scale).clamp(-1, 1)
             self.vae.model.clear_cache()
         face_score = self._score((decoded.float().transpose(1, 2) + 1) / 2, references)

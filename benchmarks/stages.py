@@ -160,7 +160,7 @@ def _engine(stage: Stage, backend: str, store: EngineStore, device: torch.device
     exported = export_stage(stage, backend, store)
     if exported.unverified:
         raise FrostlineError(f"built in {exported.manifest.build_seconds:.0f} s, not run: {exported.unverified}")
-    record = store.get(*vars(exported.manifest.id).values())
+    record = store.get(exported.manifest.id)
     assert record is not None
     start = time.perf_counter()
     networks = {network.name: network for network in stage.networks}

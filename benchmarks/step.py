@@ -128,7 +128,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--gradient-checkpointing", choices=("none", "block", "full"), default="none")
     parser.add_argument("--torch-compile", action="store_true", help="compile the blocks of cold, warm and floor too")
     parser.add_argument("--without", default="", help="contenders to leave out, comma-separated")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
@@ -146,7 +145,7 @@ def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrai
         {
             "lora": {"rank": arguments.rank},
             "kl_weight": 0.2,
-            "gradient_checkpointing": arguments.gradient_checkpointing,
+            "gradient_checkpointing": "none",
             "torch_compile": arguments.torch_compile,
             "reward": {"upscale": 2 if arguments.model == TINY else 1},
         }

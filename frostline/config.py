@@ -16,6 +16,8 @@ GradientCheckpointing: TypeAlias = Literal["none", "block", "full"]
 # From the fastest to the smallest.
 CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
 AUTO: Literal["auto"] = "auto"
+# In a plan, the stages that it does not name.
+OTHERS = "*"
 # Of every block: the projections of its attentions, and its feed-forward layers.
 TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 

@@ -61,7 +61,7 @@ def trust(path: Annotated[Path, typer.Argument(help="The folder of an engine ins
     """Sign an engine that was built elsewhere with your key."""
     from frostline.runtime.store import EngineStore
 
-    engine = EngineStore(path.resolve().parents[2]).trust(path)
+    engine = EngineStore.of_engine(path).trust(path)
     typer.echo(f"signed {engine.path}")
 
 

@@ -26,7 +26,7 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     console.print(table)
     console.print(f"face score up in {summary['starts_up']} of {summary['starts']} starts")
     console.print(
-        f"one step: {summary['step_ms_hybrid']:.0f} ms hybrid, {summary['step_ms_hybrid_uncached']:.0f} ms hybrid with "
+        f"one step: {summary['step_ms_warm']:.0f} ms as planned, {summary['step_ms_cold']:.0f} ms with "
         f"nothing recalled, {summary['step_ms_torch']:.0f} ms all torch"
     )
     console.print(f"{summary['seconds']:.0f} s in all. Look at {out / 'report.html'} and {out / 'contact_sheet.png'}")

@@ -12,7 +12,7 @@ from typing import Any
 from frostline.runtime.backends import TORCH
 from frostline.train.module import WanTrainingModule
 
-_CONTENDERS = ("hybrid", "hybrid_uncached", "torch")
+_CONTENDERS = ("warm", "cold", "torch")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def time_steps(module: WanTrainingModule, batch: Mapping[str, Any], rounds: int)
 @contextmanager
 def _playing(module: WanTrainingModule, contender: str) -> Iterator[None]:
     cache = module.conditioner.cache
-    if contender != "hybrid":
+    if contender != "warm":
         module.conditioner.cache = None
     backends = dict.fromkeys(module.stages, TORCH) if contender == "torch" else {}
     try:

@@ -23,7 +23,7 @@ from frostline.runtime.device import compute_capabilities, full_fp32
 from frostline.runtime.dimension import Size
 from frostline.runtime.identity import find_engine, precision_of, stage_key, weights_sha256
 from frostline.runtime.latency import machine_id, take_turns
-from frostline.runtime.manifest import Manifest
+from frostline.runtime.manifest import EngineId, Manifest
 from frostline.runtime.stage import Network, Runner, Stage, Tolerance
 from frostline.runtime.store import Build, EngineStore, VerifiedEngine
 
@@ -104,7 +104,7 @@ def build_stage(
         raise EngineError(reason)
     weights = weights_sha256(stage)
     key = stage_key(stage, backend_name, precision_of(stage), weights, options)
-    with store.building(stage.model, stage.name, backend_name, key) as build:
+    with store.building(EngineId(stage.model, stage.name, backend_name, key)) as build:
         if build.existing is not None and not force:
             return build.existing, False
         return _build_engine(stage, weights, build, options, traces or Traces(), progress), True
@@ -115,7 +115,7 @@ def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, op
     # Once for all backends: of a large model it takes a while.
     weights = weights_sha256(stage)
     keys = {name: stage_key(stage, name, precision_of(stage), weights, options) for name in backend_names}
-    return all(store.get(stage.model, stage.name, name, key) is not None for name, key in keys.items())
+    return all(store.get(EngineId(stage.model, stage.name, name, key)) is not None for name, key in keys.items())
 
 
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:
@@ -133,7 +133,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
     with full_fp32():
         parity = _parity(stage, runners, assembled)
     if failed := [measured for measured in parity if not measured.passed]:
-        record = store.get(*vars(engine.manifest.id).values())
+        record = store.get(engine.manifest.id)
         if record is not None:
             store.remove(record)
         raise ParityError(_explain(stage, backend, failed))

@@ -18,6 +18,7 @@ from frostline.models.faces.embedders import load_embedder
 from frostline.models.loading import load_components
 from frostline.models.lora import inject_lora
 from frostline.models.vae import use_onednn_conv3d
+from frostline.runtime.device import resolve_device
 from frostline.runtime.stage import Stage
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
     Raises:
         ConfigError: the model cannot be loaded.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    components = load_components(recipe.model, recipe.dtype, device)
+    components = load_components(recipe.model, recipe.dtype, resolve_device(device))
     return stage_model(components, recipe.lora, recipe.reward, recipe.shapes)
 
 

@@ -65,7 +65,7 @@ def recall(store: EngineStore, key: str) -> list[Manifest] | None:
     path = store.root / _FOLDER / f"{key}.json"
     try:
         engines = [EngineId(*words) for words in _IDS.validate_json(path.read_bytes())]
-        records = [store.get(*vars(engine).values()) for engine in engines]
+        records = [store.get(engine) for engine in engines]
         if any(record is None for record in records):
             return None
         return [store.verify(record).manifest for record in records if record is not None]

@@ -129,7 +129,7 @@ def bar_plot(
     unit: str = "",
     size: tuple[int, int] | None = None,
 ) -> str:
-    """Horizontal bars: category -> series -> value, e.g. {"vae_encoder": {"hybrid": 3.1, "torch": 5.2}}.
+    """Horizontal bars: category -> series -> value, e.g. {"vae_encoder": {"as planned": 3.1, "torch": 5.2}}.
 
     Categories stand above their bars, values at the bars' ends, and in the first category the series' names too.
     A series keeps its colour in every category. The height follows from the number of bars.

@@ -1,4 +1,4 @@
-"""Milliseconds per stage and backend, measured without making a GPU wait."""
+"""Milliseconds per use of a stage, measured without making a GPU wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import torch
 
 @dataclass(frozen=True)
 class StageTime:
-    """Time spent in one stage since the clock was last read. `calls` frozen or live uses, on `backend`."""
+    """Time of one use of a stage since the clock was last read: so many calls, on `backend`.
+
+    Where several backends served it, they are all named, comma-separated.
+    """
 
     backend: str
     milliseconds: float
@@ -22,30 +25,30 @@ class StageTime:
 
 
 class StageClock:
-    """Collects the time of each use of a stage until `read`."""
+    """Collects the time of each use of a stage, frozen or live, until `read`."""
 
     def __init__(self) -> None:
         self._spans: dict[tuple[str, str], list[_Span]] = defaultdict(list)
 
     @contextmanager
-    def measure(self, stage: str, backend: str) -> Iterator[None]:
-        """Add the time that the block takes to the stage."""
+    def measure(self, use: str, backend: str) -> Iterator[None]:
+        """Add the time that the block takes to a use: a stage's name where it is frozen, `denoise_tail`, …"""
         span = _Span()
         try:
             yield
         finally:
             span.stop()
-            self._spans[stage, backend].append(span)
+            self._spans[use, backend].append(span)
 
     def read(self) -> dict[str, StageTime]:
-        """The times since the last read, by stage; on a GPU this waits for the work to end.
-
-        A stage that several backends served is listed under each, as `stage (backend)` from the second on.
-        """
+        """The times since the last read, by use; on a GPU this waits for the work to end."""
         times: dict[str, StageTime] = {}
-        for (stage, backend), spans in self._spans.items():
-            name = f"{stage} ({backend})" if stage in times else stage
-            times[name] = StageTime(backend, sum(span.milliseconds() for span in spans), len(spans))
+        for (use, backend), spans in self._spans.items():
+            before = times.get(use)
+            backends = backend if before is None else f"{before.backend}, {backend}"
+            milliseconds, calls = (0.0, 0) if before is None else (before.milliseconds, before.calls)
+            milliseconds += sum(span.milliseconds() for span in spans)
+            times[use] = StageTime(backends, milliseconds, calls + len(spans))
         self._spans.clear()
         return times
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from frostline.errors import ConfigError
+
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
@@ -18,6 +20,28 @@ def full_fp32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1` means here.
+
+    Raises:
+        ConfigError: it means none, or one that this machine lacks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} is none of auto, cpu, cuda, cuda:1, …")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device: {name} is asked for, but torch finds no GPU here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device: {name} is asked for, but there are only {torch.cuda.device_count()} GPUs here")
+    return device
 
 
 def device_name(device: torch.device) -> str:

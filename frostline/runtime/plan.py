@@ -10,7 +10,7 @@ from frostline.runtime.backends import TORCH
 
 
 def parse_plan(text: str) -> str | dict[str, str]:
-    """A plan as the command line spells it: `auto`, a backend for all stages, or `stage=backend,…`.
+    """A plan as the command line spells it: `auto`, a backend for all stages, or `stage=backend,…`, `*` for the others.
 
     Raises:
         ConfigError: it is neither.

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from frostline.config import AUTO
+from frostline.config import AUTO, OTHERS
 from frostline.errors import ConfigError, EngineError, ShapeError
+from frostline.runtime.advice import export_command
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.clock import StageClock
 from frostline.runtime.identity import find_engine, weights_sha256
@@ -38,7 +39,8 @@ class Runtime:
     Args:
         stages: by name.
         plan: `auto` (per stage and shape the fastest verified engine, measured on this machine, torch where none is
-            faster), one backend for all stages, or a mapping of stage to backend (`auto` for the stages it leaves out).
+            faster), one backend for all stages, or a mapping of stage to backend, of which `*` names the backend of
+            the stages that it leaves out (`auto` if not given).
         engines: the engine store; None serves everything from torch.
         strict: raise where an engine fails, instead of falling back to torch.
     Raises:
@@ -163,9 +165,9 @@ class Runtime:
     def _expand(self, plan: PlanSetting) -> dict[str, str]:
         if isinstance(plan, str):
             return dict.fromkeys(self.stages, plan)
-        if unknown := sorted(plan.keys() - self.stages.keys()):
+        if unknown := sorted(plan.keys() - self.stages.keys() - {OTHERS}):
             raise ConfigError(f"plan: there is no stage {unknown[0]!r}, only {', '.join(self.stages)}")
-        return {name: plan.get(name, AUTO) for name in self.stages}
+        return {name: plan.get(name, plan.get(OTHERS, AUTO)) for name in self.stages}
 
     def _choose(self, stage: Stage, wanted: str) -> Choice:
         if wanted == AUTO:
@@ -176,7 +178,7 @@ class Runtime:
         record = self.record(stage.name, wanted)
         manifest = record.manifest if record else None
         if manifest is None:
-            reason = f"no engine of {stage.name} for {wanted}: build it with `{_export_command(stage, wanted)}`"
+            reason = f"no engine of {stage.name} for {wanted}: build it with `{export_command(stage.name, wanted)}`"
         elif doubt := _doubt(stage, manifest):
             reason = f"the {wanted} engine of {stage.name} is {doubt}"
         else:
@@ -196,7 +198,7 @@ class Runtime:
             if manifest and not _doubt(stage, manifest) and {backend, TORCH} <= manifest.latency_ms.keys():
                 candidates[backend] = manifest
         if not candidates:
-            return Choice(TORCH, f"no verified engine: `{_export_command(stage, ENGINE_BACKENDS[0])}`")
+            return Choice(TORCH, f"no verified engine: `{export_command(stage.name, ENGINE_BACKENDS[0])}`")
         # Latencies come from different runs: what compares is the ratio to torch in the same run.
         gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
         best = max(gains, key=lambda backend: gains[backend])
@@ -302,7 +304,7 @@ class Runtime:
     def _load_engine(self, stage: Stage, backend: str) -> Mapping[str, Runner]:
         record = self.record(stage.name, backend)
         if self._store is None or record is None:
-            raise EngineError(f"no engine: build it with `{_export_command(stage, backend)}`")
+            raise EngineError(f"no engine: build it with `{export_command(stage.name, backend)}`")
         engine = self._store.verify(record)
         if not engine.manifest.verified:
             raise EngineError(
@@ -363,8 +365,3 @@ def _doubt(stage: Stage, manifest: Manifest) -> str | None:
     if obstacle:
         return f"built, not verified here: {obstacle}"
     return None if manifest.verified else "unverified: `frostline plan MODEL` compares it with PyTorch"
-
-
-def _export_command(stage: Stage, backend: str) -> str:
-    # Face stages are stored by the name of their network, which is no model to export.
-    return f"frostline export MODEL --stages {stage.name} --backend {backend}"

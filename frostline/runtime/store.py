@@ -126,9 +126,17 @@ class EngineStore:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
-    def path(self, model: str, stage: str, backend: str, key: str) -> Path:
-        """Where this engine lies, or would lie."""
-        return EngineId(model, stage, backend, key).path(self.root)
+    @classmethod
+    def of_engine(cls, path: Path) -> "EngineStore":
+        """The store that the engine in the folder `path` lies in, by its place.
+
+        Raises:
+            EngineError: no engine lies there.
+        """
+        folder = path.resolve()
+        if EngineId.of_path(folder) is None or not folder.is_dir():
+            raise EngineError(f"{path} is no engine: name its folder, <engines>/<model>/<stage>/<backend>-<key>")
+        return cls(folder.parents[2])
 
     def find(
         self, model: str | None = None, stage: str | None = None, backend: str | None = None
@@ -144,9 +152,9 @@ class EngineStore:
                     records.append(record)
         return sorted(records, key=lambda record: record.id)
 
-    def get(self, model: str, stage: str, backend: str, key: str) -> EngineRecord | None:
+    def get(self, engine: EngineId) -> EngineRecord | None:
         """One engine, unverified, or None."""
-        return self._record(EngineId(model, stage, backend, key))
+        return self._record(engine)
 
     def by_key(self, key: str) -> EngineRecord:
         """The one engine whose key begins with `key`, unverified.
@@ -168,12 +176,11 @@ class EngineStore:
         return verify_engine(self.root, record.id)
 
     @contextmanager
-    def building(self, model: str, stage: str, backend: str, key: str) -> Iterator[Build]:
+    def building(self, engine: EngineId) -> Iterator[Build]:
         """Hold the right to build one engine, alone; leaving without `commit` leaves nothing behind.
 
         Whoever comes second waits here, and finds the first one's engine in `Build.existing`.
         """
-        engine = EngineId(model, stage, backend, key)
         path = engine.path(self.root)
         with self._locked(path):
             build = Build(engine, _hidden(path, "building"), self._finished(engine), self)

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from frostline.errors import EngineError
 from frostline.runtime import signing
+from frostline.runtime.advice import export_command
 from frostline.runtime.manifest import Artifact, EngineId, Manifest, canonical_json
 
 MANIFEST_FILE = "manifest.json"
@@ -81,7 +82,7 @@ def verify_engine(root: Path, engine: EngineId, *, signed: bool = True) -> Verif
     `signed=False` skips the signature only: for engines that the user is about to trust.
     """
     path = engine.path(root)
-    rebuild = f"`frostline export {engine.model} --stages {engine.stage} --backend {engine.backend} --force`"
+    rebuild = f"`{export_command(engine.stage, engine.backend, '--force')}`"
     try:
         return _verify(root, engine, signed)
     except _UnsignedError as error:

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from frostline.runtime.device import resolve_device
+
 T = TypeVar("T")
 
 # A process that is done waits for the slowest, which may have an hour of video left.
@@ -30,14 +32,16 @@ class Processes:
 
         Args:
             device: `cpu`, `cuda`, … or `auto`.
+        Raises:
+            ConfigError: there is no such device here.
         """
+        asked = resolve_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-            return cls(0, 1, torch.device(name))
+            return cls(0, 1, asked)
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
-        own = state.device if device in ("auto", "cuda") else torch.device(device)
+        state = PartialState(cpu=asked.type == "cpu", timeout=_PATIENCE)
+        own = state.device if asked == torch.device("cuda") else asked
         assert own is not None
         return cls(state.process_index, state.num_processes, own)
 

@@ -119,7 +119,7 @@ def _watch(networks: FaceNetworks, clock: _Clock, bar: Bar) -> Callable[[int], N
     def on_frames(frames: int) -> None:
         clock.frames += frames
         for name, spent in networks.runtime.clock.read().items():
-            clock.stages[f"{name.partition(' ')[0]} ({spent.backend})"] += spent.milliseconds / 1000
+            clock.stages[f"{name} ({spent.backend})"] += spent.milliseconds / 1000
         bar.describe(f"{clock.frames / clock.seconds:.1f} frames/s")
 
     return on_frames

@@ -18,6 +18,7 @@ from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
 from frostline.models.skeleton import read_skeleton
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
+from frostline.runtime.device import resolve_device
 from frostline.runtime.heap import keep_freed_memory
 from frostline.train.checkpoint import Checkpoint, find_checkpoints, latest_intact
 from frostline.train.configfile import dump_settings
@@ -45,7 +46,8 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     Raises:
         FrostlineError: says what is wrong and what to do; nothing that was saved is lost.
     """
-    accelerator = make_accelerator(settings.train, settings.output_dir, _wants_cpu(settings))
+    wants_cpu = resolve_device(settings.device).type == "cpu"
+    accelerator = make_accelerator(settings.train, settings.output_dir, wants_cpu)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     checkpoint = _from_first_process(accelerator, lambda: find_resume(settings.output_dir, resume))
@@ -134,18 +136,16 @@ def build_module(settings: RunSettings, device: torch.device) -> WanTrainingModu
         # On disk: a run that goes on recalls what the run before computed, and every process what the others did.
         step["cache_dir"] = settings.output_dir / "cache"
     plan = settings.plan
-    module = WanTrainingModule.from_pretrained(
+    return WanTrainingModule.from_pretrained(
         settings.model,
         engines=plan.engines,
-        plan=TORCH,
+        plan=plan.by_stage(),
         strict=plan.strict,
         shapes=parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes),
         dtype=settings.train.weight_dtype,
         device=device,
         **step,
     )
-    module.runtime.replan({**dict.fromkeys(module.stages, plan.backend), **plan.stages})
-    return module
 
 
 def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) -> Dataset[Sample]:
@@ -210,12 +210,6 @@ def _training_data(
 def _from_first_process(accelerator: Accelerator, compute: Callable[[], _T]) -> _T:
     """What `compute` returns on the first process, on all of them."""
     return gather_from_processes(compute() if accelerator.is_main_process else None)[0]
-
-
-def _wants_cpu(settings: RunSettings) -> bool:
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda is asked for, but torch finds no GPU here")
-    return settings.device == "cpu" or not torch.cuda.is_available()
 
 
 def _log_start(settings: RunSettings, accelerator: Accelerator, samples: int, checkpoint: Checkpoint | None) -> None:

@@ -44,6 +44,9 @@ from frostline.train.sampling import Sampler
 
 log = logging.getLogger(__name__)
 
+# What the clock calls decoding with a gradient.
+_DECODE = "vae_decoder_live"
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -54,7 +57,8 @@ class StepMetrics:
         metrics (`detection_rate`, `face_score_missing_zero`, …).
     scores: of each reward, the mean over the samples that count.
     kl: of each tail step.
-    stages: time in each stage and its backend, by stage.
+    stages: time in each use of a stage and its backend: by the stage's name where it is frozen, and of live uses by
+        `denoise_tail`, `vae_decoder_live`, `face_embedder_live`.
     """
 
     sample_id: tuple[str, ...]
@@ -304,7 +308,7 @@ class WanTrainingModule(nn.Module):
         vae, how = self.components.vae, self.gradient_checkpointing
         latents = latents.to(vae.model.conv2.weight.dtype)
         if how in (None, "none") or not torch.is_grad_enabled():
-            with self.runtime.clock.measure("vae_decoder", TORCH):
+            with self.runtime.clock.measure(_DECODE, TORCH):
                 return _to_frames(decode_latents(vae, latents))
         forward = recompute = decoder_chunks(vae)
         backend = TORCH
@@ -312,7 +316,7 @@ class WanTrainingModule(nn.Module):
             backend, engines = self.runtime.networks_at("vae_decoder", {"latents": latents.detach()})
             # The stage's own networks in PyTorch are made to be traced, and slower.
             forward = recompute if backend == TORCH else engines
-        with self.runtime.clock.measure("vae_decoder", backend):
+        with self.runtime.clock.measure(_DECODE, backend):
             video = decode_recomputed(forward, recompute, latents, whole=how == "full")
         return _to_frames(video)
 

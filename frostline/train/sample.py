@@ -16,6 +16,7 @@ from frostline.models.adapters import Adapter, read_adapter
 from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.lora import copy_adapter, lora_parameters
 from frostline.models.precision import parse_precision
+from frostline.runtime.device import resolve_device
 from frostline.runtime.plan import Plan, parse_plan
 from frostline.train.data import crop_to, size_within
 from frostline.train.module import WanTrainingModule
@@ -88,9 +89,6 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
 
 def load_for_sampling(settings: SampleSettings, adapter: Adapter | None) -> WanTrainingModule:
     """The model with `adapter` on it at `lora_scale`, or with a LoRA that changes nothing."""
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     lora = LoraSettings(rank=2)
     if adapter is not None:
         lora = LoraSettings(rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.target_modules)
@@ -100,7 +98,7 @@ def load_for_sampling(settings: SampleSettings, adapter: Adapter | None) -> WanT
         plan=parse_plan(settings.plan),
         strict=settings.strict,
         dtype=parse_precision(settings.precision),
-        device=device,
+        device=resolve_device(settings.device),
         num_inference_steps=settings.num_inference_steps,
         mid_timestep=0,
         final_timestep=settings.num_inference_steps - 1,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from frostline.config import Settings, TrainingModuleSettings
+from frostline.config import OTHERS, Settings, TrainingModuleSettings
 from frostline.errors import ConfigError
 from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
 from frostline.train.batch import nearest_multiple
@@ -143,6 +143,10 @@ class PlanSettings(Settings):
     min_shapes: str = Field(default="", description="of the engines, as `frostline export --min-shapes`")
     opt_shapes: str = Field(default="", description="of the engines, as `frostline export --opt-shapes`")
     max_shapes: str = Field(default="", description="of the engines, as `frostline export --max-shapes`")
+
+    def by_stage(self) -> dict[str, str]:
+        """As a `Runtime` takes it."""
+        return {OTHERS: self.backend, **self.stages}
 
 
 class MemorySettings(Settings):

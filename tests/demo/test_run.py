@@ -37,7 +37,7 @@ def test_summary_holds_every_number(demo: Path) -> None:
         "detection_rate_after",
         "psnr_before",
         "psnr_after",
-        "step_ms_hybrid",
+        "step_ms_warm",
         "step_ms_torch",
         "seconds",
     ):

@@ -77,7 +77,7 @@ def build(store: EngineStore, manifest: Manifest) -> BuildEngine:
     def build(model: bytes | None = None, **changes: object) -> VerifiedEngine:
         changed = manifest.updated(**changes)
         identity = changed.id
-        with store.building(identity.model, identity.stage, identity.backend, identity.key) as building:
+        with store.building(identity) as building:
             (building.folder / "model.onnx").write_bytes(model or add_model())
             (building.folder / "model.onnx.data").write_bytes(np.ones(1, np.float32).tobytes())
             return building.commit(changed)

@@ -66,7 +66,7 @@ def engines(stage: Stage, tmp_path_factory: pytest.TempPathFactory, session_sign
     root = tmp_path_factory.mktemp("engines")
     store = EngineStore(root)
     exported = export_stage(stage, ORT, store).manifest
-    record = store.get(*vars(exported.id).values())
+    record = store.get(exported.id)
     assert record is not None
     store.update(store.verify(record), exported.updated(latency_ms={"torch": 2.0, ORT: 1.0}))
     return root

@@ -98,7 +98,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_the_plan_prints_as_a_table(stages: dict[str, Stage], built: Path) -> None:
-    plan = Runtime(stages, {"first": ORT, "second": "torch"}, built).plan
+    plan = Runtime(stages, {"first": ORT, "*": "torch"}, built).plan
     assert {name: choice.backend for name, choice in plan.items()} == {"first": ORT, "second": "torch"}
     header, first, second = str(plan).splitlines()
     assert header.split() == ["stage", "backend", "ms", "torch", "ms", "reason"]

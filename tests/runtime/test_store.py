@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 
 from frostline.errors import EngineError
-from frostline.runtime.manifest import Manifest
+from frostline.runtime.manifest import EngineId, Manifest
 from frostline.runtime.store import EngineStore, VerifiedEngine, engine_key
 
-WORDS = ("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
+ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 
 BuildEngine = Callable[..., VerifiedEngine]
 
@@ -43,9 +44,9 @@ def test_the_engine_key_depends_on_every_part() -> None:
 
 def test_a_built_engine_is_found_and_verifies(store: EngineStore, build: BuildEngine) -> None:
     built = build()
-    record = store.get(*WORDS)
+    record = store.get(ENGINE)
     assert record is not None
-    assert record.path == store.path(*WORDS) == built.path
+    assert record.path == ENGINE.path(store.root) == built.path
     assert record.problem is None
     assert store.find("tiny", "vae_encoder") == store.find("tiny", "vae_encoder", "onnxruntime") == [record]
     verified = store.verify(record)
@@ -69,7 +70,7 @@ def test_find_filters_and_sorts(store: EngineStore, build: BuildEngine) -> None:
 def test_a_missing_root_is_an_empty_store(tmp_path: Path) -> None:
     store = EngineStore(tmp_path / "nowhere")
     assert store.find() == store.prune(max_bytes=0) == []
-    assert store.get(*WORDS) is None
+    assert store.get(ENGINE) is None
     assert not store.root.exists()
 
 
@@ -96,7 +97,7 @@ def test_a_damaged_manifest_is_listed_with_its_problem(
 
 def test_the_second_builder_finds_the_engine_of_the_first(store: EngineStore, build: BuildEngine) -> None:
     built = build()
-    with store.building(*WORDS) as building:
+    with store.building(ENGINE) as building:
         assert building.existing == built
 
 
@@ -105,7 +106,7 @@ def test_a_damaged_engine_is_reported_and_replaced(
 ) -> None:
     built = build()
     (built.path / "model.onnx").write_bytes(b"damage")
-    with store.building(*WORDS) as building:
+    with store.building(ENGINE) as building:
         assert building.existing is None
     assert "model.onnx has 6 bytes" in caplog.text
     assert build().read("model.onnx") != b"damage"
@@ -113,9 +114,9 @@ def test_a_damaged_engine_is_reported_and_replaced(
 
 
 def test_leaving_without_commit_leaves_nothing(store: EngineStore) -> None:
-    with store.building(*WORDS) as building:
+    with store.building(ENGINE) as building:
         (building.folder / "model.onnx").touch()
-    with pytest.raises(RuntimeError, match="tracer"), store.building(*WORDS) as building:
+    with pytest.raises(RuntimeError, match="tracer"), store.building(ENGINE) as building:
         (building.folder / "model.onnx").touch()
         raise RuntimeError("the tracer failed")
     assert store.find() == []
@@ -125,7 +126,7 @@ def test_leaving_without_commit_leaves_nothing(store: EngineStore) -> None:
 def test_commit_refuses_what_would_not_verify(
     store: EngineStore, build: BuildEngine, manifest: Manifest, add_onnx: Callable[..., bytes]
 ) -> None:
-    with store.building(*WORDS) as building:
+    with store.building(ENGINE) as building:
         with pytest.raises(EngineError, match="has no files"):
             building.commit(manifest)
         with pytest.raises(EngineError, match="describes"):
@@ -145,20 +146,16 @@ def test_commit_refuses_what_would_not_verify(
     assert store.find() == []
 
 
-@pytest.mark.parametrize(
-    "words", [("../x", *WORDS[1:]), (*WORDS[:2], "a/b", "k"), (*WORDS[:3], ".."), (*WORDS[:3], "a-b")]
-)
-def test_unsafe_words_never_reach_the_disk(store: EngineStore, words: tuple[str, str, str, str]) -> None:
-    for use in (store.path, store.get, lambda *words: store.building(*words).__enter__()):
-        with pytest.raises(EngineError, match="cannot name a folder"):
-            use(*words)
-    assert not store.root.exists()
+@pytest.mark.parametrize("unsafe", [{"model": "../x"}, {"backend": "a/b"}, {"key": ".."}, {"key": "a-b"}])
+def test_unsafe_words_name_no_engine(unsafe: dict[str, str]) -> None:
+    with pytest.raises(EngineError, match="cannot name a folder"):
+        replace(ENGINE, **unsafe)
 
 
 def test_measurements_can_be_updated(store: EngineStore, build: BuildEngine) -> None:
     built = build()
     updated = store.update(built, built.manifest.updated(verified=True, latency_ms={"onnxruntime": 0.5}))
-    record = store.get(*WORDS)
+    record = store.get(ENGINE)
     assert record is not None
     assert store.verify(record) == updated
     assert updated.manifest.verified
@@ -170,7 +167,7 @@ def test_measurements_can_be_updated(store: EngineStore, build: BuildEngine) -> 
 def test_trust_signs_an_engine_made_elsewhere(store: EngineStore, build: BuildEngine, signing_key: Path) -> None:
     path = build().path
     signing_key.unlink()
-    record = store.get(*WORDS)
+    record = store.get(ENGINE)
     assert record is not None
     with pytest.raises(EngineError, match=f"frostline engines trust {path}"):
         store.verify(record)
@@ -183,6 +180,10 @@ def test_trust_needs_hashes_that_hold(store: EngineStore, build: BuildEngine, tm
     shutil.copytree(path, tmp_path / "elsewhere")
     with pytest.raises(EngineError, match="not an engine of the store"):
         store.trust(tmp_path / "elsewhere")
+    assert EngineStore.of_engine(path).root == store.root
+    for nowhere in (tmp_path / "elsewhere", path.with_name("onnxruntime-other"), Path("/tmp"), Path("/")):
+        with pytest.raises(EngineError, match="is no engine"):
+            EngineStore.of_engine(nowhere)
     (path / "model.onnx.data").write_bytes(b"four")
     with pytest.raises(EngineError, match=r"hash of model\.onnx\.data differs"):
         store.trust(path)
@@ -212,9 +213,9 @@ def test_prune_removes_the_oldest(store: EngineStore, build: BuildEngine) -> Non
 
 def test_prune_sweeps_the_debris_of_dead_builders_only(store: EngineStore, build: BuildEngine) -> None:
     build()
-    debris = store.path(*WORDS).with_name(".onnxruntime-dead.building")
+    debris = ENGINE.path(store.root).with_name(".onnxruntime-dead.building")
     debris.mkdir()
-    with store.building(*WORDS) as building:
+    with store.building(ENGINE) as building:
         store.prune()
         assert building.folder.exists()
     assert not debris.exists()
@@ -232,7 +233,7 @@ def test_a_root_that_cannot_be_written_can_be_read(
     monkeypatch.setattr("frostline.runtime.store.FileLock.acquire", refuse)
     (record,) = store.find()
     assert store.verify(record) == built
-    with pytest.raises(EngineError, match="cannot lock"), store.building(*WORDS):
+    with pytest.raises(EngineError, match="cannot lock"), store.building(ENGINE):
         pass
     with pytest.raises(EngineError, match="cannot lock"):
         store.remove(record)
@@ -252,7 +253,7 @@ def test_a_folder_that_vanishes_while_listed_is_no_engine(
 
 
 def test_a_full_disk_in_the_builder_is_a_clear_error(store: EngineStore) -> None:
-    with pytest.raises(EngineError, match="disk is full"), store.building(*WORDS) as building:
+    with pytest.raises(EngineError, match="disk is full"), store.building(ENGINE) as building:
         (building.folder / "model.onnx").touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert names(store.root / "tiny" / "vae_encoder") == {".onnxruntime-0123456789abcdef.lock"}
@@ -292,10 +293,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_really_full(small_disk: Path, manifest: Manifest) -> None:
     store = EngineStore(small_disk)
-    with pytest.raises(EngineError, match="disk is full"), store.building(*WORDS) as building:
+    with pytest.raises(EngineError, match="disk is full"), store.building(ENGINE) as building:
         (building.folder / "model.plan").write_bytes(bytes(2**20))
     assert store.find() == []
-    with store.building(*WORDS) as building:
+    with store.building(ENGINE) as building:
         (building.folder / "model.plan").write_bytes(bytes(2**16))
         building.commit(manifest.updated(networks=()))
-    assert [store.verify(record).path for record in store.find()] == [store.path(*WORDS)]
+    assert [store.verify(record).path for record in store.find()] == [ENGINE.path(store.root)]

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from frostline.runtime import signing
-from frostline.runtime.manifest import Manifest
+from frostline.runtime.manifest import EngineId, Manifest
 from frostline.runtime.store import EngineStore, VerifiedEngine
 
 pytestmark = pytest.mark.fresh_process
 
-WORDS = ("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
+ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 CHANGES_ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 fork = multiprocessing.get_context("fork")  # the children share this test's functions, and start at once
@@ -101,7 +101,7 @@ def test_a_builder_killed_while_writing_frees_its_lock(store: EngineStore, build
     started = fork.Event()
 
     def write_for_ever() -> None:
-        with store.building(*WORDS) as building, (building.folder / "model.onnx").open("wb") as file:
+        with store.building(ENGINE) as building, (building.folder / "model.onnx").open("wb") as file:
             while True:
                 file.write(bytes(4096))
                 file.flush()
@@ -123,7 +123,7 @@ def test_two_processes_build_one_key_once(store: EngineStore, manifest: Manifest
 
     def build_or_wait() -> None:
         barrier.wait()
-        with store.building(*WORDS) as building:
+        with store.building(ENGINE) as building:
             engine = building.existing
             if engine is None:
                 (building.folder / "model.plan").write_bytes(os.urandom(64))
@@ -180,14 +180,14 @@ def test_waiting_for_another_builder_is_logged(store: EngineStore, caplog: pytes
     started = fork.Event()
 
     def hold() -> None:
-        with store.building(*WORDS):
+        with store.building(ENGINE):
             started.set()
             time.sleep(0.2)
 
     process = fork.Process(target=hold)
     process.start()
     assert started.wait(30)
-    with caplog.at_level(logging.INFO), store.building(*WORDS) as building:
+    with caplog.at_level(logging.INFO), store.building(ENGINE) as building:
         assert building.existing is None
     process.join()
     assert "waiting for another process" in caplog.text

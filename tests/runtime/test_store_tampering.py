@@ -3,25 +3,27 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from frostline.errors import EngineError
+from frostline.runtime.manifest import EngineId
 from frostline.runtime.store import EngineStore, VerifiedEngine
 
-WORDS = ("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
+ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 
 BuildEngine = Callable[..., VerifiedEngine]
 
 
-def refusal(store: EngineStore, *words: str) -> str:
-    record = store.get(*(words or WORDS))
+def refusal(store: EngineStore, engine: EngineId = ENGINE) -> str:
+    record = store.get(engine)
     assert record is not None
     with pytest.raises(EngineError) as refused:
         store.verify(record)
     assert str(record.path.parent.parent) in str(refused.value)
-    assert "frostline export tiny" in str(refused.value)
+    assert "frostline export MODEL --stages vae_encoder --backend onnxruntime --force" in str(refused.value)
     return str(refused.value)
 
 
@@ -78,7 +80,7 @@ def test_a_bad_key_file_is_named_and_not_the_engine(store: EngineStore, build: B
 def test_an_engine_under_another_name_is_refused(store: EngineStore, build: BuildEngine) -> None:
     path = build().path
     shutil.copytree(path, path.with_name("onnxruntime-other"))
-    assert "describes another engine, tiny/vae_encoder/onnxruntime-0123" in refusal(store, *WORDS[:3], "other")
+    assert "describes another engine, tiny/vae_encoder/onnxruntime-0123" in refusal(store, replace(ENGINE, key="other"))
 
 
 def test_files_of_another_engine_are_refused(
@@ -111,7 +113,7 @@ def test_a_symlinked_folder_is_refused(store: EngineStore, build: BuildEngine, t
     folder.symlink_to(tmp_path / "outside")
     assert f"{folder} is a symlink" in refusal(store)
     if up:
-        with pytest.raises(EngineError, match="is a symlink"), store.building(*WORDS):
+        with pytest.raises(EngineError, match="is a symlink"), store.building(ENGINE):
             pass
         assert store.find() == []
     else:
@@ -162,7 +164,7 @@ def test_external_data_stays_in_the_folder(
     assert problem in message
     assert repr(location) in message
     with pytest.raises(EngineError, match=problem):
-        store.trust(store.path(*WORDS))
+        store.trust(ENGINE.path(store.root))
 
 
 def test_a_signed_file_that_is_no_onnx_model_is_refused(build: BuildEngine) -> None:

@@ -50,7 +50,7 @@ def run(
         gradient_checkpointing=gradient_checkpointing,
     )
     if engines is not None:
-        module.runtime.replan({**dict.fromkeys(module.stages, "torch"), "denoiser": "onnxruntime"})
+        module.runtime.replan({"*": "torch", "denoiser": "onnxruntime"})
     settings = TrainerSettings(
         learning_rate=1e-3,
         max_grad_norm=1e9,

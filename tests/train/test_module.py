@@ -250,7 +250,7 @@ def test_metrics_of_the_last_step(make_module: MakeModule, caplog: pytest.LogCap
     # Three steps of the first expert, one of the second, and one call for the references of all four KL terms.
     assert calls["denoiser_high_noise"] == ("torch", 3)
     assert calls["denoiser"] == ("torch", 2)
-    assert calls["vae_decoder"] == ("torch", 1)
+    assert calls["vae_decoder_live"] == ("torch", 1)
     assert calls["face_detector"] == ("torch", 2)
     assert all(time.milliseconds > 0 for time in metrics.stages.values())
     module(data)

@@ -42,10 +42,10 @@ def test_the_variants_step_with_engines_as_in_torch(
 @pytest.mark.parametrize(
     ("model", "how", "engines_serve"),
     [
-        ("tiny", "block", {"vae_decoder"}),
-        ("tiny", "full", {"vae_decoder", "denoise_tail"}),
-        ("tiny-moe", "full", {"vae_decoder", "denoise_tail"}),
-        ("tiny-ti2v", "full", {"vae_decoder", "denoise_tail"}),
+        ("tiny", "block", {"vae_decoder_live"}),
+        ("tiny", "full", {"vae_decoder_live", "denoise_tail"}),
+        ("tiny-moe", "full", {"vae_decoder_live", "denoise_tail"}),
+        ("tiny-ti2v", "full", {"vae_decoder_live", "denoise_tail"}),
     ],
 )
 def test_engines_compute_what_backward_recomputes(
@@ -56,7 +56,7 @@ def test_engines_compute_what_backward_recomputes(
     assert_same_steps(in_torch, hybrid, clips(1, seed=7, num_frames=5), tape)
     assert hybrid.last_metrics is not None
     stages = hybrid.last_metrics.stages
-    live = {name: stages[name].backend for name in ("vae_decoder", "denoise_tail")}
+    live = {name: stages[name].backend for name in ("vae_decoder_live", "denoise_tail")}
     assert {name for name, backend in live.items() if backend == "onnxruntime"} == engines_serve
 
 
@@ -66,7 +66,7 @@ def test_engines_leave_the_live_part_alone_if_told_so(make_module: MakeModule, e
     module(small_clips(1))
     assert module.last_metrics is not None
     stages = module.last_metrics.stages
-    assert (stages["denoise_tail"].backend, stages["vae_decoder"].backend) == ("torch", "torch")
+    assert (stages["denoise_tail"].backend, stages["vae_decoder_live"].backend) == ("torch", "torch")
     assert stages["denoiser"].backend == "onnxruntime"
 
 

@@ -22,6 +22,7 @@ def example_metrics() -> list[dict[str, Any]]:
     rows = []
     for step in range(1, 41):
         stages = {"vae_encoder": {"backend": "onnxruntime", "ms": 21.4}, "denoise_tail": {"backend": "torch", "ms": 88}}
+        stages["vae_decoder_live"] = {"backend": "onnxruntime, torch", "ms": 310}
         row: dict[str, Any] = {"step": step, "loss": 0.1, "face_score": 0.58 + 0.002 * step, "kl_loss": 1e-4 * step}
         row |= {"detection_rate": 1.0, "learning_rate": 3e-3, "grad_norm": 0.3, "seconds": 0.4, "stages": stages}
         rows.append({**row, "skipped": step == 7})
@@ -44,15 +45,16 @@ FACTS = {
             "backend": "onnxruntime",
             "reason": "1.81x as fast as torch <parity passed>",
             "parity_max_abs": 9.5e-7,
-        }
+        },
+        "vae_decoder": {"backend": "torch", "reason": "onnxruntime is slower (0.78x)", "parity_max_abs": None},
     },
     "versions": {"python": "3.11.2", "torch": "2.11.0"},
 }
 TIMING = {
-    "step_ms": {"hybrid": 366.4, "hybrid_uncached": 441.8, "torch": 561.2},
+    "step_ms": {"warm": 366.4, "cold": 441.8, "torch": 561.2},
     "stage_ms": {
-        "hybrid": {},
-        "hybrid_uncached": {"vae_encoder": 21.4, "denoise_tail": 88.1},
+        "warm": {},
+        "cold": {"vae_encoder": 21.4, "denoise_tail": 88.1},
         "torch": {"vae_encoder": 38.7, "denoise_tail": 87.6},
     },
 }
@@ -106,6 +108,8 @@ EXPECTED = (
     "19 of 20 up",
     f"vae_encoder frozen onnxruntime 21.4 9.5 {TIMES} 10⁻⁷ 1.81x as fast as torch <parity passed>",
     f"denoise_tail live torch 88.0 {DASH} carries gradient",
+    f"vae_decoder frozen torch {DASH} {DASH} onnxruntime is slower (0.78x)",
+    f"vae_decoder_live live onnxruntime, torch 310 {DASH} carries gradient",
     "One training step, in turns",
     "python 3.11.2",
     "lora.rank 8",
@@ -129,7 +133,7 @@ def test_every_number_is_on_the_page(tmp_path: Path) -> None:
 def test_a_run_that_went_wrong_is_told_as_it_is(tmp_path: Path) -> None:
     validation = example_validation(after=0.5)
     validation[1] |= {"psnr": 19.0, "detection_rate": 0.5, "starts": {"face_score": [0.0] * 17 + [1.0] * 3}}
-    write_run(tmp_path, example_metrics(), validation, {"step_ms": {"hybrid": 600.0, "torch": 561.2}})
+    write_run(tmp_path, example_metrics(), validation, {"step_ms": {"warm": 600.0, "torch": 561.2}})
     html = page(tmp_path)
     text = visible(html)
     assert "0.579 at step 0, 0.500 now; it went up in 3 of 20" in text

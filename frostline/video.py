@@ -8,7 +8,6 @@ and the reason.
 import logging
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from frostline.errors import ConfigError, DataError
+from frostline.writing import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -170,16 +170,11 @@ def write_video(path: str | Path, frames: torch.Tensor, fps: float = 16, crf: in
         # Replicate padding wants floats; uint8 survives the trip through float32 exactly.
         pad = (0, width % 2, 0, height % 2)
         pixels = F.pad(pixels.float(), pad, mode="replicate").to(torch.uint8) if any(pad) else pixels
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part.mp4")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _encode(part, pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy(), fps, crf, lossless)
-        part.replace(path)
-    except (av.error.FFmpegError, OSError) as error:
-        raise DataError(f"{path}: cannot be written: {_reason(error)}") from error
-    finally:
-        if part.exists():
-            part.unlink()
+    with written_whole(path) as part:
+        try:
+            _encode(part, pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy(), fps, crf, lossless)
+        except av.error.FFmpegError as error:
+            raise DataError(f"{path}: cannot be written: {_reason(error)}") from error
     return path
 
 

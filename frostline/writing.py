@@ -1,7 +1,9 @@
-"""Files that appear only whole."""
+"""Files that appear only whole, are on disk before they are named, and are known by their digest."""
 
+import hashlib
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,4 +25,28 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing was written where its folder is a file
+            part.unlink()
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk: a rename must not be there before what it names.
+
+    Raises:
+        OSError: the disk is full, or it is no file or folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """64 hexadecimal digits, read in chunks.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -100,10 +100,14 @@ def build_stage(
     Raises:
         EngineError: the backend is not available, or tracing or building failed.
     """
-    if reason := get_backend(backend_name).unavailable():
+    backend, precision = get_backend(backend_name), precision_of(stage)
+    if reason := backend.unavailable():
         raise EngineError(reason)
+    if precision not in backend.PRECISIONS:
+        able = " or ".join(sorted(backend.PRECISIONS))
+        raise EngineError(f"{backend_name} does not compute in {precision}: export {stage.name} in {able}")
     weights = weights_sha256(stage)
-    key = stage_key(stage, backend_name, precision_of(stage), weights, options)
+    key = stage_key(stage, backend_name, precision, weights, options)
     with store.building(EngineId(stage.model, stage.name, backend_name, key)) as build:
         if build.existing is not None and not force:
             return build.existing, False

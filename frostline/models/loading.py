@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -128,7 +130,10 @@ def _frozen_weights(
         parameters = dict(module.named_parameters())
         if part == "vae_encoder":
             parameters = {name: p for name, p in parameters.items() if name.startswith(_VAE_ENCODER)}
-        weights[part] = PartWeights(parameters, lambda network=network: _read(network, dtype, device), network.paths)
+        shapes = _named_as_in_module(network, network.shapes)
+        nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in parameters)
+        read = partial(_read, network, dtype, device)
+        weights[part] = PartWeights(parameters, read, network.paths, nbytes)
     return weights
 
 

@@ -24,11 +24,17 @@ class PartWeights:
         parameters: by the names that `read` gives them.
         read: the tensors, from the files; may return more than these.
         files: where they come from.
+        nbytes: that they take while they are in memory.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], read: Callable[[], Mapping[str, Tensor]], files: Sequence[Path]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        read: Callable[[], Mapping[str, Tensor]],
+        files: Sequence[Path],
+        nbytes: int,
     ) -> None:
+        self.nbytes = nbytes
         self._parameters = dict(parameters)
         self._read = read
         self._files = tuple(files)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import struct
 import time
 from collections import OrderedDict
@@ -19,6 +18,9 @@ from typing import Protocol
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from frostline.errors import DataError
+from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
 
@@ -196,18 +198,13 @@ class _Disk:
         if len(data) > self._max_bytes:
             log.debug("an entry of %d bytes does not fit into the cache", len(data))
             return
-        path = self._path(key)
-        temporary = path.with_name(f".{key}.{secrets.token_hex(8)}.tmp")
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            with written_whole(self._path(key)) as part:
+                part.write_bytes(data)
             self._forget()
-        except OSError as error:
+        except (DataError, OSError) as error:
             self._writable = False
             log.warning("cannot write to the cache %s (%s): going on without it", self._root, error)
-        finally:
-            _unlink(temporary)
 
     def _path(self, key: str) -> Path:
         return self._root / f"{key}.safetensors"
@@ -223,7 +220,7 @@ class _Disk:
             if file.name.endswith(".safetensors"):
                 entries.append((status.st_mtime_ns, status.st_size, Path(file.path)))
                 total += status.st_size
-            elif file.name.endswith(".tmp") and time.time() - status.st_mtime > _ABANDONED_SECONDS:
+            elif file.name.endswith(".part") and time.time() - status.st_mtime > _ABANDONED_SECONDS:
                 _unlink(Path(file.path))
         for _, size, path in sorted(entries):
             if total <= self._max_bytes:

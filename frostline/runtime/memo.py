@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from pathlib import Path
+
+from frostline.errors import DataError
+from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +37,12 @@ def remember(note: Path, text: str, *, keep: bool = False) -> None:
     Args:
         keep: a note that another process wrote meanwhile stays.
     """
-    partial = note.with_suffix(f".{os.getpid()}.partial")
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n")
-        if keep:
-            with suppress(FileExistsError):
-                os.link(partial, note)
-            partial.unlink()
-        else:
-            partial.replace(note)
-    except OSError as error:
-        log.debug("cannot write the note %s: %s", note, error)
+        with written_whole(note) as part:
+            part.write_text(text + "\n")
+            if keep:
+                # Fails where the note is there by now; else both are the same file, and to rename it changes nothing.
+                os.link(part, note)
+    except DataError as error:
+        if not (keep and note.is_file()):
+            log.debug("%s", error)

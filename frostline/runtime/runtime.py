@@ -114,6 +114,18 @@ class Runtime:
             if (weights := self.stages[name].weights) is not None:
                 weights.release()
 
+    def pending_bytes(self) -> int:
+        """Of weights that are not in memory yet, and will be once every stage has run as planned."""
+        pending = 0
+        for name, choice in self._plan.items():
+            stage = self.stages[name]
+            if choice.backend == TORCH or not _holds_weights(choice.backend):
+                away = stage.weights is not None and not stage.weights.resident
+            else:
+                away = (name, choice.backend) not in self._loaded
+            pending += _weight_bytes(stage) if away else 0
+        return pending
+
     def fingerprint(self, stage: str) -> str:
         """What the stage's outputs depend on, beside its inputs: its weights and the backends that may serve it."""
         choice = self._plan[stage]
@@ -353,6 +365,13 @@ class _PlannedRunner:
 def _several_processes() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _weight_bytes(stage: Stage) -> int:
+    if stage.weights is not None:
+        return stage.weights.nbytes
+    parameters = (p for network in stage.networks for p in network.module.parameters())
+    return sum({id(parameter): parameter.nbytes for parameter in parameters}.values())
 
 
 def _holds_weights(backend: str) -> bool:

@@ -33,6 +33,7 @@ from frostline.runtime.verification import (
     seal,
     verify_engine,
 )
+from frostline.writing import file_sha256, sync
 
 __all__ = ["Build", "EngineRecord", "EngineStore", "VerifiedEngine", "engine_key"]
 
@@ -112,10 +113,10 @@ class Build:
             for file in self.folder.glob("*.onnx"):
                 check_external_data(file.name, file.read_bytes(), artifacts)
             _write_synced(self.folder / MANIFEST_FILE, seal(manifest))
-            _sync(self.folder)
+            sync(self.folder)
             replaced = _set_aside(path)
             self.folder.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
             _remove(replaced)
         return VerifiedEngine(path, manifest)
 
@@ -260,7 +261,7 @@ class EngineStore:
             temporary = _hidden(path, "manifest")
             _write_synced(temporary, seal(manifest))
             temporary.replace(path / MANIFEST_FILE)
-            _sync(path)
+            sync(path)
         return VerifiedEngine(path, manifest)
 
     @contextmanager
@@ -350,10 +351,8 @@ def _seal_artifact(path: Path) -> Artifact:
         raise EngineError(f"{path} is not a regular file: an engine is a flat folder of files")
     if path.name == MANIFEST_FILE or not re.fullmatch(NAME, path.name):
         raise EngineError(f"{path.name!r} cannot be the name of an engine file")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Artifact(sha256=digest, bytes=file.tell())
+    sync(path)
+    return Artifact(sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -361,15 +360,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _explain(doing: str, error: OSError) -> EngineError:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, DataError
+from frostline.paths import check_inside
 
 
 @dataclass(frozen=True)
@@ -94,22 +94,12 @@ def _pair(index: int, row: dict[str, str | None], folder: Path, reference: str |
         faults.append("the row names no video")
     paths = {}
     for name in ("video", "reference"):
+        # Nothing stays nothing.
+        paths[name] = str(folder / cells[name]) if cells[name] else ""
         try:
-            paths[name] = _resolve(folder, cells[name], allow_outside)
-        except ValueError as error:
+            check_inside(folder, cells[name], "--allow-outside", allow_outside)
+        except DataError as error:
             paths[name] = cells[name]
             faults.append(str(error))
     own = paths["reference"] or reference or paths["video"]
     return Pair(index, paths["video"], own, cells["prompt"], "; ".join(faults))
-
-
-def _resolve(folder: Path, value: str, allow_outside: bool) -> str:
-    """The path that a file in `folder` names, nothing for nothing; one that leads out of the folder is refused."""
-    if not value:
-        return ""
-    if "\0" in value:
-        raise ValueError("the path holds a NUL character")
-    root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
-    if not allow_outside and not path.is_relative_to(root):
-        raise ValueError(f"{value} lies outside {folder}; --allow-outside permits that for a file you trust")
-    return str(folder / value)

@@ -13,10 +13,8 @@ Nothing in them is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -28,6 +26,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from frostline.errors import CheckpointError, DataError
+from frostline.writing import file_sha256, sync
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class Checkpoint:
         for name, (size, sha256) in expected.items():
             path = self.path / name
             try:
-                intact = path.stat().st_size == size and _sha256(path) == sha256
+                intact = path.stat().st_size == size and file_sha256(path) == sha256
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             if not intact:
@@ -93,7 +92,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(run)
+        sync(run)
     except (OSError, SafetensorError, DataError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         kept = latest(run)
@@ -167,21 +166,7 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _seal(folder: Path) -> None:
     files = sorted(folder.iterdir())
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": entries}, indent=2) + "\n")
     for path in (*files, folder / MANIFEST, folder):
-        _sync(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make sure that the disk has it: a rename must not be on disk before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

@@ -70,13 +70,14 @@ class Conditioner:
         """Check and fit `data`, then compute or recall all conditions; see `check_batch` for the contract."""
         batch = check_batch(data)
         video, _ = fit_to_wan(batch.video, self.components.spatial_multiple)
-        video = video.to(self._device)
-        first_frame = video[:, 0] * 2 - 1
         T, H, W = video.shape[1], *video.shape[-2:]
         stride = self.components.spatial_stride
         grid = ((T - 1) // TEMPORAL_STRIDE + 1, H // stride, W // stride)
-        image_keys = [content_key(frame=frame, frames=T) for frame in first_frame]
+        # Before the video moves: a hash is computed in main memory.
+        image_keys = [content_key(frame=frame, frames=T) for frame in video[:, 0]]
         video_keys = [content_key(video=sample) for sample in video]
+        video = video.to(self._device)
+        first_frame = video[:, 0] * 2 - 1
         context = self._context(batch.prompt)
         return Conditioning(
             sample_id=batch.sample_id,

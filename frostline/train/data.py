@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from frostline.errors import ConfigError, DataError
 from frostline.models.geometry import SPATIAL_MULTIPLE
+from frostline.paths import check_inside
 from frostline.train.batch import nearest_name, pad_frames, resize
 from frostline.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe_video, read_video
 
@@ -332,25 +333,12 @@ def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> _
             return bad(column, f"must be text, not {type(value).__name__}")
         if not (value or "").strip():
             return bad(column, "is empty")
+    video = record["video"].strip()
     try:
-        video = _resolve_video(folder, record["video"].strip(), allow_outside)
+        check_inside(folder, video, "allow_outside=True", allow_outside)
     except DataError as error:
         return bad("video", str(error))
-    return _Row(number, sample_id, video, record["prompt"].strip())
-
-
-def _resolve_video(folder: Path, value: str, allow_outside: bool) -> Path:
-    """The path that a metadata file in `folder` names; one that leads out of the folder is refused.
-
-    Judged by the path as written, not by where links lead: a download cache keeps its files as links into a
-    common store, and the links are the owner's, while the path comes from the file.
-    """
-    if "\0" in value:
-        raise DataError("the path holds a NUL character")
-    root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
-    if not allow_outside and not path.is_relative_to(root):
-        raise DataError(f"{value} lies outside {folder}; allow_outside=True permits that for metadata you trust")
-    return path
+    return _Row(number, sample_id, Path(os.path.normpath((folder / video).absolute())), record["prompt"].strip())
 
 
 def _with_unique_ids(rows: Iterator[_Row]) -> tuple[_Row, ...]:

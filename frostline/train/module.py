@@ -218,7 +218,9 @@ class WanTrainingModule(nn.Module):
                     "gradient_checkpointing: auto has to be settled before weights are sharded: call "
                     "settle_checkpointing(shape) first, or name the kind"
                 )
-            free = free_bytes(self.denoiser.model.patch_embedding.weight.device)
+            device = self.denoiser.model.patch_embedding.weight.device
+            # What stages and engines have not loaded yet takes its part of what is free now.
+            free = max(0, free_bytes(device) - self.runtime.pending_bytes())
             embedder = None if self.faces is None else self.faces.embedder
             self.checkpoint(fitting_checkpointing(self.components, self.settings, shape, free, embedder))
             self._settled_for = shape

@@ -208,7 +208,7 @@ def test_a_full_disk_warns_once_and_leaves_nothing(
 
 
 def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
-    dead, alive = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp"
+    dead, alive = tmp_path / ".a.1.part", tmp_path / ".b.2.part"
     dead.touch()
     alive.touch()
     os.utime(dead, (0, 0))

@@ -30,22 +30,21 @@ def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "weights"
 
 
-def parameters_of(module: WanTrainingModule, part: str) -> list[torch.nn.Parameter]:
-    components: Any = module.components
+def parameters_of(components: Any, part: str) -> list[torch.nn.Parameter]:
     if part == "vae_encoder":
         return [*components.vae.model.encoder.parameters(), *components.vae.model.conv1.parameters()]
     return list(getattr(components, part).parameters())
 
 
 def in_memory(module: WanTrainingModule) -> set[str]:
-    return {p for p in module.components.weights if sum(x.numel() for x in parameters_of(module, p)) > 0}
+    return {p for p in module.components.weights if sum(x.numel() for x in parameters_of(module.components, p)) > 0}
 
 
 def test_parts_are_away_while_engines_serve_them(make_module: MakeModule, variant_engines: Path) -> None:
     eager = make_module("tiny-moe", plan="onnxruntime", engines=variant_engines, lora_spread=0, **SETTINGS)
     assert in_memory(eager) == {"text_encoder", "vae_encoder", "denoiser_high_noise"}
     released = make_module("tiny-moe", plan="onnxruntime", engines=variant_engines, lora_spread=0, **SETTINGS)
-    storage = weakref.ref(parameters_of(released, "denoiser_high_noise")[0].untyped_storage())
+    storage = weakref.ref(parameters_of(released.components, "denoiser_high_noise")[0].untyped_storage())
     released.runtime.release_weights()
     gc.collect()
     assert storage() is None
@@ -155,6 +154,8 @@ def test_deferred_and_restored_is_what_was_loaded_at_once() -> None:
         assert weights.resident == (part == "vae_encoder")
         weights.restore()
         assert weights.resident
+        held = {id(p): p.nbytes for p in parameters_of(deferred, part)}
+        assert weights.nbytes == sum(held.values())
     assert set(deferred.weights) <= set(FROZEN_PARTS)
     for (name, one), (_, other) in zip(eager.modules(), deferred.modules(), strict=True):
         ours, theirs = one.state_dict(), other.state_dict()
@@ -165,7 +166,7 @@ def test_deferred_and_restored_is_what_was_loaded_at_once() -> None:
 def test_empty_weights_compute_nothing() -> None:
     module = torch.nn.Linear(3, 2)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    weights = PartWeights(dict(module.named_parameters()), lambda: before, [Path(__file__)])
+    weights = PartWeights(dict(module.named_parameters()), lambda: before, [Path(__file__)], nbytes=32)
     weights.release()
     with pytest.raises(RuntimeError):
         module(torch.ones(1, 3))

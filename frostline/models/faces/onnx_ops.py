@@ -211,7 +211,7 @@ def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> list[int]:
 
 def gather(x: Tensor | list[int], indices: Tensor | list[int] | int, *, axis: int = 0) -> Tensor | list[int] | int:
     if isinstance(x, Tensor):
-        index = torch.as_tensor(indices)
+        index = torch.as_tensor(indices, device=x.device)
         gathered = x.index_select(axis, index.reshape(-1) % x.shape[axis])
         return gathered.reshape((*x.shape[:axis], *index.shape, *x.shape[axis:][1:]))
     chosen = indices.tolist() if isinstance(indices, Tensor) else indices

@@ -37,6 +37,8 @@ class Backend(Protocol):
     SOURCE: Literal["onnx", "exported_program"]
     # Whether an engine has weights of its own, or computes with those of the PyTorch module.
     HOLDS_WEIGHTS: bool
+    # The types of weights that it computes with: of fp32, fp16 and bf16.
+    PRECISIONS: frozenset[str]
 
     def unavailable(self) -> str | None:
         """Why this backend can neither build nor run here and what to install, or None."""

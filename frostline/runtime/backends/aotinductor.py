@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
+from frostline.models.precision import DTYPES
 from frostline.runtime.device import device_name
 from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SOURCE: Literal["exported_program"] = "exported_program"
 HOLDS_WEIGHTS = False
+PRECISIONS = frozenset(DTYPES)
 
 # The tracer's wrapper around `Network.module`.
 _PREFIX = "module."
@@ -46,10 +48,17 @@ _SETTINGS = {
 
 def unavailable() -> str | None:
     """What is missing to compile: a C++ compiler, which no pip package brings."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"aotinductor needs the C++ compiler {compiler}: apt install g++, or name another one in CXX"
+    if shutil.which(_compiler()) is None:
+        return f"aotinductor needs the C++ compiler {_compiler()}: apt install g++, or name another one in CXX"
     return None
+
+
+def _compiler() -> str:
+    """What compiles and links a package.
+
+    Not g++, which may link its own copy of libstdc++ into a package: beside torch's that ends in a crash on load.
+    """
+    return os.environ.get("CXX", "gcc")
 
 
 def version() -> str:
@@ -74,10 +83,11 @@ def build(network: Network, source: ExportedProgram, folder: Path, options: Buil
         EngineError: the compiler fails.
     """
     package = folder / f"{network.name}.pt2"
+    settings = {**_SETTINGS, "cpp.cxx": (None, _compiler())}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(source, package_path=str(package), inductor_configs={**_SETTINGS})
+            torch._inductor.aoti_compile_and_package(source, package_path=str(package), inductor_configs=settings)
     except Exception as error:
         raise EngineError(f"AOTInductor cannot compile {network.name}: {error}") from error
     return package.name

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SOURCE: Literal["onnx"] = "onnx"
 HOLDS_WEIGHTS = True
+# Up to opset 21 ONNX has no bf16 convolution, and the providers lack more of its operations.
+PRECISIONS = frozenset({"fp32", "fp16"})
 
 _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
@@ -102,15 +104,6 @@ class OnnxRuntimeRunner:
         self._device = device
         self._session = _open_session(path, device)
         self._binding = self._session.io_binding()
-        self._bound: dict[str, int] = {}
-        self._bind_live()
-
-    def _bind_live(self) -> None:
-        """Bind the live tensors; their memory stays the same unless somebody assigns `parameter.data`."""
-        for name, tensor in self._network.live.items():
-            if self._bound.get(name) != tensor.data_ptr():
-                self._bind(name, tensor)
-                self._bound[name] = tensor.data_ptr()
 
     def _bind(self, name: str, tensor: Tensor) -> None:
         import onnxruntime
@@ -123,11 +116,9 @@ class OnnxRuntimeRunner:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the network; every output is freshly allocated and shared with torch."""
         check_inputs(self._network, inputs)
-        self._bind_live()
         kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        for name, tensor in kept.items():
+        for name, tensor in {**self._network.live, **kept}.items():
             self._bind(name, tensor)
-        self._binding.clear_binding_outputs()
         for name in self._network.outputs:
             self._binding.bind_output(name, self._device.type, self._device.index or 0)
         if self._device.type == "cuda":
@@ -135,9 +126,13 @@ class OnnxRuntimeRunner:
             torch.cuda.current_stream(self._device).synchronize()
         try:
             self._session.run_with_iobinding(self._binding)
+            values = self._binding.get_outputs()
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed on {self._network.name}: {error}") from error
-        values = self._binding.get_outputs()
+        finally:
+            # Or it would keep inputs and outputs alive until the next call.
+            self._binding.clear_binding_inputs()
+            self._binding.clear_binding_outputs()
         return {name: torch.from_dlpack(value) for name, value in zip(self._network.outputs, values, strict=True)}
 
 

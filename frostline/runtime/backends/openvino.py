@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frostline.errors import EngineError
+from frostline.models.precision import DTYPES
 from frostline.runtime.device import device_name
 from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
@@ -22,6 +23,7 @@ from .options import BuildOptions
 
 SOURCE: Literal["onnx"] = "onnx"
 HOLDS_WEIGHTS = True
+PRECISIONS = frozenset(DTYPES)
 
 # numpy, through which memory is shared, has no bfloat16: its bytes travel under another name.
 _AS_NUMPY = {torch.bfloat16: torch.int16}

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from frostline.errors import EngineError
+from frostline.models.precision import DTYPES
 from frostline.runtime.device import compute_capabilities, device_name, sm_name
 from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
+from frostline.writing import written_whole
 
 from .cuda_graphs import CudaGraphs
 from .inputs import check_inputs, check_live
@@ -55,6 +57,7 @@ class TensorRTBackend:
 
     SOURCE: Literal["onnx"] = "onnx"
     HOLDS_WEIGHTS = True
+    PRECISIONS = frozenset(DTYPES)
 
     def __init__(self, module: str, extra: str, cross_builds: bool) -> None:
         self._module = module
@@ -307,10 +310,8 @@ def _read_timing_cache(config: Any, path: Path | None) -> None:
 def _write_timing_cache(config: Any, path: Path | None) -> None:
     cache = config.get_timing_cache() if path is not None else None
     if path is not None and cache is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_bytes(cache.serialize())
-        partial.replace(path)
+        with written_whole(path) as part:
+            part.write_bytes(cache.serialize())
 
 
 def _layer_table(trt: Any, plan: Any) -> Any:

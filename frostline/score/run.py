@@ -136,6 +136,8 @@ def _collect(
     known = [done[index] for index in sorted(done)]
     if file is None:
         return known + list(fresh)
+    # All have read what an earlier run left.
+    processes.wait()
     if processes.is_main:
         file.rewrite(known)
         for part in _parts(file):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import frostline
 from frostline.models.components import WanComponents
 from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.text import tokenize
@@ -78,14 +79,13 @@ class Conditioner:
         video_keys = [content_key(video=sample) for sample in video]
         video = video.to(self._device)
         first_frame = video[:, 0] * 2 - 1
-        context = self._context(batch.prompt)
+        ids, mask = tokenize(self.components.tokenizer, list(batch.prompt))
+        text_keys = [content_key(ids=row, mask=used) for row, used in zip(ids, mask, strict=True)]
         return Conditioning(
             sample_id=batch.sample_id,
-            keys=tuple(
-                content_key(prompt=prompt, image=image) for prompt, image in zip(batch.prompt, image_keys, strict=True)
-            ),
+            keys=tuple(content_key(text=text, image=image) for text, image in zip(text_keys, image_keys, strict=True)),
             latent_shape=(self.components.vae.model.z_dim, *grid),
-            context=context,
+            context=self._context(ids, mask, text_keys),
             y=self._image_latents(first_frame, T, image_keys),
             clip_feature=self._clip_feature(first_frame, image_keys),
             first_frame_latents=self._first_frame_latents(first_frame, image_keys),
@@ -110,7 +110,7 @@ class Conditioner:
         if self.cache is None:
             return dict(compute(list(range(len(keys)))))
         depends = [self.runtime.fingerprint(stage) for stage in stages]
-        full = [content_key(what=what, depends=depends, row=key) for key in keys]
+        full = [content_key(what=what, depends=depends, row=key, version=frostline.__version__) for key in keys]
         rows = [self.cache.get(key, device=self._device) for key in full]
         # The same sample twice in a batch is computed once.
         missing = list({full[i]: i for i, row in enumerate(rows) if row is None}.values())
@@ -123,12 +123,10 @@ class Conditioner:
         present = [row for row in rows if row is not None]
         return {name: torch.stack([row[name] for row in present]) for name in present[0]}
 
-    def _context(self, prompts: Sequence[str]) -> Tensor:
+    def _context(self, ids: Tensor, mask: Tensor, keys: Sequence[str]) -> Tensor:
         def compute(rows: list[int]) -> dict[str, Tensor]:
-            ids, mask = tokenize(self.components.tokenizer, [prompts[row] for row in rows])
-            return self.runtime["text_encoder"](ids=ids.to(self._device), mask=mask.to(self._device))
+            return self.runtime["text_encoder"](ids=ids[rows].to(self._device), mask=mask[rows].to(self._device))
 
-        keys = [content_key(prompt=prompt, length=self.components.text_length) for prompt in prompts]
         return self.cached_rows("context", ["text_encoder"], keys, compute)["context"]
 
     def _image_latents(self, first_frame: Tensor, num_frames: int, keys: Sequence[str]) -> Tensor | None:
@@ -166,7 +164,9 @@ class Conditioner:
 
     def _references(self, active: ActiveReward, video: Tensor, keys: Sequence[str]) -> Mapping[str, Tensor]:
         def compute(rows: list[int]) -> Mapping[str, Tensor]:
-            return active.reward.references(video[rows])
+            # In float32 as `score` is, whatever autocast the step runs in: what is cached must not depend on it.
+            with torch.autocast(video.device.type, enabled=False):
+                return active.reward.references(video[rows])
 
         keys = [content_key(video=key, settings=active.references_key) for key in keys]
         return self.cached_rows("references", active.stages, keys, compute)

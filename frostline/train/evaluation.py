@@ -18,7 +18,7 @@ class Evaluation:
     """N generated videos (N, T, 3, H, W) in [0, 1], on the CPU, and how good they are.
 
     measured: (N,) by name: every reward's score and further metrics (`face_score`, `detection_rate`, …), and `psnr`,
-    dB to the true clip.
+    dB to the true clip. The score is NaN of a video that does not count.
     """
 
     measured: dict[str, Tensor]
@@ -51,7 +51,8 @@ def evaluate(
         generated = module.generate(conditioning, noise.to(conditioning.context.device))
         values = {"psnr": _psnr(generated, batch["video"].to(generated.device))}
         for active, score in module.score(generated, conditioning):
-            values |= {active.reward.name: score.score, **score.metrics}
+            counts = score.valid | (active.settings.on_no_face == "zero")
+            values |= {active.reward.name: torch.where(counts, score.score, torch.nan), **score.metrics}
         measured.append({name: value.cpu() for name, value in values.items()})
         videos.append(generated.cpu())
         advance(len(index))

@@ -55,7 +55,7 @@ class StepMetrics:
     sample_id: names of the samples.
     per_sample: what the rewards measured of each, by name: every reward's score (`face_score`, …) and its further
         metrics (`detection_rate`, `face_score_missing_zero`, …).
-    scores: of each reward, the mean over the samples that count.
+    scores: of each reward, the sum over the samples that count, and how many those are.
     kl: of each tail step.
     stages: time in each use of a stage and its backend: by the stage's name where it is frozen, and of live uses by
         `denoise_tail`, `vae_decoder_live`, `face_embedder_live`.
@@ -63,7 +63,7 @@ class StepMetrics:
 
     sample_id: tuple[str, ...]
     per_sample: dict[str, list[float]]
-    scores: dict[str, float]
+    scores: dict[str, tuple[float, int]]
     kl: list[float]
     stages: dict[str, StageTime]
 
@@ -174,8 +174,16 @@ class WanTrainingModule(nn.Module):
             inputs: what `forward_preprocess` returned, to use it again.
         Returns:
             loss (with graph), face_score (the first reward's score, whatever it rewards) and kl_loss, each 0-dim.
+        Raises:
+            DataError: `data` is not as it should be; names sample, field and what to do.
+            ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
+        if settings.final_timestep < self.sampler.high_noise_steps:
+            raise ConfigError(
+                f"final_timestep {settings.final_timestep}: the high-noise expert, which has no LoRA, serves the first "
+                f"{self.sampler.high_noise_steps} steps; the tail has to reach beyond them"
+            )
         conditioning = self.forward_preprocess(data) if inputs is None else inputs
         self._settle_for(conditioning)
         latents = self._rollout(conditioning)
@@ -194,7 +202,7 @@ class WanTrainingModule(nn.Module):
         reward = reward_loss(scores, mean_over_processes)
         kl_loss = torch.stack(sampled.kl).mean()
         loss = reward.loss + settings.kl_weight * kl_loss
-        self.last_metrics = self._metrics(conditioning, scores, reward.scores, sampled.kl)
+        self.last_metrics = self._metrics(conditioning, scores, reward.totals, sampled.kl)
         return loss, next(iter(reward.scores.values())), kl_loss.detach()
 
     def checkpoint(self, kind: GradientCheckpointing) -> None:
@@ -326,7 +334,9 @@ class WanTrainingModule(nn.Module):
         """Where autograd keeps what backward needs."""
         if not self.settings.offload_saved_tensors or not torch.is_grad_enabled():
             return nullcontext()
-        return saved_in_main_memory(itertools.chain(self.parameters(), self.buffers()))
+        return saved_in_main_memory(
+            itertools.chain(self.parameters(), self.buffers(), self.components.vae.parameters())
+        )
 
     def _report_unscored(self, conditioning: Conditioning, scores: Sequence[tuple[ActiveReward, RewardScore]]) -> None:
         for active, score in scores:
@@ -345,7 +355,7 @@ class WanTrainingModule(nn.Module):
         self,
         conditioning: Conditioning,
         scores: Sequence[tuple[ActiveReward, RewardScore]],
-        means: Mapping[str, Tensor],
+        totals: Mapping[str, tuple[Tensor, Tensor]],
         kl: list[Tensor],
     ) -> StepMetrics:
         per_sample = {}
@@ -355,7 +365,7 @@ class WanTrainingModule(nn.Module):
         return StepMetrics(
             sample_id=conditioning.sample_id,
             per_sample=per_sample,
-            scores={name: mean.item() for name, mean in means.items()},
+            scores={name: (score.item(), int(count)) for name, (score, count) in totals.items()},
             kl=torch.stack(kl).tolist(),
             stages=self.runtime.clock.read(),
         )

@@ -59,10 +59,15 @@ class ActiveReward:
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """loss: 0-dim with graph. scores: 0-dim without, by reward; each the mean of the samples that count."""
+    """What the rewards say together.
+
+    loss: 0-dim with graph. scores: 0-dim without, by reward; each the mean of the samples that count. totals: of each,
+    the sum that this process has of it, and over how many samples.
+    """
 
     loss: Tensor
     scores: dict[str, Tensor]
+    totals: dict[str, tuple[Tensor, Tensor]]
 
 
 def build_rewards(
@@ -97,20 +102,22 @@ def reward_loss(
             averaged over processes, each then weighs its samples as one process with all of them would.
     """
     total: Tensor | None = None
-    means = {}
+    means, totals = {}, {}
     for active, scored in scores:
         settings = active.settings
         counts = torch.ones_like(scored.valid) if settings.on_no_face == "zero" else scored.valid
         everywhere = mean_count(counts.sum().float())
         # The share of this process: 1 on average.
         share = counts.sum() / everywhere.clamp(min=torch.finfo(torch.float32).tiny)
-        mean = torch.where(counts, scored.score, 0).sum() / counts.sum().clamp(min=1)
+        score = torch.where(counts, scored.score, 0).sum()
+        mean = score / counts.sum().clamp(min=1)
         loss = -(mean - settings.baseline) / settings.scale * settings.weight * share
         loss = torch.where(everywhere > 0, loss, 0 * mean)
         total = loss if total is None else total + loss
         means[active.reward.name] = (mean * share).detach()
+        totals[active.reward.name] = (score.detach(), counts.sum())
     assert total is not None
-    return RewardLoss(total, means)
+    return RewardLoss(total, means, totals)
 
 
 def _custom_reward(term: RewardTerm, device: torch.device) -> ActiveReward:
@@ -124,7 +131,17 @@ def _custom_reward(term: RewardTerm, device: torch.device) -> ActiveReward:
             raise ConfigError(f"reward.type {term.type}: is no reward, it has no {name!r} (see ARCHITECTURE.md)")
     if isinstance(reward, nn.Module):
         reward.to(device).eval().requires_grad_(False)
-    return ActiveReward(cast(Reward, reward), term, content_key(type=term.type, options=term.options))
+    state = dict(reward.state_dict()) if isinstance(reward, nn.Module) else {}
+    key = content_key(type=term.type, options=term.options, source=_source(make), state=state)
+    return ActiveReward(cast(Reward, reward), term, key)
+
+
+def _source(make: Callable[..., Any]) -> str:
+    """The file that a class is written in; nothing where there is none, as in a notebook."""
+    try:
+        return inspect.getsource(inspect.getmodule(make) or make)
+    except (OSError, TypeError):
+        return ""
 
 
 def _find_class(path: str) -> Callable[..., Any]:

@@ -36,7 +36,11 @@ class TrainerSettings(Settings):
     lr_warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
     max_train_steps: int = Field(default=100, ge=1, description="optimizer steps")
     per_device_train_batch_size: int = Field(default=1, ge=1, description="samples per forward and process")
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="forwards per optimizer step")
+    gradient_accumulation_steps: int = Field(
+        default=1,
+        ge=1,
+        description="forwards per optimizer step, each of which weighs alike, whatever a reward could score of it",
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
     mixed_precision: Literal["no", "bf16"] = Field(
         default="no",
@@ -79,7 +83,7 @@ class VideoSettings(Settings):
     source: Path | None = Field(
         default=None, description="metadata.csv, .json or .jsonl with video and prompt, or a folder of captioned videos"
     )
-    num_frames: int = Field(default=17, ge=1, description="frames of every sample, 4k+1")
+    num_frames: int = Field(default=17, ge=5, description="frames of every sample, 4k+1")
     height: int | None = Field(
         default=None,
         description="pixels, a multiple of 16 (of 32 for Wan2.2-TI2V-5B); each video keeps its own if not given",

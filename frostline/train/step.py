@@ -70,14 +70,14 @@ def optimizer_step(training: Training, batches: Iterator[CollatedBatch]) -> dict
     for _ in range(training.settings.gradient_accumulation_steps):
         batch = next(batches)
         with accelerator.accumulate(training.model):
-            loss, score, kl_loss = training.model(batch)
+            loss, _, kl_loss = training.model(batch)
             finite &= not any_process(not bool(loss.isfinite()), loss.device)
             if finite:
                 with clock.measure("backward", "torch"):
                     accelerator.backward(loss)
             metrics = training.module.last_metrics
             assert metrics is not None
-            measured.append(_Forward(loss.item(), score.item(), kl_loss.item(), metrics, clock.read()))
+            measured.append(_Forward(loss.item(), kl_loss.item(), metrics, clock.read()))
             if accelerator.sync_gradients:
                 if finite:
                     grad_norm = _clip(training, parameters)
@@ -108,7 +108,6 @@ class _Forward:
     """What one forward and backward gave."""
 
     loss: float
-    score: float
     kl_loss: float
     metrics: StepMetrics
     backward: dict[str, StageTime]
@@ -131,17 +130,17 @@ def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
     for forward in forwards:
         for name, values in forward.metrics.per_sample.items():
             per_sample[name] += values
-    scores: dict[str, list[float]] = defaultdict(list)
-    for forward in forwards:
-        for name, value in forward.metrics.scores.items():
-            scores[name].append(value)
+    # A reward's own score is the mean of the samples that count, in whichever forward and process they were.
+    scores: dict[str, float] = {}
+    for name in forwards[0].metrics.scores:
+        sums, counts = zip(*(forward.metrics.scores[name] for forward in forwards), strict=True)
+        scores[name] = sum(sums) / max(1, sum(counts))
     return {
         "loss": _mean([forward.loss for forward in forwards]),
-        "score": _mean([forward.score for forward in forwards]),
+        "score": next(iter(scores.values())),
         "kl_loss": _mean([forward.kl_loss for forward in forwards]),
         **{name: _mean(values) for name, values in per_sample.items()},
-        # A reward's own score is the mean of the samples that count.
-        **{name: _mean(values) for name, values in scores.items()},
+        **scores,
         "sample_id": [name for forward in forwards for name in forward.metrics.sample_id],
         "kl": [_mean(list(values)) for values in zip(*(forward.metrics.kl for forward in forwards), strict=True)],
         "stages": _stages(by_process[0]),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers.optimization import get_scheduler
@@ -83,7 +83,8 @@ def make_accelerator(settings: TrainerSettings, output_dir: Path, cpu: bool) -> 
     return Accelerator(
         cpu=cpu,
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # As a plugin, which no variable of the environment overrides.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         log_with=list(settings.report_to) or None,
         project_dir=output_dir / TRACKERS,
     )
@@ -128,13 +129,15 @@ def train(
 
 def _tidy(output_dir: Path, options: RunOptions) -> None:
     """Let the folder hold what the run goes on from, and nothing of another one."""
-    if options.resume is None:
+    resume = options.resume
+    if resume is None or resume.path.parent.resolve() != output_dir.resolve():
         refuse_or_clear(output_dir, options.overwrite)
+    if resume is None:
         return
     rotate(output_dir, None)
-    set_aside_after(output_dir, options.resume.step)
+    set_aside_after(output_dir, resume.step)
     for name in (METRICS, VALIDATION):
-        JsonLines(output_dir / name).keep_until(options.resume.step, options.resume.path.parent / name)
+        JsonLines(output_dir / name).keep_until(resume.step, resume.path.parent / name)
 
 
 def _write_facts(output_dir: Path, options: RunOptions) -> None:

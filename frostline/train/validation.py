@@ -75,7 +75,7 @@ def validate(
     evaluation = _joined(gather_from_processes(part), len(starts))
     if process_index() == 0:
         _write(validation, evaluation, output_dir / FOLDER, step_name(step))
-    means = {name: values.mean().item() for name, values in evaluation.measured.items()}
+    means = {name: values.nanmean().item() for name, values in evaluation.measured.items()}
     return {**means, "starts": {name: values.tolist() for name, values in evaluation.measured.items()}}
 
 

@@ -121,6 +121,12 @@ def test_on_no_face_decides_what_such_a_sample_costs(make_module: MakeModule) ->
         module(no_face())
 
 
+def test_a_tail_without_a_lora_is_refused(make_module: MakeModule) -> None:
+    module = make_module("tiny-moe", num_inference_steps=8, mid_timestep=0, final_timestep=2)
+    with pytest.raises(ConfigError, match=r"final_timestep 2: the high-noise expert.* serves the first 3 steps"):
+        module(small_clips(1))
+
+
 @pytest.mark.parametrize("missing_face", ["exclude", "zero"])
 def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModule) -> None:
     """Half the frames of the first sample have no face, the second sample has none at all."""
@@ -138,14 +144,16 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
     frames.requires_grad_()
     score = reward.identity_score(frames, references)
     assert score.detection_rate.tolist() == [0.5, 0.0]
-    assert score.valid.tolist() == [True, False]
+    # Where a frame without a face counts as 0, a video without any does so too.
+    assert score.valid.tolist() == [True, missing_face == "zero"]
     seen = score.frame_scores[0, :2].mean()
     assert seen > 0.7, "a face is its own best likeness"
     torch.testing.assert_close(score.face_score[0], seen if missing_face == "exclude" else seen / 2)
     torch.testing.assert_close(score.face_score_missing_zero[0], seen / 2)
     outcome = reward_loss([(active, RewardScore(score.face_score, score.valid))])
-    torch.testing.assert_close(outcome.scores["face_score"], score.face_score[0].detach())
-    torch.testing.assert_close(outcome.loss, -(score.face_score[0] - 0.54) / 0.16 * 0.1)
+    mean = score.face_score[0] if missing_face == "exclude" else score.face_score[0] / 2
+    torch.testing.assert_close(outcome.scores["face_score"], mean.detach())
+    torch.testing.assert_close(outcome.loss, -(mean - 0.54) / 0.16 * 0.1)
     outcome.loss.backward()
     assert frames.grad is not None
     changed = frames.grad.abs().amax(dim=(2, 3, 4)) > 0

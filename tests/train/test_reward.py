@@ -24,15 +24,16 @@ class Brightness:
 
     name = "brightness"
 
-    def __init__(self, offset: float = 0.0) -> None:
-        self.offset = offset
+    def __init__(self, offset: float = 0.0, darkest: float = 0.0) -> None:
+        self.offset, self.darkest = offset, darkest
 
     def references(self, video: Tensor) -> Mapping[str, Tensor]:
-        return {}
+        return {"brightness": video.flatten(1).mean(dim=1)}
 
     def score(self, frames: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
+        """Of a video whose reference is darker than that there is nothing to say."""
         mean = frames.flatten(1).mean(dim=1) + self.offset
-        return RewardScore(mean, torch.ones_like(mean, dtype=torch.bool))
+        return RewardScore(mean, references["brightness"] >= self.darkest)
 
 
 class NoReward:
@@ -54,6 +55,8 @@ def test_the_loss_is_the_weighted_sum() -> None:
     outcome = reward_loss([(first, score(0.7, 0.3)), (second, score(1.0, 0.2))])
     assert outcome.loss.item() == pytest.approx(-(0.5 - 0.4) / 0.2 * 3 - (0.6 - 0.1) * 0.5)
     assert {name: mean.item() for name, mean in outcome.scores.items()} == pytest.approx({"one": 0.5, "two": 0.6})
+    totals = {name: (score.item(), count.item()) for name, (score, count) in outcome.totals.items()}
+    assert totals == {"one": (pytest.approx(1.0), 2), "two": (pytest.approx(1.2), 2)}
 
 
 @pytest.mark.parametrize("on_no_face", ["skip", "zero"])
@@ -97,9 +100,10 @@ def test_a_step_with_three_rewards(make_module: MakeModule) -> None:
     metrics = module.last_metrics
     assert metrics is not None
     assert list(metrics.scores) == ["face_score", "sharpness", "brightness"]
-    assert first.item() == metrics.scores["face_score"]
+    scores = {name: score / max(1, count) for name, (score, count) in metrics.scores.items()}
+    assert first.item() == pytest.approx(scores["face_score"])
     assert {"detection_rate", "sharpness_ratio", "brightness"} <= metrics.per_sample.keys()
-    expected = -metrics.scores["sharpness"] / 2 * 0.5 - metrics.scores["brightness"] * 2
+    expected = -scores["sharpness"] / 2 * 0.5 - scores["brightness"] * 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert all(parameter.grad is not None for parameter in module.trainable_parameters().values())

@@ -201,12 +201,19 @@ def test_a_broken_sample_ends_the_run_after_saving_what_came_before(make_module:
     assert _adapter(tmp_path / "adapter") == _adapter(whole / "adapter")
 
 
-def test_accumulated_forwards_are_one_batch(make_module: Any, small: _Small, tmp_path: Path) -> None:
+BRIGHTNESS = {"type": "test_reward:Brightness", "baseline": 0.0, "scale": 1.0, "weight": 1.0}
+
+
+@pytest.mark.parametrize("darkest", [False, True], ids=["all count", "one counts"])
+def test_accumulated_forwards_are_one_batch(make_module: Any, tmp_path: Path, darkest: bool) -> None:
+    clips = _Small(2)
+    options = {"darkest": clips.clips.video.mean().item() if darkest else 0.0}
+    settings = {**QUICK, "kl_weight": 0.0, "reward": {**BRIGHTNESS, "options": options}}
     for name, sizes in (("batch", (2, 1)), ("accumulated", (1, 2))):
         batch, times = sizes
         _run(
-            make_module(**QUICK),
-            small,
+            make_module(**settings),
+            clips,
             tmp_path / name,
             steps=1,
             per_device_train_batch_size=batch,
@@ -215,8 +222,32 @@ def test_accumulated_forwards_are_one_batch(make_module: Any, small: _Small, tmp
         )
     one, other = (_lines(tmp_path / name)[0] for name in ("batch", "accumulated"))
     assert one["sample_id"] == other["sample_id"]
-    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-    assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert one["score"] == one["brightness"] == pytest.approx(other["score"], rel=1e-4)
+    # Every forward weighs alike: one without anything to score counts as a loss of 0.
+    part = 0.5 if darkest else 1.0
+    assert one["grad_norm"] > 0
+    assert one["grad_norm"] * part == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert one["loss"] * part == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_the_environment_overrides_no_setting(
+    make_module: Any, small: _Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    _run(make_module(**QUICK), small, tmp_path, steps=1)
+    assert _lines(tmp_path)[0]["grad_norm"] > 0
+
+
+def test_to_go_on_elsewhere_spares_the_run_that_is_there(make_module: Any, small: _Small, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        _run(make_module(**QUICK), small, tmp_path / name, steps=1)
+    before = (tmp_path / "other" / "metrics.jsonl").read_bytes()
+    resume = RunOptions(resume=find_resume(tmp_path / "one", "latest"))
+    with pytest.raises(ConfigError, match="other holds a run already"):
+        _run(make_module(**QUICK), small, tmp_path / "other", steps=2, options=resume)
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == before
+    _run(make_module(**QUICK), small, tmp_path / "new", steps=2, options=resume)
+    assert [line["step"] for line in _lines(tmp_path / "new")] == [1, 2]
 
 
 def test_the_learning_rate_follows_its_schedule_also_after_a_resume(

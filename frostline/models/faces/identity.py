@@ -27,7 +27,8 @@ class IdentityScore:
         frame_scores: (B, T) mean cosine of each frame with the reference faces; 0 where there is no face.
         detection_rate: (B,) share of the generated frames that have a face.
         face_score_missing_zero: (B,) the score when missing faces count as 0, whatever the reward uses.
-        valid: (B,) bool, False where the generated or the reference video has no face at all.
+        valid: (B,) bool, False where the reference video has no face at all, or, where missing faces are excluded, the
+            generated one.
     """
 
     face_score: Tensor
@@ -108,7 +109,7 @@ def pool_frames(
         frame_scores=frame_scores,
         detection_rate=found.float().mean(dim=1),
         face_score_missing_zero=missing_zero,
-        valid=frame_count > 0,
+        valid=has_reference if missing_face == "zero" else frame_count > 0,
     )
 
 

@@ -25,11 +25,15 @@ def check_inputs(network: Network, inputs: Mapping[str, Tensor]) -> None:
 
 
 def check_live(network: Network) -> None:
-    """The same for the live tensors, of which no optimizer step changes shape or type: once is enough."""
+    """The same for the live tensors, of which no optimizer step changes shape or type: once is enough.
+
+    Raises:
+        EngineError: for their shape too, which no other call would mend.
+    """
     for spec in network.live_specs:
         if not spec.admits(network.live[spec.name].shape):
             shape, low, high = tuple(network.live[spec.name].shape), spec.shape_at("min"), spec.shape_at("max")
-            raise ShapeError(f"network {network.name}: {spec.name} has shape {shape}, engines serve {low} to {high}")
+            raise EngineError(f"network {network.name}: {spec.name} has shape {shape}, engines serve {low} to {high}")
     _check(network, network.live_specs, network.live)
 
 

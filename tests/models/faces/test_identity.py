@@ -19,7 +19,7 @@ def plain_score(
     """Score, frame scores and validity of one sample, as DESIGN section 1 writes them."""
     G = [g[j] for j in range(len(g)) if g_found[j]]
     frames = [0.0] * len(e)
-    if not G or not found.any():
+    if not G or not (found.any() or missing_face == "zero"):
         return 0.0, frames, False
     for i in range(len(e)):
         if found[i]:

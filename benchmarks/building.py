@@ -34,10 +34,15 @@ def add_shape_arguments(parser: argparse.ArgumentParser, video: str) -> None:
     parser.add_argument("--fixed-shapes", action="store_true", help="and serve alone: compilers have less to do")
 
 
-def engine_shapes(arguments: argparse.Namespace, shapes: str) -> ShapeRange:
-    """What engines are built around, and if asked for alone."""
-    bound = shapes if arguments.fixed_shapes else ""
-    return parse_shapes(bound, shapes, bound)
+def engine_shapes(video: str, fixed: bool, faces: int | None = None) -> ShapeRange:
+    """What engines are built around, a video and so many faces.
+
+    Args:
+        fixed: no other video is served; of faces and their crops there are never equally many.
+    """
+    shape = f"video:{video}"
+    bound = shape if fixed else ""
+    return parse_shapes(bound, shape if faces is None else f"{shape},faces:{faces}x3x112x112", bound)
 
 
 def build_engines(stages: Iterable[Stage], backends: Iterable[str], store: EngineStore) -> dict[str, dict[str, str]]:

@@ -49,7 +49,7 @@ def main() -> None:
         settings,
         plan=TORCH,
         engines=arguments.engines_dir,
-        shapes=engine_shapes(arguments, f"video:{arguments.video}"),
+        shapes=engine_shapes(arguments.video, arguments.fixed_shapes),
     )
     if arguments.model != TINY:
         see_faces_everywhere(module.rewards[0].reward.identity)

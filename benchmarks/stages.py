@@ -33,19 +33,24 @@ from measuring import (
 from rich.console import Console
 from rich.table import Table
 from roofline import Ceilings, measure_ceilings, measure_work
-from shapes import DTYPES, TINY, WAN_1_3B, build_components
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of
 from torch import Tensor
 
 from frostline.config import LoraSettings, RewardSettings
 from frostline.errors import FrostlineError
 from frostline.export.exporter import export_stage
 from frostline.export.model import StagedModel, stage_model
+from frostline.export.traces import Traces
+from frostline.models.faces.detections import quantize_frames
 from frostline.runtime.backends import TORCH, get_backend
+from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Stage
 from frostline.runtime.store import EngineStore
 
 _COMPILE = "torch.compile"
 _OWN_CONV3D = "torch, own Conv3d"
+# On a GPU, of whose memory torch sees nothing.
+_ALLOCATE_THEMSELVES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 _ENGINE_COLUMNS = ("build_seconds", "load_seconds", "engine_mb")
 
 Run = Callable[[dict[str, Tensor]], Any]
@@ -58,12 +63,13 @@ def main() -> None:
     device = torch.device(arguments.device)
     staged, plain_vae = _stage(arguments, arguments.video, device)
     names = arguments.stages.split(",") if arguments.stages else list(staged.stages)
-    inputs = {name: {arguments.video: staged.stages[name].sample()} for name in names}
+    inputs = {name: {arguments.video: _inputs(staged.stages[name], arguments.video, device)} for name in names}
     for video in filter(None, arguments.shapes.split(",")):
         other, _ = _stage(arguments, video, device)
         for name in names:
-            inputs[name][video] = other.stages[name].sample()
-    ceilings = {dtype: measure_ceilings(device, dtype) for dtype in {torch.float32, DTYPES[arguments.precision]}}
+            inputs[name][video] = _inputs(other.stages[name], video, device)
+    with full_fp32():
+        ceilings = {dtype: measure_ceilings(device, dtype) for dtype in {torch.float32, DTYPES[arguments.precision]}}
     result: dict[str, Any] = {
         "machine": machine(device),
         "ceilings": {str(dtype).removeprefix("torch."): vars(each) for dtype, each in ceilings.items()},
@@ -72,7 +78,8 @@ def main() -> None:
     }
     store = EngineStore(arguments.engines_dir)
     for name in names:
-        with torch.no_grad():
+        # A GPU's convolutions in fp32 are the face networks', and fp32 they shall be, as engines compute it.
+        with torch.no_grad(), full_fp32():
             stage = staged.stages[name]
             measured = _measure(stage, plain_vae, inputs[name], store, arguments, device)
             for video, tensors in inputs[name].items():
@@ -104,8 +111,15 @@ def _stage(arguments: argparse.Namespace, video: str, device: torch.device) -> t
     """The stages around a shape, and a VAE that convolves as torch does by itself."""
     components = build_components(arguments.model, DTYPES[arguments.precision], device)
     plain_vae = plain_copy(components)
-    shapes = engine_shapes(arguments, f"video:{video},faces:{_faces(video)}x3x112x112")
+    shapes = engine_shapes(video, arguments.fixed_shapes, _faces(video))
     return stage_model(components, LoraSettings(rank=arguments.rank), RewardSettings(), shapes), plain_vae
+
+
+def _inputs(stage: Stage, video: str, device: torch.device) -> dict[str, Tensor]:
+    """What the stage takes of a video of this shape."""
+    if stage.name == "face_detector":
+        return {"frames": quantize_frames(clips_of(video)["video"].flatten(0, 1)).to(device)}
+    return stage.sample()
 
 
 def _faces(video: str) -> int:
@@ -127,9 +141,10 @@ def _measure(
     built: dict[str, dict[str, Any]] = {TORCH: {}}
     if device.type == "cpu" and (own := _own_conv3d(stage, plain_vae)):
         runs[_OWN_CONV3D] = own
+    traces = Traces()
     for backend in arguments.backends:
         try:
-            built[backend], runs[backend] = _engine(stage, backend, store, device)
+            built[backend], runs[backend] = _engine(stage, backend, store, traces, device)
         except FrostlineError as error:
             built[backend] = {"error": _first_line(error)}
     if not arguments.no_compile:
@@ -151,13 +166,16 @@ def _measure(
         samples = interleave(calls, arguments.rounds, device)
         for name, row in summary(samples).items():
             rows[name] |= {**row, "samples_ms": samples[name], "torch_over_this": ratio(samples, TORCH, name)}
-            rows[name]["memory_mib"] = peak_growth_mib(calls[name], device)
+            unseen = device.type == "cuda" and name in _ALLOCATE_THEMSELVES
+            rows[name]["memory_mib"] = None if unseen else peak_growth_mib(calls[name], device)
         shapes[video] = {"inputs": {name: list(tensor.shape) for name, tensor in tensors.items()}, "contenders": rows}
     return {"engines": built, "shapes": shapes}
 
 
-def _engine(stage: Stage, backend: str, store: EngineStore, device: torch.device) -> tuple[dict[str, Any], Run]:
-    exported = export_stage(stage, backend, store)
+def _engine(
+    stage: Stage, backend: str, store: EngineStore, traces: Traces, device: torch.device
+) -> tuple[dict[str, Any], Run]:
+    exported = export_stage(stage, backend, store, traces=traces)
     if exported.unverified:
         raise FrostlineError(f"built in {exported.manifest.build_seconds:.0f} s, not run: {exported.unverified}")
     record = store.get(exported.manifest.id)
@@ -255,7 +273,7 @@ def _table(stages: dict[str, Any]) -> Table:
                     f"{at_shape['roofline']['bound_ms']:.2f}",
                     f"{row['torch_over_this']['median']:.2f}",
                     "-" if row["relative_error"] is None else f"{row['relative_error']:.1e}",
-                    f"{row['memory_mib']:.0f}",
+                    "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}",
                     f"{row['first_call_seconds']:.2f}",
                     *(f"{engine[key]:.2f}" if key in engine else "-" for key in _ENGINE_COLUMNS),
                 )

@@ -152,7 +152,7 @@ def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrai
     )
     components = build_components(arguments.model, DTYPES[arguments.precision], device)
     plain_vae = plain_copy(components)
-    shapes = engine_shapes(arguments, f"video:{arguments.video}")
+    shapes = engine_shapes(arguments.video, arguments.fixed_shapes)
     module = WanTrainingModule(components, settings, plan=TORCH, engines=arguments.engines_dir, shapes=shapes)
     spread_lora(module)
     return module, plain_vae

@@ -133,9 +133,12 @@ class Runtime:
         return f"{backends} {self._weights_of(stage)}"
 
     def admits(self, stage: str, inputs: Mapping[str, Tensor]) -> bool:
-        """Whether inputs of a stage that is one network, in one call, are of shapes that its backend serves."""
-        choice = self._plan[stage]
-        if choice.backend == TORCH and not choice.candidates:
+        """Whether inputs of a stage that is one network, in one call, are of shapes that its backend serves.
+
+        The backend is the one that served the stage last: torch, which serves any, may have won at a shape.
+        """
+        choice = self._served.get(stage, self._plan[stage])
+        if choice.backend == TORCH and (stage in self._served or not choice.candidates):
             return True
         (network,) = self.stages[stage].networks
         return all(spec.admits(inputs[spec.name].shape) for spec in network.inputs)

@@ -19,14 +19,23 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
     pytest.mark.timeout(500),
+    # In one process, which builds the engines once.
+    pytest.mark.xdist_group("hybrid"),
 ]
 
 # Compiling takes longer than all the rest: the denoiser, alone, gets a second engine.
 BACKENDS = ("onnxruntime", "aotinductor")
 
 
-def build(plan: Any = "torch", engines: Path | None = None) -> WanTrainingModule:
-    settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "kl_weight": 0.1, "reward": {"upscale": 2}})
+def build(plan: Any = "torch", engines: Path | None = None, checkpointing: str = "none") -> WanTrainingModule:
+    settings = TrainingModuleSettings.parse(
+        {
+            "lora": {"rank": 8},
+            "kl_weight": 0.1,
+            "reward": {"upscale": 2},
+            "gradient_checkpointing": checkpointing,
+        }
+    )
     components = load_components("tiny", torch.float32, "cuda")
     module = WanTrainingModule(components, settings, plan=plan, engines=engines, strict=engines is not None)
     generator = torch.Generator().manual_seed(0)
@@ -81,6 +90,7 @@ def test_the_plan_takes_only_what_is_faster_and_backends_swap(engines: Path) -> 
     for name, choice in module.runtime.plan.items():
         times = choice.latency_ms
         assert choice.backend == "torch" or times[choice.backend] < times["torch"], name
+    chosen = module.runtime.plan["denoiser"].backend
     planned, _ = step(module)
     swaps: Callable[..., Any] = module.runtime.use
     for backend in ("torch", *BACKENDS):
@@ -89,7 +99,31 @@ def test_the_plan_takes_only_what_is_faster_and_backends_swap(engines: Path) -> 
             assert module.last_metrics is not None
             assert module.last_metrics.stages["denoiser"].backend == backend
         assert swapped == pytest.approx(planned, abs=2e-3)
-    assert module.runtime.plan["denoiser"].backend == build("auto", engines).runtime.plan["denoiser"].backend
+    assert chosen == build("auto", engines).runtime.plan["denoiser"].backend
+
+
+@pytest.mark.parametrize("how", ["block", "full"])
+def test_engines_compute_what_backward_recomputes(how: str, engines: Path) -> None:
+    module = build("onnxruntime", engines, how)
+    values, gradient = step(module)
+    assert module.last_metrics is not None
+    served = {name for name, time in module.last_metrics.stages.items() if time.backend == "onnxruntime"}
+    assert "vae_decoder_live" in served
+    assert ("denoise_tail" in served) == (how == "full")
+    expected, wanted = step(build())
+    assert values == pytest.approx(expected, abs=2e-3)
+    assert torch.nn.functional.cosine_similarity(gradient, wanted, dim=0) > 0.999
+    assert abs(gradient.norm() / wanted.norm() - 1) < 1e-2
+
+
+def test_recomputation_is_chosen_by_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build(checkpointing="auto")
+    step(module)
+    assert module.gradient_checkpointing == "none", "so small a model fits any GPU"
+    monkeypatch.setattr("frostline.train.module.free_bytes", lambda device: 0)
+    tight = build(checkpointing="auto")
+    step(tight)
+    assert tight.gradient_checkpointing != "none"
 
 
 def test_engines_follow_an_optimizer(engines: Path) -> None:

@@ -96,20 +96,18 @@ def plan(
     from frostline.export.model import load_staged_model
     from frostline.export.recipe import load_recipe
     from frostline.export.tables import plan_table, step_gain_lines
-    from frostline.models.schedule import FlowMatchSchedule
+    from frostline.models.denoise_steps import DenoiseSteps
     from frostline.runtime.runtime import Runtime
     from frostline.runtime.store import EngineStore
 
     staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))
     runtime = Runtime(staged.stages, "auto", engines_dir)
-    settings = TrainingModuleSettings()
-    schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
-    high_noise = schedule.high_noise_steps(staged.components.boundary) if staged.denoiser_high_noise else 0
-    steps = (settings.mid_timestep, settings.final_timestep, high_noise)
+    two_experts = staged.denoiser_high_noise is not None
+    steps = DenoiseSteps.of(TrainingModuleSettings(), staged.components.boundary, two_experts)
     console = Console()
     console.print(plan_table(stage_gains(runtime)))
-    for line in step_gain_lines(step_gain(runtime, frozen_uses(*steps), live_uses(*steps))):
+    for line in step_gain_lines(step_gain(runtime, frozen_uses(steps), live_uses(steps))):
         console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from frostline.models.denoise_steps import DenoiseSteps
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.plan import Choice
 from frostline.runtime.runtime import Runtime
@@ -48,30 +49,27 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
     ]
 
 
-def frozen_uses(mid_timestep: int, final_timestep: int, high_noise_steps: int) -> dict[str, int]:
+def frozen_uses(steps: DenoiseSteps) -> dict[str, int]:
     """How often a step uses each frozen stage when nothing is recalled.
 
     The detector sees the reference and the generated frames; the denoiser runs the rollout head and the KL reference.
     """
-    tail = max(0, final_timestep + 1 - max(mid_timestep, high_noise_steps))
     return {
         "text_encoder": 1,
         "image_encoder": 1,
         "vae_encoder": 1,
         "face_detector": 2,
         "face_embedder": 1,
-        "denoiser_high_noise": min(high_noise_steps, mid_timestep),
-        "denoiser": max(0, mid_timestep - high_noise_steps) + tail,
+        "denoiser_high_noise": min(steps.high_noise, steps.mid),
+        "denoiser": max(0, steps.mid - steps.high_noise) + steps.tail_with_lora,
     }
 
 
-def live_uses(mid_timestep: int, final_timestep: int, high_noise_steps: int) -> dict[str, int]:
+def live_uses(steps: DenoiseSteps) -> dict[str, int]:
     """How often a step runs each stage forward with gradient: the denoise tail, the decoder, the embedder."""
-    tail = range(mid_timestep, final_timestep + 1)
-    high_noise = sum(index < high_noise_steps for index in tail)
     return {
-        "denoiser_high_noise": high_noise,
-        "denoiser": len(tail) - high_noise,
+        "denoiser_high_noise": steps.final + 1 - steps.mid - steps.tail_with_lora,
+        "denoiser": steps.tail_with_lora,
         "vae_decoder": 1,
         "face_embedder": 1,
     }

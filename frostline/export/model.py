@@ -45,7 +45,7 @@ class StagedModel:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.denoiser.model.patch_embedding.weight.device
+        return self.components.device
 
     def weights(self) -> list[Tensor]:
         """The parameters of all stages, each once."""
@@ -76,7 +76,7 @@ def stage_model(
         ConfigError: the LoRA or the embedder cannot be had as asked.
     """
     model, high_noise = components.denoiser, components.denoiser_high_noise
-    device = model.patch_embedding.weight.device
+    device = components.device
     lora_config = None
     if lora is not None:
         lora_config = inject_lora(model, lora.rank, lora.alpha, lora.target_modules)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from diffsynth.models.wan_video_dit import WanModel
     from diffsynth.models.wan_video_image_encoder import WanImageEncoder
     from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
@@ -43,6 +44,16 @@ class WanComponents:
             module = getattr(self, name)
             if module is not None:
                 yield name, module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.denoiser.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser, whose latents and conditions are of it too."""
+        return self.denoiser.patch_embedding.weight.dtype
 
     @property
     def takes_image_latents(self) -> bool:

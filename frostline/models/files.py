@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from frostline.errors import ConfigError
 
+from .geometry import MASK_CHANNELS
 from .layouts.architecture import denoiser_arguments
 from .layouts.names import Part
 from .layouts.network import NetworkFiles, read_json, recognise, shard_groups
@@ -26,8 +27,6 @@ _TOKENIZERS = (Path("google") / "umt5-xxl", Path("tokenizer"))
 TEXT_LENGTH = 512
 # Of two experts, as released: Wan2.2 I2V A14B and T2V A14B.
 BOUNDARY_IMAGE, BOUNDARY_TEXT = 0.9, 0.875
-# The mask and the image latents that an image-to-video denoiser takes beside the noisy ones.
-_MASK_CHANNELS = 4
 # How a person calls the parts, and where they would be.
 _CALLED: Mapping[str, str] = {
     "denoiser": "the denoiser (diffusion_pytorch_model*.safetensors, or transformer/)",
@@ -256,7 +255,7 @@ def _variant(arguments: Mapping[str, Any]) -> str:
     extra = arguments["in_dim"] - arguments["out_dim"]
     if arguments["has_image_pos_emb"]:
         raise ConfigError("a first-and-last-frame denoiser, which frostline does not train")
-    if extra not in (0, arguments["out_dim"] + _MASK_CHANNELS):
+    if extra not in (0, arguments["out_dim"] + MASK_CHANNELS):
         raise ConfigError(f"a denoiser with {extra} channels of control, which frostline does not train")
     if arguments["fuse_vae_embedding_in_latents"]:
         return "text-and-image-to-video, first frame pinned"

@@ -8,6 +8,16 @@ TEMPORAL_STRIDE = 4
 # The VAE of Wan2.2 TI2V halves once more: `WanComponents.spatial_multiple` is what a model wants.
 SPATIAL_MULTIPLE = 16
 
+# Channels of `y` that say which of a latent frame's four video frames are given.
+MASK_CHANNELS = 4
+# Tokens and width of the CLIP feature of the first frame.
+CLIP_FEATURE = (257, 1280)
+
+
+def latent_grid(num_frames: int, height: int, width: int, spatial_stride: int) -> tuple[int, int, int]:
+    """Frames, height and width of a video's latents, `spatial_stride` pixels a side each."""
+    return (num_frames - 1) // TEMPORAL_STRIDE + 1, height // spatial_stride, width // spatial_stride
+
 
 @dataclass(frozen=True)
 class VideoShape:

@@ -19,7 +19,7 @@ from .files import WanFiles, find_files
 from .layouts.architecture import network_arguments
 from .layouts.network import NetworkFiles
 from .networks import build_network
-from .weights import FROZEN_PARTS, PartWeights, empty_parameters
+from .weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
@@ -35,8 +35,6 @@ _T = TypeVar("_T")
 DEFERRABLE = ("text_encoder", "image_encoder", "denoiser_high_noise")
 # What diffsynth's classes and loader raise where tensors make no network, or another one.
 _MISFITS = (RuntimeError, ValueError, TypeError, OSError, LookupError, ArithmeticError, AssertionError)
-# Beside the decoder's in one file.
-_VAE_ENCODER = ("model.encoder.", "model.conv1.")
 
 
 def load_components(
@@ -129,7 +127,7 @@ def _frozen_weights(
         module: nn.Module = loaded["vae" if part == "vae_encoder" else part]
         parameters = dict(module.named_parameters())
         if part == "vae_encoder":
-            parameters = {name: p for name, p in parameters.items() if name.startswith(_VAE_ENCODER)}
+            parameters = {name: p for name, p in parameters.items() if name.startswith(VAE_ENCODER)}
         shapes = _named_as_in_module(network, network.shapes)
         nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in parameters)
         read = partial(_read, network, dtype, device)

@@ -13,6 +13,9 @@ from frostline.errors import ConfigError
 # The parts that no gradient ever flows to, by the names of their stages.
 FROZEN_PARTS = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
 
+# What the names of the VAE encoder's weights begin with: they lie beside the decoder's in one file.
+VAE_ENCODER = ("model.encoder.", "model.conv1.")
+
 
 class PartWeights:
     """The parameters of one frozen part.

@@ -11,10 +11,11 @@ from torch import nn
 
 from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing, TrainingModuleSettings
 from frostline.models.components import WanComponents
+from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.geometry import VideoShape
 from frostline.models.lora import lora_parameters
 from frostline.train.footprint import Footprint, measure_embedder, measure_live_stages
-from frostline.train.phases import activation_peaks, tail_steps
+from frostline.train.phases import activation_peaks
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +87,11 @@ def fitting_checkpointing(
         return settings.gradient_checkpointing
     faces = shape.batch_size * shape.num_frames
     reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
+    two_experts = components.denoiser_high_noise is not None
     choice = least_recomputation(
         AUTO,
         lambda kind: measure_live_stages(components, shape, kind) | reward,
-        tail_steps(settings, None if components.denoiser_high_noise is None else components.boundary),
+        DenoiseSteps.of(settings, components.boundary, two_experts).tail_with_lora,
         (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(components.denoiser).values()),
         free,
     )

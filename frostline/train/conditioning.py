@@ -10,15 +10,12 @@ from torch import Tensor
 
 import frostline
 from frostline.models.components import WanComponents
-from frostline.models.geometry import TEMPORAL_STRIDE
+from frostline.models.geometry import MASK_CHANNELS, latent_grid
 from frostline.models.text import tokenize
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.runtime import Runtime
 from frostline.train.batch import check_batch, fit_to_wan
 from frostline.train.reward import ActiveReward
-
-# Channels of `y` that say which of a latent frame's four video frames are given.
-_MASK_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ class Conditioner:
         self.runtime = runtime
         self.rewards = rewards
         self.cache = cache
-        weight = components.denoiser.patch_embedding.weight
-        self._device, self._dtype = weight.device, weight.dtype
+        self._device, self._dtype = components.device, components.dtype
 
     @torch.no_grad()
     def __call__(self, data: object) -> Conditioning:
@@ -72,8 +68,6 @@ class Conditioner:
         batch = check_batch(data)
         video, _ = fit_to_wan(batch.video, self.components.spatial_multiple)
         T, H, W = video.shape[1], *video.shape[-2:]
-        stride = self.components.spatial_stride
-        grid = ((T - 1) // TEMPORAL_STRIDE + 1, H // stride, W // stride)
         # Before the video moves: a hash is computed in main memory.
         image_keys = [content_key(frame=frame, frames=T) for frame in video[:, 0]]
         video_keys = [content_key(video=sample) for sample in video]
@@ -84,7 +78,7 @@ class Conditioner:
         return Conditioning(
             sample_id=batch.sample_id,
             keys=tuple(content_key(text=text, image=image) for text, image in zip(text_keys, image_keys, strict=True)),
-            latent_shape=(self.components.vae.model.z_dim, *grid),
+            latent_shape=(self.components.vae.model.z_dim, *latent_grid(T, H, W, self.components.spatial_stride)),
             context=self._context(ids, mask, text_keys),
             y=self._image_latents(first_frame, T, image_keys),
             clip_feature=self._clip_feature(first_frame, image_keys),
@@ -138,7 +132,7 @@ class Conditioner:
             image = first_frame[rows][:, :, None].to(self._dtype)
             later = image.new_zeros(len(rows), 3, num_frames - 1, *image.shape[-2:])
             latents = self.runtime["vae_encoder"](video=torch.cat([image, later], dim=2))["latents"]
-            mask = latents.new_zeros(len(rows), _MASK_CHANNELS, *latents.shape[2:])
+            mask = latents.new_zeros(len(rows), MASK_CHANNELS, *latents.shape[2:])
             mask[:, :, 0] = 1
             return {"y": torch.cat([mask, latents], dim=1)}
 

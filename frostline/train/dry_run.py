@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from frostline.errors import FrostlineError
+from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.geometry import SPATIAL_MULTIPLE
 from frostline.models.schedule import FlowMatchSchedule
@@ -87,20 +88,19 @@ def _schedule_table(settings: RunSettings, skeleton: Skeleton) -> Table:
     """Which step is frozen, which carries gradient, at which noise, and of two experts by which."""
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
     two_experts = "denoiser_high_noise" in skeleton.networks
-    boundary = skeleton.boundary if settings.boundary is None else settings.boundary
-    high_noise_steps = schedule.high_noise_steps(boundary) if two_experts else 0
+    steps = DenoiseSteps.of(settings, skeleton.boundary, two_experts)
     table = Table(title="one training step", title_justify="left")
     for column in ("step", "sigma", "timestep", "what runs"):
         table.add_column(column, justify="left" if column == "what runs" else "right")
     for index in range(settings.num_inference_steps):
         sigma, timestep = float(schedule.sigmas[index]), float(schedule.timesteps[index])
-        if index < settings.mid_timestep:
+        if index < steps.mid:
             what = "rollout head: frozen"
-        elif index <= settings.final_timestep:
+        elif index <= steps.final:
             what = "denoise tail: gradient, and its KL reference (frozen)"
         else:
             what = "not run"
         if two_experts and what != "not run":
-            what = f"{what}; {'high' if index < high_noise_steps else 'low'}-noise expert"
+            what = f"{what}; {'high' if index < steps.high_noise else 'low'}-noise expert"
         table.add_row(str(index), f"{sigma:.4f}", f"{timestep:.1f}", what)
     return table

@@ -14,19 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from frostline.config import GradientCheckpointing, LoraSettings
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
-from frostline.models.geometry import TEMPORAL_STRIDE, VideoShape
+from frostline.models.geometry import CLIP_FEATURE, MASK_CHANNELS, VideoShape, latent_grid
 from frostline.models.image import ImageEncoder
 from frostline.models.lora import inject_lora, lora_parameters
 from frostline.models.networks import build_network
 from frostline.models.skeleton import Skeleton
 from frostline.models.text import TextEncoder
 from frostline.models.vae import decode_latents, decoder_chunks
+from frostline.models.weights import VAE_ENCODER
 from frostline.train.recompute import decode_recomputed, recomputed
 from frostline.train.tracking import MemoryTracker, tensors_of
-
-_CLIP_FEATURE = (257, 1280)
-_MASK_CHANNELS = 4
-_VAE_ENCODER = ("model.encoder.", "model.conv1.")
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def measure_model(skeleton: Skeleton, shape: VideoShape, dtype: torch.dtype, lor
     faked = [module for module in (denoiser, text_encoder, vae, image_encoder) if module is not None]
     frozen: dict[str, Footprint] = {}
     with _faked(*faked):
-        make = _Inputs(vae, denoiser.model, skeleton.text_length, shape, dtype)
+        make = _Inputs(vae, denoiser, skeleton.text_length, shape, dtype)
         frozen["text_encoder"] = _measure(text_encoder, text_encoder, make.tokens())
         if image_encoder is not None:
             frozen["image_encoder"] = _measure(image_encoder, image_encoder, make.image())
@@ -87,7 +84,7 @@ def measure_model(skeleton: Skeleton, shape: VideoShape, dtype: torch.dtype, lor
 
     def stages(kind: GradientCheckpointing) -> dict[str, Footprint]:
         with _faked(*faked):
-            live = _live_stages(vae, denoiser, _Inputs(vae, denoiser.model, skeleton.text_length, shape, dtype), kind)
+            live = _live_stages(vae, denoiser, _Inputs(vae, denoiser, skeleton.text_length, shape, dtype), kind)
         measured = frozen | live
         if "denoiser_high_noise" in weights:
             peak = live["denoiser"].frozen_peak
@@ -108,9 +105,9 @@ def measure_live_stages(
 ) -> dict[str, Footprint]:
     """`denoiser` and `vae_decoder` of a loaded model with its LoRA; its tensors are set aside for the while."""
     vae, denoiser = components.vae, Denoiser(components.denoiser)
-    dtype = components.denoiser.patch_embedding.weight.dtype
+    dtype = components.dtype
     with _faked(vae, denoiser):
-        make = _Inputs(vae, denoiser.model, components.text_length, shape, dtype)
+        make = _Inputs(vae, denoiser, components.text_length, shape, dtype)
         return _live_stages(vae, denoiser, make, gradient_checkpointing)
 
 
@@ -125,7 +122,7 @@ def measure_embedder(embedder: nn.Module, faces: int) -> Footprint:
 class _Inputs:
     """Fake inputs of each stage."""
 
-    def __init__(self, vae: Any, denoiser: Any, text_length: int, shape: VideoShape, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, denoiser: Denoiser, text_length: int, shape: VideoShape, dtype: torch.dtype) -> None:
         self.vae, self.denoiser = vae, denoiser
         self.text_length, self.shape, self.dtype = text_length, shape, dtype
 
@@ -139,22 +136,22 @@ class _Inputs:
 
     def video(self) -> tuple[Tensor, ...]:
         """What is encoded: all frames, or where the first is pinned that one."""
-        frames = 1 if self.denoiser.fuse_vae_embedding_in_latents else self.shape.num_frames
+        frames = 1 if self.denoiser.pins_first_frame else self.shape.num_frames
         size = (self.shape.batch_size, 3, frames, self.shape.height, self.shape.width)
         return (torch.zeros(size, dtype=self.dtype),)
 
     def latents(self) -> tuple[Tensor, ...]:
         """latents, timestep, context, and the conditions that the denoiser takes."""
-        shape, channels, stride = self.shape, self.vae.model.z_dim, self.vae.upsampling_factor
-        grid = ((shape.num_frames - 1) // TEMPORAL_STRIDE + 1, shape.height // stride, shape.width // stride)
-        width = self.denoiser.text_embedding[0].in_features
+        shape, channels, model = self.shape, self.vae.model.z_dim, cast(Any, self.denoiser.model)
+        grid = latent_grid(shape.num_frames, shape.height, shape.width, self.vae.upsampling_factor)
+        width = model.text_embedding[0].in_features
         context = torch.zeros(shape.batch_size, self.text_length, width, dtype=self.dtype)
         latents = torch.zeros(shape.batch_size, channels, *grid, dtype=self.dtype)
         inputs = [latents, torch.zeros(shape.batch_size), context]
-        if self.denoiser.in_dim > channels:
-            inputs.append(torch.zeros(shape.batch_size, channels + _MASK_CHANNELS, *grid, dtype=self.dtype))
-        if self.denoiser.has_image_input:
-            inputs.append(torch.zeros(shape.batch_size, *_CLIP_FEATURE, dtype=self.dtype))
+        if model.in_dim > channels:
+            inputs.append(torch.zeros(shape.batch_size, channels + MASK_CHANNELS, *grid, dtype=self.dtype))
+        if model.has_image_input:
+            inputs.append(torch.zeros(shape.batch_size, *CLIP_FEATURE, dtype=self.dtype))
         return tuple(inputs)
 
 
@@ -261,7 +258,7 @@ def _measure(
 
 
 def _encoder_bytes(vae: nn.Module) -> int:
-    return _bytes(p for name, p in vae.named_parameters() if name.startswith(_VAE_ENCODER))
+    return _bytes(p for name, p in vae.named_parameters() if name.startswith(VAE_ENCODER))
 
 
 def _frozen_bytes(module: nn.Module) -> int:

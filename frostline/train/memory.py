@@ -12,11 +12,13 @@ from torch import nn
 
 from frostline.config import GradientCheckpointing, TrainingModuleSettings
 from frostline.errors import ConfigError
+from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.geometry import VideoShape
 from frostline.models.skeleton import read_skeleton
+from frostline.models.weights import FROZEN_PARTS
 from frostline.train.checkpointing import MOMENTS, least_recomputation
 from frostline.train.footprint import measure_embedder, measure_model
-from frostline.train.phases import ALWAYS_FROZEN, activation_peaks, tail_steps
+from frostline.train.phases import activation_peaks
 
 Sharding = Literal["ddp", "zero2", "zero3", "fsdp"]
 
@@ -120,7 +122,7 @@ def memory_plan(
     faces = shape.batch_size * shape.num_frames
     reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
     weights = {**measured.weights, **{name: footprint.weights for name, footprint in reward.items()}}
-    served = [name for name in ALWAYS_FROZEN if name in weights] if engines == "all" else engines
+    served = [name for name in FROZEN_PARTS if name in weights] if engines == "all" else engines
     for name in (*served, *cached):
         if name not in weights:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
@@ -133,12 +135,12 @@ def memory_plan(
     adapter, gradients = share("adapter", measured.adapter), share("gradients", measured.adapter)
     optimizer = share("optimizer", MOMENTS * measured.adapter)
     for name in weights:
-        if name in ALWAYS_FROZEN and (name in served or name in cached):
+        if name in FROZEN_PARTS and (name in served or name in cached):
             weights[name] = 0
     # Its share, and the block that is gathered while it computes.
     whole = weights["denoiser"]
     weights["denoiser"] = min(whole, share("weights", whole) + measured.largest_block)
-    tail = tail_steps(settings, skeleton.boundary if "denoiser_high_noise" in weights else None)
+    tail = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in weights).tail_with_lora
     held = sum(weights.values()) + sum(of_engines.values()) + adapter
     choice = least_recomputation(
         settings.gradient_checkpointing,

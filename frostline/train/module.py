@@ -21,6 +21,7 @@ from frostline.export.model import stage_model
 from frostline.export.shapes import ShapeRange
 from frostline.models.adapters import read_adapter
 from frostline.models.components import WanComponents
+from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.files import Entry
 from frostline.models.geometry import TEMPORAL_STRIDE, VideoShape
 from frostline.models.loading import DEFERRABLE, load_components
@@ -107,13 +108,14 @@ class WanTrainingModule(nn.Module):
         self.rewards = build_rewards(self.settings.reward, self._face_identity, staged.device)
         self.cache = self._open_cache()
         self.conditioner = Conditioner(components, self.runtime, self.rewards, self.cache)
+        self.steps = DenoiseSteps.of(self.settings, components.boundary, self.denoiser_high_noise is not None)
         self.sampler = Sampler(
             components,
             self.denoiser,
             self.denoiser_high_noise,
             self.runtime,
             FlowMatchSchedule(self.settings.num_inference_steps, self.settings.shift),
-            components.boundary if self.settings.boundary is None else self.settings.boundary,
+            self.steps.high_noise,
         )
         self.gradient_checkpointing: GradientCheckpointing | None = None
         self._settled_for: VideoShape | None = None
@@ -179,10 +181,10 @@ class WanTrainingModule(nn.Module):
             ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
-        if settings.final_timestep < self.sampler.high_noise_steps:
+        if not self.steps.tail_with_lora:
             raise ConfigError(
                 f"final_timestep {settings.final_timestep}: the high-noise expert, which has no LoRA, serves the first "
-                f"{self.sampler.high_noise_steps} steps; the tail has to reach beyond them"
+                f"{self.steps.high_noise} steps; the tail has to reach beyond them"
             )
         conditioning = self.forward_preprocess(data) if inputs is None else inputs
         self._settle_for(conditioning)
@@ -226,9 +228,8 @@ class WanTrainingModule(nn.Module):
                     "gradient_checkpointing: auto has to be settled before weights are sharded: call "
                     "settle_checkpointing(shape) first, or name the kind"
                 )
-            device = self.denoiser.model.patch_embedding.weight.device
             # What stages and engines have not loaded yet takes its part of what is free now.
-            free = max(0, free_bytes(device) - self.runtime.pending_bytes())
+            free = max(0, free_bytes(self.components.device) - self.runtime.pending_bytes())
             embedder = None if self.faces is None else self.faces.embedder
             self.checkpoint(fitting_checkpointing(self.components, self.settings, shape, free, embedder))
             self._settled_for = shape

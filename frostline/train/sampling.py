@@ -37,7 +37,8 @@ class Sampler:
 
     Args:
         denoiser: carries the LoRA; serves all steps that the high-noise expert does not.
-        denoiser_high_noise: the wholly frozen expert for `t_i >= boundary * 1000`, if there are two.
+        denoiser_high_noise: the wholly frozen expert, if there are two.
+        high_noise_steps: so many leading steps are that one's.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class Sampler:
         denoiser_high_noise: Denoiser | None,
         runtime: Runtime,
         schedule: FlowMatchSchedule,
-        boundary: float,
+        high_noise_steps: int,
     ) -> None:
         self.components = components
         self.denoiser = denoiser
         self.denoiser_high_noise = denoiser_high_noise
         self.runtime = runtime
         self.schedule = schedule
-        self.high_noise_steps = schedule.high_noise_steps(boundary) if denoiser_high_noise is not None else 0
-        device = denoiser.model.patch_embedding.weight.device
+        self.high_noise_steps = high_noise_steps
+        device = components.device
         self._lora_on = torch.tensor(lora_scale(denoiser.model), device=device)
         self._lora_off = torch.zeros((), device=device)
 
@@ -199,8 +200,7 @@ class Sampler:
     def _inputs(self, latents: Tensor, index: int) -> dict[str, Tensor]:
         """Latents are kept in fp32 between steps: small updates would drown in bf16."""
         timestep = torch.full((len(latents),), float(self.schedule.timesteps[index]), device=latents.device)
-        weight = self.denoiser.model.patch_embedding.weight
-        return {"latents": latents.to(weight.dtype), "timestep": timestep}
+        return {"latents": latents.to(self.components.dtype), "timestep": timestep}
 
 
 def _row_keys(noise: Tensor) -> list[str]:

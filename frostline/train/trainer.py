@@ -110,7 +110,7 @@ def train(
     """
     options = options or RunOptions()
     if accelerator is None:
-        on_cpu = module.components.denoiser.patch_embedding.weight.device.type == "cpu"
+        on_cpu = module.components.device.type == "cpu"
         accelerator = make_accelerator(settings, output_dir, on_cpu)
     with ExitStack() as stack:
         if accelerator.is_main_process:

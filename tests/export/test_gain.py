@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frostline.config import TrainingModuleSettings
 from frostline.export.gain import frozen_uses, live_uses, step_gain
 from frostline.export.tables import step_gain_lines
-from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.denoise_steps import DenoiseSteps
 from frostline.runtime.plan import Choice, Plan
 
 ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector": 2, "face_embedder": 1}
@@ -17,13 +18,12 @@ ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector"
 
 def test_the_reference_step_with_one_expert() -> None:
     """Four rollout steps, and the KL reference of four tail steps."""
-    uses = frozen_uses(4, 7, high_noise_steps=0)
+    uses = frozen_uses(DenoiseSteps(4, 7))
     assert uses == {**ONCE, "denoiser": 8, "denoiser_high_noise": 0}
 
 
 def test_the_reference_step_with_two_experts() -> None:
-    schedule = FlowMatchSchedule(8, 5.0)
-    uses = frozen_uses(4, 7, schedule.high_noise_steps(0.9))
+    uses = frozen_uses(DenoiseSteps.of(TrainingModuleSettings(), 0.9, two_experts=True))
     assert uses == {**ONCE, "denoiser": 1 + 4, "denoiser_high_noise": 3}
 
 
@@ -39,7 +39,9 @@ def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> 
         low_noise += not by_high
         live_high += by_high and in_tail
         live_low += not by_high and in_tail
-    uses, live = frozen_uses(mid, final, high), live_uses(mid, final, high)
+    steps = DenoiseSteps(mid, final, high)
+    assert steps.tail_with_lora == live_low
+    uses, live = frozen_uses(steps), live_uses(steps)
     assert (uses["denoiser"], uses["denoiser_high_noise"]) == (low_noise, high_noise)
     assert live == {"denoiser": live_low, "denoiser_high_noise": live_high, "vae_decoder": 1, "face_embedder": 1}
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from frostline.models.denoiser import Denoiser
+from frostline.models.geometry import CLIP_FEATURE
 from frostline.models.lora import adapters_off, live_scale, lora_parameters, lora_scale
 from frostline.runtime.dimension import Dimension
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
 from .inputs import StageInputs, tolerance
-
-_CLIP_FEATURE = (257, 1280)
 
 
 class LiveLoraDenoiser(nn.Module):
@@ -111,7 +110,7 @@ def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
     if components.takes_image_latents:
         conditions.append(TensorSpec("y", (batch, denoiser.model.in_dim - channels, *grid), dtype))
     if components.takes_clip_feature:
-        conditions.append(TensorSpec("clip_feature", (batch, *_CLIP_FEATURE), dtype))
+        conditions.append(TensorSpec("clip_feature", (batch, *CLIP_FEATURE), dtype))
     context = (batch, components.text_length, components.text_encoder.dim)
     adapter = lora_parameters(denoiser.model)
     adapter_specs = tuple(_adapter_spec(name, matrix, shapes.dimension("rank")) for name, matrix in adapter.items())

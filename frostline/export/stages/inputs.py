@@ -65,12 +65,12 @@ class StageInputs:
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of the Wan weights."""
-        return self.components.denoiser.patch_embedding.weight.dtype
+        return self.components.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the Wan weights are."""
-        return self.components.denoiser.patch_embedding.weight.device
+        return self.components.device
 
     def pixels(self, name: str, per_block: int | None = None) -> Dimension:
         """`height` or `width` of a tensor with `per_block` entries where the video has `spatial_multiple` pixels."""

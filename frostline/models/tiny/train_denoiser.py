@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from frostline.models.denoiser import Denoiser
+from frostline.models.geometry import MASK_CHANNELS
 from frostline.models.text import TextEncoder, tokenize
 
 from .architecture import TRAIN_SHIFT
@@ -23,7 +24,6 @@ from .clips import PROMPTS, render_clips
 from .training import Phase, autocast, run_phase
 
 _BATCH = 16
-_MASK_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Pool:
     def y(self, rows: Tensor) -> Tensor:
         """(len(rows), 4 + C, F, h, w): the mask and the first frame's latents."""
         image = self.image[rows]
-        mask = image.new_zeros(len(rows), _MASK_CHANNELS, *image.shape[2:])
+        mask = image.new_zeros(len(rows), MASK_CHANNELS, *image.shape[2:])
         mask[:, :, 0] = 1
         return torch.cat([mask, image], dim=1)
 

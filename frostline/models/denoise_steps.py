@@ -1,0 +1,39 @@
+"""Which Euler steps of a training step are whose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from frostline.config import TrainingModuleSettings
+
+from .schedule import FlowMatchSchedule
+
+
+@dataclass(frozen=True)
+class DenoiseSteps:
+    """Steps `0 … mid - 1` are the rollout head, `mid … final` the denoise tail.
+
+    high_noise: so many leading steps are the high-noise expert's, which carries no LoRA; 0 where there is one expert.
+    """
+
+    mid: int
+    final: int
+    high_noise: int = 0
+
+    @classmethod
+    def of(cls, settings: TrainingModuleSettings, boundary: float, two_experts: bool) -> Self:
+        """Those of a training step.
+
+        Args:
+            boundary: the model's own, which the settings may override.
+        """
+        schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+        boundary = boundary if settings.boundary is None else settings.boundary
+        high_noise = schedule.high_noise_steps(boundary) if two_experts else 0
+        return cls(settings.mid_timestep, settings.final_timestep, high_noise)
+
+    @property
+    def tail_with_lora(self) -> int:
+        """How many steps of the tail the denoiser with the LoRA serves: they alone keep activations for backward."""
+        return max(0, self.final + 1 - max(self.mid, self.high_noise))

@@ -20,9 +20,9 @@ from frostline.train.data import collate
 from frostline.train.launch import build_module, run_training
 from frostline.train.module import WanTrainingModule
 from frostline.train.report import write_report
-from frostline.train.runfolder import TIMING, VALIDATION, read_lines
+from frostline.train.runfolder import ADAPTER, TIMING, VALIDATION, read_lines
 from frostline.train.settings import RunSettings
-from frostline.train.trainer import ADAPTER, Outcome
+from frostline.train.trainer import Outcome
 from frostline.writing import written_whole
 
 _BACKEND = "onnxruntime"

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from frostline.train.runfolder import REPORT, SHEET
+
 
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     """A small table of what changed, how fast it ran, and where to look."""
@@ -29,4 +31,4 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
         f"one step: {summary['step_ms_warm']:.0f} ms as planned, {summary['step_ms_cold']:.0f} ms with "
         f"nothing recalled, {summary['step_ms_torch']:.0f} ms all torch"
     )
-    console.print(f"{summary['seconds']:.0f} s in all. Look at {out / 'report.html'} and {out / 'contact_sheet.png'}")
+    console.print(f"{summary['seconds']:.0f} s in all. Look at {out / REPORT} and {out / SHEET}")

@@ -15,8 +15,7 @@ from frostline.report.plots import line_plot
 from frostline.report.words import NONE, duration, number_of, plain
 from frostline.train.report_held_out import outcome, show_held_out, tiles
 from frostline.train.report_stages import show_stages, step_tile
-from frostline.train.runfolder import METRICS, REPORT, RUN_FACTS, TIMING, VALIDATION, read_lines
-from frostline.train.saving import CONFIG
+from frostline.train.runfolder import CONFIG, METRICS, REPORT, RUN_FACTS, TIMING, VALIDATION, read_lines
 
 
 def write_report(run: Path) -> Path:

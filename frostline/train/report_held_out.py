@@ -12,8 +12,8 @@ from frostline.report.page import Figure, Page, Tile
 from frostline.report.plots import line_plot, paired_plot
 from frostline.report.sheet import SheetRow, contact_sheet
 from frostline.report.words import change_tile, fixed, number_of
-from frostline.train.runfolder import SHEET
-from frostline.train.validation import FOLDER, TRUTH, step_name
+from frostline.train.runfolder import CLIPS, SHEET
+from frostline.train.validation import TRUTH, step_name
 from frostline.video import read_video
 
 _SHOWN_STARTS = 5
@@ -107,7 +107,7 @@ class _Start:
 
 def _shown_starts(run: Path, validation: Lines) -> list[_Start]:
     """A few, evenly spaced, as far as their clips are there."""
-    folder, steps = run / FOLDER, sorted({int(line["step"]) for line in (validation[0], validation[-1])})
+    folder, steps = run / CLIPS, sorted({int(line["step"]) for line in (validation[0], validation[-1])})
     prompts = _prompts(folder / f"{step_name(steps[-1])}.csv")
     count = min(_SHOWN_STARTS, len(prompts))
     starts = []

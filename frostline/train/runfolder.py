@@ -20,14 +20,12 @@ from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
 
-METRICS, VALIDATION, RUN_FACTS = "metrics.jsonl", "validation.jsonl", "run.json"
+METRICS, VALIDATION, RUN_FACTS, CONFIG = "metrics.jsonl", "validation.jsonl", "run.json", "config.yaml"
 REPORT, SHEET, TIMING = "report.html", "contact_sheet.png", "timing.json"
+ADAPTER, CLIPS, TRACKERS = "adapter", "validation", "trackers"
 _LOCK = ".lock"
 # What a run writes; nothing else is ever deleted.
-_WRITTEN = (
-    *(METRICS, VALIDATION, RUN_FACTS, REPORT, SHEET, TIMING, "config.yaml"),
-    *("adapter", "validation", "trackers"),
-)
+_WRITTEN = (METRICS, VALIDATION, RUN_FACTS, CONFIG, REPORT, SHEET, TIMING, ADAPTER, CLIPS, TRACKERS)
 
 
 @contextmanager

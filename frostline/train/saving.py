@@ -19,12 +19,12 @@ from frostline.config import AUTO
 from frostline.errors import CheckpointError
 from frostline.train.checkpoint import Checkpoint, read_state, rotate, write_checkpoint
 from frostline.train.processes import gather_from_processes
+from frostline.train.runfolder import CONFIG
 from frostline.train.state import optimizer_tensors, random_tensors, restore_optimizer, restore_random, restore_schedule
 from frostline.train.step import Training
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 _PACKAGES = ("frostline", "torch", "accelerate", "peft", "diffsynth", "onnxruntime-gpu")
 

@@ -26,8 +26,18 @@ from frostline.train.loader import Batches
 from frostline.train.module import WanTrainingModule
 from frostline.train.order import DataOrder
 from frostline.train.processes import any_process
-from frostline.train.runfolder import METRICS, RUN_FACTS, VALIDATION, JsonLines, claimed, refuse_or_clear
-from frostline.train.saving import CONFIG, restore, save
+from frostline.train.runfolder import (
+    ADAPTER,
+    CONFIG,
+    METRICS,
+    RUN_FACTS,
+    TRACKERS,
+    VALIDATION,
+    JsonLines,
+    claimed,
+    refuse_or_clear,
+)
+from frostline.train.saving import restore, save
 from frostline.train.settings import TrainerSettings
 from frostline.train.sharding import sample_through_shards, shard_frozen_weights
 from frostline.train.signals import StopSignals
@@ -36,8 +46,6 @@ from frostline.train.trackers import check_trackers, finish_trackers, start_trac
 from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
-
-ADAPTER, TRACKERS = "adapter", "trackers"
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from frostline.train.data import Sample
 from frostline.train.evaluation import Evaluation, evaluate
 from frostline.train.module import WanTrainingModule
 from frostline.train.processes import gather_from_processes, process_count, process_index
+from frostline.train.runfolder import CLIPS, SHEET
 from frostline.video import write_video
 from frostline.writing import written_whole
 
-FOLDER, TRUTH = "validation", "truth"
+TRUTH = "truth"
 _LOSSLESS = "lossless"
 _FPS = 8
 
@@ -74,7 +75,7 @@ def validate(
     )
     evaluation = _joined(gather_from_processes(part), len(starts))
     if process_index() == 0:
-        _write(validation, evaluation, output_dir / FOLDER, step_name(step))
+        _write(validation, evaluation, output_dir / CLIPS, step_name(step))
     means = {name: values.nanmean().item() for name, values in evaluation.measured.items()}
     return {**means, "starts": {name: values.tolist() for name, values in evaluation.measured.items()}}
 
@@ -98,7 +99,7 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
         truth = _write_clip(folder / TRUTH, row, sample["video"], validation.lossless)
         generated = _write_clip(folder / name, row, video, validation.lossless)
         pairs.append([generated.relative_to(folder), truth.relative_to(folder), sample["prompt"]])
-    contact_sheet(strips, folder / name / "contact_sheet.png")
+    contact_sheet(strips, folder / name / SHEET)
     with written_whole(folder / f"{name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["video", "reference", "prompt"], *pairs])
 

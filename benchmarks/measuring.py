@@ -10,12 +10,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from frostline.versions import installed_versions
 from frostline.writing import written_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,8 +118,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: installed for name in _PACKAGES if (installed := _version(name))},
+        "versions": installed_versions(_PACKAGES),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -137,19 +136,13 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _commit() -> str:
-    """The commit, `+` behind it if files differ from it; what FROSTLINE_COMMIT says where there is no repository."""
+    """The commit, `+` behind it if other files than results differ; FROSTLINE_COMMIT where there is no repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results"]
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("FROSTLINE_COMMIT", "unknown")
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +19,7 @@ from frostline.models.files import find_files
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.manifest import EngineId, Manifest, canonical_json
 from frostline.runtime.store import EngineStore
+from frostline.versions import installed_versions
 from frostline.writing import written_whole
 
 _FOLDER = ".receipts"
@@ -54,7 +54,7 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str) -> str:
         "opset": options.opset,
         "compute_capabilities": list(options.compute_capabilities),
         "files": {str(path): _fingerprint(path) for path in _files(recipe)},
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": installed_versions(_PACKAGES),
         "device": [device, _DRIVER.read_text() if _DRIVER.is_file() else None],
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
@@ -92,10 +92,3 @@ def _fingerprint(path: Path) -> list[object]:
     if status.st_size > _HASHED_BYTES:
         return [status.st_size, status.st_mtime_ns]
     return [status.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -38,9 +38,9 @@ def ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
 
 
-def fixed(value: float, digits: int) -> str:
-    """A number with so many digits after the point."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else NONE
+def fixed(value: float | None, digits: int) -> str:
+    """A number with so many digits after the point; a dash where there is none."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def milliseconds(value: float) -> str:
@@ -67,7 +67,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def plain(value: Any, none: str = NONE) -> str:
+def plain(value: Any) -> str:
     """Any value in words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -77,4 +77,4 @@ def plain(value: Any, none: str = NONE) -> str:
         return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
-    return none if value is None else str(value)
+    return NONE if value is None else str(value)

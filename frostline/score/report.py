@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot, histogram, line_plot
+from frostline.report.words import NONE, fixed
 from frostline.score.pictures import extreme_pictures
 from frostline.score.result import VideoScore
 from frostline.score.run import Outcome
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary
+from frostline.versions import installed_versions
 
-_NONE = "\N{EN DASH}"
 _DETAILED = 60
 _POINTS = 600
 _PACKAGES = ("frostline", "torch", "onnxruntime-gpu", "openvino", "av")
@@ -75,19 +75,19 @@ def _outcome(summary: Summary) -> str:
 def _tiles(summary: Summary) -> list[Tile]:
     rate = None if summary.detection_rate is None else 100 * summary.detection_rate
     tiles = [
-        Tile("Face score, mean", _fixed(summary.mean), note="1 is the same picture, about 0.2 a stranger."),
+        Tile("Face score, mean", fixed(summary.mean, 3), note="1 is the same picture, about 0.2 a stranger."),
         Tile(
             "Missing faces as 0",
-            _fixed(summary.mean_missing_zero),
+            fixed(summary.mean_missing_zero, 3),
             note="The same over all frames: a video cannot win by hiding the face.",
         ),
         Tile(
             "Detection rate",
-            _fixed(rate, 1),
+            fixed(rate, 1),
             unit="%",
             note="Share of the frames in which a face was found, the mean over the videos.",
         ),
-        Tile("Lowest and highest", _fixed(summary.lowest), unit=f"to {_fixed(summary.highest)}"),
+        Tile("Lowest and highest", fixed(summary.lowest, 3), unit=f"to {fixed(summary.highest, 3)}"),
         Tile("Videos scored", str(summary.videos - summary.failed), unit=f"of {summary.videos}"),
     ]
     if summary.frames_per_second is not None:
@@ -103,7 +103,7 @@ def _distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
             histogram(scores, bins=min(20, max(5, len(scores))), xlabel="face score", ylabel="videos"),
             alt="How many videos have which face score",
             title="Videos by face score",
-            caption=f"Mean {_fixed(summary.mean)}, median {_fixed(summary.median)}.",
+            caption=f"Mean {fixed(summary.mean, 3)}, median {fixed(summary.median, 3)}.",
         ),
         Figure.svg(
             histogram(frames, bins=30, xlabel="score of a frame", ylabel="frames"),
@@ -114,23 +114,23 @@ def _distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
 
 
 def _row(row: VideoScore) -> list[str | Cell]:
-    rate = _NONE if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
+    rate = NONE if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
     remark = row.error.removeprefix(f"{row.video}: ") or row.note
     if row.status == "ok" and row.face_score is None:
         remark = f"no face was found. {remark}".strip()
     return [
         row.video,
-        Cell(_fixed(row.face_score), row.face_score),
-        Cell(_fixed(row.face_score_missing_zero), row.face_score_missing_zero),
+        Cell(fixed(row.face_score, 3), row.face_score),
+        Cell(fixed(row.face_score_missing_zero, 3), row.face_score_missing_zero),
         Cell(rate, row.detection_rate),
         _extreme(row.worst_frame, row.worst_frame_score),
-        _NONE if row.frames is None else str(row.frames),
+        NONE if row.frames is None else str(row.frames),
         Cell(remark, muted=True),
     ]
 
 
 def _extreme(frame: int | None, score: float | None) -> Cell:
-    return Cell(_NONE if score is None else f"{score:.3f} at {frame}", score)
+    return Cell(NONE if score is None else f"{score:.3f} at {frame}", score)
 
 
 def _frames(page: Page, rows: Sequence[VideoScore], settings: ScoreSettings) -> None:
@@ -146,7 +146,7 @@ def _frames(page: Page, rows: Sequence[VideoScore], settings: ScoreSettings) -> 
         "cut around the face, with the box and the landmarks by which the face was aligned."
     )
     for row in lowest if len(scored) > len(lowest) else scored:
-        page.subheading(row.video, _fixed(row.face_score))
+        page.subheading(row.video, fixed(row.face_score, 3))
         if not row.frames_with_face:
             page.paragraph("No face was found in any of its frames.")
             continue
@@ -190,19 +190,9 @@ def _facts(outcome: Outcome, settings: ScoreSettings) -> dict[str, str]:
         "face_embedder": f"{first.face_embedder} on {first.face_embedder_backend}",
         "seconds": f"{summary.seconds:.1f}",
         "frames": str(summary.frames),
-        "python": platform.python_version(),
     }
     facts |= {name: str(value) for name, value in settings if value is not None}
-    for package in _PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return facts
-
-
-def _fixed(value: float | None, digits: int = 3) -> str:
-    return _NONE if value is None else f"{value:.{digits}f}"
+    return facts | installed_versions(_PACKAGES)
 
 
 def _count(number: int, what: str) -> str:

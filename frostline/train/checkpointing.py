@@ -27,10 +27,11 @@ _GB = 1e9
 
 
 @dataclass(frozen=True)
-class Choice:
-    """kind: what was chosen. footprints: of the stages with it. needs: bytes of a step by each kind that was measured.
+class Recomputation:
+    """What was chosen.
 
-    fits: whether what it needs is free; True where that is not known.
+    kind: of gradient checkpointing. footprints: of the stages with it. needs: bytes of a step by each kind that was
+    measured. fits: whether what it needs is free; True where that is not known.
     """
 
     kind: GradientCheckpointing
@@ -45,7 +46,7 @@ def least_recomputation(
     tail: int,
     training: int,
     free: int | None,
-) -> Choice:
+) -> Recomputation:
     """The kind that is asked for; of "auto" the first that fits, or where none does, the one that needs least.
 
     Args:
@@ -61,10 +62,10 @@ def least_recomputation(
         footprints[kind] = measure(kind)
         needs[kind] = training + max(activation_peaks(footprints[kind], tail).values())
         if free is None or needs[kind] <= _USABLE * free:
-            return Choice(kind, footprints[kind], needs, fits=True)
+            return Recomputation(kind, footprints[kind], needs, fits=True)
     # To recompute takes memory too: where little is kept, it may need more.
     least = min(needs, key=lambda kind: needs[kind])
-    return Choice(least, footprints[least], needs, fits=False)
+    return Recomputation(least, footprints[least], needs, fits=False)
 
 
 def fitting_checkpointing(

@@ -22,8 +22,8 @@ from frostline.models.skeleton import Skeleton
 from frostline.models.text import TextEncoder
 from frostline.models.vae import decode_latents, decoder_chunks
 from frostline.models.weights import VAE_ENCODER
+from frostline.train.memory_tracker import MemoryTracker, tensors_of
 from frostline.train.recompute import decode_recomputed, recomputed
-from frostline.train.tracking import MemoryTracker, tensors_of
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from frostline.train.data import BadRow, Sample, VideoPromptDataset
 from frostline.train.module import WanTrainingModule
 from frostline.train.processes import gather_from_processes
 from frostline.train.report import write_report
-from frostline.train.saving import versions
+from frostline.train.saving import PACKAGES
 from frostline.train.settings import RunSettings
 from frostline.train.trainer import Outcome, RunOptions, make_accelerator, train
 from frostline.train.validation import Validation, validate
+from frostline.versions import installed_versions
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def run_facts(module: WanTrainingModule) -> dict[str, Any]:
         manifest = None if record is None else record.manifest
         errors = [] if manifest is None else [parity.max_abs for parity in manifest.parity]
         plan[name] = {"backend": choice.backend, "reason": choice.reason, "parity_max_abs": max(errors, default=None)}
-    return {"plan": plan, "versions": versions()}
+    return {"plan": plan, "versions": installed_versions(PACKAGES)}
 
 
 def _training_data(

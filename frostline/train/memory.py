@@ -93,7 +93,6 @@ def memory_plan(
     *,
     dtype: torch.dtype = torch.bfloat16,
     engines: Collection[str] | Literal["all"] = (),
-    cached: Collection[str] = (),
     num_processes: int = 1,
     sharding: Sharding = "ddp",
     device_bytes: int | None = None,
@@ -107,7 +106,6 @@ def memory_plan(
     Args:
         shape: of one device's batch.
         engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
-        cached: stages whose outputs are all in the cache, so that they are not loaded at all.
         device_bytes: memory of one device.
         embedder: of the reward, to be counted too.
     Raises:
@@ -123,10 +121,10 @@ def memory_plan(
     reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
     weights = {**measured.weights, **{name: footprint.weights for name, footprint in reward.items()}}
     served = [name for name in FROZEN_PARTS if name in weights] if engines == "all" else engines
-    for name in (*served, *cached):
+    for name in served:
         if name not in weights:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
-    of_engines = {name: size for name, size in weights.items() if name in served and name not in cached}
+    of_engines = {name: size for name, size in weights.items() if name in served}
     divided = _DIVIDED[sharding]
 
     def share(what: str, size: int) -> int:
@@ -135,7 +133,7 @@ def memory_plan(
     adapter, gradients = share("adapter", measured.adapter), share("gradients", measured.adapter)
     optimizer = share("optimizer", MOMENTS * measured.adapter)
     for name in weights:
-        if name in FROZEN_PARTS and (name in served or name in cached):
+        if name in FROZEN_PARTS and name in served:
             weights[name] = 0
     # Its share, and the block that is gathered while it computes.
     whole = weights["denoiser"]

@@ -12,7 +12,7 @@ import yaml
 from frostline.errors import DataError
 from frostline.report.page import Figure, Page
 from frostline.report.plots import line_plot
-from frostline.report.words import NONE, duration, number_of, plain
+from frostline.report.words import duration, number_of, plain
 from frostline.train.report_held_out import outcome, show_held_out, tiles
 from frostline.train.report_stages import show_stages, step_tile
 from frostline.train.runfolder import CONFIG, METRICS, REPORT, RUN_FACTS, TIMING, VALIDATION, read_lines
@@ -105,7 +105,7 @@ def _steps(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: plain(value, none=NONE) for name, value in values.items()}
+    return {name: plain(value) for name, value in values.items()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

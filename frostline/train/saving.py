@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,13 @@ from frostline.train.processes import gather_from_processes
 from frostline.train.runfolder import CONFIG
 from frostline.train.state import optimizer_tensors, random_tensors, restore_optimizer, restore_random, restore_schedule
 from frostline.train.step import Training
+from frostline.versions import installed_versions
 
 log = logging.getLogger(__name__)
 
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
-_PACKAGES = ("frostline", "torch", "accelerate", "peft", "diffsynth", "onnxruntime-gpu")
+# What the numbers depend on.
+PACKAGES = ("frostline", "torch", "accelerate", "peft", "diffsynth", "onnxruntime-gpu")
 
 
 def save(training: Training, folder: Path, config: Mapping[str, Any]) -> None:
@@ -64,11 +64,6 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     _restore_random(training, checkpoint, processes)
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that the numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-
-
 def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[str, Any], folder: Path) -> None:
     training.module.save_adapter(folder)
     names = {id(parameter): name for name, parameter in training.parameters.items()}
@@ -82,7 +77,7 @@ def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[
         "skipped_in_row": training.skipped_in_row,
         "processes": training.accelerator.num_processes,
         "gradient_checkpointing": training.module.gradient_checkpointing,
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
     }
     (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
     (folder / CONFIG).write_text(yaml.safe_dump(dict(config), sort_keys=False))

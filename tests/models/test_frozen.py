@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frostline.models import frozen
 from frostline.models.frozen import convolution, prelu, rms_norm_silu
-from frostline.train.tracking import MemoryTracker
+from frostline.train.memory_tracker import MemoryTracker
 
 LAYOUTS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
 

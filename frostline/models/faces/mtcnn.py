@@ -41,7 +41,7 @@ class MTCNNNetwork(nn.Module):
     """One of facenet-pytorch's networks with the signature that engines have.
 
     `forward(images)` takes (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128` and returns, in
-    the order of `output_names`:
+    this order:
 
     - pnet: regression (N, 4, h, w), probability (N, h, w)
     - rnet: regression (N, 4), probability (N,)
@@ -50,10 +50,9 @@ class MTCNNNetwork(nn.Module):
     Probabilities are those of the class "face".
     """
 
-    def __init__(self, network: nn.Module, output_names: tuple[str, ...]) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.output_names = output_names
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         *outputs, class_probabilities = self.network(images)
@@ -67,10 +66,7 @@ def load_mtcnn_networks() -> dict[str, nn.Module]:
     networks = {"pnet": PNet(), "rnet": RNet(), "onet": ONet()}
     for network in networks.values():
         network.to(memory_format=torch.channels_last)  # pooling is 2–4× faster so on CPUs
-    return {
-        name: MTCNNNetwork(network, MTCNN_OUTPUTS[name]).eval().requires_grad_(False)
-        for name, network in networks.items()
-    }
+    return {name: MTCNNNetwork(network).eval().requires_grad_(False) for name, network in networks.items()}
 
 
 class BatchedMTCNN:

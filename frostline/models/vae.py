@@ -1,4 +1,4 @@
-"""The Wan VAE while it is live, for any batch, around diffsynth's `WanVideoVAE`."""
+"""Decoding with the Wan VAE in PyTorch, live or frozen, for any batch, around diffsynth's `WanVideoVAE`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
 
 
 def decoder_chunks(vae: WanVideoVAE) -> dict[str, Callable[..., dict[str, Tensor]]]:
-    """The networks `first` and `next` of `decode_in_chunks`, gradient on."""
+    """The networks `first` and `next` of `decode_in_chunks`, with the operations of the live decoder."""
 
     def chunk(latents: Tensor, **caches: Tensor) -> dict[str, Tensor]:
         video, *seen = decode_chunk(vae, latents, [*caches.values()])

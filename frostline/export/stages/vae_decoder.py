@@ -1,7 +1,7 @@
 """`vae_decoder`, frozen: normalised latents (B, C, F, H/8, W/8) to a video (B, 3, 4F - 3, H, W) in [-1, 1].
 
-For sampling and scoring: in training the decoder is live, and stays in PyTorch. Two networks, the first latent frame
-and the next with their caches as tensors, serve a video of any length.
+For sampling and validation; and in training for the first forward of what backward recomputes. Two networks, the
+first latent frame and the next with their caches as tensors, serve a video of any length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .vae_chunks import chunk_networks
 
 
 def build(inputs: StageInputs) -> Stage:
-    """The stage, its torch side diffsynth's own `decode`, clamped."""
+    """The stage, its torch side `decode_latents`."""
     vae, shapes = inputs.components.vae, inputs.shapes
     modules = tuple(kind(vae).to(inputs.device).eval() for kind in (VaeDecoderFirst, VaeDecoderNext))
     per_block = inputs.components.spatial_multiple // inputs.components.spatial_stride

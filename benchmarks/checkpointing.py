@@ -19,7 +19,7 @@ from contenders import Outcome, Tolerance, compare, flat_gradient
 from measuring import RESULTS, interleave, machine, peak_growth_mib, ratio, summary, write_result
 from rich.console import Console
 from rich.table import Table
-from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, see_faces_everywhere, spread_lora
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, face_identity, see_faces_everywhere, spread_lora
 
 from frostline.config import GradientCheckpointing, TrainingModuleSettings
 from frostline.runtime.backends import TORCH
@@ -52,7 +52,7 @@ def main() -> None:
         shapes=engine_shapes(arguments.video, arguments.fixed_shapes),
     )
     if arguments.model != TINY:
-        see_faces_everywhere(module.rewards[0].reward.identity)
+        see_faces_everywhere(face_identity(module))
     build_engines(module.stages.values(), arguments.backends, EngineStore(arguments.engines_dir))
     module.runtime.replan("auto")
     data = clips_of(arguments.video)
@@ -103,7 +103,8 @@ def _step(module: WanTrainingModule, data: Mapping[str, Any], kind: GradientChec
 
 
 def _outcome(module: WanTrainingModule, step: Any) -> Outcome:
-    return Outcome(*step(), flat_gradient(module))
+    loss, face_score, kl_loss = step()
+    return Outcome(loss, face_score, kl_loss, flat_gradient(module))
 
 
 def _print(result: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from measuring import interleave, summary
 from reference import ReferenceStep
-from shapes import see_faces_everywhere
+from shapes import face_identity, see_faces_everywhere
 from torch import Tensor, nn
 
 import frostline.models.denoiser as denoiser_file
@@ -70,7 +70,7 @@ class Contenders:
         self.vaes = {False: plain_vae, True: module.components.vae}
         self._references = {name: ReferenceStep(module, self._vae(name)) for name in _REFERENCES}
         if faces_everywhere:
-            for faces in (module.rewards[0].reward.identity, *(each.faces for each in self._references.values())):
+            for faces in (face_identity(module), *(each.faces for each in self._references.values())):
                 see_faces_everywhere(faces)
         self._cache = module.conditioner.cache
         self._compiled_block = torch.compile(denoiser_file._block)
@@ -182,7 +182,7 @@ class Contenders:
                 stack.enter_context(_replaced(module.denoiser, "run_block", denoiser_file._block))
             if contender == "compile":
                 stack.enter_context(_replaced(module.denoiser, "run_block", self._compiled_block))
-                stack.enter_context(_replaced(module.rewards[0].reward.identity, "embedder", self._compiled_embedder))
+                stack.enter_context(_replaced(face_identity(module), "embedder", self._compiled_embedder))
             if contender == "floor":
                 stack.enter_context(_replaced(module.runtime, "run", self._replay()))
             yield

@@ -155,7 +155,7 @@ class ReferenceStep:
             latents = self.schedule.step(latents, velocity, index)
         return latents, torch.stack(kl).mean()
 
-    def _velocity(self, latents: Tensor, index: int, given: Mapping[str, Tensor]) -> Tensor:
+    def _velocity(self, latents: Tensor, index: int, given: Mapping[str, Any]) -> Tensor:
         from diffsynth.pipelines.wan_video import model_fn_wan_video
 
         timestep = torch.tensor([float(self.schedule.timesteps[index])], device=self.device)

@@ -12,6 +12,7 @@ from frostline.models.components import WanComponents
 from frostline.models.faces import FaceIdentity, LargestFaces
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
+from frostline.train.face_identity import FaceIdentityReward
 from frostline.train.module import WanTrainingModule
 
 TINY = "tiny"
@@ -65,6 +66,13 @@ def see_faces_everywhere(faces: FaceIdentity) -> None:
     faces.detect = looked_at  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def face_identity(module: WanTrainingModule) -> FaceIdentity:
+    """What scores faces in a module whose first reward they are."""
+    reward = module.rewards[0].reward
+    assert isinstance(reward, FaceIdentityReward)
+    return reward.identity
+
+
 def clips_of(video: str) -> dict[str, Any]:
     """Held-out clips of a shape such as 2x9x3x96x96, as a step takes them."""
     count, frames, _, height, width = (int(part) for part in video.split("x"))
@@ -93,7 +101,8 @@ def random_denoiser(dtype: torch.dtype, device: torch.device | str = "cpu") -> A
     finally:
         torch.set_default_dtype(default)
     # Where the model is given a device to be made on, its rotary tables stay behind.
-    model.freqs = tuple(table.to("cpu") for table in model.freqs)
+    frames, rows, columns = (table.to("cpu") for table in model.freqs)
+    model.freqs = frames, rows, columns
     return model.eval().requires_grad_(False)
 
 

@@ -21,6 +21,7 @@ from measuring import RESULTS, machine, write_result
 from rich.console import Console
 from rich.table import Table
 from shapes import TINY, build_components
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from frostline.config import TrainingModuleSettings
@@ -46,7 +47,7 @@ def main() -> None:
     for _ in range(2):  # the first fills the cache, and measures what auto did not know
         module(data)[0].backward()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    config = torch._C._profiler._ExperimentalConfig(verbose=True)  # stacks are empty without it
+    config = _ExperimentalConfig(verbose=True)  # stacks are empty without it
     with profile(activities=activities, with_stack=True, experimental_config=config) as trace:
         module(data)[0].backward()
     places = count_places((event.name, event.stack) for event in trace.events() or ())

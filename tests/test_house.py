@@ -1,0 +1,82 @@
+"""Rules that the house keeps: which room may import which, and that nothing of it is left out."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from frostline.cli import scoring, training
+from frostline.config import Settings
+from frostline.score.settings import ScoreSettings
+from frostline.train.sample import SampleSettings
+
+ROOT = Path(__file__).parents[1]
+# From the lowest room up; a room imports those below it, and the leaves.
+ROOMS = ("models", "runtime", "export", "score", "train", "demo", "cli")
+BESIDE = {"score": {"train"}, "train": {"score"}, "report": {*ROOMS}}
+LEAVES = {"errors", "config", "video", "paths", "writing", "versions", "progress"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The rooms and leaves of frostline that a file imports, within functions too."""
+    inside = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [
+                ".".join(
+                    [*inside[: len(inside) - node.level], node.module or ""] if node.level else [node.module or ""]
+                )
+            ]
+            if names == ["frostline"]:
+                names = [f"frostline.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("frostline."))
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for path in sorted((ROOT / "frostline").rglob("*.py")):
+        room = path.relative_to(ROOT / "frostline").parts[0].removesuffix(".py")
+        if room.startswith("__"):
+            continue
+        if room in LEAVES:
+            forbidden = {*ROOMS, "report"}
+        elif room == "report":
+            forbidden = {*ROOMS}
+        else:
+            forbidden = {*ROOMS[ROOMS.index(room) + 1 :]} | BESIDE.get(room, set())
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imports(path) if name in forbidden]
+    assert wrong == []
+
+
+def test_make_test_leaves_no_test_out() -> None:
+    parts = re.search(r"^TEST_PARTS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert parts is not None
+    covered = {path for pattern in re.split("[ ,]", parts[1]) for path in ROOT.glob(pattern)}
+    files = (ROOT / "tests").rglob("test_*.py")
+    assert [file for file in files if file not in covered and not covered & {*file.parents}] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [(scoring.score, ScoreSettings), (training.sample, SampleSettings)],
+    ids=["score", "sample"],
+)
+def test_options_have_the_defaults_of_the_settings(command: object, settings: type[Settings]) -> None:
+    app = typer.Typer()
+    app.command()(command)  # type: ignore[type-var]
+    options = {option.name: option for option in typer.main.get_command(app).params}
+    checked = 0
+    for name, field in settings.model_fields.items():
+        option = options.get("engines_dir" if name == "engines" else name)
+        if option is None or option.required:
+            continue
+        assert option.default == field.default, name
+        checked += 1
+    assert checked > 5

@@ -115,8 +115,7 @@ def _time(module: WanTrainingModule, run: RunSettings, rounds: int) -> dict[str,
     """What `timing.json` holds: a step of the trained model, with engines and without."""
     module.load_adapter(run.output_dir / ADAPTER)
     module.runtime.replan(run.plan.by_stage())
-    assert run.data.source is not None
-    dataset = run.data.open(run.data.source)
+    dataset = run.data.open()
     return asdict(time_steps(module, collate([dataset[index] for index in range(_BATCH_SIZE)]), rounds))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from frostline.config import TrainingModuleSettings
+from frostline.errors import ConfigError
 
 from .schedule import FlowMatchSchedule
 
@@ -32,6 +33,18 @@ class DenoiseSteps:
         boundary = boundary if settings.boundary is None else settings.boundary
         high_noise = schedule.high_noise_steps(boundary) if two_experts else 0
         return cls(settings.mid_timestep, settings.final_timestep, high_noise)
+
+    def check_tail(self) -> None:
+        """Refuse a tail that trains nothing.
+
+        Raises:
+            ConfigError: no step of it has a LoRA.
+        """
+        if not self.tail_with_lora:
+            raise ConfigError(
+                f"final_timestep {self.final}: the high-noise expert, which has no LoRA, serves the first "
+                f"{self.high_noise} steps; the tail has to reach beyond them"
+            )
 
     @property
     def tail_with_lora(self) -> int:

@@ -10,7 +10,7 @@ from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.geometry import SPATIAL_MULTIPLE
 from frostline.models.schedule import FlowMatchSchedule
-from frostline.models.skeleton import Skeleton, read_skeleton
+from frostline.models.skeleton import read_skeleton
 from frostline.runtime.backends import TORCH
 from frostline.train.data import VideoPromptDataset
 from frostline.train.memory import MemoryPlan, memory_plan
@@ -25,7 +25,9 @@ def print_dry_run(settings: RunSettings, console: Console) -> bool:
     try:
         skeleton = read_skeleton(settings.model)
         multiple = skeleton.spatial_multiple
-        console.print(_schedule_table(settings, skeleton))
+        steps = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in skeleton.networks)
+        console.print(_schedule_table(settings, steps))
+        steps.check_tail()
         console.print(memory_table(_memory_plan(settings, multiple)))
     except FrostlineError as error:
         problems.append(f"model: {error}")
@@ -61,10 +63,10 @@ def _memory_plan(settings: RunSettings, multiple: int) -> MemoryPlan:
 
 def _look_at(section: str, videos: VideoSettings, multiple: int, settings: RunSettings, console: Console) -> list[str]:
     """What is wrong with a data source, one line a row."""
-    if videos.source is None:
-        return [] if section == "validation" else ["data.source: is needed: a metadata file, or a folder of videos"]
+    if section == "validation" and videos.source is None:
+        return []
     try:
-        dataset = videos.open(videos.source, multiple)
+        dataset = videos.open(multiple)
     except FrostlineError as error:
         return [f"{section}: {error}"]
     bad = dataset.validate(deep=True)
@@ -84,11 +86,9 @@ def _pace(settings: RunSettings, dataset: VideoPromptDataset, bad: int) -> str:
     )
 
 
-def _schedule_table(settings: RunSettings, skeleton: Skeleton) -> Table:
+def _schedule_table(settings: RunSettings, steps: DenoiseSteps) -> Table:
     """Which step is frozen, which carries gradient, at which noise, and of two experts by which."""
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
-    two_experts = "denoiser_high_noise" in skeleton.networks
-    steps = DenoiseSteps.of(settings, skeleton.boundary, two_experts)
     table = Table(title="one training step", title_justify="left")
     for column in ("step", "sigma", "timestep", "what runs"):
         table.add_column(column, justify="left" if column == "what runs" else "right")
@@ -100,7 +100,7 @@ def _schedule_table(settings: RunSettings, skeleton: Skeleton) -> Table:
             what = "denoise tail: gradient, and its KL reference (frozen)"
         else:
             what = "not run"
-        if two_experts and what != "not run":
+        if steps.high_noise and what != "not run":
             what = f"{what}; {'high' if index < steps.high_noise else 'low'}-noise expert"
         table.add_row(str(index), f"{sigma:.4f}", f"{timestep:.1f}", what)
     return table

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset, Subset
 
 from frostline.config import CHECKPOINTING, TrainingModuleSettings
-from frostline.errors import CheckpointError, ConfigError, DataError
+from frostline.errors import CheckpointError, DataError
 from frostline.export.shapes import parse_shapes
 from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
 from frostline.models.skeleton import read_skeleton
@@ -175,7 +175,7 @@ def open_validation(settings: RunSettings, multiple: int = SPATIAL_MULTIPLE) -> 
     validation = settings.validation
     if validation.source is None:
         return None
-    dataset = validation.open(validation.source, multiple)
+    dataset = validation.open(multiple)
     starts = range(min(validation.num_videos, len(dataset)))
     unusable = [row for row in dataset.validate() if row.sample_id in dataset.sample_ids[: len(starts)]]
     if unusable:
@@ -197,9 +197,7 @@ def run_facts(module: WanTrainingModule) -> dict[str, Any]:
 def _training_data(
     settings: RunSettings, accelerator: Accelerator, progress: Progress, multiple: int
 ) -> Dataset[Sample]:
-    if settings.data.source is None:
-        raise ConfigError("data.source: is needed: a metadata file, or a folder of captioned videos")
-    dataset = settings.data.open(settings.data.source, multiple)
+    dataset = settings.data.open(multiple)
 
     def look() -> list[BadRow]:
         with progress.task("look at the data"):

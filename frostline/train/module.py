@@ -181,11 +181,7 @@ class WanTrainingModule(nn.Module):
             ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
-        if not self.steps.tail_with_lora:
-            raise ConfigError(
-                f"final_timestep {settings.final_timestep}: the high-noise expert, which has no LoRA, serves the first "
-                f"{self.steps.high_noise} steps; the tail has to reach beyond them"
-            )
+        self.steps.check_tail()
         conditioning = self.forward_preprocess(data) if inputs is None else inputs
         self._settle_for(conditioning)
         latents = self._rollout(conditioning)

@@ -101,17 +101,20 @@ class VideoSettings(Settings):
             raise ValueError(str(error)) from None
         return self
 
-    def open(self, source: Path, multiple: int = SPATIAL_MULTIPLE) -> VideoPromptDataset:
+    def open(self, multiple: int = SPATIAL_MULTIPLE) -> VideoPromptDataset:
         """The dataset that these settings describe.
 
         Args:
             multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
         Raises:
-            ConfigError: height, width or max_pixels do not go with it.
+            ConfigError: height, width or max_pixels do not go with it, or there is no source.
             DataError: the source cannot be read, or none of its rows is usable.
         """
+        if self.source is None:
+            # Without one there is no validation; training needs it.
+            raise ConfigError("data.source: is needed: a metadata file, or a folder of captioned videos")
         cut = self.model_dump(include={"num_frames", "height", "width", "max_pixels", "frame_stride", "allow_outside"})
-        return VideoPromptDataset(source, **cut, multiple=multiple)
+        return VideoPromptDataset(self.source, **cut, multiple=multiple)
 
 
 class DataSettings(VideoSettings):

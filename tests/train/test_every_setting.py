@@ -80,7 +80,7 @@ def a_step(settings: RunSettings) -> Any:
     module.runtime.run = serve
     torch.manual_seed(1)
     assert settings.data.source is not None
-    loss, score, kl_loss = module(collate([settings.data.open(settings.data.source)[0]]))
+    loss, score, kl_loss = module(collate([settings.data.open()[0]]))
     loss.backward()
     assert module.last_metrics is not None
     cache = settings.cache_dir or settings.output_dir / "cache"
@@ -132,7 +132,7 @@ def samples(section: str) -> Observe:
 
     def observe(settings: RunSettings) -> Any:
         videos = getattr(settings, section)
-        dataset = videos.open(videos.source)
+        dataset = videos.open()
         sample = dataset[0]
         bad = [row.field for row in dataset.validate()]
         return dataset.sample_ids, bad, tuple(sample["video"].shape), _numbers(sample["video"])

@@ -24,6 +24,7 @@ from frostline.export.recipe import Recipe
 from frostline.export.traces import Traces
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.device import free_bytes
+from frostline.runtime.identity import precision_of
 from frostline.runtime.stage import Stage
 from frostline.runtime.store import EngineStore
 
@@ -124,13 +125,13 @@ def _prepare(work: _Work) -> None:
 def _build(stage_name: str) -> Seconds:
     assert _worker is not None, "the pool prepares its processes"
     work, staged = _worker
+    stage, traces = staged.stages[stage_name], Traces()
     seconds: Seconds = {}
-    traces = Traces()
-    for backend in work.recipe.backends:
+    for backend in work.recipe.backends_for(precision_of(stage)):
         start = time.monotonic()
         try:
             _, built = build_stage(
-                staged.stages[stage_name],
+                stage,
                 backend,
                 EngineStore(work.engines_dir),
                 options=work.options,

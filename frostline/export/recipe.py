@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from frostline.config import LoraSettings, Precision, RewardSettings, Settings
 from frostline.errors import ConfigError
 from frostline.export.shapes import ShapeRange, parse_shapes
-from frostline.runtime.backends import check_backend
+from frostline.runtime.backends import check_backend, get_backend
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,9 @@ class Recipe(Settings):
 
     model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
     stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="names of stages, or all")
-    backends: tuple[str, ...] = Field(default=("onnxruntime",), description="engines to build")
+    backends: tuple[str, ...] = Field(
+        default=("onnxruntime",), description="engines to build, of each stage those that compute in its precision"
+    )
     precision: Precision = Field(default="fp32", description="floating-point type of the Wan stages")
     compute_capabilities: tuple[str, ...] = Field(default=(), description="GPUs to build TensorRT engines for")
     min_shapes: str = Field(default="", description="as --min-shapes")
@@ -56,6 +58,11 @@ class Recipe(Settings):
             ConfigError: a shape string is ill-formed.
         """
         return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes)
+
+    def backends_for(self, precision: str) -> tuple[str, ...]:
+        """Those that compute in a stage's precision; all where none does, for that to be told."""
+        able = tuple(name for name in self.backends if precision in get_backend(name).PRECISIONS)
+        return able or self.backends
 
     def with_lora(self, live: bool, target_modules: str | None) -> Recipe:
         """This recipe with a live LoRA on other layers (comma-separated), or without any."""

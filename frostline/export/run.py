@@ -15,6 +15,7 @@ from frostline.export.recipe import ALL_STAGES, Recipe
 from frostline.export.traces import Traces
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.identity import precision_of
 from frostline.runtime.stage import Stage, Tolerance
 from frostline.runtime.store import EngineStore
 
@@ -104,7 +105,8 @@ def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stag
         if reason := get_backend(backend).unavailable():
             raise ConfigError(f"backend {backend}: {reason}")
     names = _stage_names(recipe.stages, staged.stages)
-    return [(backend, staged.stages[name]) for name in names for backend in recipe.backends]
+    stages = [staged.stages[name] for name in names]
+    return [(backend, stage) for stage in stages for backend in recipe.backends_for(precision_of(stage))]
 
 
 def _build_ahead(
@@ -118,9 +120,10 @@ def _build_ahead(
     """Build in several processes, where there are several stages to be built."""
     if options.jobs == 1:
         return {}
-    stages = {stage.name: stage for _, stage in planned}.values()
     lacking = [
-        stage for stage in stages if options.force or not all_built(stage, recipe.backends, store, options.build)
+        stage
+        for stage in {stage.name: stage for _, stage in planned}.values()
+        if options.force or not all_built(stage, recipe.backends_for(precision_of(stage)), store, options.build)
     ]
     if len(lacking) < 2:
         return {}

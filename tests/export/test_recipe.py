@@ -38,6 +38,8 @@ def test_shipped_recipes_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert recipe.dtype == torch.float32
     else:
         assert recipe.dtype == torch.bfloat16
+        assert recipe.backends_for("bf16") == ("tensorrt",)
+        assert recipe.backends_for("fp32") == ("tensorrt", "onnxruntime")
         assert recipe.shapes.height[1] >= 480
 
 
@@ -53,6 +55,14 @@ def test_a_model_without_recipe_gets_the_defaults(tmp_path: Path) -> None:
     recipe = Recipe(model="tiny-moe")
     assert (recipe.stages, recipe.backends, recipe.precision) == (("all",), ("onnxruntime",), "fp32")
     assert recipe.lora == LoraSettings()
+
+
+def test_a_stage_gets_the_backends_that_compute_in_its_precision() -> None:
+    recipe = Recipe(model="tiny", backends=("openvino", "onnxruntime"))
+    assert recipe.backends_for("bf16") == ("openvino",)
+    assert recipe.backends_for("fp16") == recipe.backends
+    alone = Recipe(model="tiny", backends=("onnxruntime",))
+    assert alone.backends_for("bf16") == ("onnxruntime",), "and the export says why it fails"
 
 
 def test_changes_go_before_the_file(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Adapters in the spelling of every program: what each loader makes of our files, and what we make of theirs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffsynth.utils.lora import GeneralLoRALoader
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -184,6 +185,46 @@ def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     save_file(tensors, weights)
     load_adapter(model, tmp_path)
     assert len(lora_layers(model)) == 40
+
+
+def test_a_peft_folder_with_the_names_of_diffusers_is_read(tmp_path: Path) -> None:
+    model, adapter = make_adapter(tmp_path / "trained", 8, target_modules=("self_attn.q", "ffn.2"))
+    write_adapter(replace(adapter, alpha=4), "diffusers", tmp_path / "diffusers.safetensors")
+    folder = tmp_path / "folder"
+    LoraConfig(r=4, lora_alpha=8, target_modules=["attn1.to_q", "net.2"]).save_pretrained(str(folder))
+    tensors = load_file(tmp_path / "diffusers.safetensors")
+    renamed = {name.replace("transformer.", "base_model.model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    fresh = tiny_denoiser()
+    load_adapter(fresh, folder)
+    assert torch.equal(output(fresh), output(model))
+    write_adapter(read_adapter(folder), "peft", tmp_path / "again")
+    peft = PeftModel.from_pretrained(tiny_denoiser(), str(tmp_path / "again"))
+    assert torch.equal(output(peft.get_base_model()), output(model))
+
+
+PARTS: dict[str, tuple[dict[str, Any], int]] = {
+    "one block": ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "blocks"}, 2),
+    "the first blocks": ({"target_modules": ["q"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"}, 4),
+    "all but some": ({"target_modules": ["q", "ffn.2"], "exclude_modules": ["cross_attn.q"]}, 8),
+    "by pattern": ({"target_modules": r"blocks\.[02]\..*\.(q|k)"}, 8),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_adapter_on_a_part_of_the_layers(part: str, tmp_path: Path) -> None:
+    """Read, and written again, it is on just these, however they were chosen."""
+    arguments, count = PARTS[part]
+    peft = PeftModel(tiny_denoiser(), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **arguments))
+    peft.save_pretrained(str(tmp_path / "part"))
+    fresh = tiny_denoiser()
+    load_adapter(fresh, tmp_path / "part")
+    assert len(lora_layers(fresh)) == count
+    assert torch.equal(output(fresh), output(peft.get_base_model()))
+    write_adapter(read_adapter(tmp_path / "part"), "peft", tmp_path / "again")
+    again = PeftModel.from_pretrained(tiny_denoiser(), str(tmp_path / "again"))
+    assert len(lora_layers(again)) == count
+    assert torch.equal(output(again.get_base_model()), output(fresh))
 
 
 def test_copying_into_other_layers_is_refused(tmp_path: Path) -> None:

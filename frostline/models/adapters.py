@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from frostline.errors import ConfigError, DataError
 from frostline.writing import written_whole
 
 from .layouts.names import DENOISER, rename
+from .layouts.network import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,6 +50,9 @@ SPELLINGS: Mapping[str, Spelling] = {
 }
 _TENSOR = re.compile(r"(.+)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
 _DOWN = ("lora_A", "lora_down")
+# What `init_lora_weights` begins with where PEFT takes a part of the base weights away as training starts
+# (`peft/tuners/lora/layer.py`): the matrices then hold that part, too.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,7 @@ def read_adapter(path: Path) -> Adapter:
     config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
     if not weights.is_file() or not config_file.is_file():
         raise ConfigError(f"{path} holds no adapter: {CONFIG_FILE} and {WEIGHTS_FILE} are needed")
-    stated = _read_config(config_file)
-    return _parse(_read_tensors(weights), weights, stated)
+    return _parse(_read_tensors(weights), weights, _state(read_json(config_file), str(config_file)))
 
 
 def write_adapter(adapter: Adapter, spelling: str, out: Path, dtype: torch.dtype | None = None) -> None:
@@ -246,19 +249,32 @@ def _official_names(layers: Collection[str]) -> dict[str, str]:
     return {layer: from_diffusers.get(layer, layer) for layer in layers}
 
 
-def _read_config(path: Path) -> _Stated:
+def _state(settings: Mapping[str, Any], where: str) -> _Stated:
+    """What these fields of PEFT's `LoraConfig` say.
+
+    Raises:
+        ConfigError: they are none, or of more than two matrices a layer on the base weights as they are.
+    """
     from peft import LoraConfig
 
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        way = (
+            "merge it in PEFT (merge_and_unload) and take the merged model"
+            if start == "loftq"  # which rounds besides, so no matrices make good what it does
+            else "save it as an ordinary LoRA, by save_pretrained of PEFT with path_initial_model_for_weight_conversion"
+        )
+        raise ConfigError(f"{where}: init_lora_weights {start!r} is not supported, it changes the base weights: {way}")
     try:
-        config = LoraConfig.from_pretrained(str(path.parent))
+        config = LoraConfig.from_peft_type(**settings)
     except Exception as error:  # peft raises many types of its own
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{where} cannot be read: {error}") from error
     if not isinstance(config, LoraConfig) or not config.target_modules:
-        raise ConfigError(f"{path} is no LoRA with target_modules")
+        raise ConfigError(f"{where} is no LoRA with target_modules")
     for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if getattr(config, name):
-            raise ConfigError(f"{path}: {name} is not supported, one rank and one scale for all layers are")
-    return _Stated(config, str(path))
+            raise ConfigError(f"{where}: {name} is not supported, one rank and one scale for all layers are")
+    return _Stated(config, where)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

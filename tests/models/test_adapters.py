@@ -227,6 +227,32 @@ def test_an_adapter_on_a_part_of_the_layers(part: str, tmp_path: Path) -> None:
     assert torch.equal(output(again.get_base_model()), output(fresh))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changed_the_base_is_refused_until_peft_has_converted_it(start: str, tmp_path: Path) -> None:
+    """PEFT doubles the rank as it converts."""
+    peft = PeftModel(tiny_denoiser(), LoraConfig(r=4, lora_alpha=8, target_modules=["q"], init_lora_weights=start))  # type: ignore[arg-type]
+    peft.peft_config["default"].init_lora_weights = True
+    peft.save_pretrained(str(tmp_path / "untrained"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora_parameters(peft).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    trained = output(peft.get_base_model())
+    peft.save_pretrained(
+        str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "untrained")
+    )
+    adapter = read_adapter(tmp_path / "converted")
+    assert (adapter.rank, adapter.alpha) == (8, 16)
+    fresh = tiny_denoiser()
+    fresh.load_state_dict(merge_adapter(fresh.state_dict(), adapter))
+    torch.testing.assert_close(output(fresh), trained, atol=1e-4, rtol=1e-4)
+
+    config = tmp_path / "converted" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": start}))
+    with pytest.raises(ConfigError, match=rf"{start}.*save_pretrained.*path_initial_model_for_weight_conversion"):
+        read_adapter(tmp_path / "converted")
+
+
 def test_copying_into_other_layers_is_refused(tmp_path: Path) -> None:
     _, adapter = make_adapter(tmp_path, 4)
     model = tiny_denoiser()

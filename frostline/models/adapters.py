@@ -15,7 +15,7 @@ from frostline.errors import ConfigError, DataError
 from frostline.writing import written_whole
 
 from .layouts.names import DENOISER, rename
-from .layouts.network import read_json
+from .layouts.network import parse_json, read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -50,6 +50,8 @@ SPELLINGS: Mapping[str, Spelling] = {
 }
 _TENSOR = re.compile(r"(.+)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
 _DOWN = ("lora_A", "lora_down")
+# Where a file's metadata holds PEFT's config, as JSON, if diffusers wrote it (`loaders/lora_base.py`).
+METADATA = "lora_adapter_metadata"
 # What `init_lora_weights` begins with where PEFT takes a part of the base weights away as training starts
 # (`peft/tuners/lora/layer.py`): the matrices then hold that part, too.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -94,11 +96,13 @@ def read_adapter(path: Path) -> Adapter:
         ConfigError: it is none, is damaged, its layers differ in rank or scale, or its config says otherwise.
     """
     if path.suffix == ".safetensors" and path.is_file():
-        return _parse(_read_tensors(path), path, None)
+        tensors, metadata = _read_file(path)
+        return _parse(tensors, path, _stated_in(metadata, path))
     config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
     if not weights.is_file() or not config_file.is_file():
         raise ConfigError(f"{path} holds no adapter: {CONFIG_FILE} and {WEIGHTS_FILE} are needed")
-    return _parse(_read_tensors(weights), weights, _state(read_json(config_file), str(config_file)))
+    tensors, _ = _read_file(weights)
+    return _parse(tensors, weights, _state(read_json(config_file), str(config_file)))
 
 
 def write_adapter(adapter: Adapter, spelling: str, out: Path, dtype: torch.dtype | None = None) -> None:
@@ -211,6 +215,10 @@ def _parse(tensors: Mapping[str, Tensor], path: Path, stated: _Stated | None) ->
     alpha = scales.pop() * rank
     plain = _without_prefix(down)
     if stated is not None:
+        if alphas:
+            raise ConfigError(
+                f"{path} has a scale in its .alpha tensors and one in {stated.where}: take one of them out"
+            )
         _check_stated(stated, plain.values(), rank, path)
         alpha = stated.config.lora_alpha
     official = _official_names(plain.values())
@@ -249,6 +257,17 @@ def _official_names(layers: Collection[str]) -> dict[str, str]:
     return {layer: from_diffusers.get(layer, layer) for layer in layers}
 
 
+def _stated_in(metadata: Mapping[str, str], path: Path) -> _Stated | None:
+    """What diffusers says in a file: under the name of the denoiser, or, of a model alone, under none."""
+    text = metadata.get(METADATA)
+    if not text:
+        return None
+    where = f"{METADATA} of {path}"
+    settings, prefix = parse_json(text, where), SPELLINGS["diffusers"].prefix
+    own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+    return _state(own or settings, where)
+
+
 def _state(settings: Mapping[str, Any], where: str) -> _Stated:
     """What these fields of PEFT's `LoraConfig` say.
 
@@ -277,12 +296,13 @@ def _state(settings: Mapping[str, Any], where: str) -> _Stated:
     return _Stated(config, where)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and what is said about them in the header."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffsynth.utils.lora import GeneralLoRALoader
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -138,6 +139,72 @@ def test_diffusers_names_are_those_of_its_layers(tmp_path: Path) -> None:
         layer = name.removeprefix("transformer.").removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
         assert f"{layer}.weight" in weights
     assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in names
+
+
+def write_diffusers(path: Path, adapter: Adapter, prefix: str = "transformer.", **changes: Any) -> None:
+    """As `save_lora_weights` of diffusers: the matrices as trained, PEFT's config in the header."""
+    write_adapter(replace(adapter, alpha=adapter.rank), "diffusers", path)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+    config = LoraConfig(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=targets).to_dict()
+    settings = {**config, "target_modules": targets, **changes}
+    packed = json.dumps({prefix + name: value for name, value in settings.items()})
+    tensors = {name.replace("transformer.", prefix): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": packed})
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_scale_in_a_file_of_diffusers_counts(prefix: str, tmp_path: Path) -> None:
+    """Of a pipeline under the name of the denoiser, of a model alone under none."""
+    model, adapter = make_adapter(tmp_path / "trained", 6)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write_diffusers(path, adapter, prefix)
+    assert read_adapter(path).alpha == 6
+    fresh = tiny_denoiser()
+    load_adapter(fresh, path)
+    assert torch.equal(output(fresh), output(model))
+
+
+STATED: dict[str, tuple[dict[str, Any], str]] = {
+    "rank-stabilised": ({"use_rslora": True}, "use_rslora is not supported"),
+    "magnitudes": ({"use_dora": True}, "use_dora is not supported"),
+    "scales of their own": ({"alpha_pattern": {"to_q": 9}}, "alpha_pattern is not supported"),
+    "a changed base": ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+    "another rank": ({"r": 8}, "has rank 4, .* says 8"),
+    "fewer layers": ({"target_modules": ["to_q"]}, r"does not target blocks\.0\.attn1\.to_k"),
+    "another method": ({"peft_type": "IA3"}, "is no LoRA"),
+}
+
+
+@pytest.mark.parametrize("fault", STATED)
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_what_a_file_of_diffusers_says_is_refused_as_in_a_folder(fault: str, tmp_path: Path) -> None:
+    changes, said = STATED[fault]
+    _, adapter = make_adapter(tmp_path / "trained", 8)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write_diffusers(path, adapter, **changes)
+    with pytest.raises(ConfigError, match=said) as error:
+        read_adapter(path)
+    assert f"lora_adapter_metadata of {path}" in str(error.value)
+
+
+def test_a_scale_said_twice_and_damaged_metadata_are_refused(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path / "trained", 8)
+    path = tmp_path / "lora.safetensors"
+    write_diffusers(path, adapter)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({**tensors, "transformer.blocks.0.attn1.to_q.alpha": torch.tensor(4.0)}, path, metadata=metadata)
+    with pytest.raises(ConfigError, match=r"scale in its \.alpha tensors and one in lora_adapter_metadata"):
+        read_adapter(path)
+    for text, said in (
+        ("{", "is not valid JSON"),
+        ("[1]", "must be a mapping"),
+        ('{"text_encoder.r": 4}', "cannot be"),
+    ):
+        save_file(tensors, path, metadata={"lora_adapter_metadata": text})
+        with pytest.raises(ConfigError, match=rf"lora_adapter_metadata of .*lora\.safetensors {said}"):
+            read_adapter(path)
 
 
 def test_comfyui_files_of_other_trainers_are_read(tmp_path: Path) -> None:

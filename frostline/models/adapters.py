@@ -124,7 +124,8 @@ def write_adapter(adapter: Adapter, spelling: str, out: Path, dtype: torch.dtype
     for layer, (down, up) in adapter.layers.items():
         name = style.prefix + names[layer]
         tensors[name + style.down] = down.to(dtype or down.dtype)
-        tensors[name + style.up] = (up if keeps_scale else up * adapter.scale).to(dtype or up.dtype)
+        scaled = up if keeps_scale else up.float() * adapter.scale
+        tensors[name + style.up] = scaled.to(dtype or up.dtype)
         if style.stores_alpha:
             tensors[f"{name}.alpha"] = torch.tensor(float(adapter.alpha))
     if spelling != PEFT:
@@ -157,22 +158,27 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise ConfigError(f"{adapter.weights} does not fit the model: {name} is {found}, not {wanted}")
 
 
-def merge_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, lora_scale: float = 1.0) -> dict[str, Tensor]:
+def merge_adapter(
+    tensors: Mapping[str, Tensor], adapter: Adapter, lora_scale: float = 1.0, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The weights of a denoiser with the adapter in them, `W + lora_scale * alpha / rank * B A`.
 
-    Computed in fp32 and rounded once to the type that each weight has.
+    Computed in fp32, one weight at a time, and rounded once.
 
     Args:
-        tensors: in Wan's own spelling.
+        tensors: in Wan's own spelling, of the types in their files, so that nothing is rounded twice.
+        dtype: of all weights that are returned; the type that each has if not given.
     Raises:
         ConfigError: the adapter is of another model.
     """
     check_fits(adapter, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    merged = dict(tensors)
-    for layer, (down, up) in adapter.layers.items():
-        name = f"{layer}.weight"
-        delta = lora_scale * adapter.scale * (up.float() @ down.float())
-        merged[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
+    merged: dict[str, Tensor] = {}
+    for name, weight in tensors.items():
+        wanted, matrices = dtype or weight.dtype, adapter.layers.get(name.removesuffix(".weight"))
+        if matrices is not None:
+            down, up = matrices
+            weight = weight.float() + lora_scale * adapter.scale * (up.float() @ down.float())
+        merged[name] = weight.to(wanted)
     return merged
 
 

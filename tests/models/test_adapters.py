@@ -24,6 +24,7 @@ from frostline.models.adapters import (
     write_adapter,
 )
 from frostline.models.denoiser import Denoiser
+from frostline.models.files import find_files
 from frostline.models.layouts.convert import to_diffusers
 from frostline.models.loading import load_components
 from frostline.models.lora import copy_adapter, inject_lora, load_adapter, lora_layers, lora_parameters, save_adapter
@@ -234,6 +235,35 @@ def test_merged_weights_compute_what_the_adapter_did(dtype: torch.dtype, tmp_pat
     assert (output(fresh) - output(model)).norm() < bound * output(model).norm()
     halved = merge_adapter(base, adapter, lora_scale=0.0)
     assert all(torch.equal(halved[name], tensor) for name, tensor in base.items())
+
+
+def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
+    """fp16, as the tiny model's files have it, plus the adapter, to bf16; without a precision fp16 again."""
+    make_adapter(tmp_path / "trained", 6)
+    adapter, stored = read_adapter(tmp_path / "trained"), find_files("tiny").denoiser.read(None, "cpu")
+    for precision, dtype in (("bf16", torch.bfloat16), (None, torch.float16), ("fp32", torch.float32)):
+        out = tmp_path / f"{precision}.safetensors"
+        asked = [] if precision is None else ["--precision", precision]
+        result = CliRunner().invoke(
+            app, ["adapter", "merge", "tiny", str(tmp_path / "trained"), "--out", str(out), *asked]
+        )
+        assert result.exit_code == 0, result.output
+        merged = load_file(out)
+        assert merged.keys() == stored.keys()
+        for name, weight in stored.items():
+            exact = weight.float()
+            if name.removesuffix(".weight") in adapter.layers:
+                down, up = adapter.layers[name.removesuffix(".weight")]
+                exact = exact + 1.5 * (up @ down)
+            assert torch.equal(merged[name], exact.to(dtype)), name
+
+
+def test_a_scale_that_goes_into_b_is_not_rounded_to_the_type_of_the_file(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path / "trained", 6)
+    rounded = {layer: (down.bfloat16(), up.bfloat16()) for layer, (down, up) in adapter.layers.items()}
+    write_adapter(replace(adapter, layers=rounded), "diffsynth", tmp_path / "lora.safetensors", torch.float32)
+    for layer, (_, up) in read_adapter(tmp_path / "lora.safetensors").layers.items():
+        assert torch.equal(up, 1.5 * rounded[layer][1].float())
 
 
 def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -235,9 +235,13 @@ def _check_stated(stated: _Stated, layers: Iterable[str], rank: int, path: Path)
     """PEFT, which goes by the config, would load all the matrices of `path`."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if rank != stated.config.r:
-        raise ConfigError(f"{path} has rank {rank}, {stated.where} says {stated.config.r}")
-    stray = next((layer for layer in layers if not check_target_module_exists(stated.config, layer)), None)
+    config = stated.config
+    if rank != config.r:
+        raise ConfigError(f"{path} has rank {rank}, {stated.where} says {config.r}")
+    # A weight may be named itself, too; its matrices are those of the layer.
+    weights = tuple(f".{name}" for name in config.target_parameters or ())
+    left_out = (n for n in layers if not check_target_module_exists(config, n) and not f".{n}.weight".endswith(weights))
+    stray = next(left_out, None)
     if stray is not None:
         raise ConfigError(
             f"{stated.where} does not target {stray}, so PEFT would leave out its matrices in {path}: "

@@ -43,7 +43,7 @@ def merge(
     from frostline.models.files import find_files
     from frostline.models.precision import parse_precision
 
-    found = read_adapter(adapter)
-    tensors = find_files(model).denoiser.read(None if precision is None else parse_precision(precision), "cpu")
-    write_weights(merge_adapter(tensors, found, lora_scale), out)
+    found, dtype = read_adapter(adapter), None if precision is None else parse_precision(precision)
+    tensors = find_files(model).denoiser.read(None, "cpu")  # as stored: safetensors are mapped, not copied
+    write_weights(merge_adapter(tensors, found, lora_scale, dtype), out)
     typer.echo(f"wrote {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,12 +167,35 @@ def _from_list(entries: Sequence[Entry]) -> WanFiles:
     strange = _sort_in(groups, parts)
     denoisers = parts.get("denoiser", [])
     if len(denoisers) == 2:
-        # By what they are called, or, as diffsynth takes them, the high-noise expert first.
-        by_name = sorted(denoisers, key=lambda network: "low" in str(network.paths[0]).lower())
-        parts["denoiser_high_noise"], parts["denoiser"] = [by_name[0]], [by_name[1]]
+        high, low = _told_apart(*denoisers)
+        parts["denoiser_high_noise"], parts["denoiser"] = [high], [low]
     name = re.sub(r"-\d{5}-of-\d{5}$", "", denoisers[0].paths[0].stem) if denoisers else "model"
     where = ", ".join(str(paths[0]) for paths in groups)
     return _assemble(name, where, parts, tokenizer, {}, strange)
+
+
+def _told_apart(one: NetworkFiles, other: NetworkFiles) -> tuple[NetworkFiles, NetworkFiles]:
+    """Of two experts the high-noise one, then the low-noise one, by the words that only one of their paths has.
+
+    Raises:
+        ConfigError: these do not tell.
+    """
+    paths = [network.paths[0].absolute() for network in (one, other)]
+    # A folder that both lie in says nothing of either, and may be called "workflows".
+    shared = os.path.commonpath(paths)
+    words = [set(re.findall("[a-z0-9]+", str(path.relative_to(shared)).lower())) for path in paths]
+    first, second = (
+        [level for level in ("high", "low") if any(level in word for word in own)]
+        for own in (words[0] - words[1], words[1] - words[0])
+    )
+    if (first, second) == (["high"], ["low"]):
+        return one, other
+    if (first, second) == (["low"], ["high"]):
+        return other, one
+    raise ConfigError(
+        f"{one} and {other} are two denoisers, and their names do not tell which is the high-noise expert: "
+        'put "high" into the name of one and "low" into that of the other, or give the folder of the whole model'
+    )
 
 
 def _paths_of(entry: Any) -> Sequence[str | Path]:

@@ -53,7 +53,7 @@ def load_components(
             (denoiser, or `low_noise_model/` and `high_noise_model/`; VAE, text encoder, `google/umt5-xxl/`, and CLIP
             where the denoiser takes it); a folder as diffusers has it (`model_index.json`, `transformer/`, …); or a
             list of files, of shards of one network, of diffsynth `ModelConfig`s with a `path`, and of the tokenizer's
-            folder.
+            folder; of two experts in a list, `high` and `low` in their names tell which is which.
         defer: which of `DEFERRABLE` to leave on disk until they are needed; see `WanComponents.weights`.
     Raises:
         ConfigError: what was found and what is missing, or which file does not fit.

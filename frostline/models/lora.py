@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from frostline.config import TARGET_MODULES
 from frostline.errors import ConfigError
 
-from .adapters import CONFIG_FILE, PEFT, SPELLINGS, Adapter, read_adapter, write_peft
+from .adapters import PEFT, SPELLINGS, Adapter, read_adapter, write_peft
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -143,19 +143,12 @@ def _plain(name: str) -> str:
 
 
 def _check_fit(model: nn.Module, adapter: Adapter) -> None:
-    """Before anything is injected: the layers that PEFT would find are those of the adapter, of fitting shapes."""
-    targets = adapter.target_modules
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets)
-    }
-    if not found:
-        raise ConfigError(f"{adapter.weights.with_name(CONFIG_FILE)}: target_modules {list(targets)} fit no module")
+    """Before anything is injected: the model has the layers of the adapter, of fitting shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in found.items():
-        shapes[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
-        shapes[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name in adapter.layers:
+            shapes[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
     _compare(_tensors(adapter), shapes, adapter.weights)
 
 

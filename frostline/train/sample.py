@@ -12,7 +12,8 @@ from torch import Tensor
 
 from frostline.config import LoraSettings, Precision, Settings
 from frostline.errors import ConfigError
-from frostline.models.adapters import Adapter, read_adapter
+from frostline.models.adapters import Adapter, check_fits, read_adapter
+from frostline.models.files import find_files
 from frostline.models.geometry import TEMPORAL_STRIDE
 from frostline.models.lora import copy_adapter, lora_parameters
 from frostline.models.precision import parse_precision
@@ -80,6 +81,8 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
         raise ConfigError(f"--out {out}: clips are written as .mp4")
     # What is quick to refuse comes before the model, which takes minutes to load.
     adapter = None if settings.adapter is None else read_adapter(settings.adapter)
+    if adapter is not None:
+        check_fits(adapter, find_files(settings.model).denoiser.shapes)
     picture = None if settings.image is None else read_video(settings.image, max_frames=1)
     module = load_for_sampling(settings, adapter)
     clip = _sample(module, settings, picture)

@@ -1,13 +1,15 @@
 """Adapters in the spelling of every program: what each loader makes of our files, and what we make of theirs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffsynth.utils.lora import GeneralLoRALoader
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -22,6 +24,7 @@ from frostline.models.adapters import (
     write_adapter,
 )
 from frostline.models.denoiser import Denoiser
+from frostline.models.files import find_files
 from frostline.models.layouts.convert import to_diffusers
 from frostline.models.loading import load_components
 from frostline.models.lora import copy_adapter, inject_lora, load_adapter, lora_layers, lora_parameters, save_adapter
@@ -139,6 +142,72 @@ def test_diffusers_names_are_those_of_its_layers(tmp_path: Path) -> None:
     assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in names
 
 
+def write_diffusers(path: Path, adapter: Adapter, prefix: str = "transformer.", **changes: Any) -> None:
+    """As `save_lora_weights` of diffusers: the matrices as trained, PEFT's config in the header."""
+    write_adapter(replace(adapter, alpha=adapter.rank), "diffusers", path)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+    config = LoraConfig(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=targets).to_dict()
+    settings = {**config, "target_modules": targets, **changes}
+    packed = json.dumps({prefix + name: value for name, value in settings.items()})
+    tensors = {name.replace("transformer.", prefix): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": packed})
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_scale_in_a_file_of_diffusers_counts(prefix: str, tmp_path: Path) -> None:
+    """Of a pipeline under the name of the denoiser, of a model alone under none."""
+    model, adapter = make_adapter(tmp_path / "trained", 6)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write_diffusers(path, adapter, prefix)
+    assert read_adapter(path).alpha == 6
+    fresh = tiny_denoiser()
+    load_adapter(fresh, path)
+    assert torch.equal(output(fresh), output(model))
+
+
+STATED: dict[str, tuple[dict[str, Any], str]] = {
+    "rank-stabilised": ({"use_rslora": True}, "use_rslora is not supported"),
+    "magnitudes": ({"use_dora": True}, "use_dora is not supported"),
+    "scales of their own": ({"alpha_pattern": {"to_q": 9}}, "alpha_pattern is not supported"),
+    "a changed base": ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+    "another rank": ({"r": 8}, "has rank 4, .* says 8"),
+    "fewer layers": ({"target_modules": ["to_q"]}, r"does not target blocks\.0\.attn1\.to_k"),
+    "another method": ({"peft_type": "IA3"}, "is no LoRA"),
+}
+
+
+@pytest.mark.parametrize("fault", STATED)
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_what_a_file_of_diffusers_says_is_refused_as_in_a_folder(fault: str, tmp_path: Path) -> None:
+    changes, said = STATED[fault]
+    _, adapter = make_adapter(tmp_path / "trained", 8)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write_diffusers(path, adapter, **changes)
+    with pytest.raises(ConfigError, match=said) as error:
+        read_adapter(path)
+    assert f"lora_adapter_metadata of {path}" in str(error.value)
+
+
+def test_a_scale_said_twice_and_damaged_metadata_are_refused(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path / "trained", 8)
+    path = tmp_path / "lora.safetensors"
+    write_diffusers(path, adapter)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({**tensors, "transformer.blocks.0.attn1.to_q.alpha": torch.tensor(4.0)}, path, metadata=metadata)
+    with pytest.raises(ConfigError, match=r"scale in its \.alpha tensors and one in lora_adapter_metadata"):
+        read_adapter(path)
+    for text, said in (
+        ("{", "is not valid JSON"),
+        ("[1]", "must be a mapping"),
+        ('{"text_encoder.r": 4}', "cannot be"),
+    ):
+        save_file(tensors, path, metadata={"lora_adapter_metadata": text})
+        with pytest.raises(ConfigError, match=rf"lora_adapter_metadata of .*lora\.safetensors {said}"):
+            read_adapter(path)
+
+
 def test_comfyui_files_of_other_trainers_are_read(tmp_path: Path) -> None:
     """`diffusion_model.` with the matrices called A and B, and no alpha."""
     model, adapter = make_adapter(tmp_path / "trained", 4)
@@ -168,6 +237,35 @@ def test_merged_weights_compute_what_the_adapter_did(dtype: torch.dtype, tmp_pat
     assert all(torch.equal(halved[name], tensor) for name, tensor in base.items())
 
 
+def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
+    """fp16, as the tiny model's files have it, plus the adapter, to bf16; without a precision fp16 again."""
+    make_adapter(tmp_path / "trained", 6)
+    adapter, stored = read_adapter(tmp_path / "trained"), find_files("tiny").denoiser.read(None, "cpu")
+    for precision, dtype in (("bf16", torch.bfloat16), (None, torch.float16), ("fp32", torch.float32)):
+        out = tmp_path / f"{precision}.safetensors"
+        asked = [] if precision is None else ["--precision", precision]
+        result = CliRunner().invoke(
+            app, ["adapter", "merge", "tiny", str(tmp_path / "trained"), "--out", str(out), *asked]
+        )
+        assert result.exit_code == 0, result.output
+        merged = load_file(out)
+        assert merged.keys() == stored.keys()
+        for name, weight in stored.items():
+            exact = weight.float()
+            if name.removesuffix(".weight") in adapter.layers:
+                down, up = adapter.layers[name.removesuffix(".weight")]
+                exact = exact + 1.5 * (up @ down)
+            assert torch.equal(merged[name], exact.to(dtype)), name
+
+
+def test_a_scale_that_goes_into_b_is_not_rounded_to_the_type_of_the_file(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path / "trained", 6)
+    rounded = {layer: (down.bfloat16(), up.bfloat16()) for layer, (down, up) in adapter.layers.items()}
+    write_adapter(replace(adapter, layers=rounded), "diffsynth", tmp_path / "lora.safetensors", torch.float32)
+    for layer, (_, up) in read_adapter(tmp_path / "lora.safetensors").layers.items():
+        assert torch.equal(up, 1.5 * rounded[layer][1].float())
+
+
 def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     make_adapter(tmp_path, 4)
     model = tiny_denoiser()
@@ -184,6 +282,73 @@ def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     save_file(tensors, weights)
     load_adapter(model, tmp_path)
     assert len(lora_layers(model)) == 40
+
+
+def test_a_peft_folder_with_the_names_of_diffusers_is_read(tmp_path: Path) -> None:
+    model, adapter = make_adapter(tmp_path / "trained", 8, target_modules=("self_attn.q", "ffn.2"))
+    write_adapter(replace(adapter, alpha=4), "diffusers", tmp_path / "diffusers.safetensors")
+    folder = tmp_path / "folder"
+    LoraConfig(r=4, lora_alpha=8, target_modules=["attn1.to_q", "net.2"]).save_pretrained(str(folder))
+    tensors = load_file(tmp_path / "diffusers.safetensors")
+    renamed = {name.replace("transformer.", "base_model.model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    fresh = tiny_denoiser()
+    load_adapter(fresh, folder)
+    assert torch.equal(output(fresh), output(model))
+    write_adapter(read_adapter(folder), "peft", tmp_path / "again")
+    peft = PeftModel.from_pretrained(tiny_denoiser(), str(tmp_path / "again"))
+    assert torch.equal(output(peft.get_base_model()), output(model))
+
+
+PARTS: dict[str, tuple[dict[str, Any], int]] = {
+    "one block": ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "blocks"}, 2),
+    "the first blocks": ({"target_modules": ["q"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"}, 4),
+    "all but some": ({"target_modules": ["q", "ffn.2"], "exclude_modules": ["cross_attn.q"]}, 8),
+    "a weight by name": ({"target_modules": ["ffn.2"], "target_parameters": ["blocks.1.self_attn.k.weight"]}, 5),
+    "by pattern": ({"target_modules": r"blocks\.[02]\..*\.(q|k)"}, 8),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_adapter_on_a_part_of_the_layers(part: str, tmp_path: Path) -> None:
+    """Read, and written again, it is on just these, however they were chosen."""
+    arguments, count = PARTS[part]
+    peft = PeftModel(tiny_denoiser(), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **arguments))
+    peft.save_pretrained(str(tmp_path / "part"))
+    fresh = tiny_denoiser()
+    load_adapter(fresh, tmp_path / "part")
+    assert len(lora_layers(fresh)) == count
+    torch.testing.assert_close(output(fresh), output(peft.get_base_model()), atol=1e-5, rtol=1e-5)
+    write_adapter(read_adapter(tmp_path / "part"), "peft", tmp_path / "again")
+    again = PeftModel.from_pretrained(tiny_denoiser(), str(tmp_path / "again"))
+    assert len(lora_layers(again)) == count
+    assert torch.equal(output(again.get_base_model()), output(fresh))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changed_the_base_is_refused_until_peft_has_converted_it(start: str, tmp_path: Path) -> None:
+    """PEFT doubles the rank as it converts."""
+    peft = PeftModel(tiny_denoiser(), LoraConfig(r=4, lora_alpha=8, target_modules=["q"], init_lora_weights=start))  # type: ignore[arg-type]
+    peft.peft_config["default"].init_lora_weights = True
+    peft.save_pretrained(str(tmp_path / "untrained"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora_parameters(peft).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    trained = output(peft.get_base_model())
+    peft.save_pretrained(
+        str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "untrained")
+    )
+    adapter = read_adapter(tmp_path / "converted")
+    assert (adapter.rank, adapter.alpha) == (8, 16)
+    fresh = tiny_denoiser()
+    fresh.load_state_dict(merge_adapter(fresh.state_dict(), adapter))
+    torch.testing.assert_close(output(fresh), trained, atol=1e-4, rtol=1e-4)
+
+    config = tmp_path / "converted" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": start}))
+    with pytest.raises(ConfigError, match=rf"{start}.*save_pretrained.*path_initial_model_for_weight_conversion"):
+        read_adapter(tmp_path / "converted")
 
 
 def test_copying_into_other_layers_is_refused(tmp_path: Path) -> None:

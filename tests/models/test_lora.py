@@ -202,6 +202,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "rank-stabilised": (lambda folder: _change_config(folder, use_rslora=True), "adapter_config.json"),
     "a scale of its own": (lambda folder: _change_config(folder, alpha_pattern={"q": 9}), "adapter_config.json"),
+    "quantised as it began": (lambda folder: _change_config(folder, init_lora_weights="loftq"), "merge_and_unload"),
+    "corda": (lambda folder: _change_config(folder, init_lora_weights="corda"), "adapter_config.json: init_lora"),
+    "lora_ga": (lambda folder: _change_config(folder, init_lora_weights="lora_ga"), "adapter_config.json: init_lora"),
     "layers by pattern": (lambda folder: _change_config(folder, target_modules=".*q"), "adapter_config.json"),
     "layers that are not there": (
         lambda folder: _change_config(folder, target_modules=["nope"]),

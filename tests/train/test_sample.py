@@ -121,6 +121,13 @@ def test_what_cannot_be_sampled(changes: dict[str, Any], said: str, face: Path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_of_another_model_is_named(face: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter_model\.safetensors does not fit the model: blocks\.2.* is not there"
+    ):
+        clip(face, tmp_path / "clip.mp4", model="tiny-ti2v", adapter=adapter)
+
+
 def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.png: no such file"):
         clip(tmp_path / "nowhere.png", tmp_path / "clip.mp4")

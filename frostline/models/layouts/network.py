@@ -144,12 +144,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """A mapping of settings, which stands in `where`.
+
+    Raises:
+        ConfigError: it is no JSON mapping.
+    """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        raise ConfigError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping of settings")
+        raise ConfigError(f"{where} must be a mapping of settings")
     return content
 
 

@@ -25,7 +25,7 @@ from checkpoints import (
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -164,23 +164,55 @@ def test_configs_of_diffsynth_are_taken(tmp_path: Path) -> None:
         load_components([ModelConfig(model_id="Wan-AI/Wan2.1-T2V-1.3B", origin_file_pattern="*.pth")])
 
 
-def test_experts_without_telling_names_are_taken_in_diffsynths_order(tmp_path: Path) -> None:
-    listed = list(
-        write_files(tmp_path / "files", VARIANTS["Wan2.2-T2V-A14B"], make_tensors(VARIANTS["Wan2.2-T2V-A14B"]))
-    )
-    high, low = random_experts(tmp_path)
-    others = [entry for entry in listed if "noise" not in str(entry)]
-    components = load_components([*others, high, low])
-    assert components.denoiser_high_noise is not None
-    assert torch.equal(components.denoiser.head.head.weight, load_file(low)["head.head.weight"])
-    assert torch.equal(components.denoiser_high_noise.head.head.weight, load_file(high)["head.head.weight"])
+TELLING = {
+    "folders": ("high_noise_model/wan", "low_noise_model/wan"),
+    "a parent with a low in it": ("workflows/high_noise/wan", "workflows/low_noise/wan"),
+    "a parent called low": ("Wan-Low-VRAM/wan_high", "Wan-Low-VRAM/wan_low"),
+    "a word with a low in it": ("workflow-high", "workflow-low"),
+    "such a word in each folder": ("high/flow_a", "low/flow_b"),
+    "humps": ("Wan22_HighNoise", "Wan22_LowNoise"),
+    "capitals": ("models/wan-HIGH", "other/wan-LOW"),
+}
+NOT_TELLING = {
+    "neither": ("expert_a", "expert_b"),
+    "one alone": ("workflow", "expert"),
+    "both words in both": ("high/low", "low/high"),
+    "both words in one": ("high/slow", "low/fast"),
+    "the same twice": ("wan_high", "wan_high"),
+}
 
 
-def random_experts(tmp_path: Path) -> list[Path]:
+@pytest.mark.parametrize("names", TELLING)
+def test_two_experts_in_a_list_are_told_apart_by_name(names: str, tmp_path: Path) -> None:
+    high, low = write_experts(tmp_path, TELLING[names])
+    rest = others(tmp_path)
+    for order in ((high, low), (low, high)):
+        files = find_files([*order, *rest])
+        assert files.denoiser_high_noise is not None
+        assert files.denoiser_high_noise.paths == (high,)
+        assert files.denoiser.paths == (low,)
+
+
+@pytest.mark.parametrize("names", NOT_TELLING)
+def test_experts_whose_names_do_not_tell_are_refused(names: str, tmp_path: Path) -> None:
+    one, other = write_experts(tmp_path, NOT_TELLING[names])
+    with pytest.raises(ConfigError, match=f'{one} and {other} are two denoisers.*put "high" into'):
+        find_files([one, other, *others(tmp_path)])
+
+
+def others(tmp_path: Path) -> list[Any]:
+    """All that such a model has but its experts."""
+    variant = VARIANTS["Wan2.2-T2V-A14B"]
+    listed = write_files(tmp_path / "files", variant, make_tensors(variant))
+    return [entry for entry in listed if "noise" not in str(entry)]
+
+
+def write_experts(tmp_path: Path, names: tuple[str, str]) -> list[Path]:
     with torch.device("meta"):
         model = WanModel(**{**DENOISER, "in_dim": 16, "num_layers": 1})
-    paths = [tmp_path / f"expert_{letter}.safetensors" for letter in "ab"]
+    paths = [tmp_path / f"{name}.safetensors" for name in names]
     for seed, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(random_tensors(model, seed=seed), path)
     return paths
 

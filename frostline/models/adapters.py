@@ -95,6 +95,9 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         ConfigError: it is none, is damaged, its layers differ in rank or scale, or its config says otherwise.
     """
+    if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+        # The scale is in the file beside it.
+        path = path.parent
     if path.suffix == ".safetensors" and path.is_file():
         tensors, metadata = _read_file(path)
         return _parse(tensors, path, _stated_in(metadata, path))

@@ -183,7 +183,14 @@ def _told_apart(one: NetworkFiles, other: NetworkFiles) -> tuple[NetworkFiles, N
     paths = [network.paths[0].absolute() for network in (one, other)]
     # A folder that both lie in says nothing of either, and may be called "workflows".
     shared = os.path.commonpath(paths)
-    words = [set(re.findall("[a-z0-9]+", str(path.relative_to(shared)).lower())) for path in paths]
+    own_parts = [path.relative_to(shared).parts for path in paths]
+    # As diffusers has them: the first stage of sampling, and the second.
+    folders = [parts[:1] for parts in own_parts]
+    if folders == [("transformer",), ("transformer_2",)]:
+        return one, other
+    if folders == [("transformer_2",), ("transformer",)]:
+        return other, one
+    words = [set(re.findall("[a-z0-9]+", "/".join(parts).lower())) for parts in own_parts]
     first, second = (
         [level for level in ("high", "low") if any(level in word for word in own)]
         for own in (words[0] - words[1], words[1] - words[0])

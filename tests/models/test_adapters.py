@@ -266,6 +266,11 @@ def test_a_scale_that_goes_into_b_is_not_rounded_to_the_type_of_the_file(tmp_pat
         assert torch.equal(up, 1.5 * rounded[layer][1].float())
 
 
+def test_the_weights_of_a_folder_mean_the_folder(tmp_path: Path) -> None:
+    make_adapter(tmp_path, 6)
+    assert read_adapter(tmp_path / "adapter_model.safetensors").scale == read_adapter(tmp_path).scale == 1.5
+
+
 def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     make_adapter(tmp_path, 4)
     model = tiny_denoiser()

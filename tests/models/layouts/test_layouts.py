@@ -167,6 +167,7 @@ def test_configs_of_diffsynth_are_taken(tmp_path: Path) -> None:
 TELLING = {
     "folders": ("high_noise_model/wan", "low_noise_model/wan"),
     "a parent with a low in it": ("workflows/high_noise/wan", "workflows/low_noise/wan"),
+    "as diffusers has them": ("transformer/model", "transformer_2/model"),
     "a parent called low": ("Wan-Low-VRAM/wan_high", "Wan-Low-VRAM/wan_low"),
     "a word with a low in it": ("workflow-high", "workflow-low"),
     "such a word in each folder": ("high/flow_a", "low/flow_b"),

@@ -114,7 +114,7 @@ def _export(module: WanTrainingModule, store: EngineStore, progress: Progress) -
 def _time(module: WanTrainingModule, run: RunSettings, rounds: int) -> dict[str, Any]:
     """What `timing.json` holds: a step of the trained model, with engines and without."""
     module.load_adapter(run.output_dir / ADAPTER)
-    module.runtime.replan(run.plan.by_stage())
+    module.runtime.replan(run.plan.as_plan())
     dataset = run.data.open()
     return asdict(time_steps(module, collate([dataset[index] for index in range(_BATCH_SIZE)]), rounds))
 

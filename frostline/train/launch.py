@@ -140,7 +140,7 @@ def build_module(settings: RunSettings, device: torch.device) -> WanTrainingModu
     return WanTrainingModule.from_pretrained(
         settings.model,
         engines=plan.engines,
-        plan=plan.by_stage(),
+        plan=plan.as_plan(),
         strict=plan.strict,
         shapes=parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes),
         dtype=settings.train.weight_dtype,

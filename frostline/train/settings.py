@@ -151,9 +151,9 @@ class PlanSettings(Settings):
     opt_shapes: str = Field(default="", description="of the engines, as `frostline export --opt-shapes`")
     max_shapes: str = Field(default="", description="of the engines, as `frostline export --max-shapes`")
 
-    def by_stage(self) -> dict[str, str]:
+    def as_plan(self) -> str | dict[str, str]:
         """As a `Runtime` takes it."""
-        return {OTHERS: self.backend, **self.stages}
+        return {OTHERS: self.backend, **self.stages} if self.stages else self.backend
 
 
 class MemorySettings(Settings):

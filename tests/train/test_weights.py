@@ -16,7 +16,9 @@ from frostline.models.loading import DEFERRABLE, load_components
 from frostline.models.weights import FROZEN_PARTS, PartWeights
 from frostline.runtime.identity import weights_sha256
 from frostline.runtime.store import EngineStore
+from frostline.train.launch import build_module
 from frostline.train.module import WanTrainingModule
+from frostline.train.settings import RunSettings
 
 MakeModule = Callable[..., WanTrainingModule]
 
@@ -52,6 +54,30 @@ def test_parts_are_away_while_engines_serve_them(make_module: MakeModule, varian
     expected, actual = eager(DATA), released(DATA)
     assert in_memory(released) == set()
     assert [x.item() for x in actual] == [x.item() for x in expected]
+
+
+def test_a_run_plans_before_it_looks_at_weights(engines: Path, tmp_path: Path) -> None:
+    """So that what engines serve leaves memory, on the first run too, which reads it for its digest."""
+    run = {"model": "tiny", "output_dir": tmp_path, "lora": {"rank": 8}}
+    plan = {"engines": engines, "backend": "onnxruntime", "stages": {"vae_encoder": "torch"}}
+    module = build_module(RunSettings.parse({**run, "plan": plan}), torch.device("cpu"))
+    assert {name for name, choice in module.runtime.plan.items() if choice.backend == "torch"} == {"vae_encoder"}
+    assert in_memory(module) == {"vae_encoder"}
+
+
+def test_weights_that_are_still_to_come_are_counted(make_module: MakeModule, variant_engines: Path) -> None:
+    settings = {**SETTINGS, "engines": None, "plan": "torch"}
+    module = WanTrainingModule.from_pretrained("tiny-moe", **settings)
+    away = {name: weights.nbytes for name, weights in module.components.weights.items() if not weights.resident}
+    assert away.keys() == {"text_encoder", "denoiser_high_noise"}
+    assert module.runtime.pending_bytes() == sum(away.values()) > 0
+    module(DATA)
+    assert module.runtime.pending_bytes() == 0
+    served = make_module("tiny-moe", plan={"*": "torch", "denoiser": "onnxruntime"}, engines=variant_engines)
+    frozen = sum(p.nbytes for p in served.components.denoiser.parameters())
+    assert served.runtime.pending_bytes() == frozen, "the engine's own copy"
+    served(DATA)
+    assert served.runtime.pending_bytes() == 0
 
 
 def test_never_loaded_where_the_cache_knows_the_answer(tmp_path: Path, digests: Path) -> None:

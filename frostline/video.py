@@ -141,7 +141,7 @@ def probe_video(path: str | Path) -> VideoInfo:
         frame = next(_decoded(container, stream, path))
         orientation = _orientation(frame, container, path)
         swapped = orientation[0] == 0
-        still = _is_still(container)
+        still = _is_still(container, path)
         return VideoInfo(
             frames=1 if still else (stream.frames or None),
             width=frame.height if swapped else frame.width,
@@ -255,12 +255,17 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
 def _decoded(
     container: InputContainer, stream: VideoStream, path: Path, warn: Callable[[str], None] | None = None
 ) -> Iterator[VideoFrame]:
-    """The stream's frames, at least one; a stream that breaks off later ends there, with a warning."""
+    """The stream's frames, at least one; a stream that breaks off later ends there, with a warning.
+
+    Of a picture it is the first: phones put others behind it (a gain map, a preview), which are not of a clip.
+    """
     warn = warn or (lambda reason: logger.warning("%s: %s", path, reason))
     count = 0
     try:
         for frame in container.decode(stream):
             yield frame
+            if _is_still(container, path):
+                return
             count += 1
     except av.error.FFmpegError as error:
         if count == 0:
@@ -269,7 +274,7 @@ def _decoded(
         return
     if count == 0:
         raise DataError(f"{path}: the video has no frames")
-    if count < stream.frames and not _is_still(container):
+    if count < stream.frames:
         warn(f"only {count} of its {stream.frames} frames can be decoded")
 
 
@@ -282,7 +287,7 @@ def _rgb(frame: VideoFrame, path: Path) -> np.ndarray:
 
 def _orientation(frame: VideoFrame, container: InputContainer, path: Path) -> _Orientation:
     """How the stored picture is turned and mirrored to become upright."""
-    if _is_still(container):
+    if _is_still(container, path):
         with Image.open(path) as image:
             return _BY_EXIF.get(image.getexif().get(_EXIF_ORIENTATION, 1), _UPRIGHT)
     try:
@@ -324,9 +329,13 @@ def _rotation_degrees(orientation: _Orientation) -> int:
     return round(math.degrees(math.atan2(-b, -a if mirrored else a))) % 360
 
 
-def _is_still(container: InputContainer) -> bool:
-    """Whether the file is a picture: FFmpeg reads those through demuxers named png_pipe, jpeg_pipe, …"""
-    return container.format.name.endswith("_pipe")
+def _is_still(container: InputContainer, path: Path) -> bool:
+    """Whether the file is a picture: FFmpeg reads those through demuxers named png_pipe, jpeg_pipe, …
+
+    Several small JPEGs in one file are to FFmpeg a motion JPEG; whether they are one is for the name to say.
+    """
+    name = container.format.name
+    return name.endswith("_pipe") or (name == "mjpeg" and path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _duration_seconds(container: InputContainer, stream: VideoStream) -> float | None:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from video_files import audio_only, encode, no_frames
 
 from frostline.errors import ConfigError, DataError
-from frostline.video import VideoInfo, probe_video, read_video, write_video
+from frostline.video import VideoInfo, probe_video, read_video, stream_video, write_video
 
 # The corners of a picture, by which a turned or mirrored one is recognised.
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -109,6 +109,26 @@ def test_images_are_one_upright_frame(tmp_path: Path, orientation: int) -> None:
     assert corner_colours(video) == corner_colours(torch.from_numpy(expected.copy()).permute(2, 0, 1)[None])
     info = probe_video(path)
     assert (info.frames, info.height, info.width, info.fps) == (1, *expected.shape[:2], 0.0)
+
+
+@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize("second", ["mpf", "appended"])
+def test_a_photo_with_a_second_picture_behind_it_is_one_frame(tmp_path: Path, second: str, size: int) -> None:
+    """Phones put a gain map or a preview there. Small ones are to FFmpeg a motion JPEG."""
+    photo, gain = Image.fromarray(corners(size, size)), Image.fromarray(corners(size // 2, size // 2)).convert("L")
+    path, behind = tmp_path / "a.jpg", tmp_path / "behind.jpg"
+    if second == "mpf":
+        photo.save(path, format="MPO", save_all=True, append_images=[gain])
+    else:
+        photo.save(path)
+        gain.save(behind)
+        path.write_bytes(path.read_bytes() + behind.read_bytes())
+    video = read_video(path)
+    assert video.shape == (1, 3, size, size)
+    assert corner_colours(video) == [RED, GREEN, BLUE, WHITE]
+    assert [number for number, _ in stream_video(path)] == [0]
+    info = probe_video(path)
+    assert (info.frames, info.height, info.width, info.fps) == (1, size, size, 0.0)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
 
-from frostline.errors import EngineError, ParityError
+from frostline.errors import EngineError, ParityError, ShapeError
 from frostline.export.onnx import save_onnx
 from frostline.export.parity import compare
 from frostline.export.traces import Traces
@@ -35,6 +37,10 @@ _DEFAULT_OPTIONS = BuildOptions()
 _LATENCY_SECONDS = 1.5
 _LATENCY_RUNS = 15
 _PARITY_SIZES: tuple[Size, ...] = ("opt", "min")
+# The samples' own seed is 0: adapters are not to be made of the numbers of the latents.
+_LIVE_SEED = 1
+# How torch, ONNX Runtime, TensorRT and C++ say it.
+_NO_MEMORY = re.compile(r"out of memory|allocat|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def export_stage(
         traces: of this stage, for whoever builds it for several backends.
         progress: told what is going on, in a few words.
     Raises:
-        EngineError: the backend is not available, or tracing, building or loading failed.
+        EngineError: the backend is not available, or tracing, building or loading failed; an engine that cannot be
+            loaded is not kept.
         ParityError: the engine does not compute what PyTorch computes; it is not kept.
     """
     engine, built = build_stage(
@@ -125,21 +132,31 @@ def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, op
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:
     """Hold an engine against PyTorch, time both, and write into its manifest what came out.
 
+    Only for an engine that nothing keeps from running here (`Backend.obstacle`). Live tensors hold other values in the
+    meantime, and afterwards their own.
+
     Raises:
-        EngineError: the engine cannot be loaded here.
+        EngineError: it cannot be loaded or run. It was deleted, but where memory, or a range of shapes that leaves out
+            this LoRA, was the cause: these say nothing about the engine.
         ParityError: it does not compute what PyTorch computes; it was deleted.
     """
     backend = engine.manifest.backend
     stage.restore_weights()
     networks = {network.name: network for network in stage.networks}
-    runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
-    assembled = stage.assemble(runners)
-    with full_fp32():
-        parity = _parity(stage, runners, assembled)
+    try:
+        runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
+        assembled = stage.assemble(runners)
+        with full_fp32(), _random_live(stage):
+            parity = _parity(stage, runners, assembled)
+    except EngineError as error:
+        if isinstance(error, ShapeError) or _NO_MEMORY.search(str(error)):
+            raise
+        _discard(store, engine)
+        raise EngineError(
+            f"the {backend} engine of {stage.name} does not run: {error}. The engine was deleted."
+        ) from error
     if failed := [measured for measured in parity if not measured.passed]:
-        record = store.get(engine.manifest.id)
-        if record is not None:
-            store.remove(record)
+        _discard(store, engine)
         raise ParityError(_explain(stage, backend, failed))
     updated = engine.manifest.updated(
         parity=tuple(parity),
@@ -156,7 +173,8 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
 def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifest]:
     """Verify the engines of `stages` that run here and were built where they could not run.
 
-    To be called before a `Runtime` is made, which serves no unverified engine. An engine that fails is deleted.
+    To be called before a `Runtime` is made, which serves no unverified engine. An engine that fails is deleted, as
+    `verify_engine_parity` has it: to try it again at every start would take the hash of the weights each time.
     """
     verified = []
     # The hash of a large model's weights takes a while: only of those that it concerns.
@@ -256,18 +274,47 @@ def _trace(
     return source
 
 
+@contextmanager
+def _random_live(stage: Stage) -> Iterator[None]:
+    """Within the block the live tensors hold random values, in the memory where they are.
+
+    A new LoRA adds nothing (B = 0): an engine that does not read it would pass with it.
+    """
+    tensors = [(network.live[spec.name], spec) for network in stage.networks for spec in network.live_specs]
+    own = [tensor.detach().clone() for tensor, _ in tensors]
+    generator = torch.Generator().manual_seed(_LIVE_SEED)
+    try:
+        with torch.no_grad():
+            for tensor, spec in tensors:
+                tensor.copy_(spec.random(tuple(tensor.shape), generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for (tensor, _), values in zip(tensors, own, strict=True):
+                tensor.copy_(values)
+
+
 def _parity(stage: Stage, runners: Mapping[str, Runner], assembled: Runner) -> list[manifest.Parity]:
-    """Every network on random inputs of two sizes, and the whole stage on realistic ones."""
+    """Every network on random inputs of two sizes, and the whole stage on realistic ones, with and without the LoRA."""
     measured = []
     for network in stage.networks:
         for size in _PARITY_SIZES:
             inputs = network.samples(size)
             expected, actual = network.reference(inputs), runners[network.name](**inputs)
             measured += compare(network.name, size, expected, actual, stage.tolerance)
-    inputs = stage.sample()
-    with torch.no_grad():
-        expected = stage.torch(**inputs)
-    return measured + compare(stage.name, "sample", expected, assembled(**inputs), stage.tolerance)
+    samples = {"sample": stage.sample, "base": stage.base_sample}
+    for case, inputs in ((case, sample()) for case, sample in samples.items() if sample is not None):
+        with torch.no_grad():
+            expected = stage.torch(**inputs)
+        measured += compare(stage.name, case, expected, assembled(**inputs), stage.tolerance)
+    return measured
+
+
+def _discard(store: EngineStore, engine: VerifiedEngine) -> None:
+    """Delete an engine, if no other process was faster."""
+    record = store.get(engine.manifest.id)
+    if record is not None:
+        store.remove(record)
 
 
 def _explain(stage: Stage, backend: str, failed: Sequence[manifest.Parity]) -> str:

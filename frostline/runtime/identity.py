@@ -21,13 +21,14 @@ from frostline.runtime.store import EngineRecord, EngineStore, engine_key
 # Raise it when a network's forward changes in a way that names, shapes and layers do not show.
 GRAPH_VERSION = 1
 # Raise it when the digest is made of other things.
-_MEMO_VERSION = 1
+_MEMO_VERSION = 2
 _DEFAULT_OPTIONS = BuildOptions()
 
 
 def weights_sha256(stage: Stage) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all frozen tensors of the stage.
+    """SHA-256 over the stage's networks, and names, dtypes, shapes and bytes of all their frozen tensors.
 
+    The networks as well, because it is what frozen outputs are cached by: an operation's attributes are no tensors.
     Where the weights are away it is recalled by their files' sizes and times of change; if it was never computed, they
     are read for it.
     """
@@ -55,6 +56,7 @@ def digest_memo(stage: Stage, source: str) -> Path:
 def _sha256(stage: Stage) -> str:
     digest = hashlib.sha256()
     for network in stage.networks:
+        digest.update(f"{_describe(network)}\n".encode())
         for name, tensor in sorted(_frozen_tensors(network)):
             digest.update(f"{network.name}/{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -50,8 +50,11 @@ class TensorSpec:
         )
 
     def sample(self, size: Size, generator: torch.Generator) -> Tensor:
-        """A random tensor of this spec; standard normal where `fill` says nothing."""
-        shape = self.shape_at(size)
+        """A random tensor of this spec."""
+        return self.random(self.shape_at(size), generator)
+
+    def random(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Random values of a shape that the spec admits; standard normal where `fill` says nothing."""
         values = self.fill(shape, generator) if self.fill else torch.randn(shape, generator=generator)
         return values.to(self.dtype)
 
@@ -62,7 +65,7 @@ class Network:
 
     module: takes the inputs positionally, in order, then the live tensors; returns the outputs in order.
     live: tensors of the trainer, by input name, that engines read in place: after an optimizer step the engine
-        computes with the new values. Their open dimensions are in `live_specs`.
+        computes with the new values. Their open dimensions, and random values that show, are in `live_specs`.
     """
 
     name: str
@@ -117,6 +120,7 @@ class Stage:
     torch: the stage in plain PyTorch, the measure of all engines.
     assemble: makes the stage from one runner per network.
     sample: realistic inputs of the whole stage, for parity and latency.
+    base_sample: the same, told to leave the live tensors out (a LoRA scale of 0); None where there are none.
     weights: of a stage that is always frozen, its weights, which need not be in memory while an engine serves it.
     """
 
@@ -128,6 +132,7 @@ class Stage:
     sample: Callable[[], dict[str, Tensor]]
     tolerance: Tolerance
     weights: PartWeights | None = None
+    base_sample: Callable[[], dict[str, Tensor]] | None = None
 
     def restore_weights(self) -> None:
         """Make sure that PyTorch can compute the stage: its weights may be away."""

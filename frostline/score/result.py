@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -83,6 +84,8 @@ class VideoScore(BaseModel):
 
 
 COLUMNS = tuple(VideoScore.model_fields)
+# Of a file; `splitlines` takes many more characters for one, and a name that loses them is another video's.
+_LINE_END = re.compile(r"\r\n?|\n")
 _LISTS = ("worst_frame_", "best_frame_", "frame_numbers", "frame_scores")
 
 
@@ -91,4 +94,4 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, list):
         return json.dumps(value, separators=(",", ":"))
-    return " ".join(value.splitlines()) if isinstance(value, str) else str(value)
+    return _LINE_END.sub(" ", value) if isinstance(value, str) else str(value)

@@ -105,14 +105,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            log.debug("%s: a broken line is left out", path)
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
+    # Not `splitlines`: a sample's name may hold one of the many other characters that it takes for the end of a line.
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                log.debug("%s: a broken line is left out", path)
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
     return lines
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from scrfd_file import scrfd_file
@@ -14,6 +15,7 @@ from frostline.export.shapes import ShapeRange
 from frostline.export.stages import FaceModels, build_face_stages
 from frostline.models.faces import FaceEmbedder, FacenetEmbedder, load_detector, load_embedder, quantize_frames
 from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.identity import stage_key, weights_sha256
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Stage
 from frostline.runtime.store import EngineStore
@@ -81,6 +83,24 @@ def _embedder_stage(name: str, files: Path) -> tuple[Stage, FaceEmbedder]:
     assert isinstance(embedder, nn.Module)
     stages = build_face_stages(FaceModels(load_detector("yunet"), embedder), ShapeRange())
     return stages["face_embedder"], embedder
+
+
+def test_files_of_one_name_and_equal_weights_are_two_engines(files: Path, tmp_path: Path) -> None:
+    """What differs is an attribute, which is no tensor: neither engines nor cached embeddings may be shared."""
+    model = onnx.load(files / "arcface.onnx")
+    norm = next(node for node in model.graph.node if node.op_type == "PRelu")
+    norm.CopyFrom(onnx.helper.make_node("LeakyRelu", norm.input[:1], norm.output, alpha=0.01))
+    prints, keys = set(), set()
+    for alpha in (0.01, 0.25):
+        norm.attribute[0].f = alpha
+        path = tmp_path / str(alpha) / "arcface.onnx"
+        path.parent.mkdir()
+        onnx.save(model, path)
+        stage, _ = _embedder_stage("arcface", path.parent)
+        weights = weights_sha256(stage)
+        keys.add(stage_key(stage, "onnxruntime", "fp32", "0" * 64))
+        prints.add(weights)
+    assert len(prints) == len(keys) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from frostline.errors import EngineError, ParityError
-from frostline.export.exporter import Exported, export_stage
+from frostline.errors import EngineError, ParityError, ShapeError
+from frostline.export.exporter import Exported, build_stage, ensure_verified, export_stage
 from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
+from frostline.runtime.backends import get_backend
 from frostline.runtime.stage import Stage, Tolerance
 from frostline.runtime.store import EngineStore
 
@@ -204,6 +205,53 @@ def test_an_engine_that_differs_is_deleted(stage: Stage, tmp_path: Path) -> None
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
     exported = export(stage, tmp_path)
     assert exported.built
+    assert exported.manifest.verified
+
+
+def refuse_to_load(patch: pytest.MonkeyPatch, error: EngineError) -> None:
+    def load(*_: object) -> None:
+        raise error
+
+    patch.setattr(get_backend("onnxruntime"), "load", load)
+
+
+def test_an_engine_that_does_not_load_is_deleted(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "the onnxruntime engine of text_encoder does not run: no kernel for Gelu. The engine was deleted."
+    with monkeypatch.context() as patch:
+        refuse_to_load(patch, EngineError("no kernel for Gelu"))
+        with pytest.raises(EngineError) as caught:
+            export(stage, tmp_path)
+        assert str(caught.value) == said
+        assert EngineStore(tmp_path).find() == []
+
+        build_stage(stage, "onnxruntime", EngineStore(tmp_path))
+        assert ensure_verified([stage], EngineStore(tmp_path)) == []
+        assert said in caplog.messages
+        assert EngineStore(tmp_path).find() == []
+    assert export(stage, tmp_path).manifest.verified
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        EngineError("Failed to allocate memory for requested buffer of size 8"),
+        ShapeError("lora has shape (64, 8), engines serve (1, 8) to (32, 8)"),
+    ],
+    ids=str,
+)
+def test_an_engine_is_kept_where_the_fault_is_not_its_own(
+    error: EngineError, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        refuse_to_load(patch, error)
+        with pytest.raises(type(error)) as caught:
+            export(stage, tmp_path)
+        assert caught.value is error
+    exported = export(stage, tmp_path)
+    assert not exported.built
     assert exported.manifest.verified
 
 

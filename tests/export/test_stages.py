@@ -1,5 +1,6 @@
 """The engines of tiny's stages against PyTorch, at shapes they were not traced at; and the live LoRA."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor
 
 from frostline.errors import ParityError
-from frostline.export.exporter import export_stage
+from frostline.export.exporter import export_stage, verify_engine_parity
 from frostline.models.lora import lora_parameters
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.identity import find_engine, weights_sha256
 from frostline.runtime.stage import Network, Stage, Tolerance
-from frostline.runtime.store import EngineStore
+from frostline.runtime.store import EngineStore, VerifiedEngine
 from frostline.train.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
@@ -35,8 +37,7 @@ def at_shape(network: Network, batch: int, frames: int, height: int, width: int)
     inputs = {}
     for spec in network.inputs:
         shape = tuple(d if isinstance(d, int) else d.multiple * extents[d.name] for d in spec.shape)
-        values = spec.fill(shape, generator) if spec.fill else torch.randn(shape, generator=generator)
-        inputs[spec.name] = values.to(spec.dtype)
+        inputs[spec.name] = spec.random(shape, generator)
     return inputs
 
 
@@ -169,10 +170,74 @@ def test_live_tensors_are_bound_without_a_copy(
         lambda session, binding, options=None: session._sess.run_with_iobinding(binding.binding._iobinding, options),
     )
     runner = OnnxRuntimeRunner(path, network, torch.device("cpu"))
-    assert bound == {name: tensor.data_ptr() for name, tensor in network.live.items()}
     inputs = network.samples("opt")
     runner(**inputs)
-    assert {name: bound[name] for name in inputs} == {name: tensor.data_ptr() for name, tensor in inputs.items()}
+    assert bound == {name: tensor.data_ptr() for name, tensor in {**network.live, **inputs}.items()}
+
+
+@pytest.fixture
+def fresh(make_module: MakeModule) -> Stage:
+    """A denoiser whose LoRA is new: it adds nothing."""
+    return make_module(lora_spread=0).stages["denoiser"]
+
+
+@pytest.fixture
+def own_store(engines: Path, tmp_path: Path) -> EngineStore:
+    """A copy, to delete engines from."""
+    shutil.copytree(engines / "tiny" / "denoiser", tmp_path / "tiny" / "denoiser")
+    return EngineStore(tmp_path)
+
+
+def engine_of(stage: Stage, store: EngineStore) -> VerifiedEngine:
+    record = find_engine(store, stage, "onnxruntime", weights_sha256(stage))
+    assert record is not None
+    return store.verify(record)
+
+
+def test_a_new_lora_is_verified_with_other_values_and_keeps_its_own(fresh: Stage, own_store: EngineStore) -> None:
+    live = fresh.networks[0].live
+    before = {name: (tensor.data_ptr(), tensor.detach().clone()) for name, tensor in live.items()}
+    assert any(not tensor.any() for tensor in live.values())
+    manifest = verify_engine_parity(fresh, own_store, engine_of(fresh, own_store))
+    assert [(parity.case, parity.network) for parity in manifest.parity] == [
+        (case, "denoiser") for case in ("opt", "min", "sample", "base")
+    ]
+    for name, tensor in live.items():
+        pointer, values = before[name]
+        assert tensor.data_ptr() == pointer
+        assert torch.equal(tensor, values)
+        assert tensor.grad is None
+
+
+def test_an_engine_that_does_not_read_the_lora_is_found_out(
+    fresh: Stage, own_store: EngineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, live = engine_of(fresh, own_store), fresh.networks[0].live
+    before = {name: tensor.detach().clone() for name, tensor in live.items()}
+    bind = OnnxRuntimeRunner._bind
+
+    def bind_copies(runner: OnnxRuntimeRunner, name: str, tensor: Tensor) -> None:
+        bind(runner, name, before.get(name, tensor))
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "_bind", bind_copies)
+    with pytest.raises(ParityError, match=r"velocity of denoiser \(opt\).*The engine was deleted"):
+        verify_engine_parity(fresh, own_store, engine)
+    assert own_store.get(engine.manifest.id) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in live.items())
+
+
+def test_an_engine_that_does_not_heed_the_scale_is_found_out(
+    fresh: Stage, own_store: EngineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, bind = engine_of(fresh, own_store), OnnxRuntimeRunner._bind
+    one = torch.ones(())
+
+    def bind_one(runner: OnnxRuntimeRunner, name: str, tensor: Tensor) -> None:
+        bind(runner, name, one if name == "lora_scale" else tensor)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "_bind", bind_one)
+    with pytest.raises(ParityError, match=r"velocity of denoiser \(base\)"):
+        verify_engine_parity(fresh, own_store, engine)
 
 
 def test_an_engine_that_computes_something_else_is_not_kept(make_module: MakeModule, tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ from frostline.score.result import COLUMNS, VideoScore
 ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 
 # Line ends become spaces in CSV, and lone surrogates are no UTF-8.
-TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=12)
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\r\n") | st.sampled_from("\u2028\u2029\x85\x0b\x1c"),
+    max_size=12,
+)
 SCORES = st.floats(-1, 1)
 
 

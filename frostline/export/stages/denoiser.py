@@ -22,6 +22,9 @@ from frostline.runtime.stage import Network, Stage, TensorSpec
 
 from .inputs import StageInputs, tolerance
 
+# What random adapters add to a layer, relative to its input: in bf16, too, several times what engines may differ by.
+_RANDOM_LORA = 0.5
+
 
 class LiveLoraDenoiser(nn.Module):
     """`Denoiser.forward` for tracing.
@@ -77,7 +80,12 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
         sample=lambda: network.samples("opt"),
         tolerance=tolerance(name, inputs.dtype),
         weights=inputs.components.weights.get(name),
+        base_sample=(lambda: _at_scale_zero(network.samples("opt"))) if network.live else None,
     )
+
+
+def _at_scale_zero(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**inputs, "lora_scale": torch.zeros_like(inputs["lora_scale"])}
 
 
 class _KnownScales:
@@ -113,7 +121,8 @@ def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
         conditions.append(TensorSpec("clip_feature", (batch, *CLIP_FEATURE), dtype))
     context = (batch, components.text_length, components.text_encoder.dim)
     adapter = lora_parameters(denoiser.model)
-    adapter_specs = tuple(_adapter_spec(name, matrix, shapes.dimension("rank")) for name, matrix in adapter.items())
+    scale, rank = lora_scale(denoiser.model) if adapter else 0.0, shapes.dimension("rank")
+    adapter_specs = tuple(_adapter_spec(name, matrix, rank, scale) for name, matrix in adapter.items())
     return Network(
         name,
         LiveLoraDenoiser(denoiser, tuple(condition.name for condition in conditions)).eval(),
@@ -122,7 +131,7 @@ def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
             TensorSpec("timestep", (batch,), torch.float32, _random_timesteps),
             TensorSpec("context", context, dtype),
             *conditions,
-            *([_scale_spec(denoiser)] if adapter else []),
+            *([_scale_spec(scale)] if adapter else []),
         ),
         ("velocity",),
         live=dict(zip((spec.name for spec in adapter_specs), adapter.values(), strict=True)),
@@ -143,13 +152,19 @@ def _random_timesteps(shape: tuple[int, ...], generator: torch.Generator) -> Ten
     return 1000 * torch.rand(shape, generator=generator)
 
 
-def _scale_spec(denoiser: Denoiser) -> TensorSpec:
-    scale = lora_scale(denoiser.model)
+def _scale_spec(scale: float) -> TensorSpec:
     return TensorSpec("lora_scale", (), fill=lambda shape, generator: torch.full(shape, scale))
 
 
-def _adapter_spec(parameter_name: str, matrix: Tensor, rank: Dimension) -> TensorSpec:
+def _adapter_spec(parameter_name: str, matrix: Tensor, rank: Dimension, scale: float) -> TensorSpec:
     """The graph input of one adapter matrix: A is (rank, in), B is (out, rank)."""
     name = "lora." + parameter_name.replace(".default.weight", "")
-    shape = (rank, matrix.shape[1]) if ".lora_A." in parameter_name else (matrix.shape[0], rank)
-    return TensorSpec(name, shape, matrix.dtype)
+    first = ".lora_A." in parameter_name
+    shape = (rank, matrix.shape[1]) if first else (matrix.shape[0], rank)
+    gain = 1.0 if first else _RANDOM_LORA / scale
+
+    def fill(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        # Each sums over its second dimension: B A x, times the scale, is then of the size of x at any rank and scale.
+        return gain / math.sqrt(shape[1]) * torch.randn(shape, generator=generator)
+
+    return TensorSpec(name, shape, matrix.dtype, fill)

@@ -5,6 +5,7 @@ detectors (YuNet, SCRFD). Everything that depends on constants alone, quantised 
 once at load.
 """
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -94,6 +95,13 @@ class OnnxGraph(nn.Module):
             for name in step.release:
                 del values[name]
         return tuple(values[name] for name in self.output_names)
+
+    def extra_repr(self) -> str:
+        """A digest of all that is no tensor of the module's: it tells apart graphs of equal weights."""
+        # Only constants have tensors for attributes, and those were computed at load.
+        nodes = [(step.op, step.inputs, step.output, sorted(step.attributes.items())) for step in self._steps]
+        graph = repr((self._input, self.output_names, nodes, self._arguments, self._buffer_names))
+        return f"graph={hashlib.sha256(graph.encode()).hexdigest()[:16]}"
 
     def _fold_constants(self, steps: list[_Step], constants: dict[str, Tensor]) -> list[_Step]:
         """Check all steps, compute those that read only constants into `constants`, return the others."""

@@ -232,6 +232,30 @@ def test_exports_with_a_free_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(run_onnxruntime(tmp_path / "again.onnx", x), module(x), atol=1e-5, rtol=2e-6)
 
 
+def test_graphs_of_equal_weights_are_told_apart(tmp_path: Path) -> None:
+    """By what `repr` says, of which the keys of engines are made."""
+    constants = {"w": weights(4, 3, 1, 1), "half": np.array([1, 1, 2, 2], np.float32), "shape": np.array([0, 4, -1])}
+
+    def described(slope: float = 0.1, folder: str = "a", **others: np.ndarray) -> str:
+        nodes = [
+            node("Conv", "x w", "c"),
+            node("LeakyRelu", "c", "l", alpha=slope),
+            node("Resize", "l - half", "r", mode="nearest"),
+            node("Reshape", "r shape", "y"),
+        ]
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return repr(OnnxModule(save(tmp_path / folder / "m.onnx", nodes, {**constants, **others}, ["n", 3, 8, 8])))
+
+    same = {described(), described(folder="b"), described(w=weights(4, 3, 1, 1))}
+    assert len(same) == 1
+    others = [
+        described(slope=0.2),
+        described(half=np.array([1, 1, 3, 3], np.float32)),
+        described(shape=np.array([0, -1, 4])),
+    ]
+    assert len({*same, *others}) == 4
+
+
 def test_unknown_operation_and_attribute_are_named(tmp_path: Path) -> None:
     path = save(tmp_path / "m.onnx", [node("Gelu", "x", "y")], {}, [1, 3], 20)
     with pytest.raises(ConfigError, match=r"Gelu.*'Gelu_y'.*m\.onnx"):

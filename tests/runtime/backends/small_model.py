@@ -77,8 +77,7 @@ def sample_at(network: Network, seed: int = 0, **extents: int) -> dict[str, Tens
     inputs = {}
     for spec in network.inputs:
         shape = tuple(d if isinstance(d, int) else d.multiple * extents[d.name] for d in spec.shape)
-        values = spec.fill(shape, generator) if spec.fill else torch.randn(shape, generator=generator)
-        inputs[spec.name] = values.to(network.device, spec.dtype)
+        inputs[spec.name] = spec.random(shape, generator).to(network.device)
     return inputs
 
 

@@ -1,0 +1,28 @@
+"""The lines of a run folder: whole, whatever a sample is called, and cut where a checkpoint is."""
+
+import json
+from pathlib import Path
+
+from frostline.train.runfolder import JsonLines, read_lines
+
+# What `str.splitlines` ends a line at; of these only the first two end a line of a file.
+ENDS = ("\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
+
+
+def test_a_sample_may_be_called_anything(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    lines = [{"step": step, "sample_id": [f"clip{end}{step}.mp4"]} for step, end in enumerate(ENDS, 1)]
+    for line in lines:
+        file.append(line)
+    assert read_lines(file.path) == lines
+    file.keep_until(9)
+    assert read_lines(file.path) == lines[:9]
+
+
+def test_a_piece_of_a_line_is_left_out(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.append({"step": 1, "loss": float("nan")})
+    with file.path.open("a") as writer:
+        writer.write(json.dumps({"step": 2})[:-3])
+    assert read_lines(file.path) == [{"step": 1, "loss": None}]
+    assert read_lines(tmp_path / "absent.jsonl") == []

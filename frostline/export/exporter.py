@@ -112,7 +112,10 @@ def build_stage(
         raise EngineError(reason)
     if precision not in backend.PRECISIONS:
         able = " or ".join(sorted(backend.PRECISIONS))
-        raise EngineError(f"{backend_name} does not compute in {precision}: export {stage.name} in {able}")
+        others = ", ".join(name for name in ENGINE_BACKENDS if precision in get_backend(name).PRECISIONS)
+        raise EngineError(
+            f"{backend_name} does not compute in {precision}: export {stage.name} in {able}, or with one of {others}"
+        )
     weights = weights_sha256(stage)
     key = stage_key(stage, backend_name, precision, weights, options)
     with store.building(EngineId(stage.model, stage.name, backend_name, key)) as build:

@@ -285,3 +285,13 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(nursery: Nursery, stage: St
                 files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
                 assert files == [], options
     assert listed == [0, 0, 0, 1]
+
+
+def test_what_a_backend_does_not_compute_in_is_refused_before_tracing(tmp_path: Path) -> None:
+    recipe = Recipe(model="tiny", stages=("text_encoder",), precision="bf16", lora=None)
+    stage = load_staged_model(recipe, "cpu").stages["text_encoder"]
+    with pytest.raises(
+        EngineError, match="onnxruntime does not compute in bf16: export text_encoder in fp16 or fp32, or"
+    ):
+        export_stage(stage, "onnxruntime", EngineStore(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -83,7 +83,7 @@ class JsonLines:
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_finite(line)) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from error
 
@@ -97,7 +97,7 @@ class JsonLines:
         """Keep the lines (or those of `source`) up to a step: the rest was not saved, and will come again."""
         kept = [line for line in read_lines(source or self.path) if line.get("step", 0) <= step]
         with written_whole(self.path) as part:
-            part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

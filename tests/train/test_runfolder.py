@@ -6,7 +6,8 @@ from pathlib import Path
 from frostline.train.runfolder import JsonLines, read_lines
 
 # What `str.splitlines` ends a line at; of these only the first two end a line of a file.
-ENDS = ("\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
+# The last is what Python makes of a byte in a file's name that is no UTF-8.
+ENDS = ("\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\udce9")
 
 
 def test_a_sample_may_be_called_anything(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, unknown keys refused."""
+    """Base of all settings: immutable, unknown keys and numbers that are not finite refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:

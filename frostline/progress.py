@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+# Between two lines where there is no screen.
+_SECONDS_A_LINE = 20.0
 
 
 class Bar(Protocol):
@@ -53,17 +57,26 @@ class Progress:
         )
         with RichProgress(*columns, console=self.console) as live:
             task = live.add_task(name, total=total or 1, detail="")
-            yield _RichBar(live, task)
-            live.update(task, completed=total or 1, detail="")
+            yield _RichBar(live, task, name, total)
+            # A bar tells how far its task came, also where that was ended early.
+            live.update(task, detail="", completed=None if total else 1)
 
 
 class _RichBar:
-    def __init__(self, live: RichProgress, task: object) -> None:
-        self._live = live
-        self._task = task
+    def __init__(self, live: RichProgress, task: TaskID, name: str, total: int | None) -> None:
+        self._live, self._task = live, task
+        self._name, self._total = name, total
+        self._done, self._detail, self._said = 0, "", 0.0
 
     def advance(self, steps: int) -> None:
-        self._live.advance(self._task, steps)  # type: ignore[arg-type]
+        self._live.advance(self._task, steps)
+        self._done += steps
+        # In a log nothing moves: a line now and then.
+        if not self._live.console.is_terminal and self._total and time.monotonic() > self._said + _SECONDS_A_LINE:
+            self._said = time.monotonic()
+            line = f"{self._name}: {self._done} of {self._total}" + (f", {self._detail}" if self._detail else "")
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def describe(self, text: str) -> None:
-        self._live.update(self._task, detail=text)  # type: ignore[arg-type]
+        self._detail = text
+        self._live.update(self._task, detail=text)

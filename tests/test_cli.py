@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from frostline import __version__
 from frostline.cli import app, main
+from frostline.errors import ConfigError
 
 
 def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -92,6 +93,8 @@ def test_export_then_inspect_verify_tamper_and_remove(tmp_path: Path) -> None:
     assert (manifest["stage"], manifest["verified"]) == ("text_encoder", True)
     assert all(measured["passed"] for measured in manifest["parity"])
     assert runner.invoke(app, ["engines", "verify", *store]).exit_code == 0
+    with pytest.raises(ConfigError, match="nosuch: no such folder of engines"):
+        runner.invoke(app, ["engines", "verify", "--engines-dir", "nosuch"], catch_exceptions=False)
     assert key in runner.invoke(app, ["engines", "list", *store], env={"COLUMNS": "300"}).stdout
 
     artifact = next(path for path in manifest_file.parent.iterdir() if path != manifest_file)
@@ -117,3 +120,13 @@ def test_plan_names_each_stage_and_why(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "vae_encoder" in result.stdout
     assert "no verified engine" in result.stdout
+
+
+def test_brackets_in_a_message_are_no_style(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["frostline", "report", "[/red]run"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert "[/red]run: holds no run" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from frostline import __version__
 from frostline.cli import adapters, engines, exporting, scoring, training
@@ -68,5 +69,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _say(error: FrostlineError, code: int) -> int:
-    Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    # Escaped: what is in brackets, as in `frostline[tensorrt]` or a path, would be taken for a style.
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return code

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from frostline.cli.options import LoraScale, WanModel
+from frostline.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Convert a LoRA adapter for other programs, or merge it.")
 
@@ -43,6 +45,8 @@ def merge(
     from frostline.models.files import find_files
     from frostline.models.precision import parse_precision
 
+    if not math.isfinite(lora_scale):
+        raise ConfigError(f"--lora-scale {lora_scale}: must be a number")
     found, dtype = read_adapter(adapter), None if precision is None else parse_precision(precision)
     tensors = find_files(model).denoiser.read(None, "cpu")  # as stored: safetensors are mapped, not copied
     write_weights(merge_adapter(tensors, found, lora_scale, dtype), out)

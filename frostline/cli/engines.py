@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from frostline.cli.options import ENGINES, EnginesDir
-from frostline.errors import FrostlineError
+from frostline.errors import ConfigError, FrostlineError
 
 app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
 
@@ -44,14 +45,16 @@ def verify(
     """Check signatures and hashes; exit code 1 if one does not hold."""
     from frostline.runtime.store import EngineStore
 
+    if not engines_dir.is_dir():
+        raise ConfigError(f"{engines_dir}: no such folder of engines")
     store, console, refused = EngineStore(engines_dir), Console(), 0
     for record in store.find() if key is None else [store.by_key(key)]:
         try:
             store.verify(record)
-            console.print(f"[green]holds[/] {record.path}")
+            console.print(f"[green]holds[/] {escape(str(record.path))}")
         except FrostlineError as error:
             refused += 1
-            console.print(f"[bold red]refused[/] {error}", soft_wrap=True)
+            console.print(f"[bold red]refused[/] {escape(str(error))}", soft_wrap=True)
     if refused:
         raise typer.Exit(1)
 

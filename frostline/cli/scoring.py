@@ -16,7 +16,7 @@ def score(
     videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO…", help="Videos or pictures.")] = None,
     reference: Annotated[str | None, typer.Option(help="A picture or video of the person.")] = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="CSV: video[,reference][,prompt], or a dataset's metadata.")
+        Path | None, typer.Option(help="CSV: video[,reference][,prompt], or a dataset's metadata.csv.")
     ] = None,
     detector: Annotated[str, typer.Option(help="mtcnn, yunet or scrfd:PATH.onnx")] = "mtcnn",
     embedder: Annotated[str, typer.Option(help="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")] = "sface",

@@ -55,7 +55,7 @@ def train(
     if dry_run:
         from frostline.train.dry_run import print_dry_run
 
-        raise typer.Exit(0 if print_dry_run(settings, Console()) else 1)
+        raise typer.Exit(0 if print_dry_run(settings, Console(), fresh=resume is None) else 1)
     from frostline.train.launch import run_training
 
     first = os.environ.get("RANK", "0") == "0"
@@ -63,6 +63,8 @@ def train(
         logging.getLogger("frostline").setLevel(logging.ERROR)
     outcome = run_training(settings, resume, Progress(quiet=not first))
     if outcome.stopped_by is not None:
+        if first:
+            typer.echo(f"stopped after step {outcome.step}: --resume latest goes on from there", err=True)
         raise typer.Exit(128 + outcome.stopped_by)
     if first:
         typer.echo(f"{outcome.step} steps. The adapter is in {settings.output_dir / 'adapter'}")

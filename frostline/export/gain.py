@@ -34,11 +34,15 @@ class StageGain:
 
 @dataclass(frozen=True)
 class StepGain:
-    """Predicted milliseconds of one step: the frozen part in torch and as planned, and the live part in torch."""
+    """Predicted milliseconds of one step: the frozen part in torch and as planned, and the live part in torch.
+
+    unmeasured: stages that are in none of these.
+    """
 
     torch_ms: float
     planned_ms: float
     live_ms: float
+    unmeasured: tuple[str, ...] = ()
 
 
 def stage_gains(runtime: Runtime) -> list[StageGain]:
@@ -82,6 +86,7 @@ def step_gain(runtime: Runtime, frozen: Mapping[str, int], live: Mapping[str, in
         frozen, live: how often a step uses each stage without and with gradient.
     """
     torch_ms = planned_ms = live_ms = 0.0
+    unmeasured = tuple(name for name, choice in runtime.plan.items() if TORCH not in choice.latency_ms)
     for name, choice in runtime.plan.items():
         latency = choice.latency_ms
         if TORCH not in latency:
@@ -90,7 +95,7 @@ def step_gain(runtime: Runtime, frozen: Mapping[str, int], live: Mapping[str, in
         planned_ms += frozen.get(name, 0) * latency[choice.backend]
         # All large weights are frozen: backward has the input's gradient alone to compute, as much work as forward.
         live_ms += 2 * live.get(name, 0) * latency[TORCH]
-    return StepGain(torch_ms, planned_ms, live_ms)
+    return StepGain(torch_ms, planned_ms, live_ms, unmeasured)
 
 
 def _torch_candidate(choice: Choice) -> Candidate:

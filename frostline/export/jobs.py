@@ -117,6 +117,8 @@ def _prepare(work: _Work) -> None:
     if sys.platform == "linux":
         # Who is killed cannot tell its processes to stop; the kernel can.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # Ctrl-C goes to all processes of a terminal; the one that asked for the work ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(work.threads)
     logging.getLogger("frostline").setLevel(logging.WARNING)
     _worker = work, load_staged_model(work.recipe, work.device)

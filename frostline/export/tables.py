@@ -75,10 +75,11 @@ def step_gain_lines(gain: StepGain) -> list[str]:
     """The predicted gain of one training step, in words."""
     if not gain.torch_ms:
         return ["no engine was measured on this machine: nothing to predict"]
+    left_out = f"; not counted, because not timed here: {', '.join(gain.unmeasured)}" if gain.unmeasured else ""
     whole_torch, whole_planned = gain.torch_ms + gain.live_ms, gain.planned_ms + gain.live_ms
     return [
         f"frozen part of one step, nothing recalled: {gain.torch_ms:.0f} ms in {TORCH}, {gain.planned_ms:.0f} ms as "
-        f"planned ({gain.torch_ms / gain.planned_ms:.2f}x)",
+        f"planned ({gain.torch_ms / gain.planned_ms:.2f}x){left_out}",
         f"whole step, with a live part of about {gain.live_ms:.0f} ms (no checkpointing, backward as long "
         f"as forward): {whole_torch:.0f} ms in {TORCH}, {whole_planned:.0f} ms as planned "
         f"({whole_torch / whole_planned:.2f}x)",

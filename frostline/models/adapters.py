@@ -121,6 +121,8 @@ def write_adapter(adapter: Adapter, spelling: str, out: Path, dtype: torch.dtype
         raise ConfigError(f"unknown spelling {spelling!r}: use one of {', '.join(SPELLINGS)}")
     style = SPELLINGS[spelling]
     names = rename(adapter.layers, DENOISER, to_diffusers=True) if style.diffusers else {n: n for n in adapter.layers}
+    if unknown := sorted(adapter.layers.keys() - names.keys()):
+        raise ConfigError(f"the adapter has the layer {unknown[0]}, which Wan's denoiser has not")
     # PEFT has the scale in its config.
     keeps_scale = style.stores_alpha or spelling == PEFT
     tensors: dict[str, Tensor] = {}

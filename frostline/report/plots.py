@@ -95,7 +95,7 @@ def paired_plot(
     ylabel: str = "",
     size: tuple[int, int] = SIZE,
 ) -> str:
-    """One line from each start's value before to its value after: rising ones solid, the others dashed.
+    """One line from each start's value before to its value after: those that fall dashed.
 
     The means are marked, and named below. A start with a gap on either side is left out.
     """
@@ -106,7 +106,7 @@ def paired_plot(
         if not pairs:
             return _svg(figure, axes, "no values")
         for pair in pairs:
-            rises = pair[1] > pair[0]
+            rises = pair[1] >= pair[0]
             colour, dashes = (_SERIES[0], "-") if rises else (_SERIES[1], (0, (4, 3)))
             axes.plot([0, 1], pair, color=colour, linestyle=dashes, linewidth=1.2, alpha=0.55, clip_on=False)
             axes.plot([0, 1], pair, "o", color=colour, markersize=4, markeredgewidth=0, clip_on=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ def _rows(file: Path) -> Iterator[dict[str, str | None]]:
         if "video" not in (reader.fieldnames or ()):
             found = ", ".join(reader.fieldnames or ()) or "nothing"
             raise ConfigError(f"{file}: has no column 'video' (found {found})")
+        for column in reader.fieldnames or ():
+            # Unread, it would leave every video to be scored against itself.
+            if column != "reference" and difflib.get_close_matches(column.lower(), ["reference"], cutoff=0.5):
+                raise ConfigError(f"{file}: has a column {column!r}: is 'reference' meant?")
         yield from reader
     except csv.Error as error:
         raise ConfigError(f"{file}, row {reader.line_num + 1}: is not well-formed csv: {error}") from error

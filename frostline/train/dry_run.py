@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from frostline.errors import FrostlineError
@@ -15,34 +16,35 @@ from frostline.runtime.backends import TORCH
 from frostline.train.data import VideoPromptDataset
 from frostline.train.memory import MemoryPlan, memory_plan
 from frostline.train.memory_table import memory_table
+from frostline.train.preflight import problems
 from frostline.train.settings import RunSettings, VideoSettings
-from frostline.train.trackers import check_trackers
 
 
-def print_dry_run(settings: RunSettings, console: Console) -> bool:
-    """Print the schedule, the pace and every bad row; returns whether the run could begin."""
-    problems, multiple = [], SPATIAL_MULTIPLE
+def print_dry_run(settings: RunSettings, console: Console, fresh: bool = True) -> bool:
+    """Print the schedule, the pace and every bad row; returns whether the run could begin.
+
+    Args:
+        fresh: whether it would start anew, and not go on from a checkpoint.
+    """
+    found, multiple, there = [str(problem) for problem in problems(settings, fresh)], SPATIAL_MULTIPLE, False
     try:
         skeleton = read_skeleton(settings.model)
-        multiple = skeleton.spatial_multiple
+        multiple, there = skeleton.spatial_multiple, skeleton.from_files
         steps = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in skeleton.networks)
         console.print(_schedule_table(settings, steps))
         steps.check_tail()
         console.print(memory_table(_memory_plan(settings, multiple)))
     except FrostlineError as error:
-        problems.append(f"model: {error}")
+        found.append(f"model: {error}")
     for section, videos in (("data", settings.data), ("validation", settings.validation)):
         lines = _look_at(section, videos, multiple, settings, console)
         if section == "validation" or settings.data.bad_rows == "error":
-            problems += lines
-    try:
-        check_trackers(settings.train.report_to)
-    except FrostlineError as error:
-        problems.append(str(error))
-    for problem in problems:
-        console.print(f"[bold red]problem[/] {problem}", soft_wrap=True, highlight=False)
-    console.print("this run could begin" if not problems else f"{len(problems)} problems", highlight=False)
-    return not problems
+            found += lines
+    for problem in found:
+        console.print(f"[bold red]problem[/] {escape(problem)}", soft_wrap=True, highlight=False)
+    could = "this run could begin" if there else "this run could begin once the files of the model are there"
+    console.print(could if not found else f"{len(found)} problems", highlight=False)
+    return not found
 
 
 def _memory_plan(settings: RunSettings, multiple: int) -> MemoryPlan:

@@ -24,6 +24,7 @@ from frostline.train.checkpoint import Checkpoint, find_checkpoints, latest_inta
 from frostline.train.configfile import dump_settings
 from frostline.train.data import BadRow, Sample, VideoPromptDataset
 from frostline.train.module import WanTrainingModule
+from frostline.train.preflight import problems
 from frostline.train.processes import gather_from_processes
 from frostline.train.report import write_report
 from frostline.train.saving import PACKAGES
@@ -51,6 +52,9 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     accelerator = make_accelerator(settings.train, settings.output_dir, wants_cpu)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    if accelerator.is_main_process:
+        for problem in problems(settings, fresh=resume is None):
+            raise problem
     checkpoint = _from_first_process(accelerator, lambda: find_resume(settings.output_dir, resume))
     multiple = read_skeleton(settings.model).spatial_multiple
     dataset = _training_data(settings, accelerator, progress, multiple)

@@ -124,5 +124,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    try:
+        content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: is not valid YAML: {error}") from error
     return content if isinstance(content, dict) else {}

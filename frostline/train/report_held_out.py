@@ -132,7 +132,7 @@ def _curves(validation: Lines) -> list[Figure]:
     for name, value in validation[-1].items():
         if name in ("step", "starts") or not isinstance(value, int | float):
             continue
-        label = name.replace("_", " ")
+        label = "PSNR to truth, dB" if name == "psnr" else name.replace("_", " ")
         first, last = (line.get("starts", {}).get(name, []) for line in (validation[0], validation[-1]))
         if len(validation) == 2 and len(first) == len(last):
             plot = paired_plot(first, last, labels=(f"step {steps[0]:.0f}", f"step {steps[-1]:.0f}"), ylabel=label)
@@ -141,14 +141,14 @@ def _curves(validation: Lines) -> list[Figure]:
             values = [number_of(line, name) for line in validation]
             plot, caption = line_plot({label: values}, x=steps, xlabel="training step", ylabel=label), ""
         alt = f"{label} of the held-out starts"
-        figures.append(Figure.svg(plot, alt=alt, title=label.capitalize(), caption=caption))
+        figures.append(Figure.svg(plot, alt=alt, title=label[:1].upper() + label[1:], caption=caption))
     return figures
 
 
 def _leading_score(validation: Lines) -> str:
     """The measure by which starts are told to have improved."""
     names = ("face_score", *(name for name in validation[-1] if name not in ("step", "starts", "psnr")), "psnr")
-    return next(name for name in names if name in validation[-1])
+    return next((name for name in names if name in validation[-1]), "face_score")
 
 
 def _starts_up(validation: Lines, name: str) -> tuple[int, int]:

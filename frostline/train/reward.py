@@ -121,7 +121,7 @@ def reward_loss(
 
 
 def _custom_reward(term: RewardTerm, device: torch.device) -> ActiveReward:
-    make = _find_class(term.type)
+    make = find_reward(term.type)
     try:
         reward = make(**term.options)
     except (TypeError, ValueError) as error:
@@ -144,7 +144,12 @@ def _source(make: Callable[..., Any]) -> str:
         return ""
 
 
-def _find_class(path: str) -> Callable[..., Any]:
+def find_reward(path: str) -> Callable[..., Any]:
+    """The class that `reward.type` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
     module_name, colon, name = path.partition(":")
     if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise ConfigError(f"reward.type {path!r}: must be face_identity or package.module:Class")

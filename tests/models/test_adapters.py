@@ -438,6 +438,13 @@ def test_mistakes_at_the_command_line(arguments: list[str], said: str, tmp_path:
     assert said in str(result.exception)
 
 
+def test_an_adapter_of_another_kind_of_model_is_not_converted(tmp_path: Path) -> None:
+    _, adapter = make_adapter(tmp_path / "trained", 6)
+    strange = replace(adapter, layers={"down_blocks.0.attn": next(iter(adapter.layers.values()))})
+    with pytest.raises(ConfigError, match=r"has the layer down_blocks\.0\.attn, which Wan's denoiser has not"):
+        write_adapter(strange, "diffusers", tmp_path / "lora.safetensors")
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     make_adapter(tmp_path, 4)
     command = ["adapter", "convert", str(tmp_path), "--to", "comfyui", "--out", "/proc/x.safetensors"]

@@ -50,7 +50,10 @@ def test_a_datasets_metadata_scores_against_itself(tmp_path: Path) -> None:
     assert (pair.reference, pair.prompt) == ("face.png", "a person")
 
 
-@pytest.mark.parametrize("text", ["", "video,reference\n", "path,reference\na,b\n", 'video\n"a\n'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "video,reference\n", "path,reference\na,b\n", 'video\n"a\n', "video,ref\na,b\n", "video,Reference\na,b\n"],
+)
 def test_files_that_are_no_pairs_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text(text)
     with pytest.raises(ConfigError, match=r"pairs\.csv"):

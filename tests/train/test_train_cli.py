@@ -150,6 +150,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no shapes": (_nothing, ["CONFIG", "plan.min_shapes=vide:1x5x3x64x64"], 2, "unknown tensor 'vide'"),
     "no engine": (_nothing, ["CONFIG", "plan.backend=onnxruntime", "plan.strict=true"], 1, "no engine of"),
     "no checkpoint": (_nothing, ["CONFIG", "--resume", "gone"], 1, "gone: no such folder to resume from"),
+    "no embedder": (_nothing, ["CONFIG", "reward.embedder=sfase"], 2, "unknown face embedder 'sfase'"),
+    "infinite": (_nothing, ["CONFIG", "train.learning_rate=inf"], 2, "train.learning_rate"),
+    "dry run, no stage": (_nothing, ["CONFIG", "--dry-run", "plan.stages={vae: torch}"], 1, "there is no stage 'vae'"),
+    "dry run, no backend": (_nothing, ["CONFIG", "--dry-run", "plan.backend=tensorflow"], 1, "tensorflow"),
+    "dry run, no reward": (_nothing, ["CONFIG", "--dry-run", "reward.type=no.module:Class"], 1, "cannot be imported"),
+    "dry run, another run": (_occupy, ["CONFIG", "--dry-run", "output_dir=occupied"], 1, "holds a run already"),
     "another run": (_occupy, ["CONFIG", "output_dir=occupied"], 2, "occupied holds a run already"),
     "no report": (_nothing, ["report", "."], 1, "holds no run"),
 }

@@ -150,7 +150,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no shapes": (_nothing, ["CONFIG", "plan.min_shapes=vide:1x5x3x64x64"], 2, "unknown tensor 'vide'"),
     "no engine": (_nothing, ["CONFIG", "plan.backend=onnxruntime", "plan.strict=true"], 1, "no engine of"),
     "no checkpoint": (_nothing, ["CONFIG", "--resume", "gone"], 1, "gone: no such folder to resume from"),
-    "no embedder": (_nothing, ["CONFIG", "reward.embedder=sfase"], 2, "unknown face embedder 'sfase'"),
+    "no embedder": (
+        _nothing,
+        ["CONFIG", "reward.type=face_identity", "reward.embedder=sfase"],
+        2,
+        "unknown face embedder 'sfase'",
+    ),
     "infinite": (_nothing, ["CONFIG", "train.learning_rate=inf"], 2, "train.learning_rate"),
     "dry run, no stage": (_nothing, ["CONFIG", "--dry-run", "plan.stages={vae: torch}"], 1, "there is no stage 'vae'"),
     "dry run, no backend": (_nothing, ["CONFIG", "--dry-run", "plan.backend=tensorflow"], 1, "tensorflow"),

@@ -1,6 +1,9 @@
 """Rewards: the sum of several, the part of each process, the shipped second one, and classes that are none."""
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +140,30 @@ def test_what_is_no_reward_is_refused(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_rewards(RewardSettings.parse(values), faces, torch.device("cpu"))
     assert said in str(caught.value)
+
+
+def test_a_class_that_was_edited_recalls_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it made of the references is cached by its source, too."""
+    monkeypatch.syspath_prepend(tmp_path)
+    keys, faces = [], active
+    for number in (1, 22, 22):
+        body = f"    name, references, score = 'own', None, {number}\n"
+        (tmp_path / "own_reward.py").write_text(f"class Own:\n{body}")
+        sys.modules.pop("own_reward", None)
+        importlib.invalidate_caches()
+        (own,) = build_rewards(RewardSettings(type="own_reward:Own"), lambda term: faces(), torch.device("cpu"))
+        keys.append(own.references_key)
+    sys.modules.pop("own_reward")
+    assert keys[0] != keys[1] == keys[2]
+
+
+def test_references_are_the_same_under_autocast(make_module: MakeModule) -> None:
+    """Whoever comes first, a step in bf16 or a validation, fills the cache."""
+    module = make_module(cache_bytes=0, reward=SHARPNESS, **QUICK)
+    clips = held_out_clips(1, seed=1, num_frames=5, size=32)
+    data = {"prompt": clips.prompts, "video": clips.video}
+    plain = module.forward_preprocess(data).references[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        within = module.forward_preprocess(data).references[0]
+    assert plain.keys() == within.keys() != set()
+    assert all(torch.equal(plain[name], within[name]) for name in plain)

@@ -57,26 +57,25 @@ class Progress:
         )
         with RichProgress(*columns, console=self.console) as live:
             task = live.add_task(name, total=total or 1, detail="")
-            yield _RichBar(live, task, name, total)
+            yield _RichBar(live, task)
             # A bar tells how far its task came, also where that was ended early.
             live.update(task, detail="", completed=None if total else 1)
 
 
 class _RichBar:
-    def __init__(self, live: RichProgress, task: TaskID, name: str, total: int | None) -> None:
+    def __init__(self, live: RichProgress, task: TaskID) -> None:
         self._live, self._task = live, task
-        self._name, self._total = name, total
-        self._done, self._detail, self._said = 0, "", 0.0
+        self._said = 0.0
 
     def advance(self, steps: int) -> None:
         self._live.advance(self._task, steps)
-        self._done += steps
         # In a log nothing moves: a line now and then.
-        if not self._live.console.is_terminal and self._total and time.monotonic() > self._said + _SECONDS_A_LINE:
+        if not self._live.console.is_terminal and time.monotonic() > self._said + _SECONDS_A_LINE:
             self._said = time.monotonic()
-            line = f"{self._name}: {self._done} of {self._total}" + (f", {self._detail}" if self._detail else "")
+            (task,) = self._live.tasks
+            line = f"{task.description}: {task.completed:.0f} of {task.total:.0f}"
+            line += f", {task.fields['detail']}" if task.fields["detail"] else ""
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def describe(self, text: str) -> None:
-        self._detail = text
         self._live.update(self._task, detail=text)

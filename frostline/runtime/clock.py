@@ -28,7 +28,7 @@ class StageClock:
     """Collects the time of each use of a stage, frozen or live, until `read`."""
 
     def __init__(self) -> None:
-        self._spans: dict[tuple[str, str], list[_Span]] = defaultdict(list)
+        self._spans: dict[str, list[tuple[str, _Span]]] = defaultdict(list)
 
     @contextmanager
     def measure(self, use: str, backend: str) -> Iterator[None]:
@@ -38,17 +38,14 @@ class StageClock:
             yield
         finally:
             span.stop()
-            self._spans[use, backend].append(span)
+            self._spans[use].append((backend, span))
 
     def read(self) -> dict[str, StageTime]:
         """The times since the last read, by use; on a GPU this waits for the work to end."""
         times: dict[str, StageTime] = {}
-        for (use, backend), spans in self._spans.items():
-            before = times.get(use)
-            backends = backend if before is None else f"{before.backend}, {backend}"
-            milliseconds, calls = (0.0, 0) if before is None else (before.milliseconds, before.calls)
-            milliseconds += sum(span.milliseconds() for span in spans)
-            times[use] = StageTime(backends, milliseconds, calls + len(spans))
+        for use, spans in self._spans.items():
+            backends = ", ".join(dict.fromkeys(backend for backend, _ in spans))
+            times[use] = StageTime(backends, sum(span.milliseconds() for _, span in spans), len(spans))
         self._spans.clear()
         return times
 

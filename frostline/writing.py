@@ -10,6 +10,21 @@ from uuid import uuid4
 from frostline.errors import DataError
 
 
+def check_writable(path: Path) -> None:
+    """Look whether `written_whole` could write there, before the work whose result it is to take.
+
+    Raises:
+        DataError: it could not; names the file and says why.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: cannot be written: it is a folder")
+    folder = next(folder for folder in path.parents if folder.exists())
+    if not folder.is_dir():
+        raise DataError(f"{path}: cannot be written: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{path}: cannot be written: {folder} may not be written to")
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` to write to; it is renamed to `path` when the block ends well, else removed.

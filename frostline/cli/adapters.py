@@ -41,12 +41,13 @@ def merge(
     precision: WeightsType = None,
 ) -> None:
     """Write the denoiser (of two experts the low-noise one) with the adapter in its weights, under Wan's own names."""
-    from frostline.models.adapters import merge_adapter, read_adapter, write_weights
+    from frostline.models.adapters import check_weights_file, merge_adapter, read_adapter, write_weights
     from frostline.models.files import find_files
     from frostline.models.precision import parse_precision
 
     if not math.isfinite(lora_scale):
         raise ConfigError(f"--lora-scale {lora_scale}: must be a number")
+    check_weights_file(out)
     found, dtype = read_adapter(adapter), None if precision is None else parse_precision(precision)
     tensors = find_files(model).denoiser.read(None, "cpu")  # as stored: safetensors are mapped, not copied
     write_weights(merge_adapter(tensors, found, lora_scale, dtype), out)

@@ -19,7 +19,7 @@ Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning
 
 @app.command("list")
 def list_engines(engines_dir: EnginesDir = ENGINES) -> None:
-    """All engines of the store."""
+    """All engines of the store, as their manifests have it; `verify` holds the files against them."""
     from frostline.export.tables import engine_table
     from frostline.runtime.store import EngineStore
 

@@ -30,6 +30,7 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Results, .jsonl or .csv, one row a video.")] = None,
     report: Annotated[Path | None, typer.Option(help="One HTML page with curves and pictures.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the results in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
     fail_under: Annotated[float | None, typer.Option(help="Exit with 1 if the mean score is lower.")] = None,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Let --pairs name files outside its folder.")
@@ -43,6 +44,7 @@ def score(
     from frostline.score.run import RunOptions, run_score
     from frostline.score.settings import ScoreSettings
     from frostline.score.table import print_outcome
+    from frostline.writing import check_writable
 
     settings = ScoreSettings.parse(
         {
@@ -58,7 +60,10 @@ def score(
     if resume and out is None:
         raise ConfigError("--resume goes on from the results in --out, which is missing")
     wanted = gather_pairs(videos or [], reference, pairs, allow_outside)
-    outcome = run_score(wanted, settings, RunOptions(out, resume, backend, device, engines_dir, batch), Progress())
+    if report is not None:
+        check_writable(report)
+    options = RunOptions(out, resume, overwrite, backend, device, engines_dir, batch)
+    outcome = run_score(wanted, settings, options, Progress())
     if outcome is None:
         return
     print_outcome(outcome, Console())

@@ -35,7 +35,7 @@ def demo(
 def train(
     config: Annotated[Path | None, typer.Argument(help="A YAML file; see examples/.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. lora.rank=16.")] = None,
-    resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint folder.")] = None,
+    resume: Annotated[str | None, typer.Option(help="latest, a checkpoint's name, or its folder.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings, explained.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and data, show what would run.")] = False,
 ) -> None:

@@ -46,11 +46,13 @@ class StepGain:
 
 
 def stage_gains(runtime: Runtime) -> list[StageGain]:
-    """All stages of the runtime with all backends."""
-    return [
-        StageGain(name, choice, (_torch_candidate(choice), *(_candidate(runtime, name, b) for b in ENGINE_BACKENDS)))
-        for name, choice in runtime.plan.items()
-    ]
+    """All stages of the runtime with all backends; engines that are refused serve no more."""
+    refused = runtime.check_engines()
+    gains = []
+    for name, choice in runtime.plan.items():
+        engines = (_candidate(runtime, name, backend, (name, backend) in refused) for backend in ENGINE_BACKENDS)
+        gains.append(StageGain(name, choice, (_torch_candidate(choice), *engines)))
+    return gains
 
 
 def frozen_uses(steps: DenoiseSteps) -> dict[str, int]:
@@ -103,7 +105,7 @@ def _torch_candidate(choice: Choice) -> Candidate:
     return Candidate(TORCH, ms, ms, None, 0, "")
 
 
-def _candidate(runtime: Runtime, stage: str, backend: str) -> Candidate:
+def _candidate(runtime: Runtime, stage: str, backend: str, refused: bool) -> Candidate:
     if reason := get_backend(backend).unavailable():
         return Candidate(backend, None, None, None, 0, reason)
     record = runtime.record(stage, backend)
@@ -114,5 +116,6 @@ def _candidate(runtime: Runtime, stage: str, backend: str) -> Candidate:
         return Candidate(backend, None, None, None, record.bytes, record.problem or "damaged")
     worst = max((parity.max_abs for parity in manifest.parity), default=None)
     note = "slower than the chosen one" if manifest.verified else "built, not verified here"
+    note = "refused" if refused else note
     latency = manifest.latency_ms
     return Candidate(backend, latency.get(backend), latency.get(TORCH), worst, record.bytes, note)

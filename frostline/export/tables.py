@@ -39,17 +39,17 @@ def export_notes(rows: Iterable[ExportRow]) -> list[str]:
 def engine_table(records: Iterable[EngineRecord]) -> Table:
     """The engines of a store."""
     table = _table(
-        "model", "stage", "backend", "key", "device", "precision", ">MB", ">max abs error", "created", "state"
+        "model", "stage", "backend", "key", "device", "precision", ">MB", ">max abs error", "created", "parity"
     )
     for record in records:
         manifest = record.manifest
         if manifest is None:
             row = ["", "", f"{record.bytes / 1e6:.1f}", "", "", f"[red]{record.problem}[/]"]
         else:
-            state = "verified" if manifest.verified else "not verified here"
+            parity = "verified" if manifest.verified else "not verified here"
             created = f"{manifest.created:%Y-%m-%d %H:%M}"
             worst = _measured(manifest)[0]
-            row = [manifest.device, manifest.precision, f"{record.bytes / 1e6:.1f}", worst, created, state]
+            row = [manifest.device, manifest.precision, f"{record.bytes / 1e6:.1f}", worst, created, parity]
         table.add_row(record.id.model, record.id.stage, record.id.backend, record.id.key, *row)
     return table
 
@@ -91,7 +91,7 @@ def _table(*columns: str) -> Table:
     for column in columns:
         right = column.startswith(">")
         # Numbers and names stay whole; only sentences may wrap.
-        wraps = column in ("why", "state")
+        wraps = column in ("why", "parity")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=not wraps)
     return table
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from frostline.errors import ConfigError, DataError
-from frostline.writing import written_whole
+from frostline.writing import check_writable, written_whole
 
 from .layouts.names import DENOISER, rename
 from .layouts.network import parse_json, read_json
@@ -187,8 +187,8 @@ def merge_adapter(
     return merged
 
 
-def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
-    """Write tensors as one safetensors file, which appears only complete.
+def check_weights_file(out: Path) -> None:
+    """Refuse, before weights are merged, a place to which they could not be written.
 
     Raises:
         ConfigError: it is no .safetensors file.
@@ -196,6 +196,17 @@ def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: weights are written as .safetensors")
+    check_writable(out)
+
+
+def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
+    """Write tensors as one safetensors file, which appears only complete.
+
+    Raises:
+        ConfigError: it is no .safetensors file.
+        DataError: it cannot be written.
+    """
+    check_weights_file(out)
     _write_tensors(tensors, out)
 
 

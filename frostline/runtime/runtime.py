@@ -23,6 +23,7 @@ from frostline.runtime.manifest import Manifest
 from frostline.runtime.plan import Choice, Plan
 from frostline.runtime.stage import Network, Runner, Stage
 from frostline.runtime.store import EngineRecord, EngineStore
+from frostline.runtime.verification import VerifiedEngine
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,21 @@ class Runtime:
             yield
         finally:
             self._plan.update(before)
+
+    def check_engines(self) -> set[tuple[str, str]]:
+        """Hold the engines that the plan counts on against signatures and hashes, before any of them is loaded.
+
+        One that is refused gives way as it would where it is loaded. Returns stage and backend of each.
+        """
+        refused = set()
+        for name, choice in [*self._plan.items()]:
+            for backend in choice.candidates or {choice.backend} - {TORCH}:
+                try:
+                    self._verified(self.stages[name], backend)
+                except EngineError as error:
+                    self._give_way(name, backend, error)
+                    refused.add((name, backend))
+        return refused
 
     def release_weights(self, *stages: str) -> None:
         """Give back the memory of PyTorch weights that are not needed now; they are read again where they are.
@@ -316,11 +332,14 @@ class Runtime:
             self._loaded[name, backend] = _Loaded(networks, stage.assemble(networks))
         return self._loaded[name, backend]
 
-    def _load_engine(self, stage: Stage, backend: str) -> Mapping[str, Runner]:
+    def _verified(self, stage: Stage, backend: str) -> VerifiedEngine:
         record = self.record(stage.name, backend)
         if self._store is None or record is None:
             raise EngineError(f"no engine: build it with `{export_command(stage.name, backend)}`")
-        engine = self._store.verify(record)
+        return self._store.verify(record)
+
+    def _load_engine(self, stage: Stage, backend: str) -> Mapping[str, Runner]:
+        engine = self._verified(stage, backend)
         if not engine.manifest.verified:
             raise EngineError(
                 f"engine {engine.path} was built but never compared with PyTorch: "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, DataError
 from frostline.progress import Bar, Progress
 from frostline.score.engines import FaceNetworks, check_backend, load_networks
 from frostline.score.files import ResultFile
@@ -20,7 +20,8 @@ from frostline.score.result import VideoScore
 from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary, summarize
-from frostline.writing import written_whole
+from frostline.video import probe_video
+from frostline.writing import check_writable, written_whole
 
 Done = Mapping[int, VideoScore]
 
@@ -29,12 +30,13 @@ Done = Mapping[int, VideoScore]
 class RunOptions:
     """How to run, on which the results do not depend.
 
-    out: `.jsonl` or `.csv`; None keeps the results in memory. resume: keep the results that are there.
-    batch: frames of one call of the detector.
+    out: `.jsonl` or `.csv`; None keeps the results in memory. resume: keep the results that are there. overwrite: let
+    others take their place. batch: frames of one call of the detector.
     """
 
     out: Path | None = None
     resume: bool = False
+    overwrite: bool = False
     backend: str = "auto"
     device: str = "auto"
     engines: Path = Path("engines")
@@ -68,12 +70,14 @@ def run_score(
     """Score `pairs`, all of them or, where a launcher started several processes, this one's share.
 
     Raises:
-        ConfigError: the options contradict each other, or the results to go on from are of other videos or settings.
+        ConfigError: the options contradict each other, `out` is there already, the results to go on from are of other
+            videos or settings, or the reference of all videos cannot be read.
         DataError: the file of results cannot be read or written.
         EngineError: the engines that were asked for cannot be built.
     """
     check_backend(options.backend)
-    file = None if options.out is None else ResultFile(options.out)
+    file = None if options.out is None else _open_results(options.out, options)
+    _check_reference(pairs)
     processes = Processes.join(options.device)
     if processes.count > 1 and file is None:
         raise ConfigError("several processes need --out, where their results come together")
@@ -97,6 +101,27 @@ def run_score(
 def summary_path(out: Path) -> Path:
     """Where the summary of the results in `out` lies."""
     return out.with_suffix(".summary.json")
+
+
+def _open_results(out: Path, options: RunOptions) -> ResultFile:
+    """The file of results, in which there may be some only if the options say what becomes of them."""
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume keeps the results in --out, --overwrite does not: give one of them")
+    file = ResultFile(out)
+    if out.exists() and not (options.resume or options.overwrite):
+        raise ConfigError(f"{out} is there already: go on from its results (--resume), or replace it (--overwrite)")
+    check_writable(out)
+    return file
+
+
+def _check_reference(pairs: Sequence[Pair]) -> None:
+    """Say once what every video would fail with."""
+    if len({pair.reference for pair in pairs}) > 1 or pairs[0].fault or pairs[0].reference == pairs[0].video:
+        return
+    try:
+        probe_video(pairs[0].reference)
+    except DataError as error:
+        raise ConfigError(f"the reference {error}") from error
 
 
 def _scored(
@@ -175,10 +200,11 @@ def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings) 
     for row in done.values():
         pair = by_index.get(row.index)
         if pair is None or (pair.video, pair.reference) != (row.video, row.reference):
-            raise ConfigError(f"{file.path} holds results of other videos ({row.video}): leave out --resume")
+            raise ConfigError(f"{file.path} holds results of other videos ({row.video}): --overwrite replaces them")
         if row.settings != str(settings):
             raise ConfigError(
-                f"{file.path} holds results of other settings ({row.settings}, now {settings}): leave out --resume"
+                f"{file.path} holds results of other settings ({row.settings}, now {settings}): --overwrite replaces "
+                "them"
             )
     return done
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset, Subset
 
 from frostline.config import CHECKPOINTING, TrainingModuleSettings
-from frostline.errors import CheckpointError, DataError
+from frostline.errors import DataError
 from frostline.export.shapes import parse_shapes
 from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
 from frostline.models.skeleton import read_skeleton
@@ -20,13 +20,14 @@ from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device
 from frostline.runtime.heap import keep_freed_memory
-from frostline.train.checkpoint import Checkpoint, find_checkpoints, latest_intact
+from frostline.train.checkpoint import Checkpoint
 from frostline.train.configfile import dump_settings
 from frostline.train.data import BadRow, Sample, VideoPromptDataset
 from frostline.train.module import WanTrainingModule
 from frostline.train.preflight import problems
 from frostline.train.processes import gather_from_processes
 from frostline.train.report import write_report
+from frostline.train.resume import changed_settings, find_resume
 from frostline.train.saving import PACKAGES
 from frostline.train.settings import RunSettings
 from frostline.train.trainer import Outcome, RunOptions, make_accelerator, train
@@ -35,7 +36,6 @@ from frostline.versions import installed_versions
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest"
 _T = TypeVar("_T")
 _LISTED_ROWS = 20
 
@@ -44,7 +44,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     """Check the data, load the model, train, and write the report.
 
     Args:
-        resume: `latest`, a checkpoint folder, or a folder of checkpoints; None starts afresh.
+        resume: as `find_resume` takes it; None starts afresh.
     Raises:
         FrostlineError: says what is wrong and what to do; nothing that was saved is lost.
     """
@@ -105,32 +105,6 @@ def _settle_checkpointing(module: WanTrainingModule, shape: VideoShape) -> None:
     module.settle_checkpointing(shape)
     if module.gradient_checkpointing is not None:
         module.checkpoint(max(gather_from_processes(module.gradient_checkpointing), key=CHECKPOINTING.index))
-
-
-def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint that `resume` means, verified; None where a run is to begin.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    if resume is None:
-        return None
-    if resume == LATEST:
-        found = latest_intact(output_dir)
-        if found is None:
-            log.warning("%s holds no checkpoint yet: starting from the beginning", output_dir)
-        return found
-    folder = Path(resume)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder to resume from")
-    siblings = [checkpoint for checkpoint in find_checkpoints(folder.parent) if checkpoint.path.name == folder.name]
-    if siblings:
-        siblings[0].verify()
-        return siblings[0]
-    found = latest_intact(folder)
-    if found is None:
-        raise CheckpointError(f"{folder}: is no checkpoint, and holds none")
-    return found
 
 
 def build_module(settings: RunSettings, device: torch.device) -> WanTrainingModule:
@@ -229,11 +203,14 @@ def _log_start(settings: RunSettings, accelerator: Accelerator, samples: int, ch
         per_step * trainer.max_train_steps / samples,
     )
     if checkpoint is not None:
-        log.info("going on from %s", checkpoint.path)
+        changes = changed_settings(checkpoint, settings)
+        listed = "".join(f"\n  {name}: {now} (was {before})" for name, (before, now) in changes.items())
+        log.info("going on from %s%s", checkpoint.path, f" with other settings:{listed}" if listed else "")
 
 
 def _describe(line: Mapping[str, Any]) -> str:
     """The line beside the progress bar."""
     stages = sorted(line["stages"].items(), key=lambda stage: -stage[1]["ms"])
     slowest = ", ".join(f"{name} {stage['ms'] / 1000:.1f}" for name, stage in stages[:3])
-    return f"score {line['score']:.3f}, KL {line['kl_loss']:.4f}, {line['seconds']:.1f} s/step ({slowest})"
+    score = "-" if math.isnan(line["score"]) else f"{line['score']:.3f}"
+    return f"score {score}, KL {line['kl_loss']:.4f}, {line['seconds']:.1f} s/step ({slowest})"

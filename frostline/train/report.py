@@ -13,6 +13,7 @@ from frostline.errors import DataError
 from frostline.report.page import Figure, Page
 from frostline.report.plots import line_plot
 from frostline.report.words import duration, number_of, plain
+from frostline.train.nested import flatten
 from frostline.train.report_held_out import outcome, show_held_out, tiles
 from frostline.train.report_stages import show_stages, step_tile
 from frostline.train.runfolder import CONFIG, METRICS, REPORT, RUN_FACTS, TIMING, VALIDATION, read_lines
@@ -37,7 +38,7 @@ def write_report(run: Path) -> Path:
     page.figures(*_curves(metrics), columns=2)
     show_stages(page, metrics, facts, timing)
     page.heading("The run")
-    page.facts({**_texts(facts.get("versions", {})), **_texts(_flat(_read_config(run / CONFIG)))})
+    page.facts({**_texts(facts.get("versions", {})), **_texts(flatten(_read_config(run / CONFIG)))})
     return page.write(run / REPORT)
 
 
@@ -106,13 +107,6 @@ def _steps(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: plain(value) for name, value in values.items()}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def _read_json(path: Path) -> dict[str, Any]:

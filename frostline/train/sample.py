@@ -22,6 +22,7 @@ from frostline.runtime.plan import Plan, parse_plan
 from frostline.train.data import crop_to, size_within
 from frostline.train.module import WanTrainingModule
 from frostline.video import read_video, write_video
+from frostline.writing import check_writable
 
 
 class SampleSettings(Settings):
@@ -79,6 +80,7 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
     """
     if out.suffix.lower() != ".mp4":
         raise ConfigError(f"--out {out}: clips are written as .mp4")
+    check_writable(out)
     # What is quick to refuse comes before the model, which takes minutes to load.
     adapter = None if settings.adapter is None else read_adapter(settings.adapter)
     if adapter is not None:

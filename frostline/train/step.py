@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -130,11 +131,12 @@ def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
     for forward in forwards:
         for name, values in forward.metrics.per_sample.items():
             per_sample[name] += values
-    # A reward's own score is the mean of the samples that count, in whichever forward and process they were.
+    # A reward's own score is the mean of the samples that count, in whichever forward and process they were; there is
+    # none where none counts.
     scores: dict[str, float] = {}
     for name in forwards[0].metrics.scores:
         sums, counts = zip(*(forward.metrics.scores[name] for forward in forwards), strict=True)
-        scores[name] = sum(sums) / max(1, sum(counts))
+        scores[name] = sum(sums) / sum(counts) if sum(counts) else math.nan
     return {
         "loss": _mean([forward.loss for forward in forwards]),
         "score": next(iter(scores.values())),

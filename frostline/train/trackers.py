@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
 from frostline.errors import ConfigError
+from frostline.train.nested import flatten
 
 PROJECT = "frostline"
 _LEFT_OUT = ("step", "skipped")
@@ -29,13 +30,13 @@ def start_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> None:
     """Tell the trackers what is about to run."""
     if accelerator.log_with:
         # TensorBoard takes plain values only.
-        accelerator.init_trackers(PROJECT, config={name: _plain(value) for name, value in _flat(config)})
+        accelerator.init_trackers(PROJECT, config={name: _plain(value) for name, value in flatten(config, "/").items()})
 
 
 def track(accelerator: Accelerator, line: Mapping[str, Any], section: str) -> None:
     """Log the numbers of a line of JSON under `section/…`, by its step."""
     if accelerator.log_with:
-        numbers = {f"{section}/{name}": value for name, value in _flat(line) if _is_number(name, value)}
+        numbers = {f"{section}/{name}": value for name, value in flatten(line, "/").items() if _is_number(name, value)}
         accelerator.log(numbers, step=line["step"])
 
 
@@ -43,14 +44,6 @@ def finish_trackers(accelerator: Accelerator) -> None:
     """Let the trackers write what they still hold."""
     for tracker in accelerator.trackers:
         tracker.finish()
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
 
 
 def _is_number(name: str, value: Any) -> bool:

@@ -448,6 +448,15 @@ def test_an_adapter_of_another_kind_of_model_is_not_converted(tmp_path: Path) ->
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     make_adapter(tmp_path, 4)
     command = ["adapter", "convert", str(tmp_path), "--to", "comfyui", "--out", "/proc/x.safetensors"]
-    error = CliRunner().invoke(app, command).exception
-    assert isinstance(error, DataError)
-    assert "x.safetensors: cannot be written: " in str(error)
+    merge = [
+        "adapter",
+        "merge",
+        "tiny",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "adapter_config.json" / "x.safetensors"),
+    ]
+    for arguments in (command, merge):
+        error = CliRunner().invoke(app, arguments).exception
+        assert isinstance(error, DataError)
+        assert "x.safetensors: cannot be written: " in str(error)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from frostline.errors import ConfigError, EngineError
 from frostline.export.exporter import export_stage
+from frostline.export.gain import stage_gains
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.dimension import Dimension
 from frostline.runtime.manifest import Manifest
@@ -208,6 +209,15 @@ def test_a_corrupted_engine_falls_back_with_one_warning(
     assert "the hash of" in message
     assert runtime.plan["first"].backend == "torch"
     assert "onnxruntime failed" in runtime.plan["first"].reason
+
+
+def test_a_corrupted_engine_is_in_no_table_of_what_serves(stages: dict[str, Stage], corrupted: Path) -> None:
+    runtime = Runtime(stages, {"first": ORT, "second": "torch"}, corrupted)
+    gain = next(gain for gain in stage_gains(runtime) if gain.stage == "first")
+    assert gain.choice.backend == "torch" and "is refused: the hash of" in gain.choice.reason
+    (candidate,) = (candidate for candidate in gain.candidates if candidate.bytes)
+    assert (candidate.backend, candidate.note) == (ORT, "refused")
+    assert runtime.check_engines() == set()
 
 
 def test_a_corrupted_engine_raises_when_strict(stages: dict[str, Stage], corrupted: Path) -> None:

@@ -42,13 +42,15 @@ def score_files() -> ScoreFiles:
         *,
         out: Path | None = None,
         resume: bool = False,
+        overwrite: bool | None = None,
         batch: int = 32,
         backend: str = "torch",
         engines: Path = Path("engines"),
         **settings: object,
     ) -> tuple[VideoScore, ...]:
         pairs = [Pair(index, str(video), str(reference)) for index, video in enumerate(videos)]
-        options = RunOptions(out, resume, backend, "cpu", engines, batch)
+        replaces = not resume if overwrite is None else overwrite
+        options = RunOptions(out, resume, replaces, backend, "cpu", engines, batch)
         outcome = run_score(pairs, ScoreSettings.parse({"detector": "yunet", **settings}), options, Progress())
         assert outcome is not None
         return outcome.rows

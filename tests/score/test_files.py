@@ -117,10 +117,12 @@ def test_goes_on_where_it_was_stopped(suffix: str, people: Path, score_files: Sc
 def test_results_of_something_else_are_not_gone_on_from(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     score_files([people / "half.mp4"], people / "face.png", out=out)
-    with pytest.raises(ConfigError, match=r"other settings .*every=1.*every=2.*leave out --resume"):
+    with pytest.raises(ConfigError, match=r"other settings .*every=1.*every=2.*--overwrite"):
         score_files([people / "half.mp4"], people / "face.png", out=out, resume=True, every=2)
     with pytest.raises(ConfigError, match="other videos"):
         score_files([people / "hopper.mp4"], people / "face.png", out=out, resume=True)
+    with pytest.raises(ConfigError, match=r"scores\.jsonl is there already.*--resume.*--overwrite"):
+        score_files([people / "half.mp4"], people / "face.png", out=out, overwrite=False)
     out.write_text('{"index": 0}\n')
     with pytest.raises(DataError, match=r"scores\.jsonl, line 1: is not a row of results"):
         score_files([people / "half.mp4"], people / "face.png", out=out, resume=True)

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from frostline.cli import app
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, DataError
 from frostline.score.request import gather_pairs, pairs_of_file
 from frostline.score.result import VideoScore
 from frostline.score.summary import summarize
@@ -19,7 +19,8 @@ YUNET = ["--detector", "yunet", "--backend", "torch", "--device", "cpu"]
 
 def run(*arguments: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["score", *map(str, arguments), *YUNET], env={"COLUMNS": "250", **(env or {})})
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return result.exit_code, result.stdout
 
 
@@ -74,13 +75,16 @@ def test_files_that_are_no_pairs_are_refused(text: str, tmp_path: Path) -> None:
         (("a.mp4", "--reference", "f.png", "--missing-face", "skip"), "missing_face"),
         (("a.mp4", "--reference", "f.png", "--out", "scores.txt"), ".jsonl or .csv"),
         (("a.mp4", "--reference", "f.png", "--resume"), "--resume goes on from the results in --out"),
+        (("a.mp4", "--reference", "f.png", "--out", "s.csv", "--resume", "--overwrite"), "give one of them"),
         (("a.mp4", "--reference", "f.png", "--batch", "0"), "--batch"),
+        (("a.mp4", "b.mp4", "--reference", "absent.png"), "the reference absent.png: no such file"),
     ],
 )
 def test_usage_errors_exit_with_2(
-    arguments: tuple[str, ...], said: str, tmp_path: Path, refused_usage: Callable[..., str]
+    arguments: tuple[str, ...], said: str, people: Path, tmp_path: Path, refused_usage: Callable[..., str]
 ) -> None:
-    assert said in refused_usage("score", *arguments)
+    face = str(people / "face.png")
+    assert said in refused_usage("score", *(face if argument == "f.png" else argument for argument in arguments))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -107,6 +111,15 @@ def test_writes_results_and_report(people: Path, tmp_path: Path) -> None:
     assert (first["prompt"], Path(second["reference"]).name) == ("a woman", "hopper.mp4")
     assert min(first["face_score"], second["face_score"]) > 0.8
     assert "Is it the same person?" in report.read_text()
+
+
+def test_where_nothing_can_be_written_nothing_is_scored(people: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    for option in ("--out", "--report"):
+        with pytest.raises(DataError, match=r"taken/scores\.csv: cannot be written: .*taken is no folder"):
+            run(people / "half.mp4", "--reference", people / "face.png", option, taken / "scores.csv")
+    assert list(tmp_path.iterdir()) == [taken]
 
 
 def test_engines_are_built_on_demand_and_then_found(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:

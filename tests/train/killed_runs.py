@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from steps import Clips
 
-from frostline.train.launch import find_resume
 from frostline.train.module import WanTrainingModule
+from frostline.train.resume import find_resume
 from frostline.train.settings import TrainerSettings
 from frostline.train.trainer import RunOptions, train
 from frostline.train.validation import Validation, validate

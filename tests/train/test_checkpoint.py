@@ -18,7 +18,7 @@ from frostline.train.checkpoint import (
     set_aside_after,
     write_checkpoint,
 )
-from frostline.train.launch import find_resume
+from frostline.train.resume import find_resume
 
 
 def fill(folder: Path) -> None:
@@ -96,6 +96,7 @@ def test_without_an_intact_one_nothing_is_begun_anew(run: Path) -> None:
 def test_what_resume_may_name(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert find_resume(run, None) is None
     assert find_resume(run, str(run / "checkpoint-2")) == Checkpoint(run / "checkpoint-2", 2)
+    assert find_resume(run, "checkpoint-2") == Checkpoint(run / "checkpoint-2", 2)
     assert find_resume(run, str(run)) == Checkpoint(run / "checkpoint-10", 10)
     bare = tmp_path_factory.mktemp("bare")
     assert find_resume(bare, "latest") is None

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from steps import Clips
 
 from frostline.errors import CheckpointError, ConfigError, EngineError
-from frostline.train.launch import find_resume
+from frostline.train.resume import find_resume
 from frostline.train.settings import TrainerSettings
 from frostline.train.sharding import shard_frozen_weights
 from frostline.train.trainer import RunOptions, train

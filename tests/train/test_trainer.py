@@ -18,8 +18,8 @@ from frostline.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.data import Sample, collate
 from frostline.train.evaluation import evaluate
-from frostline.train.launch import find_resume
 from frostline.train.offload import saved_in_main_memory
+from frostline.train.resume import find_resume
 from frostline.train.runfolder import claimed
 from frostline.train.settings import TrainerSettings
 from frostline.train.trainer import RunOptions, train
@@ -228,6 +228,13 @@ def test_accumulated_forwards_are_one_batch(make_module: Any, tmp_path: Path, da
     assert one["grad_norm"] > 0
     assert one["grad_norm"] * part == pytest.approx(other["grad_norm"], rel=1e-4)
     assert one["loss"] * part == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_where_nothing_can_be_scored_there_is_no_score(make_module: Any, small: _Small, tmp_path: Path) -> None:
+    module = make_module(**QUICK, reward={**BRIGHTNESS, "options": {"darkest": 2.0}})
+    _run(module, small, tmp_path, steps=1)
+    (line,) = _lines(tmp_path)
+    assert line["score"] is None and line["brightness"] is None and math.isfinite(line["loss"])
 
 
 def test_the_environment_overrides_no_setting(

@@ -15,6 +15,7 @@ Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 GradientCheckpointing: TypeAlias = Literal["none", "block", "full"]
 # From the fastest to the smallest.
 CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
+Sharding: TypeAlias = Literal["ddp", "zero2", "zero3", "fsdp"]
 AUTO: Literal["auto"] = "auto"
 # In a plan, the stages that it does not name.
 OTHERS = "*"

@@ -37,9 +37,22 @@ def test_how_long_threads_spin_is_set_unless_the_user_did(policy: str | None, mo
     assert ("GOMP_SPINCOUNT" in os.environ) is (policy is None)
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys, frostline.cli; sys.exit('torch' in sys.modules or 'diffsynth' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+SLOW = ("torch", "diffsynth", "transformers", "torchvision", "torch._dynamo", "sympy", "torch.onnx", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("modules", "needed"),
+    [
+        ("frostline.cli, frostline.train.configfile, frostline.score.request", set()),
+        # A score needs no more of torchvision than a kernel, and no tracer.
+        ("frostline.score.run, frostline.score.table, frostline.train.module", {"torch"}),
+    ],
+    ids=["usage errors", "score"],
+)
+def test_what_takes_seconds_is_imported_where_it_is_needed(modules: str, needed: set[str]) -> None:
+    code = f"import sys, {modules}; print(*(name for name in {SLOW!r} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert {*result.stdout.split()} == needed
 
 
 @pytest.mark.parametrize(

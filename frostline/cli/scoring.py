@@ -39,11 +39,8 @@ def score(
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
     """Score videos by how much their face is the reference's: the reward of training, on batched engines."""
-    from frostline.progress import Progress
     from frostline.score.request import gather_pairs
-    from frostline.score.run import RunOptions, run_score
     from frostline.score.settings import ScoreSettings
-    from frostline.score.table import print_outcome
     from frostline.writing import check_writable
 
     settings = ScoreSettings.parse(
@@ -62,6 +59,10 @@ def score(
     wanted = gather_pairs(videos or [], reference, pairs, allow_outside)
     if report is not None:
         check_writable(report)
+    from frostline.progress import Progress
+    from frostline.score.run import RunOptions, run_score
+    from frostline.score.table import print_outcome
+
     options = RunOptions(out, resume, overwrite, backend, device, engines_dir, batch)
     outcome = run_score(wanted, settings, options, Progress())
     if outcome is None:

@@ -15,7 +15,6 @@ import torch
 from torch.export import ExportedProgram
 
 from frostline.errors import EngineError, ParityError, ShapeError
-from frostline.export.onnx import save_onnx
 from frostline.export.parity import compare
 from frostline.export.traces import Traces
 from frostline.runtime import manifest
@@ -273,7 +272,7 @@ def _trace(
     if backend.SOURCE == "exported_program":
         return traces.program(network)
     source = folder / f"{network.name}.onnx"
-    save_onnx(network, traces.onnx(network, options.opset), source)
+    traces.save_onnx(network, options.opset, source)
     return source
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch.export import ExportedProgram
-from torch.onnx import ONNXProgram
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from frostline.export.onnx import translate
-from frostline.export.program import trace_program
 from frostline.runtime.stage import Network
+
+# What traces and translates takes seconds to import. Whoever only looks for engines is to do without.
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.onnx import ONNXProgram
 
 
 class Traces:
@@ -19,13 +22,23 @@ class Traces:
 
     def program(self, network: Network) -> ExportedProgram:
         """See `trace_program`."""
+        from frostline.export.program import trace_program
+
         if network.name not in self._programs:
             self._programs[network.name] = trace_program(network)
         return self._programs[network.name]
 
     def onnx(self, network: Network, opset: int) -> ONNXProgram:
         """See `translate`."""
+        from frostline.export.onnx import translate
+
         key = network.name, opset
         if key not in self._translated:
             self._translated[key] = translate(network, self.program(network), opset)
         return self._translated[key]
+
+    def save_onnx(self, network: Network, opset: int, path: Path) -> None:
+        """Write `network` to `path`; see `frostline.export.onnx.save_onnx`."""
+        from frostline.export.onnx import save_onnx
+
+        save_onnx(network, self.onnx(network, opset), path)

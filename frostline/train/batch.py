@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from frostline.errors import DataError
-from frostline.models.geometry import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
+from frostline.models.geometry import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, nearest_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,6 @@ def fit_to_wan(video: torch.Tensor, multiple: int = SPATIAL_MULTIPLE) -> tuple[t
     for change in changes:
         _log_once(change)
     return video, tuple(changes)
-
-
-def nearest_multiple(size: int, multiple: int = SPATIAL_MULTIPLE) -> int:
-    """The multiple of `multiple` nearest to a size in pixels, at least one; halfway goes up."""
-    return max(multiple, (size + multiple // 2) // multiple * multiple)
 
 
 def resize(video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

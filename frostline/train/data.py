@@ -16,8 +16,8 @@ from typing import Any, TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from frostline.errors import ConfigError, DataError
-from frostline.models.geometry import SPATIAL_MULTIPLE
+from frostline.errors import DataError
+from frostline.models.geometry import SPATIAL_MULTIPLE, check_cut
 from frostline.paths import check_inside
 from frostline.train.batch import nearest_name, pad_frames, resize
 from frostline.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe_video, read_video
@@ -205,28 +205,6 @@ def crop_to(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 @functools.cache
 def _log_padding(sample_id: str, frames: int, num_frames: int) -> None:
     logger.warning("sample %s: %d frames, padded to %d by repeating the last", sample_id, frames, num_frames)
-
-
-def check_cut(
-    num_frames: int,
-    height: int | None,
-    width: int | None,
-    max_pixels: int,
-    frame_stride: int,
-    multiple: int = SPATIAL_MULTIPLE,
-) -> None:
-    """Refuse, with a ConfigError, what Wan cannot take; see `VideoPromptDataset` for the arguments."""
-    if num_frames < 1 or num_frames % 4 != 1:
-        raise ConfigError(f"num_frames must be 4k+1 (1, 5, 9, …), not {num_frames}")
-    if (height is None) != (width is None):
-        raise ConfigError("height and width go together: set both or neither")
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and (side < multiple or side % multiple):
-            raise ConfigError(f"{name} must be a multiple of {multiple}, not {side}")
-    if max_pixels < multiple**2:
-        raise ConfigError(f"max_pixels must be at least {multiple**2}, not {max_pixels}")
-    if frame_stride < 1:
-        raise ConfigError(f"frame_stride must be at least 1, not {frame_stride}")
 
 
 def _resolve_source(source: Path) -> Path:

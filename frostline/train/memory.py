@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from frostline.config import GradientCheckpointing, TrainingModuleSettings
+from frostline.config import GradientCheckpointing, Sharding, TrainingModuleSettings
 from frostline.errors import ConfigError
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.geometry import VideoShape
@@ -19,8 +19,6 @@ from frostline.models.weights import FROZEN_PARTS
 from frostline.train.checkpointing import MOMENTS, least_recomputation
 from frostline.train.footprint import measure_embedder, measure_model
 from frostline.train.phases import activation_peaks
-
-Sharding = Literal["ddp", "zero2", "zero3", "fsdp"]
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
 # but for FSDP2: engines read the adapter's memory, so `train/sharding.py` leaves it whole.

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from frostline.config import AUTO, GradientCheckpointing, RewardTerm, TrainingModuleSettings
 from frostline.errors import ConfigError, DataError
@@ -218,6 +217,9 @@ class WanTrainingModule(nn.Module):
         Raises:
             ConfigError: the weights are sharded already.
         """
+        # Takes a second to import.
+        from torch.distributed.tensor import DTensor
+
         if self.settings.gradient_checkpointing == AUTO:
             if any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
                 raise ConfigError(

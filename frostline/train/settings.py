@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from frostline.config import OTHERS, Settings, TrainingModuleSettings
+from frostline.config import OTHERS, Settings, Sharding, TrainingModuleSettings
 from frostline.errors import ConfigError
-from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
-from frostline.train.batch import nearest_multiple
-from frostline.train.data import VideoPromptDataset, check_cut
-from frostline.train.memory import Sharding
+from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape, check_cut, nearest_multiple
 
+# torch takes seconds to import: a mistake in a configuration file is to be told before.
 if TYPE_CHECKING:
     import torch
+
+    from frostline.train.data import VideoPromptDataset
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LrSchedulerType = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -110,6 +110,8 @@ class VideoSettings(Settings):
             ConfigError: height, width or max_pixels do not go with it, or there is no source.
             DataError: the source cannot be read, or none of its rows is usable.
         """
+        from frostline.train.data import VideoPromptDataset
+
         if self.source is None:
             # Without one there is no validation; training needs it.
             raise ConfigError("data.source: is needed: a metadata file, or a folder of captioned videos")

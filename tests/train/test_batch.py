@@ -8,7 +8,7 @@ import torch
 
 from frostline.errors import DataError
 from frostline.train import batch as batch_module
-from frostline.train.batch import Batch, check_batch, fit_to_wan, nearest_multiple
+from frostline.train.batch import Batch, check_batch, fit_to_wan
 
 
 def good(count: int = 2, **changes: object) -> dict[str, object]:
@@ -147,11 +147,6 @@ def test_fitting_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 2
     assert "256x250 resized to 256x256" in caplog.text
     assert "16 frames brought to 17" in caplog.text
-
-
-def test_nearest_multiple() -> None:
-    assert [nearest_multiple(size) for size in (1, 16, 23, 24, 39, 40, 480)] == [16, 16, 16, 32, 32, 48, 480]
-    assert [nearest_multiple(size, 32) for size in (1, 47, 48, 79, 80, 480)] == [32, 32, 64, 64, 96, 480]
 
 
 def test_a_model_of_coarser_latents_wants_multiples_of_32() -> None:

@@ -5,13 +5,8 @@ from .detections import Detections, FaceDetector, LargestFaces, quantize_frames,
 from .detectors import DetectorModel, DetectorNetwork, load_detector
 from .embedders import ArcFaceEmbedder, FaceEmbedder, FacenetEmbedder, SFaceEmbedder, load_embedder
 from .identity import FaceIdentity, IdentityScore, MissingFace, ReferenceFaces, identity_score
-from .mtcnn import (
-    MTCNN_INPUT_SIZES,
-    MTCNN_OUTPUTS,
-    BatchedMTCNN,
-    MTCNNNetwork,
-    load_mtcnn_networks,
-)
+from .mtcnn import BatchedMTCNN
+from .mtcnn_networks import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, load_mtcnn_networks
 from .networks import Network, as_network
 from .onnx_module import OnnxGraph, OnnxModule
 from .scrfd import Scrfd, ScrfdNetwork
@@ -32,7 +27,6 @@ __all__ = [
     "FacenetEmbedder",
     "IdentityScore",
     "LargestFaces",
-    "MTCNNNetwork",
     "MissingFace",
     "Network",
     "OnnxGraph",

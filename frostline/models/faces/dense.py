@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from .detections import Detections, check_frames, join_detections, no_detections, upscale_frames
+from .nms import nms
 
 STRIDES = (8, 16, 32)
 """Pixels between neighbouring cells of the three grids."""

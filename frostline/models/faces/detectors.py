@@ -13,7 +13,8 @@ from frostline.errors import ConfigError
 
 from .dense import MULTIPLE
 from .detections import FaceDetector
-from .mtcnn import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, BatchedMTCNN, load_mtcnn_networks
+from .mtcnn import BatchedMTCNN
+from .mtcnn_networks import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, load_mtcnn_networks
 from .networks import Network, as_network
 from .scrfd import SCRFD_OUTPUTS, Scrfd, ScrfdNetwork
 from .yunet import YUNET_OUTPUTS, YuNet, YuNetNetwork

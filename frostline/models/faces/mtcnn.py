@@ -15,58 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.ops import nms
+from torch import Tensor
 
 from .detections import Detections, check_frames, join_detections, no_detections, upscale_frames
+from .mtcnn_networks import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, load_mtcnn_networks
 from .networks import Network, as_network
-
-MTCNN_OUTPUTS: Mapping[str, tuple[str, ...]] = {
-    "pnet": ("regression", "probability"),
-    "rnet": ("regression", "probability"),
-    "onet": ("regression", "landmarks", "probability"),
-}
-"""Output names of each network, in the order in which its module returns them."""
-
-MTCNN_INPUT_SIZES: Mapping[str, int | None] = {"pnet": None, "rnet": 24, "onet": 48}
-"""Side in pixels of each network's square input; P-Net is fully convolutional: any size from 12 up."""
+from .nms import nms
 
 _PNET_CELL = 12  # pixels that one P-Net output looks at ...
 _PNET_STRIDE = 2  # ... and the distance between two outputs
 _NETWORK_BATCH = 1024  # candidates a call of R-Net or O-Net: bounds memory at about 100 MB
 _PIXELS_AT_ONCE = 16_000_000  # frame pixels searched at once: bounds the pyramid at about 300 MB
-
-
-class MTCNNNetwork(nn.Module):
-    """One of facenet-pytorch's networks with the signature that engines have.
-
-    `forward(images)` takes (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128` and returns, in
-    this order:
-
-    - pnet: regression (N, 4, h, w), probability (N, h, w)
-    - rnet: regression (N, 4), probability (N,)
-    - onet: regression (N, 4), landmarks (N, 10) as five x then five y, probability (N,)
-
-    Probabilities are those of the class "face".
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        *outputs, class_probabilities = self.network(images)
-        return *outputs, class_probabilities[:, 1]
-
-
-def load_mtcnn_networks() -> dict[str, nn.Module]:
-    """The frozen networks `pnet`, `rnet` and `onet` with the weights in the facenet-pytorch wheel."""
-    from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
-
-    networks = {"pnet": PNet(), "rnet": RNet(), "onet": ONet()}
-    for network in networks.values():
-        network.to(memory_format=torch.channels_last)  # pooling is 2–4× faster so on CPUs
-    return {name: MTCNNNetwork(network).eval().requires_grad_(False) for name, network in networks.items()}
 
 
 class BatchedMTCNN:

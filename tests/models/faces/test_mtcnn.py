@@ -222,3 +222,12 @@ def test_networks_run_in_onnxruntime(
         torch.testing.assert_close(ours.boxes, theirs.boxes, atol=0.01, rtol=0)
         torch.testing.assert_close(ours.landmarks, theirs.landmarks, atol=0.01, rtol=0)
         torch.testing.assert_close(ours.probabilities, theirs.probabilities, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("pnet", 37), ("rnet", 24), ("onet", 48)])
+def test_networks_equal_facenets(name: str, size: int, networks: dict[str, nn.Module], facenet: MTCNN) -> None:
+    images = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        *expected, classes = getattr(facenet, name)(images)
+        for ours, theirs in zip(networks[name](images), (*expected, classes[:, 1]), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)

@@ -16,7 +16,7 @@ from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
 from frostline.models.faces.detectors import mtcnn_model
 from frostline.models.faces.embedders import load_embedder
-from frostline.models.faces.mtcnn import load_mtcnn_networks
+from frostline.models.faces.mtcnn_networks import load_mtcnn_networks
 from frostline.models.lora import adapters_off, inject_lora, lora_parameters
 from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Network, Runner, Stage

@@ -1,0 +1,34 @@
+"""The kernel without its package is the package's."""
+
+import subprocess
+import sys
+
+import torch
+import torchvision
+
+from frostline.models.faces.nms import nms
+
+ALONE = """
+import sys, torch
+from frostline.models.faces.nms import nms
+boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [20, 0, 30, 9]])
+kept = nms(boxes, torch.tensor([0.5, 0.9, 0.1, 0.2]), 0.5)
+assert kept.tolist() == [1, 3], kept
+assert "torchvision" not in sys.modules
+import torchvision
+assert torch.equal(torchvision.ops.nms(boxes, torch.tensor([0.5, 0.9, 0.1, 0.2]), 0.5), kept)
+"""
+
+
+def test_equals_torchvisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 1, 300):
+        corners = 100 * torch.rand(count, 2, generator=generator)
+        boxes = torch.cat([corners, corners + 40 * torch.rand(count, 2, generator=generator)], 1)
+        scores = torch.rand(count, generator=generator)
+        for threshold in (0.0, 0.3, 0.7):
+            assert torch.equal(nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
+
+
+def test_the_package_is_not_imported_and_can_be_later() -> None:
+    subprocess.run([sys.executable, "-c", ALONE], check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,9 @@ from frostline.models.vae import decode_latents, decoder_chunks
 from frostline.models.weights import VAE_ENCODER
 from frostline.train.memory_tracker import MemoryTracker, tensors_of
 from frostline.train.recompute import decode_recomputed, recomputed
+
+# The first latent frame, and the first with a cache, are decoded in ways of their own; the rest alike.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -198,13 +201,42 @@ def _faked(*modules: nn.Module) -> Iterator[None]:
 def _live_stages(
     vae: Any, denoiser: Denoiser, make: _Inputs, gradient_checkpointing: GradientCheckpointing
 ) -> dict[str, Footprint]:
-    inputs = make.latents()
-    tail = _measure(denoiser, _tail(denoiser, gradient_checkpointing), inputs, live=True)
-    decoding = _measure(vae, _decoder(vae, gradient_checkpointing), inputs[:1], live=True)
+    inputs, blocks = make.latents(), cast("nn.ModuleList", denoiser.model.blocks)
+    latents = inputs[0]
+
+    def tail(count: int) -> Footprint:
+        with _only(denoiser.model, blocks[:count]):
+            return _measure(denoiser, _tail(denoiser, gradient_checkpointing), inputs, live=True)
+
+    def decoding(frames: int) -> Footprint:
+        return _measure(vae, _decoder(vae, gradient_checkpointing), (latents[:, :, :frames],), live=True)
+
+    frames = latents.shape[2]
+    # Without checkpointing the decoder has the whole clip at once.
+    decoder = decoding(frames) if gradient_checkpointing == "none" else _of_many(decoding, frames)
     return {
-        "denoiser": replace(tail, weights=_frozen_bytes(denoiser)),
-        "vae_decoder": replace(decoding, weights=decoding.weights - _encoder_bytes(vae)),
+        "denoiser": replace(_of_many(tail, len(blocks)), weights=_frozen_bytes(denoiser)),
+        "vae_decoder": replace(decoder, weights=_bytes(vae.parameters()) - _encoder_bytes(vae)),
     }
+
+
+def _of_many(measure: Callable[[int], Footprint], count: int) -> Footprint:
+    """`measure(count)` of a stage that goes through so many blocks or chunks: each beyond the first few adds alike."""
+    if count <= _FEW:
+        return measure(count)
+    fewer, few = astuple(measure(_FEW - 1)), astuple(measure(_FEW))
+    return Footprint(*(last + (count - _FEW) * (last - before) for before, last in zip(fewer, few, strict=True)))
+
+
+@contextmanager
+def _only(model: Any, blocks: nn.ModuleList) -> Iterator[None]:
+    """Within the block the model has these blocks alone."""
+    before = model.blocks
+    model.blocks = blocks
+    try:
+        yield
+    finally:
+        model.blocks = before
 
 
 def _tail(denoiser: Denoiser, gradient_checkpointing: GradientCheckpointing) -> Callable[..., Tensor]:

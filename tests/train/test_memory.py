@@ -103,6 +103,17 @@ def test_decoding_is_planned_as_it_is() -> None:
     assert planned.backward_peak > planned.kept
 
 
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_many_blocks_and_chunks_are_planned_from_a_few(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = read_skeleton("tiny")
+    part, arguments = tiny.networks["denoiser"]
+    deep = replace(tiny, networks={**tiny.networks, "denoiser": (part, {**arguments, "num_layers": 7})})
+    stages = measure_model(deep, VideoShape(1, 29, 64, 96), torch.float32, settings().lora).stages
+    planned = stages(kind)
+    monkeypatch.setattr(footprint, "_FEW", 100)
+    assert planned == stages(kind)
+
+
 def test_the_embedder_is_planned_as_it_is() -> None:
     embedder: Any = load_embedder("sface")
     plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, embedder=embedder)

@@ -42,6 +42,14 @@ def _few_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_timings() -> Iterator[None]:
+    """An export times its engine for a second or two; no test depends on how exactly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("frostline.export.exporter._LATENCY_SECONDS", 0.2)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     """Random tensors of a test must not depend on which tests ran before it in the same process."""

@@ -1,6 +1,7 @@
 """Every face detector and embedder on the engines that run here: parity, and a frame alone as in any batch."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from frostline.export.exporter import export_stage
 from frostline.export.shapes import ShapeRange
 from frostline.export.stages import FaceModels, build_face_stages
+from frostline.export.traces import Traces
 from frostline.models.faces import FaceEmbedder, FacenetEmbedder, load_detector, load_embedder, quantize_frames
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.identity import stage_key, weights_sha256
@@ -66,6 +68,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -
     return EngineStore(tmp_path_factory.mktemp("engines"))
 
 
+@pytest.fixture(scope="module")
+def traces() -> Mapping[str, Traces]:
+    """By detector or embedder: all backends are built from one."""
+    return defaultdict(Traces)
+
+
 def _detector_stage(name: str, files: Path) -> Stage:
     detector = load_detector(f"scrfd:{files / 'scrfd.onnx'}" if name == "scrfd" else name)
     embedder = load_embedder("sface")
@@ -105,9 +113,9 @@ def test_files_of_one_name_and_equal_weights_are_two_engines(files: Path, tmp_pa
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", DETECTORS)
-def test_detectors(name: str, backend: str, files: Path, store: EngineStore) -> None:
+def test_detectors(name: str, backend: str, files: Path, store: EngineStore, traces: Mapping[str, Traces]) -> None:
     stage = _detector_stage(name, files)
-    exported = export_stage(stage, backend, store)
+    exported = export_stage(stage, backend, store, traces=traces[name])
     assert exported.manifest.verified
     detect = Runtime({stage.name: stage}, backend, store.root, strict=True)["face_detector"]
     # Of a size and a number at which nothing was traced.
@@ -130,9 +138,9 @@ def test_detectors(name: str, backend: str, files: Path, store: EngineStore) -> 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", EMBEDDERS)
-def test_embedders(name: str, backend: str, files: Path, store: EngineStore) -> None:
+def test_embedders(name: str, backend: str, files: Path, store: EngineStore, traces: Mapping[str, Traces]) -> None:
     stage, embedder = _embedder_stage(name, files)
-    exported = export_stage(stage, backend, store)
+    exported = export_stage(stage, backend, store, traces=traces[name])
     assert exported.manifest.verified
     embed = Runtime({stage.name: stage}, backend, store.root, strict=True)["face_embedder"]
     faces = torch.rand(5, 3, embedder.image_size, embedder.image_size) * 2 - 1
@@ -144,10 +152,12 @@ def test_embedders(name: str, backend: str, files: Path, store: EngineStore) -> 
 
 
 @pytest.mark.parametrize("name", ["yunet", "scrfd", "arcface"])
-def test_what_is_new_builds_for_tensorrt(name: str, files: Path, store: EngineStore) -> None:
+def test_what_is_new_builds_for_tensorrt(
+    name: str, files: Path, store: EngineStore, traces: Mapping[str, Traces]
+) -> None:
     """A GPU is not needed to build; MTCNN and SFace are built in the tests of the backend."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
     stage = _embedder_stage(name, files)[0] if name in EMBEDDERS else _detector_stage(name, files)
-    exported = export_stage(stage, "tensorrt-rtx", store)
+    exported = export_stage(stage, "tensorrt-rtx", store, traces=traces[name])
     assert exported.built
     assert all(artifact.bytes > 0 for artifact in exported.manifest.artifacts.values())

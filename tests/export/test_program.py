@@ -53,10 +53,9 @@ def test_one_sample_is_the_typical_batch(tmp_path: Path) -> None:
 def test_fixed_shapes_are_constants_of_the_graph(tmp_path: Path) -> None:
     made = stages(ONE, ONE, ONE)
     network = made["vae_encoder"].networks[0]
-    placeholders = [node for node in trace_program(network).graph.nodes if node.op == "placeholder"]
-    video = next(
-        node.meta["val"] for node in placeholders if node.name in trace_program(network).graph_signature.user_inputs
-    )
+    program = trace_program(network)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    video = next(node.meta["val"] for node in placeholders if node.name in program.graph_signature.user_inputs)
     assert tuple(video.shape) == (1, 3, 1, 64, 64)
     assert all(isinstance(extent, int) for extent in video.shape)
     assert_equal_to_torch(made["vae_encoder"], network, tmp_path)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from frostline.errors import EngineError, ParityError, ShapeError
+from frostline.export import exporter
 from frostline.export.exporter import Exported, build_stage, ensure_verified, export_stage
 from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
@@ -106,6 +107,7 @@ def _serve(connection: Connection, scratch: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    exporter._LATENCY_SECONDS = 0.2  # as in all tests; this process has no fixtures
     stage = load_stage()
     export(stage, scratch)  # the first one imports what the others need
     while True:

@@ -23,6 +23,18 @@ OTHERS = "*"
 TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
+# What PEFT's LoraConfig and transformers' TrainingArguments call a setting whose name here does not look alike.
+_NAMES_OF_OTHERS = {
+    "r": "lora.rank",
+    "lr": "train.learning_rate",
+    "bf16": "train.mixed_precision",
+    "fp16": "train.mixed_precision",
+    "save_steps": "train.checkpointing_steps",
+    "eval_steps": "validation.steps",
+    "train_dataset": "data.source",
+}
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys and numbers that are not finite refused."""
 
@@ -179,6 +191,8 @@ def _suggestion(key: str, section: type[Settings], root: type[Settings]) -> str:
     elsewhere = {name.rpartition(".")[2]: name for name in reversed([*dotted_names(root)])}
     if key in elsewhere:
         return f"is {elsewhere[key]} meant?"
+    if (name := _NAMES_OF_OTHERS.get(key)) in elsewhere.values():
+        return f"is {name} meant?"
     close = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     if not close:
         close = [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from frostline.config import dotted_names
+from frostline.config import _NAMES_OF_OTHERS, dotted_names
 from frostline.errors import ConfigError
 from frostline.train.configfile import commented_yaml, load_run_settings
 from frostline.train.settings import RunSettings
@@ -39,6 +39,8 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "unknown": ("lora: {rnk: 3}", [], "lora.rnk: unknown setting, is rank meant?"),
     "in another section": ("learning_rate: 1e-5", [], "is train.learning_rate meant?"),
     "diffusers' name": ("train: {lr_scheduler: x}", [], "is lr_scheduler_type meant?"),
+    "PEFT's name": ("lora: {r: 8}", [], "lora.r: unknown setting, is lora.rank meant?"),
+    "transformers' name": ("train: {save_steps: 8}", [], "is train.checkpointing_steps meant?"),
     "unknown section": ("trian: {seed: 1}", [], "trian: unknown setting, is train meant?"),
     "in a list": ("reward: {plus: [{tipe: a}]}", [], "reward.plus.0.tipe: unknown setting, is type meant?"),
     "twice": ("lora: {rank: 1}\nlora: {rank: 2}", [], "lora stands twice"),
@@ -112,3 +114,7 @@ def test_the_reference_example_has_the_published_settings() -> None:
     assert (settings.shift, settings.lora.rank, settings.data.max_pixels) == (5.0, 32, 480 * 480)
     train = settings.train
     assert (train.learning_rate, train.lr_warmup_steps, train.per_device_train_batch_size) == (2.5e-6, 10, 1)
+
+
+def test_names_of_others_lead_to_settings_that_there_are() -> None:
+    assert {*_NAMES_OF_OTHERS.values()} <= {*dotted_names(RunSettings)}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from frostline.errors import TrainingError
 from frostline.report.sheet import SheetRow, contact_sheet
 from frostline.train.data import Sample
 from frostline.train.evaluation import Evaluation, evaluate
@@ -60,6 +61,8 @@ def validate(
 
     Args:
         advance: called with the number of starts that this process has just finished.
+    Raises:
+        TrainingError: what is generated is not finite.
     """
     starts, processes = list(validation.starts), process_count()
     share = -(-len(starts) // processes)
@@ -74,6 +77,11 @@ def validate(
         advance=advance,
     )
     evaluation = _joined(gather_from_processes(part), len(starts))
+    if not evaluation.videos.isfinite().all():
+        raise TrainingError(
+            f"validation at step {step}: the model makes frames that are NaN or infinite, it has diverged: go on from "
+            "a checkpoint before (--resume checkpoint-N) with a lower train.learning_rate"
+        )
     if process_index() == 0:
         _write(validation, evaluation, output_dir / CLIPS, step_name(step))
     means = {name: values.nanmean().item() for name, values in evaluation.measured.items()}

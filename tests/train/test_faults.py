@@ -11,14 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from steps import Clips
 
-from frostline.errors import CheckpointError, ConfigError, EngineError
+from frostline.errors import CheckpointError, ConfigError, EngineError, TrainingError
 from frostline.train.resume import find_resume
 from frostline.train.settings import TrainerSettings
 from frostline.train.sharding import shard_frozen_weights
 from frostline.train.trainer import RunOptions, train
+from frostline.train.validation import Validation, validate
 
 QUICK: dict[str, Any] = {
     "num_inference_steps": 3,
@@ -107,3 +109,13 @@ def test_ways_to_distribute_that_are_not_supported_are_refused(
     accelerator: Any = SimpleNamespace(distributed_type=kind, is_fsdp2=False)
     with pytest.raises(ConfigError, match=f"{said}.*use FSDP2"):
         shard_frozen_weights(make_module(**QUICK), accelerator)
+
+
+def test_a_model_that_has_diverged_is_called_so(make_module: Any, tmp_path: Path) -> None:
+    module = make_module(**QUICK)
+    with torch.no_grad():
+        next(iter(module.trainable_parameters().values())).fill_(torch.inf)
+    starts = Validation(Clips(count=1, seed=11), [0])
+    with pytest.raises(TrainingError, match=r"validation at step 7: .*diverged.*learning_rate"):
+        validate(module, starts, 7, tmp_path)
+    assert not list(tmp_path.iterdir())

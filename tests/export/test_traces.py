@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from frostline.export import traces as traces_file
+from frostline.export import program as program_file
 from frostline.export.exporter import export_stage
 from frostline.export.traces import Traces
 from frostline.runtime.dimension import Dimension
@@ -38,13 +38,13 @@ def network() -> Network:
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the networks that were traced."""
     names: list[str] = []
-    trace = traces_file.trace_program
+    trace = program_file.trace_program
 
     def counting(network: Network) -> ExportedProgram:
         names.append(network.name)
         return trace(network)
 
-    monkeypatch.setattr(traces_file, "trace_program", counting)
+    monkeypatch.setattr(program_file, "trace_program", counting)
     return names
 
 

@@ -231,7 +231,7 @@ def test_accumulated_forwards_are_one_batch(make_module: Any, tmp_path: Path, da
 
 
 def test_where_nothing_can_be_scored_there_is_no_score(make_module: Any, small: _Small, tmp_path: Path) -> None:
-    module = make_module(**QUICK, reward={**BRIGHTNESS, "options": {"darkest": 2.0}})
+    module = make_module(**{**QUICK, "reward": {**BRIGHTNESS, "options": {"darkest": 2.0}}})
     _run(module, small, tmp_path, steps=1)
     (line,) = _lines(tmp_path)
     assert line["score"] is None and line["brightness"] is None and math.isfinite(line["loss"])

@@ -89,6 +89,7 @@ def _processes(folder: Path) -> dict[str, Callable[[], None]]:
 
     return {
         "frostline --help": lambda: _frostline("--help"),
+        "frostline train --print-config": lambda: _frostline("train", "--print-config"),
         "frostline score, one clip of 9 frames, mtcnn": scoring(),
         "frostline score, one clip of 9 frames, yunet": scoring("--detector", "yunet"),
         "WanTrainingModule of tiny, imports included": module,

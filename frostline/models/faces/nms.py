@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frostline.errors import ConfigError
+
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """As `torchvision.ops.nms`: (K,) int64, what is kept of (N, 4) `boxes`, by falling `scores` (N,).
 
     Args:
         threshold: a box that overlaps a better one by more (intersection over union) goes.
+    Raises:
+        ConfigError: torchvision does not go with torch.
     """
     return _kernel()(boxes, scores, threshold)
 
@@ -27,8 +31,12 @@ def _kernel() -> Callable[..., Any]:
     # The package brings its models, and with them torch's compiler: to import it takes longer than to import torch.
     spec = importlib.util.find_spec("torchvision")
     library = Path(*(spec.submodule_search_locations or ()) if spec else ()) / "_C.so"
-    if "torchvision" not in sys.modules and library.is_file():
-        torch.ops.load_library(library)
-    else:
-        import torchvision  # noqa: F401
+    try:
+        if "torchvision" not in sys.modules and library.is_file():
+            torch.ops.load_library(library)
+        else:
+            import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"torchvision is missing or not made for torch {torch.__version__}: {reason}") from error
     return torch.ops.torchvision.nms

@@ -1,12 +1,16 @@
 """The kernel without its package is the package's."""
 
+import importlib.machinery
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 import torchvision
 
-from frostline.models.faces.nms import nms
+from frostline.errors import ConfigError
+from frostline.models.faces.nms import _kernel, nms
 
 ALONE = """
 import sys, torch
@@ -32,3 +36,13 @@ def test_equals_torchvisions() -> None:
 
 def test_the_package_is_not_imported_and_can_be_later() -> None:
     subprocess.run([sys.executable, "-c", ALONE], check=True)
+
+
+def test_a_torchvision_of_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_C.so").write_text("no library")
+    spec = importlib.machinery.ModuleSpec("torchvision", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    monkeypatch.delitem(sys.modules, "torchvision")
+    with pytest.raises(ConfigError, match=r"torchvision is missing or not made for torch .*_C\.so"):
+        _kernel.__wrapped__()

@@ -114,7 +114,8 @@ def test_ways_to_distribute_that_are_not_supported_are_refused(
 def test_a_model_that_has_diverged_is_called_so(make_module: Any, tmp_path: Path) -> None:
     module = make_module(**QUICK)
     with torch.no_grad():
-        next(iter(module.trainable_parameters().values())).fill_(torch.inf)
+        for parameter in module.trainable_parameters().values():
+            parameter.fill_(torch.inf)
     starts = Validation(Clips(count=1, seed=11), [0])
     with pytest.raises(TrainingError, match=r"validation at step 7: .*diverged.*learning_rate"):
         validate(module, starts, 7, tmp_path)

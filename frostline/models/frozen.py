@@ -19,6 +19,7 @@ _aten = torch.ops.aten
 # As in `F.normalize`.
 _SMALLEST_LENGTH = 1e-12
 _ELEMENTS_AT_ONCE = 2**24
+_SLOW = torch._C._ConvBackend.Slow3d  # type: ignore[attr-defined]
 
 
 def convolution(
@@ -55,6 +56,11 @@ class _Convolution(torch.autograd.Function):
         # Never read: it tells size and layout of the result.
         x = empty_as(ctx.shape, gradient)
         none = [0] * len(stride)
+        around = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
+        if groups == max(stride) == 1 and min(around) >= 0 and _is_slow(x, weight, stride, padding, dilation):
+            # Through the mirrored kernel it is a convolution again, which `convolve` knows to be quick with.
+            mirrored = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
+            return (convolve(gradient, mirrored, None, stride, around, dilation, groups), *6 * [None])
         gradient, _, _ = _aten.convolution_backward(
             *(gradient, x, weight, None, stride, padding, dilation, False, none, groups, [True, False, False])
         )
@@ -76,12 +82,23 @@ def convolve(
     """
     if weight.ndim == 4:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     # autocast acts on the public operator only, and a tracer must see that one too.
     traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-    if not on_cpu or torch.is_autocast_enabled("cpu") or traced:
+    if not _in_onednn(x, weight) or torch.is_autocast_enabled("cpu") or traced:
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+
+
+def _in_onednn(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+
+
+def _is_slow(x: Tensor, weight: Tensor, *options: tuple[int, ...]) -> bool:
+    """Whether torch's own gradient takes the path that `convolve` goes around."""
+    if weight.ndim == 4 or not _in_onednn(x, weight) or isinstance(x, FakeTensor):
+        return False
+    none = [0] * len(options[0])
+    return torch._C._select_conv_backend(x, weight, None, *options, False, none, 1, None) == _SLOW
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ class Denoiser(nn.Module):
         x = latents if y is None else torch.cat([latents, y], dim=1)
         x = model.patch_embedding(x)
         grid = (x.shape[2], x.shape[3], x.shape[4])
-        x = x.flatten(2).transpose(1, 2)
+        # Dense: of transposed tokens Inductor computes a wrong gradient where their number leaves a rest in a register.
+        x = x.flatten(2).transpose(1, 2).contiguous()
         time = self._time_embedding(timestep, grid, x.dtype)
         modulation = model.time_projection(time).unflatten(-1, (6, model.dim))
         context = model.text_embedding(context)

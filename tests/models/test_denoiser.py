@@ -12,6 +12,7 @@ from torch import Tensor
 
 from frostline.models.denoiser import Denoiser
 from frostline.models.loading import load_components
+from frostline.models.lora import inject_lora, lora_parameters
 from frostline.models.tiny.architecture import DENOISER
 
 VARIANTS = ("tiny", "tiny-moe low noise", "tiny-moe high noise", "tiny-ti2v", "clip")
@@ -114,18 +115,29 @@ def test_gradient_checkpointing_changes_nothing(variant: str, variants: dict[str
         torch.testing.assert_close(one, two, atol=0, rtol=0)
 
 
+# One sample of 108 tokens, which is no multiple of a vector register, is where Inductor gets a transposed input wrong.
+@pytest.mark.parametrize("shape", [(2, 3, 12, 12), (1, 3, 12, 12), (1, 1, 10, 6)])
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
-def test_compiled_blocks_compute_the_same(checkpoint_blocks: bool, variants: dict[str, WanModel]) -> None:
+def test_compiled_blocks_compute_the_same(
+    checkpoint_blocks: bool, shape: tuple[int, int, int, int], variants: dict[str, WanModel]
+) -> None:
     """Values and gradient; and a trace holds the operations, not what was compiled of them."""
-    denoiser = Denoiser(copy.deepcopy(variants["tiny"])).requires_grad_(True)
+    model = copy.deepcopy(variants["tiny"])
+    inject_lora(model, 8)
+    trained = list(lora_parameters(model).values())
+    with torch.no_grad():
+        for matrix in trained:
+            matrix.normal_(std=0.03)
+    denoiser = Denoiser(model)
     denoiser.checkpoint_blocks = checkpoint_blocks
-    given = inputs(denoiser.model, SHAPES[1])
+    given = inputs(model, shape)
+    latents = given["latents"].requires_grad_()
+    weights = torch.randn_like(latents)
 
     def velocity_and_gradient() -> tuple[Tensor, Tensor]:
-        denoiser.zero_grad()
         velocity = denoiser(**given)
-        velocity.square().mean().backward()
-        return velocity.detach(), torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None])
+        gradients = torch.autograd.grad((velocity * weights).sum(), [latents, *trained])
+        return velocity.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     expected, wanted = velocity_and_gradient()
     trace = torch.export.export(denoiser, (), given)

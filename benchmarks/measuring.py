@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from frostline.versions import installed_versions
+from frostline.installed import installed_versions
 from frostline.writing import written_whole
 
 RESULTS = Path(__file__).parent / "results"

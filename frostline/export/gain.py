@@ -115,7 +115,7 @@ def _candidate(runtime: Runtime, stage: str, backend: str, refused: bool) -> Can
     if manifest is None:
         return Candidate(backend, None, None, None, record.bytes, record.problem or "damaged")
     worst = max((parity.max_abs for parity in manifest.parity), default=None)
-    note = "slower than the chosen one" if manifest.verified else "built, not verified here"
-    note = "refused" if refused else note
+    served = "slower than the chosen one" if manifest.verified else "built, not verified here"
+    note = "refused" if refused else served
     latency = manifest.latency_ms
     return Candidate(backend, latency.get(backend), latency.get(TORCH), worst, record.bytes, note)

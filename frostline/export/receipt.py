@@ -15,11 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from frostline.errors import EngineError
 from frostline.export.recipe import Recipe
+from frostline.installed import installed_versions
 from frostline.models.files import find_files
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.manifest import EngineId, Manifest, canonical_json
 from frostline.runtime.store import EngineStore
-from frostline.versions import installed_versions
 from frostline.writing import written_whole
 
 _FOLDER = ".receipts"

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+from frostline.installed import installed_versions
 from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot, histogram, line_plot
 from frostline.report.words import NONE, fixed
@@ -15,7 +16,6 @@ from frostline.score.result import VideoScore
 from frostline.score.run import Outcome
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary
-from frostline.versions import installed_versions
 
 _DETAILED = 60
 _POINTS = 600

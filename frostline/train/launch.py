@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 from frostline.config import CHECKPOINTING, TrainingModuleSettings
 from frostline.errors import DataError
 from frostline.export.shapes import parse_shapes
+from frostline.installed import installed_versions
 from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
 from frostline.models.skeleton import read_skeleton
 from frostline.progress import Progress
@@ -32,7 +33,6 @@ from frostline.train.saving import PACKAGES
 from frostline.train.settings import RunSettings
 from frostline.train.trainer import Outcome, RunOptions, make_accelerator, train
 from frostline.train.validation import Validation, validate
-from frostline.versions import installed_versions
 
 log = logging.getLogger(__name__)
 

@@ -217,10 +217,10 @@ class WanTrainingModule(nn.Module):
         Raises:
             ConfigError: the weights are sharded already.
         """
-        # Takes a second to import.
-        from torch.distributed.tensor import DTensor
-
         if self.settings.gradient_checkpointing == AUTO:
+            # Takes a second to import.
+            from torch.distributed.tensor import DTensor
+
             if any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
                 raise ConfigError(
                     "gradient_checkpointing: auto has to be settled before weights are sharded: call "

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from frostline.config import AUTO
 from frostline.errors import CheckpointError
+from frostline.installed import installed_versions
 from frostline.train.checkpoint import Checkpoint, read_state, rotate, write_checkpoint
 from frostline.train.processes import gather_from_processes
 from frostline.train.runfolder import CONFIG
 from frostline.train.state import optimizer_tensors, random_tensors, restore_optimizer, restore_random, restore_schedule
 from frostline.train.step import Training
-from frostline.versions import installed_versions
 
 log = logging.getLogger(__name__)
 

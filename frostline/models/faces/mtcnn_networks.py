@@ -6,14 +6,13 @@ imported: all of torchvision comes with it, which takes longer than torch.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+from frostline.installed import package_folder
 
 MTCNN_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "pnet": ("regression", "probability"),
@@ -40,13 +39,12 @@ def load_mtcnn_networks() -> dict[str, nn.Module]:
     Raises:
         ConfigError: facenet-pytorch is not installed.
     """
-    spec = importlib.util.find_spec("facenet_pytorch")
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder("facenet_pytorch")
+    if folder is None:
         raise ConfigError("MTCNN's weights are in facenet-pytorch, which is not installed: pip install facenet-pytorch")
-    weights = Path(spec.submodule_search_locations[0]) / "data"
     networks: dict[str, nn.Module] = {"pnet": _PNet(), "rnet": _RNet(), "onet": _ONet()}
     for name, network in networks.items():
-        network.load_state_dict(torch.load(weights / f"{name}.pt", "cpu", weights_only=True))
+        network.load_state_dict(torch.load(folder / "data" / f"{name}.pt", "cpu", weights_only=True))
         # Pooling is 2 to 4 times as fast so on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network.eval().requires_grad_(False)

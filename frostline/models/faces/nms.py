@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from frostline.errors import ConfigError
+from frostline.installed import package_folder
 
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
@@ -29,11 +28,10 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 @functools.cache
 def _kernel() -> Callable[..., Any]:
     # The package brings its models, and with them torch's compiler: to import it takes longer than to import torch.
-    spec = importlib.util.find_spec("torchvision")
-    library = Path(*(spec.submodule_search_locations or ()) if spec else ()) / "_C.so"
+    folder = package_folder("torchvision")
     try:
-        if "torchvision" not in sys.modules and library.is_file():
-            torch.ops.load_library(library)
+        if "torchvision" not in sys.modules and folder is not None and (folder / "_C.so").is_file():
+            torch.ops.load_library(folder / "_C.so")
         else:
             import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:

@@ -1,10 +1,12 @@
-"""Versions of what is installed."""
+"""What is installed: its versions, and where it lies."""
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
@@ -16,3 +18,10 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, without importing it; None where it is not installed."""
+    spec = importlib.util.find_spec(name)
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) if folders else None

@@ -25,8 +25,16 @@ class EngineError(FrostlineError):
     """An engine cannot be built, loaded, trusted or run."""
 
 
-class ShapeError(EngineError):
+class InputError(EngineError):
+    """An input is not what the engine takes: its name, type or device. It says nothing about the engine."""
+
+
+class ShapeError(InputError):
     """An input has a shape that the engine was not built for."""
+
+
+class EngineMemoryError(EngineError):
+    """An engine ran out of memory: no verdict on the engine itself."""
 
 
 class ParityError(EngineError):

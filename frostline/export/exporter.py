@@ -304,8 +304,9 @@ def _parity(stage: Stage, runners: Mapping[str, Runner], assembled: Runner) -> l
             inputs = network.samples(size)
             expected, actual = network.reference(inputs), runners[network.name](**inputs)
             measured += compare(network.name, size, expected, actual, stage.tolerance)
-    samples = {"sample": stage.sample, "base": stage.base_sample}
-    for case, inputs in ((case, sample()) for case, sample in samples.items() if sample is not None):
+    for case, inputs in {"sample": stage.sample(), "base": stage.base_sample()}.items():
+        if inputs is None:
+            continue
         with torch.no_grad():
             expected = stage.torch(**inputs)
         measured += compare(stage.name, case, expected, assembled(**inputs), stage.tolerance)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,7 +31,7 @@ def trace_program(network: Network) -> ExportedProgram:
     try:
         with quiet(), torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(
-                _Positional(network.module).eval(),
+                _Positional(_dense(network.module)).eval(),
                 _samples(network),
                 dynamic_shapes=(dynamic_shapes((*network.inputs, *network.live_specs)),),
                 prefer_deferred_runtime_asserts_over_guards=True,
@@ -51,6 +53,16 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
         return base if dimension.multiple == 1 else dimension.multiple * base
 
     return tuple({axis: symbol(extent) for axis, extent in enumerate(spec.shape) if _is_open(extent)} for spec in specs)
+
+
+def _dense(module: nn.Module) -> nn.Module:
+    """The module, or a copy where weights are channels last: for a tracer, images of few pixels are then special."""
+    if all(tensor.is_contiguous() for tensor in itertools.chain(module.parameters(), module.buffers())):
+        return module
+    module = copy.deepcopy(module)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return module
 
 
 def _drop_asserts(program: ExportedProgram) -> None:

@@ -62,7 +62,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_scale(model: nn.Module) -> float:
-    """`alpha / rank`, the factor on `B A x`.
+    """Return `alpha / rank`, the factor on `B A x`, whether or not the layers are enabled.
 
     Raises:
         ConfigError: there is no adapter, or its layers differ in scale.
@@ -73,31 +73,78 @@ def lora_scale(model: nn.Module) -> float:
     return scales.pop()
 
 
+class LoraSwitches:
+    """What PEFT lets users switch at any time on the LoRA layers of a model, read anew at each look.
+
+    Args:
+        model: its LoRA layers are looked up once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = lora_layers(model)
+
+    @property
+    def scale(self) -> float | None:
+        """The one factor on `B A x` in all layers: `alpha / rank`, or 0 where the adapters are disabled.
+
+        None where there is no such factor; `conflict` then says why, unless there are no LoRA layers.
+        """
+        if not self._layers or self.conflict() is not None:
+            return None
+        first = self._layers[0]
+        return 0.0 if first.disable_adapters else float(first.scaling[ADAPTER])
+
+    def conflict(self) -> str | None:
+        """Return why the model is not its weights and the adapter at one scale, or None."""
+        disabled = scaling = None
+        for layer in self._layers:
+            if layer.merged_adapters:
+                return f"the LoRA is merged into the weights ({', '.join(layer.merged_adapters)})"
+            if disabled is None:
+                disabled = layer.disable_adapters
+            elif layer.disable_adapters != disabled:
+                return "some LoRA layers are disabled, and others are not"
+            if disabled:
+                continue
+            active = layer.active_adapters
+            if len(active) != 1 or active[0] != ADAPTER:
+                return f"the active adapter is {', '.join(active) or 'none'}, not {ADAPTER}"
+            if scaling is None:
+                scaling = layer.scaling[ADAPTER]
+            elif layer.scaling[ADAPTER] is not scaling and layer.scaling[ADAPTER] != scaling:
+                return f"the LoRA scale differs between layers ({scaling:g} and {layer.scaling[ADAPTER]:g})"
+        return None
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within the block `model` computes what it computed before the adapters came, exactly."""
     layers = lora_layers(model)
+    # Not `enable_adapters`, which also sets `requires_grad` of every matrix: what was frozen would thaw.
+    saved = [layer._disable_adapters for layer in layers]
     for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-@contextmanager
-def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
-    """Within the block every layer multiplies by the 0-dim tensor `scale`, which a tracer then sees."""
-    layers = lora_layers(model)
-    saved = [layer.scaling[ADAPTER] for layer in layers]
-    for layer in layers:
-        layer.scaling[ADAPTER] = scale  # type: ignore[assignment]
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer, value in zip(layers, saved, strict=True):
+            layer._disable_adapters = value
+
+
+@contextmanager
+def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
+    """Within the block every layer is enabled and multiplies by the 0-dim tensor `scale`, which a tracer then sees."""
+    layers = lora_layers(model)
+    saved = [(layer.scaling[ADAPTER], layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = scale  # type: ignore[assignment]
+        layer._disable_adapters = False
+    try:
+        yield
+    finally:
+        for layer, (value, disabled) in zip(layers, saved, strict=True):
             layer.scaling[ADAPTER] = value
+            layer._disable_adapters = disabled
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 # The parts that no gradient ever flows to, by the names of their stages.
 FROZEN_PARTS = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
@@ -42,14 +47,32 @@ class PartWeights:
         self._read = read
         self._files = tuple(files)
         self.source = self._source()
+        self._as_read = self._memory()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same of copies of the parameters."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        if self.as_read:
+            copied._as_read = copied._memory()
+        return copied
 
     @property
     def resident(self) -> bool:
         """Whether the weights are in memory."""
         return all(parameter.numel() > 0 for parameter in self._parameters.values())
 
+    @property
+    def as_read(self) -> bool:
+        """Whether they are in memory as they were read: nobody has changed or moved them since."""
+        return self.resident and self._memory() == self._as_read
+
     def release(self) -> None:
-        """Give their memory back."""
+        """Give their memory back, unless they were changed or moved: the files could not bring that back."""
+        if self.resident and not self.as_read:
+            log.warning("the weights of %s were changed in memory: they stay there", self._files[0])
+            return
         for parameter in self._parameters.values():
             parameter.data = parameter.data.new_empty(0)
 
@@ -66,6 +89,11 @@ class PartWeights:
         tensors = self._read()
         for name, parameter in self._parameters.items():
             parameter.data = tensors[name]
+        self._as_read = self._memory()
+
+    def _memory(self) -> list[tuple[int, int]]:
+        """Where each parameter lies, and how often it was changed in place."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters.values()]
 
     def _source(self) -> str:
         """The content of the files as far as can be told without reading them, and the type of the weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,9 +26,10 @@ class StageTime:
 
 
 class StageClock:
-    """Collects the time of each use of a stage, frozen or live, until `read`."""
+    """Collects the time of each use of a stage, frozen or live, from any thread, until `read`."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._spans: dict[str, list[tuple[str, _Span]]] = defaultdict(list)
 
     @contextmanager
@@ -38,15 +40,17 @@ class StageClock:
             yield
         finally:
             span.stop()
-            self._spans[use].append((backend, span))
+            with self._lock:
+                self._spans[use].append((backend, span))
 
     def read(self) -> dict[str, StageTime]:
         """The times since the last read, by use; on a GPU this waits for the work to end."""
         times: dict[str, StageTime] = {}
-        for use, spans in self._spans.items():
+        with self._lock:
+            collected, self._spans = self._spans, defaultdict(list)
+        for use, spans in collected.items():
             backends = ", ".join(dict.fromkeys(backend for backend, _ in spans))
             times[use] = StageTime(backends, sum(span.milliseconds() for _, span in spans), len(spans))
-        self._spans.clear()
         return times
 
 

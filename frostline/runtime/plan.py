@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from frostline.config import AUTO, OTHERS
 from frostline.errors import ConfigError
 from frostline.runtime.backends import TORCH
+
+PlanSetting = str | Mapping[str, str]
 
 
 def parse_plan(text: str) -> str | dict[str, str]:
@@ -22,6 +25,19 @@ def parse_plan(text: str) -> str | dict[str, str]:
     if not pairs or not all(stage and sign and backend for stage, sign, backend in pairs):
         raise ConfigError(f"plan {text!r} is neither auto, a backend, nor stage=backend,…")
     return {stage.strip(): backend.strip() for stage, _, backend in pairs}
+
+
+def expand_plan(plan: PlanSetting, stages: Collection[str]) -> dict[str, str]:
+    """What a plan says of each stage.
+
+    Raises:
+        ConfigError: it names another stage.
+    """
+    if isinstance(plan, str):
+        return dict.fromkeys(stages, plan)
+    if unknown := sorted(plan.keys() - {*stages, OTHERS}):
+        raise ConfigError(f"plan: there is no stage {unknown[0]!r}, only {', '.join(stages)}")
+    return {name: plan.get(name, plan.get(OTHERS, AUTO)) for name in stages}
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,48 @@
-"""The runtime: hands out each frozen stage on the backend that the plan names, and swaps backends on demand."""
+"""The runtime: hands out each frozen stage on the backend that the plan names, and swaps backends on demand.
+
+Before an engine serves, the stage's modules are compared with what the engine was bound to (`runtime/guard.py`): it
+never computes with weights, adapters or switches that the module no longer has.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 
-from frostline.config import AUTO, OTHERS
-from frostline.errors import ConfigError, EngineError, ShapeError
-from frostline.runtime.advice import export_command
-from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
+from frostline.config import AUTO
+from frostline.errors import ConfigError, EngineError, EngineMemoryError, InputError, ShapeError
+from frostline.runtime.agreement import disagreement, several_processes
+from frostline.runtime.backends import TORCH, get_backend
+from frostline.runtime.choosing import FindRecord, choose
 from frostline.runtime.clock import StageClock
-from frostline.runtime.identity import find_engine, weights_sha256
-from frostline.runtime.latency import LatencyNote, machine_id, shape_class, take_turns
-from frostline.runtime.manifest import Manifest
-from frostline.runtime.plan import Choice, Plan
-from frostline.runtime.stage import Network, Runner, Stage
+from frostline.runtime.digests import WeightDigests
+from frostline.runtime.guard import LiveGuard
+from frostline.runtime.identity import find_engine
+from frostline.runtime.loaded import LoadedEngines, LoadedStage, holds_weights, weight_bytes
+from frostline.runtime.plan import Choice, Plan, PlanSetting, expand_plan
+from frostline.runtime.stage import Runner, Stage
 from frostline.runtime.store import EngineRecord, EngineStore
-from frostline.runtime.verification import VerifiedEngine
+from frostline.runtime.trials import Trials
 
 log = logging.getLogger(__name__)
 
-PlanSetting = str | Mapping[str, str]
-# Engines by so much slower than the best where they were verified are not tried at other shapes.
-_WORTH_A_TRIAL = 2
-# What is spent on a comparison at a new shape, beside a first run of each.
-_TRIAL_RUNS, _TRIAL_SECONDS = 5, 0.5
-
 
 class Runtime:
-    """Serves frozen stages.
+    """Serves frozen stages, to any number of threads.
+
+    Engines run side by side where their backend allows it. PyTorch computes one stage at a time: diffsynth's VAE keeps
+    caches in its modules, and a LoRA is switched off in place for the KL reference. `use` and `replan` concern all
+    threads. A deep copy serves copies of the stages, with their own weights, and loads its engines anew.
 
     Args:
         stages: by name.
@@ -60,27 +67,55 @@ class Runtime:
         self.strict = strict
         self.clock = StageClock()
         self._store = EngineStore(engines) if engines is not None else None
-        self._weights: dict[str, str] = {}
-        self._loaded: dict[tuple[str, str], _Loaded] = {}
+        # Held to decide and to load, never while an engine computes; taken before the other where both are.
+        self._lock = threading.RLock()
+        self._torch_lock = threading.RLock()
+        self._digests = WeightDigests(self.stages)
+        self._live_guards: dict[str, LiveGuard] = {}
+        self._engines = LoadedEngines(self.stages, self._store, self.record)
+        self._trials = Trials(self._engines, self.record, self._torch_lock, self._blame)
+        self._wanted: dict[str, str] = {}
         self._warned: set[str] = set()
         self._plan: dict[str, Choice] = {}
-        self._at_shape: dict[tuple[str, str], Choice] = {}
-        self._served: dict[str, Choice] = {}
         self.replan(plan)
 
     def replan(self, plan: PlanSetting) -> None:
-        """Choose anew, for instance after an export; engines that failed before get another chance."""
-        wanted = self._expand(plan)
-        self._loaded.clear()
-        self._at_shape.clear()
-        self._served.clear()
-        self._plan = {name: self._choose(stage, wanted[name]) for name, stage in self.stages.items()}
+        """Choose anew, for instance after an export; engines that failed before get another chance.
+
+        Weights are hashed again, so that changes count that nothing else would notice (see `WeightGuard`).
+        """
+        wanted = expand_plan(plan, self.stages)
+        with self._lock:
+            self._live_guards.clear()
+            self._digests.forget()
+            for name in self.stages:
+                self._engines.unload(name)
+                self._trials.forget(name)
+            self._wanted = wanted
+            self._plan = {name: self._choose(name, wanted[name]) for name in self.stages}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A runtime of copies of the stages; of the engines, only where they are."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        with self._lock:
+            plan, wanted, engines = dict(self._plan), dict(self._wanted), self._store and self._store.root
+            copied.__init__(copy.deepcopy(self.stages, memo), TORCH, engines, self.strict)
+            copied._wanted, copied._plan = wanted, plan
+            copied._digests = self._digests.copied(copied.stages)
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Runtime holds engines of this process and cannot be pickled: save the adapter with "
+            "`module.save_adapter(folder)`, and load model and adapter in the other process"
+        )
 
     @property
     def plan(self) -> Plan:
         """What serves each stage now; where that depends on the shape, at the one that came last."""
-        served = {name: self._served.get(name, choice) for name, choice in self._plan.items() if choice.candidates}
-        return Plan({**self._plan, **served})
+        latest = {name: self._trials.latest(name) or choice for name, choice in self._plan.items() if choice.candidates}
+        return Plan({**self._plan, **latest})
 
     def __getitem__(self, stage: str) -> Runner:
         """The stage as a callable that follows the plan, also when it changes later."""
@@ -91,17 +126,21 @@ class Runtime:
     @contextmanager
     def use(self, **backends: str) -> Iterator[None]:
         """Serve the named stages from other backends within the block, e.g. `use(vae_encoder="torch")`."""
-        chosen = {}
-        for name, backend in backends.items():
-            if name not in self.stages:
-                raise ConfigError(f"there is no stage {name!r}: this runtime serves {', '.join(self.stages)}")
-            chosen[name] = self._choose(self.stages[name], backend)
-        before = {name: self._plan[name] for name in chosen}
-        self._plan.update(chosen)
+        with self._lock:
+            chosen = {}
+            for name, backend in backends.items():
+                if name not in self.stages:
+                    raise ConfigError(f"there is no stage {name!r}: this runtime serves {', '.join(self.stages)}")
+                chosen[name] = self._choose(name, backend)
+            before = {name: (self._plan[name], self._wanted[name]) for name in chosen}
+            self._plan |= chosen
+            self._wanted |= backends
         try:
             yield
         finally:
-            self._plan.update(before)
+            with self._lock:
+                self._plan |= {name: choice for name, (choice, _) in before.items()}
+                self._wanted |= {name: wanted for name, (_, wanted) in before.items()}
 
     def check_engines(self) -> set[tuple[str, str]]:
         """Hold the engines that the plan counts on against signatures and hashes, before any of them is loaded.
@@ -112,9 +151,9 @@ class Runtime:
         for name, choice in [*self._plan.items()]:
             for backend in choice.candidates or {choice.backend} - {TORCH}:
                 try:
-                    self._verified(self.stages[name], backend)
+                    self._engines.verify(name, backend)
                 except EngineError as error:
-                    self._give_way(name, backend, error)
+                    self._blame(name, backend, error)
                     refused.add((name, backend))
         return refused
 
@@ -125,7 +164,7 @@ class Runtime:
             stages: for instance those whose outputs a cache holds; if none is named, those that an engine serves which
                 has weights of its own.
         """
-        served = [name for name, choice in self._plan.items() if _holds_weights(choice.backend)]
+        served = [name for name, choice in self._plan.items() if holds_weights(choice.backend)]
         for name in stages or served:
             if (weights := self.stages[name].weights) is not None:
                 weights.release()
@@ -135,26 +174,28 @@ class Runtime:
         pending = 0
         for name, choice in self._plan.items():
             stage = self.stages[name]
-            if choice.backend == TORCH or not _holds_weights(choice.backend):
+            if choice.backend == TORCH or not holds_weights(choice.backend):
                 away = stage.weights is not None and not stage.weights.resident
             else:
-                away = (name, choice.backend) not in self._loaded
-            pending += _weight_bytes(stage) if away else 0
+                away = (name, choice.backend) not in self._engines
+            pending += weight_bytes(stage) if away else 0
         return pending
 
     def fingerprint(self, stage: str) -> str:
         """What the stage's outputs depend on, beside its inputs: its weights and the backends that may serve it."""
+        weights = self._weights_of(stage)
         choice = self._plan[stage]
         backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend
-        return f"{backends} {self._weights_of(stage)}"
+        return f"{backends} {weights}"
 
     def admits(self, stage: str, inputs: Mapping[str, Tensor]) -> bool:
         """Whether inputs of a stage that is one network, in one call, are of shapes that its backend serves.
 
         The backend is the one that served the stage last: torch, which serves any, may have won at a shape.
         """
-        choice = self._served.get(stage, self._plan[stage])
-        if choice.backend == TORCH and (stage in self._served or not choice.candidates):
+        latest = self._trials.latest(stage)
+        choice = latest or self._plan[stage]
+        if choice.backend == TORCH and (latest is not None or not choice.candidates):
             return True
         (network,) = self.stages[stage].networks
         return all(spec.admits(inputs[spec.name].shape) for spec in network.inputs)
@@ -162,16 +203,18 @@ class Runtime:
     def run(self, stage: str, inputs: Mapping[str, Tensor], use: str | None = None) -> dict[str, Tensor]:
         """Run one stage as planned; a failing engine is replaced by torch, with one warning.
 
+        An engine that fails where PyTorch fails as well was given wrong inputs: it goes on serving.
+
         Args:
             use: what the clock is to call it; the stage's name if not given.
+        Raises:
+            EngineError: `strict`, and no engine computes this; or the weights are sharded over processes, and an
+                engine failed in this one: the others would wait for it.
         """
         backend = self._backend_at(stage, inputs)
         with torch.no_grad(), self.clock.measure(use or stage, backend):
-            try:
-                return self._load(stage, backend).whole(**inputs)
-            except Exception as error:
-                self._give_way(stage, backend, error)
-                return self._load(stage, TORCH).whole(**inputs)
+            outputs, _ = self._compute(stage, backend, lambda loaded: loaded.whole, inputs)
+            return outputs
 
     def networks_at(self, stage: str, inputs: Mapping[str, Tensor]) -> tuple[str, dict[str, Runner]]:
         """The backend that serves inputs of these shapes, and the stage's networks on it, by name.
@@ -183,132 +226,83 @@ class Runtime:
 
         def run(name: str, /, **tensors: Tensor) -> dict[str, Tensor]:
             nonlocal serving
+            if serving != TORCH and self._backend_at(stage, inputs) != serving:
+                serving = TORCH
             with torch.no_grad():
-                try:
-                    return self._load(stage, serving).networks[name](**tensors)
-                except Exception as error:
-                    self._give_way(stage, serving, error)
-                    serving = TORCH
-                    return self._load(stage, TORCH).networks[name](**tensors)
+                outputs, serving = self._compute(stage, serving, lambda loaded: loaded.networks[name], tensors)
+            return outputs
 
         return backend, {network.name: partial(run, network.name) for network in self.stages[stage].networks}
 
-    def _expand(self, plan: PlanSetting) -> dict[str, str]:
-        if isinstance(plan, str):
-            return dict.fromkeys(self.stages, plan)
-        if unknown := sorted(plan.keys() - self.stages.keys() - {OTHERS}):
-            raise ConfigError(f"plan: there is no stage {unknown[0]!r}, only {', '.join(self.stages)}")
-        return {name: plan.get(name, plan.get(OTHERS, AUTO)) for name in self.stages}
+    def agree_across_processes(self) -> None:
+        """Load the engines that the plan names, and drop in all processes what fails in any of them.
 
-    def _choose(self, stage: Stage, wanted: str) -> Choice:
-        if wanted == AUTO:
-            return self._fastest(stage)
-        if wanted == TORCH:
-            return Choice(TORCH, "as asked")
-        get_backend(wanted)
-        record = self.record(stage.name, wanted)
-        manifest = record.manifest if record else None
-        if manifest is None:
-            reason = f"no engine of {stage.name} for {wanted}: build it with `{export_command(stage.name, wanted)}`"
-        elif doubt := _doubt(stage, manifest):
-            reason = f"the {wanted} engine of {stage.name} is {doubt}"
-        else:
-            return Choice(wanted, "as asked", manifest.latency_ms)
-        if self.strict:
-            raise EngineError(reason)
-        log.warning("%s; torch serves it meanwhile", reason)
-        return Choice(TORCH, reason)
+        To be called by all processes, before weights are sharded: from then on a process that falls back to torch by
+        itself would wait for the others, which do not, for ever. Where plans differ, torch serves.
+        """
+        if not several_processes():
+            return
+        for name in self.stages:
+            backend = self._plan[name].backend
+            while reason := disagreement(backend, partial(self._load, name, backend) if backend != TORCH else None):
+                error = EngineError(reason)
+                if self.strict:
+                    raise error
+                if backend != TORCH:
+                    self._drop_candidate(name, backend, error)
+                backend = self._plan[name].backend
 
-    def _fastest(self, stage: Stage) -> Choice:
-        if self._store is None:
-            return Choice(TORCH, "no engine store")
-        candidates: dict[str, Manifest] = {}
-        for backend in ENGINE_BACKENDS:
-            record = self.record(stage.name, backend)
-            manifest = record.manifest if record else None
-            if manifest and not _doubt(stage, manifest) and {backend, TORCH} <= manifest.latency_ms.keys():
-                candidates[backend] = manifest
-        if not candidates:
-            return Choice(TORCH, f"no verified engine: `{export_command(stage.name, ENGINE_BACKENDS[0])}`")
-        # Latencies come from different runs: what compares is the ratio to torch in the same run.
-        gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
-        best = max(gains, key=lambda backend: gains[backend])
-        backend = best if gains[best] > 1 else TORCH
-        here = machine_id(stage.networks[0].device)
-        if any(manifest.measured_on != here for manifest in candidates.values()):
-            reason = f"as {candidates[best].measured_on or 'another machine'} has it; this one decides at first use"
-            return Choice(backend, reason, {}, tuple(candidates))
-        worth = tuple(name for name, gain in gains.items() if _WORTH_A_TRIAL * gain >= max(1, gains[best]))
-        reason = f"{gains[best]:.2f}x as fast as torch" if gains[best] > 1 else f"{best} is slower ({gains[best]:.2f}x)"
-        return Choice(backend, reason, candidates[best].latency_ms, worth)
+    def _choose(self, name: str, wanted: str) -> Choice:
+        choice = choose(self.stages[name], wanted, self._finder(name))
+        if choice.backend == TORCH and wanted not in (AUTO, TORCH):
+            if self.strict:
+                raise EngineError(choice.reason)
+            log.warning("%s; torch serves it meanwhile", choice.reason)
+        return choice
+
+    def _finder(self, name: str) -> FindRecord | None:
+        return None if self._store is None else partial(self.record, name)
 
     def _backend_at(self, stage: str, inputs: Mapping[str, Tensor]) -> str:
-        """The backend that serves inputs of these shapes."""
-        choice = self._plan[stage]
-        if not choice.candidates:
-            return choice.backend
-        shape = shape_class(inputs)
-        if (stage, shape) not in self._at_shape:
-            self._at_shape[stage, shape] = self._fastest_at(self.stages[stage], choice, shape, inputs)
-        self._served[stage] = self._at_shape[stage, shape]
-        return self._served[stage].backend
+        """The backend that serves inputs of these shapes, the stage's modules being what they are now."""
+        with self._lock:
+            if self._wanted[stage] == TORCH or self._store is None:
+                return TORCH
+            self._weights_of(stage)
+            choice = self._plan[stage]
+            if choice.backend == TORCH and not choice.candidates:
+                return TORCH
+            if (reason := self._conflict(stage)) is not None:
+                if self.strict:
+                    raise EngineError(f"stage {stage}: no engine computes what the module does: {reason}")
+                self._warn_once(f"stage {stage}: torch serves it for now: {reason}")
+                return TORCH
+            if not choice.candidates:
+                return choice.backend
+            return self._trials.choose(self.stages[stage], choice, inputs).backend
 
-    @torch.no_grad()
-    def _fastest_at(self, stage: Stage, choice: Choice, shape: str, inputs: Mapping[str, Tensor]) -> Choice:
-        """Measured, or recalled from an earlier run on this machine."""
-        if stage.weights is not None and not stage.weights.resident:
-            return choice  # to read them for a comparison costs more than it could gain
-        if _several_processes():
-            return choice  # a stage in shards runs in all processes at once: they have to choose alike
-        records = {backend: self.record(stage.name, backend) for backend in choice.candidates}
-        contenders = {backend: record.id.key for backend, record in records.items() if record is not None}
-        note = LatencyNote(stage.name, {**contenders, TORCH: TORCH}, shape, stage.networks[0].device)
-        latency_ms = note.read()
-        if latency_ms is None:
-            runners = {TORCH: stage.torch, **self._able(stage, choice.candidates, inputs)}
-            if len(runners) == 1:
-                return Choice(TORCH, "no engine serves this shape")
-            log.info("stage %s: timing %s at %s", stage.name, ", ".join(runners), shape)
-            latency_ms = take_turns(runners, inputs, _TRIAL_RUNS, _TRIAL_SECONDS)
-            if runners.keys() == contenders.keys() | {TORCH}:
-                latency_ms = note.write(latency_ms)
-        best = min(latency_ms, key=lambda backend: latency_ms[backend])
-        self._forget_engines(
-            stage.name, {best, *(c.backend for (name, _), c in self._at_shape.items() if name == stage.name)}
-        )
-        if best == TORCH:
-            rival = min(latency_ms.keys() - {TORCH}, key=lambda backend: latency_ms[backend])
-            gain = latency_ms[TORCH] / latency_ms[rival]
-            return Choice(TORCH, f"{rival} is slower at this shape ({gain:.2f}x)", latency_ms)
-        return Choice(best, f"{latency_ms[TORCH] / latency_ms[best]:.2f}x as fast as torch at this shape", latency_ms)
+    def _conflict(self, stage: str) -> str | None:
+        """Why no engine computes what the stage's modules compute now, or None."""
+        if stage not in self._live_guards:
+            self._live_guards[stage] = LiveGuard(self.stages[stage])
+        guard = self._live_guards[stage]
+        if guard.conflict() is None:
+            return None
+        with self._torch_lock:
+            return guard.conflict()  # another thread may have switched the LoRA off for as long as it held the lock
 
-    def _able(self, stage: Stage, backends: Iterable[str], inputs: Mapping[str, Tensor]) -> dict[str, Runner]:
-        """Those of the engines that load, and run on these inputs."""
-        able = {}
-        for backend in backends:
-            try:
-                runner = self._load(stage.name, backend).whole
-                runner(**inputs)
-            except Exception as error:
-                self._give_way(stage.name, backend, error)
-            else:
-                able[backend] = runner
-        return able
-
-    def _do_without(self, stage: str, backend: str, error: Exception) -> None:
+    def _drop_candidate(self, stage: str, backend: str, error: Exception) -> None:
         """Serve a stage from now on with what is left: the other candidates, if there are any, and torch."""
+        with self._lock:
+            if backend in (self._plan[stage].backend, *self._plan[stage].candidates):  # or another thread was faster
+                self._drop(stage, backend, error)
+
+    def _drop(self, stage: str, backend: str, error: Exception) -> None:
         rest = tuple(name for name in self._plan[stage].candidates if name != backend)
         left = " or ".join((*rest, TORCH))
         log.warning("stage %s: backend %s failed, %s serves it from now on (%s)", stage, backend, left, error)
         self._plan[stage] = Choice(rest[0] if rest else TORCH, f"{backend} failed: {error}", {}, rest)
-        self._at_shape = {key: choice for key, choice in self._at_shape.items() if key[0] != stage}
-        self._served.pop(stage, None)
-
-    def _forget_engines(self, stage: str, needed: set[str]) -> None:
-        """Give the memory of engines back that lost wherever they were tried."""
-        for name, backend in [*self._loaded]:
-            if name == stage and backend not in needed:
-                del self._loaded[name, backend]
+        self._trials.forget(stage)
 
     def record(self, stage: str, backend: str) -> EngineRecord | None:
         """The engine of a stage on a backend, if one was built for these weights, shapes and this machine."""
@@ -316,63 +310,77 @@ class Runtime:
             return None
         return find_engine(self._store, self.stages[stage], backend, self._weights_of(stage))
 
-    def _weights_of(self, stage: str) -> str:
-        if stage not in self._weights:
-            self._weights[stage] = weights_sha256(self.stages[stage])
-        return self._weights[stage]
+    def _weights_of(self, name: str) -> str:
+        """The digest of the weights that a stage's modules have now; where they have changed, its plan is made anew."""
+        with self._lock:
+            change = self._digests.update(name)
+            if change != "none":
+                self._live_guards.pop(name, None)
+            if change == "moved":
+                self._engines.unload_borrowers(name)
+            elif change == "changed" and name in self._plan:
+                self._choose_again(name)
+            return self._digests[name]
 
-    def _load(self, name: str, backend: str) -> _Loaded:
-        stage = self.stages[name]
-        if not _holds_weights(backend):
-            stage.restore_weights()
+    def _choose_again(self, name: str) -> None:
+        """Serve a stage whose weights have changed with engines of the new ones, or torch."""
+        self._engines.unload(name)
+        self._trials.forget(name)
+        before = self._plan[name]
+        choice = self._plan[name] = choose(self.stages[name], self._wanted[name], self._finder(name))
+        had, has = (each.backend != TORCH or bool(each.candidates) for each in (before, choice))
+        if had and not has:
+            message = f"stage {name}: its weights have changed since its engine was built: {choice.reason}"
+            if self.strict:
+                raise EngineError(message)
+            self._warn_once(f"{message}; torch serves it meanwhile")
+
+    def _load(self, name: str, backend: str) -> LoadedStage:
+        with self._lock:
+            return self._engines.load(name, backend)
+
+    def _compute(
+        self, stage: str, backend: str, of: Callable[[LoadedStage], Runner], inputs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], str]:
+        """The outputs of a stage or of one of its networks, and the backend that they are from: torch on failure."""
+
+        def on(backend: str) -> dict[str, Tensor]:
+            runner = of(self._load(stage, backend))
+            with self._torch_lock if backend == TORCH else nullcontext():
+                return runner(**inputs)
+
         if backend == TORCH:
-            return _Loaded({network.name: _in_torch(network) for network in stage.networks}, stage.torch)
-        if (name, backend) not in self._loaded:
-            networks = self._load_engine(stage, backend)
-            self._loaded[name, backend] = _Loaded(networks, stage.assemble(networks))
-        return self._loaded[name, backend]
+            return on(TORCH), TORCH
+        try:
+            return on(backend), backend
+        except Exception as error:
+            if self.strict:
+                raise
+            if self._digests.sharded(stage):
+                raise EngineError(
+                    f"stage {stage}: backend {backend} failed in one of several processes over which the weights are "
+                    f"sharded, where it cannot fall back to torch alone: start again with plan {stage}=torch ({error})"
+                ) from error
+            outputs = on(TORCH)  # raises where the inputs are wrong, or memory is short: no fault of the engine
+            self._blame(stage, backend, error)
+            return outputs, TORCH
 
-    def _verified(self, stage: Stage, backend: str) -> VerifiedEngine:
-        record = self.record(stage.name, backend)
-        if self._store is None or record is None:
-            raise EngineError(f"no engine: build it with `{export_command(stage.name, backend)}`")
-        return self._store.verify(record)
-
-    def _load_engine(self, stage: Stage, backend: str) -> Mapping[str, Runner]:
-        engine = self._verified(stage, backend)
-        if not engine.manifest.verified:
-            raise EngineError(
-                f"engine {engine.path} was built but never compared with PyTorch: "
-                "`frostline plan MODEL` does so on this machine"
-            )
-        networks = {network.name: network for network in stage.networks}
-        return get_backend(backend).load(engine, networks, stage.networks[0].device)
-
-    def _give_way(self, stage: str, backend: str, error: Exception) -> None:
-        """Let torch have what a backend failed at: this shape, or from now on; raises where it may not."""
-        if backend == TORCH or self.strict:
+    def _blame(self, stage: str, backend: str, error: Exception) -> None:
+        """Decide what serves after an engine failed where PyTorch did not."""
+        if self.strict:
             raise error
-        if isinstance(error, ShapeError):
-            self._warn_once(f"stage {stage}: torch serves this shape ({error})")
+        if isinstance(error, InputError):
+            what = "shape" if isinstance(error, ShapeError) else "input"
+            self._warn_once(f"stage {stage}: torch serves this {what} ({error})")
+        elif isinstance(error, EngineMemoryError):
+            self._warn_once(f"stage {stage}: backend {backend} ran out of memory, torch serves this call ({error})")
         else:
-            self._do_without(stage, backend, error)
+            self._drop_candidate(stage, backend, error)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             log.warning("%s", message)
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A stage on one backend, and the networks that it is made of."""
-
-    networks: Mapping[str, Runner]
-    whole: Runner
-
-
-def _in_torch(network: Network) -> Runner:
-    return lambda **inputs: network.reference(inputs)
 
 
 @dataclass(frozen=True)
@@ -382,27 +390,3 @@ class _PlannedRunner:
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.runtime.run(self.stage, inputs)
-
-
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _weight_bytes(stage: Stage) -> int:
-    if stage.weights is not None:
-        return stage.weights.nbytes
-    parameters = (p for network in stage.networks for p in network.module.parameters())
-    return sum({id(parameter): parameter.nbytes for parameter in parameters}.values())
-
-
-def _holds_weights(backend: str) -> bool:
-    return backend != TORCH and get_backend(backend).HOLDS_WEIGHTS
-
-
-def _doubt(stage: Stage, manifest: Manifest) -> str | None:
-    """Why an engine may not serve here, or None."""
-    obstacle = get_backend(manifest.backend).obstacle(stage.networks[0].device, manifest.device)
-    if obstacle:
-        return f"built, not verified here: {obstacle}"
-    return None if manifest.verified else "unverified: `frostline plan MODEL` compares it with PyTorch"

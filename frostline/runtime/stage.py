@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from frostline.errors import ShapeError
+from frostline.errors import EngineError, InputError, ShapeError
 from frostline.models.weights import PartWeights
 from frostline.runtime.dimension import Dimension, Size
 
@@ -59,6 +59,46 @@ class TensorSpec:
         return values.to(self.dtype)
 
 
+class ModuleTensors(Mapping[str, Tensor]):
+    """Tensors of a module by name, looked up at each use: a parameter object may be replaced at any time.
+
+    Args:
+        module: which holds them.
+        paths: from the names here to those of `module.named_parameters()`.
+    """
+
+    def __init__(self, module: nn.Module, paths: Mapping[str, str]) -> None:
+        self._module = module
+        self._paths = dict(paths)
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self.look_up()
+
+    def look_up(self) -> None:
+        """Find the modules that hold the tensors, again after the module tree has changed.
+
+        Raises:
+            EngineError: one of them is gone.
+        """
+        for name, path in self._paths.items():
+            owner, _, leaf = path.rpartition(".")
+            try:
+                self._owners[name] = (self._module.get_submodule(owner), leaf)
+            except AttributeError as error:
+                raise EngineError(f"the module no longer has its parameter {path}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        owner, leaf = self._owners[name]
+        tensor = owner._parameters[leaf]
+        assert tensor is not None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+
 @dataclass(frozen=True)
 class Network:
     """One graph that a backend compiles.
@@ -91,6 +131,16 @@ class Network:
         generator = torch.Generator().manual_seed(seed)
         return {spec.name: spec.sample(size, generator).to(self.device) for spec in self.inputs}
 
+    def check_names(self, inputs: Mapping[str, Tensor]) -> None:
+        """Hold the names of the inputs against the network's.
+
+        Raises:
+            InputError: names one that is missing or not known.
+        """
+        names = {spec.name for spec in self.inputs}
+        if wrong := sorted(inputs.keys() ^ names):
+            raise InputError(f"network {self.name} {'lacks its' if wrong[0] in names else 'has no'} input {wrong[0]}")
+
     def check_shapes(self, inputs: Mapping[str, Tensor]) -> None:
         """Hold the inputs against the range that engines are built for.
 
@@ -107,38 +157,76 @@ class Network:
 
     @torch.no_grad()
     def reference(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What PyTorch computes on the same inputs."""
+        """What PyTorch computes on the same inputs.
+
+        Raises:
+            InputError: an input is missing or not known.
+        """
+        self.check_names(inputs)
         positional = [inputs[spec.name] for spec in self.inputs]
         result = self.module(*positional, *self.live.values())
         return dict(zip(self.outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A named computation that any backend may serve while it is frozen.
+    """A named computation that any backend may serve while it is frozen: here one network, and nothing around it.
 
-    torch: the stage in plain PyTorch, the measure of all engines.
-    assemble: makes the stage from one runner per network.
-    sample: realistic inputs of the whole stage, for parity and latency.
-    base_sample: the same, told to leave the live tensors out (a LoRA scale of 0); None where there are none.
+    A stage of several networks, or with work around them, overrides `torch` and `assemble`. Stages are data and
+    methods, never closures: a deep copy of a module has stages of its own, which compute with its own weights.
+
+    networks: what backends compile.
+    tolerance: what an engine's outputs may differ by.
     weights: of a stage that is always frozen, its weights, which need not be in memory while an engine serves it.
     """
 
     name: str
     model: str
     networks: tuple[Network, ...]
-    torch: Runner
-    assemble: Callable[[Mapping[str, Runner]], Runner]
-    sample: Callable[[], dict[str, Tensor]]
     tolerance: Tolerance
     weights: PartWeights | None = None
-    base_sample: Callable[[], dict[str, Tensor]] | None = None
+
+    def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Compute the stage in plain PyTorch, the measure of all engines."""
+        return self.networks[0].reference(inputs)
+
+    def assemble(self, runners: Mapping[str, Runner]) -> Runner:
+        """Make the stage from one runner for each network."""
+        return runners[self.networks[0].name]
+
+    def sample(self) -> dict[str, Tensor]:
+        """Return realistic inputs of the whole stage, for parity and latency."""
+        return self.networks[0].samples("opt")
+
+    def base_sample(self) -> dict[str, Tensor] | None:
+        """Return the same, told to leave the live tensors out (a LoRA scale of 0); None where there are none."""
+        return None
+
+    def module_state(self) -> ModuleState:
+        """Return a check for a state of the modules, other than their tensors, in which engines compute otherwise.
+
+        It is made anew where the module tree has changed, and called before each use of an engine.
+        """
+        return _always_as_exported
 
     def restore_weights(self) -> None:
         """Make sure that PyTorch can compute the stage: its weights may be away."""
         if self.weights is not None and not self.weights.resident:
             log.info("stage %s: reading its weights", self.name)
             self.weights.restore()
+
+
+def in_torch(network: Network) -> Runner:
+    """One network in PyTorch."""
+    return lambda **inputs: network.reference(inputs)
+
+
+ModuleState = Callable[[], str | None]
+"""Returns why no engine computes what the modules compute now, or None."""
+
+
+def _always_as_exported() -> None:
+    return None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,20 @@ class WanTrainingModule(nn.Module):
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A module with weights, LoRA and stages of its own; the cache of frozen outputs is shared, by content."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self.cache)] = self.cache
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a WanTrainingModule holds engines of this process and cannot be pickled: save the adapter with "
+            "`module.save_adapter(folder)`, and call `from_pretrained` and `load_adapter` in the other process"
+        )
 
     def _face_identity(self, term: RewardTerm) -> ActiveReward:
         assert self.faces is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
-from frostline.models.lora import lora_scale
+from frostline.models.lora import LoraSwitches
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import content_key
@@ -56,9 +56,8 @@ class Sampler:
         self.runtime = runtime
         self.schedule = schedule
         self.high_noise_steps = high_noise_steps
-        device = components.device
-        self._lora_on = torch.tensor(lora_scale(denoiser.model), device=device)
-        self._lora_off = torch.zeros((), device=device)
+        self._switches = LoraSwitches(denoiser.model)
+        self._scales = {0.0: torch.zeros((), device=components.device)}
 
     @torch.no_grad()
     def start(
@@ -145,7 +144,7 @@ class Sampler:
             rows = [self._inputs(x, index) for x, index in zip(latents, steps, strict=True)]
             inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
             inputs |= {name: torch.cat([tensor] * count) for name, tensor in given.items()}
-            inputs["lora_scale"] = self._lora_off
+            inputs |= self._base()
             if self.runtime.admits("denoiser", inputs):
                 return self.runtime["denoiser"](**inputs)["velocity"].float().chunk(count)
         return [self._frozen_velocity(x, index, given, lora=False) for x, index in zip(latents, steps, strict=True)]
@@ -168,8 +167,22 @@ class Sampler:
         inputs = {**self._inputs(latents, index), **given}
         if index < self.high_noise_steps:
             return self.runtime["denoiser_high_noise"](**inputs)["velocity"].float()
-        scale = self._lora_on if lora else self._lora_off
-        return self.runtime["denoiser"](**inputs, lora_scale=scale)["velocity"].float()
+        return self.runtime["denoiser"](**inputs, **(self._policy() if lora else self._base()))["velocity"].float()
+
+    def _policy(self) -> dict[str, Tensor]:
+        """The input `lora_scale` of the model as it is; none where no single scale says what PEFT's switches do."""
+        scale = self._switches.scale
+        return {} if scale is None else self._lora_scale(scale)
+
+    def _base(self) -> dict[str, Tensor]:
+        """The input `lora_scale` of the model without its LoRA, the KL reference."""
+        return self._lora_scale(0.0)
+
+    def _lora_scale(self, scale: float) -> dict[str, Tensor]:
+        # The same tensor at each call: to look into one on a GPU makes the host wait.
+        if scale not in self._scales:
+            self._scales[scale] = torch.tensor(scale, device=self.components.device)
+        return {"lora_scale": self._scales[scale]}
 
     def _live_velocity(
         self, latents: Tensor, index: int, given: Mapping[str, Tensor], recompute: bool, engine_forward: bool
@@ -180,7 +193,7 @@ class Sampler:
             assert self.denoiser_high_noise is not None
             denoiser, stage, scale = self.denoiser_high_noise, "denoiser_high_noise", {}
         else:
-            denoiser, stage, scale = self.denoiser, "denoiser", {"lora_scale": self._lora_on}
+            denoiser, stage, scale = self.denoiser, "denoiser", self._policy()
 
         def in_torch(**tensors: Tensor) -> dict[str, Tensor]:
             if (weights := self.components.weights.get(stage)) is not None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from frostline.errors import ParityError
 from frostline.export.exporter import export_stage, verify_engine_parity
+from frostline.export.stages.text_encoder import TextEncoderStage
 from frostline.models.lora import lora_parameters
 from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.backends import onnxruntime as onnxruntime_backend
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.identity import find_engine, weights_sha256
-from frostline.runtime.stage import Network, Stage, Tolerance
+from frostline.runtime.stage import Network, Stage
 from frostline.runtime.store import EngineStore, VerifiedEngine
 from frostline.train.module import WanTrainingModule
 
@@ -214,12 +217,12 @@ def test_an_engine_that_does_not_read_the_lora_is_found_out(
 ) -> None:
     engine, live = engine_of(fresh, own_store), fresh.networks[0].live
     before = {name: tensor.detach().clone() for name, tensor in live.items()}
-    bind = OnnxRuntimeRunner._bind
+    bind = onnxruntime_backend._bind
 
-    def bind_copies(runner: OnnxRuntimeRunner, name: str, tensor: Tensor) -> None:
-        bind(runner, name, before.get(name, tensor))
+    def bind_copies(binding: Any, name: str, tensor: Tensor) -> None:
+        bind(binding, name, before.get(name, tensor))
 
-    monkeypatch.setattr(OnnxRuntimeRunner, "_bind", bind_copies)
+    monkeypatch.setattr(onnxruntime_backend, "_bind", bind_copies)
     with pytest.raises(ParityError, match=r"velocity of denoiser \(opt\).*The engine was deleted"):
         verify_engine_parity(fresh, own_store, engine)
     assert own_store.get(engine.manifest.id) is None
@@ -229,28 +232,27 @@ def test_an_engine_that_does_not_read_the_lora_is_found_out(
 def test_an_engine_that_does_not_heed_the_scale_is_found_out(
     fresh: Stage, own_store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, bind = engine_of(fresh, own_store), OnnxRuntimeRunner._bind
+    engine, bind = engine_of(fresh, own_store), onnxruntime_backend._bind
     one = torch.ones(())
 
-    def bind_one(runner: OnnxRuntimeRunner, name: str, tensor: Tensor) -> None:
-        bind(runner, name, one if name == "lora_scale" else tensor)
+    def bind_one(binding: Any, name: str, tensor: Tensor) -> None:
+        bind(binding, name, one if name == "lora_scale" else tensor)
 
-    monkeypatch.setattr(OnnxRuntimeRunner, "_bind", bind_one)
+    monkeypatch.setattr(onnxruntime_backend, "_bind", bind_one)
     with pytest.raises(ParityError, match=r"velocity of denoiser \(base\)"):
         verify_engine_parity(fresh, own_store, engine)
 
 
 def test_an_engine_that_computes_something_else_is_not_kept(make_module: MakeModule, tmp_path: Path) -> None:
     """The verification after a build compares with the stage as it is in torch."""
-    module = make_module()
-    stage = module.stages["text_encoder"]
 
-    def wrong(**inputs: Tensor) -> dict[str, Tensor]:
-        return {name: 1.001 * value for name, value in stage.torch(**inputs).items()}
+    class Wrong(TextEncoderStage):
+        def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
+            return {name: 1.001 * value for name, value in super().torch(**inputs).items()}
 
-    other = Stage(
-        stage.name, stage.model, stage.networks, wrong, stage.assemble, stage.sample, Tolerance(1e-5, 5e-5, 0.999999)
-    )
+    stage = make_module().stages["text_encoder"]
+    assert isinstance(stage, TextEncoderStage)
+    other = Wrong(**vars(stage))
     with pytest.raises(ParityError, match="differs from PyTorch"):
         export_stage(other, "onnxruntime", EngineStore(tmp_path))
     assert EngineStore(tmp_path).find() == []

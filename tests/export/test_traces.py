@@ -53,10 +53,8 @@ def test_engines_of_every_backend_come_from_one_trace(
 ) -> None:
     for backend in BACKENDS[1:]:
         pytest.importorskip(backend.replace("-", "_"))
-    stage = Stage(
-        "gated", "small", (network,), lambda **inputs: network.reference(inputs), lambda runners: runners["gated"],
-        lambda: network.samples("opt"), Tolerance(1e-6, 1e-5, 0.999999),
-    )  # fmt: skip
+    tolerance = Tolerance(1e-6, 1e-5, 0.999999)
+    stage = Stage(name="gated", model="small", networks=(network,), tolerance=tolerance)
     traces = Traces()
     for backend in BACKENDS:
         exported = export_stage(stage, backend, EngineStore(tmp_path), traces=traces)

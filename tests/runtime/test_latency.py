@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from frostline.export.exporter import export_stage
-from frostline.runtime import latency, runtime
+from frostline.runtime import choosing, latency
+from frostline.runtime import trials as trials_file
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.dimension import Dimension
 from frostline.runtime.latency import LatencyNote, machine_id, shape_class, take_turns
@@ -49,15 +50,8 @@ def stage() -> Stage:
             return x * self.two
 
     network = Network("double", Double(), (TensorSpec("x", (Dimension("rows", 1, 4, 64), 3)),), ("y",))
-    return Stage(
-        "double",
-        "toy",
-        (network,),
-        lambda **inputs: network.reference(inputs),
-        lambda runners: runners["double"],
-        lambda: network.samples("opt"),
-        Tolerance(atol=1e-6, rtol=0, cosine=0.999),
-    )
+    tolerance = Tolerance(atol=1e-6, rtol=0, cosine=0.999)
+    return Stage(name="double", model="toy", networks=(network,), tolerance=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]
         seen.append((rows, tuple(runners)))
         return {name: 1.0 if (name == ORT) == (rows >= 8) else 2.0 for name in runners}
 
-    monkeypatch.setattr(runtime, "take_turns", measured)
+    monkeypatch.setattr(trials_file, "take_turns", measured)
     return seen
 
 
@@ -128,7 +122,7 @@ def test_another_machine_measures_anew(
     assert Runtime({"double": stage}, "auto", engines).plan["double"].reason == "2.00x as fast as torch"
     run(Runtime({"double": stage}, "auto", engines), 8)
     machine_id_here = machine_id(CPU)
-    for module in (latency, runtime):
+    for module in (latency, choosing):
         monkeypatch.setattr(module, "machine_id", lambda device: "another CPU")
     auto = Runtime({"double": stage}, "auto", engines)
     assert auto.plan["double"].reason == f"as {machine_id_here} has it; this one decides at first use"

@@ -15,7 +15,7 @@ from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.dimension import Dimension
 from frostline.runtime.manifest import Manifest
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
 from frostline.runtime.store import EngineStore
 from frostline.train.module import WanTrainingModule
 
@@ -42,14 +42,8 @@ def affine_stage(name: str, seed: int) -> Stage:
     """`y = x W + 1` for x of 1 to 8 rows."""
     network = Network(name, Affine(seed), (TensorSpec("x", (Dimension("rows", 1, 4, 8), 3)),), ("y",))
 
-    def in_torch(**inputs: Tensor) -> dict[str, Tensor]:
-        return network.reference(inputs)
-
-    def assemble(runners: "dict[str, Runner]") -> Runner:
-        return runners[name]
-
     tolerance = Tolerance(atol=1e-5, rtol=0, cosine=0.999)
-    return Stage(name, "toy", (network,), in_torch, assemble, lambda: network.samples("opt"), tolerance)  # type: ignore[arg-type]
+    return Stage(name=name, model="toy", networks=(network,), tolerance=tolerance)
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_from_noise_to_latents_no_value_is_asked_for(data: dict[str, Any], make_
         counts.append(asked.count)
     # The LoRA scale and its absence, once each.
     assert counts == [2, 0]
-    module.sampler._lora_off.fill_(0)
+    module.sampler._base()["lora_scale"].fill_(0)
     with ValuesAskedFor() as asked:
         module.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
     assert asked.count == 1, "a scale that was written to has to be looked at again"

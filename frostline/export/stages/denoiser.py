@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from frostline.models.denoiser import Denoiser
 from frostline.models.geometry import CLIP_FEATURE
-from frostline.models.lora import adapters_off, live_scale, lora_parameters, lora_scale
+from frostline.models.lora import LoraSwitches, adapters_off, live_scale, lora_parameters, lora_scale
 from frostline.runtime.dimension import Dimension
-from frostline.runtime.stage import Network, Stage, TensorSpec
+from frostline.runtime.stage import ModuleState, ModuleTensors, Network, Stage, TensorSpec
 
 from .inputs import StageInputs, tolerance
 
@@ -63,51 +64,58 @@ def build_high_noise(inputs: StageInputs) -> Stage | None:
     return None if expert is None else _build("denoiser_high_noise", expert, inputs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenoiserStage(Stage):
+    """One network. Where it has a LoRA, the input `lora_scale` may be left out in PyTorch: the model as it is."""
+
+    denoiser: Denoiser
+
+    def torch(self, *, lora_scale: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+        """Predict the velocity at a LoRA scale; 0 skips the adapters."""
+        with nullcontext() if lora_scale is None else _scaled(self.denoiser.model, lora_scale):
+            return {"velocity": self.denoiser(**inputs)}
+
+    def base_sample(self) -> dict[str, Tensor] | None:
+        """Return a sample at scale 0."""
+        if not self.networks[0].live:
+            return None
+        sample = self.sample()
+        return {**sample, "lora_scale": torch.zeros_like(sample["lora_scale"])}
+
+    def module_state(self) -> ModuleState:
+        """Return a check of the LoRA layers' switches."""
+        return LoraSwitches(self.denoiser.model).conflict
+
+
 def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
-    network = _network(name, denoiser, inputs)
-    scales = _KnownScales()
-
-    def in_torch(*, lora_scale: Tensor | None = None, **tensors: Tensor) -> dict[str, Tensor]:
-        with nullcontext() if lora_scale is None else _scaled(denoiser.model, lora_scale, scales):
-            return {"velocity": denoiser(**tensors)}
-
-    return Stage(
+    return DenoiserStage(
         name=name,
         model=inputs.components.name,
-        networks=(network,),
-        torch=in_torch,
-        assemble=lambda runners: runners[name],
-        sample=lambda: network.samples("opt"),
+        networks=(_network(name, denoiser, inputs),),
         tolerance=tolerance(name, inputs.dtype),
         weights=inputs.components.weights.get(name),
-        base_sample=(lambda: _at_scale_zero(network.samples("opt"))) if network.live else None,
+        denoiser=denoiser,
     )
 
 
-def _at_scale_zero(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**inputs, "lora_scale": torch.zeros_like(inputs["lora_scale"])}
+# Values of scales that were looked at before, with their versions: to look makes the host wait for a GPU.
+_known_scales: MutableMapping[Tensor, tuple[int, float]] = WeakTensorKeyDictionary()
 
 
-class _KnownScales:
-    """Values of scales that were looked at before: to look makes the host wait for a GPU."""
-
-    def __init__(self) -> None:
-        self._known: MutableMapping[Tensor, tuple[int, float]] = WeakTensorKeyDictionary()
-
-    def value(self, scale: Tensor) -> float:
-        version, value = self._known.get(scale, (None, 0.0))
-        if version != scale._version:
-            value = scale.item()
-            self._known[scale] = (scale._version, value)
-        return value
+def _value(scale: Tensor) -> float:
+    version, value = _known_scales.get(scale, (None, 0.0))
+    if version != scale._version:
+        value = scale.item()
+        _known_scales[scale] = (scale._version, value)
+    return value
 
 
-def _scaled(model: nn.Module, scale: Tensor, scales: _KnownScales) -> AbstractContextManager[None]:
+def _scaled(model: nn.Module, scale: Tensor) -> AbstractContextManager[None]:
     """The model at a LoRA scale; 0 skips the adapters."""
-    value = scales.value(scale)
+    value, now = _value(scale), LoraSwitches(model).scale
     if value == 0:
         return adapters_off(model)
-    return nullcontext() if math.isclose(value, lora_scale(model), rel_tol=1e-6) else live_scale(model, scale)
+    return nullcontext() if now is not None and math.isclose(value, now, rel_tol=1e-6) else live_scale(model, scale)
 
 
 def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
@@ -123,6 +131,7 @@ def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
     adapter = lora_parameters(denoiser.model)
     scale, rank = lora_scale(denoiser.model) if adapter else 0.0, shapes.dimension("rank")
     adapter_specs = tuple(_adapter_spec(name, matrix, rank, scale) for name, matrix in adapter.items())
+    paths = dict(zip((spec.name for spec in adapter_specs), adapter, strict=True))
     return Network(
         name,
         LiveLoraDenoiser(denoiser, tuple(condition.name for condition in conditions)).eval(),
@@ -134,7 +143,7 @@ def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
             *([_scale_spec(scale)] if adapter else []),
         ),
         ("velocity",),
-        live=dict(zip((spec.name for spec in adapter_specs), adapter.values(), strict=True)),
+        live=ModuleTensors(denoiser.model, paths),
         live_specs=adapter_specs,
     )
 

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from frostline.export.shapes import ShapeRange
 from frostline.models.faces.detections import quantize_frames
-from frostline.models.faces.detectors import DetectorNetwork
-from frostline.models.faces.networks import as_network
+from frostline.models.faces.detectors import DetectorModel, DetectorNetwork
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.dimension import Dimension
-from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
+from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, in_torch
 
-from .face_networks import contiguous_copy, weights_dtype, with_fp32_edges
+from .face_networks import weights_dtype, with_fp32_edges
 from .inputs import FaceModels, tolerance
 
 
-def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
-    """The stage; its outputs are the tensors of `Detections`."""
-    detector = faces.detector
-    networks = {name: replace(n, module=with_fp32_edges(n.module)) for name, n in detector.networks.items()}
-    weight = next(iter(detector.networks.values())).module
+@dataclass(frozen=True, kw_only=True)
+class FaceDetectorStage(Stage):
+    """The networks of a detector; what lies between them stays in torch."""
 
-    def assemble(runners: Mapping[str, Callable[..., Mapping[str, Tensor]]]) -> Runner:
-        made = detector.make(runners)
+    detector: DetectorModel
 
-        def detect(**tensors: Tensor) -> dict[str, Tensor]:
-            found = made.detect(tensors["frames"])
+    def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Detect with all networks in PyTorch."""
+        return self.assemble({network.name: in_torch(network) for network in self.networks})(**inputs)
+
+    def assemble(self, runners: Mapping[str, Runner]) -> Runner:
+        """Make the detector of running networks; its outputs are the tensors of `Detections`."""
+        made = self.detector.make(runners)
+
+        def detect(**inputs: Tensor) -> dict[str, Tensor]:
+            found = made.detect(inputs["frames"])
             return {
                 "boxes": found.boxes,
                 "probabilities": found.probabilities,
@@ -39,18 +43,23 @@ def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
 
         return detect
 
-    def sample() -> dict[str, Tensor]:
+    def sample(self) -> dict[str, Tensor]:
+        """Return frames with faces in them."""
         clips = held_out_clips(2, seed=0)
-        return {"frames": quantize_frames(clips.video.flatten(0, 1)).to(faces.device)}
+        return {"frames": quantize_frames(clips.video.flatten(0, 1)).to(self.networks[0].device)}
 
-    return Stage(
+
+def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
+    """The stage."""
+    detector = faces.detector
+    networks = {name: replace(n, module=with_fp32_edges(n.module)) for name, n in detector.networks.items()}
+    weight = next(iter(detector.networks.values())).module
+    return FaceDetectorStage(
         name="face_detector",
         model=detector.name,
         networks=tuple(_network(name, network, shapes) for name, network in networks.items()),
-        torch=assemble({name: as_network(network.module, network.outputs) for name, network in networks.items()}),
-        assemble=assemble,
-        sample=sample,
         tolerance=tolerance("face_detector", weights_dtype(weight)),
+        detector=detector,
     )
 
 
@@ -61,7 +70,7 @@ def _network(name: str, network: DetectorNetwork, shapes: ShapeRange) -> Network
     else:
         size = (_side(shapes, "face_height", network.multiple), _side(shapes, "face_width", network.multiple))
     images = TensorSpec("images", (shapes.dimension("faces"), 3, *size))
-    return Network(name, contiguous_copy(network.module), (images,), network.outputs)
+    return Network(name, network.module, (images,), network.outputs)
 
 
 def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:

@@ -9,7 +9,7 @@ from frostline.models.faces.embedders import FaceEmbedder
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
 from .face_networks import weights_dtype, with_fp32_edges
-from .inputs import FaceModels, single_network_stage, tolerance
+from .inputs import FaceModels, tolerance
 
 
 def build(models: FaceModels, shapes: ShapeRange) -> Stage:
@@ -19,4 +19,9 @@ def build(models: FaceModels, shapes: ShapeRange) -> Stage:
     side = embedder.image_size
     faces = TensorSpec("faces", (shapes.dimension("faces"), 3, side, side))
     network = Network("face_embedder", with_fp32_edges(module), (faces,), ("embeddings",))
-    return single_network_stage(network, embedder.name, tolerance("face_embedder", weights_dtype(module)))
+    return Stage(
+        name="face_embedder",
+        model=embedder.name,
+        networks=(network,),
+        tolerance=tolerance("face_embedder", weights_dtype(module)),
+    )

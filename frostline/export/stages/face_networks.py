@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import torch
@@ -26,14 +25,6 @@ class Fp32Edges(nn.Module):
 def with_fp32_edges(module: nn.Module) -> nn.Module:
     """The module itself if its weights are fp32."""
     return module if weights_dtype(module) == torch.float32 else Fp32Edges(module).eval()
-
-
-def contiguous_copy(module: nn.Module) -> nn.Module:
-    """For tracing: where weights are channels last, a tracer takes images of few pixels for a special case."""
-    module = copy.deepcopy(module)
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-    return module
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype:

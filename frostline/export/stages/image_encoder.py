@@ -5,7 +5,7 @@ from __future__ import annotations
 from frostline.models.image import ImageEncoder
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
-from .inputs import StageInputs, single_network_stage, tolerance
+from .inputs import StageInputs, tolerance
 
 
 def build(inputs: StageInputs) -> Stage | None:
@@ -16,6 +16,10 @@ def build(inputs: StageInputs) -> Stage | None:
     shape = (inputs.shapes.dimension("batch"), 3, inputs.pixels("height"), inputs.pixels("width"))
     module = ImageEncoder(encoder).to(inputs.device, inputs.dtype).eval()
     network = Network("image_encoder", module, (TensorSpec("image", shape, inputs.dtype),), ("clip_feature",))
-    weights = inputs.components.weights.get("image_encoder")
-    bounds = tolerance("image_encoder", inputs.dtype)
-    return single_network_stage(network, inputs.components.name, bounds, weights=weights)
+    return Stage(
+        name="image_encoder",
+        model=inputs.components.name,
+        networks=(network,),
+        tolerance=tolerance("image_encoder", inputs.dtype),
+        weights=inputs.components.weights.get("image_encoder"),
+    )

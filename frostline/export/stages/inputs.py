@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from frostline.export.shapes import ShapeRange
 from frostline.models.components import WanComponents
 from frostline.models.denoiser import Denoiser
 from frostline.models.faces.detectors import DetectorModel
-from frostline.models.weights import PartWeights
 from frostline.runtime.dimension import Dimension
-from frostline.runtime.stage import Network, Stage, Tolerance
+from frostline.runtime.stage import Tolerance
 
 # The bounds by the type of the weights, both sides computing in that type. Measured on small models of random weights,
 # the worst of ONNX Runtime, OpenVINO and AOTInductor, relative to the largest output: 6e-6, 3e-3 and 2.6e-2, of which
@@ -76,27 +75,3 @@ class StageInputs:
         """`height` or `width` of a tensor with `per_block` entries where the video has `spatial_multiple` pixels."""
         multiple = self.components.spatial_multiple
         return self.shapes.pixels(name, multiple if per_block is None else per_block, multiple)
-
-
-def single_network_stage(
-    network: Network,
-    model: str,
-    tolerance: Tolerance,
-    sample: Callable[[], dict[str, Tensor]] | None = None,
-    weights: PartWeights | None = None,
-) -> Stage:
-    """A stage that is one network and nothing around it."""
-
-    def in_torch(**tensors: Tensor) -> dict[str, Tensor]:
-        return network.reference(tensors)
-
-    return Stage(
-        name=network.name,
-        model=model,
-        networks=(network,),
-        torch=in_torch,
-        assemble=lambda runners: runners[network.name],
-        sample=sample or (lambda: network.samples("opt")),
-        tolerance=tolerance,
-        weights=weights,
-    )

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from frostline.models.components import WanComponents
 from frostline.models.text import TextEncoder, tokenize
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
-from .inputs import StageInputs, single_network_stage, tolerance
+from .inputs import StageInputs, tolerance
 
 _PROMPTS = ("a person talks and smiles", "a person nods")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderStage(Stage):
+    """One network, its samples real prompts."""
+
+    components: WanComponents
+
+    def sample(self) -> dict[str, Tensor]:
+        """Return the tokens of two prompts."""
+        ids, mask = tokenize(self.components.tokenizer, _PROMPTS)
+        device = self.networks[0].device
+        return {"ids": ids.to(device), "mask": mask.to(device)}
 
 
 def build(inputs: StageInputs) -> Stage:
@@ -26,15 +42,17 @@ def build(inputs: StageInputs) -> Stage:
         lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
         return (torch.arange(shape[1]) < lengths).long()
 
-    def sample() -> dict[str, Tensor]:
-        ids, mask = tokenize(components.tokenizer, _PROMPTS)
-        return {"ids": ids.to(inputs.device), "mask": mask.to(inputs.device)}
-
     network = Network(
         "text_encoder",
         TextEncoder(components.text_encoder).eval(),
         (TensorSpec("ids", shape, torch.int64, random_ids), TensorSpec("mask", shape, torch.int64, random_mask)),
         ("context",),
     )
-    weights = components.weights.get("text_encoder")
-    return single_network_stage(network, components.name, tolerance("text_encoder", inputs.dtype), sample, weights)
+    return TextEncoderStage(
+        name="text_encoder",
+        model=components.name,
+        networks=(network,),
+        tolerance=tolerance("text_encoder", inputs.dtype),
+        weights=components.weights.get("text_encoder"),
+        components=components,
+    )

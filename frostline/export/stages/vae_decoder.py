@@ -7,6 +7,8 @@ first latent frame and the next with their caches as tensors, serve a video of a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +20,37 @@ from frostline.runtime.stage import Runner, Stage, TensorSpec
 from .inputs import StageInputs, tolerance
 from .vae_chunks import chunk_networks
 
+if TYPE_CHECKING:
+    from diffsynth.models.wan_video_vae import WanVideoVAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeDecoderStage(Stage):
+    """Two networks; their PyTorch side is `decode_latents`.
+
+    sample_shape: (B, C, F, H/8, W/8) of the sample.
+    """
+
+    vae: WanVideoVAE
+    sample_shape: tuple[int, ...]
+
+    def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Decode a whole clip."""
+        return {"video": decode_latents(self.vae, inputs["latents"])}
+
+    def assemble(self, runners: Mapping[str, Runner]) -> Runner:
+        """Decode chunk by chunk."""
+        return lambda **inputs: {"video": decode_in_chunks(runners, inputs["latents"])}
+
+    def sample(self) -> dict[str, Tensor]:
+        """Return random latents."""
+        values = torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(0))
+        weight = self.networks[0].weight
+        return {"latents": values.to(weight.device, weight.dtype)}
+
 
 def build(inputs: StageInputs) -> Stage:
-    """The stage, its torch side `decode_latents`."""
+    """The stage, for any number of latent frames."""
     vae, shapes = inputs.components.vae, inputs.shapes
     modules = tuple(kind(vae).to(inputs.device).eval() for kind in (VaeDecoderFirst, VaeDecoderNext))
     per_block = inputs.components.spatial_multiple // inputs.components.spatial_stride
@@ -28,24 +58,12 @@ def build(inputs: StageInputs) -> Stage:
     height, width = inputs.pixels("height", per_block), inputs.pixels("width", per_block)
     latents = TensorSpec("latents", (shapes.dimension("batch"), channels, 1, height, width), inputs.dtype)
 
-    def in_torch(**tensors: Tensor) -> dict[str, Tensor]:
-        return {"video": decode_latents(vae, tensors["latents"])}
-
-    def assemble(runners: Mapping[str, Runner]) -> Runner:
-        return lambda **tensors: {"video": decode_in_chunks(runners, tensors["latents"])}
-
-    def sample() -> dict[str, Tensor]:
-        batch, _, _, *size = latents.shape_at("opt")
-        shape = (batch, channels, shapes.latent_frames[1], *size)
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return {"latents": values.to(inputs.device, inputs.dtype)}
-
-    return Stage(
+    batch, _, _, *size = latents.shape_at("opt")
+    return VaeDecoderStage(
         name="vae_decoder",
         model=inputs.components.name,
         networks=chunk_networks(inputs, (modules[0], modules[1]), (latents, latents), "video", per_block),
-        torch=in_torch,
-        assemble=assemble,
-        sample=sample,
         tolerance=tolerance("vae_decoder", inputs.dtype),
+        vae=vae,
+        sample_shape=(batch, channels, shapes.latent_frames[1], *size),
     )

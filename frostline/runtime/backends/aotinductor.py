@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
 
 from .inputs import check_inputs, check_live
+from .memory import engine_failure
 from .options import BuildOptions
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ SOURCE: Literal["exported_program"] = "exported_program"
 HOLDS_WEIGHTS = False
 PRECISIONS = frozenset(DTYPES)
 
+# How torch's allocators say that memory ran out, from where no Python exception comes through.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 # The tracer's wrapper around `Network.module`.
 _PREFIX = "module."
 _SETTINGS = {
@@ -114,6 +118,8 @@ class AOTInductorRunner:
     def __init__(self, package: bytes, network: Network) -> None:
         check_live(network)
         self._network = network
+        # One model in a package, and so one call at a time.
+        self._lock = threading.Lock()
         weights = _weights(network.module)
         try:
             self._model = torch._inductor.aoti_load_package(io.BytesIO(package))
@@ -124,7 +130,7 @@ class AOTInductorRunner:
             self._constants = {name: weights[name] for name in wanted}
             self._model.load_constants(self._constants, check_full_update=True, user_managed=True)
         except (RuntimeError, EngineError) as error:
-            raise EngineError(f"AOTInductor cannot load {network.name}: {error}") from error
+            raise engine_failure(f"AOTInductor cannot load {network.name}", error, _NO_MEMORY) from error
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the network; every output is freshly allocated."""
@@ -132,9 +138,10 @@ class AOTInductorRunner:
         positional = [inputs[spec.name].contiguous() for spec in self._network.inputs]
         live = [tensor.detach().contiguous() for tensor in self._network.live.values()]
         try:
-            result = self._model(*positional, *live)
+            with self._lock:
+                result = self._model(*positional, *live)
         except RuntimeError as error:
-            raise EngineError(f"AOTInductor failed on {self._network.name}: {error}") from error
+            raise engine_failure(f"AOTInductor failed on {self._network.name}", error, _NO_MEMORY) from error
         outputs = result if isinstance(result, tuple | list) else (result,)
         return dict(zip(self._network.outputs, outputs, strict=True))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from frostline.errors import EngineError, ShapeError
+from frostline.errors import EngineError, InputError, ShapeError
 from frostline.runtime.dimension import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
@@ -15,17 +15,15 @@ def check_inputs(network: Network, inputs: Mapping[str, Tensor]) -> None:
     """Refuse inputs that engines of `network` are not compiled for.
 
     Raises:
-        EngineError: names the input and what it must be; a ShapeError where it is the shape.
+        InputError: names the input and what it must be; a ShapeError where it is the shape.
     """
-    names = {spec.name for spec in network.inputs}
-    if wrong := sorted(inputs.keys() ^ names):
-        raise EngineError(f"network {network.name} {'lacks its' if wrong[0] in names else 'has no'} input {wrong[0]}")
+    network.check_names(inputs)
     network.check_shapes(inputs)
     _check(network, network.inputs, inputs)
 
 
 def check_live(network: Network) -> None:
-    """The same for the live tensors, of which no optimizer step changes shape or type: once is enough.
+    """The same for the live tensors, which no optimizer step changes in shape or type.
 
     Raises:
         EngineError: for their shape too, which no other call would mend.
@@ -44,9 +42,9 @@ def _check(network: Network, specs: Iterable[TensorSpec], tensors: Mapping[str, 
     for spec in specs:
         tensor, where = tensors[spec.name], f"network {network.name}: input {spec.name}"
         if tensor.dtype != spec.dtype:
-            raise EngineError(f"{where} is {tensor.dtype}, the engine takes {spec.dtype}")
+            raise InputError(f"{where} is {tensor.dtype}, the engine takes {spec.dtype}")
         if tensor.device != device:
-            raise EngineError(f"{where} is on {tensor.device}, the engine is on {device}")
+            raise InputError(f"{where} is on {tensor.device}, the engine is on {device}")
         for extent, expected in zip(tensor.shape, spec.shape, strict=True):
             if not isinstance(expected, Dimension):
                 continue

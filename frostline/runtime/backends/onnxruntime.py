@@ -1,6 +1,7 @@
 """ONNX Runtime: the engine that runs everywhere.
 
-Inputs and outputs are shared with torch through DLPack, nothing is copied. Live tensors are bound once.
+Inputs, outputs and live tensors are shared with torch through DLPack, nothing is copied. Every call has a binding of
+its own, so that any number of threads may share a session.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
 
 from .inputs import check_inputs, check_live
+from .memory import engine_failure
 from .options import BuildOptions
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ SOURCE: Literal["onnx"] = "onnx"
 HOLDS_WEIGHTS = True
 # Up to opset 21 ONNX has no bf16 convolution, and the providers lack more of its operations.
 PRECISIONS = frozenset({"fp32", "fp16"})
+
+# How its arenas, and CUDA, say that memory ran out; its exceptions have no type of their own for that.
+_NO_MEMORY = ("Failed to allocate memory for requested buffer", "CUDA failure 2: out of memory", "bad_alloc")
 
 _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
@@ -103,37 +108,35 @@ class OnnxRuntimeRunner:
         self._network = network
         self._device = device
         self._session = _open_session(path, device)
-        self._binding = self._session.io_binding()
-
-    def _bind(self, name: str, tensor: Tensor) -> None:
-        import onnxruntime
-
-        value: Any = onnxruntime.OrtValue.from_dlpack(tensor.detach())
-        if value.data_ptr() != tensor.data_ptr():
-            raise EngineError(f"input {name} was copied on its way into ONNX Runtime")
-        self._binding.bind_ortvalue_input(name, value)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the network; every output is freshly allocated and shared with torch."""
         check_inputs(self._network, inputs)
-        kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        for name, tensor in {**self._network.live, **kept}.items():
-            self._bind(name, tensor)
+        binding = self._session.io_binding()
+        # Kept until the run is over: a binding does not own what is bound.
+        kept = {name: tensor.contiguous() for name, tensor in {**self._network.live, **inputs}.items()}
+        for name, tensor in kept.items():
+            _bind(binding, name, tensor)
         for name in self._network.outputs:
-            self._binding.bind_output(name, self._device.type, self._device.index or 0)
+            binding.bind_output(name, self._device.type, self._device.index or 0)
         if self._device.type == "cuda":
             # ONNX Runtime works on a stream of its own.
             torch.cuda.current_stream(self._device).synchronize()
         try:
-            self._session.run_with_iobinding(self._binding)
-            values = self._binding.get_outputs()
+            self._session.run_with_iobinding(binding)
+            values = binding.get_outputs()
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed on {self._network.name}: {error}") from error
-        finally:
-            # Or it would keep inputs and outputs alive until the next call.
-            self._binding.clear_binding_inputs()
-            self._binding.clear_binding_outputs()
+            raise engine_failure(f"ONNX Runtime failed on {self._network.name}", error, _NO_MEMORY) from error
         return {name: torch.from_dlpack(value) for name, value in zip(self._network.outputs, values, strict=True)}
+
+
+def _bind(binding: onnxruntime.IOBinding, name: str, tensor: Tensor) -> None:
+    import onnxruntime
+
+    value: Any = onnxruntime.OrtValue.from_dlpack(tensor.detach())
+    if value.data_ptr() != tensor.data_ptr():
+        raise EngineError(f"input {name} was copied on its way into ONNX Runtime")
+    binding.bind_ortvalue_input(name, value)
 
 
 def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
@@ -156,7 +159,7 @@ def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSess
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, arguments)])
     except Exception as error:
-        raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
+        raise engine_failure(f"ONNX Runtime cannot load {path}", error, _NO_MEMORY) from error
     if session.get_providers()[0] != provider:
         raise EngineError(f"ONNX Runtime has no {provider} here, only {', '.join(session.get_providers())}")
     if provider != _CPU and (strays := _left_to_the_cpu(session)):

@@ -1,10 +1,12 @@
 """OpenVINO: the fastest of the engines on most CPUs, in fp32 because it is told so.
 
-Inputs and outputs share memory with torch. Live tensors are bound once.
+Inputs and outputs share memory with torch. Live tensors are bound again where they lie elsewhere. A runner has one
+infer request, which one thread uses at a time: it takes all cores anyway.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +21,15 @@ from frostline.runtime.stage import Network, Runner
 from frostline.runtime.verification import VerifiedEngine
 
 from .inputs import check_inputs, check_live
+from .memory import engine_failure
 from .options import BuildOptions
 
 SOURCE: Literal["onnx"] = "onnx"
 HOLDS_WEIGHTS = True
 PRECISIONS = frozenset(DTYPES)
 
+# How its CPU plugin says that memory ran out.
+_NO_MEMORY = ("bad_alloc", "could not allocate", "Cannot allocate memory")
 # numpy, through which memory is shared, has no bfloat16: its bytes travel under another name.
 _AS_NUMPY = {torch.bfloat16: torch.int16}
 
@@ -92,30 +97,39 @@ class OpenVinoRunner:
         try:
             self._request = _compile(path).create_infer_request()
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO cannot load {path}: {error}") from error
-        self._bound: dict[str, int] = {}
+            raise engine_failure(f"OpenVINO cannot load {path}", error, _NO_MEMORY) from error
+        self._lock = threading.Lock()
+        self._bound: dict[str, Tensor] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the network; every output is freshly allocated and shared with torch."""
         check_inputs(self._network, inputs)
-        self._bind_live()
         # Kept until the run is over: OpenVINO shares this memory but does not own it.
         contiguous = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
-        for name, tensor in contiguous.items():
-            self._request.set_tensor(name, _share(tensor))
-        outputs = {name: self._fresh_output(name) for name in self._network.outputs}
-        try:
-            self._request.infer()
-        except RuntimeError as error:
-            raise EngineError(f"OpenVINO failed on {self._network.name}: {error}") from error
+        with self._lock:
+            self._bind_live()
+            for name, tensor in contiguous.items():
+                self._request.set_tensor(name, _share(tensor))
+            outputs = {name: self._fresh_output(name) for name in self._network.outputs}
+            try:
+                self._request.infer()
+            except RuntimeError as error:
+                raise engine_failure(f"OpenVINO failed on {self._network.name}", error, _NO_MEMORY) from error
         return {name: _to_torch(output) for name, output in outputs.items()}
 
     def _bind_live(self) -> None:
-        """Bind the live tensors; their memory stays the same unless somebody assigns `parameter.data`."""
+        """Bind the live tensors that are not bound yet, or lie elsewhere than before.
+
+        What is bound is kept, so that no other tensor can come to lie at its address.
+        """
         for name, tensor in self._network.live.items():
-            if self._bound.get(name) != tensor.data_ptr():
-                self._request.set_tensor(name, _share(tensor))
-                self._bound[name] = tensor.data_ptr()
+            bound = self._bound.get(name)
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()  # a copy, which has to be made at each call
+            elif bound is not None and bound.data_ptr() == tensor.data_ptr() and bound.shape == tensor.shape:
+                continue
+            self._bound[name] = tensor.detach()
+            self._request.set_tensor(name, _share(tensor))
 
     def _fresh_output(self, name: str) -> Any:
         """An empty tensor, which OpenVINO grows to the output's shape."""

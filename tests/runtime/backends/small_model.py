@@ -1,6 +1,8 @@
 """Stages of a small model of random weights in any precision, and what every runner of them must do."""
 
-from collections.abc import Mapping
+import math
+import threading
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +112,57 @@ def assert_follows_the_trainer(network: Network, runner: Runner) -> None:
     with torch.no_grad(), full_fp32(), adapters_off(denoiser.model):
         base = denoiser(**{name: value for name, value in inputs.items() if name != "lora_scale"})
         torch.testing.assert_close(runner(**off)["velocity"], base, atol=1e-5, rtol=0)
+
+
+def assert_threads_are_served(network: Network, runner: Runner, calls: int = 25) -> None:
+    """Four threads, each at a shape of its own and with other values at each call, get what PyTorch computes."""
+    extents = [{"batch": 1 + i, "latent_frames": 1 + i, "height": 2 + i, "width": 8 - i} for i in range(4)]
+    inputs = [[sample_at(network, seed=10 * i + n, **own) for n in range(calls)] for i, own in enumerate(extents)]
+    expected = [[network.reference(each)["velocity"] for each in own] for own in inputs]
+    errors: list[list[float]] = [[] for _ in inputs]
+    start = threading.Barrier(len(inputs))
+
+    def serve(index: int) -> None:
+        start.wait()
+        for each, right in zip(inputs[index], expected[index], strict=True):
+            outputs = runner(**each)["velocity"]
+            errors[index].append((outputs - right).abs().max().item() if outputs.shape == right.shape else math.inf)
+
+    threads = [threading.Thread(target=serve, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(own) for own in errors] == [calls] * len(inputs), "a thread came to an early end"
+    assert max(max(own) for own in errors) < 1e-5, errors
+
+
+def assert_replaced_tensors_are_followed(network: Network, runner: Runner) -> None:
+    """New parameter objects, of another layout or rank too, count at the next call; afterwards all is as before."""
+    model = network.module.denoiser.model  # type: ignore[union-attr]
+    before = lora_parameters(model)  # type: ignore[arg-type]
+    inputs = network.samples("opt")
+    runner(**inputs)
+
+    def replace(change: Callable[[Tensor], Tensor]) -> None:
+        for name, parameter in before.items():
+            owner = model.get_submodule(name.rpartition(".")[0])  # type: ignore[union-attr]
+            owner.weight = torch.nn.Parameter(change(parameter.detach()))
+
+    def of_half_the_rank(matrix: Tensor) -> Tensor:
+        axis = 0 if matrix.shape[0] < matrix.shape[1] else 1
+        return 2 * matrix.narrow(axis, 0, matrix.shape[axis] // 2).clone()
+
+    try:
+        for change in (lambda matrix: 1.5 * matrix, lambda matrix: (2 * matrix).t().contiguous().t(), of_half_the_rank):
+            outputs = runner(**inputs)["velocity"]
+            replace(change)
+            assert (runner(**inputs)["velocity"] - outputs).norm() > 1e-3 * outputs.norm()
+            assert_parity(network, runner, inputs)
+    finally:
+        for name, parameter in before.items():
+            model.get_submodule(name.rpartition(".")[0]).weight = parameter  # type: ignore[union-attr]
+    assert_parity(network, runner, inputs)
 
 
 def assert_outputs_are_the_callers(network: Network, runner: Runner) -> None:

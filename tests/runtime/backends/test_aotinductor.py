@@ -10,6 +10,8 @@ from small_model import (
     assert_follows_the_trainer,
     assert_outputs_are_the_callers,
     assert_parity,
+    assert_replaced_tensors_are_followed,
+    assert_threads_are_served,
     network_of,
     sample_at,
 )
@@ -53,6 +55,14 @@ def test_parity_at_the_sizes_of_the_profile_and_at_another(denoiser: Network, ru
 
 def test_outputs_are_the_callers(denoiser: Network, runner: AOTInductorRunner) -> None:
     assert_outputs_are_the_callers(denoiser, runner)
+
+
+def test_threads_are_served_at_shapes_of_their_own(denoiser: Network, runner: AOTInductorRunner) -> None:
+    assert_threads_are_served(denoiser, runner)
+
+
+def test_live_tensors_that_were_replaced_are_followed(denoiser: Network, runner: AOTInductorRunner) -> None:
+    assert_replaced_tensors_are_followed(denoiser, runner)
 
 
 @pytest.mark.parametrize("rank", [8, 4, 16])

@@ -9,6 +9,8 @@ from small_model import (
     assert_follows_the_trainer,
     assert_outputs_are_the_callers,
     assert_parity,
+    assert_replaced_tensors_are_followed,
+    assert_threads_are_served,
     network_of,
     sample_at,
 )
@@ -69,6 +71,17 @@ def test_follows_the_trainer(denoiser: Network, runner: OpenVinoRunner) -> None:
 def test_one_engine_serves_another_rank(onnx_source: Source) -> None:
     network = network_of("denoiser", "denoiser", rank=4)
     assert_follows_the_trainer(network, OpenVinoRunner(onnx_source("denoiser", "denoiser"), network))
+
+
+def test_threads_are_served_at_shapes_of_their_own(denoiser: Network, runner: OpenVinoRunner) -> None:
+    assert_threads_are_served(denoiser, runner)
+
+
+def test_live_tensors_that_were_replaced_are_followed(onnx_source: Source) -> None:
+    """Also where the new one lies at the address of the one before, and where it is not dense."""
+    network = network_of("denoiser", "denoiser")
+    own = OpenVinoRunner(onnx_source("denoiser", "denoiser"), network)
+    assert_replaced_tensors_are_followed(network, own)
 
 
 def test_live_tensors_are_shared(denoiser: Network, runner: OpenVinoRunner) -> None:

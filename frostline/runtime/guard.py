@@ -1,0 +1,165 @@
+"""Notice that a stage's modules no longer hold what its engines were bound to."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from frostline.errors import EngineError
+from frostline.runtime.backends.inputs import check_live
+from frostline.runtime.stage import ModuleTensors, Stage
+
+# Bytes from the middle of each tensor that are compared as well: 16 values of fp32.
+_PROBE_BYTES = 64
+
+
+class WeightGuard:
+    """A snapshot of a stage's module tree and of its frozen tensors, which costs microseconds to compare with.
+
+    It sees a module or a parameter object that was replaced, memory that moved (`p.data = x`), and what autograd counts
+    as a change in place. PEFT merges through `weight.data += delta`, which neither moves memory nor is counted: of
+    tensors on the CPU, some bytes are compared too. On a GPU that would make the host wait, so there the bytes are
+    compared only where a live tensor has changed as well, as it has when an adapter was merged and reset.
+
+    Not seen is a write through `.data` to part of a tensor, or on a GPU alone: `Runtime.replan` takes account of it.
+
+    Args:
+        stage: whose tensors are in memory, or away for now (`PartWeights`).
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._weights = stage.weights
+        self._networks = stage.networks
+        self.from_files = self._weights is not None and (not self._weights.resident or self._weights.as_read)
+        self._edges = [edge for network in stage.networks for edge in _edges(network.module)]
+        live = {id(tensor) for network in stage.networks for tensor in network.live.values()}
+        named = (pair for network in stage.networks for pair in frozen_tensors(network.module))
+        slots = [(owner, key, tensor) for owner, key, tensor in named if id(tensor) not in live]
+        self._tensors = [(o, key, t, t.data_ptr(), _version(t)) for o, key, t in slots]
+        tensors = [tensor for _, _, tensor in slots]
+        self._probes = [(address, ctypes.string_at(address, size)) for address, size in map(_middle, tensors) if size]
+        self._on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+        self._gpu_probe = _gather(self._on_gpu)
+        self._live_versions = self._count_live()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights were spread over processes: FSDP then swaps the tensors of a layer at each use."""
+        return any(hasattr(owner.get(key), "_local_tensor") for owner, key, *_ in self._tensors)
+
+    def holds(self) -> bool:
+        """Return whether all is as it was."""
+        if self._weights is not None and not self._weights.resident:
+            return True  # away; what comes back is compared then
+        for owner, key, tensor, address, version in self._tensors:
+            if owner.get(key) is not tensor or tensor.data_ptr() != address or _version(tensor) != version:
+                return False
+        if any(children.get(key) is not child for children, key, child in self._edges):
+            return False
+        read = ctypes.string_at
+        for address, content in self._probes:
+            if read(address, len(content)) != content:
+                return False
+        return self._gpu_probe is None or self._gpu_holds(self._gpu_probe)
+
+    def restored(self) -> bool:
+        """Return whether weights that were away have come back from the files that the snapshot was of."""
+        return self.from_files and self._weights is not None and self._weights.as_read
+
+    def _count_live(self) -> int:
+        tensors = (tensor for network in self._networks for tensor in network.live.values())
+        return sum(_version(tensor) for tensor in tensors)
+
+    def _gpu_holds(self, probe: Tensor) -> bool:
+        versions = self._count_live()
+        if versions == self._live_versions:
+            return True
+        self._live_versions = versions
+        now = _gather(self._on_gpu)
+        return now is not None and bool((now == probe).all())
+
+
+class LiveGuard:
+    """Holds the live tensors of a stage, and its modules' switches, against what its engines take.
+
+    Args:
+        stage: the module tree is as it will be until another `LiveGuard` is made.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._networks = [network for network in stage.networks if network.live]
+        self._module_state = stage.module_state()
+        self._seen: list[tuple[Tensor, int]] = []
+        self._refused: str | None = None
+        self._gone: str | None = None
+        for network in self._networks:
+            if isinstance(network.live, ModuleTensors):
+                try:
+                    network.live.look_up()
+                except EngineError as error:
+                    self._gone = str(error)
+
+    def conflict(self) -> str | None:
+        """Return why no engine computes what the modules compute now, or None."""
+        if self._gone is not None:
+            return self._gone
+        if (reason := self._module_state()) is not None:
+            return reason
+        seen = [(tensor, tensor.data_ptr()) for network in self._networks for tensor in network.live.values()]
+        same = len(seen) == len(self._seen) and all(
+            tensor is before and address == then
+            for (tensor, address), (before, then) in zip(seen, self._seen, strict=True)
+        )
+        if not same:
+            self._seen, self._refused = seen, None
+            try:
+                for network in self._networks:
+                    check_live(network)
+            except EngineError as error:
+                self._refused = str(error)
+        return self._refused
+
+
+def frozen_tensors(module: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
+    """Yield the dict that holds it, its key and itself, for each parameter and buffer outside of adapters."""
+    for part in _outside_adapters(module):
+        for owner in (part._parameters, part._buffers):
+            yield from ((owner, key, tensor) for key, tensor in owner.items() if tensor is not None)
+
+
+def _edges(module: nn.Module) -> Iterator[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    for part in module.modules():
+        yield from ((part._modules, key, child) for key, child in part._modules.items() if child is not None)
+
+
+def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a tree; of a layer that PEFT has wrapped, the base layer and not the adapters'."""
+    yield module
+    base = module._modules.get("base_layer")
+    for child in module.children() if base is None else (base,):
+        yield from _outside_adapters(child)
+
+
+def _version(tensor: Tensor) -> int:
+    # Tensors made in inference mode have no counter.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _middle(tensor: Tensor) -> tuple[int, int]:
+    """Address and size of the bytes in the middle of a dense tensor on the CPU; a size of 0 for any other."""
+    if tensor.device.type != "cpu":
+        return 0, 0
+    storage = tensor.untyped_storage()
+    if tensor.data_ptr() + tensor.nbytes > storage.data_ptr() + storage.nbytes():
+        return 0, 0  # one value stands for several
+    size = min(_PROBE_BYTES, tensor.nbytes)
+    return tensor.data_ptr() + (tensor.nbytes - size) // 2, size
+
+
+def _gather(tensors: list[Tensor]) -> Tensor | None:
+    """One value from the middle of each tensor on a GPU, or None where there is none."""
+    values = [tensor.detach().reshape(-1)[tensor.numel() // 2].double() for tensor in tensors if tensor.numel()]
+    return torch.stack(values) if values else None

@@ -168,6 +168,7 @@ def _prepare(module: WanTrainingModule, settings: TrainerSettings, accelerator: 
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
     )
+    module.runtime.agree_across_processes()
     sharded = shard_frozen_weights(module, accelerator)
     model, optimizer = accelerator.prepare(module, optimizer)
     if sharded:

@@ -1,0 +1,49 @@
+"""One of two processes: `agreement_runs.py RANK PORT ENGINES OUT`; writes what serves here, and how it failed."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from test_guard import ORT, rows, scaled_stage
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
+
+from frostline.errors import EngineError
+from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.runtime import Runtime
+
+
+def main() -> None:
+    rank, port, engines, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = {}
+    for case, own in {"alike": engines, "apart": engines if rank == 0 else out / "nothing"}.items():
+        runtime = Runtime({"scaled": scaled_stage()}, ORT, own)
+        runtime.agree_across_processes()
+        found[case] = runtime.plan["scaled"].backend
+    stage = scaled_stage()
+    runtime = Runtime({"scaled": stage}, ORT, engines)
+    runtime.agree_across_processes()
+    fully_shard(stage.networks[0].module.linear, mesh=init_device_mesh("cpu", (2,)))
+    found["sharded"] = list(runtime["scaled"](x=rows())["y"].shape)
+    if rank == 1:
+
+        def fail(self: OnnxRuntimeRunner, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+            raise RuntimeError("broken")
+
+        OnnxRuntimeRunner.__call__ = fail  # type: ignore[method-assign]
+    try:
+        runtime["scaled"](x=rows())
+        found["failure"] = ""
+    except EngineError as error:
+        found["failure"] = str(error)
+    (out / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

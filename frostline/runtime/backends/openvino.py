@@ -30,6 +30,9 @@ PRECISIONS = frozenset(DTYPES)
 
 # How its CPU plugin says that memory ran out.
 _NO_MEMORY = ("bad_alloc", "could not allocate", "Cannot allocate memory")
+# Kernels that are kept for shapes seen before. OpenVINO's own number is 5000, and a face detector's shapes never end. A
+# few hundred are enough for every shape that a rollout takes in turn.
+_CACHED_KERNELS = 512
 # numpy, through which memory is shared, has no bfloat16: its bytes travel under another name.
 _AS_NUMPY = {torch.bfloat16: torch.int16}
 
@@ -149,6 +152,7 @@ def _compile(path: Path) -> Any:
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
+        "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS,
     }
     core = openvino.Core()
     return core.compile_model(core.read_model(path), "CPU", settings)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from small_model import (
@@ -22,6 +23,7 @@ from frostline.runtime.stage import Network
 Source = Callable[..., Path]
 pytest.importorskip("openvino")
 
+from frostline.runtime.backends import openvino as openvino_backend  # noqa: E402
 from frostline.runtime.backends.openvino import OpenVinoRunner  # noqa: E402
 
 NETWORKS = [
@@ -82,6 +84,20 @@ def test_live_tensors_that_were_replaced_are_followed(onnx_source: Source) -> No
     network = network_of("denoiser", "denoiser")
     own = OpenVinoRunner(onnx_source("denoiser", "denoiser"), network)
     assert_replaced_tensors_are_followed(network, own)
+
+
+def test_shapes_that_never_end_do_not_fill_the_memory(onnx_source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against OpenVINO's own number of kernels."""
+    network, growth = network_of("face_detector", "pnet"), []
+    for kernels in (None, 5000):
+        if kernels is not None:
+            monkeypatch.setattr(openvino_backend, "_CACHED_KERNELS", kernels)
+        own = OpenVinoRunner(onnx_source("face_detector", "pnet"), network)
+        before = psutil.Process().memory_info().rss
+        for index in range(400):
+            own(images=torch.rand(1, 3, 12 + index % 20, 12 + index // 4))
+        growth.append(psutil.Process().memory_info().rss - before)
+    assert growth[0] < growth[1] / 2
 
 
 def test_live_tensors_are_shared(denoiser: Network, runner: OpenVinoRunner) -> None:

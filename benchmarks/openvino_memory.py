@@ -1,0 +1,68 @@
+"""How much a process grows while OpenVINO runs a network at shapes that never end, as those of a face detector.
+
+    python benchmarks/openvino_memory.py --shapes 3000
+
+P-Net at random shapes, with the kernels that frostline lets OpenVINO keep and with OpenVINO's own number of them; each
+in a process of its own, because what was allocated once is seldom given back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from frostline.export.onnx import trace_onnx
+from frostline.export.shapes import ShapeRange
+from frostline.export.stages.face_detector import build
+from frostline.export.stages.inputs import FaceModels
+from frostline.models.faces.detectors import load_detector
+from frostline.models.faces.embedders import load_embedder
+from frostline.runtime.backends import openvino
+
+_DEFAULT = 5000
+
+
+def main() -> None:
+    """Print MiB and seconds for each number of kernels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=int, default=3000)
+    parser.add_argument("--kernels", type=int, help="measure this number alone, in this process")
+    arguments = parser.parse_args()
+    if arguments.kernels is not None:
+        print(_measure(arguments.shapes, arguments.kernels))
+        return
+    for kernels in (openvino._CACHED_KERNELS, _DEFAULT):
+        command = [sys.executable, __file__, "--shapes", str(arguments.shapes), "--kernels", str(kernels)]
+        subprocess.run(command, check=True)
+
+
+def _measure(shapes: int, kernels: int) -> str:
+    openvino._CACHED_KERNELS = kernels
+    torch.set_num_threads(1)
+    embedder = load_embedder("sface")
+    assert isinstance(embedder, torch.nn.Module)
+    network = build(FaceModels(load_detector("mtcnn"), embedder), ShapeRange()).networks[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pnet.onnx"
+        trace_onnx(network, path)
+        runner = openvino.OpenVinoRunner(path, network)
+    process, draw = psutil.Process(), random.Random(0)
+    before, start = 0, time.perf_counter()
+    for index in range(-50, shapes):
+        if index == 0:
+            before, start = process.memory_info().rss, time.perf_counter()
+        runner(images=torch.rand(1, 3, draw.randint(12, 128), draw.randint(12, 128)))
+    growth = (process.memory_info().rss - before) / 2**20
+    return f"{kernels} kernels: {growth:.0f} MiB and {time.perf_counter() - start:.0f} s over {shapes} shapes"
+
+
+if __name__ == "__main__":
+    main()

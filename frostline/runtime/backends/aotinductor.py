@@ -147,6 +147,9 @@ class AOTInductorRunner:
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """By the names that the tracer gave them; a tensor with several names has an entry for each."""
+    """By the names that the tracer gave them; a tensor with several names has an entry for each.
+
+    Those that are not dense are copied: the package was compiled for dense ones.
+    """
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {_PREFIX + name: tensor.detach() for name, tensor in named}
+    return {_PREFIX + name: tensor.detach().contiguous() for name, tensor in named}

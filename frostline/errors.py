@@ -37,5 +37,9 @@ class EngineMemoryError(EngineError):
     """An engine ran out of memory: no verdict on the engine itself."""
 
 
+class SharedFolderError(EngineError):
+    """Others could exchange an engine's files while it is loaded. It says nothing about the engine."""
+
+
 class ParityError(EngineError):
     """An engine does not compute what the PyTorch stage computes."""

@@ -1,7 +1,9 @@
-"""Paths that come out of files: a file may name what lies beside or below it, and nothing else."""
+"""Paths from outside: a file may name what lies beside or below it and nothing else, and what is read is a file."""
 
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from frostline.errors import DataError
 
@@ -22,3 +24,20 @@ def check_inside(folder: Path, value: str, permission: str, allow_outside: bool 
     root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
     if not allow_outside and not path.is_relative_to(root):
         raise DataError(f"{value} lies outside {folder}; {permission} permits that for a file you trust")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to be read; nothing else that a path can lead to, least of all a named pipe, which would wait.
+
+    Raises:
+        DataError: there is no such file, or it is not a regular one.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "rb")

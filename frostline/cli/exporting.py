@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Turn the frozen stages of a Wan model into verified, signed engines."""
     from frostline.export.outcome import ExportRow
-    from frostline.export.receipt import recall, receipt_key, remember
+    from frostline.export.receipt import Receipt, recall, receipt_key, remember
     from frostline.export.recipe import load_recipe
     from frostline.progress import Progress
     from frostline.runtime.backends.options import OPSET, BuildOptions
@@ -58,7 +58,8 @@ def export(
     }
     recipe = load_recipe(model, changes).with_lora(live_lora, lora_targets)
     build = BuildOptions(opset or OPSET, recipe.compute_capabilities, timing_cache)
-    store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device)
+    bounds = {"atol": atol, "rtol": rtol, "cosine": cosine}
+    store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device, bounds)
     known = None if force or dry_run else recall(store, receipt)
     if known is not None:
         _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
@@ -70,7 +71,7 @@ def export(
     progress = Progress()
     with progress.task(f"load {recipe.model}"):
         staged = load_staged_model(recipe, device)
-    options = ExportOptions(build, force, dry_run, strict, jobs or fitting_jobs(staged), atol, rtol, cosine)
+    options = ExportOptions(build, force, dry_run, strict, jobs or fitting_jobs(staged), **bounds)
     rows = []
     with progress.bar("export", len(planned_exports(staged, recipe))) as bar:
         for row in export_model(staged, recipe, store, options, bar.describe):
@@ -80,7 +81,7 @@ def export(
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
     if not dry_run:
-        remember(store, receipt, [row.manifest for row in rows if row.manifest is not None])
+        remember(store, receipt, [Receipt.of(row.manifest, row.bounds) for row in rows if row.manifest and row.bounds])
 
 
 def plan(

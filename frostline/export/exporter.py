@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from frostline.errors import EngineError, ParityError, ShapeError
+from frostline.errors import EngineError, ParityError, ShapeError, SharedFolderError
 from frostline.export.parity import compare
 from frostline.export.traces import Traces
 from frostline.runtime import manifest
@@ -68,6 +68,8 @@ def export_stage(
 ) -> Exported:
     """Make sure that an engine of `stage` is in the store, verified if this machine can run it.
 
+    One that is there counts if it was verified within the bounds of `stage.tolerance`; else it is measured anew.
+
     Args:
         options: what the backend is asked for.
         force: build it even if it is there.
@@ -81,7 +83,7 @@ def export_stage(
     engine, built = build_stage(
         stage, backend_name, store, options=options, force=force, traces=traces, progress=progress
     )
-    if engine.manifest.verified:
+    if engine.manifest.keeps(bounds_of(stage)):
         return Exported(engine.manifest, built)
     backend = get_backend(backend_name)
     if obstacle := backend.obstacle(stage.networks[0].device, engine.manifest.device):
@@ -131,6 +133,11 @@ def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, op
     return all(store.get(EngineId(stage.model, stage.name, name, key)) is not None for name, key in keys.items())
 
 
+def bounds_of(stage: Stage) -> manifest.Tolerance:
+    """The bounds that engines of `stage` must keep, as manifests have them."""
+    return manifest.Tolerance(**vars(stage.tolerance))
+
+
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:
     """Hold an engine against PyTorch, time both, and write into its manifest what came out.
 
@@ -138,8 +145,8 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
     meantime, and afterwards their own.
 
     Raises:
-        EngineError: it cannot be loaded or run. It was deleted, but where memory, or a range of shapes that leaves out
-            this LoRA, was the cause: these say nothing about the engine.
+        EngineError: it cannot be loaded or run. It was deleted, but where memory, a range of shapes that leaves out
+            this LoRA, or a folder that others can write to was the cause: these say nothing about the engine.
         ParityError: it does not compute what PyTorch computes; it was deleted.
     """
     backend = engine.manifest.backend
@@ -151,7 +158,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
         with full_fp32(), _random_live(stage):
             parity = _parity(stage, runners, assembled)
     except EngineError as error:
-        if isinstance(error, ShapeError) or _NO_MEMORY.search(str(error)):
+        if isinstance(error, ShapeError | SharedFolderError) or _NO_MEMORY.search(str(error)):
             raise
         _discard(store, engine)
         raise EngineError(
@@ -166,7 +173,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
             {TORCH: stage.torch, backend: assembled}, stage.sample(), _LATENCY_RUNS, _LATENCY_SECONDS
         ),
         measured_on=machine_id(stage.networks[0].device),
-        tolerance=manifest.Tolerance(**vars(stage.tolerance)),
+        tolerance=bounds_of(stage),
         verified=True,
     )
     return store.update(engine, updated).manifest
@@ -227,7 +234,7 @@ def _build_engine(
             device=target,
             compute_capabilities=compute_capabilities(target),
             build_seconds=time.monotonic() - start,
-            tolerance=manifest.Tolerance(**vars(stage.tolerance)),
+            tolerance=bounds_of(stage),
         )
     )
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from frostline.runtime.manifest import Manifest
+from frostline.runtime.manifest import Manifest, Tolerance
 
 Status = Literal["built", "present", "planned", "failed"]
 
 
 @dataclass(frozen=True)
 class ExportRow:
-    """What became of one stage on one backend. `note` says why it failed, or was not verified."""
+    """What became of one stage on one backend.
+
+    note: why it failed, or was not verified. bounds: that its engine had to keep.
+    """
 
     stage: str
     backend: str
@@ -20,3 +23,4 @@ class ExportRow:
     seconds: float
     manifest: Manifest | None = None
     note: str = ""
+    bounds: Tolerance | None = None

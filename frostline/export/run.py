@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from frostline.errors import ConfigError, EngineError
-from frostline.export.exporter import all_built, export_stage
+from frostline.export.exporter import all_built, bounds_of, export_stage
 from frostline.export.jobs import Seconds, build_ahead
 from frostline.export.model import StagedModel
 from frostline.export.outcome import ExportRow, Status
@@ -92,7 +92,7 @@ def export_model(
         built_here = exported.built or (stage.name, backend) in ahead
         status: Status = "built" if built_here else "present"
         seconds = ahead.get((stage.name, backend), 0.0) + time.monotonic() - start
-        yield ExportRow(stage.name, backend, status, seconds, exported.manifest, note)
+        yield ExportRow(stage.name, backend, status, seconds, exported.manifest, note, bounds_of(stage))
 
 
 def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stage]]:

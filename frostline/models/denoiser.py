@@ -38,6 +38,8 @@ class Denoiser(nn.Module):
     sin_w: Tensor
     frequency_coarse: Tensor
     frequency_fine: Tensor
+    # How blocks are run, not what they compute; see `frostline.runtime.architecture`.
+    RUN_SETTINGS = frozenset({"checkpoint_blocks", "run_block"})
     _TABLES = ("cos_f", "cos_h", "cos_w", "sin_f", "sin_h", "sin_w", "frequency_coarse", "frequency_fine")
 
     def __init__(self, model: WanModel) -> None:

@@ -1,7 +1,8 @@
 """The frozen-output cache: what a frozen stage computed once is read back instead of computed again.
 
 An entry is a dict of tensors under the hash of all that it depends on (`content_key`): it never goes stale,
-it is only forgotten. On disk it is a plain safetensors file that carries a digest of its own content.
+it is only forgotten. On disk it is a plain safetensors file that carries a digest of its own content, and the user's
+signature of that digest: what others wrote, or altered, is computed again.
 """
 
 import hashlib
@@ -19,7 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from frostline.errors import DataError
+from frostline.errors import DataError, EngineError
+from frostline.paths import open_regular
+from frostline.runtime import signing
 from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
@@ -160,6 +163,10 @@ def _size(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+class _ForeignError(Exception):
+    """An entry is whole, and was not signed with this user's key."""
+
+
 class _Disk:
     """Entries as files `<key>.safetensors`; the time of last change is the time of last use."""
 
@@ -167,16 +174,27 @@ class _Disk:
         self._root = root
         self._max_bytes = max_bytes
         self._writable = True
+        self._met_foreign = False
         self.corrupted = 0
 
     def get(self, key: str) -> Tensors | None:
         path = self._path(key)
         try:
-            data = path.read_bytes()
-        except OSError:
+            with open_regular(path) as file:
+                # What is larger is none of ours; or of a cache that was larger, and is forgotten next.
+                data = file.read() if os.fstat(file.fileno()).st_size <= self._max_bytes else None
+        except (OSError, DataError):
+            return None
+        if data is None:
             return None
         try:
             tensors = _decode(key, data)
+        except _ForeignError:
+            self._tell_of_foreign()
+            return None
+        except EngineError as error:
+            self._give_up(error)
+            return None
         except Exception as error:  # a damaged file may make the parser say anything
             self.corrupted += 1
             log.warning("cache entry %s is damaged (%s): computing it again", path, error)
@@ -184,6 +202,15 @@ class _Disk:
             return None
         self.touch(key)
         return tensors
+
+    def _tell_of_foreign(self) -> None:
+        if not self._met_foreign:
+            self._met_foreign = True
+            log.warning(
+                "the cache %s has entries that were not signed with your key (%s): they are computed again",
+                self._root,
+                signing.key_path(),
+            )
 
     def touch(self, key: str) -> None:
         try:
@@ -194,15 +221,19 @@ class _Disk:
     def put(self, key: str, tensors: Tensors) -> None:
         if not self._writable:
             return
-        data = _encode(key, tensors)
-        if len(data) > self._max_bytes:
-            log.debug("an entry of %d bytes does not fit into the cache", len(data))
-            return
         try:
+            data = _encode(key, tensors)
+            if len(data) > self._max_bytes:
+                log.debug("an entry of %d bytes does not fit into the cache", len(data))
+                return
             with written_whole(self._path(key)) as part:
                 part.write_bytes(data)
             self._forget()
-        except (DataError, OSError) as error:
+        except (DataError, EngineError, OSError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._writable:
             self._writable = False
             log.warning("cannot write to the cache %s (%s): going on without it", self._root, error)
 
@@ -230,17 +261,27 @@ class _Disk:
 
 
 def _encode(key: str, tensors: Tensors) -> bytes:
-    return safetensors.torch.save(tensors, metadata={"digest": content_key(key=key, tensors=tensors)})
+    digest = content_key(key=key, tensors=tensors)
+    return safetensors.torch.save(tensors, metadata={"seal": f"{digest} {signing.sign(_signed(digest))}"})
 
 
 def _decode(key: str, data: bytes) -> Tensors:
-    """The tensors of a file; raises if any of them, or the key, is not what was written."""
+    """The tensors of a file; raises if any of them, or the key, is not what this user wrote."""
     tensors = safetensors.torch.load(data)
     (header_bytes,) = struct.unpack_from("<Q", data)
     metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
-    if metadata["digest"] != content_key(key=key, tensors=tensors):
+    stated, _, signature = metadata["seal"].partition(" ")
+    digest = content_key(key=key, tensors=tensors)
+    if stated != digest:
         raise ValueError("its digest differs")
+    if not signing.verify(_signed(digest), signature):
+        raise _ForeignError
     return tensors
+
+
+def _signed(digest: str) -> bytes:
+    # Of the digest, which is of all bytes: to sign these would be to read them twice.
+    return f"frostline cache entry {digest}".encode()
 
 
 def _unlink(path: Path) -> None:

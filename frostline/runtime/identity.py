@@ -1,27 +1,35 @@
-"""What identifies a stage's engine: its weights, its graph, its shapes."""
+"""What identifies a stage's engine: its weights, its code, its graph, its shapes."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
 
 from frostline.models.precision import DTYPES
-from frostline.runtime.backends import get_backend
+from frostline.runtime.architecture import adapter_parameters, describe
+from frostline.runtime.backends import get_backend, module_name
 from frostline.runtime.backends.options import OPSET, BuildOptions
+from frostline.runtime.computation import computation_id
 from frostline.runtime.device import compute_capabilities
+from frostline.runtime.dimension import Dimension
 from frostline.runtime.memo import cache_folder, recall, remember
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.store import EngineRecord, EngineStore, engine_key
 
-# Raise it when a network's forward changes in a way that names, shapes and layers do not show.
-GRAPH_VERSION = 1
-# Raise it when the digest is made of other things.
-_MEMO_VERSION = 2
+# What makes an engine's source of a network, by name alone: nothing above the runtime is imported here.
+_TRACERS = {
+    "onnx": ("frostline.export.onnx", "onnxscript"),
+    "exported_program": ("frostline.export.program",),
+}
+# What turns files into weights.
+_LOADER = "frostline.models.loading"
 _DEFAULT_OPTIONS = BuildOptions()
 
 
@@ -49,7 +57,8 @@ def weights_sha256(stage: Stage) -> str:
 def digest_memo(stage: Stage, source: str) -> Path:
     """Where the digest of weights from `source` is noted."""
     graph = [_describe(network) for network in stage.networks]
-    key = hashlib.sha256("\n".join([f"v{_MEMO_VERSION}", stage.name, source, *graph]).encode()).hexdigest()
+    code = computation_id([__name__, describe.__module__, _LOADER])
+    key = hashlib.sha256("\n".join([code, stage.name, source, *graph]).encode()).hexdigest()
     return cache_folder() / "weights" / f"{key}.sha256"
 
 
@@ -57,27 +66,29 @@ def _sha256(stage: Stage) -> str:
     digest = hashlib.sha256()
     for network in stage.networks:
         digest.update(f"{_describe(network)}\n".encode())
-        for name, tensor in sorted(_frozen_tensors(network)):
+        for name, tensor in sorted(_frozen_tensors(network), key=lambda named: named[0]):
             digest.update(f"{network.name}/{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def stage_code(stage: Stage) -> set[str]:
+    """Return the modules, by name, whose code computes the stage: its networks', and those that put them together."""
+    values = (stage, *vars(stage).values(), *(network.module for network in stage.networks))
+    # What every stage is made of passes tensors on.
+    return {name for value in values for name in _modules_of(value)} - {Stage.__module__}
+
+
+def stage_computation(stage: Stage) -> str:
+    """Return `computation_id` of what PyTorch runs for the stage."""
+    return computation_id(stage_code(stage))
 
 
 def stage_key(
     stage: Stage, backend: str, precision: str, weights: str, options: BuildOptions = _DEFAULT_OPTIONS
 ) -> str:
     """The content key of the engine of `stage` that `backend` builds with `options`."""
-    furniture = get_backend(backend)
-    return engine_key(
-        weights_sha256=weights,
-        graph=f"v{GRAPH_VERSION}\n" + "\n".join(_describe(network) for network in stage.networks),
-        shapes={network.name: [_shapes(spec) for spec in network.inputs] for network in stage.networks},
-        precision=precision,
-        backend=backend,
-        backend_version=furniture.version(),
-        device=furniture.target(stage.networks[0].device, options),
-        extra={"opset": options.opset} if furniture.SOURCE == "onnx" else {},
-    )
+    return _EngineKeys(stage, backend, precision, weights).key(options)
 
 
 def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) -> EngineRecord | None:
@@ -85,14 +96,15 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
 
     An engine's manifest says with which options it was built, and so which key it must have.
     """
-    device, furniture, precision = stage.networks[0].device, get_backend(backend), precision_of(stage)
-    candidates = []
+    device, furniture = stage.networks[0].device, get_backend(backend)
+    keys, candidates = None, []
     for record in store.find(stage.model, stage.name, backend):
         manifest = record.manifest
         if manifest is None or manifest.weights_sha256 != weights:
             continue
+        keys = keys or _EngineKeys(stage, backend, precision_of(stage), weights)
         options = BuildOptions(manifest.opset or OPSET, compute_capabilities(manifest.device))
-        if manifest.key == stage_key(stage, backend, precision, weights, options):
+        if manifest.key == keys.key(options):
             runs = furniture.obstacle(device, manifest.device) is None
             candidates.append(((runs, manifest.verified, manifest.created), record))
     return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
@@ -104,23 +116,64 @@ def precision_of(stage: Stage) -> str:
     return names[stage.networks[0].weight.dtype]
 
 
+class _EngineKeys:
+    """The keys of a stage's engines on one backend, by what they are built with."""
+
+    def __init__(self, stage: Stage, backend: str, precision: str, weights: str) -> None:
+        self._backend = get_backend(backend)
+        self._device = stage.networks[0].device
+        built_by = (*_TRACERS[self._backend.SOURCE], module_name(backend))
+        specs = {network.name: (*network.inputs, *network.live_specs) for network in stage.networks}
+        self._key = partial(
+            engine_key,
+            weights_sha256=weights,
+            computation=computation_id([*stage_code(stage), *built_by]),
+            graph="\n".join(_describe(network) for network in stage.networks),
+            shapes={name: [_shape(spec) for spec in of_network] for name, of_network in specs.items()},
+            precision=precision,
+            backend=backend,
+            backend_version=self._backend.version(),
+        )
+
+    def key(self, options: BuildOptions) -> str:
+        """That of an engine that is built with `options`."""
+        target = self._backend.target(self._device, options)
+        return self._key(device=target, extra={"opset": options.opset} if self._backend.SOURCE == "onnx" else {})
+
+
 def _frozen_tensors(network: Network) -> Iterator[tuple[str, Tensor]]:
-    # By storage, because a live tensor goes by another name inside the module.
-    live = {tensor.data_ptr() for tensor in network.live.values()}
-    named = [*network.module.named_parameters(), *network.module.named_buffers()]
-    yield from ((name, tensor) for name, tensor in named if tensor.data_ptr() not in live)
+    """Those that an engine may keep a copy of."""
+    # By storage, because a live tensor may go by another name inside the module; and by the layer that it belongs to,
+    # because others may have been put in the places of those that the stage was made with.
+    storages = {tensor.data_ptr() for tensor in network.live.values()} - {0}
+    adapters = adapter_parameters(network.module) if network.live else set()
+    for name, tensor in (*network.module.named_parameters(), *network.module.named_buffers()):
+        if id(tensor) not in adapters and tensor.data_ptr() not in storages:
+            yield name, tensor
 
 
 def _describe(network: Network) -> str:
     names = [spec.name for spec in network.inputs], list(network.live), network.outputs
-    return f"{network.name} {names} {_architecture(network.module)}"
+    return f"{network.name} {names} {describe(network.module, live_lora=bool(network.live))}"
 
 
-def _architecture(module: nn.Module) -> str:
-    # The rank of live adapters is an open dimension of the graph, not part of its identity.
-    lines = repr(module).splitlines()
-    return "\n".join(line for line in lines if "lora_" not in line and "default" not in line)
+def _shape(spec: TensorSpec) -> list[object]:
+    """All of a spec but what samples look like; dimensions of one name are one."""
+    extents = (list(vars(e).values()) if isinstance(e, Dimension) else e for e in spec.shape)
+    return [spec.name, str(spec.dtype), *extents]
 
 
-def _shapes(spec: TensorSpec) -> list[object]:
-    return [spec.name, str(spec.dtype), *(list(spec.shape_at(size)) for size in ("min", "opt", "max"))]
+def _modules_of(value: object) -> set[str]:
+    """The modules that define an object, and if it is a network, all parts of it and what was put into them."""
+    if not isinstance(value, nn.Module):
+        return _modules_of_one(value)
+    attributes = (attribute for part in value.modules() for attribute in vars(part).values())
+    functions = [attribute for attribute in attributes if isinstance(attribute, FunctionType | MethodType)]
+    kinds = {type(part): part for part in value.modules()}
+    return {name for part in (*kinds.values(), *functions) for name in _modules_of_one(part)}
+
+
+def _modules_of_one(value: object) -> set[str]:
+    if isinstance(value, FunctionType | MethodType):
+        return {value.__module__}
+    return {kind.__module__ for kind in type(value).__mro__}

@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import frostline
+from frostline.runtime.computation import computation_id
 from frostline.runtime.memo import cache_folder, recall, remember
 from frostline.runtime.stage import Runner
 
-# Raise it when a latency means something else.
-_VERSION = 1
 # How threads wait for work makes torch a sixth faster or slower.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -97,12 +95,12 @@ class LatencyNote:
     """What was measured of the same contenders at the same shape on the same machine, if anything was.
 
     Args:
-        contenders: by backend, what identifies its engine; of torch, any word.
+        contenders: by backend, what identifies its engine; of torch, the code that it runs.
     """
 
     def __init__(self, stage: str, contenders: Mapping[str, str], shape: str, device: torch.device) -> None:
-        versions = [f"v{_VERSION}", frostline.__version__, torch.__version__]
-        facts = [*versions, machine_id(device), stage, shape, *sorted(contenders.values())]
+        measured_by = computation_id([__name__])
+        facts = [measured_by, machine_id(device), stage, shape, *sorted(contenders.values())]
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         self._path = cache_folder() / "latency" / f"{key}.json"
         self._backends = set(contenders)
@@ -124,6 +122,6 @@ class LatencyNote:
         So that all processes on a machine, and a run that is taken up again, choose alike.
         """
         if self.read() is None:
-            damaged = recall(self._path) is not None
+            damaged = os.path.lexists(self._path)
             remember(self._path, json.dumps(dict(latency_ms)), keep=not damaged)
         return self.read() or dict(latency_ms)

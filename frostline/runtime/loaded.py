@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from frostline.errors import EngineError
 from frostline.runtime.advice import export_command
 from frostline.runtime.backends import TORCH, get_backend
+from frostline.runtime.manifest import Tolerance
 from frostline.runtime.stage import Runner, Stage, in_torch
 from frostline.runtime.store import EngineRecord, EngineStore
 from frostline.runtime.verification import VerifiedEngine
+
+log = logging.getLogger(__name__)
 
 FindRecord = Callable[[str, str], EngineRecord | None]
 
@@ -84,6 +88,9 @@ class LoadedEngines:
                 f"engine {engine.path} was built but never compared with PyTorch: "
                 "`frostline plan MODEL` does so on this machine"
             )
+        if not engine.manifest.keeps(Tolerance(**vars(stage.tolerance))):
+            again = export_command(stage.name, backend)
+            log.warning("stage %s: its %s engine was verified within looser bounds: `%s`", stage.name, backend, again)
         networks = {network.name: network for network in stage.networks}
         return get_backend(backend).load(engine, networks, stage.networks[0].device)
 

@@ -95,6 +95,11 @@ class Parity(_Part):
     cosine: float
     passed: bool
 
+    def keeps(self, bounds: "Tolerance") -> bool:
+        """Whether it is within bounds, which may be others than those that it was held against."""
+        scale = self.max_abs / self.max_rel if self.max_rel else 0.0
+        return self.max_abs <= bounds.atol + bounds.rtol * scale and self.cosine >= bounds.cosine
+
 
 class Tolerance(_Part):
     """The bounds that the measured parity was held against."""
@@ -102,6 +107,10 @@ class Tolerance(_Part):
     atol: float
     rtol: float
     cosine: float
+
+    def permits(self, other: "Tolerance") -> bool:
+        """Whether whatever keeps the `other` bounds keeps these."""
+        return self.atol >= other.atol and self.rtol >= other.rtol and self.cosine <= other.cosine
 
 
 @dataclass(frozen=True, order=True)
@@ -171,6 +180,14 @@ class Manifest(_Part):
     def updated(self, **changes: object) -> Self:
         """A copy with some fields replaced, validated as a whole (which `model_copy` is not)."""
         return self.model_validate({**dict(self), **changes})
+
+    def keeps(self, bounds: Tolerance) -> bool:
+        """Whether the engine was compared with PyTorch, and what was measured is within bounds."""
+        if not self.verified:
+            return False
+        if self.tolerance is not None and bounds.permits(self.tolerance):
+            return True
+        return bool(self.parity) and all(measured.keeps(bounds) for measured in self.parity)
 
     def same_engine(self, other: "Manifest") -> bool:
         """Whether both describe the same files of the same engine; measurements may differ."""

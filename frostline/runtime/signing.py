@@ -1,7 +1,7 @@
-"""The per-user key that signs engine manifests.
+"""The per-user key that signs engine manifests, and whatever else is believed because this user wrote it.
 
-Engines are executable code, so an engine is loaded only if this user's key signed its manifest. The key never
-leaves the user's machine: 32 random bytes, mode 0600, outside any repository.
+Engines are executable code, so an engine is loaded only if this user's key signed its manifest. Cached outputs and
+notes are signed as well. The key never leaves the user's machine: 32 random bytes, mode 0600, outside any repository.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ def sign(data: bytes) -> str:
 
 def verify(data: bytes, signature: str) -> bool:
     """Whether `signature` is this user's signature of `data`, in constant time."""
-    return hmac.compare_digest(sign(data).encode(), signature.encode())
+    # A file may state any text for a signature, half of a surrogate pair too.
+    return hmac.compare_digest(sign(data).encode(), signature.encode(errors="surrogatepass"))
 
 
 def _key() -> bytes:

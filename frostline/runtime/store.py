@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from frostline.errors import EngineError
 from frostline.runtime.manifest import NAME, Artifact, EngineId, Manifest, canonical_json
+from frostline.runtime.privacy import make_private, make_private_folder
 from frostline.runtime.verification import (
     MANIFEST_FILE,
     VerifiedEngine,
@@ -45,6 +46,7 @@ _WORK_IN_PROGRESS = ("building", "old", "manifest")
 def engine_key(
     *,
     weights_sha256: str,
+    computation: str,
     graph: str,
     shapes: Mapping[str, object],
     precision: str,
@@ -56,6 +58,7 @@ def engine_key(
     """The content key of an engine: 16 hexadecimal digits over everything that a rebuild would depend on."""
     content = {
         "weights_sha256": weights_sha256,
+        "computation": computation,
         "graph": graph,
         "shapes": dict(shapes),
         "precision": precision,
@@ -187,7 +190,7 @@ class EngineStore:
             build = Build(engine, _hidden(path, "building"), self._finished(engine), self)
             try:
                 with _disk_errors(f"cannot build engine {path}"):
-                    build.folder.mkdir()
+                    make_private_folder(build.folder)
                 with _full_disk_errors(f"cannot build engine {path}"):
                     yield build
             finally:
@@ -270,7 +273,7 @@ class EngineStore:
         check_no_symlink(self.root, path.parent)
         lock = FileLock(_hidden(path, "lock"))
         with _disk_errors(f"cannot lock engine {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -351,6 +354,7 @@ def _seal_artifact(path: Path) -> Artifact:
         raise EngineError(f"{path} is not a regular file: an engine is a flat folder of files")
     if path.name == MANIFEST_FILE or not re.fullmatch(NAME, path.name):
         raise EngineError(f"{path.name!r} cannot be the name of an engine file")
+    make_private(path)
     sync(path)
     return Artifact(sha256=file_sha256(path), bytes=path.stat().st_size)
 

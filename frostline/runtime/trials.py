@@ -12,6 +12,7 @@ from torch import Tensor
 from frostline.runtime.agreement import several_processes
 from frostline.runtime.backends import TORCH
 from frostline.runtime.choosing import fastest_of
+from frostline.runtime.identity import stage_computation
 from frostline.runtime.latency import LatencyNote, shape_class, take_turns
 from frostline.runtime.loaded import FindRecord, LoadedEngines
 from frostline.runtime.plan import Choice
@@ -73,7 +74,7 @@ class Trials:
             return planned  # a stage in shards runs in all processes at once: they have to choose alike
         records = {backend: self._find(stage.name, backend) for backend in planned.candidates}
         contenders = {backend: record.id.key for backend, record in records.items() if record is not None}
-        note = LatencyNote(stage.name, {**contenders, TORCH: TORCH}, shape, stage.networks[0].device)
+        note = LatencyNote(stage.name, {**contenders, TORCH: stage_computation(stage)}, shape, stage.networks[0].device)
         latency_ms = note.read()
         if latency_ms is None:
             runners = {TORCH: stage.torch, **self._runnable(stage, planned, inputs)}

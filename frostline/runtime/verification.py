@@ -3,9 +3,9 @@
 `manifest.json` is the canonical JSON of the manifest plus one more field, `signature`: the HMAC-SHA256 of the
 canonical JSON of all the others. One file, so that a manifest and its signature are always replaced together.
 
-Between the check and the load, whoever may write to the engine folder could still exchange a file. In a
-folder of mode 0755 that is this user or root, who can read the signing key as well: no check would stop them.
-Loaders that take bytes close the gap with `VerifiedEngine.read`, which returns the very bytes that it hashed.
+Between the check and the load, whoever may write to the engine folder could still exchange a file. So loaders get the
+very bytes that were hashed (`VerifiedEngine.read`); and where they have to open files themselves, which large weights
+outside of the graph make them do, only this user and root may be able to write there (`VerifiedEngine.onnx`).
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from frostline.errors import EngineError
 from frostline.runtime import signing
 from frostline.runtime.advice import export_command
 from frostline.runtime.manifest import Artifact, EngineId, Manifest, canonical_json
+from frostline.runtime.privacy import check_private
 
 MANIFEST_FILE = "manifest.json"
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -44,8 +45,18 @@ class VerifiedEngine:
     path: Path
     manifest: Manifest
 
-    def artifact(self, name: str) -> Path:
-        """The path of one file, for loaders that read files themselves."""
+    def onnx(self, name: str) -> bytes | Path:
+        """An ONNX file for loaders: its content, or its path where it has weights in other files beside it.
+
+        Raises:
+            EngineError: the content has changed; a SharedFolderError where others could exchange what is at the path.
+        """
+        if self.manifest.artifacts.keys() <= {network.artifact for network in self.manifest.networks}:
+            return self.read(name)
+        try:
+            check_private(self.path.parents[2], (self.path / file for file in self.manifest.artifacts))
+        except OSError as error:
+            raise EngineError(f"engine {self.path}: {error}") from error
         self._expected(name)
         return self.path / name
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-import frostline
-from frostline.models.components import WanComponents
 from frostline.models.geometry import MASK_CHANNELS, latent_grid
 from frostline.models.text import tokenize
 from frostline.runtime.cache import FrozenOutputCache, content_key
-from frostline.runtime.runtime import Runtime
+from frostline.runtime.computation import computation_id
+from frostline.runtime.identity import stage_code
 from frostline.train.batch import check_batch, fit_to_wan
-from frostline.train.reward import ActiveReward
+
+# What this file imports is part of what its results are cached by.
+if TYPE_CHECKING:
+    from frostline.models.components import WanComponents
+    from frostline.runtime.runtime import Runtime
+    from frostline.train.reward import ActiveReward
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Conditioner:
         self.rewards = rewards
         self.cache = cache
         self._device, self._dtype = components.device, components.dtype
+        self._computations: dict[tuple[str, ...], str] = {}
 
     @torch.no_grad()
     def __call__(self, data: object) -> Conditioning:
@@ -104,7 +110,8 @@ class Conditioner:
         if self.cache is None:
             return dict(compute(list(range(len(keys)))))
         depends = [self.runtime.fingerprint(stage) for stage in stages]
-        full = [content_key(what=what, depends=depends, row=key, version=frostline.__version__) for key in keys]
+        code = self._computation(compute, stages)
+        full = [content_key(what=what, depends=depends, row=key, computation=code) for key in keys]
         rows = [self.cache.get(key, device=self._device) for key in full]
         # The same sample twice in a batch is computed once.
         missing = list({full[i]: i for i, row in enumerate(rows) if row is None}.values())
@@ -116,6 +123,14 @@ class Conditioner:
             rows = [row if row is not None else fresh[key] for row, key in zip(rows, full, strict=True)]
         present = [row for row in rows if row is not None]
         return {name: torch.stack([row[name] for row in present]) for name in present[0]}
+
+    def _computation(self, compute: Callable[..., object], stages: Sequence[str]) -> str:
+        """Of `compute` and the stages that it runs."""
+        parts = (compute.__module__, *stages)
+        if parts not in self._computations:
+            of_stages = {name for stage in stages for name in stage_code(self.runtime.stages[stage])}
+            self._computations[parts] = computation_id({compute.__module__} | of_stages)
+        return self._computations[parts]
 
     def _context(self, ids: Tensor, mask: Tensor, keys: Sequence[str]) -> Tensor:
         def compute(rows: list[int]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from frostline.config import RewardTerm
 from frostline.models.faces.embedders import FaceEmbedder
 from frostline.models.faces.identity import FaceIdentity, IdentityScore, identity_score
 from frostline.runtime.cache import content_key
+from frostline.runtime.computation import computation_id
 from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
 from frostline.runtime.runtime import Runtime
 from frostline.train.reward import ActiveReward, RewardScore
@@ -58,5 +59,6 @@ class FaceIdentityReward:
 
 def face_identity_reward(term: RewardTerm, runtime: Runtime, embedder: nn.Module) -> ActiveReward:
     """The reward with its part in the loss."""
-    key = content_key(upscale=term.upscale, min_face_size=term.min_face_size)
+    code = computation_id([__name__])
+    key = content_key(upscale=term.upscale, min_face_size=term.min_face_size, computation=code)
     return ActiveReward(FaceIdentityReward(term, runtime, embedder), term, key, ("face_detector", "face_embedder"))

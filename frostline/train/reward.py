@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from frostline.config import RewardSettings, RewardTerm
 from frostline.errors import ConfigError
 from frostline.runtime.cache import content_key
+from frostline.runtime.computation import computation_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,17 +132,17 @@ def _custom_reward(term: RewardTerm, device: torch.device) -> ActiveReward:
             raise ConfigError(f"reward.type {term.type}: is no reward, it has no {name!r} (see ARCHITECTURE.md)")
     if isinstance(reward, nn.Module):
         reward.to(device).eval().requires_grad_(False)
-    state = dict(reward.state_dict()) if isinstance(reward, nn.Module) else {}
-    key = content_key(type=term.type, options=term.options, source=_source(make), state=state)
+    code = computation_id([make.__module__], source_of=[make.__module__.partition(".")[0]])
+    key = content_key(type=term.type, options=term.options, computation=code, state=_state(reward))
     return ActiveReward(cast(Reward, reward), term, key)
 
 
-def _source(make: Callable[..., Any]) -> str:
-    """The file that a class is written in; nothing where there is none, as in a notebook."""
-    try:
-        return inspect.getsource(inspect.getmodule(make) or make)
-    except (OSError, TypeError):
-        return ""
+def _state(reward: object) -> dict[str, Tensor]:
+    """The tensors of a reward, and of networks that it has as attributes."""
+    parts = {"": reward, **vars(reward)}
+    networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    state = {f"{name}.{key}": value for name, part in networks.items() for key, value in part.state_dict().items()}
+    return {name: value for name, value in {**parts, **state}.items() if isinstance(value, Tensor)}
 
 
 def find_reward(path: str) -> Callable[..., Any]:

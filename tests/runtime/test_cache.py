@@ -152,7 +152,7 @@ def test_the_least_recently_used_is_forgotten(root: Path | None) -> None:
 def test_any_damage_is_noticed_and_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entry = {"x": torch.arange(6.0), "mask": torch.tensor([True, False])}
     FrozenOutputCache(tmp_path, MIB).put("key", entry)
-    (file,) = tmp_path.iterdir()
+    file = tmp_path / "key.safetensors"
     original = file.read_bytes()
     flips = [bytes([*original[:i], original[i] ^ 0x10, *original[i + 1 :]]) for i in range(len(original))]
     cuts = [original[:length] for length in range(0, len(original), 7)]
@@ -161,12 +161,72 @@ def test_any_damage_is_noticed_and_computed_again(tmp_path: Path, caplog: pytest
         cache = FrozenOutputCache(tmp_path, MIB)
         caplog.clear()
         assert same(cache.get_or_compute("key", lambda: entry), entry)
-        if cache.corrupted:
-            assert caplog.text.count("is damaged") == 1
+        if told := caplog.text.count("is damaged") + caplog.text.count("not signed with your key"):
+            assert told == 1
+            assert cache.corrupted == caplog.text.count("is damaged")
             assert file.read_bytes() == original
         else:
             # Only padding in the header may change without changing what the file says.
             assert damaged[8:].split(b"}}", 1)[0] == original[8:].split(b"}}", 1)[0]
+
+
+def test_what_another_key_signed_is_computed_again_with_one_line(
+    tmp_path: Path, signing_key: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "cache"
+    for name in "abc":
+        FrozenOutputCache(root, MIB).put(name, ones(0.01))
+    own = {file: file.read_bytes() for file in root.iterdir()}
+    signing_key.unlink()
+    cache = FrozenOutputCache(root, MIB)
+    for name in "abc":
+        assert same(cache.get_or_compute(name, lambda: ones(0.01, 2.0)), ones(0.01, 2.0))
+    assert (cache.hits, cache.misses, cache.corrupted) == (0, 3, 0)
+    assert caplog.text.count("not signed with your key") == 1
+    assert str(signing_key) in caplog.text
+    assert all(file.read_bytes() != content for file, content in own.items())
+    again = FrozenOutputCache(root, MIB)
+    assert same(again.get("a") or {}, ones(0.01, 2.0))
+
+
+def test_an_altered_entry_with_a_digest_that_fits_is_not_believed(tmp_path: Path) -> None:
+    FrozenOutputCache(tmp_path, MIB).put("key", ones(0.01))
+    file, altered = tmp_path / "key.safetensors", ones(0.01, 3.0)
+    with safetensors.safe_open(file, "pt") as entry:
+        signature = entry.metadata()["seal"].split()[1]
+    for stated in ("", signature, "é"):
+        digest = content_key(key="key", tensors=altered)
+        safetensors.torch.save_file(altered, file, metadata={"seal": f"{digest} {stated}"})
+        assert FrozenOutputCache(tmp_path, MIB).get("key") is None
+
+
+def test_without_a_key_nothing_is_kept_on_disk_and_nothing_lost(
+    tmp_path: Path, signing_key: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    FrozenOutputCache(tmp_path, MIB).put("key", ones(0.01))
+    content = (tmp_path / "key.safetensors").read_bytes()
+    signing_key.chmod(0o644)
+    cache = FrozenOutputCache(tmp_path, MIB)
+    assert cache.get("key") is None
+    assert same(cache.get_or_compute("other", lambda: ones(0.01)), ones(0.01))
+    assert caplog.text.count("going on without it") == 1
+    assert f"chmod 600 {signing_key}" in caplog.text
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["key.safetensors"]
+    signing_key.chmod(0o600)
+    assert (tmp_path / "key.safetensors").read_bytes() == content
+    assert FrozenOutputCache(tmp_path, MIB).get("key") is not None
+
+
+def test_only_regular_files_of_a_size_that_fits_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    cache = FrozenOutputCache(tmp_path, MIB)
+    assert cache.get("pipe") is None
+    FrozenOutputCache(tmp_path, 4 * MIB).put("large", ones(2))
+    assert cache.get("large") is None
+    assert cache.corrupted == 0
+    assert (tmp_path / "large.safetensors").exists()
+    assert same(cache.get_or_compute("pipe", lambda: ones(0.01)), ones(0.01))
+    assert (tmp_path / "pipe.safetensors").is_file()
 
 
 def test_an_entry_under_another_key_is_damage(tmp_path: Path) -> None:
@@ -200,11 +260,11 @@ def test_a_full_disk_warns_once_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    cache = FrozenOutputCache(tmp_path, MIB)
+    cache = FrozenOutputCache(tmp_path / "cache", MIB)
     for key in "abc":
         cache.put(key, ones(0.01))
     assert caplog.text.count("going on without it") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
@@ -220,11 +280,12 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
 @pytest.mark.fresh_process
 def test_several_processes_share_one_folder(tmp_path: Path) -> None:
     values = {content_key(value=value): float(value) for value in range(12)}
+    root = tmp_path / "cache"
 
     def work(seed: int) -> None:
         order = sorted(values, key=lambda key: hash((seed, key)))
         for _ in range(4):
-            cache = FrozenOutputCache(tmp_path, MIB)
+            cache = FrozenOutputCache(root, MIB)
             for key in order:
                 entry = cache.get_or_compute(key, lambda key=key: ones(0.15, values[key]))
                 assert (entry["x"] == values[key]).all()
@@ -236,5 +297,5 @@ def test_several_processes_share_one_folder(tmp_path: Path) -> None:
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert disk_bytes(tmp_path) <= MIB
-    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
+    assert disk_bytes(root) <= MIB
+    assert all(file.suffix == ".safetensors" for file in root.iterdir())

@@ -20,6 +20,7 @@ def test_a_signature_holds_for_its_own_data_only() -> None:
     assert not signing.verify(b"Engine", signature)
     assert not signing.verify(b"engine", signature.upper() + "0")
     assert not signing.verify(b"engine", "ä")
+    assert not signing.verify(b"engine", "\ud800")
 
 
 def test_the_key_is_made_once_private_and_alone(signing_key: Path) -> None:

@@ -28,6 +28,7 @@ def names(folder: Path) -> set[str]:
 def test_the_engine_key_depends_on_every_part() -> None:
     parts: dict[str, Any] = {
         "weights_sha256": "0" * 64,
+        "computation": "1" * 64,
         "graph": "graph",
         "shapes": {"x": [1, 2]},
         "precision": "fp32",
@@ -51,11 +52,11 @@ def test_a_built_engine_is_found_and_verifies(store: EngineStore, build: BuildEn
     assert store.find("tiny", "vae_encoder") == store.find("tiny", "vae_encoder", "onnxruntime") == [record]
     verified = store.verify(record)
     assert verified == built
-    assert verified.artifact("model.onnx") == built.path / "model.onnx"
+    assert verified.onnx("model.onnx") == built.path / "model.onnx", "its weights are in another file"
     assert verified.read("model.onnx.data") == (built.path / "model.onnx.data").read_bytes()
     assert names(built.path.parent) == {built.path.name, f".{built.path.name}.lock"}
     with pytest.raises(EngineError, match=r"no file other\.onnx"):
-        verified.artifact("other.onnx")
+        verified.onnx("other.onnx")
 
 
 def test_find_filters_and_sorts(store: EngineStore, build: BuildEngine) -> None:

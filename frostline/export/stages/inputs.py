@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from frostline.export.shapes import ShapeRange
-from frostline.models.components import WanComponents
-from frostline.models.denoiser import Denoiser
-from frostline.models.faces.detectors import DetectorModel
-from frostline.runtime.dimension import Dimension
 from frostline.runtime.stage import Tolerance
+
+# All stages import this file: what it imports is part of what identifies the engines of each.
+if TYPE_CHECKING:
+    from frostline.export.shapes import ShapeRange
+    from frostline.models.components import WanComponents
+    from frostline.models.denoiser import Denoiser
+    from frostline.models.faces.detectors import DetectorModel
+    from frostline.runtime.dimension import Dimension
 
 # The bounds by the type of the weights, both sides computing in that type. Measured on small models of random weights,
 # the worst of ONNX Runtime, OpenVINO and AOTInductor, relative to the largest output: 6e-6, 3e-3 and 2.6e-2, of which

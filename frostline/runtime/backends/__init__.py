@@ -75,13 +75,22 @@ def check_backend(name: str) -> None:
         raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *_REGISTRY))}")
 
 
+def module_name(name: str) -> str:
+    """The module that a backend is in, which is not imported.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    check_backend(name)
+    return f"{__name__}.{_REGISTRY[name].partition(':')[0]}"
+
+
 def get_backend(name: str) -> Backend:
     """The backend of this name.
 
     Raises:
         ConfigError: there is none.
     """
-    check_backend(name)
-    file, _, attribute = _REGISTRY[name].partition(":")
-    module = importlib.import_module(f"frostline.runtime.backends.{file}")
+    module = importlib.import_module(module_name(name))
+    attribute = _REGISTRY[name].partition(":")[2]
     return cast(Backend, getattr(module, attribute) if attribute else module)

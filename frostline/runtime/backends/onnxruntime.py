@@ -87,7 +87,7 @@ def build(network: Network, source: Path, folder: Path, options: BuildOptions) -
 def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
     """One session for each network."""
     return {
-        entry.name: OnnxRuntimeRunner(engine.artifact(entry.artifact), networks[entry.name], device)
+        entry.name: OnnxRuntimeRunner(engine.onnx(entry.artifact), networks[entry.name], device)
         for entry in engine.manifest.networks
     }
 
@@ -96,18 +96,18 @@ class OnnxRuntimeRunner:
     """Runs one ONNX file.
 
     Args:
-        path: a verified file.
+        model: the content of a verified file, or its path.
         network: names of inputs and outputs, and the live tensors to bind.
         device: where the tensors are.
     Raises:
         EngineError: the file cannot be loaded, or part of the graph would run on another provider than asked for.
     """
 
-    def __init__(self, path: Path, network: Network, device: torch.device) -> None:
+    def __init__(self, model: bytes | Path, network: Network, device: torch.device) -> None:
         check_live(network)
         self._network = network
         self._device = device
-        self._session = _open_session(path, device)
+        self._session = _open_session(model, network.name, device)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the network; every output is freshly allocated and shared with torch."""
@@ -139,7 +139,7 @@ def _bind(binding: onnxruntime.IOBinding, name: str, tensor: Tensor) -> None:
     binding.bind_ortvalue_input(name, value)
 
 
-def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
+def _open_session(model: bytes | Path, name: str, device: torch.device) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     # Errors only. Those end in exceptions, and its warnings (of providers that are no plug-ins) help nobody.
@@ -157,13 +157,14 @@ def _open_session(path: Path, device: torch.device) -> onnxruntime.InferenceSess
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0), **_CUDA_SETTINGS}
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, arguments)])
+        source = model if isinstance(model, bytes) else str(model)
+        session = onnxruntime.InferenceSession(source, options, providers=[(provider, arguments)])
     except Exception as error:
-        raise engine_failure(f"ONNX Runtime cannot load {path}", error, _NO_MEMORY) from error
+        raise engine_failure(f"ONNX Runtime cannot load {name}", error, _NO_MEMORY) from error
     if session.get_providers()[0] != provider:
         raise EngineError(f"ONNX Runtime has no {provider} here, only {', '.join(session.get_providers())}")
     if provider != _CPU and (strays := _left_to_the_cpu(session)):
-        raise EngineError(f"ONNX Runtime would run part of {path.name} on the CPU, copying back and forth: {strays}")
+        raise EngineError(f"ONNX Runtime would run part of {name} on the CPU, copying back and forth: {strays}")
     return session
 
 

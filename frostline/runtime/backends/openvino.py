@@ -79,7 +79,7 @@ def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.
     if reason := obstacle(device, engine.manifest.device):
         raise EngineError(f"the openvino engine of {engine.manifest.stage} cannot run: {reason}")
     return {
-        entry.name: OpenVinoRunner(engine.artifact(entry.artifact), networks[entry.name])
+        entry.name: OpenVinoRunner(engine.onnx(entry.artifact), networks[entry.name])
         for entry in engine.manifest.networks
     }
 
@@ -88,19 +88,19 @@ class OpenVinoRunner:
     """Runs one ONNX file on the CPU.
 
     Args:
-        path: a verified file.
+        model: the content of a verified file, or its path.
         network: names of inputs and outputs, and the live tensors to bind.
     Raises:
         EngineError: OpenVINO cannot compile the file.
     """
 
-    def __init__(self, path: Path, network: Network) -> None:
+    def __init__(self, model: bytes | Path, network: Network) -> None:
         check_live(network)
         self._network = network
         try:
-            self._request = _compile(path).create_infer_request()
+            self._request = _compile(model).create_infer_request()
         except RuntimeError as error:
-            raise engine_failure(f"OpenVINO cannot load {path}", error, _NO_MEMORY) from error
+            raise engine_failure(f"OpenVINO cannot load {network.name}", error, _NO_MEMORY) from error
         self._lock = threading.Lock()
         self._bound: dict[str, Tensor] = {}
 
@@ -144,7 +144,7 @@ class OpenVinoRunner:
         return output
 
 
-def _compile(path: Path) -> Any:
+def _compile(model: bytes | Path) -> Any:
     import openvino
 
     # On CPUs with bfloat16 instructions, OpenVINO would use them unasked.
@@ -155,7 +155,7 @@ def _compile(path: Path) -> Any:
         "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS,
     }
     core = openvino.Core()
-    return core.compile_model(core.read_model(path), "CPU", settings)
+    return core.compile_model(core.read_model(model), "CPU", settings)
 
 
 def _share(tensor: Tensor) -> Any:

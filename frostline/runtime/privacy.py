@@ -1,0 +1,88 @@
+"""Whether somebody else could exchange a file between the moment it is checked and the moment it is opened."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from frostline.errors import SharedFolderError
+
+_GROUP_AND_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def check_private(root: Path, files: Iterable[Path]) -> None:
+    """Refuse files that others than this user and root may write to, or put something else in the place of.
+
+    Args:
+        root: below it, everything must belong to this user or root; the folders that it is in may be others', who
+            could then exchange it as a whole, but nobody may come in by their permissions.
+    Raises:
+        SharedFolderError: names what is open to whom, and what to do.
+    """
+    root = root.resolve()
+    paths = dict.fromkeys(path for file in files for path in (file.resolve(), *file.resolve().parents))
+    for path in sorted(paths):
+        status = path.stat()
+        if path.is_relative_to(root) and status.st_uid not in (0, os.geteuid()):
+            raise SharedFolderError(
+                f"{path} belongs to another user (uid {status.st_uid}), who could exchange it while it is loaded: copy "
+                "it to a folder of your own"
+            )
+        if open_to := _open_to(status):
+            raise SharedFolderError(
+                f"{path} can be written to by {open_to} (mode {stat.S_IMODE(status.st_mode):04o}), who could exchange "
+                f"it while it is loaded. Run: chmod go-w {path}"
+            )
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder and those that it is in, as far as they are missing, which only this user can write to.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o755, exist_ok=True)
+
+
+def make_private(file: Path) -> None:
+    """Take from others the right to write to a file, which they have where the umask is 0.
+
+    Raises:
+        OSError: it is not this user's file.
+    """
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if mode & _GROUP_AND_OTHERS:
+        file.chmod(mode & ~_GROUP_AND_OTHERS)
+
+
+def _open_to(status: os.stat_result) -> str | None:
+    """Who else may change a file, or what a folder holds."""
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
+        return None  # as /tmp: what is in there can only be changed by whom it belongs to
+    if status.st_mode & stat.S_IWOTH:
+        return "everybody"
+    if status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid):
+        return f"the group {_group_name(status.st_gid)}"
+    return None
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether a group is the user's alone, as many systems give one to each."""
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return (group.gr_name, gid) == (user.pw_name, user.pw_gid) and {*group.gr_mem} <= {user.pw_name}
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

@@ -1,0 +1,167 @@
+"""What is kept under the code that computed it: each of five kinds is good until the code, or a package, changes."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from steps import QUICK, small_clips
+from torch import Tensor
+
+import frostline
+from frostline.export.exporter import export_stage
+from frostline.export.model import StagedModel, load_staged_model
+from frostline.export.receipt import Receipt, recall, receipt_key, remember
+from frostline.export.recipe import Recipe
+from frostline.runtime import computation
+from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.identity import find_engine, stage_computation, weights_sha256
+from frostline.runtime.latency import LatencyNote
+from frostline.runtime.store import EngineStore
+from frostline.train.conditioning import Conditioner
+from frostline.train.face_identity import face_identity_reward
+from frostline.train.module import WanTrainingModule
+
+MakeModule = Callable[..., WanTrainingModule]
+Edit = Callable[[str, str, str], None]
+
+STAGE, BACKEND = "face_embedder", "onnxruntime"
+RECIPE = Recipe(model="tiny", stages=(STAGE,), backends=(BACKEND,))
+CPU = torch.device("cpu")
+KINDS = {"engine", "receipt", "latency", "references", "context", "y"}
+# All of a face embedder are built of these operations.
+OPERATIONS = "models/faces/onnx_ops.py"
+CONSTANT = "1e-5"
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
+    """`edit(file, old, new)`: the code is from here on that of a copy in which that was replaced, if anything was."""
+    copy = tmp_path / "copy" / "frostline"
+    ignore = shutil.ignore_patterns("*.safetensors", "__pycache__")
+    shutil.copytree(Path(frostline.__file__).parent, copy, ignore=ignore)
+    assert frostline.__spec__ is not None
+    monkeypatch.setattr(frostline.__spec__, "submodule_search_locations", [str(copy)])
+    monkeypatch.setattr(frostline.__spec__, "origin", str(copy / "__init__.py"))
+    computation._find.cache_clear()
+
+    def edit(file: str, old: str, new: str) -> None:
+        path = copy / file
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    yield edit
+    monkeypatch.undo()
+    computation._find.cache_clear()
+
+
+@dataclass
+class Kept:
+    """One of each kind, kept on disk, and which of them are recalled now."""
+
+    staged: StagedModel
+    module: WanTrainingModule
+    store: EngineStore
+
+    def keep(self) -> None:
+        stage = self.staged.stages[STAGE]
+        engine = export_stage(stage, BACKEND, self.store).manifest
+        assert engine.tolerance is not None
+        remember(self.store, self._receipt(), [Receipt.of(engine, engine.tolerance)])
+        self._note().write({"torch": 1.0})
+        self._look_up()
+
+    def recalled(self) -> set[str]:
+        stage = self.staged.stages[STAGE]
+        kinds = self._look_up()
+        if find_engine(self.store, stage, BACKEND, weights_sha256(stage)) is not None:
+            kinds.add("engine")
+        if recall(self.store, self._receipt()) is not None:
+            kinds.add("receipt")
+        if self._note().read() is not None:
+            kinds.add("latency")
+        return kinds
+
+    def _receipt(self) -> str:
+        return receipt_key(RECIPE, BuildOptions(), "cpu", {})
+
+    def _note(self) -> LatencyNote:
+        return LatencyNote(STAGE, {"torch": stage_computation(self.staged.stages[STAGE])}, "x:1", CPU)
+
+    def _look_up(self) -> set[str]:
+        """Which conditions of a sample the cache knew."""
+        module, cache = self.module, self.module.cache
+        assert cache is not None
+        assert module.faces is not None
+        reward = face_identity_reward(module.rewards[0].settings, module.runtime, module.faces.embedder)
+        known = set[str]()
+
+        class Watched(Conditioner):
+            def cached_rows(self, what: str, *others: Any) -> dict[str, Tensor]:
+                misses = cache.misses
+                rows = super().cached_rows(what, *others)
+                if cache.misses == misses:
+                    known.add(what)
+                return rows
+
+        Watched(module.components, module.runtime, [reward], cache)(small_clips(1))
+        return known
+
+
+@pytest.fixture(scope="module")
+def parts(make_module: MakeModule, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    cache = tmp_path_factory.mktemp("cache")
+    store = EngineStore(tmp_path_factory.mktemp("engines"))
+    return Kept(load_staged_model(RECIPE, "cpu"), make_module(cache_dir=cache, **QUICK), store)
+
+
+@pytest.fixture
+def kept(parts: Kept, edit: Edit) -> Kept:
+    parts.keep()
+    assert parts.recalled() == KINDS
+    return parts
+
+
+def test_a_constant_in_what_all_of_them_run_makes_all_invalid(kept: Kept, edit: Edit) -> None:
+    edit(OPERATIONS, CONSTANT, "2e-5")
+    assert kept.recalled() == {"context", "y"}, "those that do not run it stay"
+
+
+def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
+    edit(OPERATIONS, CONSTANT, f"(  # how much\n {CONSTANT})")
+    edit(OPERATIONS, '"""', '"""Said in another way. ')
+    edit("runtime/runtime.py", "_WORTH_A_TRIAL = 2", "_WORTH_A_TRIAL = 3")
+    assert kept.recalled() == KINDS
+
+
+@pytest.mark.parametrize(
+    ("file", "gone"),
+    [
+        ("models/text.py", {"context", "y", "references", "receipt"}),  # it tokenizes for all
+        ("models/vae_chunks.py", {"y", "receipt"}),
+        ("train/conditioning.py", {"context", "y", "references"}),
+        ("models/faces/identity.py", {"references"}),
+        ("runtime/latency.py", {"latency"}),
+        ("export/program.py", {"engine", "receipt"}),
+        ("runtime/backends/onnxruntime.py", {"engine", "receipt"}),
+        ("runtime/backends/openvino.py", set()),
+    ],
+)
+def test_what_does_not_run_it_stays(kept: Kept, edit: Edit, file: str, gone: set[str]) -> None:
+    edit(file, "import torch", "import torch\n_X = 1")
+    assert kept.recalled() == KINDS - gone
+
+
+def test_another_version_of_a_package_makes_invalid_what_calls_it(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = computation._installed
+
+    def upgraded(top: str) -> str | None:
+        return "diffsynth 99" if top == "diffsynth" else installed(top)
+
+    monkeypatch.setattr(computation, "_installed", upgraded)
+    assert kept.recalled() == {"engine", "latency", "references"}
+    monkeypatch.setattr(computation, "_installed", lambda top: "torch 99" if top == "torch" else installed(top))
+    assert kept.recalled() == set()

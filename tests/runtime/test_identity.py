@@ -44,15 +44,7 @@ def make_stage(module: nn.Module, *, rows: Dimension = ROWS, rank: Dimension | N
         live=named,
         live_specs=tuple(TensorSpec(name, shape) for name, shape in shapes.items()),  # type: ignore[arg-type]
     )
-    return Stage(
-        "scaled",
-        "toy",
-        (network,),
-        lambda **inputs: network.reference(inputs),
-        lambda runners: runners["scaled"],
-        lambda: network.samples("opt"),
-        Tolerance(1e-5, 1e-5, 0.999),
-    )
+    return Stage(name="scaled", model="toy", networks=(network,), tolerance=Tolerance(1e-5, 1e-5, 0.999))
 
 
 def key(stage: Stage, backend: str = "onnxruntime") -> str:

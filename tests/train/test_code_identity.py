@@ -133,7 +133,7 @@ def test_a_constant_in_what_all_of_them_run_makes_all_invalid(kept: Kept, edit: 
 def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
     edit(OPERATIONS, CONSTANT, f"(  # how much\n {CONSTANT})")
     edit(OPERATIONS, '"""', '"""Said in another way. ')
-    edit("runtime/runtime.py", "_WORTH_A_TRIAL = 2", "_WORTH_A_TRIAL = 3")
+    edit("runtime/choosing.py", "_WORTH_A_TRIAL = 2", "_WORTH_A_TRIAL = 3")
     assert kept.recalled() == KINDS
 
 

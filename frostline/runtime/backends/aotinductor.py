@@ -86,15 +86,17 @@ def build(network: Network, source: ExportedProgram, folder: Path, options: Buil
     Raises:
         EngineError: the compiler fails.
     """
-    package = folder / f"{network.name}.pt2"
+    path, package = folder / f"{network.name}.pt2", io.BytesIO()
     settings = {**_SETTINGS, "cpp.cxx": (None, _compiler())}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(source, package_path=str(package), inductor_configs=settings)
+            torch._inductor.aoti_compile_and_package(source, package_path=package, inductor_configs=settings)
     except Exception as error:
         raise EngineError(f"AOTInductor cannot compile {network.name}: {error}") from error
-    return package.name
+    # Not by torch's writer of packages, which ends the process where the disk is full.
+    path.write_bytes(package.getbuffer())
+    return path.name
 
 
 def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:

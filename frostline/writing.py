@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,13 +30,19 @@ def check_writable(path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` to write to; it is renamed to `path` when the block ends well, else removed.
 
+    It starts as an empty file, and ends with the mode of any new file there (the umask, or the folder's default ACL),
+    whatever the writer made of it: safetensors puts a file of mode 0600 in its place.
+
     Raises:
         DataError: the file cannot be written; names it and says why.
     """
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch(exist_ok=False)
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        part.chmod(mode)
         part.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error

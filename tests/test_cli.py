@@ -65,7 +65,7 @@ def test_what_takes_seconds_is_imported_where_it_is_needed(modules: str, needed:
         (("export", "tiny", "--min-shapes", "video:1x6x3x64x64"), "4k + 1 frames"),
         (("export", "tiny", "--backend", "onnx"), "unknown backend 'onnx'"),
         (("export", "tiny", "--stages", "vae_coder", "--dry-run"), "no stage 'vae_coder'"),
-        (("export", "tiny", "--lora-targets", "nothing", "--dry-run"), "fit no module"),
+        (("export", "tiny", "--lora-targets", "nothing", "--dry-run"), "'nothing' is the name of no module"),
         (("demo", "--steps", "0"), "--steps"),
         (("plan", "nowhere"), "nowhere is no folder"),
         (("no-such-command",), "no-such-command"),

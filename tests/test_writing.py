@@ -47,5 +47,8 @@ def test_a_failure_leaves_the_file_of_before_and_nothing_else(tmp_path: Path) ->
 
 def test_where_it_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/x\.json: cannot be written"), written_whole(tmp_path / "file" / "x.json"):
+    with (
+        pytest.raises(DataError, match=r"file/x\.json: cannot be written"),
+        written_whole(tmp_path / "file" / "x.json"),
+    ):
         pass

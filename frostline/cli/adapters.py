@@ -22,13 +22,18 @@ def convert(
     adapter: AdapterPath,
     out: Annotated[Path, typer.Option("--out", help="A .safetensors file, or for peft a folder.")],
     to: Annotated[str, typer.Option("--to", help="peft, diffsynth, comfyui or diffusers.")],
+    model: Annotated[str | None, typer.Option(help="The model it is for, to check its layers against.")] = None,
     precision: WeightsType = None,
 ) -> None:
-    """Write an adapter under the names that another program reads."""
-    from frostline.models.adapters import read_adapter, write_adapter
+    """Write an adapter in the format that another program reads."""
+    from frostline.models.adapters import check_fits, read_adapter, write_adapter
+    from frostline.models.files import find_files
     from frostline.models.precision import parse_precision
 
-    write_adapter(read_adapter(adapter), to, out, None if precision is None else parse_precision(precision))
+    found = read_adapter(adapter)
+    if model is not None:
+        check_fits(found, find_files(model).denoiser.shapes)
+    write_adapter(found, to, out, None if precision is None else parse_precision(precision))
     typer.echo(f"wrote {out}")
 
 
@@ -40,8 +45,11 @@ def merge(
     lora_scale: LoraScale = 1.0,
     precision: WeightsType = None,
 ) -> None:
-    """Write the denoiser (of two experts the low-noise one) with the adapter in its weights, under Wan's own names."""
-    from frostline.models.adapters import check_weights_file, merge_adapter, read_adapter, write_weights
+    """Write the denoiser (of two experts the low-noise one) with the adapter in its weights, under Wan's own names.
+
+    Weights of 8 bits become the type of the others, unless a precision is given.
+    """
+    from frostline.models.adapters import check_fits, check_weights_file, merge_adapter, read_adapter, write_weights
     from frostline.models.files import find_files
     from frostline.models.precision import parse_precision
 
@@ -49,6 +57,7 @@ def merge(
         raise ConfigError(f"--lora-scale {lora_scale}: must be a number")
     check_weights_file(out)
     found, dtype = read_adapter(adapter), None if precision is None else parse_precision(precision)
-    tensors = find_files(model).denoiser.read(None, "cpu")  # as stored: safetensors are mapped, not copied
-    write_weights(merge_adapter(tensors, found, lora_scale, dtype), out)
+    denoiser = find_files(model).denoiser
+    check_fits(found, denoiser.shapes)
+    write_weights(merge_adapter(denoiser.read_exact(), found, lora_scale, dtype or denoiser.compute_dtype), out)
     typer.echo(f"wrote {out}")

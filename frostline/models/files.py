@@ -13,8 +13,11 @@ from frostline.errors import ConfigError
 
 from .geometry import MASK_CHANNELS
 from .layouts.architecture import denoiser_arguments
+from .layouts.foreign import GGUF
 from .layouts.names import Part
-from .layouts.network import NetworkFiles, read_json, recognise, shard_groups
+from .layouts.network import NetworkFiles, recognise
+from .layouts.settings_files import read_json
+from .layouts.shards import check_all_listed, shard_groups
 
 if TYPE_CHECKING:
     from diffsynth.core.loader.config import ModelConfig
@@ -111,6 +114,8 @@ def _embedded(name: str) -> WanFiles:
 
 def _denoiser_in(folder: Path) -> NetworkFiles:
     found = [network for paths in shard_groups(folder) if (network := recognise(paths))]
+    if not found and (quantised := _gguf_in(folder)):
+        raise ConfigError(f"{quantised[0]} is {GGUF}")
     if len(found) != 1 or found[0].part != "denoiser":
         raise ConfigError(f"{folder} holds no Wan denoiser, or more than one")
     return found[0]
@@ -126,8 +131,13 @@ def _from_folder(folder: Path) -> WanFiles:
             if not (folder / name).is_dir():
                 raise ConfigError(f"one of two experts is missing: {folder / name}")
             parts[field] = [_denoiser_in(folder / name)]
-    strange = _sort_in(groups, parts)
+    strange = [*_sort_in(groups, parts), *_gguf_in(folder)]
     return _assemble(folder.resolve().name, str(folder), parts, _tokenizer_in(folder), config, strange)
+
+
+def _gguf_in(folder: Path) -> list[Path]:
+    """Files that are of no use, but say why a part is missing."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
 
 
 def _from_diffusers_folder(folder: Path) -> WanFiles:
@@ -138,6 +148,7 @@ def _from_diffusers_folder(folder: Path) -> WanFiles:
         if not (folder / name).is_dir():
             continue
         field = "denoiser" if name.startswith("transformer") else name
+        strange += _gguf_in(folder / name)
         for paths in shard_groups(folder / name):
             network = recognise(paths)
             if network is None or network.part != field:
@@ -162,6 +173,7 @@ def _from_list(entries: Sequence[Entry]) -> WanFiles:
         if len(paths) == 1 and paths[0].is_dir():
             tokenizer = paths[0]
         else:
+            check_all_listed(paths)
             groups.append(paths)
     parts: dict[str, list[NetworkFiles]] = {}
     strange = _sort_in(groups, parts)
@@ -244,6 +256,8 @@ def _assemble(
     one: dict[str, NetworkFiles] = {part: found[0] for part, found in parts.items()}
     needed = ["denoiser", "vae", "text_encoder"]
     arguments = _arguments(one["denoiser"]) if "denoiser" in one else {}
+    for network in one.values():
+        network.check_blocks()
     takes_clip = arguments.get("has_image_input", False)
     if takes_clip:
         needed.append("image_encoder")
@@ -297,8 +311,11 @@ def _variant(arguments: Mapping[str, Any]) -> str:
 
 def _found(one: Mapping[str, NetworkFiles], arguments: Mapping[str, Any], strange: Sequence[Path]) -> str:
     known = [f"{_plain(part)} ({_variant(arguments)})" if part == "denoiser" else _plain(part) for part in one]
-    unknown = f"; not part of a Wan model: {', '.join(path.name for path in strange)}" if strange else ""
-    return f"found {', '.join(known) or 'nothing'}{unknown}"
+    quantised = [path.name for path in strange if path.suffix.lower() == ".gguf"]
+    others = [path.name for path in strange if path.name not in quantised]
+    unknown = f"; not part of a Wan model: {', '.join(others)}" if others else ""
+    unread = f"; {quantised[0]} is {GGUF}" if quantised else ""
+    return f"found {', '.join(known) or 'nothing'}{unknown}{unread}"
 
 
 def _called(part: str | Part) -> str:

@@ -17,6 +17,7 @@ from frostline.errors import ConfigError
 from .components import WanComponents
 from .files import WanFiles, find_files
 from .layouts.architecture import network_arguments
+from .layouts.foreign import stand_in_kind
 from .layouts.network import NetworkFiles
 from .networks import build_network
 from .weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
@@ -145,5 +146,8 @@ def _load_tokenizer(folder: Path, text_length: int) -> HuggingfaceTokenizer:
     try:
         return HuggingfaceTokenizer(str(folder), seq_len=text_length, clean="whitespace")
     except Exception as error:  # transformers raises many types of its own
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and (kind := stand_in_kind(path)):
+                raise ConfigError(f"{path} cannot be read: it is {kind}") from error
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"the tokenizer in {folder} cannot be read: {first_line}") from error

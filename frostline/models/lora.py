@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from frostline.config import TARGET_MODULES
 from frostline.errors import ConfigError
 
-from .adapters import PEFT, SPELLINGS, Adapter, read_adapter, write_peft
+from .adapters import FORMATS, PEFT, UniformLora, read_adapter, write_peft
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,7 +29,8 @@ def inject_lora(
     """Freeze `model`, add trainable fp32 LoRA layers (B = 0: no change of output yet), return their config.
 
     Raises:
-        ConfigError: the rank is not positive, no module matches, or adapters are there already.
+        ConfigError: the rank is not positive, a target matches no module or one that is not linear, or adapters are
+            there already; the model is then as it was.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -37,16 +38,34 @@ def inject_lora(
         raise ConfigError(f"lora.rank must be at least 1, not {rank}")
     if lora_layers(model):
         raise ConfigError("the denoiser has LoRA layers already")
+    check_targets(model, target_modules)
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(target_modules))  # type: ignore[arg-type]
-    try:
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules {list(target_modules)} fit no module: {error}") from error
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return config
+
+
+def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Each target names linear layers of `model`, by their whole path or its end, and nothing else.
+
+    PEFT adapts convolutions, too; live engines and some of the programs that read adapters do not know those.
+
+    Raises:
+        ConfigError: names the target, and the module with its class.
+    """
+    for target in target_modules:
+        found = [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise ConfigError(f"lora.target_modules: {target!r} is the name of no module of the denoiser")
+        for name, module in found:
+            if not isinstance(module, nn.Linear):
+                raise ConfigError(
+                    f"lora.target_modules: {target!r} names {name}, a {type(module).__name__}: only linear layers can "
+                    f"have a LoRA"
+                )
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -149,7 +168,7 @@ def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.save_pretrained` does."""
-    prefix = SPELLINGS[PEFT].prefix
+    prefix = FORMATS[PEFT].prefix
     tensors = {prefix + _plain(name): parameter for name, parameter in lora_parameters(model).items()}
     write_peft(tensors, config, folder)
 
@@ -160,7 +179,7 @@ def load_adapter(model: nn.Module, path: Path) -> LoraConfig:
     Raises:
         ConfigError: it cannot be read or does not fit the model, which is then as it was.
     """
-    adapter = read_adapter(path)
+    adapter = read_adapter(path).uniform()
     if lora_layers(model):
         raise ConfigError("the denoiser has LoRA layers already")
     _check_fit(model, adapter)
@@ -169,7 +188,7 @@ def load_adapter(model: nn.Module, path: Path) -> LoraConfig:
     return config
 
 
-def copy_adapter(model: nn.Module, adapter: Adapter) -> None:
+def copy_adapter(model: nn.Module, adapter: UniformLora) -> None:
     """Give the LoRA layers of `model` the matrices of `adapter`.
 
     Raises:
@@ -178,7 +197,7 @@ def copy_adapter(model: nn.Module, adapter: Adapter) -> None:
     parameters = lora_parameters(model)
     shapes = {_plain(name): tuple(parameter.shape) for name, parameter in parameters.items()}
     tensors = _tensors(adapter)
-    _compare(tensors, shapes, adapter.weights)
+    _compare(tensors, shapes, adapter.path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[_plain(name)])
@@ -189,17 +208,17 @@ def _plain(name: str) -> str:
     return name.replace(f".{ADAPTER}.", ".")
 
 
-def _check_fit(model: nn.Module, adapter: Adapter) -> None:
+def _check_fit(model: nn.Module, adapter: UniformLora) -> None:
     """Before anything is injected: the model has the layers of the adapter, of fitting shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name in adapter.layers:
             shapes[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
             shapes[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
-    _compare(_tensors(adapter), shapes, adapter.weights)
+    _compare(_tensors(adapter), shapes, adapter.path)
 
 
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+def _tensors(adapter: UniformLora) -> dict[str, Tensor]:
     pairs = adapter.layers.items()
     return {f"{layer}.lora_{kind}.weight": pair["AB".index(kind)] for layer, pair in pairs for kind in "AB"}
 

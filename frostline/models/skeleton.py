@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frostline.errors import ConfigError
 
@@ -13,6 +13,10 @@ from .files import BOUNDARY_IMAGE, BOUNDARY_TEXT, EMBEDDED, TEXT_LENGTH, find_fi
 from .geometry import SPATIAL_MULTIPLE
 from .layouts.architecture import network_arguments
 from .layouts.names import Part
+from .networks import build_network
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Network = tuple[Part, Mapping[str, Any]]
 
@@ -64,6 +68,14 @@ class Skeleton:
     text_length: int
     boundary: float
     from_files: bool
+
+    def build(self, field: str) -> nn.Module:
+        """One of the networks, its parameters on the meta device."""
+        from diffsynth.core.vram.initialization import skip_model_initialization
+
+        part, arguments = self.networks[field]
+        with skip_model_initialization():
+            return build_network(part, arguments)
 
     @property
     def spatial_multiple(self) -> int:

@@ -35,7 +35,8 @@ def print_dry_run(settings: RunSettings, console: Console, fresh: bool = True) -
         steps.check_tail()
         console.print(memory_table(_memory_plan(settings, multiple)))
     except FrostlineError as error:
-        found.append(f"model: {error}")
+        if str(error) not in found:
+            found.append(f"model: {error}")
     for section, videos in (("data", settings.data), ("validation", settings.validation)):
         lines = _look_at(section, videos, multiple, settings, console)
         if section == "validation" or settings.data.bad_rows == "error":

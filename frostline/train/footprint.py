@@ -17,7 +17,6 @@ from frostline.models.denoiser import Denoiser
 from frostline.models.geometry import CLIP_FEATURE, MASK_CHANNELS, VideoShape, latent_grid
 from frostline.models.image import ImageEncoder
 from frostline.models.lora import inject_lora, lora_parameters
-from frostline.models.networks import build_network
 from frostline.models.skeleton import Skeleton
 from frostline.models.text import TextEncoder
 from frostline.models.vae import decode_latents, decoder_chunks
@@ -159,12 +158,7 @@ class _Inputs:
 
 
 def _build(skeleton: Skeleton, field: str, dtype: torch.dtype) -> nn.Module:
-    from diffsynth.core.vram.initialization import skip_model_initialization
-
-    part, arguments = skeleton.networks[field]
-    with skip_model_initialization():
-        module = build_network(part, arguments)
-    return module.eval().requires_grad_(False).to(dtype)
+    return skeleton.build(field).eval().requires_grad_(False).to(dtype)
 
 
 @contextmanager

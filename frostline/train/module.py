@@ -300,7 +300,7 @@ class WanTrainingModule(nn.Module):
             ConfigError: files are missing, or it is another adapter than this module's settings ask for.
         """
         assert self.lora_config is not None
-        adapter = read_adapter(Path(folder))
+        adapter = read_adapter(Path(folder)).uniform()
         if adapter.rank != self.settings.lora.rank:
             raise ConfigError(f"{folder}: the adapter has rank {adapter.rank}, not {self.settings.lora.rank}")
         if adapter.scale != lora_scale(self.components.denoiser):

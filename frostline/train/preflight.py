@@ -9,6 +9,8 @@ from frostline.errors import ConfigError, FrostlineError
 from frostline.export.shapes import parse_shapes
 from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
+from frostline.models.lora import check_targets
+from frostline.models.skeleton import read_skeleton
 from frostline.models.weights import FROZEN_PARTS
 from frostline.runtime.backends import TORCH, check_backend
 from frostline.train.reward import find_reward
@@ -32,6 +34,7 @@ def problems(settings: RunSettings, fresh: bool) -> Iterator[FrostlineError]:
     ]
     if fresh and not settings.overwrite_output_dir:
         checks.append(lambda: refuse_or_clear(settings.output_dir, overwrite=False))
+    checks.append(lambda: check_targets(read_skeleton(settings.model).build("denoiser"), settings.lora.target_modules))
     for check in checks:
         try:
             check()

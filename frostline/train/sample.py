@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from frostline.config import LoraSettings, Precision, Settings
 from frostline.errors import ConfigError
-from frostline.models.adapters import Adapter, check_fits, read_adapter
+from frostline.models.adapters import UniformLora, check_fits, read_adapter
 from frostline.models.files import find_files
 from frostline.models.geometry import TEMPORAL_STRIDE
-from frostline.models.lora import copy_adapter, lora_parameters
+from frostline.models.lora import copy_adapter
 from frostline.models.precision import parse_precision
 from frostline.runtime.device import resolve_device
 from frostline.runtime.plan import Plan, parse_plan
@@ -82,18 +82,32 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
         raise ConfigError(f"--out {out}: clips are written as .mp4")
     check_writable(out)
     # What is quick to refuse comes before the model, which takes minutes to load.
-    adapter = None if settings.adapter is None else read_adapter(settings.adapter)
-    if adapter is not None:
-        check_fits(adapter, find_files(settings.model).denoiser.shapes)
+    lora = None if settings.adapter is None else _read_lora(settings.adapter, settings)
     picture = None if settings.image is None else read_video(settings.image, max_frames=1)
-    module = load_for_sampling(settings, adapter)
+    module = load_for_sampling(settings, lora)
     clip = _sample(module, settings, picture)
     write_video(out, clip.video, fps=settings.fps)
     return clip
 
 
-def load_for_sampling(settings: SampleSettings, adapter: Adapter | None) -> WanTrainingModule:
-    """The model with `adapter` on it at `lora_scale`, or with a LoRA that changes nothing."""
+def _read_lora(path: Path, settings: SampleSettings) -> UniformLora:
+    """The adapter at `lora_scale`, which is multiplied into B: the scale is part of no engine, its matrices are inputs.
+
+    Raises:
+        ConfigError: it cannot be read, is of another model or more than a LoRA, or the scale is too large for it.
+    """
+    adapter = read_adapter(path)
+    check_fits(adapter, find_files(settings.model).denoiser.shapes)
+    lora = adapter.uniform()
+    scaled = {layer: (down, settings.lora_scale * up.float()) for layer, (down, up) in lora.layers.items()}
+    for layer, (_, up) in scaled.items():
+        if not bool(up.isfinite().all()):
+            raise ConfigError(f"{path}: at a lora_scale of {settings.lora_scale:g} the LoRA of {layer} is not finite")
+    return replace(lora, layers=scaled)
+
+
+def load_for_sampling(settings: SampleSettings, adapter: UniformLora | None) -> WanTrainingModule:
+    """The model with `adapter` on it, or with a LoRA that changes nothing."""
     lora = LoraSettings(rank=2)
     if adapter is not None:
         lora = LoraSettings(rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.target_modules)
@@ -113,11 +127,6 @@ def load_for_sampling(settings: SampleSettings, adapter: Adapter | None) -> WanT
     )
     if adapter is not None:
         copy_adapter(module.components.denoiser, adapter)
-        # The scale is part of no engine: every engine reads these matrices.
-        with torch.no_grad():
-            for name, matrix in lora_parameters(module.components.denoiser).items():
-                if ".lora_B." in name:
-                    matrix.mul_(settings.lora_scale)
     return module
 
 

@@ -201,7 +201,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "adapter_config.json",
     ),
     "rank-stabilised": (lambda folder: _change_config(folder, use_rslora=True), "adapter_config.json"),
-    "a scale of its own": (lambda folder: _change_config(folder, alpha_pattern={"q": 9}), "adapter_config.json"),
+    "a rank of its own that it has not": (
+        lambda folder: _change_config(folder, rank_pattern={"q": 9}),
+        "adapter_config.json says 9",
+    ),
     "quantised as it began": (lambda folder: _change_config(folder, init_lora_weights="loftq"), "merge_and_unload"),
     "corda": (lambda folder: _change_config(folder, init_lora_weights="corda"), "adapter_config.json: init_lora"),
     "lora_ga": (lambda folder: _change_config(folder, init_lora_weights="lora_ga"), "adapter_config.json: init_lora"),
@@ -255,5 +258,23 @@ def test_a_second_injection_is_refused(saved: Path) -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"lora\.rank must be at least 1, not 0"):
         inject_lora(tiny_denoiser(), 0)
-    with pytest.raises(ConfigError, match=r"lora\.target_modules \['nope'\]"):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules: 'nope' is the name of no module"):
         inject_lora(tiny_denoiser(), 4, target_modules=["nope"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["patch_embedding"], "'patch_embedding' names patch_embedding, a Conv3d: only linear layers"),
+        (["q", "self_attn.norm_q"], r"'self_attn\.norm_q' names blocks\.0\.self_attn\.norm_q, a RMSNorm"),
+        (["ffn"], r"'ffn' names blocks\.0\.ffn, a Sequential"),
+        (["q", "to_q"], "'to_q' is the name of no module"),
+    ],
+)
+def test_only_linear_layers_are_adapted(targets: list[str], said: str) -> None:
+    """PEFT would adapt a convolution too, and leave out a name that matches nothing beside others that do."""
+    model = tiny_denoiser()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match=said):
+        inject_lora(model, 4, target_modules=targets)
+    assert [name for name, _ in model.named_modules()] == before

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError, DataError
+from frostline.models.adapters import read_adapter, write_adapter
 from frostline.models.lora import save_adapter
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.plan import parse_plan
@@ -80,6 +82,21 @@ def test_the_adapter_changes_it_as_much_as_asked(face: Path, adapter: Path, tmp_
     changed = {scale: (video - base).norm() for scale, video in videos.items()}
     assert 0 < 1.5 * changed[0.5] < 3 * changed[1.0]
     assert changed[1.0] > changed[0.5]
+
+
+def test_a_strength_that_is_too_large_is_refused(face: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"at a lora_scale of 1e\+39 the LoRA of blocks\.0\..* is not finite"):
+        clip(face, tmp_path / "clip.mp4", adapter=adapter, lora_scale=1e39)
+
+
+def test_differences_of_whole_parameters_are_refused(face: Path, adapter: Path, tmp_path: Path) -> None:
+    """A LoRA alone would be half of what a distilled model needs."""
+    path = tmp_path / "lora.safetensors"
+    write_adapter(read_adapter(adapter), "comfyui", path)
+    save_file({**load_file(path), "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(128)}, path)
+    with pytest.raises(ConfigError, match=r"differences of 1 whole parameters .* merge it into the model"):
+        clip(face, tmp_path / "clip.mp4", adapter=path)
+    assert not (tmp_path / "clip.mp4").exists()
 
 
 @pytest.mark.parametrize("model", ["tiny-moe", "tiny-ti2v"])

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from frostline.cli import app, main
 from frostline.demo.run import DemoSettings, demo_settings
+from frostline.models import loading
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.configfile import load_run_settings
@@ -132,6 +136,17 @@ def _nothing(folder: Path) -> None:
     pass
 
 
+def _quantise(folder: Path) -> None:
+    """A checkpoint as bitsandbytes stores it: two weights in a byte."""
+    shutil.copytree(Path(loading.__file__).parent / "tiny" / "weights" / "tiny", folder / "quantised")
+    path = folder / "quantised" / "diffusion_pytorch_model.safetensors"
+    name = "blocks.0.ffn.0.weight"
+    packed = {name: torch.zeros(32768, 1, dtype=torch.uint8), f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(8)}
+    save_file({**load_file(path), **packed}, path)
+
+
+CONVOLUTION = "'patch_embedding' names patch_embedding, a Conv3d: only linear layers can have a LoRA"
+
 REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no file": (_nothing, ["gone.yaml"], 2, "gone.yaml: no such configuration file"),
     "nothing": (_nothing, [], 2, "a configuration file is needed"),
@@ -164,6 +179,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "dry run, no reward": (_nothing, ["CONFIG", "--dry-run", "reward.type=no.module:Class"], 1, "cannot be imported"),
     "dry run, another run": (_occupy, ["CONFIG", "--dry-run", "output_dir=occupied"], 1, "holds a run already"),
     "another run": (_occupy, ["CONFIG", "output_dir=occupied"], 2, "occupied holds a run already"),
+    "a convolution": (_nothing, ["CONFIG", "lora.target_modules=[patch_embedding]"], 2, CONVOLUTION),
+    "dry run, a convolution": (
+        _nothing,
+        ["CONFIG", "--dry-run", "lora.target_modules=[patch_embedding]"],
+        1,
+        CONVOLUTION,
+    ),
+    "dry run, 4 bits": (_quantise, ["CONFIG", "--dry-run", "model=quantised"], 1, "quantised as NF4 (bitsandbytes)"),
     "no report": (_nothing, ["report", "."], 1, "holds no run"),
 }
 

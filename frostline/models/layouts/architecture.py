@@ -13,6 +13,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Channels of the latents of the Wan2.2 TI2V VAE; no other model has as many.
 _TI2V_CHANNELS = 48
+# What the names of a block's tensors begin with. Of the VAE, a missing block is seen by the sizes of those beside it.
+_BLOCKS: Mapping[Part, str] = {
+    "denoiser": r"blocks\.(\d+)\.",
+    "text_encoder": r"blocks\.(\d+)\.",
+    "image_encoder": r"visual\.transformer\.(\d+)\.",
+}
 
 
 def network_arguments(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +53,7 @@ def denoiser_arguments(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, A
         "eps": config.get("eps", 1e-6),
         "patch_size": tuple(patch_size),
         "num_heads": heads,
-        "num_layers": _count(shapes, r"blocks\.(\d+)\."),
+        "num_layers": len(_block_numbers("denoiser", shapes)),
         "has_image_input": has_image_input,
         "has_image_pos_emb": "img_emb.emb_pos" in shapes,
         "require_clip_embedding": has_image_input,
@@ -73,7 +79,7 @@ def text_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
         "dim_attn": shapes["blocks.0.attn.q.weight"][0],
         "dim_ffn": shapes["blocks.0.ffn.fc1.weight"][0],
         "num_heads": heads,
-        "num_layers": _count(shapes, r"blocks\.(\d+)\."),
+        "num_layers": len(_block_numbers("text_encoder", shapes)),
         "num_buckets": buckets,
         "shared_pos": shared_pos,
     }
@@ -115,8 +121,42 @@ def image_encoder_layers(shapes: Shapes) -> int:
     """
     if "visual.patch_embedding.weight" not in shapes:
         raise KeyError("visual.patch_embedding.weight")
-    return _count(shapes, r"visual\.transformer\.(\d+)\.")
+    return len(_block_numbers("image_encoder", shapes))
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+def missing_blocks(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the number of blocks, in words; None if nothing is.
+
+    Args:
+        shapes: in Wan's own spelling. config: `config.json` beside the files, which may be that of another part.
+    """
+    if part not in _BLOCKS:
+        return None
+    numbers = _block_numbers(part, shapes)
+    gap = next((number for number in range(max(numbers, default=-1)) if number not in numbers), None)
+    if gap is not None:
+        return f"block {gap} is missing, and there is a block {max(numbers)}"
+    said = _said_blocks(part, config)
+    if said is not None and said != len(numbers):
+        return f"there are {len(numbers)} blocks, and config.json says {said}"
+    return None
+
+
+def _said_blocks(part: Part, config: Mapping[str, Any]) -> int | None:
+    """The number of blocks in a config of this part.
+
+    Wan keeps all parts in one folder, and its config is the denoiser's; those of transformers name their own.
+    """
+    kind = str(config.get("model_type"))
+    if part == "image_encoder":
+        own, key = kind.startswith("clip"), "num_hidden_layers"
+        config = config.get("vision_config", config)
+    else:
+        of_text = kind in ("t5", "umt5")
+        own, key = of_text == (part == "text_encoder") and not kind.startswith("clip"), "num_layers"
+    said = config.get(key) if own and isinstance(config, Mapping) else None
+    return said if isinstance(said, int) else None
+
+
+def _block_numbers(part: Part, shapes: Shapes) -> set[int]:
+    return {int(match[1]) for name in shapes if (match := re.match(_BLOCKS[part], name))}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from frostline.errors import ConfigError
 
-from .names import Part
+from .architecture import Shapes, missing_blocks
+from .names import DENOISER, Part, rename
+from .quantised import FP8, StoredWeights, dequantise, find_weights
+from .settings_files import read_json
+from .tensor_files import Header, TensorInfo, open_tensors, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 Spelling = Literal["official", "diffusers"]
 
-SUFFIXES = (".safetensors", ".pth")
-_SHARD = re.compile(r"(.*-)\d{5}(-of-(\d{5})\.safetensors)")
 # Community files wrap a denoiser in the name that it has inside a larger program.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+# No weights: the tokenizer that ComfyUI keeps in files of the text encoder.
+_NO_WEIGHTS = ("spiece_model",)
 # A tensor that only this network, so spelled, has.
 _TELLTALES: Mapping[str, tuple[Part, Spelling]] = {
     "blocks.0.self_attn.q.weight": ("denoiser", "official"),
@@ -43,14 +43,16 @@ _TELLTALES: Mapping[str, tuple[Part, Spelling]] = {
 class NetworkFiles:
     """The files that together hold one network.
 
-    prefix: what stands before every name. shapes: by name, in Wan's own spelling. config: `config.json` beside them.
+    prefix: what stands before every name. shapes: by name, in Wan's own spelling. stored: the weights by the names in
+    the files. config: `config.json` beside them.
     """
 
     part: Part
     spelling: Spelling
     paths: tuple[Path, ...]
     prefix: str
-    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    shapes: Shapes = field(repr=False)
+    stored: StoredWeights = field(repr=False)
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -59,133 +61,117 @@ class NetworkFiles:
         first = next(iter(self.paths))
         return f"{first}{more}"
 
-    def read(self, dtype: torch.dtype | None, device: str | torch.device) -> dict[str, Tensor]:
-        """All tensors, in Wan's own spelling; `dtype` None keeps the type that each has in its file.
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Of weights in 8 bits, the type that the model is meant to compute in; None where there are none."""
+        import torch
+
+        name = self.stored.compute_type
+        return None if name is None else getattr(torch, name)
+
+    def check_blocks(self) -> None:
+        """Refuse a network without some of its blocks: with fewer of them it would seem whole.
+
+        Raises:
+            ConfigError: one is missing between others, or there are not as many as `config.json` says.
+        """
+        if problem := missing_blocks(self.part, self.shapes, self.config):
+            raise ConfigError(f"incomplete: {self}: {problem}")
+
+    def read(self, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
+        """All tensors, in Wan's own spelling and of one type, those of 8 bits with their scales applied.
 
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """
-        from diffsynth.core.loader.file import load_state_dict
+        exact = _ExactWeights(self, device)
+        return _spelled_officially(self.part, self.spelling, self.prefix, {n: exact[n].to(dtype) for n in exact})
 
-        with _reading(self.paths):
-            tensors = load_state_dict([str(path) for path in self.paths], dtype, str(device))
-        return _spelled_officially(self.part, self.spelling, self.prefix, tensors)
+    def read_exact(self) -> Mapping[str, Tensor]:
+        """The tensors of a denoiser, in Wan's own spelling, each read as it is asked for.
+
+        Those of 8 bits are fp32, with their scales applied; the others are as stored.
+
+        Raises:
+            ConfigError: a file cannot be read; the message names it.
+        """
+        assert self.part == "denoiser"  # of other parts, names alone do not make Wan's own spelling
+        exact = _ExactWeights(self, "cpu")
+        return _Renamed(exact, _official_names(self.spelling, self.prefix, exact))
 
 
 def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
     """What the files hold together, told from the names of their tensors alone; None where it is no part of Wan.
 
     Raises:
-        ConfigError: a file cannot be read, or has names that do not belong to what it seems to be.
+        ConfigError: a file cannot be read, has names that do not belong to what it seems to be, or is quantised in a
+            way that frostline does not read.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        shapes.update(read_shapes(path))
-    wrapped = (p for p in _PREFIXES if shapes and all(name.startswith(p) for name in shapes))
-    prefix = next(wrapped, "")
+    header = _joined_header(paths)
+    if not header.tensors:
+        return None
+    stored = find_weights(header, paths[0])
+    names = stored.infos
+    prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in names)), "")
     for telltale, (part, spelling) in _TELLTALES.items():
-        if prefix + telltale in shapes:
+        if prefix + telltale in names:
+            config = read_json(paths[0].parent / "config.json")
             try:
-                official_shapes = _official_shapes(part, spelling, prefix, shapes)
+                shapes = _official_shapes(part, spelling, prefix, {name: info.shape for name, info in names.items()})
             except ConfigError as error:
                 raise ConfigError(f"{paths[0]}: {error}") from error
-            config = read_json(paths[0].parent / "config.json")
-            return NetworkFiles(part, spelling, tuple(paths), prefix, official_shapes, config)
+            return NetworkFiles(part, spelling, tuple(paths), prefix, shapes, stored, config)
     return None
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a file, without reading their values.
+class _ExactWeights(Mapping[str, "Tensor"]):
+    """Weights by the names in their files, read one at a time: those of 8 bits in fp32, the others as stored."""
 
-    Raises:
-        ConfigError: it cannot be read, or holds no tensors by name.
-    """
-    with _reading([path]):
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
+    def __init__(self, network: NetworkFiles, device: str | torch.device) -> None:
+        self._stored = network.stored
+        self._tensors = open_tensors(network.paths, device)
 
-            with safe_open(path, framework="numpy") as file:  # no value is read, so bf16 is no matter
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        from torch import Tensor
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, scale = self._tensors[name], self._stored.scales.get(name)
+        if self._stored.infos[name].dtype not in FP8:
+            return tensor
+        return dequantise(tensor, None if scale is None else self._tensors[scale])
 
-        content = _load_mapped(path)
-        # As diffsynth unwraps it.
-        if isinstance(content, dict) and len(content) == 1:
-            content = next((content[k] for k in ("state_dict", "module", "model_state") if k in content), content)
-        if not isinstance(content, dict):
-            raise ValueError("it holds no tensors by name")
-        return {name: tuple(tensor.shape) for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.infos)
+
+    def __len__(self) -> int:
+        return len(self._stored.infos)
 
 
-def shard_groups(folder: Path) -> list[tuple[Path, ...]]:
-    """The weight files of a folder, those that are shards of one network together.
+class _Renamed(Mapping[str, "Tensor"]):
+    """Tensors under other names. names: the new one of each."""
 
-    Raises:
-        ConfigError: a shard is missing; without it a model with fewer blocks would seem whole.
-    """
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    groups: list[tuple[Path, ...]] = []
-    taken: set[Path] = set()
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        groups.append(_indexed(index))
-        taken.update(groups[-1])
-    for path in files:
-        if path not in taken:
-            groups.append(_numbered(path))
-            taken.update(groups[-1])
-    return groups
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._old = {new: old for old, new in names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._old[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._old)
+
+    def __len__(self) -> int:
+        return len(self._old)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A mapping of settings; empty where there is no such file.
-
-    Raises:
-        ConfigError: it is there, but no JSON mapping.
-    """
-    if not path.is_file():
-        return {}
-    return parse_json(path.read_bytes(), str(path))
-
-
-def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A mapping of settings, which stands in `where`.
-
-    Raises:
-        ConfigError: it is no JSON mapping.
-    """
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where} must be a mapping of settings")
-    return content
-
-
-def _indexed(index: Path) -> tuple[Path, ...]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ConfigError(f"{index} holds no weight_map")
-    shards = sorted(set(names.values()))
-    for shard in shards:
-        # A path from a file stays inside its folder.
-        if Path(shard).name != shard:
-            raise ConfigError(f"{index} names {shard}, which is not a file beside it")
-        if not (index.parent / shard).is_file():
-            raise ConfigError(f"incomplete: {index.parent / shard} is missing, {index.name} names it")
-    return tuple(index.parent / shard for shard in shards)
-
-
-def _numbered(path: Path) -> tuple[Path, ...]:
-    of_many = _SHARD.fullmatch(path.name)
-    if of_many is None:
-        return (path,)
-    head, tail, count = of_many.groups()
-    shards = tuple(path.with_name(f"{head}{number:05d}{tail}") for number in range(1, int(count) + 1))
-    for shard in shards:
-        if not shard.is_file():
-            raise ConfigError(f"incomplete: {shard} is missing")
-    return shards
+def _joined_header(paths: Sequence[Path]) -> Header:
+    headers = [read_header(path) for path in paths]
+    tensors: dict[str, TensorInfo] = {}
+    for path, header in zip(paths, headers, strict=True):
+        weights = {name: info for name, info in header.tensors.items() if name not in _NO_WEIGHTS}
+        if twice := next((name for name in weights if name in tensors), None):
+            raise ConfigError(f"{path}: {twice} is in another file of the same network, too")
+        tensors.update(weights)
+    metadata = {name: text for header in headers for name, text in header.metadata.items()}
+    texts = {name: text for header in headers for name, text in header.texts.items()}
+    return Header(tensors, metadata, texts)
 
 
 def _spelled_officially(
@@ -197,6 +183,15 @@ def _spelled_officially(
     from .convert import to_official
 
     return to_official(part, plain)
+
+
+def _official_names(spelling: Spelling, prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """Of a denoiser, whose conversion is one of names alone."""
+    plain = {name: name.removeprefix(prefix) for name in names}
+    if spelling != "diffusers":
+        return plain
+    official = rename(plain.values(), DENOISER, to_diffusers=False)
+    return {name: official[short] for name, short in plain.items()}
 
 
 def _official_shapes(
@@ -211,28 +206,3 @@ def _official_shapes(
     skeleton = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     official = _spelled_officially(part, spelling, prefix, skeleton)
     return {name: tuple(tensor.shape) for name, tensor in official.items()}
-
-
-def _load_mapped(path: Path) -> Any:
-    """A torch file, its values left on disk where its format allows."""
-    import torch
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def _reading(paths: Sequence[Path]) -> Iterator[None]:
-    """Within the block whatever the readers raise becomes a `ConfigError` that names the files."""
-    names = ", ".join(map(str, paths))
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise ConfigError(f"{names} cannot be read: it is damaged, or holds more than tensors") from error
-    except Exception as error:  # safetensors and torch.load raise many types of their own
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"{names} cannot be read: {first_line}") from error

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import VideoVAE38_, VideoVAE_
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_wan import DENOISER, TEXT, TOKENIZER, VAE
 from torch import Tensor, nn
 
 from frostline.models.layouts.convert import to_diffusers
 from frostline.models.layouts.names import Part
 
+TINY = TOKENIZER.parents[1]
 VAE38 = {"dim": 8, "z_dim": 48, "dec_dim": 12, "num_res_blocks": 1}
 IMAGE_LAYERS = 2
 
@@ -148,6 +149,20 @@ def write_files(folder: Path, variant: Variant, tensors: dict[str, dict[str, Ten
             save_file(wrapped, folder / f"{stem}.safetensors")
             listed.append(folder / f"{stem}.safetensors")
     return listed
+
+
+def tiny_with(folder: Path, denoiser: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """The embedded model with another file for the denoiser."""
+    shutil.copytree(TINY, folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in denoiser.items()}, path, metadata=metadata)
+    return folder
+
+
+def tiny_tensors() -> dict[str, Tensor]:
+    """The denoiser of the embedded model, fp16."""
+    return load_file(TINY / "diffusion_pytorch_model.safetensors")
 
 
 LAYOUTS = {"official": write_official, "diffusers": write_diffusers, "files": write_files}

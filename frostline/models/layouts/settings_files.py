@@ -1,0 +1,35 @@
+"""JSON settings beside weights, or in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from frostline.errors import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping of settings; empty where there is no such file.
+
+    Raises:
+        ConfigError: it is there, but no JSON mapping.
+    """
+    if not path.is_file():
+        return {}
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """A mapping of settings, which stands in `where`.
+
+    Raises:
+        ConfigError: it is no JSON mapping.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} must be a mapping of settings")
+    return content

@@ -1,0 +1,167 @@
+"""Files of tensors: names, shapes and types without the values, and the values one at a time."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frostline.errors import ConfigError
+
+from .foreign import foreign_kind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# How safetensors calls types, and how torch does.
+_TYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+}
+# Such tensors are no numbers but text, which says how ComfyUI quantised a layer.
+LAYER_FORMAT = ".comfy_quant"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor without its values. dtype: as torch calls it, or as safetensors does where torch has no such type."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What files hold. metadata: text that safetensors keeps beside the tensors. texts: tensors that are text."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_header(path: Path) -> Header:
+    """Read what `path` holds, without the values.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no tensors by name; says what it is instead.
+    """
+    with reading([path]):
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="numpy") as file:  # no value is read, so bf16 is no matter
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                infos = {
+                    name: TensorInfo(tuple(part.get_shape()), _TYPES.get(str(part.get_dtype()), str(part.get_dtype())))
+                    for name, part in slices.items()
+                }
+                texts = {name: _text(file.get_tensor(name)) for name in infos if name.endswith(LAYER_FORMAT)}
+                return Header(infos, file.metadata() or {}, texts)
+        tensors = _load_torch(path, "cpu", mapped=True)
+        texts = {name: _text(tensor) for name, tensor in tensors.items() if name.endswith(LAYER_FORMAT)}
+        infos = {name: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+        return Header(infos, texts=texts)
+
+
+def open_tensors(paths: Sequence[Path], device: str | torch.device) -> Mapping[str, Tensor]:
+    """The tensors of files, by name, of the types in them; those of safetensors are read as they are asked for.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for path in paths:
+        with reading([path]):
+            if path.suffix == ".safetensors":
+                found: Mapping[str, Tensor] = _Safetensors(path, device)
+            else:
+                found = _load_torch(path, device, mapped=False)
+        tensors.update(dict.fromkeys(found, found))
+    return _Joined(tensors)
+
+
+@contextmanager
+def reading(paths: Sequence[Path]) -> Iterator[None]:
+    """Within the block whatever the readers raise becomes a `ConfigError` that names the files, and what they are."""
+    names = ", ".join(map(str, paths))
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # safetensors and torch.load raise many types of their own
+        for path in paths:
+            if kind := foreign_kind(path):
+                raise ConfigError(f"{path} cannot be read: it is {kind}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ConfigError(f"{names} cannot be read: it is damaged, or holds more than tensors") from error
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"{names} cannot be read: {first_line}") from error
+
+
+class _Safetensors(Mapping[str, "Tensor"]):
+    """The tensors of one file, mapped into memory."""
+
+    def __init__(self, path: Path, device: str | torch.device) -> None:
+        from safetensors import safe_open
+
+        self._path = path
+        self._file = safe_open(path, framework="pt", device=str(device))
+        self._names = tuple(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with reading([self._path]):
+            return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Joined(Mapping[str, "Tensor"]):
+    """The tensors of several files; of two with the same name the later one."""
+
+    def __init__(self, holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._holders = holders
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._holders[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holders)
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+
+def _load_torch(path: Path, device: str | torch.device, *, mapped: bool) -> dict[str, Tensor]:
+    """A file of torch.save, unwrapped as diffsynth does. mapped: leave its values on disk where its format allows."""
+    import torch
+
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        content = torch.load(path, map_location=device, weights_only=True)
+    if isinstance(content, dict) and len(content) == 1:
+        content = next((content[k] for k in ("state_dict", "module", "model_state") if k in content), content)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no tensors by name")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _text(values: Any) -> str:
+    """The text in an array or tensor of bytes."""
+    return bytes(values.reshape(-1).tolist()).decode(errors="replace")

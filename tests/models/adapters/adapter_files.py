@@ -1,0 +1,102 @@
+"""Adapters of the tiny model in memory and on disk, in the formats of many programs."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from frostline.models.adapters import Adapter, LoraPair, read_adapter, write_adapter
+from frostline.models.denoiser import Denoiser
+from frostline.models.loading import load_components
+from frostline.models.lora import inject_lora, lora_parameters, save_adapter
+
+
+def tiny_denoiser(dtype: torch.dtype = torch.float32) -> Any:
+    return load_components("tiny", dtype).denoiser
+
+
+@torch.no_grad()
+def output(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((2, 16, 2, 4, 6), (2, 16, 64), (2, 20, 2, 4, 6))]
+    return Denoiser(model)(inputs[0], torch.tensor([900.0, 300.0]), inputs[1], inputs[2])
+
+
+def make_adapter(folder: Path, alpha: float, rank: int = 4, **arguments: Any) -> tuple[Any, Adapter]:
+    """A denoiser with a random adapter, and the adapter as read from where it was saved."""
+    model = tiny_denoiser()
+    config = inject_lora(model, rank, alpha, **arguments)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, config, folder)
+    return model, read_adapter(folder)
+
+
+def place(folder: Path, name: str) -> Path:
+    return folder / name if name == "peft" else folder / f"{name}.safetensors"
+
+
+def with_alpha(adapter: Adapter, alpha: float) -> Adapter:
+    return replace(adapter, layers={layer: replace(pair, alpha=alpha) for layer, pair in adapter.layers.items()})
+
+
+def uneven(adapter: Adapter) -> Adapter:
+    """The adapter with ranks from 1 up, and alphas of 1, 2 and 4, in turns."""
+    layers = {}
+    for index, (layer, pair) in enumerate(adapter.layers.items()):
+        rank = 1 + index % pair.rank
+        layers[layer] = LoraPair(pair.down[:rank].clone(), pair.up[:, :rank].clone(), 2.0 ** (index % 3))
+    assert len({pair.rank for pair in layers.values()}) > 1
+    assert len({pair.scale for pair in layers.values()}) > 1
+    return replace(adapter, layers=layers)
+
+
+def same_update(one: Adapter, other: Adapter) -> bool:
+    """Whether both change the same layers, each by the same."""
+    return one.layers.keys() == other.layers.keys() and all(
+        torch.allclose(pair.delta(), other.layers[layer].delta(), rtol=1e-5, atol=1e-7)
+        for layer, pair in one.layers.items()
+    )
+
+
+def write_flat(
+    adapter: Adapter,
+    path: Path,
+    name: Callable[[str], str],
+    matrices: tuple[str, str],
+    alpha: bool = True,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Write one file. name: of a layer. matrices: what A and B are called. alpha: else the scale is in B."""
+    tensors: dict[str, Tensor] = {}
+    for layer, pair in adapter.layers.items():
+        tensors[f"{name(layer)}.{matrices[0]}.weight"] = pair.down
+        tensors[f"{name(layer)}.{matrices[1]}.weight"] = pair.up if alpha else pair.scale * pair.up
+        if alpha:
+            tensors[f"{name(layer)}.alpha"] = torch.tensor(float(pair.alpha))
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata=metadata)
+    return path
+
+
+def write_diffusers(path: Path, adapter: Adapter, prefix: str = "transformer.", **changes: Any) -> None:
+    """As `save_lora_weights` of diffusers: the matrices as trained, PEFT's config in the header."""
+    pair = next(iter(adapter.layers.values()))
+    write_adapter(with_alpha(adapter, pair.rank), "diffusers", path)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+    config = LoraConfig(r=pair.rank, lora_alpha=int(pair.alpha), target_modules=targets).to_dict()
+    settings = {**config, "target_modules": targets, **changes}
+    packed = json.dumps({prefix + name: value for name, value in settings.items()})
+    tensors = {name.replace("transformer.", prefix): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": packed})
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
+    save_file({name: t.contiguous() for name, t in change(load_file(path)).items()}, path)

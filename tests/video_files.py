@@ -1,5 +1,7 @@
 """Video files of every kind, made with PyAV alone."""
 
+import struct
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ def encode(
     crf: int | None = None,
     **extra: Any,
 ) -> Path:
-    """Write pictures (H, W, 3) or (H, W, 4).
+    """Write pictures (H, W, 3) or (H, W, 4), 16 a second.
 
-    crf: of libx264. extra: rotation and hflip of the display matrix, format, faststart, b_frames.
+    crf: of libx264. extra: rotation and hflip of the display matrix, format, faststart, b_frames, gop (frames from one
+    key frame to the next), codec_options, times (of the frames, in sixteenths of a second), audio_seconds (of a track
+    of silence).
     """
     options = {"movflags": "faststart"} if extra.get("faststart") else {}
     with av.open(str(path), "w", format=extra.get("format"), options=options) as container:
         quality = {} if crf is None or codec != "libx264" else {"crf": str(crf)}
-        stream = container.add_stream(codec, rate=16, options=quality)
+        stream = container.add_stream(codec, rate=16, options={**quality, **extra.get("codec_options", {})})
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pix_fmt
         if "rotation" in extra:
@@ -35,14 +39,49 @@ def encode(
             stream.set_display_rotation(extra["rotation"], hflip=extra.get("hflip", False))
         if "b_frames" in extra:
             stream.codec_context.max_b_frames = extra["b_frames"]
+        if "gop" in extra:
+            stream.codec_context.gop_size = extra["gop"]
         if pix_fmt.startswith("gray"):
             stream.codec_context.color_range = ColorRange.JPEG
-        for picture in pictures:
+        silence = container.add_stream("aac", rate=16000) if "audio_seconds" in extra else None
+        for number, picture in enumerate(pictures):
             source = "rgba" if picture.shape[2] == 4 else "rgb24"
             frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=source).reformat(format=pix_fmt)
+            if "times" in extra:
+                frame.pts, frame.time_base = extra["times"][number], Fraction(1, 16)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if silence is not None:
+            samples = np.zeros((1, int(16000 * extra["audio_seconds"])), np.float32)
+            sound = AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            sound.sample_rate = 16000
+            container.mux(silence.encode(sound))
+            container.mux(silence.encode())
     return path
+
+
+def packets(path: Path) -> list[tuple[int, int]]:
+    """Where the packets of the first stream are in the file, and how many bytes each has."""
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+
+def damage_packet(path: Path, number: int, fill: int = 0) -> None:
+    """Write one and the same byte over the payload of a packet; its length stays."""
+    (position, size), content = packets(path)[number], bytearray(path.read_bytes())
+    content[position + 4 : position + size] = bytes([fill]) * (size - 4)
+    path.write_bytes(content)
+
+
+def hide_all_but(path: Path, first: int, count: int) -> None:
+    """Let the edit list of an mp4 file at 16 frames a second show only some frames, as a cut without encoding does."""
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"elst") + 12
+    _, start = struct.unpack(">Ii", content[entry : entry + 8])
+    (ticks,) = struct.unpack(">I", content[content.index(b"mdhd") + 16 :][:4])
+    (movie_ticks,) = struct.unpack(">I", content[content.index(b"mvhd") + 16 :][:4])
+    content[entry : entry + 8] = struct.pack(">Ii", count * movie_ticks // 16, start + first * ticks // 16)
+    path.write_bytes(content)
 
 
 def audio_only(path: Path) -> None:

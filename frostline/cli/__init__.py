@@ -43,6 +43,8 @@ def _options(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # Chatter of the tracer that a user can do nothing about.
     warnings.simplefilter("ignore", FutureWarning)
+    # Of Pillow, on large pictures: how large one may be is for `frostline.video` to say.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     logging.getLogger("torch").setLevel(logging.ERROR)
     logging.getLogger("frostline").setLevel(logging.DEBUG if verbose else logging.INFO)
 

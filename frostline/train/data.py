@@ -20,7 +20,7 @@ from frostline.errors import DataError
 from frostline.models.geometry import SPATIAL_MULTIPLE, check_cut
 from frostline.paths import check_inside
 from frostline.train.batch import nearest_name, pad_frames, resize
-from frostline.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe_video, read_video
+from frostline.video import MEDIA_SUFFIXES, probe_video, read_video
 
 logger = logging.getLogger(__name__)
 
@@ -227,8 +227,8 @@ def _read_rows(source: Path, allow_outside: bool) -> Iterator[_Row]:
 
 def _rows_of_folder(folder: Path) -> Iterator[_Row]:
     """The videos under a folder in the order of their names, with the captions beside them."""
-    suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES)
     for number, video in enumerate(videos, 1):
         sample_id = video.relative_to(folder).as_posix()
         caption = video.with_suffix(".txt")

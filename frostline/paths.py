@@ -19,11 +19,24 @@ def check_inside(folder: Path, value: str, permission: str, allow_outside: bool 
     Raises:
         DataError: it does, or it is no path at all.
     """
-    if "\0" in value:
-        raise DataError("the path holds a NUL character")
+    check_path(value)
     root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
     if not allow_outside and not path.is_relative_to(root):
         raise DataError(f"{value} lies outside {folder}; {permission} permits that for a file you trust")
+
+
+def check_path(value: str) -> None:
+    """Refuse what no path can be.
+
+    Raises:
+        DataError: it holds a NUL character, or one that no encoding of file names has.
+    """
+    if "\0" in value:
+        raise DataError("the path holds a NUL character")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise DataError("the path holds a character that no file name can have") from error
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -33,6 +46,7 @@ def open_regular(path: Path) -> BinaryIO:
         DataError: there is no such file, or it is not a regular one.
         OSError: it cannot be opened.
     """
+    check_path(str(path))
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as error:

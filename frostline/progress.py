@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+from frostline.terminal import Terminal
 
 # Between two lines where there is no screen.
 _SECONDS_A_LINE = 20.0
@@ -31,7 +32,7 @@ class Progress:
     """Shows what runs, how far it is and how long it takes, on standard error; nothing if `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Terminal(stderr=True, quiet=quiet)
 
     @contextmanager
     def task(self, name: str) -> Iterator[Bar]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -11,13 +12,13 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
 from frostline import __version__
 from frostline.cli import adapters, engines, exporting, scoring, training
 from frostline.errors import ConfigError, FrostlineError
+from frostline.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 for command in (
@@ -39,7 +40,7 @@ def _options(
     if version:
         typer.echo(f"frostline {__version__}")
         raise typer.Exit
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler = RichHandler(console=Terminal(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # Chatter of the tracer that a user can do nothing about.
     warnings.simplefilter("ignore", FutureWarning)
@@ -55,6 +56,10 @@ def main() -> None:
     # up. libgomp's default is 300000, some milliseconds; to be set before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # A name that is no UTF-8 must not end a run because it is printed.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Typer would turn Ctrl-C into exit code 1; shells and schedulers expect 128 + the signal.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
@@ -72,5 +77,5 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _say(error: FrostlineError, code: int) -> int:
     # Escaped: what is in brackets, as in `frostline[tensorrt]` or a path, would be taken for a style.
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    Terminal(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return code

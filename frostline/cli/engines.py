@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from frostline.cli.options import ENGINES, EnginesDir
 from frostline.errors import ConfigError, FrostlineError
+from frostline.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
 
@@ -23,7 +23,7 @@ def list_engines(engines_dir: EnginesDir = ENGINES) -> None:
     from frostline.export.tables import engine_table
     from frostline.runtime.store import EngineStore
 
-    Console().print(engine_table(EngineStore(engines_dir).find()))
+    Terminal().print(engine_table(EngineStore(engines_dir).find()))
 
 
 @app.command()
@@ -34,7 +34,7 @@ def inspect(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
     record = EngineStore(engines_dir).by_key(key)
     if record.manifest is None:
         raise FrostlineError(record.problem or f"engine {record.path} is damaged")
-    Console().print_json(record.manifest.model_dump_json())
+    Terminal().print_json(record.manifest.model_dump_json())
 
 
 @app.command()
@@ -47,7 +47,7 @@ def verify(
 
     if not engines_dir.is_dir():
         raise ConfigError(f"{engines_dir}: no such folder of engines")
-    store, console, refused = EngineStore(engines_dir), Console(), 0
+    store, console, refused = EngineStore(engines_dir), Terminal(), 0
     for record in store.find() if key is None else [store.by_key(key)]:
         try:
             store.verify(record)

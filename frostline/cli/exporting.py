@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from frostline.cli.options import ENGINES, Device, EnginesDir, Model
+from frostline.terminal import Terminal
 
 if TYPE_CHECKING:
     from frostline.export.outcome import ExportRow
@@ -106,7 +106,7 @@ def plan(
     runtime = Runtime(staged.stages, "auto", engines_dir)
     two_experts = staged.denoiser_high_noise is not None
     steps = DenoiseSteps.of(TrainingModuleSettings(), staged.components.boundary, two_experts)
-    console = Console()
+    console = Terminal()
     console.print(plan_table(stage_gains(runtime)))
     for line in step_gain_lines(step_gain(runtime, frozen_uses(steps), live_uses(steps))):
         console.print(line, soft_wrap=True, highlight=False)
@@ -115,7 +115,7 @@ def plan(
 def _print_export(rows: list[ExportRow]) -> None:
     from frostline.export.tables import export_notes, export_table
 
-    console = Console()
+    console = Terminal()
     console.print(export_table(rows))
     for note in export_notes(rows):
         console.print(note, soft_wrap=True, highlight=False, markup=False)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from frostline.cli.options import ENGINES, Device, EnginesDir
 from frostline.errors import ConfigError
+from frostline.terminal import Terminal
 
 
 def score(
@@ -67,7 +67,7 @@ def score(
     outcome = run_score(wanted, settings, options, Progress())
     if outcome is None:
         return
-    print_outcome(outcome, Console())
+    print_outcome(outcome, Terminal())
     if report is not None:
         from frostline.score.report import write_score_report
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from frostline.cli.options import ENGINES, Device, EnginesDir, LoraScale, WanModel
 from frostline.errors import ConfigError
+from frostline.terminal import Terminal
 
 
 def demo(
@@ -55,7 +55,7 @@ def train(
     if dry_run:
         from frostline.train.dry_run import print_dry_run
 
-        raise typer.Exit(0 if print_dry_run(settings, Console(), fresh=resume is None) else 1)
+        raise typer.Exit(0 if print_dry_run(settings, Terminal(), fresh=resume is None) else 1)
     from frostline.train.launch import run_training
 
     first = os.environ.get("RANK", "0") == "0"

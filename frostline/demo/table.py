@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from frostline.terminal import Terminal
 from frostline.train.runfolder import REPORT, SHEET
 
 
@@ -24,7 +24,7 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     ):
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
         table.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}")
-    console = Console()
+    console = Terminal()
     console.print(table)
     console.print(f"face score up in {summary['starts_up']} of {summary['starts']} starts")
     console.print(

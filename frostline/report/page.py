@@ -16,7 +16,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -24,6 +23,7 @@ from typing import Literal
 from PIL import Image
 
 from frostline.errors import DataError
+from frostline.escaping import html_text
 from frostline.writing import written_whole
 
 _IMAGE_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -84,7 +84,7 @@ class Figure:
     @classmethod
     def svg(cls, markup: str, alt: str, title: str = "", caption: str = "", span: int = 1) -> "Figure":
         """A plot as inline SVG. The markup is trusted: it comes from `frostline.report.plots`, which escapes."""
-        return cls("plot", f'<div role="img" aria-label="{escape(alt)}">{markup}</div>', title, caption, span=span)
+        return cls("plot", f'<div role="img" aria-label="{html_text(alt)}">{markup}</div>', title, caption, span=span)
 
     @classmethod
     def image(cls, path: str | Path, alt: str, title: str = "", caption: str = "", wide: bool = False) -> "Figure":
@@ -95,19 +95,19 @@ class Figure:
             raise DataError(f"{path}: not a PNG or JPEG picture")
         if media_type == "image/png" and len(data) > _LARGE_IMAGE_BYTES:
             data, media_type = _as_webp(data), "image/webp"
-        body = f'<img src="{_data_uri(data, media_type)}" alt="{escape(alt)}">'
+        body = f'<img src="{_data_uri(data, media_type)}" alt="{html_text(alt)}">'
         return cls("image", body, title, caption, wide)
 
     @classmethod
     def jpeg(cls, data: bytes, alt: str, caption: str = "") -> "Figure":
         """A JPEG picture that is in memory."""
-        return cls("image", f'<img src="{_data_uri(data, "image/jpeg")}" alt="{escape(alt)}">', caption=caption)
+        return cls("image", f'<img src="{_data_uri(data, "image/jpeg")}" alt="{html_text(alt)}">', caption=caption)
 
     @classmethod
     def video(cls, path: str | Path, alt: str, caption: str = "", wide: bool = False) -> "Figure":
         """An mp4 file, embedded, with controls."""
         source = _data_uri(_read(path), "video/mp4")
-        label = escape(alt)
+        label = html_text(alt)
         body = f'<video controls loop muted playsinline preload="auto" aria-label="{label}" src="{source}"></video>'
         return cls("clip", body, caption=caption, wide=wide)
 
@@ -121,17 +121,17 @@ class Page:
         self._sections: list[list[str]] = [[]]
 
     def heading(self, text: str) -> None:
-        self._sections.append([f"<h2>{escape(text)}</h2>"])
+        self._sections.append([f"<h2>{html_text(text)}</h2>"])
 
     def subheading(self, text: str, note: str = "") -> None:
         """A heading within a section, with a remark in grey behind it."""
-        remark = f' <span class="remark">{escape(note)}</span>' if note else ""
-        self._add(f'<h3 class="item">{escape(text)}{remark}</h3>')
+        remark = f' <span class="remark">{html_text(note)}</span>' if note else ""
+        self._add(f'<h3 class="item">{html_text(text)}{remark}</h3>')
 
     def paragraph(self, text: str, lead: bool = False) -> None:
         """A paragraph; a lead says in larger type what the page comes to."""
         opening = '<p class="lead">' if lead else "<p>"
-        self._add(f"{opening}{escape(text)}</p>")
+        self._add(f"{opening}{html_text(text)}</p>")
 
     def tiles(self, tiles: Sequence[Tile]) -> None:
         """Key figures, side by side as the width allows."""
@@ -139,7 +139,7 @@ class Page:
 
     def facts(self, facts: Mapping[str, str]) -> None:
         """Names with their values, in small type: settings, versions, the machine."""
-        pairs = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+        pairs = (f"<div><dt>{html_text(name)}</dt><dd>{html_text(value)}</dd></div>" for name, value in facts.items())
         self._add(f'<dl class="facts">{"".join(pairs)}</dl>')
 
     def table(
@@ -155,7 +155,7 @@ class Page:
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(columns)} columns: {row}")
         head = "".join(_header(column, sortable) for column in columns)
         body = "".join(f"<tr>{''.join(map(_cell, row, columns))}</tr>" for row in rows)
-        words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        words = f"<figcaption>{html_text(caption)}</figcaption>" if caption else ""
         marked = ' class="sortable"' if sortable else ""
         self._add(
             '<figure class="table"><div class="scroll" tabindex="0">'
@@ -182,15 +182,15 @@ class Page:
             f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
             f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
         )
-        subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
+        subtitle = f'<p class="subtitle">{html_text(self.subtitle)}</p>' if self.subtitle else ""
         sections = "\n".join(f"<section>{''.join(blocks)}</section>" for blocks in self._sections if blocks)
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
-            f'<header><p class="brand">frostline</p><h1>{escape(self.title)}</h1>{subtitle}</header>\n'
+            f"<title>{html_text(self.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+            f'<header><p class="brand">frostline</p><h1>{html_text(self.title)}</h1>{subtitle}</header>\n'
             f"<main>\n{sections}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
         )
 
@@ -199,7 +199,7 @@ class Page:
         path = Path(path)
         text = self.html()
         with written_whole(path) as part:
-            part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            part.write_text(text, encoding="utf-8", newline="\n")
         return path
 
     def _add(self, block: str) -> None:
@@ -207,16 +207,18 @@ class Page:
 
 
 def _tile(tile: Tile) -> str:
-    before = f'<span class="before">{escape(tile.before)} <span class="arrow">→</span> </span>' if tile.before else ""
-    unit = f' <span class="unit">{escape(tile.unit)}</span>' if tile.unit else ""
-    change = f'<dd class="change {tile.trend}">{escape(tile.change)}</dd>' if tile.change else ""
-    note = f'<dd class="note">{escape(tile.note)}</dd>' if tile.note else ""
-    value = f'<dd class="value">{before}<strong>{escape(tile.value)}</strong>{unit}</dd>'
-    return f"<div><dt>{escape(tile.label)}</dt>{value}{change}{note}</div>"
+    before = (
+        f'<span class="before">{html_text(tile.before)} <span class="arrow">→</span> </span>' if tile.before else ""
+    )
+    unit = f' <span class="unit">{html_text(tile.unit)}</span>' if tile.unit else ""
+    change = f'<dd class="change {tile.trend}">{html_text(tile.change)}</dd>' if tile.change else ""
+    note = f'<dd class="note">{html_text(tile.note)}</dd>' if tile.note else ""
+    value = f'<dd class="value">{before}<strong>{html_text(tile.value)}</strong>{unit}</dd>'
+    return f"<div><dt>{html_text(tile.label)}</dt>{value}{change}{note}</div>"
 
 
 def _header(column: Column, sortable: bool) -> str:
-    title = escape(column.title)
+    title = html_text(column.title)
     text = f'<button type="button">{title}</button>' if sortable else title
     return f'<th scope="col" class="{column.align}">{text}</th>'
 
@@ -224,12 +226,12 @@ def _header(column: Column, sortable: bool) -> str:
 def _cell(cell: str | Cell, column: Column) -> str:
     cell = cell if isinstance(cell, Cell) else Cell(cell)
     key = "" if cell.sort is None or not math.isfinite(cell.sort) else f' data-sort="{cell.sort!r}"'
-    return f'<td class="{column.align}{" muted" if cell.muted else ""}"{key}>{escape(cell.text)}</td>'
+    return f'<td class="{column.align}{" muted" if cell.muted else ""}"{key}>{html_text(cell.text)}</td>'
 
 
 def _figure(figure: Figure) -> str:
-    title = f"<h3>{escape(figure.title)}</h3>" if figure.title else ""
-    caption = f"<figcaption>{escape(figure.caption)}</figcaption>" if figure.caption else ""
+    title = f"<h3>{html_text(figure.title)}</h3>" if figure.title else ""
+    caption = f"<figcaption>{html_text(figure.caption)}</figcaption>" if figure.caption else ""
     body = f'<div class="scroll wide" tabindex="0">{figure.body}</div>' if figure.wide else figure.body
     span = f' style="grid-column: span {figure.span}"' if figure.span > 1 else ""
     return f'<figure class="{figure.kind}"{span}>{title}{body}{caption}</figure>'

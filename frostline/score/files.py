@@ -1,6 +1,7 @@
 """Files of results: rows are appended whole, so that the file is valid at every moment, and read back to go on.
 
-What a process that was stopped had half written is dropped: whatever follows the last line's end.
+What a process that was stopped had half written is dropped: whatever follows the last line's end. A name that is no
+UTF-8 is escaped in JSON, which could not hold it otherwise, and its own bytes in CSV.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class ResultFile:
             DataError: a line is not a row of results; names it.
         """
         try:
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            text = self.path.read_text(encoding="utf-8", errors="surrogateescape")
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -53,11 +54,12 @@ class ResultFile:
     def rewrite(self, rows: Iterable[VideoScore]) -> None:
         """Put a file of these rows in the place of whatever is there."""
         with written_whole(self.path) as part:
-            part.write_text("".join([*self._head(), *map(self._line, rows)]), encoding="utf-8", newline="")
+            lines = "".join([*self._head(), *map(self._line, rows)])
+            part.write_text(lines, encoding="utf-8", errors="surrogateescape", newline="")
 
     def append(self, row: VideoScore) -> None:
         """Add one row, in one call of the operating system."""
-        data = self._line(row).encode()
+        data = self._line(row).encode(errors="surrogateescape")
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -81,10 +83,10 @@ class ResultFile:
     def _parse(self, line: str, number: int) -> VideoScore:
         try:
             if self.path.suffix == ".jsonl":
-                return VideoScore.model_validate_json(line)
+                return VideoScore.of_json_line(line)
             (cells,) = csv.reader([line], strict=True)
             return VideoScore.of_cells(dict(zip(COLUMNS, cells, strict=True)))
-        except (ValidationError, ValueError, csv.Error) as error:
+        except (ValidationError, ValueError, RecursionError, csv.Error) as error:
             raise DataError(f"{self.path}, line {number}: is not a row of results ({_first_line(error)})") from error
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from frostline.errors import ConfigError, DataError
+from frostline.escaping import text_of_csv_cell
 from frostline.paths import check_inside
 
 
@@ -71,11 +72,12 @@ def pairs_of_file(file: Path, reference: str | None = None, allow_outside: bool 
 
 def _rows(file: Path) -> Iterator[dict[str, str | None]]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        # Names that are no UTF-8 are names, too.
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except FileNotFoundError:
         raise ConfigError(f"no such file of pairs: {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if "video" not in (reader.fieldnames or ()):
@@ -107,4 +109,4 @@ def _pair(index: int, row: dict[str, str | None], folder: Path, reference: str |
             paths[name] = cells[name]
             faults.append(str(error))
     own = paths["reference"] or reference or paths["video"]
-    return Pair(index, paths["video"], own, cells["prompt"], "; ".join(faults))
+    return Pair(index, paths["video"], own, text_of_csv_cell(cells["prompt"]), "; ".join(faults))

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from frostline.escaping import csv_cell, json_text, text_of_csv_cell
+
 Landmarks = tuple[tuple[float, float], ...]
 
 
@@ -61,10 +63,20 @@ class VideoScore(BaseModel):
 
     def json_line(self) -> str:
         """One line of JSON, without the line's end."""
-        return self.model_dump_json()
+        encoded = json.dumps(self.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":"))
+        return json_text(encoded)
+
+    @classmethod
+    def of_json_line(cls, line: str) -> VideoScore:
+        """The inverse of `json_line`.
+
+        Raises:
+            ValueError: it is not that of a scored video.
+        """
+        return cls.model_validate(json.loads(line))
 
     def cells(self) -> list[str]:
-        """The cells of a CSV row, none of which holds a line's end; lists are JSON."""
+        """The cells of a CSV row, none of which holds a line's end or is a formula; lists are JSON."""
         return [_cell(value) for value in self.model_dump(mode="json").values()]
 
     @classmethod
@@ -79,7 +91,8 @@ class VideoScore(BaseModel):
             field = cls.model_fields.get(name)
             if field is not None and text == "" and field.annotation is not str:
                 continue
-            values[name] = json.loads(text) if text.startswith("[") and name.startswith(_LISTS) else text
+            is_list = text.startswith("[") and name.startswith(_LISTS)
+            values[name] = json.loads(text) if is_list else text_of_csv_cell(text)
         return cls.model_validate(values)
 
 
@@ -89,9 +102,14 @@ _LINE_END = re.compile(r"\r\n?|\n")
 _LISTS = ("worst_frame_", "best_frame_", "frame_numbers", "frame_scores")
 
 
+def one_line(text: str) -> str:
+    """A text as CSV keeps it."""
+    return _LINE_END.sub(" ", text)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
         return json.dumps(value, separators=(",", ":"))
-    return _LINE_END.sub(" ", value) if isinstance(value, str) else str(value)
+    return csv_cell(one_line(value)) if isinstance(value, str) else str(value)

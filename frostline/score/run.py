@@ -16,7 +16,7 @@ from frostline.score.engines import FaceNetworks, check_backend, load_networks
 from frostline.score.files import ResultFile
 from frostline.score.processes import Processes
 from frostline.score.request import Pair
-from frostline.score.result import VideoScore
+from frostline.score.result import VideoScore, one_line
 from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary, summarize
@@ -199,7 +199,7 @@ def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings) 
     by_index = {pair.index: pair for pair in pairs}
     for row in done.values():
         pair = by_index.get(row.index)
-        if pair is None or (pair.video, pair.reference) != (row.video, row.reference):
+        if pair is None or not _is_of(row, pair):
             raise ConfigError(f"{file.path} holds results of other videos ({row.video}): --overwrite replaces them")
         if row.settings != str(settings):
             raise ConfigError(
@@ -207,6 +207,14 @@ def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings) 
                 "them"
             )
     return done
+
+
+def _is_of(row: VideoScore, pair: Pair) -> bool:
+    # In CSV, a name is on one line.
+    return (row.video, row.reference) in (
+        (pair.video, pair.reference),
+        (one_line(pair.video), one_line(pair.reference)),
+    )
 
 
 def _rows_of_parts(file: ResultFile) -> list[VideoScore]:

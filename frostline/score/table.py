@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from frostline.escaping import printable_name
 from frostline.score.result import VideoScore
 from frostline.score.run import Outcome
 from frostline.score.summary import HISTOGRAM_EDGES, Summary
@@ -30,10 +31,9 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         console.print(f"and {len(rows) - len(shown)} more")
     for row in rows:
         if row.status == "error":
-            reason = row.error.removeprefix(f"{row.video}: ")
-            console.print(f"[bold red]failed[/] {escape(f'{row.video}: {reason}')}", soft_wrap=True, highlight=False)
+            console.print(_remark("[bold red]failed[/]", row, row.error), soft_wrap=True, highlight=False)
         elif row.note:
-            console.print(f"[yellow]note[/] {escape(f'{row.video}: {row.note}')}", soft_wrap=True, highlight=False)
+            console.print(_remark("[yellow]note[/]", row, row.note), soft_wrap=True, highlight=False)
     for line in summary_lines(outcome.summary):
         console.print(line, highlight=False)
 
@@ -54,11 +54,16 @@ def summary_lines(summary: Summary) -> list[str]:
     return lines
 
 
+def _remark(kind: str, row: VideoScore, text: str) -> str:
+    name, text = printable_name(row.video), printable_name(text.removeprefix(f"{row.video}: "))
+    return f"{kind} {escape(f'{name}: {text}')}"
+
+
 def _cells(row: VideoScore) -> list[str]:
     rate = "-" if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
     worst = "-" if row.worst_frame is None else f"{row.worst_frame} ({row.worst_frame_score:.3f})"
     return [
-        escape(row.video),
+        escape(printable_name(row.video)),
         _number(row.face_score),
         _number(row.face_score_missing_zero),
         rate,

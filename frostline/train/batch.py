@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from frostline.errors import DataError
+from frostline.escaping import is_text
 from frostline.models.geometry import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, nearest_multiple
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ def _check_prompts(prompt: Any, count: int, sample_id: tuple[str, ...]) -> tuple
             raise DataError(f"sample {name}, field 'prompt': must be str, not {type(text).__name__}")
         if not text.strip():
             raise DataError(f"sample {name}, field 'prompt': is empty")
+        if not is_text(text):
+            raise DataError(f"sample {name}, field 'prompt': holds half of a character (a lone surrogate)")
     return tuple(prompt)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from frostline.errors import DataError
+from frostline.escaping import is_text
 from frostline.models.geometry import SPATIAL_MULTIPLE, check_cut
 from frostline.paths import check_inside
 from frostline.train.batch import nearest_name, pad_frames, resize
@@ -311,6 +312,8 @@ def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> _
             return bad(column, f"must be text, not {type(value).__name__}")
         if not (value or "").strip():
             return bad(column, "is empty")
+    if not is_text(record["prompt"]):
+        return bad("prompt", "holds half of a character (a lone surrogate)")
     video = record["video"].strip()
     try:
         check_inside(folder, video, "allow_outside=True", allow_outside)

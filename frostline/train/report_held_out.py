@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from frostline.escaping import text_of_csv_cell
 from frostline.report.page import Figure, Page, Tile
 from frostline.report.plots import line_plot, paired_plot
 from frostline.report.sheet import SheetRow, contact_sheet
@@ -123,7 +124,7 @@ def _prompts(pairs: Path) -> list[str]:
     if not pairs.is_file():
         return []
     with pairs.open(newline="", encoding="utf-8") as file:
-        return [row.get("prompt") or "" for row in csv.DictReader(file)]
+        return [text_of_csv_cell(row.get("prompt") or "") for row in csv.DictReader(file)]
 
 
 def _curves(validation: Lines) -> list[Figure]:

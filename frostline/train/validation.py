@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from frostline.errors import TrainingError
+from frostline.escaping import csv_cell
 from frostline.report.sheet import SheetRow, contact_sheet
 from frostline.train.data import Sample
 from frostline.train.evaluation import Evaluation, evaluate
@@ -106,7 +107,7 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
         strips.append(SheetRow(f"{sample['prompt']}\n{figures}", {"truth": sample["video"], "generated": video}))
         truth = _write_clip(folder / TRUTH, row, sample["video"], validation.lossless)
         generated = _write_clip(folder / name, row, video, validation.lossless)
-        pairs.append([generated.relative_to(folder), truth.relative_to(folder), sample["prompt"]])
+        pairs.append([generated.relative_to(folder), truth.relative_to(folder), csv_cell(sample["prompt"])])
     contact_sheet(strips, folder / name / SHEET)
     with written_whole(folder / f"{name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["video", "reference", "prompt"], *pairs])

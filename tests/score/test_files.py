@@ -20,9 +20,10 @@ from frostline.score.result import COLUMNS, VideoScore
 
 ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 
-# Line ends become spaces in CSV, and lone surrogates are no UTF-8.
+# Line ends become spaces in CSV. The last two are how Python writes the bytes of a name that is no UTF-8.
 TEXTS = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="\r\n") | st.sampled_from("\u2028\u2029\x85\x0b\x1c"),
+    st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")
+    | st.sampled_from("\u2028\u2029\x85\x0b\x1c'=+-@\t\udce9\udcff"),
     max_size=12,
 )
 SCORES = st.floats(-1, 1)

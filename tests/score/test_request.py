@@ -1,6 +1,8 @@
 """What is to be scored, and the command itself: exit codes, clear errors, a summary."""
 
+import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError, DataError
+from frostline.score.files import ResultFile
 from frostline.score.request import gather_pairs, pairs_of_file
 from frostline.score.result import VideoScore
 from frostline.score.summary import summarize
@@ -111,6 +114,39 @@ def test_writes_results_and_report(people: Path, tmp_path: Path) -> None:
     assert (first["prompt"], Path(second["reference"]).name) == ("a woman", "hopper.mp4")
     assert min(first["face_score"], second["face_score"]) > 0.8
     assert "Is it the same person?" in report.read_text()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_no_name_ends_a_run(suffix: str, people: Path, tmp_path: Path) -> None:
+    """One that is no UTF-8, one that steers a terminal, one that a spreadsheet would compute; also when going on."""
+    names = [b"a.mp4", b"caf\xe9.mp4", b"b\x1b[2J\nc.mp4", b"=1+1.mp4", b"gone\xff.mp4", b"z.mp4"]
+    videos = [tmp_path / os.fsdecode(name) for name in names]
+    for video in videos:
+        if "gone" not in video.name:
+            video.write_bytes((people / "half.mp4").read_bytes())
+    out, report = tmp_path / f"scores{suffix}", tmp_path / "report.html"
+    with contextlib.chdir(tmp_path):
+        arguments = [*(os.fsdecode(name) for name in names), "--reference", people / "face.png", "--out", out]
+        code, said = run(*arguments, "--report", report)
+        assert code == 1 and r"failed gone\xff.mp4: no such file" in said and "\x1b" not in said
+        finished = out.read_bytes()
+        assert run(*arguments, "--resume")[0] == 1
+    assert out.read_bytes() == finished
+    rows = ResultFile(out).read()
+    assert [row.status for row in rows] == ["ok"] * 4 + ["error", "ok"]
+    assert [os.fsencode(row.video) for row in rows[:2]] == names[:2]
+    page = report.read_text(encoding="utf-8")
+    assert r"caf\xe9.mp4" in page and "\x1b" not in page
+    if suffix == ".csv":
+        assert b"\n3,'=1+1.mp4," in finished and b"caf\xe9.mp4" in finished
+    else:
+        assert [json.loads(line)["video"] for line in finished.decode().splitlines()] == [*map(os.fsdecode, names)]
+
+
+def test_pairs_name_files_by_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_bytes(b"video,prompt\ncaf\xe9.mp4,'=a smile\n")
+    (pair,) = pairs_of_file(tmp_path / "pairs.csv")
+    assert (os.fsencode(pair.video), pair.prompt) == (os.fsencode(tmp_path) + b"/caf\xe9.mp4", "=a smile")
 
 
 def test_where_nothing_can_be_written_nothing_is_scored(people: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ BAD_BATCHES = {
     "bare prompt": (good(prompt="a clip"), ["'prompt'", "[prompt]"]),
     "prompt None": (good(prompt=None), ["'prompt'", "list of str, not NoneType"]),
     "prompt of int": (good(prompt=["a", 3]), ["sample 1", "'prompt'", "must be str, not int"]),
+    "prompt half a character": (good(prompt=["a \ud83d", "b"]), ["sample 0", "'prompt'", "lone surrogate"]),
     "prompt empty": (good(prompt=["", "b"]), ["sample 0", "'prompt'", "is empty"]),
     "prompt blank": (good(prompt=["a", " \n"], sample_id=["x.mp4", "y.mp4"]), ["sample y.mp4", "'prompt'"]),
     "too few prompts": (good(prompt=["a"]), ["'prompt'", "1 entries", "2 samples"]),

@@ -208,6 +208,8 @@ BAD_ROWS: dict[str, tuple[object, str, str]] = {
     "promt": ({"video": "a.mp4", "promt": "p"}, "prompt", "is 'promt' meant?"),
     "Video": ({"Video": "a.mp4", "prompt": "p"}, "video", "is 'Video' meant?"),
     "caption": ({"video": "a.mp4", "caption": "p"}, "prompt", "found 'video', 'caption'"),
+    "half a character": ({"video": "a.mp4", "prompt": "a smile \ud83d"}, "prompt", "lone surrogate"),
+    "no file name": ({"video": "a\ud800.mp4", "prompt": "p"}, "video", "that no file name can have"),
     "a list": (["a.mp4", "p"], "row", "must be an object"),
     "an empty object": ({}, "video", "found nothing"),
 }

@@ -1,0 +1,41 @@
+"""What is printed may be of any name: the terminal shows it, and its own colours stay."""
+
+import io
+import logging
+
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from frostline.terminal import Terminal
+
+NAME = "a\x1b]0;owned\x07\x1b[2J\udce9.mp4"
+SHOWN = r"a\x1b]0;owned"
+
+
+def printed(what: object, **options: bool) -> str:
+    file = io.StringIO()
+    Terminal(file=file, width=120, **options).print(what, highlight=False)
+    file.getvalue().encode()
+    return file.getvalue()
+
+
+def test_names_are_shown_and_not_obeyed() -> None:
+    table = Table("video")
+    table.add_row(escape(NAME))
+    for what in (escape(NAME), f"[bold]{escape(NAME)}[/]", table):
+        said = printed(what)
+        assert SHOWN in said
+        assert "\x1b" not in said and "\x07" not in said
+
+
+def test_the_terminals_own_colours_stay() -> None:
+    said = printed(f"[bold red]{escape(NAME)}[/]", force_terminal=True)
+    assert said.startswith("\x1b[1;31m") and SHOWN in said
+
+
+def test_the_log_goes_through_it() -> None:
+    file = io.StringIO()
+    handler = RichHandler(console=Terminal(file=file, width=120), show_path=False, show_time=False)
+    handler.emit(logging.LogRecord("frostline", logging.WARNING, "", 0, "%s: no such file", (NAME,), None))
+    assert SHOWN in file.getvalue() and "\x1b" not in file.getvalue()

@@ -1,0 +1,33 @@
+"""What validation writes beside its clips."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from frostline.score.request import pairs_of_file
+from frostline.train import validation as validation_module
+from frostline.train.data import Sample
+from frostline.train.evaluation import Evaluation
+from frostline.train.report_held_out import _prompts
+from frostline.train.validation import Validation
+
+PROMPTS = ["=HYPERLINK(1)", "a smile", "-5 degrees"]
+
+
+def samples() -> list[Sample]:
+    return [
+        {"sample_id": str(i), "prompt": prompt, "video": torch.rand(5, 3, 32, 32)} for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def test_no_prompt_is_a_formula(tmp_path: Path) -> None:
+    validation = Validation(samples(), [0, 1, 2])
+    evaluation = Evaluation({"psnr": torch.ones(3)}, torch.rand(3, 5, 3, 32, 32))
+    validation_module._write(validation, evaluation, tmp_path, "step-000001")
+    with (tmp_path / "step-000001.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prompt"] for row in rows] == ["'=HYPERLINK(1)", "a smile", "'-5 degrees"]
+    # Our own readers take the apostrophe off again.
+    assert [pair.prompt for pair in pairs_of_file(tmp_path / "step-000001.csv")] == PROMPTS
+    assert _prompts(tmp_path / "step-000001.csv") == PROMPTS

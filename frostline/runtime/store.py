@@ -364,6 +364,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    make_private(path)
 
 
 def _explain(doing: str, error: OSError) -> EngineError:

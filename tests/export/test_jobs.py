@@ -71,7 +71,9 @@ def test_as_many_jobs_as_memory_takes(staged: StagedModel, monkeypatch: pytest.M
 def test_asking_again_needs_no_torch() -> None:
     """Or it would take seconds to say that all is there."""
     asked = "import sys, frostline.cli.exporting, frostline.export.receipt, frostline.export.tables, frostline.progress"
-    recipe = "frostline.export.receipt.receipt_key(frostline.export.receipt.Recipe(model='tiny'), Options(), 'auto')"
+    recipe = (
+        "frostline.export.receipt.receipt_key(frostline.export.receipt.Recipe(model='tiny'), Options(), 'auto', {})"
+    )
     code = f"{asked}\nfrom frostline.runtime.backends.options import BuildOptions as Options\n{recipe}\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

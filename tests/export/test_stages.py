@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 
 from frostline.errors import ParityError
-from frostline.export.exporter import export_stage, verify_engine_parity
+from frostline.export import exporter
+from frostline.export.exporter import Exported, export_stage, verify_engine_parity
 from frostline.export.stages.text_encoder import TextEncoderStage
 from frostline.models.lora import lora_parameters
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import onnxruntime as onnxruntime_backend
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.identity import find_engine, weights_sha256
-from frostline.runtime.stage import Network, Stage
+from frostline.runtime.runtime import Runtime
+from frostline.runtime.stage import Network, Stage, Tolerance
 from frostline.runtime.store import EngineStore, VerifiedEngine
 from frostline.train.module import WanTrainingModule
 
@@ -243,19 +246,55 @@ def test_an_engine_that_does_not_heed_the_scale_is_found_out(
         verify_engine_parity(fresh, own_store, engine)
 
 
+class WrongTextEncoderStage(TextEncoderStage):
+    """Says that PyTorch computes something else than engines do."""
+
+    def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return {name: 1.001 * value for name, value in super().torch(**inputs).items()}
+
+
+LOOSE = Tolerance(atol=1000, rtol=0, cosine=-1)
+
+
 def test_an_engine_that_computes_something_else_is_not_kept(make_module: MakeModule, tmp_path: Path) -> None:
     """The verification after a build compares with the stage as it is in torch."""
-
-    class Wrong(TextEncoderStage):
-        def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
-            return {name: 1.001 * value for name, value in super().torch(**inputs).items()}
-
     stage = make_module().stages["text_encoder"]
     assert isinstance(stage, TextEncoderStage)
-    other = Wrong(**vars(stage))
+    other = WrongTextEncoderStage(**vars(stage))
     with pytest.raises(ParityError, match="differs from PyTorch"):
         export_stage(other, "onnxruntime", EngineStore(tmp_path))
     assert EngineStore(tmp_path).find() == []
+
+
+def test_an_engine_that_was_verified_within_looser_bounds_is_measured_anew(
+    make_module: MakeModule, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, stage = EngineStore(tmp_path), make_module().stages["text_encoder"]
+    assert isinstance(stage, TextEncoderStage)
+    other = WrongTextEncoderStage(**vars(stage))
+    assert export_stage(replace(other, tolerance=LOOSE), "onnxruntime", store).built
+    assert not export_stage(replace(other, tolerance=LOOSE), "onnxruntime", store).built
+    Runtime({"text_encoder": other}, "onnxruntime", tmp_path)["text_encoder"](**other.sample())
+    assert caplog.text.count("its onnxruntime engine was verified within looser bounds") == 1
+    assert "frostline export MODEL --stages text_encoder --backend onnxruntime" in caplog.text
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        export_stage(other, "onnxruntime", store)
+    assert store.find() == []
+
+
+def test_an_engine_that_keeps_bounds_that_are_asked_for_later_is_present(
+    make_module: MakeModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, stage = EngineStore(tmp_path), make_module().stages["text_encoder"]
+    first = export_stage(replace(stage, tolerance=LOOSE), "onnxruntime", store)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "verify_engine_parity", lambda *_: pytest.fail("measured again"))
+        assert export_stage(stage, "onnxruntime", store) == Exported(first.manifest, built=False)
+    Runtime({"text_encoder": stage}, "onnxruntime", tmp_path)["text_encoder"](**stage.sample())
+    assert "looser bounds" not in caplog.text
+    tight = replace(stage, tolerance=Tolerance(atol=0, rtol=0, cosine=1))
+    with pytest.raises(ParityError):
+        export_stage(tight, "onnxruntime", store)
 
 
 def test_every_engine_was_verified_and_timed(variant_engines: Path, modules: dict[str, WanTrainingModule]) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
-from frostline.errors import EngineError
-from frostline.runtime.manifest import EngineId
+from frostline.errors import EngineError, SharedFolderError
+from frostline.runtime.manifest import EngineId, Manifest
 from frostline.runtime.store import EngineStore, VerifiedEngine
 
 ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
@@ -170,6 +171,67 @@ def test_external_data_stays_in_the_folder(
 def test_a_signed_file_that_is_no_onnx_model_is_refused(build: BuildEngine) -> None:
     with pytest.raises(EngineError, match=r"model\.onnx is not an ONNX model"):
         build(b"\xff\xff\xff")
+
+
+def one_file(manifest: Manifest, store: EngineStore) -> VerifiedEngine:
+    """An engine whose graph is all that there is to load."""
+    with store.building(manifest.id) as building:
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), building.folder / "model.onnx")
+        return building.commit(manifest)
+
+
+def test_loaders_get_what_was_checked(store: EngineStore, manifest: Manifest, add_onnx: Callable[..., bytes]) -> None:
+    engine = one_file(manifest, store)
+    content = engine.onnx("model.onnx")
+    assert content == (engine.path / "model.onnx").read_bytes()
+    (engine.path / "model.onnx").write_bytes(add_onnx())
+    with pytest.raises(EngineError, match=r"model\.onnx has"):
+        engine.onnx("model.onnx")
+    engine.path.chmod(0o777)
+    (engine.path / "model.onnx").write_bytes(content)
+    assert engine.onnx("model.onnx") == content, "whoever may write there: these bytes are those that were checked"
+
+
+@pytest.mark.parametrize("place", ["../../..", "../..", "..", ".", "model.onnx", "model.onnx.data"])
+def test_a_path_is_given_out_only_where_nobody_else_can_write(
+    store: EngineStore, build: BuildEngine, place: str
+) -> None:
+    engine = build()
+    assert engine.onnx("model.onnx") == engine.path / "model.onnx"
+    open_to_all = (engine.path / place).resolve()
+    mode = open_to_all.stat().st_mode
+    open_to_all.chmod(0o777)
+    with pytest.raises(SharedFolderError, match=f"chmod go-w {open_to_all}$"):
+        engine.onnx("model.onnx")
+    open_to_all.chmod(mode)
+    assert engine.onnx("model.onnx") == engine.path / "model.onnx"
+
+
+def test_engines_are_their_users_alone_without_a_umask(store: EngineStore, build: BuildEngine) -> None:
+    before = os.umask(0)
+    try:
+        engine = build()
+    finally:
+        os.umask(before)
+    assert engine.onnx("model.onnx") == engine.path / "model.onnx"
+    written = [path for path in (store.root, *store.root.rglob("*")) if path.suffix != ".lock"]  # which hold nothing
+    assert [path for path in written if path.stat().st_mode & 0o022] == []
+
+
+def test_an_old_signed_manifest_brings_nothing_back(
+    store: EngineStore, build: BuildEngine, add_onnx: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """Neither over the files of a newer build, nor in the place of another engine."""
+    old = build()
+    store.update(old, old.manifest.updated(verified=True))
+    shutil.copytree(old.path, tmp_path / "old")
+    new = build(add_onnx(in_subgraph=True))
+    assert not new.manifest.verified
+    shutil.copy(tmp_path / "old" / "manifest.json", new.path)
+    assert "model.onnx has" in refusal(store)
+    other = replace(ENGINE, key="fedcba9876543210")
+    shutil.copytree(tmp_path / "old", other.path(store.root))
+    assert "describes another engine" in refusal(store, other)
 
 
 def test_reading_hashes_again(build: BuildEngine) -> None:

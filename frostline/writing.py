@@ -42,7 +42,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         part.touch(exist_ok=False)
         mode = stat.S_IMODE(part.stat().st_mode)
         yield part
-        part.chmod(mode)
+        if stat.S_IMODE(part.stat().st_mode) != mode:  # some file systems know no modes, and refuse to set one
+            part.chmod(mode)
         part.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error

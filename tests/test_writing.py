@@ -36,6 +36,16 @@ def test_the_umask_decides_the_mode(umask: int, tmp_path: Path) -> None:
     assert mode(tmp_path / "new" / "tensors.safetensors") == mode(tmp_path / "text.json") == 0o666 & ~umask
 
 
+def test_a_file_system_without_modes_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with written_whole(tmp_path / "text.json") as part:
+        part.write_text("{}")
+    assert (tmp_path / "text.json").read_text() == "{}"
+
+
 def test_a_failure_leaves_the_file_of_before_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{}")
     with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "text.json") as part:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from frostline.errors import ConfigError
 
@@ -33,12 +42,41 @@ _NAMES_OF_OTHERS = {
     "eval_steps": "validation.steps",
     "train_dataset": "data.source",
 }
+# What pydantic says of what should be a path.
+_NO_PATH = {"class": "Path"}
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, unknown keys and numbers that are not finite refused."""
+    """Base of all settings: immutable; unknown keys, numbers that are not finite and values of another type refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Strict: `no` would be taken for the number 0, and `yes` for 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_left_empty_has_its_default(cls, values: Any) -> Any:
+        """A section, list or mapping all of whose entries are commented out is null in YAML."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or not cls._is_compound(name)}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_files_have_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """Lists stand for tuples, and text for paths: files and flags have neither."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = (annotation, *get_args(annotation))
+        if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
+            return tuple(value)
+        return Path(value) if isinstance(value, str) and Path in kinds else value
+
+    @classmethod
+    def _is_compound(cls, name: Any) -> bool:
+        """Whether a field holds settings, a list or a mapping, and may not be null."""
+        field = cls.model_fields.get(name) if isinstance(name, str) else None
+        if field is None or type(None) in get_args(field.annotation):
+            return False
+        return get_origin(field.annotation) in (tuple, dict) or nested_settings(cls, name) is not None
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:
@@ -176,13 +214,24 @@ class TrainingModuleSettings(Settings):
 def _explain(root: type[Settings], problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{where or 'settings'}: {problem['msg'].removeprefix('Value error, ')}"
+        what = "Input should be text that names a path" if problem.get("ctx") == _NO_PATH else problem["msg"]
+        what = what.removeprefix("Value error, ").replace("a valid tuple", "a list")
+        return f"{where or 'settings'}: {what}{_given(problem)}"
     *parents, key = problem["loc"]
     section = root
     for parent in parents:
         if isinstance(parent, str):
             section = nested_settings(section, parent) or section
     return f"{where}: unknown setting, {_suggestion(str(key), section, root)}"
+
+
+def _given(problem: dict[str, Any]) -> str:
+    """What stands there, where it is of another type than it should be."""
+    value = problem["input"]
+    if not problem["type"].endswith(("_type", "is_instance_of")) or isinstance(value, dict | list | tuple):
+        return ""
+    switch = " (as yes, no, on and off are read without quotes)" if isinstance(value, bool) else ""
+    return f", not {json.dumps(value, default=repr)[:80]}{switch}"
 
 
 def _suggestion(key: str, section: type[Settings], root: type[Settings]) -> str:

@@ -9,6 +9,10 @@ class ConfigError(FrostlineError):
     """A setting, a flag or a combination of them is not usable."""
 
 
+class DocumentError(FrostlineError, ValueError):
+    """A YAML or JSON document cannot be read; whoever knows which file it is says so."""
+
+
 class DataError(FrostlineError):
     """A sample, a video or a metadata row is not usable; the message names sample, file and field."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from frostline.config import LoraSettings, Precision, RewardSettings, Settings
-from frostline.errors import ConfigError
+from frostline.documents import read_yaml
+from frostline.errors import ConfigError, DocumentError
 from frostline.export.shapes import ShapeRange, parse_shapes
 from frostline.runtime.backends import check_backend, get_backend
 
@@ -111,9 +111,11 @@ def _find(model: str) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+        values = read_yaml(path)
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except DocumentError as error:
+        raise ConfigError(f"recipe {path} cannot be read: it {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} must be a mapping of settings")
     return values

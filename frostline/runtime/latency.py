@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from frostline.documents import parse_json
 from frostline.runtime.computation import computation_id
 from frostline.runtime.memo import cache_folder, recall, remember
 from frostline.runtime.stage import Runner
@@ -108,7 +109,7 @@ class LatencyNote:
     def read(self) -> dict[str, float] | None:
         """Milliseconds by backend."""
         try:
-            noted = json.loads(recall(self._path) or "null")
+            noted = parse_json(recall(self._path) or "null")
         except ValueError:
             return None
         whole = isinstance(noted, dict) and noted.keys() == self._backends

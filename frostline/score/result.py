@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from frostline.documents import parse_json
 from frostline.escaping import csv_cell, json_text, text_of_csv_cell
 
 Landmarks = tuple[tuple[float, float], ...]
@@ -92,7 +93,7 @@ class VideoScore(BaseModel):
             if field is not None and text == "" and field.annotation is not str:
                 continue
             is_list = text.startswith("[") and name.startswith(_LISTS)
-            values[name] = json.loads(text) if is_list else text_of_csv_cell(text)
+            values[name] = parse_json(text) if is_list else text_of_csv_cell(text)
         return cls.model_validate(values)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from frostline.config import Settings
-from frostline.errors import ConfigError
+from frostline.documents import parse_value, read_yaml
+from frostline.errors import ConfigError, DocumentError
 from frostline.train.settings import RunSettings
 
 _COMMENT_COLUMN = 46
+_MAX_DEPTH = 20
 
 
 def load_run_settings(path: Path | None, overrides: Sequence[str] = ()) -> RunSettings:
@@ -72,38 +74,33 @@ def _flow(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
+        values = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except DocumentError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if values is None:  # all of it is commented out
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of settings, not {type(values).__name__}")
     return values
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML where a key that stands twice is an error: plain YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _apply(values: dict[str, Any], override: str) -> None:
     """Put one `section.name=value` into nested mappings (and lists, by number); the value is read as YAML."""
     name, equals, text = override.partition("=")
+    where = f"override {override if len(override) < 80 else override[:80] + '…'!r}"
     if not equals or not name.strip():
-        raise ConfigError(f"override {override!r}: must be section.name=value, e.g. train.learning_rate=1e-5")
+        raise ConfigError(f"{where}: must be section.name=value, e.g. train.learning_rate=1e-5")
     try:
-        value = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value cannot be read as YAML") from error
+        value = parse_value(text)
+    except DocumentError as error:
+        raise ConfigError(f"{where}: the value {error}") from error
     *parents, last = name.strip().split(".")
+    if len(parents) > _MAX_DEPTH:
+        raise ConfigError(f"{where}: no setting lies {len(parents)} sections deep")
     place: Any = values
     for parent in parents:
         if isinstance(place, dict):
@@ -111,18 +108,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
                 place[parent] = {}
             place = place[parent]
         elif isinstance(place, list):
-            place = place[_index(place, parent, override)]
+            place = place[_index(place, parent, where)]
         else:
-            raise ConfigError(f"override {override!r}: {parent} lies in no section")
+            raise ConfigError(f"{where}: {parent} lies in no section")
     if isinstance(place, dict):
         place[last] = value
     elif isinstance(place, list):
-        place[_index(place, last, override)] = value
+        place[_index(place, last, where)] = value
     else:
-        raise ConfigError(f"override {override!r}: {name.rpartition('.')[0]} is no section")
+        raise ConfigError(f"{where}: {name.rpartition('.')[0]} is no section")
 
 
-def _index(values: list[Any], text: str, override: str) -> int:
-    if not text.isdecimal() or int(text) >= len(values):
-        raise ConfigError(f"override {override!r}: {text} is none of the {len(values)} entries, counted from 0")
+def _index(values: list[Any], text: str, where: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(values):
+        raise ConfigError(f"{where}: {text} is none of the {len(values)} entries, counted from 0")
     return int(text)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from frostline.errors import DataError
+from frostline.documents import parse_json, read_yaml
+from frostline.errors import DataError, DocumentError
 from frostline.report.page import Figure, Page
 from frostline.report.plots import line_plot
 from frostline.report.words import duration, number_of, plain
@@ -110,16 +108,18 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path}: is not valid JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    return _mapping(path, lambda: parse_json(path.read_bytes()))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    return _mapping(path, lambda: read_yaml(path))
+
+
+def _mapping(path: Path, read: Callable[[], Any]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: is not valid YAML: {error}") from error
+        content = read() if path.is_file() else {}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except DocumentError as error:
+        raise DataError(f"{path}: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -1,12 +1,13 @@
 """Configuration files: what is read, what is refused and how, what is printed, and the examples."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from frostline.config import _NAMES_OF_OTHERS, dotted_names
+from frostline.config import _NAMES_OF_OTHERS, Settings, dotted_names, nested_settings
 from frostline.errors import ConfigError
 from frostline.train.configfile import commented_yaml, load_run_settings
 from frostline.train.settings import RunSettings
@@ -45,8 +46,8 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "in a list": ("reward: {plus: [{tipe: a}]}", [], "reward.plus.0.tipe: unknown setting, is type meant?"),
     "twice": ("lora: {rank: 1}\nlora: {rank: 2}", [], "lora stands twice"),
     "no mapping": ("- a\n- b", [], "must be a mapping of settings, not list"),
-    "no yaml": ("lora: {rank: 1", [], "cannot be read as YAML"),
-    "python object": ("lora: !!python/object/apply:os.system [true]", [], "cannot be read as YAML"),
+    "no yaml": ("lora: {rank: 1", [], "is not valid YAML"),
+    "python object": ("lora: !!python/object/apply:os.system [true]", [], "is not valid YAML"),
     "negative": ("train: {learning_rate: -1}", [], "train.learning_rate: Input should be greater than 0"),
     "text": ("train: {max_train_steps: many}", [], "train.max_train_steps: Input should be a valid integer"),
     "choice": ("train: {lr_scheduler_type: sine}", [], "'constant_with_warmup'"),
@@ -60,7 +61,24 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "faces twice": ("reward: {plus: [{weight: 1}]}", [], "face_identity can be rewarded once only"),
     "override without value": ("{}", ["lora.rank"], "must be section.name=value"),
     "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is no section"),
-    "override in yaml": ("{}", ["lora.target_modules=[q"], "the value cannot be read as YAML"),
+    "override in yaml": ("{}", ["lora.target_modules=[q"], "the value is not valid YAML"),
+    "override with a note": ("{}", ["lora.target_modules=[q] # all"], "'# all' follows its end"),
+    "override in deep sections": ("{}", ["reward.options" + ".a" * 9999 + "=1"], "10000 sections deep"),
+    "override of no entry": ("reward: {plus: [{weight: 1}]}", ["reward.plus.²=1"], "none of the 1 entries"),
+    "no as a number": ("{}", ["noise_seed=no"], "noise_seed: Input should be a valid integer, not false (as yes, no"),
+    "yes as a number": ("lora: {rank: yes}", [], "lora.rank: Input should be a valid integer, not true"),
+    "a number as a switch": ("overwrite_output_dir: 1", [], "should be a valid boolean, not 1"),
+    "text as a number": ("lora: {rank: '8'}", [], 'lora.rank: Input should be a valid integer, not "8"'),
+    "a date as a number": ("noise_seed: 2024-01-01", [], 'should be a valid integer, not "2024-01-01"'),
+    "no date either": ("noise_seed: 2024-13-45", [], 'should be a valid integer, not "2024-13-45"'),
+    "no number": ("{}", ["noise_seed=0b_"], 'should be a valid integer, not "0b_"'),
+    "a number as a path": ("output_dir: 5", [], "output_dir: Input should be text that names a path, not 5"),
+    "null": ("lora: {rank: null}", [], "lora.rank: Input should be a valid integer, not null"),
+    "text as a list": ("lora: {target_modules: q}", [], 'lora.target_modules: Input should be a list, not "q"'),
+    "a number as a key": ("1: 2", [], "1: Keys should be strings"),
+    "aliases of aliases": (f"a: &a [x]\nb: [{'*a, ' * 6000}]", [], "more than 10000 values, aliases written out"),
+    "an alias of itself": ("reward: {options: &a {a: *a}}", [], "an alias stands for what it is part of"),
+    "deep": ("[" * 9999, [], "nested more than 50 levels deep"),
 }
 
 
@@ -72,6 +90,53 @@ def test_bad_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run_settings(path, overrides)
     assert said in str(caught.value)
+
+
+def test_a_path_may_hold_what_yaml_takes_for_its_own() -> None:
+    for text in ("runs/exp #3", '"runs/exp #3"', "'runs/exp #3'"):
+        assert load_run_settings(None, [f"output_dir={text}"]).output_dir == Path("runs/exp #3")
+    assert load_run_settings(None, ["output_dir=2024-01-01"]).output_dir == Path("2024-01-01")
+    assert load_run_settings(None, ["model=checkpoints/a: b"]).model == "checkpoints/a: b"
+
+
+def test_a_section_that_is_commented_out_has_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    sections = [name for name in RunSettings.model_fields if nested_settings(RunSettings, name)]
+    assert len(sections) >= 7
+    path.write_text("".join(f"{name}:\n  # all: of it\n" for name in sections))
+    assert load_run_settings(path) == RunSettings()
+    assert load_run_settings(path, ["lora.rank=4"]).lora.rank == 4
+    path.write_text(
+        "plan:\n  stages:\nreward:\n  plus:\n  options:\nlora:\n  target_modules:\ncache_dir:\nnoise_seed:\n"
+    )
+    # What null has a meaning of its own for keeps it.
+    assert load_run_settings(path) == RunSettings.parse({"noise_seed": None, "cache_dir": None})
+    path.write_text("# all: of it\n")
+    assert load_run_settings(path) == RunSettings()
+
+
+def _every_setting() -> dict[str, Any]:
+    """What each setting is annotated with."""
+    found = {}
+    for name in dotted_names(RunSettings):
+        settings: type[Settings] = RunSettings
+        *sections, last = name.split(".")
+        for section in sections:
+            settings = nested_settings(settings, section) or settings
+        found[name] = settings.model_fields[last].annotation
+    return found
+
+
+@pytest.mark.parametrize("name", _every_setting())
+def test_no_setting_takes_a_value_of_another_type(name: str) -> None:
+    annotation = _every_setting()[name]
+    kinds = {annotation, *get_args(annotation)}
+    wrong = {"yes": bool, "1": int, "0.5": float, "'1'": str} if kinds & {bool, int, float} else {"5": int, "yes": bool}
+    for text, kind in wrong.items():
+        if kind in kinds or (kind is int and float in kinds):
+            continue
+        with pytest.raises(ConfigError, match=rf"^{re.escape(name)}\b"):
+            load_run_settings(None, [f"{name}={text}"])
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from frostline.errors import ConfigError
+from frostline import documents
+from frostline.errors import ConfigError, DocumentError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         ConfigError: it is no JSON mapping.
     """
     try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not valid JSON: {error}") from error
+        content = documents.parse_json(text)
+    except DocumentError as error:
+        raise ConfigError(f"{where} {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must be a mapping of settings")
     return content

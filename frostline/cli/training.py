@@ -55,7 +55,7 @@ def train(
     if dry_run:
         from frostline.train.dry_run import print_dry_run
 
-        raise typer.Exit(0 if print_dry_run(settings, Terminal(), fresh=resume is None) else 1)
+        raise typer.Exit(0 if print_dry_run(settings, Terminal(), resume) else 1)
     from frostline.train.launch import run_training
 
     first = os.environ.get("RANK", "0") == "0"

@@ -89,7 +89,30 @@ def _load(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device)
         raise ConfigError(f"{', '.join(names)} cannot be loaded: {first_lines}") from error
 
 
+def check_files(model: str | Path | Sequence[Entry]) -> None:
+    """Look whether `load_components` could load a model, without reading weights: tensors by name and shape, tokenizer.
+
+    Raises:
+        ConfigError: as there.
+    """
+    files = find_files(model)
+    for _, network in files.networks():
+        _empty_network(network)
+    _load_tokenizer(files.tokenizer, files.text_length)
+
+
 def _without_weights(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
+    module = _empty_network(network)
+    empty_parameters(module, dtype, device)
+    return module
+
+
+def _empty_network(network: NetworkFiles) -> nn.Module:
+    """The network that the files are for, on the meta device.
+
+    Raises:
+        ConfigError: its tensors are not those of the files.
+    """
     from diffsynth.core.vram.initialization import skip_model_initialization
 
     try:
@@ -101,8 +124,11 @@ def _without_weights(network: NetworkFiles, dtype: torch.dtype, device: str | to
     found = _named_as_in_module(network, network.shapes)
     odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if odd:
-        raise ConfigError(f"{network} cannot be loaded: {odd[0]} is missing, unknown or of another shape")
-    empty_parameters(module, dtype, device)
+        first = odd[0]
+        what = f"has shape {found.get(first)}, not {wanted.get(first)}"
+        what = "is missing" if first not in found else what if first in wanted else "is unknown"
+        more = f", and {len(odd) - 1} more tensors do not fit" if len(odd) > 1 else ""
+        raise ConfigError(f"{network} cannot be loaded: {first} {what}{more}")
     return module
 
 

@@ -99,8 +99,10 @@ def read_skeleton(model: str | Path) -> Skeleton:
         boundary = BOUNDARY_TEXT if "T2V" in name else BOUNDARY_IMAGE
         return Skeleton(name, RELEASED[name], TEXT_LENGTH, boundary, from_files=False)
     files = find_files(model)
-    networks: dict[str, Network] = {
-        field: (network.part, network_arguments(network.part, network.shapes, network.config))
-        for field, network in files.networks()
-    }
+    networks: dict[str, Network] = {}
+    for field, network in files.networks():
+        try:
+            networks[field] = network.part, network_arguments(network.part, network.shapes, network.config)
+        except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+            raise ConfigError(f"{network} cannot be loaded: {error}") from error
     return Skeleton(files.name, networks, files.text_length, files.boundary, from_files=True)

@@ -60,6 +60,13 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device, whoever has it."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def sm_name(compute_capability: str) -> str:
     """`sm_89` of `8.9`."""
     return "sm_" + compute_capability.replace(".", "")

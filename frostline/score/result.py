@@ -74,7 +74,7 @@ class VideoScore(BaseModel):
         Raises:
             ValueError: it is not that of a scored video.
         """
-        return cls.model_validate(json.loads(line))
+        return cls.model_validate(parse_json(line))
 
     def cells(self) -> list[str]:
         """The cells of a CSV row, none of which holds a line's end or is a formula; lists are JSON."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,33 +13,45 @@ from frostline.errors import FrostlineError
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.geometry import SPATIAL_MULTIPLE
+from frostline.models.loading import check_files
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.skeleton import read_skeleton
 from frostline.runtime.backends import TORCH
+from frostline.runtime.device import resolve_device, total_bytes
 from frostline.train.data import VideoPromptDataset
 from frostline.train.memory import MemoryPlan, memory_plan
+from frostline.train.memory_advice import memory_problem
 from frostline.train.memory_table import memory_table
-from frostline.train.preflight import problems
+from frostline.train.preflight import check_output, problems
 from frostline.train.settings import RunSettings, VideoSettings
 
 
-def print_dry_run(settings: RunSettings, console: Console, fresh: bool = True) -> bool:
+def print_dry_run(settings: RunSettings, console: Console, resume: str | None = None) -> bool:
     """Print the schedule, the pace and every bad row; returns whether the run could begin.
 
+    Nothing is written, and no module that the settings name is imported.
+
     Args:
-        fresh: whether it would start anew, and not go on from a checkpoint.
+        resume: what it would go on from, as `find_resume` takes it.
     """
-    found, multiple, there = [str(problem) for problem in problems(settings, fresh)], SPATIAL_MULTIPLE, False
-    try:
+    found = [str(problem) for problem in problems(settings, runs=False)]
+    with _noted(found):
+        check_output(settings, resume)
+    skeleton, whole = None, False
+    with _noted(found, "model: "):
         skeleton = read_skeleton(settings.model)
-        multiple, there = skeleton.spatial_multiple, skeleton.from_files
         steps = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in skeleton.networks)
         console.print(_schedule_table(settings, steps))
         steps.check_tail()
-        console.print(memory_table(_memory_plan(settings, multiple)))
-    except FrostlineError as error:
-        if str(error) not in found:
-            found.append(f"model: {error}")
+        if skeleton.from_files:
+            check_files(settings.model)
+        whole = True
+    multiple = SPATIAL_MULTIPLE if skeleton is None else skeleton.spatial_multiple
+    there = skeleton is not None and skeleton.from_files
+    with _noted(found):
+        device_bytes = _device_bytes(settings, there)
+        if whole:
+            found += _look_at_memory(settings, multiple, device_bytes, console)
     for section, videos in (("data", settings.data), ("validation", settings.validation)):
         lines = _look_at(section, videos, multiple, settings, console)
         if section == "validation" or settings.data.bad_rows == "error":
@@ -48,7 +63,32 @@ def print_dry_run(settings: RunSettings, console: Console, fresh: bool = True) -
     return not found
 
 
-def _memory_plan(settings: RunSettings, multiple: int) -> MemoryPlan:
+@contextmanager
+def _noted(found: list[str], where: str = "") -> Iterator[None]:
+    """What is wrong within the block joins `found`."""
+    try:
+        yield
+    except FrostlineError as error:
+        if str(error) not in found:
+            found.append(f"{where}{error}")
+
+
+def _device_bytes(settings: RunSettings, there: bool) -> int | None:
+    """Memory of the device that is planned for: what the settings say, or else this machine's if it has the model."""
+    if settings.memory.device_gb is not None:
+        return int(settings.memory.device_gb * 1e9)
+    return total_bytes(resolve_device(settings.device)) if there else None
+
+
+def _look_at_memory(settings: RunSettings, multiple: int, device_bytes: int | None, console: Console) -> list[str]:
+    """What is wrong with the memory that a step needs."""
+    plan = _memory_plan(settings, multiple, device_bytes)
+    console.print(memory_table(plan))
+    problem = memory_problem(plan, settings)
+    return [] if problem is None else [problem]
+
+
+def _memory_plan(settings: RunSettings, multiple: int, device_bytes: int | None) -> MemoryPlan:
     train, memory = settings.train, settings.memory
     faces = settings.reward.face_identity
     return memory_plan(
@@ -59,7 +99,7 @@ def _memory_plan(settings: RunSettings, multiple: int) -> MemoryPlan:
         engines=() if settings.plan.backend == TORCH else "all",
         num_processes=memory.num_processes,
         sharding=memory.sharding,
-        device_bytes=None if memory.device_gb is None else int(memory.device_gb * 1e9),
+        device_bytes=device_bytes,
         embedder=None if faces is None else load_embedder(faces.embedder),  # type: ignore[arg-type]
     )
 

@@ -16,6 +16,7 @@ from frostline.errors import DataError
 from frostline.export.shapes import parse_shapes
 from frostline.installed import installed_versions
 from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
+from frostline.models.loading import check_files
 from frostline.models.skeleton import read_skeleton
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
@@ -25,10 +26,10 @@ from frostline.train.checkpoint import Checkpoint
 from frostline.train.configfile import dump_settings
 from frostline.train.data import BadRow, Sample, VideoPromptDataset
 from frostline.train.module import WanTrainingModule
-from frostline.train.preflight import problems
+from frostline.train.preflight import check_output, problems
 from frostline.train.processes import gather_from_processes
 from frostline.train.report import write_report
-from frostline.train.resume import changed_settings, find_resume
+from frostline.train.resume import LATEST, changed_settings
 from frostline.train.saving import PACKAGES
 from frostline.train.settings import RunSettings
 from frostline.train.trainer import Outcome, RunOptions, make_accelerator, train
@@ -52,10 +53,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     accelerator = make_accelerator(settings.train, settings.output_dir, wants_cpu)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    if accelerator.is_main_process:
-        for problem in problems(settings, fresh=resume is None):
-            raise problem
-    checkpoint = _from_first_process(accelerator, lambda: find_resume(settings.output_dir, resume))
+    checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
     multiple = read_skeleton(settings.model).spatial_multiple
     dataset = _training_data(settings, accelerator, progress, multiple)
     validation = open_validation(settings, multiple)
@@ -86,6 +84,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         options = RunOptions(
             resume=checkpoint,
             overwrite=settings.overwrite_output_dir,
+            restart=resume == LATEST,
             num_workers=settings.data.num_workers,
             config=dump_settings(settings),
             facts=run_facts(module),
@@ -98,6 +97,15 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         write_report(settings.output_dir)
     accelerator.state.destroy_process_group()
     return outcome
+
+
+def _check(settings: RunSettings, resume: str | None) -> Checkpoint | None:
+    """What the run goes on from, after a look at all that can be told before anything is loaded."""
+    for problem in problems(settings, runs=True):
+        raise problem
+    checkpoint = check_output(settings, resume)
+    check_files(settings.model)
+    return checkpoint
 
 
 def _settle_checkpointing(module: WanTrainingModule, shape: VideoShape) -> None:

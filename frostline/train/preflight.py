@@ -13,33 +13,52 @@ from frostline.models.lora import check_targets
 from frostline.models.skeleton import read_skeleton
 from frostline.models.weights import FROZEN_PARTS
 from frostline.runtime.backends import TORCH, check_backend
-from frostline.train.reward import find_reward
-from frostline.train.runfolder import refuse_or_clear
+from frostline.train.checkpoint import Checkpoint
+from frostline.train.output_dir import begins_in, check_start, check_writable
+from frostline.train.resume import LATEST, check_fits, find_resume
+from frostline.train.reward_class import import_reward, look_for_reward
 from frostline.train.settings import RunSettings
 from frostline.train.trackers import check_trackers
 
 _STAGES = (*FROZEN_PARTS, "denoiser", "vae_decoder", "face_detector", "face_embedder")
 
 
-def problems(settings: RunSettings, fresh: bool) -> Iterator[FrostlineError]:
+def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
     """All that is wrong, one by one.
 
     Args:
-        fresh: whether the run starts anew, so that its folder must hold no other.
+        runs: whether the run follows; where it does not, no module that the settings name is imported.
     """
     checks: list[Callable[[], object]] = [
         lambda: _check_plan(settings),
-        lambda: _check_rewards(settings),
+        lambda: _check_rewards(settings, import_reward if runs else look_for_reward),
         lambda: check_trackers(settings.train.report_to),
     ]
-    if fresh and not settings.overwrite_output_dir:
-        checks.append(lambda: refuse_or_clear(settings.output_dir, overwrite=False))
     checks.append(lambda: check_targets(read_skeleton(settings.model).build("denoiser"), settings.lora.target_modules))
     for check in checks:
         try:
             check()
         except FrostlineError as error:
             yield error
+
+
+def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None:
+    """Look whether a run may write to its folder, and what it goes on from there; touches nothing.
+
+    Args:
+        resume: as `find_resume` takes it.
+    Raises:
+        ConfigError: the folder holds another run, or the checkpoint is of another adapter.
+        CheckpointError: the folder cannot be written to, or there is no such checkpoint, or it is damaged.
+    """
+    folder = settings.output_dir
+    check_writable(folder)
+    checkpoint = find_resume(folder, resume)
+    if begins_in(folder, checkpoint):
+        check_start(folder, settings.overwrite_output_dir, restart=resume == LATEST)
+    if checkpoint is not None:
+        check_fits(checkpoint, settings)
+    return checkpoint
 
 
 def _check_plan(settings: RunSettings) -> None:
@@ -52,10 +71,10 @@ def _check_plan(settings: RunSettings) -> None:
     parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes)
 
 
-def _check_rewards(settings: RunSettings) -> None:
+def _check_rewards(settings: RunSettings, check_class: Callable[[str], object]) -> None:
     for term in settings.reward.terms:
         if term.is_face_identity:
             load_detector(term.detector, term.min_face_size)
             load_embedder(term.embedder)
         else:
-            find_reward(term.type)
+            check_class(term.type)

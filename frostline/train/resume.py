@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
-import yaml
-
-from frostline.errors import CheckpointError
+from frostline.documents import read_yaml
+from frostline.errors import CheckpointError, ConfigError, DocumentError
+from frostline.models.adapters import read_adapter
 from frostline.train.checkpoint import Checkpoint, find_checkpoints, latest_intact
 from frostline.train.configfile import dump_settings
 from frostline.train.nested import flatten
@@ -49,10 +50,46 @@ def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
     return found
 
 
+def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
+    """Hold the adapter of a checkpoint that verified against the settings of the run that is to go on from it.
+
+    Raises:
+        ConfigError: it has another rank, another scale, or is on other layers.
+    """
+    adapter, lora = read_adapter(checkpoint.path), settings.lora
+    if adapter.rank != lora.rank:
+        raise ConfigError(f"lora.rank: the adapter in {checkpoint.path} has rank {adapter.rank}, not {lora.rank}")
+    scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
+    if adapter.scale != scale:
+        raise ConfigError(
+            f"lora.alpha: the adapter in {checkpoint.path} has a scale (alpha / rank) of {adapter.scale:g}, "
+            f"not {scale:g}"
+        )
+    targets = {target: re.compile(rf"(?:.*\.)?{re.escape(target)}") for target in lora.target_modules}
+    unused = [target for target, pattern in targets.items() if not any(map(pattern.fullmatch, adapter.layers))]
+    others = [name for name in adapter.layers if not any(pattern.fullmatch(name) for pattern in targets.values())]
+    if unused or others:
+        raise ConfigError(
+            f"lora.target_modules: the adapter in {checkpoint.path} is on other layers: "
+            + (f"there is none called {unused[0]}" if unused else f"{others[0]} is called none of these")
+        )
+
+
 def changed_settings(checkpoint: Checkpoint, settings: RunSettings) -> dict[str, tuple[object, object]]:
-    """By dotted name, what a setting was in the run that wrote a checkpoint that verified, and what it is now."""
-    before = flatten(yaml.safe_load((checkpoint.path / CONFIG).read_text()) or {})
-    now = flatten(dump_settings(settings))
+    """By dotted name, what a setting was in the run that wrote a checkpoint that verified, and what it is now.
+
+    Raises:
+        CheckpointError: its settings cannot be read.
+    """
+    try:
+        saved = read_yaml(checkpoint.path / CONFIG) or {}
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.path / CONFIG} cannot be read: {error.strerror}") from error
+    except DocumentError as error:
+        raise CheckpointError(f"{checkpoint.path / CONFIG} {error}") from error
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{checkpoint.path / CONFIG} is no mapping of settings")
+    before, now = flatten(saved), flatten(dump_settings(settings))
     return {
         name: (before[name], value)
         for name, value in now.items()

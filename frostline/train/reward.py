@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from frostline.config import RewardSettings, RewardTerm
 from frostline.errors import ConfigError
 from frostline.runtime.cache import content_key
 from frostline.runtime.computation import computation_id
+from frostline.train.reward_class import import_reward
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +121,7 @@ def reward_loss(
 
 
 def _custom_reward(term: RewardTerm, device: torch.device) -> ActiveReward:
-    make = find_reward(term.type)
+    make = import_reward(term.type)
     try:
         reward = make(**term.options)
     except (TypeError, ValueError) as error:
@@ -143,22 +142,3 @@ def _state(reward: object) -> dict[str, Tensor]:
     networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     state = {f"{name}.{key}": value for name, part in networks.items() for key, value in part.state_dict().items()}
     return {name: value for name, value in {**parts, **state}.items() if isinstance(value, Tensor)}
-
-
-def find_reward(path: str) -> Callable[..., Any]:
-    """The class that `reward.type` names.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    module_name, colon, name = path.partition(":")
-    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise ConfigError(f"reward.type {path!r}: must be face_identity or package.module:Class")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"reward.type {path}: {module_name} cannot be imported: {error}") from error
-    found = getattr(module, name, None)
-    if not inspect.isclass(found):
-        raise ConfigError(f"reward.type {path}: {module_name} has no class {name!r}")
-    return found

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from frostline.errors import CheckpointError, ConfigError
-from frostline.train.checkpoint import find_checkpoints
+from frostline.documents import parse_json
+from frostline.errors import CheckpointError
 from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
@@ -23,9 +22,9 @@ log = logging.getLogger(__name__)
 METRICS, VALIDATION, RUN_FACTS, CONFIG = "metrics.jsonl", "validation.jsonl", "run.json", "config.yaml"
 REPORT, SHEET, TIMING = "report.html", "contact_sheet.png", "timing.json"
 ADAPTER, CLIPS, TRACKERS = "adapter", "validation", "trackers"
+# By this name `run.json` says whose it is.
+PROGRAM = "frostline"
 _LOCK = ".lock"
-# What a run writes; nothing else is ever deleted.
-_WRITTEN = (METRICS, VALIDATION, RUN_FACTS, CONFIG, REPORT, SHEET, TIMING, ADAPTER, CLIPS, TRACKERS)
 
 
 @contextmanager
@@ -50,23 +49,6 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def refuse_or_clear(folder: Path, overwrite: bool) -> None:
-    """Make sure that a fresh run mixes with no earlier one.
-
-    Raises:
-        ConfigError: the folder holds a run, and may not be overwritten.
-    """
-    found = [checkpoint.path for checkpoint in find_checkpoints(folder)]
-    found += [folder / name for name in _WRITTEN if (folder / name).exists()]
-    if found and not overwrite:
-        raise ConfigError(
-            f"{folder} holds a run already ({found[0].name}): go on with it (--resume latest), "
-            "choose another output_dir, or set overwrite_output_dir"
-        )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class JsonLines:
@@ -95,7 +77,8 @@ class JsonLines:
 
     def keep_until(self, step: int, source: Path | None = None) -> None:
         """Keep the lines (or those of `source`) up to a step: the rest was not saved, and will come again."""
-        kept = [line for line in read_lines(source or self.path) if line.get("step", 0) <= step]
+        lines = read_lines(source or self.path)
+        kept = [line for line in lines if isinstance(number := line.get("step", 0), int) and number <= step]
         with written_whole(self.path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -109,7 +92,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 log.debug("%s: a broken line is left out", path)
                 continue

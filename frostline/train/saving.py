@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from frostline.config import AUTO
+from frostline.config import AUTO, CHECKPOINTING
+from frostline.documents import dump_yaml
 from frostline.errors import CheckpointError
 from frostline.installed import installed_versions
 from frostline.train.checkpoint import Checkpoint, read_state, rotate, write_checkpoint
@@ -45,23 +45,26 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     """Put back what `save` wrote; the checkpoint must have been verified.
 
     Raises:
-        CheckpointError: it is of another adapter or another version.
+        ConfigError: it is of another adapter.
+        CheckpointError: it is of another version, or not what it is called.
     """
     try:
         state = read_state(checkpoint)
+        if int(state["step"]) != checkpoint.step:
+            raise ValueError(f"its state is of step {state['step']}: was it renamed?")
         training.module.load_adapter(checkpoint.path)
         tensors = safetensors.torch.load_file(checkpoint.path / _OPTIMIZER)
         restore_optimizer(training.optimizer, training.parameters, tensors)
         training.step, training.samples = int(state["step"]), int(state["samples"])
         training.skipped, training.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
         restore_schedule(training.scheduler, training.step - training.skipped)
-        processes = int(state["processes"])
         if training.module.settings.gradient_checkpointing == AUTO:
             # Whatever is free this time: another kind adds up in another order.
-            training.module.checkpoint(state["gradient_checkpointing"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint.path} cannot be restored: {error}") from error
-    _restore_random(training, checkpoint, processes)
+            training.module.checkpoint(CHECKPOINTING[CHECKPOINTING.index(state["gradient_checkpointing"])])
+        _restore_random(training, checkpoint, int(state["processes"]))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{checkpoint.path} cannot be restored: {what}") from error
 
 
 def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[str, Any], folder: Path) -> None:
@@ -80,7 +83,7 @@ def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[
         "versions": installed_versions(PACKAGES),
     }
     (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-    (folder / CONFIG).write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    (folder / CONFIG).write_text(dump_yaml(config), encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -12,30 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers.optimization import get_scheduler
 
+import frostline
+from frostline.documents import dump_yaml
 from frostline.errors import FrostlineError, TrainingError
 from frostline.train.checkpoint import Checkpoint, rotate, set_aside_after
 from frostline.train.data import Sample
 from frostline.train.loader import Batches
 from frostline.train.module import WanTrainingModule
 from frostline.train.order import DataOrder
+from frostline.train.output_dir import begins_in, check_start, clear_run
 from frostline.train.processes import any_process
 from frostline.train.runfolder import (
     ADAPTER,
     CONFIG,
     METRICS,
+    PROGRAM,
     RUN_FACTS,
     TRACKERS,
     VALIDATION,
     JsonLines,
     claimed,
-    refuse_or_clear,
 )
 from frostline.train.saving import restore, save
 from frostline.train.settings import TrainerSettings
@@ -63,6 +65,7 @@ class RunOptions:
 
     resume: a verified checkpoint to go on from.
     overwrite: delete the run that the folder holds.
+    restart: delete it where it has no checkpoint yet that one could go on from, as after a kill.
     num_workers: processes that decode videos ahead.
     config: the settings of the run, kept beside its files and in every checkpoint, and told to the trackers.
     facts: what else to keep in `run.json`.
@@ -73,6 +76,7 @@ class RunOptions:
 
     resume: Checkpoint | None = None
     overwrite: bool = False
+    restart: bool = False
     num_workers: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +115,7 @@ def train(
     SIGTERM or SIGINT: the running step is finished and saved, then the run ends.
 
     Raises:
-        ConfigError: the folder holds another run.
+        ConfigError: the folder holds another run, or the checkpoint is of another adapter. It is then as it was.
         CheckpointError: the folder is taken, or a checkpoint cannot be written or restored.
         DataError: a sample cannot be read; the steps before it are saved.
         TrainingError: too many steps in a row had no finite loss; what was trained before is saved.
@@ -122,36 +126,58 @@ def train(
         accelerator = make_accelerator(settings, output_dir, on_cpu)
     with ExitStack() as stack:
         if accelerator.is_main_process:
+            _check_start(output_dir, options)
             stack.enter_context(claimed(output_dir))
-            _tidy(output_dir, options)
-            _write_facts(output_dir, options)
+            # Once more: another run may have come in between.
+            _check_start(output_dir, options)
         accelerator.wait_for_everyone()
         stop = stack.enter_context(StopSignals())
         training = _prepare(module, settings, accelerator)
         if options.resume is not None:
             restore(training, options.resume)
+        # Whatever could be refused has been by now: what is in the folder is touched from here on.
+        begins = begins_in(output_dir, options.resume)
+        if accelerator.is_main_process and begins:
+            _begin(output_dir, options)
         start_trackers(accelerator, options.config)
         stack.callback(finish_trackers, accelerator)
+        if accelerator.is_main_process and not begins:
+            _go_on(output_dir, options)
         return _Run(training, output_dir, options, stop).go(dataset)
 
 
-def _tidy(output_dir: Path, options: RunOptions) -> None:
-    """Let the folder hold what the run goes on from, and nothing of another one."""
-    resume = options.resume
-    if resume is None or resume.path.parent.resolve() != output_dir.resolve():
-        refuse_or_clear(output_dir, options.overwrite)
-    if resume is None:
-        return
+def _check_start(output_dir: Path, options: RunOptions) -> None:
+    if begins_in(output_dir, options.resume):
+        check_start(output_dir, options.overwrite, options.restart)
+
+
+def _begin(output_dir: Path, options: RunOptions) -> None:
+    """Let the folder hold nothing of another run, and say that one has begun."""
+    clear_run(output_dir)
+    _write_facts(output_dir, options)
+    _take_lines(output_dir, options.resume)
+
+
+def _go_on(output_dir: Path, options: RunOptions) -> None:
+    """Let the folder hold what the run goes on from, and nothing that came after."""
+    assert options.resume is not None
     rotate(output_dir, None)
-    set_aside_after(output_dir, resume.step)
-    for name in (METRICS, VALIDATION):
-        JsonLines(output_dir / name).keep_until(resume.step, resume.path.parent / name)
+    set_aside_after(output_dir, options.resume.step)
+    _take_lines(output_dir, options.resume)
+    _write_facts(output_dir, options)
+
+
+def _take_lines(output_dir: Path, resume: Checkpoint | None) -> None:
+    if resume is not None:
+        for name in (METRICS, VALIDATION):
+            JsonLines(output_dir / name).keep_until(resume.step, resume.path.parent / name)
 
 
 def _write_facts(output_dir: Path, options: RunOptions) -> None:
+    # The first says whose folder it is, so it is written first.
     texts = {
-        RUN_FACTS: json.dumps(options.facts, indent=2) + "\n",
-        CONFIG: yaml.safe_dump(dict(options.config), sort_keys=False),
+        RUN_FACTS: json.dumps({PROGRAM: frostline.__version__, **options.facts}, indent=2) + "\n",
+        CONFIG: dump_yaml(options.config),
     }
     for name, text in texts.items():
         with written_whole(output_dir / name) as part:

@@ -56,7 +56,10 @@ def run(module: WanTrainingModule, out: Path) -> int:
     """The exit code of a run that goes on where the one before stopped."""
     starts = Validation(Clips(), [0])
     options = RunOptions(
-        resume=find_resume(out, "latest"), validate=lambda step: validate(module, starts, step, out), validation_steps=5
+        resume=find_resume(out, "latest"),
+        restart=True,
+        validate=lambda step: validate(module, starts, step, out),
+        validation_steps=5,
     )
     outcome = train(module, Clips(), SETTINGS, out, options)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by

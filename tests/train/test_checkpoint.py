@@ -14,6 +14,7 @@ from frostline.train.checkpoint import (
     Checkpoint,
     find_checkpoints,
     latest_intact,
+    read_state,
     rotate,
     set_aside_after,
     write_checkpoint,
@@ -130,3 +131,70 @@ def test_what_cannot_be_written_leaves_what_was(run: Path) -> None:
     assert latest is not None
     assert latest.step == 10
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+class Killed(BaseException):
+    """As by a kill, nothing after it happens."""
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(
+    moment: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the old one is out of the way, between both renames, and after them."""
+    rename, left = os.rename, iter(range(moment))
+
+    def dying(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise Killed
+        rename(source, target)
+
+    def refill(folder: Path) -> None:
+        fill(folder)
+        (folder / "state.json").write_text('{"step": 10}')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", dying)
+        patch.setattr(shutil, "rmtree", lambda path, **options: None)
+        if moment < 2:
+            with pytest.raises(Killed):
+                write_checkpoint(run, 10, refill)
+        else:
+            write_checkpoint(run, 10, refill)
+    found = latest_intact(run)
+    assert found is not None
+    assert found.step == 10
+    assert steps(run) == [2, 4, 10]
+    assert read_state(found) == {"step": 1 if moment < 2 else 10}
+    # A run that goes on from it may set it aside, or keeps it under its own name.
+    rotate(run, None)
+    assert latest_intact(run) == Checkpoint(run / "checkpoint-10", 10)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    set_aside_after(run, 4)
+    assert steps(run) == [2, 4]
+
+
+def test_a_checkpoint_that_cannot_be_renamed_leaves_the_one_of_its_step(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def refusing(source: Path, target: Path) -> None:
+        if str(source).endswith(".partial"):
+            raise OSError(28, os.strerror(28))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refusing)
+        with pytest.raises(CheckpointError, match=r"No space left.*the last whole one is .*/checkpoint-10"):
+            write_checkpoint(run, 10, fill)
+    assert latest_intact(run) == Checkpoint(run / "checkpoint-10", 10)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_a_manifest_that_is_hostile_is_damage(run: Path) -> None:
+    manifest = run / "checkpoint-10" / MANIFEST
+    for text in ("[" * 100_000, '{"format": 1, "files": {"../secret": {"bytes": 1, "sha256": ""}}}', "1" * 5000):
+        manifest.write_text(text)
+        with pytest.raises(CheckpointError, match="checkpoint-10 is damaged"):
+            Checkpoint(run / "checkpoint-10", 10).verify()

@@ -37,7 +37,7 @@ def run(module: Any, out: Path, resume: bool = False) -> Any:
         Clips(count=2, seed=11),
         settings,
         out,
-        RunOptions(resume=find_resume(out, "latest") if resume else None),
+        RunOptions(resume=find_resume(out, "latest") if resume else None, restart=resume),
     )
 
 
@@ -64,9 +64,14 @@ def test_a_full_disk_loses_nothing(file: str, make_module: Any, tmp_path: Path) 
     ):
         run(make_module(**QUICK), out)
     assert [path.name for path in out.iterdir() if "checkpoint" in path.name] == []
-    # With room again, the run is begun anew; filled up in the middle, it goes on.
-    shutil.copytree(whole / "checkpoint-1", out / "checkpoint-1")
-    shutil.copy(whole / "metrics.jsonl", out / "metrics.jsonl")
+    # With room again, the run is begun anew, as often as it takes; filled up in the middle, it goes on.
+    with (
+        files_no_larger_than(needed - 1),
+        pytest.raises(CheckpointError, match="checkpoint-1 cannot be written"),
+    ):
+        run(make_module(**QUICK), out, resume=True)
+    assert run(make_module(**QUICK), out, resume=True).step == 2
+    shutil.rmtree(out / "checkpoint-2")
     with (
         files_no_larger_than(needed - 1),
         pytest.raises(CheckpointError, match=r"the last whole one is .*checkpoint-1"),

@@ -27,3 +27,11 @@ def test_a_piece_of_a_line_is_left_out(tmp_path: Path) -> None:
         writer.write(json.dumps({"step": 2})[:-3])
     assert read_lines(file.path) == [{"step": 1, "loss": None}]
     assert read_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_a_hostile_line_is_left_out(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.path.write_text("[" * 100_000 + "\n" + '{"a":' * 60 + "1" + "}" * 60 + '\n{"step": "x"}\n{"step": 1}\n[]\n')
+    assert read_lines(file.path) == [{"step": "x"}, {"step": 1}]
+    file.keep_until(9)
+    assert read_lines(file.path) == [{"step": 1}]

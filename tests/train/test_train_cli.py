@@ -1,6 +1,8 @@
 """`frostline train` as a user runs it: a whole run, stopped and taken up again, and what is refused."""
 
+import contextlib
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -10,19 +12,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from folders import content
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import frostline
 from frostline.cli import app, main
 from frostline.demo.run import DemoSettings, demo_settings
+from frostline.errors import ConfigError
 from frostline.models import loading
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
+from frostline.progress import Progress
 from frostline.train.configfile import load_run_settings
+from frostline.train.launch import run_training
+from frostline.train.step import optimizer_step
 from frostline.video import read_video, write_video
 
 QUICK = """
@@ -129,7 +138,26 @@ def _break_a_video(folder: Path) -> None:
 
 def _occupy(folder: Path) -> None:
     (folder / "occupied").mkdir()
+    (folder / "occupied" / "run.json").write_text('{"frostline": "0"}')
     (folder / "occupied" / "metrics.jsonl").write_text("{}\n")
+
+
+def _fill(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "config.yaml").write_text("mine: true")
+
+
+def _misname(folder: Path) -> None:
+    """A model with a tensor that goes by another name, and one without a tensor that tells its size."""
+    weights = Path(frostline.__file__).parent / "models/tiny/weights/tiny"
+    for name, file, tensor in (
+        ("misnamed", "diffusion_pytorch_model.safetensors", "time_embedding.2.weight"),
+        ("unsized", "models_t5_umt5-xxl-enc.safetensors", "token_embedding.weight"),
+    ):
+        shutil.copytree(weights, folder / name)
+        tensors = load_file(folder / name / file)
+        tensors[tensor + "s"] = tensors.pop(tensor)
+        save_file(tensors, folder / name / file)
 
 
 def _nothing(folder: Path) -> None:
@@ -177,7 +205,46 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "dry run, no stage": (_nothing, ["CONFIG", "--dry-run", "plan.stages={vae: torch}"], 1, "there is no stage 'vae'"),
     "dry run, no backend": (_nothing, ["CONFIG", "--dry-run", "plan.backend=tensorflow"], 1, "tensorflow"),
     "dry run, no reward": (_nothing, ["CONFIG", "--dry-run", "reward.type=no.module:Class"], 1, "cannot be imported"),
+    "dry run, no class": (
+        _nothing,
+        ["CONFIG", "--dry-run", "reward.type=frostline.train.sharpness:Shrpness"],
+        1,
+        "frostline.train.sharpness has no class 'Shrpness'",
+    ),
     "dry run, another run": (_occupy, ["CONFIG", "--dry-run", "output_dir=occupied"], 1, "holds a run already"),
+    "dry run, no run": (_fill, ["CONFIG", "--dry-run", "output_dir=mine"], 1, "not from a run of frostline"),
+    "dry run, no run to overwrite": (
+        _fill,
+        ["CONFIG", "--dry-run", "output_dir=mine", "overwrite_output_dir=true"],
+        1,
+        "mine has config.yaml already, and not from a run of frostline",
+    ),
+    "dry run, no place": (_nothing, ["CONFIG", "--dry-run", "output_dir=config.yaml/run"], 1, "cannot be written to"),
+    "dry run, no checkpoint": (_nothing, ["CONFIG", "--dry-run", "--resume", "gone"], 1, "gone: no such folder"),
+    "dry run, no gpu": (_nothing, ["CONFIG", "--dry-run", "device=cuda"], 1, "torch finds no GPU here"),
+    "dry run, misnamed": (
+        _misname,
+        ["CONFIG", "--dry-run", "model=misnamed"],
+        1,
+        "time_embedding.2.weight is missing, and 1 more tensors do not fit",
+    ),
+    "dry run, unsized": (_misname, ["CONFIG", "--dry-run", "model=unsized"], 1, "cannot be loaded"),
+    "misnamed": (_misname, ["CONFIG", "model=misnamed"], 2, "time_embedding.2.weight is missing"),
+    "unsized": (_misname, ["CONFIG", "model=unsized"], 2, "cannot be loaded"),
+    "no run": (_fill, ["CONFIG", "output_dir=mine"], 2, "not from a run of frostline"),
+    "no run to begin anew": (
+        _fill,
+        ["CONFIG", "output_dir=mine", "--resume", "latest"],
+        2,
+        "not from a run of frostline",
+    ),
+    "no place": (_nothing, ["CONFIG", "output_dir=config.yaml/run"], 1, "cannot be written to: Not a directory"),
+    "dry run, no memory": (
+        _nothing,
+        ["CONFIG", "--dry-run", "memory.device_gb=0.03"],
+        1,
+        "GB of each device are needed, and 0.03 are there; settings that need less: ",
+    ),
     "another run": (_occupy, ["CONFIG", "output_dir=occupied"], 2, "occupied holds a run already"),
     "a convolution": (_nothing, ["CONFIG", "lora.target_modules=[patch_embedding]"], 2, CONVOLUTION),
     "dry run, a convolution": (
@@ -191,32 +258,160 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
 }
 
 
+@pytest.fixture
+def frostline_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """`frostline_in(folder, "train", …)`: the exit code, and what was said, on one line."""
+
+    def run(folder: Path, *arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["frostline", *arguments])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with pytest.raises(SystemExit) as exit_:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, " ".join(" ".join(capsys.readouterr()).split())
+
+    return run
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_is_refused_in_words(
-    name: str,
-    workplace: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, workplace: Path, tmp_path: Path, frostline_in: Callable[..., tuple[int, str]]
 ) -> None:
     prepare, arguments, code, said = REFUSED[name]
     prepare(tmp_path)
     (tmp_path / "data").symlink_to(workplace / "data")
     (tmp_path / "config.yaml").write_text(QUICK)
-    monkeypatch.chdir(tmp_path)
     arguments = [argument.replace("CONFIG", "config.yaml") for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["frostline", *([] if arguments[:1] == ["report"] else ["train"]), *arguments])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    output = " ".join(" ".join(capsys.readouterr()).split())
-    assert exit_.value.code == code, output
+    command = [] if arguments[:1] == ["report"] else ["train"]
+    found, output = frostline_in(tmp_path, *command, *arguments)
+    assert found == code, output
     assert said in output
     assert not list(tmp_path.glob("runs/*/checkpoint-*"))
+
+
+def test_a_dry_run_imports_no_reward(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "its_reward.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a')\nclass Reward: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(workplace)
+    for flag, words in (("--dry-run", "this run could begin"), ("--print-config", "its_reward:Reward")):
+        result = CliRunner().invoke(app, ["train", "config.yaml", flag, "reward.type=its_reward:Reward"])
+        assert result.exit_code == 0, result.output
+        assert words in result.output
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_dry_run_leaves_no_trace(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").symlink_to(workplace / "data")
+    (tmp_path / "config.yaml").write_text(QUICK)
+    _occupy(tmp_path)
+    before = content(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    # A run that could be overwritten, and one that was killed before its first checkpoint.
+    for arguments in (["overwrite_output_dir=true"], ["--resume", "latest"]):
+        result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "output_dir=occupied", *arguments])
+        assert result.exit_code == 0, result.output
+        assert "this run could begin" in result.output
+    assert content(tmp_path) == before
+
+
+class _Killed(BaseException):
+    """As by a kill, nothing of the run can catch it."""
+
+
+@pytest.fixture(scope="module")
+def killed(workplace: Path) -> Path:
+    """A run that was killed in its second step, after its first checkpoint."""
+
+    def die_after_two(training: Any, batches: Any) -> Any:
+        if training.step == 2:
+            raise _Killed
+        return optimizer_step(training, batches)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(workplace):
+        patch.setattr("frostline.train.trainer.optimizer_step", die_after_two)
+        settings = load_run_settings(Path("config.yaml"), ["output_dir=killed", "train.checkpointing_steps=1"])
+        with pytest.raises(_Killed):
+            run_training(settings, None, Progress(quiet=True))
+        # What a run that goes on would cut and clear.
+        shutil.copytree("killed/checkpoint-2", "killed/.checkpoint-3.01234567.partial")
+        with Path("killed/metrics.jsonl").open("a") as file:
+            file.write('{"step": 3}\n{"st')
+    return workplace / "killed"
+
+
+def _damage(folder: Path) -> None:
+    for path in folder.glob("killed/checkpoint-*/optimizer.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+def _alias_its_settings(folder: Path) -> None:
+    """Settings that contain themselves, in a checkpoint that verifies."""
+    checkpoint = folder / "killed" / "checkpoint-2"
+    config = checkpoint / "config.yaml"
+    config.write_text("lora: &a {rank: *a}")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    sha256 = hashlib.sha256(config.read_bytes()).hexdigest()
+    manifest["files"]["config.yaml"] = {"bytes": config.stat().st_size, "sha256": sha256}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+NOT_RESUMED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
+    "rank": (_nothing, ["lora.rank=8"], 2, "lora.rank: the adapter in killed/checkpoint-2 has rank 4, not 8"),
+    "scale": (_nothing, ["lora.alpha=8"], 2, "has a scale (alpha / rank) of 1, not 2"),
+    "layers": (_nothing, ["lora.target_modules=[q]"], 2, "is on other layers: blocks.0.cross_attn.k is called none"),
+    "more layers": (_nothing, ["lora.target_modules=[q,k,v,o,ffn.0,ffn.2,ffn.3]"], 2, "there is none called ffn.3"),
+    "damaged": (_damage, [], 1, "none of the 2 checkpoints in killed is intact"),
+    "settings": (_alias_its_settings, [], 1, "config.yaml is not valid YAML: line 1, column 7: an alias stands for"),
+    "data": (_nothing, ["data.source=gone"], 1, "gone: no such file or folder"),
+    "rows": (_break_a_video, ["data.source=bad"], 1, "2 of 2 rows cannot be trained on"),
+    "validation": (_nothing, ["validation.source=gone"], 1, "gone: no such file or folder"),
+    "model": (_nothing, ["model=nowhere"], 2, "nowhere"),
+    "reward": (_nothing, ["reward.type=no.module:Class"], 2, "cannot be imported"),
+    "tracker": (_nothing, ["train.report_to=trackio"], 2, "trackio is not installed"),
+    "engine": (_nothing, ["plan.backend=onnxruntime", "plan.strict=true"], 1, "no engine of"),
+}
+
+
+@pytest.mark.parametrize("reason", NOT_RESUMED)
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    reason: str, killed: Path, tmp_path: Path, frostline_in: Callable[..., tuple[int, str]]
+) -> None:
+    prepare, overrides, code, said = NOT_RESUMED[reason]
+    for name in ("data", "config.yaml"):
+        (tmp_path / name).symlink_to(killed.parent / name)
+    shutil.copytree(killed, tmp_path / "killed")
+    prepare(tmp_path)
+    before = content(tmp_path / "killed")
+    found, output = frostline_in(
+        tmp_path, "train", "config.yaml", "output_dir=killed", "--resume", "latest", *overrides
+    )
+    assert found == code, output
+    assert said in output
+    assert content(tmp_path / "killed") == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_recovers_when_it_is_started_again(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").symlink_to(killed.parent / "data")
+    (tmp_path / "config.yaml").write_text(QUICK)
+    shutil.copytree(killed, tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "config.yaml", "output_dir=run", "train.max_train_steps=1"]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, ConfigError) and "holds a run already (metrics.jsonl)" in str(done.exception)
+    done = CliRunner().invoke(app, [*arguments, "--resume", "latest"])
+    assert done.exit_code == 0, done.output
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert [line["step"] for line in lines(tmp_path / "run" / "validation.jsonl")] == [0, 1]
+    assert list((tmp_path / "run").glob(".checkpoint-*")) == []
 
 
 def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,9 +66,25 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConfigError as error:
-        sys.exit(_say(error, 2))
+        code = _say(error, 2)
     except FrostlineError as error:
-        sys.exit(_say(error, 1))
+        code = _say(error, 1)
+    except SystemExit as leaving:
+        code = leaving.code
+    else:
+        code = 0
+    _leave(code)
+
+
+def _leave(code: int | str | None) -> None:
+    """Exit; without Python's own end where native code still runs for a build that was interrupted."""
+    from frostline.runtime.interruptible import work_left_behind
+
+    if work_left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

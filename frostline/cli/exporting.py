@@ -57,13 +57,14 @@ def export(
         "max_shapes": max_shapes,
     }
     recipe = load_recipe(model, changes).with_lora(live_lora, lora_targets)
-    build = BuildOptions(opset or OPSET, recipe.compute_capabilities, timing_cache)
+    build = BuildOptions(opset or OPSET, recipe.compute_capabilities, recipe.asked_maximum, timing_cache)
     bounds = {"atol": atol, "rtol": rtol, "cosine": cosine}
     store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device, bounds)
     known = None if force or dry_run else recall(store, receipt)
     if known is not None:
         _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
         return
+    recipe.check(device)
     from frostline.export.jobs import fitting_jobs
     from frostline.export.model import load_staged_model
     from frostline.export.run import ExportOptions, export_model, planned_exports

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from frostline.errors import EngineError, ParityError, ShapeError, SharedFolderError
+from frostline.errors import EngineError, EngineMemoryError, InputError, ParityError, SharedFolderError
+from frostline.export.limits import check_served, within_limit
 from frostline.export.parity import compare
 from frostline.export.traces import Traces
 from frostline.runtime import manifest
@@ -38,8 +38,6 @@ _LATENCY_RUNS = 15
 _PARITY_SIZES: tuple[Size, ...] = ("opt", "min")
 # The samples' own seed is 0: adapters are not to be made of the numbers of the latents.
 _LIVE_SEED = 1
-# How torch, ONNX Runtime, TensorRT and C++ say it.
-_NO_MEMORY = re.compile(r"out of memory|allocat|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -117,12 +115,29 @@ def build_stage(
         raise EngineError(
             f"{backend_name} does not compute in {precision}: export {stage.name} in {able}, or with one of {others}"
         )
+    check_live_shapes(stage)
     weights = weights_sha256(stage)
     key = stage_key(stage, backend_name, precision, weights, options)
     with store.building(EngineId(stage.model, stage.name, backend_name, key)) as build:
         if build.existing is not None and not force:
+            check_served(stage, build.existing.manifest, options.asked_maximum)
             return build.existing, False
         return _build_engine(stage, weights, build, options, traces or Traces(), progress), True
+
+
+def check_live_shapes(stage: Stage) -> None:
+    """Hold the live tensors against the range that engines are built for: before one is built, or verified.
+
+    Raises:
+        ShapeError: names the tensor, such as a matrix of a LoRA whose rank is out of range.
+    """
+    for network in stage.networks:
+        for spec in network.live_specs:
+            if not spec.admits(shape := tuple(network.live[spec.name].shape)):
+                raise ShapeError(
+                    f"network {network.name}: {spec.name} has shape {shape}, and engines serve "
+                    f"{spec.shape_at('min')} to {spec.shape_at('max')}: choose another LoRA rank"
+                )
 
 
 def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, options: BuildOptions) -> bool:
@@ -150,6 +165,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
         ParityError: it does not compute what PyTorch computes; it was deleted.
     """
     backend = engine.manifest.backend
+    check_live_shapes(stage)
     stage.restore_weights()
     networks = {network.name: network for network in stage.networks}
     try:
@@ -158,7 +174,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
         with full_fp32(), _random_live(stage):
             parity = _parity(stage, runners, assembled)
     except EngineError as error:
-        if isinstance(error, ShapeError | SharedFolderError) or _NO_MEMORY.search(str(error)):
+        if isinstance(error, InputError | EngineMemoryError | SharedFolderError):
             raise
         _discard(store, engine)
         raise EngineError(
@@ -222,7 +238,14 @@ def _build_engine(
     target = backend.target(stage.networks[0].device, options)
     start = time.monotonic()
     stage.restore_weights()
-    networks = [_build_network(network, backend, build, options, traces, progress) for network in stage.networks]
+    networks = [
+        _build_network(
+            network,
+            within_limit(network, build.id.backend, backend.LARGEST_TENSOR, options.asked_maximum),
+            *(backend, build, options, traces, progress),
+        )
+        for network in stage.networks
+    ]
     return build.commit(
         Manifest(
             **vars(build.id),
@@ -240,8 +263,15 @@ def _build_engine(
 
 
 def _build_network(
-    network: Network, backend: Backend, build: Build, options: BuildOptions, traces: Traces, progress: Progress
+    network: Network,
+    served: Network,
+    backend: Backend,
+    build: Build,
+    options: BuildOptions,
+    traces: Traces,
+    progress: Progress,
 ) -> manifest.Network:
+    """Build one network, of which the engine serves the range of `served`."""
     progress(f"trace {network.name}")
     sources = build.folder / "sources"
     sources.mkdir(exist_ok=True)
@@ -251,7 +281,7 @@ def _build_network(
         options = replace(
             options, progress=lambda phase, step, steps: progress(f"{network.name}: {phase} {step}/{steps}")
         )
-    artifact = backend.build(network, source, build.folder, options)
+    artifact = backend.build(served, source, build.folder, options)
     shutil.rmtree(sources)
     return manifest.Network(
         name=network.name,
@@ -264,7 +294,7 @@ def _build_network(
                 opt=spec.shape_at("opt"),
                 max=spec.shape_at("max"),
             )
-            for spec in (*network.inputs, *network.live_specs)
+            for spec in (*served.inputs, *served.live_specs)
         ),
         outputs=tuple(
             manifest.NetworkOutput(name=name, dtype=_dtype(tensor.dtype))

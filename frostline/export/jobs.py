@@ -8,13 +8,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import torch
 
 from frostline.errors import EngineError
@@ -74,7 +77,7 @@ def build_ahead(
     """Build the engines of `stages` on the recipe's backends in `jobs` processes, which verify nothing.
 
     Who verifies them afterwards, alone on the machine, measures true latencies. What fails here is left to be told of
-    by whoever tries again.
+    by whoever tries again. An exception, Ctrl-C among them, kills the processes, and leaves no half-built engine.
 
     Args:
         force: build what is there already.
@@ -86,14 +89,22 @@ def build_ahead(
     work = _Work(recipe, str(staged.device), store.root, options, force, threads)
     # The longest first, or it would be left for the end.
     ordered = sorted(stages, key=_graph_size, reverse=True)
+    others = set(active_children())
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (work,))
     try:
-        return _collect({pool.submit(_build, stage.name): stage.name for stage in ordered}, announce)
-    except BrokenProcessPool:
+        seconds = _collect({pool.submit(_build, stage.name): stage.name for stage in ordered}, announce)
+    except BaseException as error:
+        # To wait for them could take minutes.
+        _kill(set(active_children()) - others)
+        pool.shutdown(cancel_futures=True)
+        with suppress(EngineError):
+            store.prune()
+        if not isinstance(error, BrokenProcessPool):
+            raise
         log.warning("a process that was building died (out of memory?): going on in this one")
         return {}
-    finally:
-        pool.shutdown(cancel_futures=True)
+    pool.shutdown()
+    return seconds
 
 
 def _collect(futures: Mapping[Future[Seconds], str], announce: Callable[[str], None]) -> Seconds:
@@ -106,6 +117,20 @@ def _collect(futures: Mapping[Future[Seconds], str], announce: Callable[[str], N
         for future in done:
             seconds |= future.result()
     return seconds
+
+
+def _kill(processes: Collection[BaseProcess]) -> None:
+    """End processes and all that they started, compilers among them, at once."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid)
+            # Or it could start another one meanwhile.
+            family.suspend()
+            for member in (*family.children(recursive=True), family):
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+    for process in processes:
+        process.join()
 
 
 _worker: tuple[_Work, StagedModel] | None = None

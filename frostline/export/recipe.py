@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -9,15 +10,22 @@ from pydantic import Field, field_validator, model_validator
 
 from frostline.config import LoraSettings, Precision, RewardSettings, Settings
 from frostline.documents import read_yaml
-from frostline.errors import ConfigError, DocumentError
-from frostline.export.shapes import ShapeRange, parse_shapes
+from frostline.errors import ConfigError, DocumentError, EngineError
+from frostline.export.shapes import ShapeRange, asked_maximum, parse_shapes
 from frostline.runtime.backends import check_backend, get_backend
+from frostline.runtime.backends.options import BuildOptions
 
 if TYPE_CHECKING:
     import torch
 
 ALL_STAGES = "all"
+# Of all models and rewards: which of them a model has shows when it is loaded.
+STAGES = (
+    *("text_encoder", "image_encoder", "vae_encoder", "denoiser", "denoiser_high_noise", "vae_decoder"),
+    *("face_detector", "face_embedder"),
+)
 _RECIPES = Path("engines")
+_CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
 class Recipe(Settings):
@@ -42,6 +50,40 @@ class Recipe(Settings):
         """`a,b` means the same as a list."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("compute_capabilities", mode="before")
+    @classmethod
+    def _written_as_numbers(cls, value: Any) -> Any:
+        """In YAML, `[8.9, 12.0]` are numbers."""
+        if not isinstance(value, list | tuple | float):
+            return value
+        parts = [value] if isinstance(value, float) else value
+        return tuple(repr(part) if isinstance(part, float) else part for part in parts)
+
+    @field_validator("stages", "backends")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("names none: nothing would be exported")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in (ALL_STAGES, *STAGES):
+                raise ValueError(f"no stage {name!r}: there are {', '.join(STAGES)}")
+        return value
+
+    @field_validator("compute_capabilities")
+    @classmethod
+    def _are_capabilities(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name != "current" and not _CAPABILITY.fullmatch(name):
+                digits = re.sub(r"\D", "", name)
+                example = f"{digits[:-1]}.{digits[-1]}" if len(digits) in (2, 3) else "8.9"
+                raise ValueError(f"{name!r} is no compute capability: write {example}, or current")
+        return value
+
     @model_validator(mode="after")
     def _can_be_exported(self) -> Self:
         """Fail before a model is loaded, which takes seconds or minutes."""
@@ -49,6 +91,36 @@ class Recipe(Settings):
         for backend in self.backends:
             check_backend(backend)
         return self
+
+    def check(self, device: str) -> None:
+        """Hold the recipe against this installation, before a model is loaded for it.
+
+        Raises:
+            ConfigError: a backend is not installed, or does not build for the GPUs asked for; or the LoRA's rank is out
+                of the range that engines serve.
+        """
+        low, _, high = self.shapes.rank
+        if self.lora is not None and not low <= self.lora.rank <= high and {ALL_STAGES, "denoiser"} & {*self.stages}:
+            raise ConfigError(
+                f"lora.rank: {self.lora.rank} is out of the range that engines serve, {low} to {high}: "
+                "choose another one, or export with --no-live-lora"
+            )
+        for name in self.backends:
+            if reason := get_backend(name).unavailable():
+                raise ConfigError(f"backend {name}: {reason}")
+            self._check_target(name, device)
+
+    def _check_target(self, name: str, device: str) -> None:
+        from frostline.runtime.backends.tensorrt import TensorRTBackend
+        from frostline.runtime.device import resolve_device
+
+        backend, options = get_backend(name), BuildOptions(compute_capabilities=self.compute_capabilities)
+        try:
+            target = backend.target(resolve_device(device), options)
+            if isinstance(backend, TensorRTBackend):
+                backend.check_target(target)
+        except EngineError as error:
+            raise ConfigError(f"backend {name}: {error}") from error
 
     @property
     def shapes(self) -> ShapeRange:
@@ -58,6 +130,11 @@ class Recipe(Settings):
             ConfigError: a shape string is ill-formed.
         """
         return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes)
+
+    @property
+    def asked_maximum(self) -> frozenset[str]:
+        """The open dimensions whose largest extent the recipe names."""
+        return asked_maximum(self.max_shapes)
 
     def backends_for(self, precision: str) -> tuple[str, ...]:
         """Those that compute in a stage's precision; all where none does, for that to be told."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from frostline.errors import ConfigError, EngineError
 from frostline.export.exporter import all_built, bounds_of, export_stage
 from frostline.export.jobs import Seconds, build_ahead
+from frostline.export.limits import served_note
 from frostline.export.model import StagedModel
 from frostline.export.outcome import ExportRow, Status
 from frostline.export.recipe import ALL_STAGES, Recipe
@@ -88,7 +89,8 @@ def export_model(
                 raise
             yield ExportRow(stage.name, backend, "failed", time.monotonic() - start, note=str(error))
             continue
-        note = f"built, not verified here: {exported.unverified}" if exported.unverified else ""
+        unverified = f"built, not verified here: {exported.unverified}" if exported.unverified else ""
+        note = "; ".join(filter(None, (unverified, served_note(stage, exported.manifest))))
         built_here = exported.built or (stage.name, backend) in ahead
         status: Status = "built" if built_here else "present"
         seconds = ahead.get((stage.name, backend), 0.0) + time.monotonic() - start

@@ -94,6 +94,15 @@ def parse_shapes(min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "
     return ShapeRange(**ranges)
 
 
+def asked_maximum(max_shapes: str) -> frozenset[str]:
+    """The dimensions of `ShapeRange` whose largest extent `--max-shapes` names.
+
+    Raises:
+        ConfigError: as `parse_shapes`.
+    """
+    return frozenset(_extents("--max-shapes", max_shapes))
+
+
 def _extents(flag: str, text: str) -> dict[str, int]:
     """The extents of dimensions of `ShapeRange` that one flag names."""
     extents: dict[str, int] = {}

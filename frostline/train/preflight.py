@@ -33,8 +33,8 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
         lambda: _check_plan(settings),
         lambda: _check_rewards(settings, import_reward if runs else look_for_reward),
         lambda: check_trackers(settings.train.report_to),
+        lambda: check_targets(read_skeleton(settings.model).build("denoiser"), settings.lora.target_modules),
     ]
-    checks.append(lambda: check_targets(read_skeleton(settings.model).build("denoiser"), settings.lora.target_modules))
     for check in checks:
         try:
             check()

@@ -39,6 +39,8 @@ class Backend(Protocol):
     HOLDS_WEIGHTS: bool
     # The types of weights that it computes with: of fp32, fp16 and bf16.
     PRECISIONS: frozenset[str]
+    # The most elements that a tensor may have, of the network's own as well; None where nothing limits them.
+    LARGEST_TENSOR: int | None
 
     def unavailable(self) -> str | None:
         """Why this backend can neither build nor run here and what to install, or None."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SOURCE: Literal["exported_program"] = "exported_program"
 HOLDS_WEIGHTS = False
 PRECISIONS = frozenset(DTYPES)
+LARGEST_TENSOR: int | None = None
 
 # How torch's allocators say that memory ran out, from where no Python exception comes through.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")

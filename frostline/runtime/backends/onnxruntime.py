@@ -30,6 +30,7 @@ SOURCE: Literal["onnx"] = "onnx"
 HOLDS_WEIGHTS = True
 # Up to opset 21 ONNX has no bf16 convolution, and the providers lack more of its operations.
 PRECISIONS = frozenset({"fp32", "fp16"})
+LARGEST_TENSOR: int | None = None
 
 # How its arenas, and CUDA, say that memory ran out; its exceptions have no type of their own for that.
 _NO_MEMORY = ("Failed to allocate memory for requested buffer", "CUDA failure 2: out of memory", "bad_alloc")

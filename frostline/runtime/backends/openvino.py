@@ -27,6 +27,7 @@ from .options import BuildOptions
 SOURCE: Literal["onnx"] = "onnx"
 HOLDS_WEIGHTS = True
 PRECISIONS = frozenset(DTYPES)
+LARGEST_TENSOR: int | None = None
 
 # How its CPU plugin says that memory ran out.
 _NO_MEMORY = ("bad_alloc", "could not allocate", "Cannot allocate memory")

@@ -18,6 +18,7 @@ from frostline.export.onnx import trace_onnx
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.backends.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTRunner
+from frostline.runtime.backends.tensorrt.runner import layer_table
 from frostline.runtime.device import device_name
 from frostline.runtime.dimension import Dimension
 from frostline.runtime.runtime import Runtime
@@ -119,6 +120,9 @@ def test_a_gpu_that_it_does_not_build_for_is_named(relu: Network, tmp_path: Path
     source = one_node("Relu", tmp_path / "model.onnx")
     with pytest.raises(EngineError, match=r"does not build for sm_90, only for .*SM89"):
         TENSORRT_RTX.build(relu, source, tmp_path, BuildOptions(compute_capabilities=("9.0",)))
+    with pytest.raises(EngineError, match=r"does not build for sm_90, only for .*SM89"):
+        TENSORRT_RTX.check_target("sm_89+sm_90")
+    TENSORRT_RTX.check_target("sm_89+sm_120")
 
 
 def test_progress_is_told_and_an_exception_in_there_ends_the_build(relu: Network, tmp_path: Path) -> None:
@@ -203,8 +207,17 @@ def test_without_a_driver_no_plan_chooses_it(
 def test_without_a_driver_loading_says_so(store: EngineStore, text_stage: Stage) -> None:
     (record,) = store.find()
     networks = {network.name: network for network in text_stage.networks}
-    with pytest.raises(EngineError, match=r"capability 8\.9, 12\.0\) is built, not verified here: no NVIDIA driver"):
+    refused = r"capability 8\.9, 12\.0\) is built, not verified here: no NVIDIA driver"
+    with pytest.raises(EngineError, match=refused):
         TENSORRT_RTX.load(store.verify(record), networks, torch.device("cpu"))
+    with pytest.raises(EngineError, match=refused):
+        TENSORRT_RTX.layers(store.verify(record), torch.device("cpu"))
+
+
+def test_a_build_is_the_plan_alone(store: EngineStore) -> None:
+    """To inspect it takes memory once more: whoever asks for it, does that with an engine that is safely there."""
+    (record,) = store.find()
+    assert {path.name for path in record.path.iterdir()} == {"manifest.json", "text_encoder.plan"}
 
 
 def test_other_gpus_are_another_engine(store: EngineStore, text_stage: Stage) -> None:
@@ -246,7 +259,8 @@ def test_parity_on_a_gpu(stage: str, name: str, dtype: torch.dtype, onnx_source:
     try:
         options = BuildOptions(compute_capabilities=("current",))
         plan = tmp_path / TENSORRT_RTX.build(network, onnx_source(stage, name, dtype), tmp_path, options)
-        assert json.loads((tmp_path / f"{name}.layers.json").read_text())["Layers"]
+        with torch.cuda.device(device):
+            assert json.loads(layer_table(trt, plan.read_bytes(), name))["Layers"]
         runner = TensorRTRunner(trt, plan.read_bytes(), network, device)
         # The third call of a shape is the replay of what the second one recorded.
         for size in ("opt", "min", "opt", "opt", "opt"):

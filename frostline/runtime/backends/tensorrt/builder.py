@@ -1,0 +1,170 @@
+"""From an ONNX file to a plan."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from frostline.errors import EngineError
+from frostline.runtime.backends.options import BuildProgress
+from frostline.runtime.interruptible import run_interruptibly
+from frostline.runtime.stage import Network
+from frostline.writing import written_whole
+
+from .messages import Messages
+
+log = logging.getLogger(__name__)
+
+_Steps = SimpleQueue[tuple[str, int, int]]
+
+
+class PlanBuilder:
+    """Compiles one network.
+
+    The work is done in a thread of its own, because a step of it may take a minute in which no signal would be heeded.
+
+    Args:
+        trt: the module, `tensorrt` or `tensorrt_rtx`.
+        capabilities: the GPUs to build for, as members of `trt.ComputeCapability`; empty where the module builds for
+            the GPU that it finds.
+        timing_cache: a file of the builder's measurements, read before and written afterwards.
+    """
+
+    def __init__(self, trt: Any, capabilities: Sequence[Any] = (), timing_cache: Path | None = None) -> None:
+        self._trt = trt
+        self._capabilities = capabilities
+        self._timing_cache = timing_cache
+
+    def build(self, network: Network, source: Path, progress: BuildProgress | None = None) -> Any:
+        """The plan of `source`, for shapes within the network's range: TensorRT's own memory, readable as bytes.
+
+        Args:
+            progress: called in this thread.
+        Raises:
+            EngineError: TensorRT cannot parse or compile it; the message holds TensorRT's own.
+        """
+        steps: _Steps = SimpleQueue()
+        cancelled = threading.Event()
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def work() -> Any:
+            # Which GPU is the current one is a property of the thread.
+            with nullcontext() if gpu is None else torch.cuda.device(gpu):
+                return self._compile(network, source, steps, cancelled)
+
+        def tell() -> None:
+            while progress is not None:
+                try:
+                    progress(*steps.get_nowait())
+                except Empty:
+                    return
+
+        return run_interruptibly(work, cancelled, tell)
+
+    def _compile(self, network: Network, source: Path, steps: _Steps, cancelled: threading.Event) -> Any:
+        trt, messages = self._trt, Messages(self._trt)
+        builder = trt.Builder(messages.logger)
+        graph = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        _parse(trt, graph, source, messages)
+        config = builder.create_builder_config()
+        self._configure(config)
+        _add_profile(builder, graph, config, network)
+        monitor = _new_monitor(trt, messages, steps, cancelled)
+        config.progress_monitor = monitor
+        cache_accepted = _read_timing_cache(config, self._timing_cache)
+        plan = builder.build_serialized_network(graph, config)
+        messages.check()
+        if plan is None:
+            raise messages.error(f"{trt.__name__} cannot build {network.name}")
+        # Of another GPU or version it is someone else's: theirs would be lost.
+        if cache_accepted:
+            _write_timing_cache(config, self._timing_cache)
+        return plan
+
+    def _configure(self, config: Any) -> None:
+        trt = self._trt
+        # TF32 has 10 bits of mantissa: no fp32 engine would be equal to PyTorch.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        # Or an engine asks for the scratch memory of its largest shapes, whatever the shapes of a call are.
+        feature = getattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10", None)
+        if feature is not None:
+            config.set_preview_feature(feature, True)
+        if self._capabilities:
+            config.num_compute_capabilities = len(self._capabilities)
+            for index, capability in enumerate(self._capabilities):
+                config.set_compute_capability(capability, index)
+
+
+def _parse(trt: Any, graph: Any, source: Path, messages: Messages) -> None:
+    parser = trt.OnnxParser(graph, messages.logger)
+    if not parser.parse_from_file(str(source)):
+        messages.check()
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        found = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip() for error in errors)
+        what = f"{trt.__name__} cannot parse {source.stem}"
+        raise EngineError(f"{what}: {found}") if found else messages.error(what)
+    for index in range(graph.num_layers):
+        layer = graph.get_layer(index)
+        if layer.type.name == "ATTENTION_OUTPUT":
+            # Opset 23 only: no fused kernel takes fp32 with dynamic shapes.
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+
+
+def _add_profile(builder: Any, graph: Any, config: Any, network: Network) -> None:
+    specs = {spec.name: spec for spec in (*network.inputs, *network.live_specs)}
+    profile = builder.create_optimization_profile()
+    for index in range(graph.num_inputs):
+        entry = graph.get_input(index)
+        if -1 in tuple(entry.shape):
+            spec = specs[entry.name]
+            profile.set_shape(entry.name, spec.shape_at("min"), spec.shape_at("opt"), spec.shape_at("max"))
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"TensorRT refuses the shapes of {network.name}")
+
+
+def _read_timing_cache(config: Any, path: Path | None) -> bool:
+    """Whether the builder measures into a cache that may be written to `path`."""
+    if path is None:
+        return False
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        log.warning("the timing cache %s is of another GPU or version: it is not used, and left as it is", path)
+        return False
+    return True
+
+
+def _write_timing_cache(config: Any, path: Path | None) -> None:
+    cache = config.get_timing_cache()
+    if path is not None and cache is not None:
+        with written_whole(path) as part:
+            part.write_bytes(cache.serialize())
+
+
+def _new_monitor(trt: Any, messages: Messages, steps: _Steps, cancelled: threading.Event) -> Any:
+    """Passes TensorRT's progress on, and ends the build where it was cancelled or another callback failed."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._lengths: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, length: int) -> None:
+            messages.guard(lambda: self._lengths.__setitem__(phase, length), None)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            messages.guard(lambda: steps.put((phase, step + 1, self._lengths.get(phase, 0))), None)
+            return not cancelled.is_set() and messages.raised is None
+
+        def phase_finish(self, phase: str) -> None:
+            messages.guard(lambda: self._lengths.pop(phase, None), None)
+
+    return Monitor()

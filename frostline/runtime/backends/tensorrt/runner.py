@@ -1,0 +1,147 @@
+"""Runs one engine."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frostline.errors import EngineMemoryError
+from frostline.runtime.backends.inputs import check_inputs, check_live
+from frostline.runtime.stage import Network
+
+from .cuda_graphs import CudaGraphs
+from .execution import Execution, can_bind
+from .messages import Messages
+from .runtime_cache import RuntimeCache
+
+# After so many shapes of one engine, what is compiled for further ones is not kept.
+_SHAPES = 1024
+
+
+class TensorRTRunner:
+    """Runs one engine on a stream of its own, in memory that torch allocates.
+
+    Safe to call from several threads, on any streams: an execution context takes one call at a time, so calls queue
+    up, each with inputs and outputs of its own.
+
+    Args:
+        trt: the module, `tensorrt` or `tensorrt_rtx`.
+        plan: the engine, as read from a `VerifiedEngine`.
+        network: names of inputs and outputs, the range of shapes, and the live tensors.
+        device: the GPU that the tensors are on.
+        cache: of TensorRT-RTX, where it keeps what it compiles as it runs.
+    Raises:
+        EngineError: TensorRT refuses the engine; an EngineMemoryError where memory was the reason.
+    """
+
+    def __init__(
+        self, trt: Any, plan: bytes, network: Network, device: torch.device, cache: RuntimeCache | None = None
+    ) -> None:
+        check_live(network)
+        self._network = network
+        self._device = device
+        self._messages = Messages(trt)
+        with torch.cuda.device(device):
+            self._runtime, self._engine = _deserialize(trt, plan, network.name, self._messages)
+            self._contexts = _Contexts(trt, self._engine, network.name, self._messages, cache)
+            # On the default stream TensorRT would synchronise the device, and no graph can be recorded.
+            self._graphs = CudaGraphs(self._new_execution, torch.cuda.Stream(device))
+        self._lock = threading.Lock()
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network; outputs are freshly allocated, and ready on torch's current stream."""
+        check_inputs(self._network, inputs)
+        live = tuple(self._network.live.values())
+        with self._lock, torch.cuda.device(self._device):
+            try:
+                if all(can_bind(tensor) for tensor in live):
+                    outputs = self._graphs(inputs, depends=tuple(tensor.data_ptr() for tensor in live))
+                else:
+                    # Such a tensor is copied at each launch, and a recording would keep one copy for good.
+                    outputs = self._graphs.launch(inputs)
+            except torch.OutOfMemoryError as error:
+                raise EngineMemoryError(f"no memory to run {self._network.name} in: {error}") from error
+            self._contexts.keep_compiled(tuple(tuple(tensor.shape) for tensor in inputs.values()))
+        return outputs
+
+    def _new_execution(self) -> Execution:
+        return Execution(self._contexts.new(), self._engine, self._network, self._device, self._messages)
+
+
+class _Contexts:
+    """Makes execution contexts of an engine, in memory that torch allocates at each launch.
+
+    Else TensorRT would reserve, for good, what the largest shapes of the profile need.
+    """
+
+    def __init__(self, trt: Any, engine: Any, name: str, messages: Messages, cache: RuntimeCache | None) -> None:
+        self._engine = engine
+        self._name = name
+        self._messages = messages
+        self._cache = cache
+        self._compiled: Any = None
+        self._shapes: set[object] = set()
+        self._next_write = 1
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is None:
+            self._how = strategy
+            return
+        self._how = config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # TensorRT-RTX compiles kernels for new shapes in the background; a graph would keep the slow ones for good.
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        if cache is not None:
+            self._compiled = config.create_runtime_cache()
+            content = cache.read()
+            if content is not None:
+                # False for what another GPU, driver or version left: then it is compiled anew, and replaced.
+                self._compiled.deserialize(content)
+            config.set_runtime_cache(self._compiled)
+
+    def new(self) -> Any:
+        """A context that no other launch uses.
+
+        Raises:
+            EngineError: TensorRT cannot make one.
+        """
+        self._messages.forget()
+        context = self._engine.create_execution_context(self._how)
+        self._messages.check()
+        if context is None:
+            raise self._messages.error(f"TensorRT cannot prepare {self._name}")
+        return context
+
+    def keep_compiled(self, shapes: object) -> None:
+        """Keep for the next process what was compiled for new shapes: of the 1st, 2nd, 4th, 8th, … of them."""
+        if self._cache is None or self._compiled is None or shapes in self._shapes or len(self._shapes) == _SHAPES:
+            return
+        self._shapes.add(shapes)
+        if len(self._shapes) == self._next_write:
+            self._next_write *= 2
+            self._cache.write(bytes(self._compiled.serialize()))
+
+
+def layer_table(trt: Any, plan: bytes, name: str) -> str:
+    """What the engine inspector says of every layer, as JSON.
+
+    Raises:
+        EngineError: TensorRT cannot load the plan.
+    """
+    messages = Messages(trt)
+    _runtime, engine = _deserialize(trt, plan, name, messages)
+    return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+
+
+def _deserialize(trt: Any, plan: bytes, name: str, messages: Messages) -> tuple[Any, Any]:
+    """The runtime, which has to live as long as its engine, and the engine."""
+    # Its `engine_host_code_allowed` stays off: a plan is data, and no code of its own may run.
+    runtime = trt.Runtime(messages.logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    messages.check()
+    if engine is None:
+        raise messages.error(f"TensorRT cannot load {name}")
+    return runtime, engine

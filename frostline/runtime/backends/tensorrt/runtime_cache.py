@@ -1,0 +1,58 @@
+"""What TensorRT-RTX compiled for this GPU as an engine ran, kept beside the engine for the next process.
+
+It is code that will run, as an engine is: nothing is loaded that this user's key did not sign for this very engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from frostline.errors import DataError, EngineError
+from frostline.runtime import signing
+from frostline.runtime.verification import VerifiedEngine
+from frostline.writing import written_whole
+
+log = logging.getLogger(__name__)
+
+_SIGNATURE_BYTES = 64
+
+
+class RuntimeCache:
+    """One file for one network of an engine: the signature in hexadecimal, and the content.
+
+    Args:
+        artifact: the engine's file that the cache belongs to.
+    """
+
+    def __init__(self, engine: VerifiedEngine, artifact: str) -> None:
+        # Beside the folder of the engine: in it lies only what its manifest names.
+        self.path: Path = engine.path.with_name(f".{engine.path.name}.{artifact}.runtime_cache")
+        self._engine = engine.manifest.artifacts[artifact].sha256.encode()
+
+    def read(self) -> bytes | None:
+        """The content, or None where there is none that this user signed for this engine."""
+        try:
+            data = self.path.read_bytes() if self.path.is_file() and not self.path.is_symlink() else b""
+        except OSError as error:
+            log.warning("runtime cache %s cannot be read: %s", self.path, error)
+            return None
+        signature, content = data[:_SIGNATURE_BYTES], data[_SIGNATURE_BYTES:]
+        if not data:
+            return None
+        if not signing.verify(self._signed(content), signature.decode("ascii", "replace")):
+            log.warning("runtime cache %s is not signed with your key: it is not used", self.path)
+            return None
+        return content
+
+    def write(self, content: bytes) -> None:
+        """Replace the file; where that is not possible, the next process compiles again."""
+        try:
+            signature = signing.sign(self._signed(content)).encode()
+            with written_whole(self.path) as part:
+                part.write_bytes(signature + content)
+        except (DataError, EngineError) as error:
+            log.debug("no runtime cache is kept: %s", error)
+
+    def _signed(self, content: bytes) -> bytes:
+        return b"runtime cache of " + self._engine + b"\n" + content

@@ -1,0 +1,44 @@
+"""Networks with a narrower range of shapes than their stage has: what an engine cannot serve, it need not take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, TensorSpec
+
+
+def bounded(network: Network, largest: Mapping[str, Sequence[int]]) -> Network:
+    """`network` with the largest shapes that an engine was built for.
+
+    Args:
+        largest: by input, live ones included; of inputs that are not named, the network's own.
+    """
+    extents: dict[str, int] = {}
+    for spec in (*network.inputs, *network.live_specs):
+        for extent, bound in zip(spec.shape, largest.get(spec.name, ()), strict=False):
+            if isinstance(extent, Dimension):
+                extents[extent.name] = min(extents.get(extent.name, extent.max), bound // extent.multiple)
+    return with_largest(network, extents)
+
+
+def with_largest(network: Network, extents: Mapping[str, int]) -> Network:
+    """`network` with other upper bounds of its open dimensions.
+
+    Args:
+        extents: by dimension, in its own units; none may be below what the dimension's typical extent is.
+    """
+    return replace(
+        network,
+        inputs=tuple(_lowered(spec, extents) for spec in network.inputs),
+        live_specs=tuple(_lowered(spec, extents) for spec in network.live_specs),
+    )
+
+
+def _lowered(spec: TensorSpec, extents: Mapping[str, int]) -> TensorSpec:
+    shape = (
+        replace(extent, max=extents.get(extent.name, extent.max)) if isinstance(extent, Dimension) else extent
+        for extent in spec.shape
+    )
+    return replace(spec, shape=tuple(shape))

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from frostline import __version__
 from frostline.cli import adapters, engines, exporting, scoring, training
+from frostline.cli.leaving import leave
 from frostline.errors import ConfigError, FrostlineError
 from frostline.terminal import Terminal
 
@@ -73,18 +74,7 @@ def main() -> None:
         code = leaving.code
     else:
         code = 0
-    _leave(code)
-
-
-def _leave(code: int | str | None) -> None:
-    """Exit; without Python's own end where native code still runs for a build that was interrupted."""
-    from frostline.runtime.interruptible import work_left_behind
-
-    if work_left_behind():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-    sys.exit(code)
+    leave(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

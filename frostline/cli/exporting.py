@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frostline.cli.leaving import at_once
 from frostline.cli.options import ENGINES, Device, EnginesDir, Model
 from frostline.terminal import Terminal
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from frostline.export.outcome import ExportRow
 
 
+@at_once
 def export(
     model: Model,
     stages: Annotated[str | None, typer.Option(help="Comma-separated names, or all.")] = None,

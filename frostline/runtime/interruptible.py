@@ -13,7 +13,7 @@ from typing import TypeVar
 _Result = TypeVar("_Result")
 
 # How long work that was cancelled is waited for: who pressed Ctrl-C waits as well.
-_PATIENCE_SECONDS = 1.5
+_PATIENCE_SECONDS = 0.5
 _POLL_SECONDS = 0.1
 
 _left_behind: list[threading.Thread] = []

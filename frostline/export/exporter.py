@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from frostline.errors import EngineError, EngineMemoryError, InputError, ParityError, SharedFolderError
+from frostline.errors import EngineError, EngineMemoryError, InputError, ParityError, ShapeError, SharedFolderError
 from frostline.export.limits import check_served, within_limit
 from frostline.export.parity import compare
 from frostline.export.traces import Traces

@@ -56,7 +56,7 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
     Raises:
         ConfigError: it has another rank, another scale, or is on other layers.
     """
-    adapter, lora = read_adapter(checkpoint.path), settings.lora
+    adapter, lora = read_adapter(checkpoint.path).uniform(), settings.lora
     if adapter.rank != lora.rank:
         raise ConfigError(f"lora.rank: the adapter in {checkpoint.path} has rank {adapter.rank}, not {lora.rank}")
     scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank

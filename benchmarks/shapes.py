@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frostline.models.components import WanComponents
-from frostline.models.faces import FaceIdentity, LargestFaces
+from frostline.models.faces import ChosenFaces, FaceIdentity
 from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.face_identity import FaceIdentityReward
@@ -59,8 +59,8 @@ def see_faces_everywhere(faces: FaceIdentity) -> None:
     """
     detect = faces.detect
 
-    def looked_at(frames: Tensor) -> LargestFaces:
-        found = detect(frames)
+    def looked_at(frames: Tensor, reference_mean: Tensor | None = None) -> ChosenFaces:
+        found = detect(frames, reference_mean)
         return replace(found, found=torch.ones_like(found.found))
 
     faces.detect = looked_at  # pyright: ignore[reportAttributeAccessIssue]

@@ -45,6 +45,9 @@ _NAMES_OF_OTHERS = {
 # What pydantic says of what should be a path.
 _NO_PATH = {"class": "Path"}
 
+# Text that may be, or end in, a path.
+_NAMES_WITH_PATHS = ("model", "detector", "embedder")
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable; unknown keys, numbers that are not finite and values of another type refused."""
@@ -77,6 +80,20 @@ class Settings(BaseModel):
         if field is None or type(None) in get_args(field.annotation):
             return False
         return get_origin(field.annotation) in (tuple, dict) or nested_settings(cls, name) is not None
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expand_home(cls, value: Any, field: ValidationInfo) -> Any:
+        """Let `~` in a path be the home folder, as a shell does, also behind `scrfd:` and the like."""
+        try:
+            if isinstance(value, Path):
+                return value.expanduser()
+            if field.field_name in _NAMES_WITH_PATHS and isinstance(value, str) and "~" in value:
+                kind, colon, path = value.rpartition(":")
+                return f"{kind}{colon}{Path(path).expanduser()}" if path.startswith("~") else value
+        except RuntimeError as error:
+            raise ValueError(f"{value}: {error}") from None
+        return value
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:
@@ -125,6 +142,11 @@ class RewardTerm(Settings):
     min_face_size: int = Field(
         default=20, ge=12, description="face_identity: smallest face that mtcnn looks for, in (enlarged) pixels"
     )
+    face: Literal["largest", "best"] = Field(
+        default="largest",
+        description="face_identity: which of several faces in a generated frame counts: the largest, or the best "
+        "likeness of the reference; of a reference it is the largest",
+    )
     missing_face: Literal["exclude", "zero"] = Field(
         default="exclude", description="face_identity: frames without a face: left out of the mean, or counted as 0"
     )
@@ -140,7 +162,7 @@ class RewardTerm(Settings):
     def _fields_go_with_the_type(self) -> Self:
         # Defaults are no fault: a file written from these settings names them all.
         fields = type(self).model_fields
-        for name in ("detector", "embedder", "upscale", "min_face_size", "missing_face"):
+        for name in ("detector", "embedder", "upscale", "min_face_size", "face", "missing_face"):
             if not self.is_face_identity and getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} is of face_identity only, but type is {self.type}")
         if self.options and self.is_face_identity:

@@ -19,6 +19,7 @@ ROOMS = ("models", "runtime", "export", "score", "train", "demo", "cli")
 BESIDE = {"score": {"train"}, "train": {"score"}, "report": {*ROOMS}}
 LEAVES = {
     *("errors", "config", "documents", "video", "paths", "writing", "installed", "progress", "escaping", "terminal"),
+    *("csvfile", "allocation"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,12 @@ def _finite(tokens: Tensor) -> Tensor:
         return tokens
     bound = torch.finfo(torch.float16).max - 1000
     return tokens.clamp(-bound, bound)
+
+
+def count_tokens(tokenizer: HuggingfaceTokenizer, prompt: str) -> int:
+    """Return how many tokens a prompt has before it is cut to what the text encoder takes."""
+    ids: Any = tokenizer([prompt], padding=False, truncation=False, return_tensors=None, verbose=False)
+    return len(ids[0])
 
 
 def tokenize(tokenizer: HuggingfaceTokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

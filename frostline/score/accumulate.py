@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.models.faces.identity import FrameFaces, MissingFace, frame_cosines, pool_frames
+from frostline.models.faces.identity import FaceChoice, FrameFaces, MissingFace, frame_cosines, pool_frames
 from frostline.score.decoding import Chunk
 from frostline.score.request import Pair
 
@@ -27,17 +27,28 @@ class ReferenceSum:
     frames: int = 0
     error: str = ""
     first: tuple[Tensor | float, int] = (0.0, 0)
+    crowded: int = 0
+    most_faces: int = 0
+    note: str = ""
 
-    def add(self, found: Tensor, embeddings: Tensor) -> None:
-        """Frames, (n,) bool, and the embeddings of those with a face."""
+    def add(self, seen: FrameFaces) -> None:
+        """What was seen in some frames, of each of which the largest face counts."""
+        embeddings = seen.chosen().embeddings
         total, faces = embeddings.double().sum(dim=0), len(embeddings)
         if self.frames == 0:
-            head = int(found[0])
+            head = int(seen.numbers[0] > 0)
             self.first = (embeddings[:head].double().sum(dim=0), head)
-        self.total, self.faces, self.frames = self.total + total, self.faces + faces, self.frames + len(found)
+        self.total, self.faces, self.frames = self.total + total, self.faces + faces, self.frames + len(seen.numbers)
+        self.crowded += int((seen.numbers > 1).sum())
+        self.most_faces = max(self.most_faces, int(seen.numbers.max()))
 
-    def end(self, error: str, path: str) -> None:
-        """All frames were added."""
+    def end(self, error: str, note: str, path: str) -> None:
+        """All frames were added, and what there is to tell of their file is this."""
+        crowd = ""
+        if self.crowded:
+            where = f"in {self.crowded} of its {self.frames} frames " if self.frames > 1 else ""
+            crowd = f"{where}{self.most_faces} faces were found, of which the largest counts"
+        self.note = "; ".join(filter(None, (note, crowd)))
         if self.frames > 1:
             self.total, self.faces = self.total - self.first[0], self.faces - self.first[1]
         self.error = f"the reference cannot be used: {error}" if error else ""
@@ -75,11 +86,11 @@ class VideoFrames:
     best: Extreme | None = None
     seconds: float = 0.0
 
-    def add(self, chunk: Chunk, seen: FrameFaces, mean: Tensor) -> None:
+    def add(self, chunk: Chunk, seen: FrameFaces, mean: Tensor, face: FaceChoice) -> None:
         """The frames of a chunk, as they were seen, against the mean of the reference embeddings."""
-        found = seen.largest.found
+        faces, found = seen.chosen(mean if face == "best" else None), seen.numbers > 0
         cosines = found.new_zeros(len(found), dtype=torch.float32)
-        cosines[found] = frame_cosines(seen.embeddings, mean)
+        cosines[found] = frame_cosines(faces.embeddings, mean)
         self.size = (chunk.frames.shape[-1], chunk.frames.shape[-2])
         self.numbers += chunk.numbers
         self.found.append(found.cpu())
@@ -89,9 +100,9 @@ class VideoFrames:
             lowest = int(torch.where(found, cosines, torch.inf).argmin())
             highest = int(torch.where(found, cosines, -torch.inf).argmax())
             if self.worst is None or cosines[lowest] < self.worst.score:
-                self.worst = _extreme_at(lowest, chunk, seen, cosines)
+                self.worst = _extreme_at(lowest, chunk, faces, cosines)
             if self.best is None or cosines[highest] > self.best.score:
-                self.best = _extreme_at(highest, chunk, seen, cosines)
+                self.best = _extreme_at(highest, chunk, faces, cosines)
 
     def columns(self, missing_face: MissingFace) -> dict[str, Any]:
         """What the frames came to, as fields of `VideoScore`."""
@@ -115,8 +126,9 @@ class VideoFrames:
         }
 
 
-def _extreme_at(index: int, chunk: Chunk, seen: FrameFaces, cosines: Tensor) -> Extreme:
-    box, points = seen.largest.boxes[index].tolist(), seen.largest.landmarks[index].tolist()
+def _extreme_at(index: int, chunk: Chunk, faces: FrameFaces, cosines: Tensor) -> Extreme:
+    row = int(torch.searchsorted(faces.frame_index, index))
+    box, points = faces.boxes[row].tolist(), faces.landmarks[row].tolist()
     return Extreme(
         number=chunk.numbers[index],
         score=cosines[index].item(),

@@ -56,9 +56,9 @@ Event = Chunk | End
 def decoded(sources: Iterable[Source], stride: int, max_frames: int | None) -> Iterator[Iterator[Event]]:
     """What is in the videos: for each its chunks, then its end, in their order.
 
-    At most `_CHUNKS_AHEAD` chunks are waiting at any time. Leaving the block ends the thread.
+    At most `_CHUNKS_AHEAD` chunks are waiting at any time, and of large frames one. Leaving the block ends the thread.
     """
-    events: queue.Queue[Event | BaseException | None] = queue.Queue(_CHUNKS_AHEAD)
+    events = _Events(_CHUNKS_AHEAD)
     stopped = threading.Event()
 
     def put(event: Event | BaseException | None) -> bool:
@@ -88,6 +88,13 @@ def decoded(sources: Iterable[Source], stride: int, max_frames: int | None) -> I
         thread.join()
 
 
+class _Events(queue.Queue["Event | BaseException | None"]):
+    """A queue that counts a chunk as often as it has `_CHUNK_BYTES`."""
+
+    def _qsize(self) -> int:
+        return sum(max(1, item.frames.nbytes // _CHUNK_BYTES) if isinstance(item, Chunk) else 1 for item in self.queue)
+
+
 def _drain(events: queue.Queue[Event | BaseException | None]) -> Iterator[Event]:
     while (event := events.get()) is not None:
         if isinstance(event, BaseException):
@@ -113,12 +120,14 @@ def _events(source: Source, stride: int, max_frames: int | None, stopped: Callab
                 yield chunk
                 start, waiting = time.perf_counter(), []
             waiting.append((number, picture))
+        if waiting:
+            yield _chunk(key, waiting)
     except FrostlineError as raised:
         error = str(raised)
+    except MemoryError:
+        error = f"{path}: its frames do not fit into memory"
     except Exception as raised:  # a file that the decoder stumbles over must not stop the others
         error = f"{path}: cannot be decoded: {raised}"
-    if waiting and not error:
-        yield _chunk(key, waiting)
     yield End(key, error, "; ".join(notes), seconds + time.perf_counter() - start)
 
 

@@ -80,5 +80,5 @@ def load_networks(
             export_stage(stage, backend, store, progress=lambda step, name=name: announce(f"{backend} {name}: {step}"))
     runtime = Runtime(stages, backend, engines)
     served = RuntimeEmbedder.of(embedder, runtime)
-    identity = FaceIdentity(RuntimeDetector(runtime), served, settings.upscale, settings.missing_face)
+    identity = FaceIdentity(RuntimeDetector(runtime), served, settings.upscale, settings.missing_face, settings.face)
     return FaceNetworks(identity, runtime, (detector.name, embedder.name), device)

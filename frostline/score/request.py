@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from frostline.csvfile import csv_columns, csv_records
 from frostline.errors import ConfigError, DataError
 from frostline.escaping import text_of_csv_cell
 from frostline.paths import check_inside
@@ -70,7 +70,7 @@ def pairs_of_file(file: Path, reference: str | None = None, allow_outside: bool 
     return pairs
 
 
-def _rows(file: Path) -> Iterator[dict[str, str | None]]:
+def _rows(file: Path) -> Iterator[dict[str | None, Any]]:
     try:
         # Names that are no UTF-8 are names, too.
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -78,21 +78,21 @@ def _rows(file: Path) -> Iterator[dict[str, str | None]]:
         raise ConfigError(f"no such file of pairs: {file}") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        if "video" not in (reader.fieldnames or ()):
-            found = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise ConfigError(f"{file}: has no column 'video' (found {found})")
-        for column in reader.fieldnames or ():
+        columns = csv_columns(text)
+        if "video" not in columns:
+            raise ConfigError(f"{file}: has no column 'video' (found {', '.join(columns) or 'nothing'})")
+        for column in columns:
             # Unread, it would leave every video to be scored against itself.
             if column != "reference" and difflib.get_close_matches(column.lower(), ["reference"], cutoff=0.5):
                 raise ConfigError(f"{file}: has a column {column!r}: is 'reference' meant?")
-        yield from reader
-    except csv.Error as error:
-        raise ConfigError(f"{file}, row {reader.line_num + 1}: is not well-formed csv: {error}") from error
+        for _, record in csv_records(text):
+            yield record
+    except DataError as error:
+        raise ConfigError(f"{file}, {error}") from error
 
 
-def _pair(index: int, row: dict[str, str | None], folder: Path, reference: str | None, allow_outside: bool) -> Pair:
+def _pair(index: int, row: dict[str | None, Any], folder: Path, reference: str | None, allow_outside: bool) -> Pair:
     cells = {name: (row.get(name) or "").strip() for name in ("video", "reference", "prompt")}
     faults = []
     if None in row:  # where csv.DictReader puts what is beyond the header

@@ -20,9 +20,10 @@ class VideoScore(BaseModel):
     Cosines lie in [-1, 1], rates in [0, 1]; boxes are left, top, right, bottom and landmarks x, y in pixels of the
     video's own frames. What an error row, or a video without a face, has no value for is null (empty in CSV).
 
-    index: place in the input. error: why the video could not be scored. note: what was wrong with it all the same.
+    index: place in the input. error: why the video could not be scored. note: what else there is to know of it, and
+    behind `REFERENCE_NOTE` of its reference.
     face_score: the reward. face_score_missing_zero: the same with every frame without a face as 0.
-    frames: that were scored. max_faces: most faces in one frame, of which the largest counts.
+    frames: that were scored. max_faces: most faces in one frame; which of them counts, the settings say.
     frame_numbers, frame_scores: of the scored frames; a frame without a face has no score.
     worst_*, best_*: of the frames with the lowest and the highest score.
     seconds: decoding plus this video's share of the batches it was in. settings: all that the score depends on.
@@ -97,6 +98,8 @@ class VideoScore(BaseModel):
         return cls.model_validate(values)
 
 
+REFERENCE_NOTE = "reference: "
+"""In a note, before what is not of the video itself."""
 COLUMNS = tuple(VideoScore.model_fields)
 # Of a file; `splitlines` takes many more characters for one, and a name that loses them is another video's.
 _LINE_END = re.compile(r"\r\n?|\n")

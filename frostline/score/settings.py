@@ -18,6 +18,10 @@ class ScoreSettings(Settings):
     min_face_size: int = Field(
         default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels"
     )
+    face: Literal["largest", "best"] = Field(
+        default="largest",
+        description="which of several faces in a frame counts: the largest, or the one nearest to the reference's",
+    )
     missing_face: Literal["exclude", "zero"] = Field(
         default="exclude", description="frames without a face: left out of the mean, or counted as 0"
     )

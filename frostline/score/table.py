@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from frostline.escaping import printable_name
-from frostline.score.result import VideoScore
+from frostline.score.result import REFERENCE_NOTE, VideoScore
 from frostline.score.run import Outcome
 from frostline.score.summary import HISTOGRAM_EDGES, Summary
 
@@ -29,11 +29,16 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         console.print(table)
     if len(rows) > len(shown):
         console.print(f"and {len(rows) - len(shown)} more")
+    notes: dict[tuple[str, str], None] = {}  # those of a reference once, however many videos it has
     for row in rows:
         if row.status == "error":
-            console.print(_remark("[bold red]failed[/]", row, row.error), soft_wrap=True, highlight=False)
-        elif row.note:
-            console.print(_remark("[yellow]note[/]", row, row.note), soft_wrap=True, highlight=False)
+            console.print(_remark("[bold red]failed[/]", row.video, row.error), soft_wrap=True, highlight=False)
+        else:
+            own, _, of_reference = row.note.partition(REFERENCE_NOTE)
+            notes |= {(row.video, own.removesuffix("; ")): None, (row.reference, of_reference): None}
+    for name, note in notes:
+        if note:
+            console.print(_remark("[yellow]note[/]", name, note), soft_wrap=True, highlight=False)
     for line in summary_lines(outcome.summary):
         console.print(line, highlight=False)
 
@@ -54,9 +59,9 @@ def summary_lines(summary: Summary) -> list[str]:
     return lines
 
 
-def _remark(kind: str, row: VideoScore, text: str) -> str:
-    name, text = printable_name(row.video), printable_name(text.removeprefix(f"{row.video}: "))
-    return f"{kind} {escape(f'{name}: {text}')}"
+def _remark(kind: str, name: str, text: str) -> str:
+    text = printable_name(text.removeprefix(f"{name}: "))
+    return f"{kind} {escape(f'{printable_name(name)}: {text}')}"
 
 
 def _cells(row: VideoScore) -> list[str]:

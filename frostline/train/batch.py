@@ -26,19 +26,23 @@ RANGE_TOLERANCE = 1e-4
 class Batch:
     """A checked batch of B samples.
 
-    prompt: B strings, none blank. video: float32 `(B, T, 3, H, W)` in [0, 1]. sample_id: B names.
+    prompt: B strings, none blank. video: float32 `(B, T, 3, H, W)` in [0, 1]. sample_id: B names. valid_frames: B
+    numbers, 1 to T; the frames from there on are padding.
     """
 
     prompt: tuple[str, ...]
     video: torch.Tensor
     sample_id: tuple[str, ...]
+    valid_frames: tuple[int, ...]
 
 
 def check_batch(data: Any) -> Batch:
     """Hold `data` against the contract; a `DataError` names the sample, the field and what to do.
 
     data: `{"prompt": list[str] of length B, "video": float (B, T, C, H, W) in [0, 1]}`, optionally with
-    `"sample_id": list[str]`. Other keys are left alone. Half and double precision are cast to float32.
+    `"sample_id": list[str]` and `"valid_frames": list[int]`: how many frames of each video are its own; those after
+    them are padding, which no reward refers to. Other keys are left alone. Half and double precision are cast to
+    float32.
     """
     if not isinstance(data, dict):
         raise DataError(f"a batch must be a dict with 'prompt' and 'video', not {type(data).__name__}")
@@ -49,7 +53,8 @@ def check_batch(data: Any) -> Batch:
     count = video.shape[0]
     sample_id = _check_sample_ids(data.get("sample_id"), count)
     prompt = _check_prompts(data["prompt"], count, sample_id)
-    return Batch(prompt, _check_pixels(video, sample_id), sample_id)
+    valid_frames = _check_valid_frames(data.get("valid_frames"), video.shape[1], sample_id)
+    return Batch(prompt, _check_pixels(video, sample_id), sample_id, valid_frames)
 
 
 def fit_to_wan(video: torch.Tensor, multiple: int = SPATIAL_MULTIPLE) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -114,6 +119,19 @@ def _check_sample_ids(sample_id: Any, count: int) -> tuple[str, ...]:
     if len(sample_id) != count:
         raise DataError(f"field 'sample_id': has {len(sample_id)} entries, but 'video' holds {count} samples")
     return tuple(sample_id)
+
+
+def _check_valid_frames(valid_frames: Any, frames: int, sample_id: tuple[str, ...]) -> tuple[int, ...]:
+    if valid_frames is None:
+        return (frames,) * len(sample_id)
+    if isinstance(valid_frames, torch.Tensor):
+        valid_frames = valid_frames.tolist()
+    if not isinstance(valid_frames, list | tuple) or len(valid_frames) != len(sample_id):
+        raise DataError(f"field 'valid_frames': must be a list of {len(sample_id)} int, one a sample")
+    for name, count in zip(sample_id, valid_frames, strict=True):
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= frames:
+            raise DataError(f"sample {name}, field 'valid_frames': must be 1 to {frames}, not {count!r}")
+    return tuple(valid_frames)
 
 
 def _check_prompts(prompt: Any, count: int, sample_id: tuple[str, ...]) -> tuple[str, ...]:

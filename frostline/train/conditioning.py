@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,18 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from frostline.errors import ConfigError
 from frostline.models.geometry import MASK_CHANNELS, latent_grid
-from frostline.models.text import tokenize
+from frostline.models.text import count_tokens, tokenize
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.computation import computation_id
 from frostline.runtime.identity import stage_code
-from frostline.train.batch import check_batch, fit_to_wan
+from frostline.train.batch import Batch, check_batch, fit_to_wan
 
 # What this file imports is part of what its results are cached by.
 if TYPE_CHECKING:
     from frostline.models.components import WanComponents
     from frostline.runtime.runtime import Runtime
     from frostline.train.reward import ActiveReward
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Conditioner:
         self.cache = cache
         self._device, self._dtype = components.device, components.dtype
         self._computations: dict[tuple[str, ...], str] = {}
+        self._told_of_a_cut_prompt = False
 
     @torch.no_grad()
     def __call__(self, data: object) -> Conditioning:
@@ -76,10 +81,12 @@ class Conditioner:
         T, H, W = video.shape[1], *video.shape[-2:]
         # Before the video moves: a hash is computed in main memory.
         image_keys = [content_key(frame=frame, frames=T) for frame in video[:, 0]]
-        video_keys = [content_key(video=sample) for sample in video]
+        references = [_reference_frames(frames) for frames in batch.valid_frames]
+        video_keys = [content_key(video=sample[:own]) for sample, own in zip(video, references, strict=True)]
         video = video.to(self._device)
         first_frame = video[:, 0] * 2 - 1
         ids, mask = tokenize(self.components.tokenizer, list(batch.prompt))
+        self._tell_of_cut_prompts(batch, mask)
         text_keys = [content_key(ids=row, mask=used) for row, used in zip(ids, mask, strict=True)]
         return Conditioning(
             sample_id=batch.sample_id,
@@ -89,7 +96,7 @@ class Conditioner:
             y=self._image_latents(first_frame, T, image_keys),
             clip_feature=self._clip_feature(first_frame, image_keys),
             first_frame_latents=self._first_frame_latents(first_frame, image_keys),
-            references=tuple(self._references(active, video, video_keys) for active in self.rewards),
+            references=tuple(self._references(active, video, references, video_keys) for active in self.rewards),
         )
 
     def cached_rows(
@@ -171,11 +178,52 @@ class Conditioner:
 
         return self.cached_rows("clip_feature", ["image_encoder"], keys, compute)["clip_feature"]
 
-    def _references(self, active: ActiveReward, video: Tensor, keys: Sequence[str]) -> Mapping[str, Tensor]:
+    def _references(
+        self, active: ActiveReward, video: Tensor, frames: Sequence[int], keys: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """What a reward keeps of each video's first so many frames."""
+
         def compute(rows: list[int]) -> Mapping[str, Tensor]:
             # In float32 as `score` is, whatever autocast the step runs in: what is cached must not depend on it.
             with torch.autocast(video.device.type, enabled=False):
-                return active.reward.references(video[rows])
+                return _by_length(active, video[rows], [frames[row] for row in rows])
 
         keys = [content_key(video=key, settings=active.references_key) for key in keys]
         return self.cached_rows("references", active.stages, keys, compute)
+
+    def _tell_of_cut_prompts(self, batch: Batch, mask: Tensor) -> None:
+        if self._told_of_a_cut_prompt:
+            return
+        limit = mask.shape[1]
+        for name, prompt, used in zip(batch.sample_id, batch.prompt, mask, strict=True):
+            if used.all() and (tokens := count_tokens(self.components.tokenizer, prompt)) > limit:
+                self._told_of_a_cut_prompt = True
+                cut = f"its prompt has {tokens} tokens, of which the text encoder sees the first {limit}"
+                log.warning("sample %s: %s; said once, whatever other prompts are too long", name, cut)
+                return
+
+
+def _reference_frames(valid_frames: int) -> int:
+    """How many frames of a video a reward refers to: none that pads it, but of a picture the copy behind it.
+
+    Rewards leave out frame 0, which the generated video is given; of a picture, that frame is all there is.
+    """
+    return max(2, valid_frames)
+
+
+def _by_length(active: ActiveReward, video: Tensor, frames: Sequence[int]) -> Mapping[str, Tensor]:
+    """A reward's references of (B, T, 3, H, W) videos, of which each counts as far as its number of frames.
+
+    Raises:
+        ConfigError: what the reward keeps is of another shape for fewer frames.
+    """
+    if min(frames) >= video.shape[1]:
+        return active.reward.references(video)
+    rows = [active.reward.references(sample[None, :own]) for sample, own in zip(video, frames, strict=True)]
+    try:
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the reward {active.reward.name} keeps something of each frame, and clips differ in length "
+            f"({sorted(set(frames))} frames): leave out those that are shorter than num_frames"
+        ) from error

@@ -1,50 +1,53 @@
 """Training data: rows of a metadata file, or a folder of captioned videos, as samples for the module."""
 
-import csv
 import functools
-import io
-import json
 import logging
 import math
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import NotRequired, TypedDict
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from frostline.allocation import is_out_of_memory
 from frostline.errors import DataError
-from frostline.escaping import is_text
 from frostline.models.geometry import SPATIAL_MULTIPLE, check_cut
-from frostline.paths import check_inside
-from frostline.train.batch import nearest_name, pad_frames, resize
-from frostline.video import MEDIA_SUFFIXES, probe_video, read_video
+from frostline.train.batch import pad_frames, resize
+from frostline.train.rows import Row, read_rows, resolve_source
+from frostline.video import count_frames, equal_frames, probe_video
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("video", "prompt")
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 _FRAMES_AT_ONCE = 8
-"""Frames resized together: enough to be quick, few enough that a long HD clip is never whole in float32."""
+_PIXELS_AT_ONCE = 2**24
+"""Resized together: enough to be quick, few enough that no clip is ever whole in float32 at its own size."""
 
 
 class Sample(TypedDict):
-    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], T = 4k+1, H and W multiples of what the model takes."""
+    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], T = 4k+1, H and W multiples of what the model takes.
+
+    valid_frames: so many are the video's own, all if not given; what follows repeats the last of them.
+    notes: what there is to tell of it, where it was read by a worker process; otherwise it was logged.
+    """
 
     sample_id: str
     prompt: str
     video: torch.Tensor
+    valid_frames: NotRequired[int]
+    notes: NotRequired[tuple[str, ...]]
 
 
 class CollatedBatch(TypedDict):
-    """A batch as `module.forward` takes it; `video` is float32 `(B, T, 3, H, W)` in [0, 1]."""
+    """A batch as `module.forward` takes it; `video` is float32 `(B, T, 3, H, W)` in [0, 1]. notes: of all samples."""
 
     sample_id: list[str]
     prompt: list[str]
     video: torch.Tensor
+    valid_frames: list[int]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,11 @@ class BadRow:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row that names a video and a prompt, or the fault (field, reason) that keeps it from doing so."""
+class DataCheck:
+    """What a look at all rows found. bad: those that cannot be trained on. short: samples that have to be padded."""
 
-    number: int
-    sample_id: str
-    video: Path = Path()
-    prompt: str = ""
-    fault: tuple[str, str] | None = None
+    bad: list[BadRow]
+    short: list[str]
 
 
 class VideoPromptDataset(Dataset[Sample]):
@@ -82,10 +82,12 @@ class VideoPromptDataset(Dataset[Sample]):
     source: a `metadata.csv`, `.jsonl` or `.json` file with the columns `video` and `prompt` (UTF-8, BOM
     allowed, paths relative to the file), a folder that holds one, or a folder of videos with .txt captions of
     the same name.
-    num_frames: frames of every sample, 4k+1, taken from the video's start, `frame_stride` apart.
+    num_frames: frames of every sample, 4k+1, taken from the video's start, `frame_stride` apart; where it has
+    fewer, the last is repeated.
     height, width: the size of every sample; left out, each video keeps its own, shrunk to at most `max_pixels` and
     rounded down to multiples of `multiple`. Videos are resized to cover the size and cropped at the centre.
-    allow_outside: let the metadata name videos outside its own folder; only for metadata you trust.
+    allow_outside: let the metadata name videos, and captions be links to files, outside of the source's folder; only
+    for data you trust.
     multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
 
     A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
@@ -109,13 +111,14 @@ class VideoPromptDataset(Dataset[Sample]):
         self.max_pixels = max_pixels
         self.frame_stride = frame_stride
         self.multiple = multiple
-        self.source = _resolve_source(Path(source))
-        self._rows = _with_unique_ids(_read_rows(self.source, allow_outside))
+        self.source = resolve_source(Path(source))
+        self._rows = read_rows(self.source, allow_outside)
         if not self._rows:
             raise DataError(f"{self.source}: holds no rows")
         faults = [self._bad_row(row, *row.fault) for row in self._rows if row.fault is not None]
         if len(faults) == len(self._rows):
             raise DataError(f"{faults[0]} (none of the {len(faults)} rows is usable)")
+        self._states = {row.video: _state_of(row.video) for row in self._rows if row.fault is None}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -124,16 +127,28 @@ class VideoPromptDataset(Dataset[Sample]):
         row = self._rows[index]
         if row.fault is not None:
             raise DataError(str(self._bad_row(row, *row.fault)))
+        notes: list[str] = []
+        if _state_of(row.video) != self._states[row.video]:
+            notes.append(f"{row.video}: replaced or changed since the run began; what it shows now is used")
         try:
-            frames = read_video(row.video, max_frames=self.num_frames, stride=self.frame_stride)
+            video = self._read(row.video, notes)
         except DataError as error:
             raise DataError(str(self._bad_row(row, "video", str(error)))) from error
-        height, width = frames.shape[-2:]
-        video = crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.multiple))
-        if len(video) < self.num_frames:
-            _log_padding(row.sample_id, len(video), self.num_frames)
+        valid_frames = len(video)
+        if valid_frames < self.num_frames:
+            padded = f"{valid_frames} frames, padded to {self.num_frames} by repeating the last"
+            notes.append(f"sample {row.sample_id}: {padded}")
             video = pad_frames(video, self.num_frames, dim=0)
-        return {"sample_id": row.sample_id, "prompt": row.prompt, "video": video}
+        if get_worker_info() is None:
+            tell_once(notes)
+            notes = []
+        return {
+            "sample_id": row.sample_id,
+            "prompt": row.prompt,
+            "video": video,
+            "valid_frames": valid_frames,
+            "notes": tuple(notes),
+        }
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
@@ -141,25 +156,70 @@ class VideoPromptDataset(Dataset[Sample]):
         return tuple(row.sample_id for row in self._rows)
 
     def validate(self, deep: bool = False) -> list[BadRow]:
-        """All rows that cannot be trained on.
+        """Return all rows that cannot be trained on.
 
         Opens every video and decodes its first frame, or, with `deep`, every frame that training would use.
         """
-        return [bad for row in self._rows if (bad := self._fault_of(row, deep)) is not None]
+        return self.check(deep).bad
 
-    def _fault_of(self, row: _Row, deep: bool) -> BadRow | None:
+    def check(self, deep: bool = False) -> DataCheck:
+        """Look at all rows as `validate` does, and count the frames of each video."""
+        bad, short = [], []
+        for row in self._rows:
+            try:
+                if self._available_frames(row, deep) < self.num_frames:
+                    short.append(row.sample_id)
+            except DataError as error:
+                bad.append(self._bad_row(row, *(row.fault or ("video", str(error)))))
+        return DataCheck(bad, short)
+
+    def describe_padding(self, short: Sequence[str]) -> str:
+        """Say what becomes of these samples, which `check` found short."""
+        clips = f"{len(short)} of {len(self)} clips have fewer than {self.num_frames} frames"
+        return f"{clips}: their last frame is repeated, and no reward refers to the copies"
+
+    def _available_frames(self, row: Row, deep: bool) -> int:
+        """Of a video, how many frames there are for a sample.
+
+        Raises:
+            DataError: the row has a fault, or its video cannot be read.
+        """
         if row.fault is not None:
-            return self._bad_row(row, *row.fault)
-        try:
-            if deep:
-                read_video(row.video, max_frames=self.num_frames, stride=self.frame_stride)
-            else:
-                probe_video(row.video)
-        except DataError as error:
-            return self._bad_row(row, "video", str(error))
-        return None
+            raise DataError(row.fault[1])
+        if deep:
+            return sum(1 for _ in equal_frames(row.video, self.num_frames, self.frame_stride))
+        probe_video(row.video)
+        return math.ceil(count_frames(row.video, self.num_frames * self.frame_stride) / self.frame_stride)
 
-    def _bad_row(self, row: _Row, field: str, reason: str) -> BadRow:
+    def _read(self, path: Path, notes: list[str]) -> torch.Tensor:
+        """A video's frames as a sample has them, float32 `(T, 3, H, W)`; resized as they arrive.
+
+        Raises:
+            DataError: it cannot be read, or does not fit into memory.
+        """
+        pieces: list[torch.Tensor] = []
+        waiting: list[np.ndarray] = []
+        warn = functools.partial(_add_note, notes, path)
+        try:
+            for _, picture in equal_frames(path, self.num_frames, self.frame_stride, warn):
+                waiting.append(picture)
+                if len(waiting) == _frames_at_once(*picture.shape[:2]):
+                    pieces.append(self._cut(waiting))
+                    waiting = []
+            if waiting:
+                pieces.append(self._cut(waiting))
+            return torch.cat(pieces)
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's
+            if is_out_of_memory(error):
+                raise DataError(f"{path}: its frames do not fit into memory") from error
+            raise
+
+    def _cut(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        height, width = pictures[0].shape[:2]
+        frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        return crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.multiple))
+
+    def _bad_row(self, row: Row, field: str, reason: str) -> BadRow:
         return BadRow(self.source, row.number, row.sample_id, field, reason)
 
 
@@ -177,7 +237,15 @@ def collate(samples: Sequence[Sample]) -> CollatedBatch:
         "sample_id": [sample["sample_id"] for sample in samples],
         "prompt": [sample["prompt"] for sample in samples],
         "video": torch.stack([sample["video"] for sample in samples]),
+        "valid_frames": [sample.get("valid_frames", len(sample["video"])) for sample in samples],
+        "notes": [note for sample in samples for note in sample.get("notes", ())],
     }
+
+
+def tell_once(notes: Iterable[str]) -> None:
+    """Log each of these, once a process."""
+    for note in notes:
+        _log_once(note)
 
 
 def size_within(height: int, width: int, max_pixels: int, multiple: int = SPATIAL_MULTIPLE) -> tuple[int, int]:
@@ -195,137 +263,35 @@ def crop_to(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     covering = max(height, round(frames.shape[-2] * scale)), max(width, round(frames.shape[-1] * scale))
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     pieces: list[torch.Tensor] = []
-    for piece in frames.split(_FRAMES_AT_ONCE):
-        pixels = piece.float() / 255
-        if covering != tuple(pixels.shape[-2:]):
-            pixels = resize(pixels, covering)
-        pieces.append(pixels[..., top : top + height, left : left + width])
+    for piece in frames.split(_frames_at_once(*frames.shape[-2:])):
+        # Channel by channel: of one large picture, that is all that can be done by halves.
+        channels = []
+        for channel in piece.split(1, dim=1):
+            pixels = channel.float().div_(255)
+            if covering != tuple(pixels.shape[-2:]):
+                pixels = resize(pixels, covering)
+            channels.append(pixels[..., top : top + height, left : left + width])
+        pieces.append(torch.cat(channels, dim=1))
     return torch.cat(pieces)
 
 
+def _frames_at_once(height: int, width: int) -> int:
+    return max(1, min(_FRAMES_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """By what a file is known again: its size and when it was changed last; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _add_note(notes: list[str], path: Path, note: str) -> None:
+    notes.append(f"{path}: {note}")
+
+
 @functools.cache
-def _log_padding(sample_id: str, frames: int, num_frames: int) -> None:
-    logger.warning("sample %s: %d frames, padded to %d by repeating the last", sample_id, frames, num_frames)
-
-
-def _resolve_source(source: Path) -> Path:
-    """The metadata file, or the folder of captioned videos, that `source` means."""
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    if source.is_file():
-        if source.suffix.lower() not in _READERS:
-            raise DataError(f"{source}: metadata must be a .csv, .jsonl or .json file")
-        return source
-    found = [source / name for name in METADATA_NAMES if (source / name).is_file()]
-    if len(found) > 1:
-        raise DataError(f"{source}: holds {' and '.join(path.name for path in found)}; name the one to use")
-    return found[0] if found else source
-
-
-def _read_rows(source: Path, allow_outside: bool) -> Iterator[_Row]:
-    return _rows_of_folder(source) if source.is_dir() else _rows_of_metadata(source, allow_outside)
-
-
-def _rows_of_folder(folder: Path) -> Iterator[_Row]:
-    """The videos under a folder in the order of their names, with the captions beside them."""
-
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES)
-    for number, video in enumerate(videos, 1):
-        sample_id = video.relative_to(folder).as_posix()
-        caption = video.with_suffix(".txt")
-        prompt, reason = "", f"the caption {caption.name} is empty"
-        try:
-            prompt = caption.read_text(encoding="utf-8-sig").strip()
-        except FileNotFoundError:
-            reason = f"no caption file {caption.name} beside the video"
-        except (OSError, UnicodeDecodeError) as error:
-            reason = f"the caption {caption.name} cannot be read: {error}"
-        yield _Row(number, sample_id, video, prompt, fault=None if prompt else ("prompt", reason))
-
-
-def _rows_of_metadata(file: Path, allow_outside: bool) -> Iterator[_Row]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    if not text.strip():
-        raise DataError(f"{file}: is empty")
-    for number, record in _READERS[file.suffix.lower()](file, text):
-        yield _parse_row(file.parent, number, record, allow_outside)
-
-
-def _read_csv(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for record in reader:
-            # The reader tells the line where a row ends; a quoted prompt may have begun some lines before.
-            yield reader.line_num - sum(str(value).count("\n") for value in record.values()), record
-    except csv.Error as error:
-        raise DataError(f"{file}, row {reader.line_num + 1}: is not well-formed csv: {error}") from error
-
-
-def _read_jsonl(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}, row {number}: is not well-formed JSON: {error}") from error
-
-
-def _read_json(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is not well-formed JSON: {error}") from error
-    if not isinstance(records, list):
-        raise DataError(f"{file}: must be a list of objects with {' and '.join(COLUMNS)}")
-    yield from enumerate(records, 1)
-
-
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}
-"""By suffix: a function from the file and its text to (row number, record) pairs."""
-
-
-def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> _Row:
-    """One record as a row; whatever is wrong with it becomes the row's fault."""
-    sample_id = f"row-{number}"
-
-    def bad(field: str, reason: str) -> _Row:
-        return _Row(number, sample_id, fault=(field, reason))
-
-    if not isinstance(record, dict):
-        return bad("row", f"must be an object with {' and '.join(COLUMNS)}, not {type(record).__name__}")
-    if isinstance(record.get("video"), str) and record["video"].strip():
-        sample_id = record["video"].strip()
-    if None in record:  # where csv.DictReader puts what is beyond the header
-        return bad("row", "has more fields than the header; quote a prompt that holds commas")
-    for column in COLUMNS:
-        if column not in record:
-            near = nearest_name(column, [name for name in record if name not in COLUMNS])
-            hint = f"is '{near}' meant?" if near else f"found {', '.join(map(repr, record)) or 'nothing'}"
-            return bad(column, f"the column is missing; {hint}")
-        value = record[column]
-        if value is not None and not isinstance(value, str):
-            return bad(column, f"must be text, not {type(value).__name__}")
-        if not (value or "").strip():
-            return bad(column, "is empty")
-    if not is_text(record["prompt"]):
-        return bad("prompt", "holds half of a character (a lone surrogate)")
-    video = record["video"].strip()
-    try:
-        check_inside(folder, video, "allow_outside=True", allow_outside)
-    except DataError as error:
-        return bad("video", str(error))
-    return _Row(number, sample_id, Path(os.path.normpath((folder / video).absolute())), record["prompt"].strip())
-
-
-def _with_unique_ids(rows: Iterator[_Row]) -> tuple[_Row, ...]:
-    """Rows with `#row` added to the names that several of them share."""
-    listed = tuple(rows)
-    counts = Counter(row.sample_id for row in listed)
-    return tuple(
-        row if counts[row.sample_id] == 1 else replace(row, sample_id=f"{row.sample_id}#{row.number}") for row in listed
-    )
+def _log_once(note: str) -> None:
+    logger.warning("%s", note)

@@ -112,8 +112,11 @@ def _look_at(section: str, videos: VideoSettings, multiple: int, settings: RunSe
         dataset = videos.open(multiple)
     except FrostlineError as error:
         return [f"{section}: {error}"]
-    bad = dataset.validate(deep=True)
+    check = dataset.check(deep=True)
+    bad = check.bad
     console.print(f"{section}: {len(dataset) - len(bad)} of {len(dataset)} rows can be read", highlight=False)
+    if check.short:
+        console.print(f"{section}: {dataset.describe_padding(check.short)}", highlight=False)
     if section == "data" and len(bad) < len(dataset):
         console.print(_pace(settings, dataset, len(bad)), highlight=False)
     return [str(row) for row in bad]

@@ -18,7 +18,7 @@ class Evaluation:
     """N generated videos (N, T, 3, H, W) in [0, 1], on the CPU, and how good they are.
 
     measured: (N,) by name: every reward's score and further metrics (`face_score`, `detection_rate`, …), and `psnr`,
-    dB to the true clip. The score is NaN of a video that does not count.
+    dB to the true clip as far as that goes. The score is NaN of a video that does not count.
     """
 
     measured: dict[str, Tensor]
@@ -49,7 +49,7 @@ def evaluate(
         conditioning = module.forward_preprocess(batch)
         noise = torch.stack([_noise(conditioning.latent_shape, noise_seed, i) for i in index])
         generated = module.generate(conditioning, noise.to(conditioning.context.device))
-        values = {"psnr": _psnr(generated, batch["video"].to(generated.device))}
+        values = {"psnr": _psnr(generated, batch["video"].to(generated.device), batch["valid_frames"])}
         for active, score in module.score(generated, conditioning):
             counts = score.valid | (active.settings.on_no_face == "zero")
             values |= {active.reward.name: torch.where(counts, score.score, torch.nan), **score.metrics}
@@ -65,6 +65,7 @@ def _noise(shape: tuple[int, ...], seed: int, index: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1_000_003 * (seed + 1) + index))
 
 
-def _psnr(video: Tensor, truth: Tensor) -> Tensor:
-    """(B,) peak signal-to-noise ratio in dB of videos in [0, 1]."""
-    return -10 * torch.log10((video - truth).pow(2).flatten(1).mean(1).clamp(min=1e-10))
+def _psnr(video: Tensor, truth: Tensor, frames: Sequence[int]) -> Tensor:
+    """(B,) peak signal-to-noise ratio in dB of videos in [0, 1], each over its first so many frames."""
+    errors = [(sample - true)[:own].pow(2).mean() for sample, true, own in zip(video, truth, frames, strict=True)]
+    return -10 * torch.log10(torch.stack(errors).clamp(min=1e-10))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from frostline.config import RewardTerm
 from frostline.models.faces.embedders import FaceEmbedder
-from frostline.models.faces.identity import FaceIdentity, IdentityScore, identity_score
+from frostline.models.faces.identity import FaceIdentity, IdentityScore, frame_cosines, mean_reference, pool_frames
 from frostline.runtime.cache import content_key
 from frostline.runtime.computation import computation_id
 from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
@@ -31,21 +31,26 @@ class FaceIdentityReward:
         self.runtime = runtime
         self.embedder = embedder
         live = cast(FaceEmbedder, embedder)
-        self.identity = FaceIdentity(RuntimeDetector(runtime), live, settings.upscale, settings.missing_face)
+        self.identity = FaceIdentity(
+            RuntimeDetector(runtime), live, settings.upscale, settings.missing_face, settings.face
+        )
         self.identity.reference_embedder = RuntimeEmbedder.of(live, runtime)
 
     def references(self, video: Tensor) -> dict[str, Tensor]:
-        """`ReferenceFaces` of frames 1…T-1 of (B, T, 3, H, W) reference videos in [0, 1]."""
-        return self.identity.references(video)._asdict()
+        """The mean embedding (B, D) of the faces in frames 1…T-1 of (B, T, 3, H, W) videos in [0, 1].
+
+        found: (B,) whether there is any face, without which the mean means nothing.
+        """
+        faces = self.identity.references(video)
+        return {"mean": mean_reference(*faces), "found": faces.found.any(dim=1)}
 
     def identity_score(self, frames: Tensor, references: Mapping[str, Tensor]) -> IdentityScore:
         """All there is to say of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames."""
-        faces = self.identity.detect(frames)
+        faces = self.identity.detect(frames, references["mean"])
         with self.runtime.clock.measure("face_embedder_live", "torch"):
             embeddings = self.identity.embed(frames, faces)
-        return identity_score(
-            embeddings, faces.found, references["embeddings"], references["found"], self.settings.missing_face
-        )
+        cosines = frame_cosines(embeddings, references["mean"][:, None])
+        return pool_frames(cosines, faces.found, references["found"], self.settings.missing_face)
 
     def score(self, frames: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
         """The face score, with the detection rate beside it."""
@@ -60,5 +65,5 @@ class FaceIdentityReward:
 def face_identity_reward(term: RewardTerm, runtime: Runtime, embedder: nn.Module) -> ActiveReward:
     """The reward with its part in the loss."""
     code = computation_id([__name__])
-    key = content_key(upscale=term.upscale, min_face_size=term.min_face_size, computation=code)
+    key = content_key(kept="mean", upscale=term.upscale, min_face_size=term.min_face_size, computation=code)
     return ActiveReward(FaceIdentityReward(term, runtime, embedder), term, key, ("face_detector", "face_embedder"))

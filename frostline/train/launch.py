@@ -24,7 +24,7 @@ from frostline.runtime.device import resolve_device
 from frostline.runtime.heap import keep_freed_memory
 from frostline.train.checkpoint import Checkpoint
 from frostline.train.configfile import dump_settings
-from frostline.train.data import BadRow, Sample, VideoPromptDataset
+from frostline.train.data import BadRow, DataCheck, Sample, VideoPromptDataset
 from frostline.train.module import WanTrainingModule
 from frostline.train.preflight import check_output, problems
 from frostline.train.processes import gather_from_processes
@@ -185,11 +185,14 @@ def _training_data(
 ) -> Dataset[Sample]:
     dataset = settings.data.open(multiple)
 
-    def look() -> list[BadRow]:
+    def look() -> DataCheck:
         with progress.task("look at the data"):
-            return dataset.validate()
+            return dataset.check()
 
-    return check_rows(dataset, settings.data.bad_rows, _from_first_process(accelerator, look))
+    check = _from_first_process(accelerator, look)
+    if check.short:
+        log.warning("%s", dataset.describe_padding(check.short))
+    return check_rows(dataset, settings.data.bad_rows, check.bad)
 
 
 def _from_first_process(accelerator: Accelerator, compute: Callable[[], _T]) -> _T:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from frostline.errors import DataError
-from frostline.train.data import CollatedBatch, Sample, collate
+from frostline.train.data import CollatedBatch, Sample, collate, tell_once
 from frostline.train.order import BatchesOf, DataOrder
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Batches:
         batch = self._next_batch()
         if isinstance(batch, DataError):
             raise batch
+        tell_once(batch["notes"])
         self.order = self.order.at(self.order.position + self.order.batch_size * self.order.processes)
         return batch
 

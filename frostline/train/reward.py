@@ -36,7 +36,10 @@ class Reward(Protocol):
     """What logs call its score."""
 
     def references(self, video: Tensor) -> Mapping[str, Tensor]:
-        """What to know of (B, T, 3, H, W) reference videos in [0, 1]: tensors of B rows, computed once and cached."""
+        """What to know of (B, T, 3, H, W) reference videos in [0, 1]: tensors of B rows, computed once and cached.
+
+        T may be less than the generated videos have: a clip that was padded is given without its padding.
+        """
         ...
 
     def score(self, frames: Tensor, references: Mapping[str, Tensor]) -> RewardScore:

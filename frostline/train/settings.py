@@ -91,7 +91,10 @@ class VideoSettings(Settings):
     width: int | None = Field(default=None, description="pixels, as height, and goes with it")
     max_pixels: int = Field(default=480 * 832, description="height times width, where these are not given")
     frame_stride: int = Field(default=1, ge=1, description="take every so manieth frame")
-    allow_outside: bool = Field(default=False, description="let the metadata name videos outside its own folder")
+    allow_outside: bool = Field(
+        default=False,
+        description="let metadata name videos, and captions link to files, outside the source's folder",
+    )
 
     @model_validator(mode="after")
     def _wan_takes_such_a_cut(self) -> Self:

@@ -2,7 +2,7 @@
 
 A run folder then holds
 
-    validation/truth/0.mp4, 1.mp4, …            the true clips
+    validation/truth/0.mp4, 1.mp4, …            the true clips, without what padded them
     validation/step-000040/0.mp4, 1.mp4, …      what was generated from their first frames at that step
     validation/step-000040/contact_sheet.png    both, one above the other
     validation/step-000040.csv                  their paths and prompts, as `frostline score --pairs` takes them
@@ -105,7 +105,8 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
         sample, video = validation.dataset[index], evaluation.videos[row]
         figures = ", ".join(f"{name} {values[row]:.3g}" for name, values in evaluation.measured.items())
         strips.append(SheetRow(f"{sample['prompt']}\n{figures}", {"truth": sample["video"], "generated": video}))
-        truth = _write_clip(folder / TRUTH, row, sample["video"], validation.lossless)
+        true = sample["video"][: sample.get("valid_frames")]
+        truth = _write_clip(folder / TRUTH, row, true, validation.lossless)
         generated = _write_clip(folder / name, row, video, validation.lossless)
         pairs.append([generated.relative_to(folder), truth.relative_to(folder), csv_cell(sample["prompt"])])
     contact_sheet(strips, folder / name / SHEET)

@@ -6,13 +6,14 @@ the content of a file decides, not its name. Every fault is a `DataError` that n
 """
 
 from .info import MEDIA_SUFFIXES, VideoInfo
-from .reading import count_frames, probe_video, read_video, stream_video
+from .reading import count_frames, equal_frames, probe_video, read_video, stream_video
 from .writing import write_video
 
 __all__ = [
     "MEDIA_SUFFIXES",
     "VideoInfo",
     "count_frames",
+    "equal_frames",
     "probe_video",
     "read_video",
     "stream_video",

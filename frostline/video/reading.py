@@ -10,6 +10,7 @@ import av.error
 import numpy as np
 import torch
 
+from frostline.allocation import is_out_of_memory
 from frostline.errors import ConfigError, DataError
 from frostline.paths import open_regular
 
@@ -55,7 +56,9 @@ def read_video(path: str | Path, max_frames: int | None = None, stride: int = 1)
     try:
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     except (MemoryError, RuntimeError) as error:  # the latter is torch's
-        raise DataError(f"{path}: its {len(arrays)} frames do not fit into memory") from error
+        if is_out_of_memory(error):
+            raise DataError(f"{path}: its {len(arrays)} frames do not fit into memory") from error
+        raise
 
 
 def stream_video(
@@ -86,14 +89,16 @@ def stream_video(
             warn(note)
 
 
-def equal_frames(path: Path, max_frames: int | None = None, stride: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+def equal_frames(
+    path: Path, max_frames: int | None = None, stride: int = 1, warn: Callable[[str], None] | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """`stream_video`, of frames that are all of one size.
 
     Raises:
         DataError: they are not, or the file cannot be read.
     """
     first: tuple[int, ...] | None = None
-    for number, picture in stream_video(path, max_frames, stride):
+    for number, picture in stream_video(path, max_frames, stride, warn):
         first = first or picture.shape
         if picture.shape != first:
             raise DataError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frostline.models.components import WanComponents
 from frostline.models.loading import load_components
-from frostline.models.text import TextEncoder, tokenize
+from frostline.models.text import TextEncoder, count_tokens, tokenize
 
 PROMPTS = ("a person nods", "a person turns the head to the left", "a", "a person moves closer to the camera")
 
@@ -77,3 +77,12 @@ def test_fp16_stays_finite_where_diffsynth_clamps() -> None:
         ours, theirs = TextEncoder(model)(ids, mask), model(ids, mask)
     assert torch.isfinite(theirs).all()
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2)
+
+
+def test_tokens_are_counted_beyond_what_the_encoder_takes(tiny: WanComponents) -> None:
+    long = "a person nods " * 200
+    ids, mask = tokenize(tiny.tokenizer, [long])
+    assert mask.all() and ids.shape[1] == tiny.text_length
+    assert count_tokens(tiny.tokenizer, long) == 601
+    for prompt in PROMPTS:
+        assert count_tokens(tiny.tokenizer, prompt) == tokenize(tiny.tokenizer, [prompt])[1].sum()

@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from score_videos import portrait
 from typer.testing import CliRunner
 
 from frostline.cli import app
@@ -76,6 +79,7 @@ def test_files_that_are_no_pairs_are_refused(text: str, tmp_path: Path) -> None:
         (("a.mp4", "--reference", "f.png", "--backend", "onnx"), "unknown backend 'onnx'"),
         (("a.mp4", "--reference", "f.png", "--every", "0"), "every"),
         (("a.mp4", "--reference", "f.png", "--missing-face", "skip"), "missing_face"),
+        (("a.mp4", "--reference", "f.png", "--face", "first"), "face: Input should be 'largest' or 'best'"),
         (("a.mp4", "--reference", "f.png", "--out", "scores.txt"), ".jsonl or .csv"),
         (("a.mp4", "--reference", "f.png", "--resume"), "--resume goes on from the results in --out"),
         (("a.mp4", "--reference", "f.png", "--out", "s.csv", "--resume", "--overwrite"), "give one of them"),
@@ -141,6 +145,13 @@ def test_no_name_ends_a_run(suffix: str, people: Path, tmp_path: Path) -> None:
         assert b"\n3,'=1+1.mp4," in finished and b"caf\xe9.mp4" in finished
     else:
         assert [json.loads(line)["video"] for line in finished.decode().splitlines()] == [*map(os.fsdecode, names)]
+
+
+def test_a_note_on_the_reference_is_printed_once(people: Path, tmp_path: Path) -> None:
+    both = np.concatenate([portrait("hopper", 240), portrait("astronaut", 240)], axis=1)
+    Image.fromarray(both).save(tmp_path / "both.png")
+    _, said = run(people / "half.mp4", people / "hopper.mp4", "--reference", tmp_path / "both.png", "--face", "best")
+    assert said.count("note ") == said.count(f"note {tmp_path / 'both.png'}: 2 faces were found") == 1
 
 
 def test_pairs_name_files_by_any_bytes(tmp_path: Path) -> None:

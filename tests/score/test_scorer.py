@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from score_videos import moving, portrait
 from torch import Tensor
+from video_files import damage_packet, encode
 
 from frostline.models.faces import BatchedMTCNN, FaceIdentity, load_detector, load_embedder
 from frostline.models.tiny.clips import held_out_clips
@@ -20,20 +23,24 @@ MakeModule = Callable[..., WanTrainingModule]
 
 
 @pytest.mark.parametrize("detector", ["mtcnn", "yunet"])
-@pytest.mark.parametrize("missing_face", ["exclude", "zero"])
+@pytest.mark.parametrize(("missing_face", "face"), [("exclude", "largest"), ("zero", "largest"), ("exclude", "best")])
 def test_agrees_with_the_reward_of_training(
-    detector: str, missing_face: str, make_module: MakeModule, score_files: ScoreFiles, tmp_path: Path
+    detector: str, missing_face: str, face: str, make_module: MakeModule, score_files: ScoreFiles, tmp_path: Path
 ) -> None:
     """On the same frames, through the very objects that training uses, with graph and all."""
-    module = make_module(reward={"detector": detector, "missing_face": missing_face, "upscale": 2})
+    module = make_module(reward={"detector": detector, "missing_face": missing_face, "face": face, "upscale": 2})
     video = held_out_clips(2, seed=3).video
-    video[0, 5:] = 0.4  # the face is gone for some frames
+    # Two faces in each frame of the second video, one of them smaller; in the first, there is none for some frames.
+    smaller = torch.nn.functional.avg_pool2d(video[0], 2)
+    video = torch.cat([video, torch.full_like(video, 0.4)], dim=-1)
+    video[1, :, :, 24:72, 120:168] = smaller
+    video[0, 5:] = 0.4
     paths = [write_video(tmp_path / f"{i}.mp4", clip, lossless=True) for i, clip in enumerate(video)]
     frames = torch.stack([read_video(path) for path in paths]) / 255
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)
     expected = reward.identity_score(frames.requires_grad_(), reward.references(frames[[1, 1]]))
-    rows = score_files(paths, paths[1], detector=detector, upscale=2, missing_face=missing_face)
+    rows = score_files(paths, paths[1], detector=detector, upscale=2, missing_face=missing_face, face=face)
     assert 0 < expected.detection_rate[0] < 1
     for b, row in enumerate(rows):
         assert row.face_score == pytest.approx(expected.face_score[b].item(), abs=1e-6)
@@ -64,6 +71,55 @@ def test_tells_what_is_in_a_video(people: Path, score_files: ScoreFiles) -> None
     assert (half.frames, half.frames_with_face, half.max_faces, half.width, half.height) == (6, 3, 1, 160, 160)
     assert half.best_frame_box is not None and len(half.best_frame_landmarks or ()) == 5
     assert (half.face_detector, half.face_embedder, half.face_detector_backend) == ("yunet", "sface", "torch")
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture and a video of two people: the admiral, large, and the astronaut, small; one frame is hers alone."""
+    folder = tmp_path_factory.mktemp("crowd")
+    picture = np.full((240, 480, 3), 100, np.uint8)
+    picture[:, :240] = portrait("hopper", 240)
+    picture[50:190, 290:430] = portrait("astronaut", 140)
+    Image.fromarray(picture).save(folder / "both.png")
+    frames = np.stack([picture, np.roll(picture, 4, axis=1), picture])
+    frames[2, :, :240] = 100
+    write_video(folder / "both.mp4", torch.from_numpy(frames).permute(0, 3, 1, 2), lossless=True)
+    return folder
+
+
+@pytest.mark.parametrize("detector", ["mtcnn", "yunet"])
+def test_which_of_several_faces_counts(detector: str, crowd: Path, people: Path, score_files: ScoreFiles) -> None:
+    (largest,) = score_files([crowd / "both.mp4"], people / "face.png", detector=detector)
+    (best,) = score_files([crowd / "both.mp4"], people / "face.png", detector=detector, face="best")
+    assert largest.max_faces == best.max_faces == 2
+    scores = largest.frame_scores or ()
+    assert max(score or 0 for score in scores[:2]) < 0.4 < 0.8 < (scores[2] or 0)
+    assert all((score or 0) > 0.8 for score in best.frame_scores or ())
+    # Her box, and not the admiral's, is where the best and the worst frame are shown.
+    for box in (best.best_frame_box, best.worst_frame_box):
+        assert box is not None and box[0] > 240
+    assert largest.worst_frame_box is not None and largest.worst_frame_box[0] < 240
+    (admiral,) = score_files([crowd / "both.mp4"], people / "hopper.mp4", detector=detector, face="best", max_frames=2)
+    assert admiral.face_score is not None and admiral.face_score > 0.8
+
+
+def test_several_faces_in_a_reference_are_told(crowd: Path, people: Path, score_files: ScoreFiles) -> None:
+    for reference, said in (
+        ("both.png", "reference: 2 faces were found, of which the largest counts"),
+        ("both.mp4", "reference: in 2 of its 3 frames 2 faces were found, of which the largest counts"),
+    ):
+        for face in ("largest", "best"):
+            (row,) = score_files([people / "hopper.mp4"], crowd / reference, face=face)
+            assert row.note == said
+    (row,) = score_files([people / "hopper.mp4"], people / "face.png")
+    assert row.note == ""
+
+
+def test_what_is_wrong_with_a_reference_is_told(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
+    reference = encode(tmp_path / "a.mkv", list(moving("astronaut", 8).permute(0, 2, 3, 1).numpy()), gop=4, b_frames=0)
+    damage_packet(reference, 6)
+    (row,) = score_files([people / "astronaut.mp4"], reference)
+    assert row.status == "ok" and row.note.startswith("reference: 2 of its 8 frames cannot be decoded")
 
 
 def test_frames_are_chosen(people: Path, score_files: ScoreFiles) -> None:
@@ -143,10 +199,11 @@ def test_observe_sees_what_detect_and_embed_see(people: Path) -> None:
     pixels = read_video(people / "half.mp4")
     seen = identity.observe(pixels)
     faces = identity.detect(pixels[None] / 255)
-    assert torch.equal(seen.largest.found, faces.found[0])
+    assert torch.equal(seen.numbers > 0, faces.found[0])
     expected = identity.embed(pixels[None] / 255, faces)[0][faces.found[0]]
     torch.testing.assert_close(seen.embeddings, expected, atol=1e-6, rtol=0)
     parts = seen.split([2, 4])
     assert [len(part.embeddings) for part in parts] == [2, 1]
-    assert torch.equal(type(seen).join(parts).embeddings, seen.embeddings)
+    for whole, joined in zip(seen, type(seen).join(parts), strict=True):
+        assert torch.equal(whole, joined)
     assert load_detector("mtcnn").name == "mtcnn"

@@ -28,6 +28,21 @@ def test_overrides_go_before_the_file(tmp_path: Path) -> None:
     assert settings.train.report_to == ()
 
 
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.yaml"
+    path.write_text("model: ~/wan\ndata: {source: ~/data}\nreward: {embedder: 'arcface:~/a.onnx', detector: yunet}\n")
+    settings = load_run_settings(path, ["output_dir=~/runs/one", "plan.engines=~/engines", "cache_dir=a~b"])
+    assert settings.model == f"{tmp_path}/wan"
+    assert settings.data.source == tmp_path / "data"
+    assert settings.output_dir == tmp_path / "runs" / "one"
+    assert settings.plan.engines == tmp_path / "engines"
+    assert settings.cache_dir == Path("a~b")
+    assert (settings.reward.embedder, settings.reward.detector) == (f"arcface:{tmp_path}/a.onnx", "yunet")
+    with pytest.raises(ConfigError, match="output_dir: ~nobody-by-this-name/a: Could not determine home"):
+        load_run_settings(path, ["output_dir=~nobody-by-this-name/a"])
+
+
 def test_entries_of_a_list_are_reached_by_number(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("reward:\n  plus:\n  - {type: 'a.b:C', weight: 1}\n")

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
 import pickle
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from video_files import encode
 
 from frostline.errors import ConfigError, DataError
 from frostline.train import data as data_module
@@ -107,16 +110,56 @@ def test_collate_names_samples_of_unequal_size(folder: Path) -> None:
 
 
 def test_short_videos_repeat_their_last_frame(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data_module._log_padding.cache_clear()
+    data_module._log_once.cache_clear()
     dataset = VideoPromptDataset(write_metadata(folder, "csv", ROWS), num_frames=13, height=32, width=64)
     with caplog.at_level(logging.WARNING):
-        video = dataset[0]["video"]
+        sample = dataset[0]
         dataset[0]
+    video = sample["video"]
     assert torch.equal(video[:9], noise_video(0)[:, :, 4:36].float() / 255)
     assert all(torch.equal(frame, video[8]) for frame in video[9:])
     assert [record.getMessage() for record in caplog.records] == [
         "sample a.mp4: 9 frames, padded to 13 by repeating the last"
     ]
+    assert collate([sample, dataset[1]])["valid_frames"] == [9, 9]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_short_clips_are_counted(tmp_path: Path, suffix: str, deep: bool) -> None:
+    """Also where the container tells no number of frames."""
+    for frames in (4, 5, 9, 10):
+        path = write_video(tmp_path / "video.mp4", noise_video(0, frames), lossless=True)
+        if suffix == "mp4":
+            path.rename(tmp_path / f"{frames}.mp4")
+        else:
+            encode(tmp_path / f"{frames}.mkv", list(noise_video(0, frames).permute(0, 2, 3, 1).numpy()))
+    rows = [(f"{frames}.{suffix}", "p") for frames in (4, 5, 9, 10)]
+    path = write_metadata(tmp_path, "csv", [*rows, ("gone.mp4", "p")])
+    for stride, short in ((1, [f"4.{suffix}"]), (2, [f"4.{suffix}", f"5.{suffix}"])):
+        dataset = VideoPromptDataset(path, num_frames=5, frame_stride=stride)
+        check = dataset.check(deep)
+        assert check.short == short
+        assert [row.sample_id for row in check.bad] == ["gone.mp4"]
+        assert dataset.describe_padding(short).startswith(f"{len(short)} of 5 clips have fewer than 5 frames")
+
+
+def test_a_file_that_is_replaced_is_told_of_once(folder: Path, videos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data_module._log_once.cache_clear()
+    (folder / "a.mp4").unlink()
+    shutil.copy(videos / "a.mp4", folder / "a.mp4")
+    dataset = VideoPromptDataset(write_metadata(folder, "csv", ROWS), num_frames=5)
+    dataset[0]
+    assert caplog.text == ""
+    before = (folder / "a.mp4").stat()
+    shutil.copy(videos / "c.mp4", folder / "a.mp4")
+    os.utime(folder / "a.mp4", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    for _ in range(2):
+        assert torch.equal(dataset[0]["video"], dataset[2]["video"])
+    (record,) = caplog.records
+    assert (
+        record.getMessage() == f"{folder / 'a.mp4'}: replaced or changed since the run began; what it shows now is used"
+    )
 
 
 def test_frame_stride(folder: Path) -> None:
@@ -315,11 +358,10 @@ def test_bad_settings_are_refused(folder: Path, settings: dict[str, int], fragme
 
 
 def test_deep_validation_finds_what_the_first_frame_hides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unequal(path: Path, **_: object) -> torch.Tensor:
+    def unequal(path: Path, *_: object) -> Iterator[None]:
         raise DataError(f"{path}: frames of unequal size")
 
-    reader: Callable[..., torch.Tensor] = unequal
-    monkeypatch.setattr(data_module, "read_video", reader)
+    monkeypatch.setattr(data_module, "equal_frames", unequal)
     dataset = VideoPromptDataset(write_metadata(folder, "csv", ROWS))
     assert dataset.validate() == []
     assert [row.reason.endswith("unequal size") for row in dataset.validate(deep=True)] == [True] * 3

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from frostline.config import dotted_names
 from frostline.errors import FrostlineError
 from frostline.models.loading import load_components
-from frostline.models.tiny.clips import held_out_clips
+from frostline.models.tiny.clips import held_out_clips, render_clips
 from frostline.progress import Progress
 from frostline.train.data import collate
 from frostline.train.dry_run import print_dry_run
@@ -125,6 +125,21 @@ def faces(settings: RunSettings) -> Any:
     with torch.no_grad():
         loss = module({"prompt": ["p"], "video": torch.full((1, 5, 3, 32, 32), 0.5)})[0]
     return score.score.tolist(), {name: m.tolist() for name, m in score.metrics.items()}, loss.item()
+
+
+def two_faces(settings: RunSettings) -> Any:
+    """What the face reward says, in training and in validation, of frames with the person and a larger other one."""
+    module = build_module(settings, torch.device("cpu"))
+    people = torch.tensor([0, 1])
+    clips = render_clips(2, torch.Generator().manual_seed(0), num_frames=5, person=people).video
+    both = torch.full((1, 5, 3, 96, 192), 0.5)
+    both[..., 96:] = clips[1]
+    both[..., 24:72, 24:72] = torch.nn.functional.avg_pool2d(clips[0], 2)
+    conditioning = module.forward_preprocess({"prompt": ["p"], "video": clips[:1]})
+    with torch.no_grad():
+        ((_, validated),) = module.score(both, conditioning)
+    ((_, trained),) = module.score(both.clone().requires_grad_(), conditioning)
+    return validated.score.tolist(), trained.score.tolist(), trained.valid.tolist()
 
 
 def samples(section: str) -> Observe:
@@ -250,6 +265,7 @@ CASES: dict[str, Case] = {
     "reward.embedder": Case("facenet:gone.pt", faces, FACES, refused="gone.pt"),
     "reward.upscale": Case(2, faces, FACES),
     "reward.min_face_size": Case(90, faces, FACES),
+    "reward.face": Case("best", two_faces, FACES),
     "reward.missing_face": Case("zero", faces, FACES),
     "reward.on_no_face": Case("zero", faces, FACES),
     "reward.plus": Case([{"type": "face_identity"}], a_step),

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from frostline.errors import DataError
+from frostline.train import data as data_module
 from frostline.train.data import Sample
 from frostline.train.loader import Batches
 from frostline.train.order import DataOrder
@@ -33,7 +34,8 @@ class Numbers(Dataset[Sample]):
             if died < self.deaths:
                 (self.folder / str(died)).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return {"sample_id": str(index), "prompt": "", "video": torch.zeros(1, 3, 16, 16)}
+        sample: Sample = {"sample_id": str(index), "prompt": "", "video": torch.zeros(1, 3, 16, 16)}
+        return {**sample, "notes": ("clip 3 is short",)} if index == 3 else sample
 
 
 def names(dataset: Numbers, workers: int, count: int) -> list[Any]:
@@ -57,6 +59,13 @@ def test_a_broken_sample_is_named_without_a_traceback(workers: int, tmp_path: Pa
     with pytest.raises(DataError) as caught:
         names(Numbers(tmp_path, broken=3), workers, 5)
     assert str(caught.value) == "sample 3, field 'video': is broken"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_has_to_tell_is_told_once(workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data_module._log_once.cache_clear()
+    names(Numbers(tmp_path), workers, 9)
+    assert [record.getMessage() for record in caplog.records] == ["clip 3 is short"]
 
 
 def test_loading_does_not_touch_the_random_numbers_of_the_noise(tmp_path: Path) -> None:

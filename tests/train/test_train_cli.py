@@ -420,6 +420,9 @@ def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 0, result.output
     for words in ("rollout head: frozen", "denoise tail: gradient", "data: 3 of 3 rows", "this run could begin"):
         assert words in result.output
+    assert "fewer than" not in result.output
+    result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "data.num_frames=9"], env={"COLUMNS": "200"})
+    assert "data: 3 of 3 clips have fewer than 9 frames: their last frame is repeated" in result.output
     printed = CliRunner().invoke(app, ["train", "config.yaml", "lora.rank=5", "--print-config"])
     assert "rank: 5" in printed.output
 

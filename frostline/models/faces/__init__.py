@@ -1,7 +1,7 @@
 """Faces: detect (MTCNN, YuNet, SCRFD), align (five points), embed (SFace, ArcFace, FaceNet), compare."""
 
 from .alignment import ARCFACE_TEMPLATE, align_faces, similarity_transform
-from .detections import Detections, FaceDetector, LargestFaces, quantize_frames, upscale_frames
+from .detections import ChosenFaces, Detections, FaceDetector, quantize_frames, upscale_frames
 from .detectors import DetectorModel, DetectorNetwork, load_detector
 from .embedders import ArcFaceEmbedder, FaceEmbedder, FacenetEmbedder, SFaceEmbedder, load_embedder
 from .identity import FaceIdentity, IdentityScore, MissingFace, ReferenceFaces, identity_score
@@ -18,6 +18,7 @@ __all__ = [
     "MTCNN_OUTPUTS",
     "ArcFaceEmbedder",
     "BatchedMTCNN",
+    "ChosenFaces",
     "Detections",
     "DetectorModel",
     "DetectorNetwork",
@@ -26,7 +27,6 @@ __all__ = [
     "FaceIdentity",
     "FacenetEmbedder",
     "IdentityScore",
-    "LargestFaces",
     "MissingFace",
     "Network",
     "OnnxGraph",

@@ -14,8 +14,8 @@ from .alignment import scaled_template
 
 
 @dataclass(frozen=True, eq=False)
-class LargestFaces:
-    """The largest face (by box area) of each frame. The leading shape is `(N,)`, or `(B, T)` after `reshape`.
+class ChosenFaces:
+    """One face of each frame, the one that counts. The leading shape is `(N,)`, or `(B, T)` after `reshape`.
 
     Attributes:
         found: (N,) bool.
@@ -30,9 +30,9 @@ class LargestFaces:
     landmarks: Tensor
     probability: Tensor
 
-    def reshape(self, *leading: int) -> "LargestFaces":
+    def reshape(self, *leading: int) -> "ChosenFaces":
         """The same faces with another leading shape, for instance `faces.reshape(B, T)`."""
-        return LargestFaces(
+        return ChosenFaces(
             found=self.found.reshape(leading),
             boxes=self.boxes.reshape(*leading, 4),
             landmarks=self.landmarks.reshape(*leading, 5, 2),
@@ -63,20 +63,31 @@ class Detections:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def largest(self) -> LargestFaces:
-        """The largest face of each of the N frames; the order of this class puts it first in its frame."""
-        device = self.boxes.device
-        found = torch.bincount(self.frame_index, minlength=self.num_frames) > 0
-        frames = torch.arange(self.num_frames, device=device)
-        first = torch.searchsorted(self.frame_index, frames)[found]
+    def numbers(self) -> Tensor:
+        """(N,) int64, how many faces are in each frame."""
+        return torch.bincount(self.frame_index, minlength=self.num_frames)
 
+    def largest_rows(self) -> Tensor:
+        """Which of the detections are the largest of their frames (by box area); their order puts those first."""
+        frames = torch.arange(self.num_frames, device=self.boxes.device)
+        return torch.searchsorted(self.frame_index, frames)[self.numbers() > 0]
+
+    def largest(self) -> ChosenFaces:
+        """Choose the largest face of each of the N frames."""
+        return self.choose(self.largest_rows())
+
+    def choose(self, rows: Tensor) -> ChosenFaces:
+        """Choose these detections, at most one of each frame; a frame with none of them counts as without a face."""
+        device, frames = self.boxes.device, self.frame_index[rows]
+        found = torch.zeros(self.num_frames, dtype=torch.bool, device=device)
         boxes = torch.zeros(self.num_frames, 4, device=device)
         landmarks = scaled_template(*self.frame_size).to(boxes).repeat(self.num_frames, 1, 1)
         probability = torch.zeros(self.num_frames, device=device)
-        boxes[found] = self.boxes[first]
-        landmarks[found] = self.landmarks[first]
-        probability[found] = self.probabilities[first]
-        return LargestFaces(found, boxes, landmarks, probability)
+        found[frames] = True
+        boxes[frames] = self.boxes[rows]
+        landmarks[frames] = self.landmarks[rows]
+        probability[frames] = self.probabilities[rows]
+        return ChosenFaces(found, boxes, landmarks, probability)
 
     def divided(self, factor: int) -> "Detections":
         """These detections in the pixels of frames that were `factor` times smaller on each side."""
@@ -118,6 +129,16 @@ def no_detections(num_frames: int, frame_size: tuple[int, int], device: torch.de
         num_frames=num_frames,
         frame_size=frame_size,
     )
+
+
+def best_rows(frame_index: Tensor, scores: Tensor) -> Tensor:
+    """Which of (M,) faces have the highest score of their frames, (M,) ascending; of equals, the first."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[frame_index[order].argsort(stable=True)]
+    ordered = frame_index[order]
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return order[first]
 
 
 def join_detections(parts: Sequence[Detections]) -> Detections:

@@ -1,17 +1,22 @@
 """The identity reward: how much the faces of a generated video are the person of a reference video."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .alignment import align_faces
-from .detections import FaceDetector, LargestFaces, quantize_frames
+from .detections import ChosenFaces, Detections, FaceDetector, best_rows, quantize_frames
 from .embedders import FaceEmbedder
 
 _PIXELS_AT_ONCE = 4_000_000  # frame pixels aligned at once: bounds their float copies at about 100 MB
+
+_FACES_AT_ONCE = 256  # embedded: a frame may be full of them
+
+FaceChoice = Literal["largest", "best"]
+"""Which of several faces in a frame counts: the largest, or the one nearest to the reference."""
 
 MissingFace = Literal["exclude", "zero"]
 """What a generated frame without a face does to the score: it does not count, or it counts as cosine 0."""
@@ -114,33 +119,49 @@ def pool_frames(
 
 
 class FrameFaces(NamedTuple):
-    """What was seen in N frames.
+    """What was seen in N frames, of which K faces were looked at: the largest of each, or all.
 
     Attributes:
-        largest: the largest face of each.
-        numbers: (N,) int64, how many faces are in each.
-        embeddings: (K, D) of the K frames that have a face, in their order.
+        numbers: (N,) int64, how many faces are in each frame.
+        frame_index: (K,) int64, ascending; within a frame the largest comes first.
+        boxes: (K, 4) and landmarks: (K, 5, 2), in pixels.
+        embeddings: (K, D) unit norm.
     """
 
-    largest: LargestFaces
     numbers: Tensor
+    frame_index: Tensor
+    boxes: Tensor
+    landmarks: Tensor
     embeddings: Tensor
 
     @classmethod
     def join(cls, parts: Sequence["FrameFaces"]) -> "FrameFaces":
         """Of one or more consecutive runs of frames, what was seen in all of them."""
-        faces = [part.largest for part in parts]
-        largest = LargestFaces(*(torch.cat([getattr(part, f.name) for part in faces]) for f in fields(LargestFaces)))
-        numbers, embeddings = (torch.cat([getattr(part, name) for part in parts]) for name in cls._fields[1:])
-        return cls(largest, numbers, embeddings)
+        moved, start = [], 0
+        for part in parts:
+            moved.append(part._replace(frame_index=part.frame_index + start))
+            start += len(part.numbers)
+        return cls(*(torch.cat(column) for column in zip(*moved, strict=True)))
 
     def split(self, lengths: Sequence[int]) -> list["FrameFaces"]:
         """The inverse of `join`: runs of so many frames."""
-        found = self.largest.found.split(list(lengths))
-        embeddings = self.embeddings.split([int(run.sum()) for run in found])
-        columns = zip(*(getattr(self.largest, f.name).split(list(lengths)) for f in fields(LargestFaces)), strict=True)
-        faces = [LargestFaces(*column) for column in columns]
-        return [FrameFaces(*run) for run in zip(faces, self.numbers.split(list(lengths)), embeddings, strict=True)]
+        runs, start = [], 0
+        for length in lengths:
+            own = (self.frame_index >= start) & (self.frame_index < start + length)
+            index, *faces = (column[own] for column in self[1:])
+            runs.append(FrameFaces(self.numbers[start : start + length], index - start, *faces))
+            start += length
+        return runs
+
+    def chosen(self, reference_mean: Tensor | None = None) -> "FrameFaces":
+        """One face of each frame that has any: the nearest to the reference, or the largest where there is none.
+
+        reference_mean: (D,).
+        """
+        area = -torch.arange(len(self.frame_index), device=self.frame_index.device)  # the largest comes first
+        scores = area if reference_mean is None else frame_cosines(self.embeddings, reference_mean)
+        rows = best_rows(self.frame_index, scores)
+        return FrameFaces(self.numbers, *(column[rows] for column in self[1:]))
 
 
 class FaceIdentity:
@@ -154,6 +175,7 @@ class FaceIdentity:
         embedder: embeds generated faces; must be differentiable if the score is to be trained on.
         upscale: how many times larger the detector sees the frames; frames of 64–96 px need 2.
         missing_face: what frames without a face do to `face_score`.
+        face: which face of a generated frame counts. Of a reference it is the largest.
     """
 
     def __init__(
@@ -162,6 +184,7 @@ class FaceIdentity:
         embedder: FaceEmbedder,
         upscale: int = 1,
         missing_face: MissingFace = "exclude",
+        face: FaceChoice = "largest",
     ) -> None:
         self.detector = detector
         self.embedder: Callable[[Tensor], Tensor] = embedder
@@ -169,18 +192,29 @@ class FaceIdentity:
         self.image_size = embedder.image_size
         self.upscale = upscale
         self.missing_face: MissingFace = missing_face
+        self.face: FaceChoice = face
 
     @torch.no_grad()
-    def detect(self, frames: Tensor) -> LargestFaces:
-        """The largest face of each frame of (B, T, 3, H, W) videos in [0, 1], searched in their 8-bit pixels.
+    def detect(self, frames: Tensor, reference_mean: Tensor | None = None) -> ChosenFaces:
+        """The face that counts in each frame of (B, T, 3, H, W) videos in [0, 1], searched in their 8-bit pixels.
 
-        The leading shape of the result is (B, T).
+        Args:
+            reference_mean: (B, D), to which the best face is the nearest; without it, or where the largest face counts,
+                that is taken.
+        Returns:
+            Faces of which the leading shape is (B, T).
         """
         B, T = frames.shape[:2]
-        pixels = quantize_frames(frames.flatten(0, 1))
-        return self.detector.detect(pixels, upscale=self.upscale).largest().reshape(B, T)
+        frames = frames.flatten(0, 1)
+        detections = self.detector.detect(quantize_frames(frames), upscale=self.upscale)
+        rows = detections.largest_rows()
+        if self.face == "best" and reference_mean is not None:
+            embeddings = self._embed_detections(frames.float(), detections, slice(None))
+            videos = detections.frame_index // T
+            rows = best_rows(detections.frame_index, frame_cosines(embeddings, reference_mean[videos]))
+        return detections.choose(rows).reshape(B, T)
 
-    def embed(self, frames: Tensor, faces: LargestFaces) -> Tensor:
+    def embed(self, frames: Tensor, faces: ChosenFaces) -> Tensor:
         """(B, T, D) unit-norm embeddings of one face a frame, differentiable to the (B, T, 3, H, W) frames
         in [0, 1].
 
@@ -201,27 +235,41 @@ class FaceIdentity:
 
     def score(self, frames: Tensor, references: ReferenceFaces) -> IdentityScore:
         """Identity of generated (B, T, 3, H, W) frames in [0, 1] with what `references` returned."""
-        faces = self.detect(frames)
-        embeddings = self.embed(frames, faces)
-        return identity_score(embeddings, faces.found, references.embeddings, references.found, self.missing_face)
+        return self.score_against(frames, mean_reference(*references), references.found.any(dim=1))
+
+    def score_against(self, frames: Tensor, reference_mean: Tensor, has_reference: Tensor) -> IdentityScore:
+        """Identity of generated (B, T, 3, H, W) frames in [0, 1] with references of these (B, D) mean embeddings.
+
+        Args:
+            has_reference: (B,) bool, False where there is no reference face, and the mean means nothing.
+        """
+        faces = self.detect(frames, reference_mean)
+        cosines = frame_cosines(self.embed(frames, faces), reference_mean[:, None])
+        return pool_frames(cosines, faces.found, has_reference, self.missing_face)
 
     @torch.no_grad()
     def observe(self, pixels: Tensor) -> FrameFaces:
         """The frozen use on (N, 3, H, W) uint8 frames: what `detect` and `embed` give for them as floats, at once."""
         detections = self.detector.detect(pixels, upscale=self.upscale)
-        faces = detections.largest()
-        numbers = torch.bincount(detections.frame_index, minlength=len(pixels))
-        rows = faces.found.nonzero()[:, 0]
-        run_length = max(1, _PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
-        crops = torch.cat(
-            [
-                align_faces(pixels[part].float() / 255, faces.landmarks[part], self.image_size)
-                for part in rows.split(run_length)  # of no rows, one part without rows
-            ]
-        )
-        return FrameFaces(faces, numbers, self.reference_embedder(crops * 2 - 1))
+        rows = slice(None) if self.face == "best" else detections.largest_rows()
+        embeddings = self._embed_detections(pixels, detections, rows)
+        places, boxes, landmarks = detections.frame_index[rows], detections.boxes[rows], detections.landmarks[rows]
+        return FrameFaces(detections.numbers(), places, boxes, landmarks, embeddings)
 
-    def _embed(self, embedder: Callable[[Tensor], Tensor], frames: Tensor, faces: LargestFaces) -> Tensor:
+    def _embed_detections(self, frames: Tensor, detections: Detections, rows: Tensor | slice) -> Tensor:
+        """(K, D) embeddings, without gradient, of some faces in (N, 3, H, W) frames, uint8 or in [0, 1]."""
+        places, landmarks = detections.frame_index[rows], detections.landmarks[rows]
+        run_length = max(1, _PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
+        crops = []
+        # Of no faces, one part without any.
+        for place, points in zip(places.split(run_length), landmarks.split(run_length), strict=True):
+            pictures = frames[place]
+            pictures = pictures if pictures.is_floating_point() else pictures.float() / 255
+            crops.append(align_faces(pictures, points, self.image_size))
+        embedded = [self.reference_embedder(part * 2 - 1) for part in torch.cat(crops).split(_FACES_AT_ONCE)]
+        return torch.cat(embedded)
+
+    def _embed(self, embedder: Callable[[Tensor], Tensor], frames: Tensor, faces: ChosenFaces) -> Tensor:
         B, T = frames.shape[:2]
         # The reward is measured in float32 whatever autocast the trainer runs its model in.
         with torch.autocast(frames.device.type, enabled=False):

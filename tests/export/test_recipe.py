@@ -1,5 +1,6 @@
 """Recipes: those that ship, and what becomes of those that a user writes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 
 from frostline.config import LoraSettings
 from frostline.errors import ConfigError
-from frostline.export.recipe import Recipe, load_recipe
+from frostline.export.recipe import STAGES, Recipe, load_recipe
 from frostline.export.shapes import ShapeRange
+from frostline.runtime.backends.tensorrt import TENSORRT
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "engines").glob("*.yaml"))
@@ -85,6 +87,67 @@ def test_lists_may_be_written_with_commas(tmp_path: Path) -> None:
     assert recipe.compute_capabilities == ("8.9", "12.0")
 
 
+@pytest.mark.parametrize("written", ["[8.9, 12.0]", "['8.9', '12.0']", "8.9,12.0", '"8.9, 12.0"'])
+def test_compute_capabilities_may_be_numbers(written: str, tmp_path: Path) -> None:
+    """YAML has `[8.9, 12.0]` as numbers."""
+    recipe = load_recipe(write(tmp_path, f"model: tiny\ncompute_capabilities: {written}\n"), {})
+    assert recipe.compute_capabilities == ("8.9", "12.0")
+    one = load_recipe(write(tmp_path, "model: tiny\ncompute_capabilities: 8.9\n"), {})
+    assert one.compute_capabilities == ("8.9",)
+
+
+def test_the_dimensions_that_were_asked_for(tmp_path: Path) -> None:
+    recipe = Recipe(model="tiny", min_shapes="faces:1x3x12x12", max_shapes="video:2x9x3x128x128")
+    assert recipe.asked_maximum == {"batch", "latent_frames", "height", "width"}
+    assert Recipe(model="tiny").asked_maximum == frozenset()
+
+
+def test_all_stages_are_known(make_module: Any) -> None:
+    modules = (make_module(model) for model in ("tiny", "tiny-moe", "tiny-ti2v"))
+    assert {name for module in modules for name in module.stages} <= {*STAGES}
+
+
+@pytest.fixture
+def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("frostline.export.model.load_staged_model", load)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora: {rank: 257}", r"lora\.rank: 257 is out of the range that engines serve, 2 to 256: choose another"),
+        ("lora: {rank: 1}", r"lora\.rank: 1 is out of the range"),
+        ("backends: [onnxruntime, tensorrt]", r"backend tensorrt: .*pip install 'frostline\[tensorrt\]'"),
+        ("backends: tensorrt-rtx\ncompute_capabilities: [9.0]", "does not build for sm_90, only for .*SM89"),
+        (
+            "backends: tensorrt-rtx\ncompute_capabilities: current",
+            "finds no NVIDIA GPU here: name a compute",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_here_is_told_before_a_model_is_loaded(
+    text: str, message: str, tmp_path: Path, unloadable: None, refused_usage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if text.endswith("tensorrt]"):
+        monkeypatch.setattr(TENSORRT, "_module", "no_such_tensorrt")
+    said = refused_usage("export", write(tmp_path, f"model: tiny\n{text}\n"))
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("rank", [2, 256])
+def test_ranks_at_the_ends_of_the_range_are_served(rank: int) -> None:
+    recipe = Recipe(model="tiny", lora=LoraSettings(rank=rank))
+    recipe.check("cpu")
+    other = Recipe(model="tiny", lora=LoraSettings(rank=1000), stages=("text_encoder",))
+    other.check("cpu")
+    Recipe(model="tiny", lora=None).check("cpu")
+
+
 def test_shapes_are_parsed(tmp_path: Path) -> None:
     path = write(tmp_path, "model: tiny\nmin_shapes: video:1x5x3x64x64\nmax_shapes: video:2x9x3x128x128\n")
     shapes = load_recipe(path, {}).shapes
@@ -107,6 +170,14 @@ def test_shapes_are_parsed(tmp_path: Path) -> None:
         ("- tiny\n", "must be a mapping of settings"),
         ("", "must be a mapping of settings"),
         ("model: [tiny\n", "cannot be read"),
+        ("model: tiny\nstages: []\n", "stages: names none: nothing would be exported"),
+        ("model: tiny\nbackends: []\n", "backends: names none: nothing would be exported"),
+        ("model: tiny\nstages: vae\n", "stages: no stage 'vae': there are text_encoder, "),
+        ("model: tiny\nbackends: [tensort]\n", "unknown backend 'tensort'"),
+        ("model: tiny\ncompute_capabilities: [sm_89]\n", "'sm_89' is no compute capability: write 8.9, or current"),
+        ("model: tiny\ncompute_capabilities: sm_120\n", "'sm_120' is no compute capability: write 12.0, or current"),
+        ("model: tiny\ncompute_capabilities: ['89']\n", "'89' is no compute capability: write 8.9, or current"),
+        ("model: tiny\ncompute_capabilities: [ada]\n", "'ada' is no compute capability: write 8.9, or current"),
         ("model: !!python/object/apply:os.getcwd []\n", "cannot be read"),
     ],
 )

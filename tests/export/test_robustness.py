@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from frostline.errors import EngineError, ParityError, ShapeError
+from frostline.errors import EngineError, EngineMemoryError, ParityError, ShapeError
 from frostline.export import exporter
 from frostline.export.exporter import Exported, build_stage, ensure_verified, export_stage
 from frostline.export.model import load_staged_model
@@ -238,8 +238,7 @@ def test_an_engine_that_does_not_load_is_deleted(
 @pytest.mark.parametrize(
     "error",
     [
-        EngineError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        EngineError("Failed to allocate memory for requested buffer of size 8"),
+        EngineMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         ShapeError("lora has shape (64, 8), engines serve (1, 8) to (32, 8)"),
     ],
     ids=str,

@@ -1,0 +1,190 @@
+"""The range of shapes that engines serve which take no tensors above a size."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frostline.errors import EngineError, ShapeError
+from frostline.export.exporter import build_stage, export_stage
+from frostline.export.limits import check_served, largest_tensor, served_note, within_limit
+from frostline.runtime import bounds
+from frostline.runtime.backends import get_backend
+from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.store import EngineStore
+
+LIMIT = 2**31 - 1
+
+
+class Wide(nn.Module):
+    """Five times as many channels in the middle as at both ends; attention over pixels where there are heads."""
+
+    def __init__(self, heads: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 10, 3, padding=1, dtype=dtype)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.conv(x)
+        if self.heads:
+            q = x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+            q = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        return wide[:, :2].contiguous()
+
+
+def network(heads: int = 0, dtype: torch.dtype = torch.float32, batch: tuple[int, int, int] = (1, 2, 32)) -> Network:
+    height, width = (Dimension(name, 1, 2, 8, multiple=4) for name in ("height", "width"))
+    spec = TensorSpec("x", (Dimension("batch", *batch), 2, height, width), dtype)
+    return Network("wide", Wide(heads, dtype).eval(), (spec,), ("y",))
+
+
+def largest_shape(network: Network) -> tuple[int, ...]:
+    return network.inputs[0].shape_at("max")
+
+
+def test_what_a_network_makes_counts() -> None:
+    """32 × 10 × 32 × 32: its inputs and outputs have a fifth of it."""
+    largest = largest_tensor(network())
+    assert largest.shape == (32, 10, 32, 32)
+    assert largest.elements == 327_680
+    assert str(largest) == "conv2d of 32 x 10 x 32 x 32 = 327,680 elements"
+
+
+def test_inputs_count_too() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((1, 2, 3)) * self.weight
+
+    largest = largest_tensor(replace(network(), module=Mean().eval()))
+    assert str(largest) == "input x of 32 x 2 x 32 x 32 = 65,536 elements"
+
+
+def test_the_scores_of_attention_count_where_no_kernel_keeps_them_inside() -> None:
+    scores = 32 * 1 * 1024 * 1024
+    assert largest_tensor(network(heads=1)).elements == scores
+    assert str(largest_tensor(network(heads=1))).startswith("attention scores of 32 x 1 x 1,024 x 1,024 = ")
+    assert largest_tensor(network(heads=1, dtype=torch.bfloat16)).shape == (32, 10, 32, 32)
+
+
+def test_samples_go_before_pixels() -> None:
+    wide, one = network(), 10 * 32 * 32
+    assert within_limit(wide, "b", None) is wide
+    assert within_limit(wide, "b", 32 * one) is wide
+    assert largest_shape(within_limit(wide, "b", 32 * one - 1)) == (31, 2, 32, 32)
+    assert largest_shape(within_limit(wide, "b", 5 * one + 7)) == (5, 2, 32, 32)
+    # Not below what is typical: then there are fewer pixels, 20 × 20 or 28 × 28 and no more.
+    assert largest_shape(within_limit(wide, "b", 2 * 10 * 20 * 20)) == (2, 2, 20, 20)
+    assert largest_shape(within_limit(wide, "b", 2 * 10 * 32 * 32 - 1)) == (2, 2, 28, 28)
+    # All that is left are the typical shapes.
+    assert largest_shape(within_limit(wide, "b", 2 * 10 * 8 * 8)) == (2, 2, 8, 8)
+    with pytest.raises(EngineError, match=r"b takes tensors of at most 1,279 elements, and network wide has conv2d of"):
+        within_limit(wide, "b", 2 * 10 * 8 * 8 - 1)
+
+
+def test_what_was_asked_for_is_not_lowered() -> None:
+    wide = network()
+    assert largest_shape(within_limit(wide, "b", 327_679, frozenset({"height", "width"}))) == (31, 2, 32, 32)
+    assert largest_shape(within_limit(wide, "b", 327_679, frozenset({"batch"}))) == (32, 2, 28, 28)
+    with pytest.raises(EngineError, match=r"conv2d of 32 x 10 x 32 x 32 = 327,680 elements at its largest shapes"):
+        within_limit(wide, "tensorrt", 327_679, frozenset({"batch", "height", "width"}))
+
+
+def test_the_default_range_of_tiny_within_the_limit(make_module: Any) -> None:
+    """By hand: 16 channels of 6 padded frames, its attention of one head, and the first face network."""
+    stages = make_module().stages
+    encoder = {network.name: network for network in stages["vae_encoder"].networks}["next"]
+    padded = largest_tensor(encoder)
+    assert padded.elements >= 32 * 16 * 6 * 1026 * 1026
+    served = within_limit(encoder, "tensorrt", LIMIT)
+    # Each of 128 × 128 positions scores each: 2^28 a video, of which 7 stay below 2^31 - 1.
+    assert largest_shape(served) == (7, 3, 4, 1024, 1024)
+    assert largest_tensor(served).elements == 7 * (128 * 128) ** 2
+    pnet = stages["face_detector"].networks[0]
+    assert largest_shape(pnet) == (2048, 3, 4096, 4096)
+    assert largest_shape(within_limit(pnet, "tensorrt", LIMIT)) == (LIMIT // (10 * 1022 * 1022), 3, 1024, 1024)
+    unlimited = stages["face_embedder"].networks[0]
+    assert within_limit(unlimited, "tensorrt", LIMIT) is unlimited
+
+
+@pytest.fixture
+def stage() -> Stage:
+    wide = network()
+    return Stage(
+        name="wide",
+        model="m",
+        networks=(wide,),
+        torch=lambda **inputs: wide.reference(inputs),
+        assemble=lambda runners: runners["wide"],
+        sample=lambda: wide.samples("opt"),
+        tolerance=Tolerance(1e-5, 1e-5, 0.999),
+    )
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime, were it to take no more than five samples of 32 × 32 pixels."""
+    monkeypatch.setattr(get_backend("onnxruntime"), "LARGEST_TENSOR", 5 * 10 * 32 * 32)
+
+
+def test_an_engine_says_what_it_serves(stage: Stage, limited: None, tmp_path: Path) -> None:
+    exported = export_stage(stage, "onnxruntime", EngineStore(tmp_path))
+    (entry,) = exported.manifest.networks
+    assert [tensor.max for tensor in entry.inputs] == [(5, 2, 32, 32)]
+    assert served_note(stage, exported.manifest) == (
+        "limited by the size of its tensors: at most x:5x2x32x32 instead of 32x2x32x32"
+    )
+    again = export_stage(stage, "onnxruntime", EngineStore(tmp_path))
+    assert not again.built
+    served = bounds.bounded(stage.networks[0], {tensor.name: tensor.max for tensor in entry.inputs})
+    served.check_shapes({"x": torch.zeros(5, 2, 32, 32)})
+    with pytest.raises(ShapeError, match=r"the engine serves \(1, 2, 4, 4\) to \(5, 2, 32, 32\)"):
+        served.check_shapes({"x": torch.zeros(6, 2, 32, 32)})
+
+
+def test_a_range_that_was_asked_for_is_refused_with_the_arithmetic(stage: Stage, limited: None, tmp_path: Path) -> None:
+    asked = BuildOptions(asked_maximum=frozenset({"batch", "height", "width"}))
+    with pytest.raises(
+        EngineError,
+        match=r"onnxruntime takes tensors of at most 51,200 elements, and network wide has conv2d of "
+        r"32 x 10 x 32 x 32 = 327,680 elements at its largest shapes: lower --max-shapes",
+    ):
+        build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=asked)
+    assert EngineStore(tmp_path).find() == []
+    # An engine that was built without being asked for that range has the same key.
+    build_stage(stage, "onnxruntime", EngineStore(tmp_path))
+    with pytest.raises(EngineError, match=r"takes x:5x2x32x32 instead of 32x2x32x32, which is asked for"):
+        build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=asked)
+    faces = BuildOptions(asked_maximum=frozenset({"faces"}))
+    assert not build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=faces)[1]
+
+
+def test_engines_without_a_limit_have_nothing_to_say(stage: Stage, tmp_path: Path) -> None:
+    exported = export_stage(stage, "onnxruntime", EngineStore(tmp_path))
+    assert served_note(stage, exported.manifest) == ""
+    check_served(stage, exported.manifest, frozenset({"batch"}))
+
+
+def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, engines: Path) -> None:
+    """Before anything is built, and before one that is there is loaded and held against PyTorch."""
+    from frostline.export.exporter import verify_engine_parity
+    from frostline.runtime.identity import find_engine, weights_sha256
+
+    store = EngineStore(engines)
+    for rank in (1, 257):
+        stage = make_module(lora={"rank": rank}).stages["denoiser"]
+        found = find_engine(store, stage, "onnxruntime", weights_sha256(stage))
+        assert found is not None, "the rank is no part of what identifies an engine"
+        with pytest.raises(ShapeError, match=r"lora_A has shape .*, and engines serve .*: choose another LoRA rank"):
+            export_stage(stage, "onnxruntime", store, force=True)
+        with pytest.raises(ShapeError, match="choose another LoRA rank"):
+            verify_engine_parity(stage, store, store.verify(found))
+        assert store.get(found.id) is not None

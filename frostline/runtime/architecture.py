@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from frostline.runtime.tensor_bytes import tensor_bytes
+
 # What every module has, and how it was called or compiled.
 _BOOKKEEPING = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
 # What PEFT leaves on a model beside its layers.
@@ -124,5 +126,4 @@ def _qualified(code: Any) -> str:
 def _digest(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "no values"
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()

@@ -23,6 +23,7 @@ from torch import Tensor
 from frostline.errors import DataError, EngineError
 from frostline.paths import open_regular
 from frostline.runtime import signing
+from frostline.runtime.tensor_bytes import tensor_bytes
 from frostline.writing import written_whole
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,8 @@ def _feed(digest: _Hash, part: object) -> None:
         case bytes():
             _feed_bytes(digest, b"bytes", part)
         case Tensor():
-            flat = part.detach().cpu().contiguous().reshape(-1)
             kind = f"{part.dtype}{tuple(part.shape)}".encode()
-            _feed_bytes(digest, kind, flat.view(torch.uint8).numpy().data)
+            _feed_bytes(digest, kind, tensor_bytes(part))
         case list() | tuple():
             digest.update(f"list:{len(part)};".encode())
             for item in part:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType
 
-import torch
 from torch import Tensor, nn
 
 from frostline.models.precision import DTYPES
@@ -22,6 +21,7 @@ from frostline.runtime.dimension import Dimension
 from frostline.runtime.memo import cache_folder, recall, remember
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.store import EngineRecord, EngineStore, engine_key
+from frostline.runtime.tensor_bytes import tensor_bytes
 
 # What makes an engine's source of a network, by name alone: nothing above the runtime is imported here.
 _TRACERS = {
@@ -68,7 +68,7 @@ def _sha256(stage: Stage) -> str:
         digest.update(f"{_describe(network)}\n".encode())
         for name, tensor in sorted(_frozen_tensors(network), key=lambda named: named[0]):
             digest.update(f"{network.name}/{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -90,16 +90,14 @@ def _read(name: str) -> tuple[str, tuple[Import, ...]]:
         return (_unreadable(name), ()) if loaded else ("absent" if spec is None else "folder", ())
     package = name if spec is not None and spec.submodule_search_locations is not None else name.rpartition(".")[0]
     try:
-        status = path.stat()
-        return _read_file(path, package, status.st_mtime_ns, status.st_size)
+        return _read_source(path.read_bytes(), package)
     except OSError:
         return _unreadable(name), ()
 
 
 @lru_cache(maxsize=1024)
-def _read_file(path: Path, package: str, mtime_ns: int, size: int) -> tuple[str, tuple[Import, ...]]:
-    """Digest and imports of a file of this state."""
-    content = path.read_bytes()
+def _read_source(content: bytes, package: str) -> tuple[str, tuple[Import, ...]]:
+    """Digest and imports, kept by content: an edit within a tick of the clock may leave time and size alone."""
     try:
         syntax = read_syntax(content, package)
     except (SyntaxError, ValueError, RecursionError):  # an extension module, or Python of another version

@@ -38,7 +38,7 @@ PRECISIONS = frozenset(DTYPES)
 LARGEST_TENSOR: int | None = None
 
 # How torch's allocators say that memory ran out, from where no Python exception comes through.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "failed to map segment")
 # The tracer's wrapper around `Network.module`.
 _PREFIX = "module."
 _SETTINGS = {

@@ -30,7 +30,7 @@ PRECISIONS = frozenset(DTYPES)
 LARGEST_TENSOR: int | None = None
 
 # How its CPU plugin says that memory ran out.
-_NO_MEMORY = ("bad_alloc", "could not allocate", "Cannot allocate memory")
+_NO_MEMORY = ("bad_alloc", "could not allocate", "Cannot allocate memory", "failed to map segment")
 # Kernels that are kept for shapes seen before. OpenVINO's own number is 5000, and a face detector's shapes never end. A
 # few hundred are enough for every shape that a rollout takes in turn.
 _CACHED_KERNELS = 512

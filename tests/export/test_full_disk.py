@@ -1,0 +1,64 @@
+"""A folder of engines on a full disk: said by name, nothing left half-built, and the process goes on."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frostline.errors import EngineError
+from frostline.export.exporter import export_stage
+from frostline.runtime.backends import get_backend
+from frostline.runtime.dimension import Dimension
+from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.store import EngineStore
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk"),
+    pytest.mark.timeout(600),
+]
+
+
+class Layers(nn.Module):
+    """With weights, and code when it is compiled, that fill a disk of some kilobytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+# In a process of its own each, because torch's own writer of packages ends it where there is no room.
+@pytest.mark.fresh_process
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "aotinductor"])
+def test_a_full_disk_is_said_and_the_process_lives(backend: str, tmp_path: Path) -> None:
+    if reason := get_backend(backend).unavailable():
+        pytest.skip(reason)
+    network = Network("layers", Layers().eval(), (TensorSpec("x", (Dimension("rows", 1, 4, 64), 64)),), ("y",))
+    stage = Stage(name="layers", model="toy", networks=(network,), tolerance=Tolerance(1e-5, 1e-5, 0.999))
+    with small_disk(tmp_path / "disk", "8k") as root:
+        store = EngineStore(root)
+        with pytest.raises(EngineError, match=r"the disk is full\. Free some space, or name another disk"):
+            export_stage(stage, backend, store)
+        assert store.find() == []
+        assert [path.suffix for path in (root / "toy" / "layers").iterdir()] == [".lock"]
+    assert export_stage(stage, backend, EngineStore(tmp_path / "engines")).manifest.verified

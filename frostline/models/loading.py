@@ -20,6 +20,7 @@ from .layouts.architecture import network_arguments
 from .layouts.foreign import stand_in_kind
 from .layouts.network import NetworkFiles
 from .networks import build_network
+from .precision import precision_name
 from .weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def load_components(
             folder; of two experts in a list, `high` and `low` in their names tell which is which.
         defer: which of `DEFERRABLE` to leave on disk until they are needed; see `WanComponents.weights`.
     Raises:
-        ConfigError: what was found and what is missing, or which file does not fit.
+        ConfigError: what was found and what is missing, which file does not fit, or that weights cannot be of `dtype`.
     """
+    _ = precision_name(dtype)  # refuses another one
     files = find_files(model)
     log.info("%s", files)
     loaded: dict[str, Any] = {}

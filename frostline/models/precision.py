@@ -20,3 +20,15 @@ def parse_precision(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"unknown precision {name!r}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def precision_name(dtype: object) -> str:
+    """The name of this type: the inverse of `parse_precision`.
+
+    Raises:
+        ConfigError: weights cannot be of this type.
+    """
+    for name, known in DTYPES.items():
+        if dtype is known:
+            return name
+    raise ConfigError(f"dtype: weights cannot be {dtype!r}: use one of {', '.join(map(str, DTYPES.values()))}")

@@ -11,7 +11,7 @@ from types import FunctionType, MethodType
 
 from torch import Tensor, nn
 
-from frostline.models.precision import DTYPES
+from frostline.models.precision import precision_name
 from frostline.runtime.architecture import adapter_parameters, describe
 from frostline.runtime.backends import get_backend, module_name
 from frostline.runtime.backends.options import OPSET, BuildOptions
@@ -111,9 +111,12 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
 
 
 def precision_of(stage: Stage) -> str:
-    """The floating-point type that the stage's weights have: fp32, fp16 or bf16."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return names[stage.networks[0].weight.dtype]
+    """The floating-point type that the stage's weights have: fp32, fp16 or bf16.
+
+    Raises:
+        ConfigError: they have another one.
+    """
+    return precision_name(stage.networks[0].weight.dtype)
 
 
 class _EngineKeys:

@@ -159,6 +159,12 @@ def _check_layout(video: Any) -> torch.Tensor:
         raise DataError("field 'video': is a numpy array; convert it with torch.from_numpy(video)")
     if not isinstance(video, torch.Tensor):
         raise DataError(f"field 'video': must be a tensor (B, T, C, H, W), not {type(video).__name__}")
+    if video.is_nested:
+        raise DataError("field 'video': is a nested tensor; bring all samples to one size, then torch.stack(video)")
+    if video.layout != torch.strided:
+        raise DataError(f"field 'video': has the layout {video.layout}; use video.to_dense()")
+    if video.is_meta:
+        raise DataError("field 'video': is on the meta device, where tensors have no values")
     shape = tuple(video.shape)
     if video.ndim != 5:
         hint = "; for a single sample use video.unsqueeze(0)" if video.ndim == 4 else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, DataError
 from frostline.models.geometry import MASK_CHANNELS, latent_grid
 from frostline.models.text import count_tokens, tokenize
 from frostline.runtime.cache import FrozenOutputCache, content_key
@@ -98,6 +98,21 @@ class Conditioner:
             first_frame_latents=self._first_frame_latents(first_frame, image_keys),
             references=tuple(self._references(active, video, references, video_keys) for active in self.rewards),
         )
+
+    def check(self, inputs: object) -> Conditioning:
+        """`inputs`, which must be what a conditioner of this model returned.
+
+        Raises:
+            DataError: it is something else, or of a model that takes other conditions or has other rewards.
+        """
+        if not isinstance(inputs, Conditioning):
+            raise DataError(f"inputs: must be what forward_preprocess returned, not {type(inputs).__name__}")
+        model, given = self.components, (inputs.y, inputs.clip_feature, inputs.first_frame_latents)
+        takes = model.takes_image_latents, model.takes_clip_feature, model.pins_first_frame
+        fits = takes == tuple(tensor is not None for tensor in given)
+        if not fits or inputs.latent_shape[0] != model.vae.model.z_dim or len(inputs.references) != len(self.rewards):
+            raise DataError("inputs: are of another model or other rewards: use this module's own forward_preprocess")
+        return inputs
 
     def cached_rows(
         self,

@@ -174,7 +174,8 @@ def _faked(*modules: nn.Module) -> Iterator[None]:
     try:
         for module, scale in scales:  # statistics that diffsynth's VAE keeps outside of its buffers
             module.scale = [tensor.cpu() for tensor in scale]
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        # Anomaly detection looks at values, and here are none.
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_detect_anomaly(False):
             for part, parameters, buffers in before:
                 for name, parameter in parameters.items():
                     if parameter is not None:

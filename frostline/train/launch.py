@@ -29,7 +29,7 @@ from frostline.train.module import WanTrainingModule
 from frostline.train.preflight import check_output, problems
 from frostline.train.processes import gather_from_processes
 from frostline.train.report import write_report
-from frostline.train.resume import LATEST, changed_settings
+from frostline.train.resume import changed_settings
 from frostline.train.saving import PACKAGES
 from frostline.train.settings import RunSettings
 from frostline.train.trainer import Outcome, RunOptions, make_accelerator, train
@@ -84,7 +84,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         options = RunOptions(
             resume=checkpoint,
             overwrite=settings.overwrite_output_dir,
-            restart=resume == LATEST,
+            restart=resume is not None,
             num_workers=settings.data.num_workers,
             config=dump_settings(settings),
             facts=run_facts(module),

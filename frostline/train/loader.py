@@ -6,6 +6,7 @@ import itertools
 import logging
 import signal
 from collections.abc import Iterator, Sequence
+from pickle import UnpicklingError
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -51,8 +52,8 @@ class Batches:
         for restart in itertools.count(1):
             try:
                 return next(self._batches)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+                if not self._lost_a_worker(error):
                     raise
                 if restart > _RESTARTS:
                     raise DataError(
@@ -62,6 +63,15 @@ class Batches:
                 log.warning("a data worker was killed (out of memory?): starting it again")
                 self._batches = self._start()
         raise AssertionError("unreachable")
+
+    def _lost_a_worker(self, error: Exception) -> bool:
+        """Whether it is no error of the data set, but of the way from a worker, which broke with the worker."""
+        if not self.num_workers or "in DataLoader worker process" in str(error):
+            return False
+        if "Too many open files" in str(error):
+            raise DataError("data workers need more open files: raise the limit (ulimit -n)") from error
+        # Its sockets are closed before it counts as dead, so what is read from them may be what fails.
+        return "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
 
     def _start(self) -> Iterator[CollatedBatch | DataError]:
         loader = DataLoader(
@@ -77,7 +87,11 @@ class Batches:
             pin_memory=torch.cuda.is_available(),
         )
         before = signal.getsignal(signal.SIGCHLD)
-        batches = iter(loader)
+        try:
+            batches = iter(loader)
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"data workers cannot be started: {reason}; lower data.num_workers") from error
         # torch's handler throws where the program happens to be when a worker dies; here `__next__` finds out.
         if self.num_workers:
             signal.signal(signal.SIGCHLD, before)

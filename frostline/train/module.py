@@ -31,7 +31,7 @@ from frostline.models.vae import decode_latents, decoder_chunks
 from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.clock import StageTime
-from frostline.runtime.device import free_bytes
+from frostline.runtime.device import free_bytes, resolve_device
 from frostline.runtime.runtime import PlanSetting, Runtime
 from frostline.runtime.store import EngineStore
 from frostline.train.checkpointing import fitting_checkpointing
@@ -145,7 +145,7 @@ class WanTrainingModule(nn.Module):
             ConfigError: files or settings are not usable.
         """
         parsed = TrainingModuleSettings.parse(settings)
-        components = load_components(model, dtype, device, defer=DEFERRABLE)
+        components = load_components(model, dtype, resolve_device(str(device)), defer=DEFERRABLE)
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module
@@ -191,12 +191,13 @@ class WanTrainingModule(nn.Module):
         Returns:
             loss (with graph), face_score (the first reward's score, whatever it rewards) and kl_loss, each 0-dim.
         Raises:
-            DataError: `data` is not as it should be; names sample, field and what to do.
+            DataError: `data` is not as it should be; names sample, field and what to do. Or `inputs` is none
+                of `forward_preprocess`, or of that of another model.
             ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
         self.steps.check_tail()
-        conditioning = self.forward_preprocess(data) if inputs is None else inputs
+        conditioning = self.forward_preprocess(data) if inputs is None else self.conditioner.check(inputs)
         self._settle_for(conditioning)
         latents = self._rollout(conditioning)
         with self._saved_tensors():
@@ -264,7 +265,10 @@ class WanTrainingModule(nn.Module):
             noise: (B, C, F, h, w), standard normal.
         Returns:
             (B, T, 3, H, W) in [0, 1].
+        Raises:
+            DataError: `conditioning` is none of `forward_preprocess`, or of that of another model.
         """
+        conditioning = self.conditioner.check(conditioning)
         steps = self.settings.num_inference_steps
         latents, first = self.sampler.start(conditioning, noise, steps, None)
         latents = self.sampler.head(latents, conditioning, first, steps).to(

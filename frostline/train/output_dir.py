@@ -7,12 +7,14 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from frostline.documents import parse_json
 from frostline.errors import CheckpointError, ConfigError, DocumentError
 from frostline.train.checkpoint import Checkpoint, discard, find_checkpoints
 from frostline.train.runfolder import (
     ADAPTER,
+    BEGAN_FROM,
     CLIPS,
     CONFIG,
     METRICS,
@@ -73,12 +75,23 @@ def begins_in(folder: Path, resume: Checkpoint | None) -> bool:
     return resume is None or resume.path.parent.resolve() != folder.resolve()
 
 
-def check_start(folder: Path, overwrite: bool = False, restart: bool = False) -> None:
+def origin(resume: Checkpoint | None) -> str | None:
+    """As `run.json` has it: where the checkpoint is that a run begins from."""
+    return None if resume is None else str(resume.path.resolve())
+
+
+def began_from(folder: Path) -> str | None:
+    """The origin of the run that is in the folder."""
+    return (_facts(folder) or {}).get(BEGAN_FROM)
+
+
+def check_start(folder: Path, resume: Checkpoint | None = None, overwrite: bool = False, restart: bool = False) -> None:
     """Make sure that a run may begin in the folder, and mixes with no earlier one; touches nothing.
 
     Args:
+        resume: a checkpoint of another folder that the run begins from.
         overwrite: a run that is there may be deleted.
-        restart: it may where it has no checkpoint that one could go on from.
+        restart: it may where it began as this one does, and has no checkpoint that one could go on from.
     Raises:
         ConfigError: the folder has a run that must stay, or files that no run wrote where this one would write.
     """
@@ -92,10 +105,18 @@ def check_start(folder: Path, overwrite: bool = False, restart: bool = False) ->
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
     if not found:
         return
-    if not is_run(folder):
+    facts = _facts(folder)
+    if facts is None:
         raise ConfigError(
             f"{folder} has {found[0].name} already, and not from a run of frostline (which would have left a "
             f"{RUN_FACTS}): choose another output_dir"
+        )
+    same = facts.get(BEGAN_FROM) == origin(resume)
+    if restart and not checkpoints and not same and not overwrite:
+        began = f"from {facts[BEGAN_FROM]}" if facts.get(BEGAN_FROM) else "at step 0"
+        raise ConfigError(
+            f"{folder} holds a run that began {began}, and has no checkpoint yet: begin it again from there, choose "
+            "another output_dir, or set overwrite_output_dir"
         )
     if not overwrite and not (restart and not checkpoints):
         raise ConfigError(
@@ -108,11 +129,7 @@ def check_start(folder: Path, overwrite: bool = False, restart: bool = False) ->
 
 def is_run(folder: Path) -> bool:
     """Whether a run of frostline has begun in the folder: `run.json` is the first that it writes."""
-    try:
-        facts = parse_json((folder / RUN_FACTS).read_bytes())
-    except (OSError, DocumentError):
-        return False
-    return isinstance(facts, dict) and PROGRAM in facts
+    return _facts(folder) is not None
 
 
 def clear_run(folder: Path) -> None:
@@ -132,6 +149,15 @@ def clear_run(folder: Path) -> None:
         (folder / RUN_FACTS).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be deleted: {error.strerror}") from error
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` says, if it is of a run of frostline."""
+    try:
+        facts = parse_json((folder / RUN_FACTS).read_bytes())
+    except (OSError, DocumentError):
+        return None
+    return facts if isinstance(facts, dict) and PROGRAM in facts else None
 
 
 def _own_files(folder: Path) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from frostline.models.weights import FROZEN_PARTS
 from frostline.runtime.backends import TORCH, check_backend
 from frostline.train.checkpoint import Checkpoint
 from frostline.train.output_dir import begins_in, check_start, check_writable
-from frostline.train.resume import LATEST, check_fits, find_resume
+from frostline.train.resume import check_fits, find_resume
 from frostline.train.reward_class import import_reward, look_for_reward
 from frostline.train.settings import RunSettings
 from frostline.train.trackers import check_trackers
@@ -55,7 +55,7 @@ def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None
     check_writable(folder)
     checkpoint = find_resume(folder, resume)
     if begins_in(folder, checkpoint):
-        check_start(folder, settings.overwrite_output_dir, restart=resume == LATEST)
+        check_start(folder, checkpoint, settings.overwrite_output_dir, restart=resume is not None)
     if checkpoint is not None:
         check_fits(checkpoint, settings)
     return checkpoint

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 METRICS, VALIDATION, RUN_FACTS, CONFIG = "metrics.jsonl", "validation.jsonl", "run.json", "config.yaml"
 REPORT, SHEET, TIMING = "report.html", "contact_sheet.png", "timing.json"
 ADAPTER, CLIPS, TRACKERS = "adapter", "validation", "trackers"
-# By this name `run.json` says whose it is.
-PROGRAM = "frostline"
+# By these names `run.json` says whose it is, and from which checkpoint of another folder the run began.
+PROGRAM, BEGAN_FROM = "frostline", "began_from"
 _LOCK = ".lock"
 
 

@@ -27,10 +27,19 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> None:
-    """Tell the trackers what is about to run."""
+    """Tell the trackers what is about to run.
+
+    Raises:
+        ConfigError: one cannot be started (not logged in, no place to write to …).
+    """
     if accelerator.log_with:
         # TensorBoard takes plain values only.
-        accelerator.init_trackers(PROJECT, config={name: _plain(value) for name, value in flatten(config, "/").items()})
+        plain = {name: _plain(value) for name, value in flatten(config, "/").items()}
+        try:
+            accelerator.init_trackers(PROJECT, config=plain)
+        except Exception as error:  # each has errors of its own
+            names = ", ".join(map(str, accelerator.log_with))
+            raise ConfigError(f"train.report_to: {names} cannot be started: {error}") from error
 
 
 def track(accelerator: Accelerator, line: Mapping[str, Any], section: str) -> None:

@@ -26,10 +26,11 @@ from frostline.train.data import Sample
 from frostline.train.loader import Batches
 from frostline.train.module import WanTrainingModule
 from frostline.train.order import DataOrder
-from frostline.train.output_dir import begins_in, check_start, clear_run
+from frostline.train.output_dir import began_from, begins_in, check_start, clear_run, origin
 from frostline.train.processes import any_process
 from frostline.train.runfolder import (
     ADAPTER,
+    BEGAN_FROM,
     CONFIG,
     METRICS,
     PROGRAM,
@@ -65,7 +66,7 @@ class RunOptions:
 
     resume: a verified checkpoint to go on from.
     overwrite: delete the run that the folder holds.
-    restart: delete it where it has no checkpoint yet that one could go on from, as after a kill.
+    restart: delete it where it began as this one does and has no checkpoint yet, as after a kill.
     num_workers: processes that decode videos ahead.
     config: the settings of the run, kept beside its files and in every checkpoint, and told to the trackers.
     facts: what else to keep in `run.json`.
@@ -148,13 +149,13 @@ def train(
 
 def _check_start(output_dir: Path, options: RunOptions) -> None:
     if begins_in(output_dir, options.resume):
-        check_start(output_dir, options.overwrite, options.restart)
+        check_start(output_dir, options.resume, options.overwrite, options.restart)
 
 
 def _begin(output_dir: Path, options: RunOptions) -> None:
     """Let the folder hold nothing of another run, and say that one has begun."""
     clear_run(output_dir)
-    _write_facts(output_dir, options)
+    _write_facts(output_dir, options, origin(options.resume))
     _take_lines(output_dir, options.resume)
 
 
@@ -164,7 +165,7 @@ def _go_on(output_dir: Path, options: RunOptions) -> None:
     rotate(output_dir, None)
     set_aside_after(output_dir, options.resume.step)
     _take_lines(output_dir, options.resume)
-    _write_facts(output_dir, options)
+    _write_facts(output_dir, options, began_from(output_dir))
 
 
 def _take_lines(output_dir: Path, resume: Checkpoint | None) -> None:
@@ -173,15 +174,16 @@ def _take_lines(output_dir: Path, resume: Checkpoint | None) -> None:
             JsonLines(output_dir / name).keep_until(resume.step, resume.path.parent / name)
 
 
-def _write_facts(output_dir: Path, options: RunOptions) -> None:
+def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> None:
+    facts = {PROGRAM: frostline.__version__, BEGAN_FROM: began, **options.facts}
     # The first says whose folder it is, so it is written first.
     texts = {
-        RUN_FACTS: json.dumps({PROGRAM: frostline.__version__, **options.facts}, indent=2) + "\n",
+        RUN_FACTS: json.dumps(facts, indent=2) + "\n",
         CONFIG: dump_yaml(options.config),
     }
     for name, text in texts.items():
         with written_whole(output_dir / name) as part:
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
 
 
 def _prepare(module: WanTrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:

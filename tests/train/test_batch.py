@@ -60,6 +60,15 @@ BAD_BATCHES = {
         good(video=[torch.zeros(5, 3, 16, 32), torch.zeros(5, 3, 32, 32)]),
         ["'video'", "sample 1 has shape (5, 3, 32, 32) and sample 0 (5, 3, 16, 32)"],
     ),
+    "meta": (good(video=torch.zeros(2, 5, 3, 16, 32, device="meta")), ["'video'", "meta device", "no values"]),
+    "sparse": (
+        good(video=torch.zeros(2, 5, 3, 16, 32).to_sparse()),
+        ["'video'", "torch.sparse_coo", "video.to_dense()"],
+    ),
+    "nested": (
+        good(video=torch.nested.nested_tensor([torch.zeros(5, 3, 16, 32)] * 2)),
+        ["'video'", "nested tensor", "torch.stack(video)"],
+    ),
     "four dimensions": (good(video=torch.zeros(5, 3, 16, 32)), ["'video'", "video.unsqueeze(0)"]),
     "three dimensions": (good(video=torch.zeros(3, 16, 32)), ["'video'", "5 dimensions", "(3, 16, 32)"]),
     "channels last": (good(video=torch.zeros(2, 5, 16, 32, 3)), ["'video'", "permute(0, 1, 4, 2, 3)"]),

@@ -2,8 +2,10 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -20,15 +22,22 @@ from frostline.train.order import DataOrder
 class Numbers(Dataset[Sample]):
     """Sample i is named i; `fatal` kills its reader so many times, `broken` cannot be read."""
 
-    def __init__(self, folder: Path, fatal: int | None = None, deaths: int = 1, broken: int | None = None) -> None:
-        self.folder, self.fatal, self.deaths, self.broken = folder, fatal, deaths, broken
+    def __init__(
+        self,
+        folder: Path,
+        fatal: int | None = None,
+        deaths: int = 1,
+        broken: int | None = None,
+        error: type = DataError,
+    ) -> None:
+        self.folder, self.fatal, self.deaths, self.broken, self.error = folder, fatal, deaths, broken, error
 
     def __len__(self) -> int:
         return 6
 
     def __getitem__(self, index: int) -> Sample:
         if index == self.broken:
-            raise DataError(f"sample {index}, field 'video': is broken")
+            raise self.error(f"sample {index}, field 'video': is broken")
         if index == self.fatal:
             died = len(list(self.folder.iterdir()))
             if died < self.deaths:
@@ -72,3 +81,89 @@ def test_loading_does_not_touch_the_random_numbers_of_the_noise(tmp_path: Path) 
     state = torch.get_rng_state()
     names(Numbers(tmp_path), 0, 5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_worker_killed_from_outside_is_replaced_and_nothing_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed while it waits, or while it sends: whichever of the two it is, each batch comes once and in order."""
+    expected = names(Numbers(tmp_path), 0, 8)
+    batches = Batches(Numbers(tmp_path), DataOrder(6, 2, seed=0), 2)
+    try:
+        found = []
+        for number in range(8):
+            if number in (1, 5):
+                workers: Any = batches._batches
+                os.kill(workers._workers[number % 2].pid, signal.SIGKILL)
+            found.append(next(batches)["sample_id"])
+    finally:
+        batches.close()
+    assert found == expected
+    assert "a data worker was killed" in caplog.text
+
+
+class Severed(Iterator[Any]):
+    """What a loader gives: some batches, then the error of a way that broke."""
+
+    def __init__(self, batches: Iterator[Any], error: Exception, after: int) -> None:
+        self.batches, self.error, self.left = batches, error, after
+
+    def __next__(self) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return next(self.batches)
+
+
+LOST = [
+    ConnectionResetError(104, "Connection reset by peer"),
+    FileNotFoundError(2, "No such file or directory"),
+    EOFError(),
+    UnpicklingError("pickle data was truncated"),
+    RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly"),
+]
+
+
+def severed(
+    tmp_path: Path, error: Exception, times: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> list[list[str]]:
+    """The names of five batches through a way that breaks so many times; nothing is sent in truth."""
+    start, left = Batches._start, iter(range(times))
+
+    def breaking(batches: Batches) -> Any:
+        batches.num_workers = 0
+        whole = start(batches)
+        batches.num_workers = workers
+        return whole if next(left, None) is None else Severed(whole, error, after=2 if times == 1 else 0)
+
+    monkeypatch.setattr(Batches, "_start", breaking)
+    return names(Numbers(tmp_path), workers, 5)
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_a_way_that_breaks_with_its_worker_is_made_anew(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = names(Numbers(tmp_path), 0, 5)
+    with monkeypatch.context() as patch:
+        assert severed(tmp_path, error, 1, 1, patch) == expected
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="data workers were killed 4 times in a row"):
+        severed(tmp_path, error, 9, 1, patch)
+    # Without workers there is no such way.
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        severed(tmp_path, error, 1, 0, patch)
+
+
+def test_too_many_open_files_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("Too many open files. Communication with …"), OSError(24, "Too many open files")):
+        with monkeypatch.context() as patch, pytest.raises(DataError, match=r"more open files: raise the limit"):
+            severed(tmp_path, error, 1, 1, patch)
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_an_error_of_the_data_set_is_no_killed_worker(
+    error: type, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(error, match=r"sample 3, field 'video': is broken"):
+        names(Numbers(tmp_path, broken=3, error=error), 1, 5)
+    assert "a data worker was killed" not in caplog.text

@@ -14,7 +14,9 @@ from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
 from frostline.models.faces import quantize_frames
 from frostline.models.geometry import VideoShape
+from frostline.models.loading import load_components
 from frostline.models.vae_chunks import decode_in_chunks
+from frostline.runtime.identity import precision_of
 from frostline.train.face_identity import FaceIdentityReward, face_identity_reward
 from frostline.train.module import WanTrainingModule
 from frostline.train.reward import RewardScore, reward_loss
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from conftest import RewardTape
 
 MakeModule = Callable[..., WanTrainingModule]
+
+SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
+TWO_REWARDS = {**SHARPNESS, "plus": [{"type": "face_identity"}]}
 
 
 def test_a_batch_is_the_mean_of_its_samples(make_module: MakeModule, tape: "RewardTape") -> None:
@@ -230,6 +235,58 @@ def test_bad_batches_are_refused(change: dict[str, Any], fragments: list[str], q
 @pytest.fixture(scope="module")
 def quick_module(make_module: MakeModule) -> WanTrainingModule:
     return make_module(**QUICK)
+
+
+def test_inputs_are_those_of_this_model(make_module: MakeModule, quick_module: WanTrainingModule) -> None:
+    data = small_clips(1)
+    wrong: list[tuple[Any, str]] = [
+        *(
+            (value, f"must be what forward_preprocess returned, not {type(value).__name__}")
+            for value in (data, (1,), "x")
+        ),
+        (make_module("tiny-ti2v", **QUICK).forward_preprocess(data), "are of another model or other rewards"),
+        (make_module(reward=TWO_REWARDS, **QUICK).forward_preprocess(data), "are of another model or other rewards"),
+    ]
+    own = quick_module.forward_preprocess(data)
+    noise = quick_module.noise(own)
+    for inputs, said in wrong:
+        with pytest.raises(DataError, match=f"^inputs: {said}"):
+            quick_module(data, inputs)
+        with pytest.raises(DataError, match=f"^inputs: {said}"):
+            quick_module.generate(inputs, noise)
+    assert torch.equal(quick_module(None, own)[0], quick_module(data)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "bf16", None])
+def test_weights_of_other_types_are_refused_before_a_model_is_loaded(dtype: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^dtype: weights cannot be .*: use one of torch\.float32, torch\.float16"):
+        WanTrainingModule.from_pretrained("nowhere", dtype=dtype)
+
+
+def test_weights_that_became_of_another_type_are_refused(make_module: MakeModule) -> None:
+    components = load_components("tiny")
+    components.denoiser.double()
+    with pytest.raises(ConfigError, match=r"^dtype: weights cannot be torch\.float64"):
+        precision_of(WanTrainingModule(components, plan="torch").stages["denoiser"])
+
+
+def test_a_device_that_is_none_is_refused() -> None:
+    for device in ("gpu", "meta", torch.device("meta")):
+        with pytest.raises(ConfigError, match="is none of auto, cpu, cuda"):
+            WanTrainingModule.from_pretrained("tiny", device=device)
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", "block", "full"])
+def test_anomaly_detection_finds_none(checkpointing: str, make_module: MakeModule) -> None:
+    data = small_clips(1)
+    gradients = []
+    for detect in (False, True):
+        module = make_module(gradient_checkpointing=checkpointing, **QUICK)
+        with torch.autograd.set_detect_anomaly(detect):
+            module(data)[0].backward()
+            assert torch.is_anomaly_enabled() == detect
+        gradients.append(gradient(module))
+    assert_same_gradient(*gradients)
 
 
 def test_metrics_of_the_last_step(make_module: MakeModule, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from steps import QUICK, Clips
 
 from frostline.errors import CheckpointError, ConfigError, FrostlineError
 from frostline.train.checkpoint import MANIFEST, find_checkpoints
-from frostline.train.output_dir import check_start, check_writable, clear_run, is_run
+from frostline.train.output_dir import began_from, check_start, check_writable, clear_run, is_run
 from frostline.train.report import write_report
 from frostline.train.resume import find_resume
 from frostline.train.runfolder import claimed
@@ -195,6 +195,28 @@ def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(moment: str, mak
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_that_began_elsewhere_is_begun_anew_from_there(ended: Path, make_module: Any) -> None:
+    out, settings = ended.parent / "out", TrainerSettings(learning_rate=1e-3, max_train_steps=5, checkpointing_steps=50)
+    start = find_resume(out, str(ended / "checkpoint-3"))
+
+    def die(line: Any) -> None:
+        raise Killed
+
+    for options in ({}, {"restart": True}):
+        with pytest.raises(Killed):
+            train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(start, on_step=die, **options))
+    # To begin at step 0 is not what was asked for when it was started.
+    with pytest.raises(ConfigError, match=r"a run that began from .*checkpoint-3, and has no checkpoint yet"):
+        train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(restart=True))
+    outcome = train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(start, restart=True))
+    assert outcome.step == 5
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert began_from(out) == str(ended / "checkpoint-3")
+    # It goes on from its own checkpoint, and still began there.
+    train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(find_resume(out, "latest")))
+    assert began_from(out) == str(ended / "checkpoint-3")
+
+
 def test_a_run_with_a_checkpoint_is_not_begun_anew(ended: Path, make_module: Any) -> None:
     """Another process may have written it since `latest` was looked for."""
     before = content(ended)
@@ -272,4 +294,17 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(reason: str, ended: Path, 
     before = content(ended)
     with claimed(ended) if reason == "taken" else nullcontext(), pytest.raises(FrostlineError, match=said):
         run(module, ended, resume=checkpoint, config={"lora": {"rank": 4}})
+    assert content(ended) == before
+
+
+def test_a_tracker_that_cannot_be_started_is_called_so_and_nothing_is_touched(
+    ended: Path, make_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError("not logged in")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    before = content(ended)
+    with pytest.raises(ConfigError, match=r"^train\.report_to: tensorboard cannot be started: not logged in"):
+        run(make_module(**SETTINGS), ended, resume=find_checkpoints(ended)[0])
     assert content(ended) == before

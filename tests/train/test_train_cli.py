@@ -364,7 +364,12 @@ NOT_RESUMED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "rank": (_nothing, ["lora.rank=8"], 2, "lora.rank: the adapter in killed/checkpoint-2 has rank 4, not 8"),
     "scale": (_nothing, ["lora.alpha=8"], 2, "has a scale (alpha / rank) of 1, not 2"),
     "layers": (_nothing, ["lora.target_modules=[q]"], 2, "is on other layers: blocks.0.cross_attn.k is called none"),
-    "more layers": (_nothing, ["lora.target_modules=[q,k,v,o,ffn.0,ffn.2,ffn.3]"], 2, "there is none called ffn.3"),
+    "more layers": (
+        _nothing,
+        ["lora.target_modules=[q,k,v,o,ffn.0,ffn.2,ffn.3]"],
+        2,
+        "'ffn.3' is the name of no module of the denoiser",
+    ),
     "damaged": (_damage, [], 1, "none of the 2 checkpoints in killed is intact"),
     "settings": (_alias_its_settings, [], 1, "config.yaml is not valid YAML: line 1, column 7: an alias stands for"),
     "data": (_nothing, ["data.source=gone"], 1, "gone: no such file or folder"),

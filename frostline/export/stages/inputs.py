@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from frostline.models.components import WanComponents
     from frostline.models.denoiser import Denoiser
     from frostline.models.faces.detectors import DetectorModel
+from frostline.models.precision import precision_name
     from frostline.runtime.dimension import Dimension
 
 # The bounds by the type of the weights, both sides computing in that type. Measured on small models of random weights,
@@ -38,7 +39,12 @@ _STAGE_TOLERANCES: Mapping[tuple[str, torch.dtype], Tolerance] = {
 
 
 def tolerance(stage: str, dtype: torch.dtype) -> Tolerance:
-    """The bounds that an engine of `stage` must keep, its weights being of `dtype`."""
+    """The bounds that an engine of `stage` must keep, its weights being of `dtype`.
+
+    Raises:
+        ConfigError: weights cannot be of this type.
+    """
+    precision_name(dtype)
     return _STAGE_TOLERANCES.get((stage, dtype), _TOLERANCES[dtype])
 
 

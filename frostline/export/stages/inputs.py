@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from frostline.models.precision import precision_name
 from frostline.runtime.stage import Tolerance
 
 # All stages import this file: what it imports is part of what identifies the engines of each.
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from frostline.models.components import WanComponents
     from frostline.models.denoiser import Denoiser
     from frostline.models.faces.detectors import DetectorModel
-from frostline.models.precision import precision_name
     from frostline.runtime.dimension import Dimension
 
 # The bounds by the type of the weights, both sides computing in that type. Measured on small models of random weights,

@@ -44,6 +44,13 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=4e-6 * expected.abs().max().item(), rtol=0)
 
 
+@torch.no_grad()
+def in_float64(x: Tensor, way: str) -> Tensor:
+    vae = load_components("tiny").vae
+    vae.model.double()
+    return getattr(vae.model, way)(x.double(), [part.double() for part in vae.scale])
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_fast_convolution_changes_nothing(batch: int) -> None:
     vae, fast = (load_components("tiny").vae for _ in range(2))
@@ -52,7 +59,9 @@ def test_the_fast_convolution_changes_nothing(batch: int) -> None:
     video = random_video(5, batch)
     with torch.no_grad():
         expected, actual = (v.model.encode(video, v.scale) for v in (vae, fast))
-    assert_close(actual, expected)
+    exact = in_float64(video, "encode")
+    # On some CPUs torch's own convolution is itself more than 1e-6 off.
+    assert (actual - exact).norm() < max(1e-6 * exact.norm(), 1.25 * (expected - exact).norm())
 
     values, gradients = [], []
     for one in (vae, fast):
@@ -62,7 +71,8 @@ def test_the_fast_convolution_changes_nothing(batch: int) -> None:
         assert latents.grad is not None
         values.append(decoded.detach())
         gradients.append(latents.grad.double().flatten())
-    assert_close(values[1], values[0])
+    exact = in_float64(expected, "decode")
+    assert (values[1] - exact).norm() < max(1e-6 * exact.norm(), 1.25 * (values[0] - exact).norm())
     assert 1 - F.cosine_similarity(gradients[0], gradients[1], dim=0) < 1e-6
     assert (gradients[1].norm() / gradients[0].norm() - 1).abs() < 1e-6
 

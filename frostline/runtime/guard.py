@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
+from frostline.runtime.architecture import adapter_parameters
 from frostline.runtime.backends.inputs import check_live
-from frostline.runtime.stage import ModuleTensors, Stage
+from frostline.runtime.stage import ModuleTensors, Network, Stage
 
 # Bytes from the middle of each tensor that are compared as well: 16 values of fp32.
 _PROBE_BYTES = 64
@@ -35,9 +36,7 @@ class WeightGuard:
         self._networks = stage.networks
         self.from_files = self._weights is not None and (not self._weights.resident or self._weights.as_read)
         self._edges = [edge for network in stage.networks for edge in _edges(network.module)]
-        live = {id(tensor) for network in stage.networks for tensor in network.live.values()}
-        named = (pair for network in stage.networks for pair in frozen_tensors(network.module))
-        slots = [(owner, key, tensor) for owner, key, tensor in named if id(tensor) not in live]
+        slots = [slot for network in stage.networks for slot in _frozen(network)]
         self._tensors = [(o, key, t, t.data_ptr(), _version(t)) for o, key, t in slots]
         tensors = [tensor for _, _, tensor in slots]
         self._probes = [(address, ctypes.string_at(address, size)) for address, size in map(_middle, tensors) if size]
@@ -123,24 +122,19 @@ class LiveGuard:
         return self._refused
 
 
-def frozen_tensors(module: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
-    """Yield the dict that holds it, its key and itself, for each parameter and buffer outside of adapters."""
-    for part in _outside_adapters(module):
+def _frozen(network: Network) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
+    """Yield the dict that holds it, its key and itself, for each tensor that an engine may keep a copy of."""
+    # Where matrices of a LoRA are inputs, those of other adapters change nothing of what engines compute.
+    left_out = adapter_parameters(network.module) if network.live else set()
+    left_out |= {id(tensor) for tensor in network.live.values()}
+    for part in network.module.modules():
         for owner in (part._parameters, part._buffers):
-            yield from ((owner, key, tensor) for key, tensor in owner.items() if tensor is not None)
+            yield from ((owner, key, t) for key, t in owner.items() if t is not None and id(t) not in left_out)
 
 
 def _edges(module: nn.Module) -> Iterator[tuple[dict[str, nn.Module | None], str, nn.Module]]:
     for part in module.modules():
         yield from ((part._modules, key, child) for key, child in part._modules.items() if child is not None)
-
-
-def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a tree; of a layer that PEFT has wrapped, the base layer and not the adapters'."""
-    yield module
-    base = module._modules.get("base_layer")
-    for child in module.children() if base is None else (base,):
-        yield from _outside_adapters(child)
 
 
 def _version(tensor: Tensor) -> int:

@@ -292,6 +292,16 @@ def test_memory_that_ran_out_does_not_cost_the_engine(
     assert runtime.plan["scaled"].backend == ORT
 
 
+@pytest.mark.parametrize("name", ["base_layer", "beside"])
+def test_a_layer_that_is_called_as_pefts_are_is_watched_whole(name: str) -> None:
+    module = nn.ModuleDict({"base_layer": nn.Linear(3, 3), "beside": nn.Linear(3, 3)}).requires_grad_(False)
+    network = Network("wrapped", module, (), ("y",))
+    guard = WeightGuard(Stage(name="wrapped", model="toy", networks=(network,), tolerance=Tolerance(0, 0, 1)))
+    assert guard.holds()
+    module[name].weight.mul_(2)
+    assert not guard.holds()
+
+
 def test_the_guard_holds_nothing_alive_and_sees_what_comes_back(stage: Stage) -> None:
     """It keeps addresses of memory that it only reads where the tensor is still the same."""
     guard, weight = WeightGuard(stage), module_of(stage).linear.weight

@@ -112,9 +112,10 @@ def _value(scale: Tensor) -> float:
 
 def _scaled(model: nn.Module, scale: Tensor) -> AbstractContextManager[None]:
     """The model at a LoRA scale; 0 skips the adapters."""
-    value, now = _value(scale), LoraSwitches(model).scale
+    value = _value(scale)
     if value == 0:
         return adapters_off(model)
+    now = LoraSwitches(model).scale
     return nullcontext() if now is not None and math.isclose(value, now, rel_tol=1e-6) else live_scale(model, scale)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
+from frostline.allocation import is_out_of_memory
 from frostline.errors import EngineError, EngineMemoryError
 
 
@@ -17,6 +16,6 @@ def engine_failure(what: str, error: Exception, signs: Iterable[str]) -> EngineE
         signs: what the library's messages contain, word for word, where memory ran out and nothing else says so.
     """
     message = f"{what}: {error}"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs):
+    if is_out_of_memory(error) or any(sign in str(error) for sign in signs):
         return EngineMemoryError(message)
     return EngineError(message)

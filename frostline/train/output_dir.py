@@ -151,6 +151,19 @@ def clear_run(folder: Path) -> None:
         raise CheckpointError(f"{error.filename or folder}: cannot be deleted: {error.strerror}") from error
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Delete the files that a run was killed at before they were whole.
+
+    Raises:
+        CheckpointError: a file cannot be deleted.
+    """
+    try:
+        for path in [path for path in folder.iterdir() if _PART.fullmatch(path.name) and _is_own(Path(path.name))]:
+            path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be deleted: {error.strerror}") from error
+
+
 def _facts(folder: Path) -> dict[str, Any] | None:
     """What `run.json` says, if it is of a run of frostline."""
     try:

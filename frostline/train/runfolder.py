@@ -79,6 +79,8 @@ class JsonLines:
         """Keep the lines (or those of `source`) up to a step: the rest was not saved, and will come again."""
         lines = read_lines(source or self.path)
         kept = [line for line in lines if isinstance(number := line.get("step", 0), int) and number <= step]
+        if not kept and not self.path.exists():
+            return
         with written_whole(self.path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 

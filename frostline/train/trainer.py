@@ -26,7 +26,7 @@ from frostline.train.data import Sample
 from frostline.train.loader import Batches
 from frostline.train.module import WanTrainingModule
 from frostline.train.order import DataOrder
-from frostline.train.output_dir import began_from, begins_in, check_start, clear_run, origin
+from frostline.train.output_dir import began_from, begins_in, check_start, clear_run, clear_unfinished, origin
 from frostline.train.processes import any_process
 from frostline.train.runfolder import (
     ADAPTER,
@@ -163,6 +163,7 @@ def _go_on(output_dir: Path, options: RunOptions) -> None:
     """Let the folder hold what the run goes on from, and nothing that came after."""
     assert options.resume is not None
     rotate(output_dir, None)
+    clear_unfinished(output_dir)
     set_aside_after(output_dir, options.resume.step)
     _take_lines(output_dir, options.resume)
     _write_facts(output_dir, options, began_from(output_dir))

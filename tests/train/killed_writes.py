@@ -1,0 +1,131 @@
+"""Run by test_killed_writes.py as a process of its own: what a run writes to its folder, killed a hundred times.
+
+    python killed_writes.py OUT SEED
+
+Each attempt is a forked child that goes on where the one before stopped, as the trainer does, with steps that compute
+nothing. It is killed by SIGKILL just before the nth change that it makes to the file system, or by SIGXFSZ in the
+middle of a file, as the seed says. After each kill the folder is looked at.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from frostline.train.checkpoint import find_checkpoints, latest_intact, rotate, write_checkpoint
+from frostline.train.output_dir import begins_in, check_start
+from frostline.train.report import write_report
+from frostline.train.resume import find_resume
+from frostline.train.runfolder import METRICS, REPORT, JsonLines, claimed, read_lines
+from frostline.train.trainer import RunOptions, _begin, _go_on
+
+KILLS, LIMIT = 100, 2
+CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.link")
+
+
+def fill(folder: Path, step: int) -> None:
+    """A checkpoint of so many bytes that a limit on the size of files can strike in the middle of it."""
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    (folder / "optimizer.safetensors").write_bytes(bytes([step % 256]) * 20_000)
+    (folder / "config.yaml").write_text("lora: {rank: 8}\n")
+
+
+def line(step: int) -> dict[str, Any]:
+    return {"step": step, "score": step / 100, "kl_loss": 0.1, "grad_norm": 1.0, "seconds": 0.5, "stages": {}}
+
+
+def train(out: Path, steps: int, committed: int) -> None:
+    """Go on to a step; of each that is kept for good, write the number to the descriptor `committed`."""
+    checkpoint = find_resume(out, "latest")
+    options = RunOptions(resume=checkpoint, restart=True, config={"lora": {"rank": 8}})
+    if begins_in(out, checkpoint):
+        check_start(out, restart=True)
+    with claimed(out):
+        _begin(out, options) if begins_in(out, checkpoint) else _go_on(out, options)
+        metrics = JsonLines(out / METRICS)
+        for step in range(checkpoint.step + 1 if checkpoint else 1, steps + 1):
+            metrics.append(line(step))
+            metrics.sync()
+            for _ in range(2 if step % 3 == 0 else 1):
+                write_checkpoint(out, step, lambda folder, step=step: fill(folder, step))
+                os.write(committed, f"{step}\n".encode())
+            rotate(out, LIMIT)
+            if step % 6 == 0:
+                write_report(out)
+
+
+def die_at(out: Path, number: int) -> None:
+    """Kill this process at its nth change of what is in the folder."""
+    left = iter(range(number))
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        changes = event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and str(arguments[0]).startswith(str(out)) and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def attempt(out: Path, steps: int, moments: random.Random) -> tuple[int, int]:
+    """Let a child go on, and be killed; returns how it ended, and the last step that it kept for good."""
+    by_size, number, size = moments.random() < 0.2, moments.randrange(60), moments.randrange(20_000)
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if by_size:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            else:
+                die_at(out, number)
+            train(out, steps, sender)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(sender)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(receiver) as file:  # noqa: PTH123
+        kept = [int(text) for text in file.read().split()]
+    return status, max(kept, default=0)
+
+
+def look(out: Path, kept: int) -> None:
+    """What must hold after every kill."""
+    latest = latest_intact(out) if out.exists() else None
+    assert (latest.step if latest else 0) >= kept, f"step {kept} is lost"
+    for checkpoint in find_checkpoints(out):
+        checkpoint.verify()
+    steps = [row["step"] for row in read_lines(out / METRICS)]
+    assert steps[: latest.step if latest else 0] == list(range(1, latest.step + 1 if latest else 1)), steps
+    if (out / REPORT).exists():
+        assert (out / REPORT).read_text().rstrip().endswith("</html>")
+
+
+def main() -> None:
+    out, moments = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+    ends: list[int] = []
+    steps, kept = 1, 0
+    while len(ends) < KILLS:
+        status, last = attempt(out / "killed", steps, moments)
+        kept = max(kept, last)
+        look(out / "killed", kept)
+        if status == 0:
+            steps += moments.randrange(1, 8)
+        else:
+            ends.append(status)
+    assert {*ends} == {-signal.SIGKILL, -signal.SIGXFSZ}, ends
+    for name in ("killed", "whole"):
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            train(out / name, steps + 1, nowhere.fileno())
+        write_report(out / name)
+    print(steps + 1, *ends)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""A hundred kills in the middle of checkpoints, rotation and reports: nothing is lost, nothing is left over."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from folders import content
+
+SCRIPT = Path(__file__).with_name("killed_writes.py")
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_what_is_killed_while_it_writes_ends_as_if_it_had_not_been(seed: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path), str(seed)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps, *ends = map(int, done.stdout.split())
+    assert len(ends) == 100
+    killed, whole = content(tmp_path / "killed"), content(tmp_path / "whole")
+    # The page says which run it is of.
+    for found in (killed, whole):
+        assert found.pop("report.html")
+    assert killed == whole
+    assert {f"checkpoint-{steps}", f"checkpoint-{steps - 1}"} < whole.keys()
+    assert sorted(name for name in whole if "/" not in name and name.startswith(".")) == [".lock"]

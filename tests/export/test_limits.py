@@ -117,16 +117,7 @@ def test_the_default_range_of_tiny_within_the_limit(make_module: Any) -> None:
 
 @pytest.fixture
 def stage() -> Stage:
-    wide = network()
-    return Stage(
-        name="wide",
-        model="m",
-        networks=(wide,),
-        torch=lambda **inputs: wide.reference(inputs),
-        assemble=lambda runners: runners["wide"],
-        sample=lambda: wide.samples("opt"),
-        tolerance=Tolerance(1e-5, 1e-5, 0.999),
-    )
+    return Stage(name="wide", model="m", networks=(network(),), tolerance=Tolerance(1e-5, 1e-5, 0.999))
 
 
 @pytest.fixture

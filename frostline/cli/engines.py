@@ -12,7 +12,7 @@ from frostline.cli.options import ENGINES, EnginesDir
 from frostline.errors import ConfigError, FrostlineError
 from frostline.terminal import Terminal
 
-app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust and remove built engines.")
+app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust, copy out and remove built engines.")
 
 Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.")]
 
@@ -66,6 +66,21 @@ def trust(path: Annotated[Path, typer.Argument(help="The folder of an engine ins
 
     engine = EngineStore.of_engine(path).trust(path)
     typer.echo(f"signed {engine.path}")
+
+
+@app.command()
+def export(
+    key: Key,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the files.")],
+    engines_dir: EnginesDir = ENGINES,
+) -> None:
+    """Copy an engine's ONNX files to DIR, with a script that runs them with onnxruntime and numpy alone."""
+    from frostline.export.publish import publish
+    from frostline.runtime.store import EngineStore
+
+    store = EngineStore(engines_dir)
+    for path in publish(store.verify(store.by_key(key)), folder):
+        typer.echo(f"wrote {path}")
 
 
 @app.command("rm")

@@ -240,6 +240,7 @@ def _build_engine(
     stage.restore_weights()
     networks = [
         _build_network(
+            stage,
             network,
             within_limit(network, build.id.backend, backend.LARGEST_TENSOR, options.asked_maximum),
             *(backend, build, options, traces, progress),
@@ -263,6 +264,7 @@ def _build_engine(
 
 
 def _build_network(
+    stage: Stage,
     network: Network,
     served: Network,
     backend: Backend,
@@ -275,7 +277,7 @@ def _build_network(
     progress(f"trace {network.name}")
     sources = build.folder / "sources"
     sources.mkdir(exist_ok=True)
-    source = _trace(network, backend, sources, options, traces)
+    source = _trace(stage, network, backend, sources, options, traces)
     progress(f"build {network.name}")
     if options.progress is None:
         options = replace(
@@ -304,12 +306,12 @@ def _build_network(
 
 
 def _trace(
-    network: Network, backend: Backend, folder: Path, options: BuildOptions, traces: Traces
+    stage: Stage, network: Network, backend: Backend, folder: Path, options: BuildOptions, traces: Traces
 ) -> Path | ExportedProgram:
     if backend.SOURCE == "exported_program":
         return traces.program(network)
     source = folder / f"{network.name}.onnx"
-    traces.save_onnx(network, options.opset, source)
+    traces.save_onnx(stage, network, options.opset, source)
     return source
 
 

@@ -10,6 +10,7 @@ from torch.onnx import ONNXProgram
 
 from frostline.errors import EngineError
 from frostline.export.islands import widen_sensitive
+from frostline.export.onnx_annotations import name_axes, strip_origin
 from frostline.export.program import quiet, trace_program
 from frostline.runtime.backends.options import OPSET
 from frostline.runtime.stage import Network
@@ -44,6 +45,8 @@ def translate(network: Network, program: ExportedProgram, opset: int) -> ONNXPro
             )
             assert translated is not None
             widen_sensitive(translated.model)
+            name_axes(translated.model, network)
+            strip_origin(translated.model)
     except Exception as error:
         raise EngineError(f"network {network.name} cannot be expressed in ONNX: {error}") from error
     return translated

@@ -50,10 +50,10 @@ class ShapeRange:
                 if extent % SPATIAL_MULTIPLE:
                     raise ConfigError(f"shapes: {name} {extent} is not a multiple of {SPATIAL_MULTIPLE}")
 
-    def dimension(self, name: str, multiple: int = 1) -> Dimension:
+    def dimension(self, name: str) -> Dimension:
         """The open dimension `name` of this class."""
         low, typical, high = getattr(self, name)
-        return Dimension(name, low, typical, high, multiple)
+        return Dimension(name, low, typical, high)
 
     def pixels(self, name: str, per_block: int, multiple: int) -> Dimension:
         """`height` or `width` of a tensor that has `per_block` entries for every `multiple` pixels.
@@ -66,7 +66,7 @@ class ShapeRange:
             if extent % multiple:
                 raise ConfigError(f"shapes: {name} {extent} is not a multiple of {multiple}, as this model wants")
         low, typical, high = (extent // multiple for extent in extents)
-        return Dimension(name, low, typical, high, per_block)
+        return Dimension(name, low, typical, high, per_block, multiple)
 
 
 def parse_shapes(min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "") -> ShapeRange:

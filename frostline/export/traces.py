@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frostline.runtime.stage import Network
+from frostline.runtime.stage import Network, Stage
 
 # What traces and translates takes seconds to import. Whoever only looks for engines is to do without.
 if TYPE_CHECKING:
@@ -37,8 +37,11 @@ class Traces:
             self._translated[key] = translate(network, self.program(network), opset)
         return self._translated[key]
 
-    def save_onnx(self, network: Network, opset: int, path: Path) -> None:
-        """Write `network` to `path`; see `frostline.export.onnx.save_onnx`."""
+    def save_onnx(self, stage: Stage, network: Network, opset: int, path: Path) -> None:
+        """Write `network` of `stage` to `path`, described; see `frostline.export.onnx.save_onnx`."""
         from frostline.export.onnx import save_onnx
+        from frostline.export.onnx_annotations import describe
 
-        save_onnx(network, self.onnx(network, opset), path)
+        translated = self.onnx(network, opset)
+        describe(translated.model, stage, network)
+        save_onnx(network, translated, path)

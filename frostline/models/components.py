@@ -26,6 +26,7 @@ class WanComponents:
     name: names the model in the engine store.
     boundary: the high-noise expert serves timesteps from `boundary * 1000` up; of no effect without one.
     weights: by stage name, the weights of frozen parts that may leave memory and come back.
+    license: of the weights, as the model card states it: an SPDX identifier; None where it states none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class WanComponents:
     image_encoder: WanImageEncoder | None = None
     boundary: float = 0.9
     weights: Mapping[str, PartWeights] = field(default_factory=dict)
+    license: str | None = None
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The neural networks that are there, by field name."""

@@ -18,6 +18,7 @@ from .components import WanComponents
 from .files import WanFiles, find_files
 from .layouts.architecture import network_arguments
 from .layouts.foreign import stand_in_kind
+from .layouts.model_card import stated_license
 from .layouts.network import NetworkFiles
 from .networks import build_network
 from .precision import precision_name
@@ -74,6 +75,7 @@ def load_components(
         name=files.name,
         tokenizer=_load_tokenizer(files.tokenizer, files.text_length),
         boundary=files.boundary,
+        license=stated_license(files.denoiser.paths[0]),
         weights=_frozen_weights(files, loaded, dtype, device),
         **loaded,
     )

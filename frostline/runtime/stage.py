@@ -178,6 +178,8 @@ class Stage:
     networks: what backends compile.
     tolerance: what an engine's outputs may differ by.
     weights: of a stage that is always frozen, its weights, which need not be in memory while an engine serves it.
+    description: what it computes from what, for the users of its ONNX files.
+    license: SPDX identifier of the weights' licence, None where it is not known.
     """
 
     name: str
@@ -185,6 +187,8 @@ class Stage:
     networks: tuple[Network, ...]
     tolerance: Tolerance
     weights: PartWeights | None = None
+    description: str = ""
+    license: str | None = None
 
     def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Compute the stage in plain PyTorch, the measure of all engines."""

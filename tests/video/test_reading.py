@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from corner_pictures import BLUE, GREEN, RED, WHITE, corner_colours, corners
+from large_files import huge_gif
 from PIL import Image
 from video_files import audio_only, encode, no_frames
 
 from frostline.errors import ConfigError, DataError
-from frostline.video import VideoInfo, probe_video, read_video, write_video
+from frostline.video import VideoInfo, probe_video, read_video, reading, write_video
 
 
 def smooth_video(frames: int = 5, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -181,3 +182,12 @@ def test_bad_files_are_named_with_the_reason(tmp_path: Path, name: str, reader) 
         reader(path)
     assert str(path) in str(caught.value)
     assert reason in str(caught.value)
+
+
+def test_a_video_is_not_read_at_once_beyond_all_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = huge_gif(tmp_path / "a.gif", side=64, frames=12)
+    assert read_video(path).shape == (12, 3, 64, 64)
+    monkeypatch.setattr(reading, "_MAX_VIDEO_PIXELS", 10 * 64 * 64)
+    with pytest.raises(DataError, match=r"a\.gif: too long to be read at once: give max_frames"):
+        read_video(path)
+    assert read_video(path, max_frames=10).shape == (10, 3, 64, 64)

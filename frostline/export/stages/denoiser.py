@@ -25,6 +25,11 @@ from .inputs import StageInputs, tolerance
 
 # What random adapters add to a layer, relative to its input: in bf16, too, several times what engines may differ by.
 _RANDOM_LORA = 0.5
+_DESCRIPTION = (
+    "Predict the flow-matching velocity (noise minus clip) from noisy latents. timestep: sigma times 1000. Inputs that "
+    "begin with `lora.` are the matrices of a LoRA, A of (rank, in) and B of (out, rank). lora_scale: alpha / rank, or "
+    "0 for the model without the LoRA."
+)
 
 
 class LiveLoraDenoiser(nn.Module):
@@ -91,6 +96,8 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
     return DenoiserStage(
         name=name,
         model=inputs.components.name,
+        description=_DESCRIPTION,
+        license=inputs.components.license,
         networks=(_network(name, denoiser, inputs),),
         tolerance=tolerance(name, inputs.dtype),
         weights=inputs.components.weights.get(name),

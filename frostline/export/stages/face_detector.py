@@ -57,6 +57,8 @@ def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
     return FaceDetectorStage(
         name="face_detector",
         model=detector.name,
+        description="Find faces in images: the networks of the detector, whose outputs are decoded outside of them.",
+        license=detector.license,
         networks=tuple(_network(name, network, shapes) for name, network in networks.items()),
         tolerance=tolerance("face_detector", weights_dtype(weight)),
         detector=detector,
@@ -78,6 +80,6 @@ def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:
     pixels = shapes.dimension(name)
     if multiple > 1:
         low, typical, high = (-(-extent // multiple) for extent in (pixels.min, pixels.opt, pixels.max))
-        return Dimension(name, low, typical, high, multiple)
+        return Dimension(name, low, typical, high, multiple, multiple)
     # With an odd typical extent: from an even one AOTInductor infers that all are, and pools odd ones wrongly.
     return replace(pixels, opt=min((pixels.opt - 1) | 1, pixels.max))

@@ -22,6 +22,10 @@ def build(models: FaceModels, shapes: ShapeRange) -> Stage:
     return Stage(
         name="face_embedder",
         model=embedder.name,
+        description=(
+            "Embed aligned faces, RGB in [-1, 1], as vectors of unit length: their dot product measures likeness."
+        ),
+        license=getattr(module, "license", None),
         networks=(network,),
         tolerance=tolerance("face_embedder", weights_dtype(module)),
     )

@@ -19,6 +19,8 @@ def build(inputs: StageInputs) -> Stage | None:
     return Stage(
         name="image_encoder",
         model=inputs.components.name,
+        description="Encode the first frame, RGB in [-1, 1], to the CLIP feature of the denoiser.",
+        license=inputs.components.license,
         networks=(network,),
         tolerance=tolerance("image_encoder", inputs.dtype),
         weights=inputs.components.weights.get("image_encoder"),

@@ -51,6 +51,10 @@ def build(inputs: StageInputs) -> Stage:
     return TextEncoderStage(
         name="text_encoder",
         model=components.name,
+        description=(
+            "Encode prompts: token ids and attention mask, each (batch, text_length), to the context of the denoiser."
+        ),
+        license=components.license,
         networks=(network,),
         tolerance=tolerance("text_encoder", inputs.dtype),
         weights=components.weights.get("text_encoder"),

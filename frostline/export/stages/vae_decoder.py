@@ -62,6 +62,11 @@ def build(inputs: StageInputs) -> Stage:
     return VaeDecoderStage(
         name="vae_decoder",
         model=inputs.components.name,
+        description=(
+            "Decode normalised latents to a video, RGB in [-1, 1]: `first` takes the first latent frame, `next` "
+            "each one after it. Give the `next_cache_*` outputs of a call to the `cache_*` inputs of the next."
+        ),
+        license=inputs.components.license,
         networks=chunk_networks(inputs, (modules[0], modules[1]), (latents, latents), "video", per_block),
         tolerance=tolerance("vae_decoder", inputs.dtype),
         vae=vae,

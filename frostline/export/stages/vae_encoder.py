@@ -61,6 +61,12 @@ def build(inputs: StageInputs) -> Stage:
     return VaeEncoderStage(
         name="vae_encoder",
         model=inputs.components.name,
+        description=(
+            "Encode a video, RGB in [-1, 1], to normalised latents: `first` takes the first frame, `next` each "
+            "four frames after it. Give the `next_cache_*` outputs of a call to the `cache_*` inputs of the "
+            "next."
+        ),
+        license=inputs.components.license,
         networks=chunk_networks(
             inputs, (modules[0], modules[1]), (first, following), "latents", inputs.components.spatial_multiple
         ),

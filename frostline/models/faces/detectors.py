@@ -37,12 +37,14 @@ class DetectorNetwork:
 class DetectorModel:
     """A detector that is not yet tied to where its networks run.
 
-    name: what reports and the engine store call it. make: a detector from running networks, by name.
+    name: what reports and the engine store call it. make: a detector from running networks, by name. license: SPDX
+    identifier of the weights' licence, None where it is not known.
     """
 
     name: str
     networks: Mapping[str, DetectorNetwork]
     make: Callable[[Mapping[str, Network]], FaceDetector]
+    license: str | None = None
 
     def modules(self) -> nn.ModuleDict:
         """The networks' modules by name, to move them about."""
@@ -65,7 +67,7 @@ def load_detector(spec: str, min_face_size: int = 20) -> DetectorModel:
     if spec == "mtcnn":
         return mtcnn_model(load_mtcnn_networks(), min_face_size=min_face_size)
     if spec == "yunet":
-        return _single("yunet", YuNetNetwork(), YUNET_OUTPUTS, YuNet)
+        return _single("yunet", YuNetNetwork(), YUNET_OUTPUTS, YuNet, "MIT")
     if kind == "scrfd" and argument:
         return _single(f"scrfd-{Path(argument).stem}", ScrfdNetwork(argument), SCRFD_OUTPUTS, Scrfd)
     raise ConfigError(f"unknown face detector {spec!r}: use mtcnn, yunet or scrfd:PATH.onnx")
@@ -76,13 +78,17 @@ def mtcnn_model(modules: Mapping[str, nn.Module], **settings: Any) -> DetectorMo
     networks = {
         name: DetectorNetwork(module, MTCNN_OUTPUTS[name], MTCNN_INPUT_SIZES[name]) for name, module in modules.items()
     }
-    return DetectorModel("mtcnn", networks, lambda running: BatchedMTCNN(running, **settings))
+    return DetectorModel("mtcnn", networks, lambda running: BatchedMTCNN(running, **settings), "MIT")
 
 
 def _single(
-    name: str, module: nn.Module, outputs: tuple[str, ...], detector: Callable[[Network], FaceDetector]
+    name: str,
+    module: nn.Module,
+    outputs: tuple[str, ...],
+    detector: Callable[[Network], FaceDetector],
+    license: str | None = None,
 ) -> DetectorModel:
     """A detector of one fully convolutional network."""
     network = DetectorNetwork(module.eval().requires_grad_(False), outputs, multiple=MULTIPLE)
     key = name.partition("-")[0]
-    return DetectorModel(name, {key: network}, lambda running: detector(running[key]))
+    return DetectorModel(name, {key: network}, lambda running: detector(running[key]), license)

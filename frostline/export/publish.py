@@ -1,0 +1,84 @@
+"""Copy an engine's ONNX files out of the store, with a script that runs them without frostline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from string import Template
+from uuid import uuid4
+
+from frostline.errors import ConfigError, EngineError
+from frostline.runtime.manifest import Manifest
+from frostline.runtime.store import VerifiedEngine
+
+SCRIPT = "run.py"
+_TEMPLATE = Path(__file__).with_name("run_onnx.py.template")
+# numpy has no bf16, and what is no ONNX file runs on its own builder's machine alone.
+_DTYPES = {"float32", "float16", "int64", "int32", "bool"}
+
+
+def publish(engine: VerifiedEngine, folder: Path) -> list[Path]:
+    """Write the ONNX files of a verified engine and `run.py` into a new folder.
+
+    The files are hashed again as they are copied, and the folder appears whole or not at all.
+
+    Returns:
+        The files written.
+    Raises:
+        ConfigError: the folder exists and is not empty, or cannot be written.
+        EngineError: the engine has no ONNX files, or types that numpy lacks.
+    """
+    manifest = engine.manifest
+    _check_portable(manifest)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an empty folder: name another")
+    part = folder.absolute().with_name(f".{folder.absolute().name}.{uuid4().hex[:8]}.part")
+    try:
+        part.mkdir(parents=True)
+        for name in manifest.artifacts:
+            (part / name).write_bytes(engine.read(name))
+        (part / SCRIPT).write_text(_script(manifest), "utf-8")
+        if folder.exists():
+            folder.rmdir()
+        part.replace(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return [folder / name for name in (*manifest.artifacts, SCRIPT)]
+
+
+def _check_portable(manifest: Manifest) -> None:
+    files = {network.artifact for network in manifest.networks}
+    if not all(file.endswith(".onnx") for file in files):
+        raise EngineError(
+            f"{manifest.backend} engine {manifest.key} has no ONNX files, and runs with {manifest.backend} alone: "
+            f"build one with `frostline export … --backend onnxruntime --stages {manifest.stage}`"
+        )
+    tensors = (tensor for network in manifest.networks for tensor in (*network.inputs, *network.outputs))
+    if missing := {tensor.dtype for tensor in tensors} - _DTYPES:
+        raise EngineError(
+            f"engine {manifest.key} takes or returns {', '.join(sorted(missing))}, which numpy lacks: "
+            "export the model with --precision fp32 or fp16"
+        )
+
+
+def _script(manifest: Manifest) -> str:
+    networks = {
+        network.name: {
+            "file": network.artifact,
+            "inputs": {spec.name: [list(spec.opt), spec.dtype] for spec in network.inputs},
+        }
+        for network in manifest.networks
+    }
+    lines = ",\n".join(
+        f"    {json.dumps(name)}: {{\n"
+        f'        "file": {json.dumps(value["file"])},\n'
+        '        "inputs": {\n'
+        + "".join(f"            {json.dumps(key)}: {json.dumps(spec)},\n" for key, spec in value["inputs"].items())
+        + "        },\n    }"
+        for name, value in networks.items()
+    )
+    template = Template(_TEMPLATE.read_text("utf-8"))
+    return template.substitute(model=manifest.model, stage=manifest.stage, networks="{\n" + lines + ",\n}")

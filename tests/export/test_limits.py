@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from frostline.errors import EngineError, ShapeError
 from frostline.export.exporter import build_stage, export_stage
 from frostline.export.limits import check_served, largest_tensor, served_note, within_limit
+from frostline.export.recipe import load_recipe
+from frostline.export.stages import StageInputs, vae_decoder, vae_encoder
+from frostline.models.components import WanComponents
+from frostline.models.denoiser import Denoiser
+from frostline.models.skeleton import read_skeleton
 from frostline.runtime import bounds
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
@@ -179,3 +185,17 @@ def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, 
         with pytest.raises(ShapeError, match="choose another LoRA rank"):
             verify_engine_parity(stage, store, store.verify(found))
         assert store.get(found.id) is not None
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B"])
+def test_the_vae_of_the_shipped_recipes_keeps_within_the_limit(name: str) -> None:
+    """Of each kind of VAE the recipe with the largest shapes: nothing that it asks for is refused or lowered."""
+    recipe, skeleton = load_recipe(name, {}), read_skeleton(name)
+    parts: dict[str, Any] = {part: skeleton.build(part).to(recipe.dtype) for part in ("vae", "denoiser")}
+    parts["vae"].scale = [values.to("meta") for values in parts["vae"].scale]
+    unused: Any = SimpleNamespace()
+    components = WanComponents(name, text_encoder=unused, tokenizer=unused, **parts)
+    inputs = StageInputs(components, Denoiser(components.denoiser), None, None, recipe.shapes)
+    for stage in (vae_encoder.build(inputs), vae_decoder.build(inputs)):
+        for part in stage.networks:
+            assert within_limit(part, "tensorrt", LIMIT, recipe.asked_maximum) is part

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from frostline.errors import EngineError
 from frostline.export.exporter import export_stage
-from frostline.export.shapes import ShapeRange, parse_shapes
 from frostline.runtime.backends import get_backend
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Stage
-from frostline.runtime.store import EngineStore
+from frostline.stages.shapes import ShapeRange, parse_shapes
 
 ENGINES = Path(__file__).parents[1] / "runs" / "bench" / "engines"
 BACKENDS = "onnxruntime,openvino"

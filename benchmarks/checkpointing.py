@@ -23,8 +23,8 @@ from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, face_iden
 
 from frostline.config import GradientCheckpointing, TrainingModuleSettings
 from frostline.runtime.backends import TORCH
-from frostline.runtime.store import EngineStore
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.engines.store import EngineStore
+from frostline.train.step.module import WanTrainingModule
 
 # By name: the kind, and whether engines compute first what backward computes once more.
 CONTENDERS: Mapping[str, tuple[GradientCheckpointing, bool]] = {

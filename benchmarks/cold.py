@@ -28,11 +28,11 @@ from shapes import TINY, build_components
 
 from frostline.config import LoraSettings, RewardSettings
 from frostline.export.model import stage_model
-from frostline.export.shapes import ShapeRange
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import get_backend
-from frostline.runtime.identity import find_engine, weights_sha256
-from frostline.runtime.store import EngineStore
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
+from frostline.stages.shapes import ShapeRange
 from frostline.video import write_video
 
 _REPOSITORY = Path(__file__).parents[1]

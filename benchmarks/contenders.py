@@ -15,10 +15,10 @@ from reference import ReferenceStep
 from shapes import face_identity, see_faces_everywhere
 from torch import Tensor, nn
 
-import frostline.models.denoiser as denoiser_file
-from frostline.models.components import WanComponents
+import frostline.models.wan.denoiser as denoiser_file
+from frostline.models.wan.components import WanComponents
 from frostline.runtime.backends import TORCH
-from frostline.train.module import WanTrainingModule
+from frostline.train.step.module import WanTrainingModule
 
 # Those whose name ends so have Conv3d in oneDNN at every batch on a CPU; the others, what torch chooses.
 ONEDNN = "_onednn"

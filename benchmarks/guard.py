@@ -21,10 +21,10 @@ from measuring import RESULTS, machine, write_result
 from rich.console import Console
 from rich.table import Table
 
-from frostline.models.denoiser import Denoiser
-from frostline.models.lora import LoraSwitches, inject_lora, lora_parameters
+from frostline.models.lora.inject import LoraSwitches, inject_lora, lora_parameters
+from frostline.models.wan.denoiser import Denoiser
 from frostline.runtime.guard import LiveGuard, WeightGuard
-from frostline.runtime.identity import weights_sha256
+from frostline.runtime.identity.fingerprint import weights_sha256
 from frostline.runtime.stage import ModuleState, ModuleTensors, Network, Stage, TensorSpec, Tolerance
 
 LAYERS = (4, 30)

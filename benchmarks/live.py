@@ -3,7 +3,7 @@
     python benchmarks/live.py --out benchmarks/results/live.json
 
 - decode: diffsynth's loop over latent frames, and `decode_clip` over all of them.
-- embed: SFace in PyTorch's own operations, and in those of `frostline.models.frozen`.
+- embed: SFace in PyTorch's own operations, and in those of `frostline.models.frozen_ops`.
 - tail: one denoiser step, for scale.
 
 All of it with memory as the C library manages it, and again once the process keeps what it frees (`runtime/heap.py`).
@@ -25,14 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from frostline.models.denoiser import Denoiser
-from frostline.models.faces import onnx_module, onnx_ops
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces.embedders import SFaceEmbedder
-from frostline.models.loading import load_components
-from frostline.models.lora import inject_lora
-from frostline.models.vae import use_onednn_conv3d
-from frostline.models.vae_clip import decode_clip
-from frostline.runtime.heap import keep_freed_memory
+from frostline.models.lora.inject import inject_lora
+from frostline.models.onnx import module as onnx_module
+from frostline.models.onnx import ops as onnx_ops
+from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.vae import use_onednn_conv3d
+from frostline.models.wan.vae_decoder_full import decode_clip
+from frostline.runtime.malloc import keep_freed_memory
 
 Piece = Callable[[Tensor], Tensor]
 # Of gradients; SFace's PReLUs have kinks, where a last bit of the input decides.

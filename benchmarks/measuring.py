@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from frostline.installed import installed_versions
-from frostline.writing import written_whole
+from frostline.atomic_io import written_whole
+from frostline.package_info import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (

@@ -20,12 +20,12 @@ import psutil
 import torch
 
 from frostline.export.onnx import trace_onnx
-from frostline.export.shapes import ShapeRange
-from frostline.export.stages.face_detector import build
-from frostline.export.stages.inputs import FaceModels
 from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
 from frostline.runtime.backends import openvino
+from frostline.stages.face_detector import build
+from frostline.stages.inputs import FaceModels
+from frostline.stages.shapes import ShapeRange
 
 _DEFAULT = 5000
 

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from frostline.models.faces.detections import Detections, upscale_frames
 from frostline.models.faces.identity import FaceIdentity, ReferenceFaces, identity_score
-from frostline.models.geometry import TEMPORAL_STRIDE
-from frostline.models.lora import adapters_off
-from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.lora.inject import adapters_off
+from frostline.models.wan.schedule import FlowMatchSchedule
+from frostline.models.wan.video_shape import TEMPORAL_STRIDE
 from frostline.runtime.backends import TORCH
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE
 
-    from frostline.train.module import WanTrainingModule
+    from frostline.train.step.module import WanTrainingModule
 
 # Channels of `y` that say which of a latent frame's four video frames are given.
 _MASK_CHANNELS = 4

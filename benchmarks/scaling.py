@@ -25,12 +25,12 @@ from rich.table import Table
 from shapes import TINY, build_components, see_faces_everywhere
 
 from frostline.config import TrainingModuleSettings
-from frostline.export.shapes import parse_shapes
 from frostline.models.tiny.clips import held_out_clips
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
-from frostline.runtime.store import EngineStore
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.engines.store import EngineStore
+from frostline.stages.shapes import parse_shapes
+from frostline.train.step.module import WanTrainingModule
 
 CONTENDERS = ("warm", "eager")
 _INFERENCE_STEPS = 8

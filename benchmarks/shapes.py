@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.models.components import WanComponents
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces import ChosenFaces, FaceIdentity
-from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
-from frostline.train.face_identity import FaceIdentityReward
-from frostline.train.module import WanTrainingModule
+from frostline.models.wan.components import WanComponents
+from frostline.rewards.face_identity import FaceIdentityReward
+from frostline.train.step.module import WanTrainingModule
 
 TINY = "tiny"
 WAN_1_3B = "wan2.1-1.3b"

@@ -40,8 +40,8 @@ from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, spread_lo
 
 from frostline.config import TrainingModuleSettings
 from frostline.runtime.backends import TORCH
-from frostline.runtime.store import EngineStore
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.engines.store import EngineStore
+from frostline.train.step.module import WanTrainingModule
 
 # Ratios by name: which contender's time over which.
 RATIOS = {

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from frostline.config import TrainingModuleSettings
 from frostline.models.tiny.clips import held_out_clips
-from frostline.runtime.store import EngineStore
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.engines.store import EngineStore
+from frostline.train.step.module import WanTrainingModule
 
 # `item`, `float()` and `if tensor:` end in the first; a result as long as a mask has ones needs the others.
 OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")

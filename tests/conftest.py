@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from frostline.models.faces import Detections, FaceDetector
-    from frostline.train.module import WanTrainingModule
-    from frostline.train.reward import RewardScore
+    from frostline.rewards.reward import RewardScore
+    from frostline.train.step.module import WanTrainingModule
 
 RefusedUsage = Callable[..., str]
 MakeModule = Callable[..., "WanTrainingModule"]
@@ -131,8 +131,8 @@ def build_module(
     import torch
 
     from frostline.config import TrainingModuleSettings
-    from frostline.models.loading import load_components
-    from frostline.train.module import WanTrainingModule
+    from frostline.models.checkpoints.loading import load_components
+    from frostline.train.step.module import WanTrainingModule
 
     components = replace(load_components(model, dtype or torch.float32), name="tiny")
     parsed = TrainingModuleSettings.parse({**SETTINGS, **settings})
@@ -165,7 +165,7 @@ def variant_engines(engines: Path) -> Path:
 
 def _export(root: Path, *models: str) -> Path:
     from frostline.export.exporter import export_stage
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     for model in models:
         for stage in build_module(model).stages.values():
@@ -239,7 +239,7 @@ def assert_equal_but_for_rounding(pixels: "Tensor", others: "Tensor") -> None:
 @contextmanager
 def _watched(module: "WanTrainingModule", see: "Callable[[Tensor, Tensor], Tensor]") -> Iterator[None]:
     """Within the block `see(pixels, frames)` decides which pixels are searched when generated frames are scored."""
-    from frostline.train.face_identity import FaceIdentityReward
+    from frostline.rewards.face_identity import FaceIdentityReward
 
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.train.memory_tracker import MemoryTracker, tensors_of
+from frostline.train.memory.tracker import MemoryTracker, tensors_of
 
 
 def decoded_with_gradient(decoder: Any, frames: int, decode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, int]:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from frostline.export.parity import compare
-from frostline.export.shapes import ShapeRange
-from frostline.export.stages import FaceModels, StageInputs, build_stages
-from frostline.export.stages.inputs import tolerance
-from frostline.models.components import WanComponents
-from frostline.models.denoiser import Denoiser
 from frostline.models.faces.detectors import mtcnn_model
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.mtcnn_networks import load_mtcnn_networks
-from frostline.models.lora import adapters_off, inject_lora, lora_parameters
+from frostline.models.lora.inject import adapters_off, inject_lora, lora_parameters
+from frostline.models.wan.components import WanComponents
+from frostline.models.wan.denoiser import Denoiser
 from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Network, Runner, Stage
+from frostline.stages import FaceModels, StageInputs, build_stages
+from frostline.stages.inputs import tolerance
+from frostline.stages.shapes import ShapeRange
 
 SHAPES = ShapeRange(
     batch=(1, 2, 4),

@@ -43,9 +43,9 @@ SLOW = ("torch", "diffsynth", "transformers", "torchvision", "torch._dynamo", "s
 @pytest.mark.parametrize(
     ("modules", "needed"),
     [
-        ("frostline.cli, frostline.train.configfile, frostline.score.request", set()),
+        ("frostline.cli, frostline.train.config_file, frostline.score.request", set()),
         # A score needs no more of torchvision than a kernel, and no tracer.
-        ("frostline.score.run, frostline.score.table, frostline.train.module", {"torch"}),
+        ("frostline.score.run, frostline.score.table, frostline.train.step.module", {"torch"}),
     ],
     ids=["usage errors", "score"],
 )

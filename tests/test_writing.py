@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from frostline.atomic_io import written_whole
 from frostline.errors import DataError
-from frostline.writing import written_whole
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)

@@ -26,8 +26,8 @@ def convert(
     precision: WeightsType = None,
 ) -> None:
     """Write an adapter in the format that another program reads."""
-    from frostline.models.adapters import check_fits, read_adapter, write_adapter
-    from frostline.models.files import find_files
+    from frostline.models.checkpoints.checkpoint_files import find_files
+    from frostline.models.lora import check_fits, read_adapter, write_adapter
     from frostline.models.precision import parse_precision
 
     found = read_adapter(adapter)
@@ -49,8 +49,8 @@ def merge(
 
     Weights of 8 bits become the type of the others, unless a precision is given.
     """
-    from frostline.models.adapters import check_fits, check_weights_file, merge_adapter, read_adapter, write_weights
-    from frostline.models.files import find_files
+    from frostline.models.checkpoints.checkpoint_files import find_files
+    from frostline.models.lora import check_fits, check_weights_file, merge_adapter, read_adapter, write_weights
     from frostline.models.precision import parse_precision
 
     if not math.isfinite(lora_scale):

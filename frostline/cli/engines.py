@@ -21,7 +21,7 @@ Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning
 def list_engines(engines_dir: EnginesDir = ENGINES) -> None:
     """All engines of the store, as their manifests have it; `verify` holds the files against them."""
     from frostline.export.tables import engine_table
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     Terminal().print(engine_table(EngineStore(engines_dir).find()))
 
@@ -29,7 +29,7 @@ def list_engines(engines_dir: EnginesDir = ENGINES) -> None:
 @app.command()
 def inspect(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
     """The manifest of one engine, as JSON."""
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     record = EngineStore(engines_dir).by_key(key)
     if record.manifest is None:
@@ -43,7 +43,7 @@ def verify(
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
     """Check signatures and hashes; exit code 1 if one does not hold."""
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     if not engines_dir.is_dir():
         raise ConfigError(f"{engines_dir}: no such folder of engines")
@@ -62,7 +62,7 @@ def verify(
 @app.command()
 def trust(path: Annotated[Path, typer.Argument(help="The folder of an engine inside the store.")]) -> None:
     """Sign an engine that was built elsewhere with your key."""
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     engine = EngineStore.of_engine(path).trust(path)
     typer.echo(f"signed {engine.path}")
@@ -76,7 +76,7 @@ def export(
 ) -> None:
     """Copy an engine's ONNX files to DIR, with a script that runs them with onnxruntime and numpy alone."""
     from frostline.export.publish import publish
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     store = EngineStore(engines_dir)
     for path in publish(store.verify(store.by_key(key)), folder):
@@ -86,7 +86,7 @@ def export(
 @app.command("rm")
 def remove(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
     """Delete one engine."""
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     store = EngineStore(engines_dir)
     record = store.by_key(key)
@@ -103,7 +103,7 @@ def prune(
     """Delete old engines, and what interrupted builds left."""
     from datetime import timedelta
 
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     age = None if older_than is None else timedelta(days=older_than)
     size = None if max_size is None else int(max_size * 1e9)

@@ -12,7 +12,7 @@ from frostline.cli.options import ENGINES, Device, EnginesDir, Model
 from frostline.terminal import Terminal
 
 if TYPE_CHECKING:
-    from frostline.export.outcome import ExportRow
+    from frostline.export.result import ExportRow
 
 
 @at_once
@@ -42,12 +42,12 @@ def export(
     ] = None,
 ) -> None:
     """Turn the frozen stages of a Wan model into verified, signed engines."""
-    from frostline.export.outcome import ExportRow
-    from frostline.export.receipt import Receipt, recall, receipt_key, remember
+    from frostline.export.export_cache import Receipt, recall, receipt_key, remember
     from frostline.export.recipe import load_recipe
+    from frostline.export.result import ExportRow
     from frostline.progress import Progress
     from frostline.runtime.backends.options import OPSET, BuildOptions
-    from frostline.runtime.store import EngineStore
+    from frostline.runtime.engines.store import EngineStore
 
     changes: dict[str, Any] = {
         "stages": stages,
@@ -67,8 +67,8 @@ def export(
         _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
         return
     recipe.check(device)
-    from frostline.export.jobs import fitting_jobs
     from frostline.export.model import load_staged_model
+    from frostline.export.parallel_build import fitting_jobs
     from frostline.export.run import ExportOptions, export_model, planned_exports
 
     progress = Progress()
@@ -96,13 +96,13 @@ def plan(
     """Show, per stage, who could serve it, who does, and why."""
     from frostline.config import TrainingModuleSettings
     from frostline.export.exporter import ensure_verified
-    from frostline.export.gain import frozen_uses, live_uses, stage_gains, step_gain
     from frostline.export.model import load_staged_model
+    from frostline.export.plan_estimate import frozen_uses, live_uses, stage_gains, step_gain
     from frostline.export.recipe import load_recipe
     from frostline.export.tables import plan_table, step_gain_lines
-    from frostline.models.denoise_steps import DenoiseSteps
+    from frostline.models.wan.denoise_steps import DenoiseSteps
+    from frostline.runtime.engines.store import EngineStore
     from frostline.runtime.runtime import Runtime
-    from frostline.runtime.store import EngineStore
 
     staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))

@@ -40,9 +40,9 @@ def score(
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
     """Score videos by how much their face is the reference's: the reward of training, on batched engines."""
+    from frostline.atomic_io import check_writable
     from frostline.score.request import gather_pairs
     from frostline.score.settings import ScoreSettings
-    from frostline.writing import check_writable
 
     settings = ScoreSettings.parse(
         {

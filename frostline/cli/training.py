@@ -40,7 +40,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and data, show what would run.")] = False,
 ) -> None:
     """Train a reward LoRA; under `accelerate launch -m frostline train …` on many GPUs."""
-    from frostline.train.configfile import commented_yaml, load_run_settings
+    from frostline.train.config_file import commented_yaml, load_run_settings
 
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *(overrides or [])]
@@ -72,7 +72,7 @@ def train(
 
 def report(run: Annotated[Path, typer.Argument(help="The output_dir of a training run.")]) -> None:
     """Write a training run's report.html."""
-    from frostline.train.report import write_report
+    from frostline.train.report.page import write_report
 
     typer.echo(f"wrote {write_report(run)}")
 

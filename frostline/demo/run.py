@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
+from frostline.atomic_io import written_whole
 from frostline.demo.dataset import write_datasets
 from frostline.demo.timing import time_steps
 from frostline.export.exporter import export_stage
 from frostline.progress import Progress
-from frostline.runtime.store import EngineStore
-from frostline.train.data import collate
+from frostline.runtime.engines.store import EngineStore
+from frostline.train.data.dataset import collate
 from frostline.train.launch import build_module, run_training
-from frostline.train.module import WanTrainingModule
-from frostline.train.report import write_report
-from frostline.train.runfolder import ADAPTER, TIMING, VALIDATION, read_lines
+from frostline.train.loop.run_dir import ADAPTER, TIMING, VALIDATION, read_lines
+from frostline.train.loop.trainer import Outcome
+from frostline.train.report.page import write_report
 from frostline.train.settings import RunSettings
-from frostline.train.trainer import Outcome
-from frostline.writing import written_whole
+from frostline.train.step.module import WanTrainingModule
 
 _BACKEND = "onnxruntime"
 _BATCH_SIZE = 2

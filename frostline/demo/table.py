@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from frostline.terminal import Terminal
-from frostline.train.runfolder import REPORT, SHEET
+from frostline.train.loop.run_dir import REPORT, SHEET
 
 
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from frostline.runtime.backends import TORCH
-from frostline.train.module import WanTrainingModule
+from frostline.train.step.module import WanTrainingModule
 
 _CONTENDERS = ("warm", "cold", "torch")
 

@@ -16,17 +16,17 @@ from torch.export import ExportedProgram
 from frostline.errors import EngineError, EngineMemoryError, InputError, ParityError, ShapeError, SharedFolderError
 from frostline.export.limits import check_served, within_limit
 from frostline.export.parity import compare
-from frostline.export.traces import Traces
-from frostline.runtime import manifest
+from frostline.export.trace_cache import Traces
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.device import compute_capabilities, full_fp32
-from frostline.runtime.dimension import Size
-from frostline.runtime.identity import find_engine, precision_of, stage_key, weights_sha256
-from frostline.runtime.latency import machine_id, take_turns
-from frostline.runtime.manifest import EngineId, Manifest
+from frostline.runtime.dynamic_dim import Size
+from frostline.runtime.engines import manifest
+from frostline.runtime.engines.manifest import EngineId, Manifest
+from frostline.runtime.engines.store import Build, EngineStore, VerifiedEngine
+from frostline.runtime.identity.fingerprint import find_engine, precision_of, stage_key, weights_sha256
+from frostline.runtime.planning.autotune import machine_id, take_turns
 from frostline.runtime.stage import Network, Runner, Stage, Tolerance
-from frostline.runtime.store import Build, EngineStore, VerifiedEngine
 
 log = logging.getLogger(__name__)
 

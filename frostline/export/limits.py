@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from frostline.errors import EngineError
 from frostline.runtime.bounds import with_largest
-from frostline.runtime.dimension import Dimension
-from frostline.runtime.manifest import Manifest
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.stage import Network, Stage
 
 # What is lowered where nobody asked for it, in this order, and to which extent at the least; None is the typical one.

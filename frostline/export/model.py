@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from frostline.config import LoraSettings, RewardTerm
-from frostline.export.shapes import ShapeRange
-from frostline.export.stages import FaceModels, StageInputs, build_stages
-from frostline.models.components import WanComponents
-from frostline.models.denoiser import Denoiser
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
-from frostline.models.loading import load_components
-from frostline.models.lora import inject_lora
-from frostline.models.vae import use_onednn_conv3d
+from frostline.models.lora.inject import inject_lora
+from frostline.models.wan.components import WanComponents
+from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.vae import use_onednn_conv3d
 from frostline.runtime.device import resolve_device
 from frostline.runtime.stage import Stage
+from frostline.stages import FaceModels, StageInputs, build_stages
+from frostline.stages.shapes import ShapeRange
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import onnx_ir as ir
 
 from frostline.models.precision import precision_name
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
 _SYMBOL = re.compile(r"\bs\d+\b")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.runtime import manifest
+from frostline.runtime.engines import manifest
 from frostline.runtime.stage import Tolerance
 
 # `torch.quantile` takes no more than 2^24 values.

@@ -9,8 +9,8 @@ from string import Template
 from uuid import uuid4
 
 from frostline.errors import ConfigError, EngineError
-from frostline.runtime.manifest import Manifest
-from frostline.runtime.store import VerifiedEngine
+from frostline.runtime.engines.manifest import Manifest
+from frostline.runtime.engines.store import VerifiedEngine
 
 SCRIPT = "run.py"
 _TEMPLATE = Path(__file__).with_name("run_onnx.py.template")

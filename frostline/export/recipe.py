@@ -11,9 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from frostline.config import LoraSettings, Precision, RewardSettings, Settings
 from frostline.documents import read_yaml
 from frostline.errors import ConfigError, DocumentError, EngineError
-from frostline.export.shapes import ShapeRange, asked_maximum, parse_shapes
 from frostline.runtime.backends import check_backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
+from frostline.stages.shapes import ShapeRange, asked_maximum, parse_shapes
 
 if TYPE_CHECKING:
     import torch

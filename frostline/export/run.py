@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 
 from frostline.errors import ConfigError, EngineError
 from frostline.export.exporter import all_built, bounds_of, export_stage
-from frostline.export.jobs import Seconds, build_ahead
 from frostline.export.limits import served_note
 from frostline.export.model import StagedModel
-from frostline.export.outcome import ExportRow, Status
+from frostline.export.parallel_build import Seconds, build_ahead
 from frostline.export.recipe import ALL_STAGES, Recipe
-from frostline.export.traces import Traces
+from frostline.export.result import ExportRow, Status
+from frostline.export.trace_cache import Traces
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.identity import precision_of
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.fingerprint import precision_of
 from frostline.runtime.stage import Stage, Tolerance
-from frostline.runtime.store import EngineStore
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ExportOptions:
 
     build: what backends heed. force: build engines that are there. dry_run: only say what would be built.
     strict: stop at the first failure. atol, rtol, cosine: put over every stage's own tolerance.
-    jobs: processes that build; see `frostline.export.jobs.fitting_jobs`.
+    jobs: processes that build; see `frostline.export.parallel_build.fitting_jobs`.
     """
 
     build: BuildOptions = field(default_factory=BuildOptions)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from frostline.export.outcome import ExportRow
+from frostline.export.result import ExportRow
 from frostline.runtime.backends import TORCH
-from frostline.runtime.manifest import Manifest
-from frostline.runtime.store import EngineRecord
+from frostline.runtime.engines.manifest import Manifest
+from frostline.runtime.engines.store import EngineRecord
 
 if TYPE_CHECKING:
-    from frostline.export.gain import StageGain, StepGain
+    from frostline.export.plan_estimate import StageGain, StepGain
 
 _STYLES = {"built": "green", "present": "dim", "planned": "cyan", "failed": "bold red"}
 

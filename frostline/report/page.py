@@ -22,9 +22,9 @@ from typing import Literal
 
 from PIL import Image
 
+from frostline.atomic_io import written_whole
 from frostline.errors import DataError
 from frostline.escaping import html_text
-from frostline.writing import written_whole
 
 _IMAGE_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _LARGE_IMAGE_BYTES = 200_000

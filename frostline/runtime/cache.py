@@ -20,11 +20,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from frostline.atomic_io import written_whole
 from frostline.errors import DataError, EngineError
 from frostline.paths import open_regular
-from frostline.runtime import signing
-from frostline.runtime.tensor_bytes import tensor_bytes
-from frostline.writing import written_whole
+from frostline.runtime.engines import signing
+from frostline.runtime.identity.tensor_bytes import tensor_bytes
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
-from frostline.runtime.architecture import adapter_parameters
 from frostline.runtime.backends.inputs import check_live
+from frostline.runtime.identity.architecture import adapter_parameters
 from frostline.runtime.stage import ModuleTensors, Network, Stage
 
 # Bytes from the middle of each tensor that are compared as well: 16 values of fp32.

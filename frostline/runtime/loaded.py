@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from frostline.errors import EngineError
-from frostline.runtime.advice import export_command
 from frostline.runtime.backends import TORCH, get_backend
-from frostline.runtime.manifest import Tolerance
+from frostline.runtime.engines.manifest import Tolerance
+from frostline.runtime.engines.store import EngineRecord, EngineStore
+from frostline.runtime.engines.verification import VerifiedEngine
+from frostline.runtime.hints import export_command
 from frostline.runtime.stage import Runner, Stage, in_torch
-from frostline.runtime.store import EngineRecord, EngineStore
-from frostline.runtime.verification import VerifiedEngine
 
 log = logging.getLogger(__name__)
 

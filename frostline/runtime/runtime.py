@@ -23,16 +23,16 @@ from frostline.config import AUTO
 from frostline.errors import ConfigError, EngineError, EngineMemoryError, InputError, ShapeError
 from frostline.runtime.agreement import disagreement, several_processes
 from frostline.runtime.backends import TORCH, get_backend
-from frostline.runtime.choosing import FindRecord, choose
-from frostline.runtime.clock import StageClock
-from frostline.runtime.digests import WeightDigests
+from frostline.runtime.engines.store import EngineRecord, EngineStore
 from frostline.runtime.guard import LiveGuard
-from frostline.runtime.identity import find_engine
+from frostline.runtime.identity.digests import WeightDigests
+from frostline.runtime.identity.fingerprint import find_engine
 from frostline.runtime.loaded import LoadedEngines, LoadedStage, holds_weights, weight_bytes
-from frostline.runtime.plan import Choice, Plan, PlanSetting, expand_plan
+from frostline.runtime.planning.choosing import FindRecord, choose
+from frostline.runtime.planning.plan import Choice, Plan, PlanSetting, expand_plan
+from frostline.runtime.planning.trials import Trials
 from frostline.runtime.stage import Runner, Stage
-from frostline.runtime.store import EngineRecord, EngineStore
-from frostline.runtime.trials import Trials
+from frostline.runtime.stage_timer import StageClock
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError, InputError, ShapeError
-from frostline.models.weights import PartWeights
-from frostline.runtime.dimension import Dimension, Size
+from frostline.models.lazy_weights import PartWeights
+from frostline.runtime.dynamic_dim import Dimension, Size
 
 log = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ from torch import nn
 from frostline.config import AUTO
 from frostline.errors import ConfigError
 from frostline.export.exporter import ensure_verified, export_stage
-from frostline.export.shapes import ShapeRange
-from frostline.export.stages import FaceModels, build_face_stages
 from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.faces.identity import FaceIdentity
 from frostline.runtime.backends import TORCH, get_backend
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.store import EngineStore
 from frostline.score.settings import ScoreSettings
+from frostline.stages import FaceModels, build_face_stages
+from frostline.stages.shapes import ShapeRange
 
 
 @dataclass(frozen=True)

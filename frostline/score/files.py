@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from frostline.atomic_io import written_whole
 from frostline.errors import ConfigError, DataError
 from frostline.score.result import COLUMNS, VideoScore
-from frostline.writing import written_whole
 
 SUFFIXES = (".jsonl", ".csv")
 

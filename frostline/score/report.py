@@ -7,10 +7,10 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from frostline.installed import installed_versions
+from frostline.package_info import installed_versions
+from frostline.report.formatting import NONE, fixed
 from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot, histogram, line_plot
-from frostline.report.words import NONE, fixed
 from frostline.score.pictures import extreme_pictures
 from frostline.score.result import VideoScore
 from frostline.score.run import Outcome

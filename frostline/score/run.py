@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from frostline.atomic_io import check_writable, written_whole
 from frostline.errors import ConfigError, DataError
 from frostline.progress import Bar, Progress
 from frostline.score.engines import FaceNetworks, check_backend, load_networks
@@ -21,7 +22,6 @@ from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary, summarize
 from frostline.video import probe_video
-from frostline.writing import check_writable, written_whole
 
 Done = Mapping[int, VideoScore]
 

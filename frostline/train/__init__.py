@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frostline.train.module import WanTrainingModule
+    from frostline.train.step.module import WanTrainingModule
 
 __all__ = ["WanTrainingModule"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     # Once asked for: it brings torch, which takes seconds, and the settings beside it need none.
     if name != "WanTrainingModule":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from frostline.train.module import WanTrainingModule
+    from frostline.train.step.module import WanTrainingModule
 
     return WanTrainingModule

@@ -10,20 +10,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from frostline.errors import FrostlineError
-from frostline.models.denoise_steps import DenoiseSteps
+from frostline.models.checkpoints.loading import check_files
+from frostline.models.checkpoints.model_spec import read_skeleton
 from frostline.models.faces.embedders import load_embedder
-from frostline.models.geometry import SPATIAL_MULTIPLE
-from frostline.models.loading import check_files
-from frostline.models.schedule import FlowMatchSchedule
-from frostline.models.skeleton import read_skeleton
+from frostline.models.wan.denoise_steps import DenoiseSteps
+from frostline.models.wan.schedule import FlowMatchSchedule
+from frostline.models.wan.video_shape import SPATIAL_MULTIPLE
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device, total_bytes
-from frostline.train.data import VideoPromptDataset
-from frostline.train.memory import MemoryPlan, memory_plan
-from frostline.train.memory_advice import memory_problem
-from frostline.train.memory_table import memory_table
-from frostline.train.preflight import check_output, problems
+from frostline.train.data.dataset import VideoPromptDataset
+from frostline.train.memory.advice import memory_problem
+from frostline.train.memory.plan import MemoryPlan, memory_plan
+from frostline.train.memory.table import memory_table
 from frostline.train.settings import RunSettings, VideoSettings
+from frostline.train.validate_settings import check_output, problems
 
 
 def print_dry_run(settings: RunSettings, console: Console, resume: str | None = None) -> bool:

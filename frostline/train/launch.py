@@ -13,27 +13,27 @@ from torch.utils.data import Dataset, Subset
 
 from frostline.config import CHECKPOINTING, TrainingModuleSettings
 from frostline.errors import DataError
-from frostline.export.shapes import parse_shapes
-from frostline.installed import installed_versions
-from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape
-from frostline.models.loading import check_files
-from frostline.models.skeleton import read_skeleton
+from frostline.models.checkpoints.loading import check_files
+from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape
+from frostline.package_info import installed_versions
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device
-from frostline.runtime.heap import keep_freed_memory
-from frostline.train.checkpoint import Checkpoint
-from frostline.train.configfile import dump_settings
-from frostline.train.data import BadRow, DataCheck, Sample, VideoPromptDataset
-from frostline.train.module import WanTrainingModule
-from frostline.train.preflight import check_output, problems
+from frostline.runtime.malloc import keep_freed_memory
+from frostline.stages.shapes import parse_shapes
+from frostline.train.config_file import dump_settings
+from frostline.train.data.dataset import BadRow, DataCheck, Sample, VideoPromptDataset
+from frostline.train.loop.checkpoint import Checkpoint
+from frostline.train.loop.resume import changed_settings
+from frostline.train.loop.saving import PACKAGES
+from frostline.train.loop.trainer import Outcome, RunOptions, make_accelerator, train
+from frostline.train.loop.validation import Validation, validate
 from frostline.train.processes import gather_from_processes
-from frostline.train.report import write_report
-from frostline.train.resume import changed_settings
-from frostline.train.saving import PACKAGES
+from frostline.train.report.page import write_report
 from frostline.train.settings import RunSettings
-from frostline.train.trainer import Outcome, RunOptions, make_accelerator, train
-from frostline.train.validation import Validation, validate
+from frostline.train.step.module import WanTrainingModule
+from frostline.train.validate_settings import check_output, problems
 
 log = logging.getLogger(__name__)
 

@@ -10,19 +10,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from frostline.atomic_io import check_writable
 from frostline.config import LoraSettings, Precision, Settings
 from frostline.errors import ConfigError
-from frostline.models.adapters import UniformLora, check_fits, read_adapter
-from frostline.models.files import find_files
-from frostline.models.geometry import TEMPORAL_STRIDE
-from frostline.models.lora import copy_adapter
+from frostline.models.checkpoints.checkpoint_files import find_files
+from frostline.models.lora import UniformLora, check_fits, read_adapter
+from frostline.models.lora.inject import copy_adapter
 from frostline.models.precision import parse_precision
+from frostline.models.wan.video_shape import TEMPORAL_STRIDE
 from frostline.runtime.device import resolve_device
-from frostline.runtime.plan import Plan, parse_plan
-from frostline.train.data import crop_to, size_within
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.planning.plan import Plan, parse_plan
+from frostline.train.data.dataset import crop_to, size_within
+from frostline.train.step.module import WanTrainingModule
 from frostline.video import read_video, write_video
-from frostline.writing import check_writable
 
 
 class SampleSettings(Settings):

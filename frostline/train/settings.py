@@ -10,13 +10,13 @@ from pydantic import Field, field_validator, model_validator
 
 from frostline.config import OTHERS, Settings, Sharding, TrainingModuleSettings
 from frostline.errors import ConfigError
-from frostline.models.geometry import SPATIAL_MULTIPLE, VideoShape, check_cut, nearest_multiple
+from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape, check_cut, nearest_multiple
 
 # torch takes seconds to import: a mistake in a configuration file is to be told before.
 if TYPE_CHECKING:
     import torch
 
-    from frostline.train.data import VideoPromptDataset
+    from frostline.train.data.dataset import VideoPromptDataset
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LrSchedulerType = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -113,7 +113,7 @@ class VideoSettings(Settings):
             ConfigError: height, width or max_pixels do not go with it, or there is no source.
             DataError: the source cannot be read, or none of its rows is usable.
         """
-        from frostline.train.data import VideoPromptDataset
+        from frostline.train.data.dataset import VideoPromptDataset
 
         if self.source is None:
             # Without one there is no validation; training needs it.

@@ -13,8 +13,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
+from frostline.atomic_io import written_whole
 from frostline.errors import ConfigError, DataError
-from frostline.writing import written_whole
 
 
 def write_video(path: str | Path, frames: torch.Tensor, fps: float = 16, crf: int = 18, lossless: bool = False) -> Path:

@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.demo.run import DemoSettings, demo_settings, run_demo
-from frostline.models.loading import load_components
+from frostline.models.checkpoints.loading import load_components
 from frostline.progress import Progress
 from frostline.score.request import pairs_of_file
 from frostline.score.run import RunOptions, run_score
 from frostline.score.settings import ScoreSettings
-from frostline.train.checkpoint import latest_intact
-from frostline.train.configfile import load_run_settings
+from frostline.train.config_file import load_run_settings
+from frostline.train.loop.checkpoint import latest_intact
 from frostline.video import read_video
 
 

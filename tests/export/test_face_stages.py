@@ -12,15 +12,15 @@ from scrfd_file import scrfd_file
 from torch import Tensor, nn
 
 from frostline.export.exporter import export_stage
-from frostline.export.shapes import ShapeRange
-from frostline.export.stages import FaceModels, build_face_stages
-from frostline.export.traces import Traces
+from frostline.export.trace_cache import Traces
 from frostline.models.faces import FaceEmbedder, FacenetEmbedder, load_detector, load_embedder, quantize_frames
 from frostline.models.tiny.clips import held_out_clips
-from frostline.runtime.identity import stage_key, weights_sha256
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.fingerprint import stage_key, weights_sha256
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Stage
-from frostline.runtime.store import EngineStore
+from frostline.stages import FaceModels, build_face_stages
+from frostline.stages.shapes import ShapeRange
 
 BACKENDS = ("onnxruntime", "openvino")
 DETECTORS = ("mtcnn", "yunet", "scrfd")

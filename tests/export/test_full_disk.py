@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from frostline.errors import EngineError
 from frostline.export.exporter import export_stage
 from frostline.runtime.backends import get_backend
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk"),

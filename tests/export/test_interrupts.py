@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from frostline.runtime.store import EngineStore
+from frostline.runtime.engines.store import EngineStore
 
 pytestmark = pytest.mark.timeout(600)
 pytest.importorskip("tensorrt_rtx")

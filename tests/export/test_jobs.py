@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from frostline.export import jobs as jobs_file
-from frostline.export.jobs import build_ahead, fitting_jobs
+from frostline.export import parallel_build as jobs_file
 from frostline.export.model import StagedModel, load_staged_model
+from frostline.export.parallel_build import build_ahead, fitting_jobs
 from frostline.export.recipe import Recipe
 from frostline.export.run import ExportOptions, export_model
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.store import EngineStore
+from frostline.runtime.engines.store import EngineStore
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -70,10 +70,10 @@ def test_as_many_jobs_as_memory_takes(staged: StagedModel, monkeypatch: pytest.M
 
 def test_asking_again_needs_no_torch() -> None:
     """Or it would take seconds to say that all is there."""
-    asked = "import sys, frostline.cli.exporting, frostline.export.receipt, frostline.export.tables, frostline.progress"
-    recipe = (
-        "frostline.export.receipt.receipt_key(frostline.export.receipt.Recipe(model='tiny'), Options(), 'auto', {})"
-    )
+    modules = ("cli.exporting", "export.export_cache", "export.tables", "progress")
+    asked = "import sys, " + ", ".join(f"frostline.{module}" for module in modules)
+    cache = "frostline.export.export_cache"
+    recipe = f"{cache}.receipt_key({cache}.Recipe(model='tiny'), Options(), 'auto', {{}})"
     code = f"{asked}\nfrom frostline.runtime.backends.options import BuildOptions as Options\n{recipe}\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,16 +13,16 @@ from frostline.errors import EngineError, ShapeError
 from frostline.export.exporter import build_stage, export_stage
 from frostline.export.limits import check_served, largest_tensor, served_note, within_limit
 from frostline.export.recipe import load_recipe
-from frostline.export.stages import StageInputs, vae_decoder, vae_encoder
-from frostline.models.components import WanComponents
-from frostline.models.denoiser import Denoiser
-from frostline.models.skeleton import read_skeleton
+from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.wan.components import WanComponents
+from frostline.models.wan.denoiser import Denoiser
 from frostline.runtime import bounds
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
+from frostline.stages import StageInputs, vae_decoder, vae_encoder
 
 LIMIT = 2**31 - 1
 
@@ -173,7 +173,7 @@ def test_engines_without_a_limit_have_nothing_to_say(stage: Stage, tmp_path: Pat
 def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, engines: Path) -> None:
     """Before anything is built, and before one that is there is loaded and held against PyTorch."""
     from frostline.export.exporter import verify_engine_parity
-    from frostline.runtime.identity import find_engine, weights_sha256
+    from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
 
     store = EngineStore(engines)
     for rank in (1, 257):

@@ -12,8 +12,8 @@ from onnxruntime.quantization import quantize_dynamic
 from small_model import small_stages
 
 from frostline.export.exporter import build_stage
-from frostline.runtime.dimension import Dimension
-from frostline.runtime.store import EngineStore
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
 
 STAGES = ("denoiser", "vae_decoder", "face_detector")
 

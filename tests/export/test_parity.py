@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from frostline.export.parity import compare
-from frostline.runtime.manifest import Parity
+from frostline.runtime.engines.manifest import Parity
 from frostline.runtime.stage import Tolerance
 
 TOLERANCE = Tolerance(atol=1e-5, rtol=1e-4, cosine=0.9999)

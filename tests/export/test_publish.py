@@ -17,8 +17,8 @@ from frostline.cli import app
 from frostline.errors import ConfigError, EngineError, FrostlineError
 from frostline.export.exporter import build_stage
 from frostline.export.publish import publish
-from frostline.models.lora import adapters_off
-from frostline.runtime.store import EngineStore, VerifiedEngine
+from frostline.models.lora.inject import adapters_off
+from frostline.runtime.engines.store import EngineStore, VerifiedEngine
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from frostline.config import LoraSettings
 from frostline.errors import ConfigError
 from frostline.export.recipe import STAGES, Recipe, load_recipe
-from frostline.export.shapes import ShapeRange
 from frostline.runtime.backends.tensorrt import TENSORRT
+from frostline.stages.shapes import ShapeRange
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "engines").glob("*.yaml"))

@@ -21,8 +21,8 @@ from frostline.export.exporter import Exported, build_stage, ensure_verified, ex
 from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
 from frostline.runtime.backends import get_backend
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Stage, Tolerance
-from frostline.runtime.store import EngineStore
 
 KILLS = 20
 

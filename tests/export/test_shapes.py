@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frostline.errors import ConfigError
-from frostline.export.shapes import Range, ShapeRange, parse_shapes
+from frostline.stages.shapes import Range, ShapeRange, parse_shapes
 
 NAMES = [dimension.name for dimension in fields(ShapeRange)]
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from frostline.errors import ParityError
 from frostline.export import exporter
 from frostline.export.exporter import Exported, export_stage, verify_engine_parity
-from frostline.export.stages.text_encoder import TextEncoderStage
-from frostline.models.lora import lora_parameters
+from frostline.models.lora.inject import lora_parameters
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import onnxruntime as onnxruntime_backend
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
-from frostline.runtime.identity import find_engine, weights_sha256
+from frostline.runtime.engines.store import EngineStore, VerifiedEngine
+from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Network, Stage, Tolerance
-from frostline.runtime.store import EngineStore, VerifiedEngine
-from frostline.train.module import WanTrainingModule
+from frostline.stages.text_encoder import TextEncoderStage
+from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from frostline.export import program as program_file
+from frostline.export import torch_export as program_file
 from frostline.export.exporter import export_stage
-from frostline.export.traces import Traces
-from frostline.runtime.dimension import Dimension
+from frostline.export.trace_cache import Traces
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffsynth.models.wan_video_vae import VideoVAE38_
 
-from frostline.models.loading import load_components
+from frostline.models.checkpoints.loading import load_components
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from frostline.models import loading
+from frostline.models.checkpoints import loading
 
-TOKENIZER = Path(loading.__file__).parent / "tiny" / "weights" / "tiny" / "google" / "umt5-xxl"
+TOKENIZER = Path(loading.__file__).parents[1] / "tiny" / "weights" / "tiny" / "google" / "umt5-xxl"
 
 VAE = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
 TEXT = {"vocab": 64, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 2, "num_buckets": 8}

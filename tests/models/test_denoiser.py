@@ -10,10 +10,10 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.pipelines.wan_video import model_fn_wan_video
 from torch import Tensor
 
-from frostline.models.denoiser import Denoiser
-from frostline.models.loading import load_components
-from frostline.models.lora import inject_lora, lora_parameters
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.lora.inject import inject_lora, lora_parameters
 from frostline.models.tiny.architecture import DENOISER
+from frostline.models.wan.denoiser import Denoiser
 
 VARIANTS = ("tiny", "tiny-moe low noise", "tiny-moe high noise", "tiny-ti2v", "clip")
 # Batch, and frames, height and width of the latents.

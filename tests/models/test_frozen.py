@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frostline.models import frozen
-from frostline.models.frozen import convolution, prelu, rms_norm_silu
-from frostline.train.memory_tracker import MemoryTracker
+from frostline.models import frozen_ops as frozen
+from frostline.models.frozen_ops import convolution, prelu, rms_norm_silu
+from frostline.train.memory.tracker import MemoryTracker
 
 LAYOUTS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
 

@@ -1,6 +1,6 @@
 """What Wan makes of extents."""
 
-from frostline.models.geometry import nearest_multiple
+from frostline.models.wan.video_shape import nearest_multiple
 
 
 def test_nearest_multiple() -> None:

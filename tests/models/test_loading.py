@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from small_wan import TEXT, TOKENIZER, VAE
 from torch import Tensor, nn
 
-import frostline.models.loading as loading
+import frostline.models.checkpoints.loading as loading
 from frostline.errors import ConfigError
-from frostline.models.layouts.architecture import denoiser_arguments
-from frostline.models.loading import load_components
+from frostline.models.checkpoints.formats.architecture import denoiser_arguments
+from frostline.models.checkpoints.loading import load_components
 
-EMBEDDED = Path(loading.__file__).parent / "tiny" / "weights"
+EMBEDDED = Path(loading.__file__).parents[1] / "tiny" / "weights"
 VAE38 = {"dim": 8, "z_dim": 48, "dec_dim": 8, "num_res_blocks": 1}
 DENOISER: dict[str, Any] = {**small_wan.DENOISER, "num_layers": 3}
 TI2V: dict[str, Any] = {

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frostline.errors import ConfigError
-from frostline.models.denoiser import Denoiser
-from frostline.models.loading import load_components
-from frostline.models.lora import (
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.lora.inject import (
     adapters_off,
     inject_lora,
     live_scale,
@@ -24,6 +23,7 @@ from frostline.models.lora import (
     lora_scale,
     save_adapter,
 )
+from frostline.models.wan.denoiser import Denoiser
 
 LAYERS = 4 * 10  # blocks times q, k, v, o of two attentions and two of the feed-forward
 

@@ -6,7 +6,7 @@ from diffsynth.models.wan_video_dit import precompute_freqs_cis_3d, rope_apply, 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from frostline.models.rope import apply_rope, grid_table, rope_table, sinusoid_frequencies, timestep_sinusoid
+from frostline.models.wan.rope import apply_rope, grid_table, rope_table, sinusoid_frequencies, timestep_sinusoid
 
 
 @pytest.mark.parametrize("head_dim", [32, 128], ids="head_dim{}".format)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frostline.errors import ConfigError
-from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.wan.schedule import FlowMatchSchedule
 
 SCHEDULES = st.builds(FlowMatchSchedule, st.integers(1, 200), st.floats(0.05, 50))
 

@@ -8,9 +8,9 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.pipelines.wan_video import WanVideoUnit_PromptEmbedder
 from torch import Tensor
 
-from frostline.models.components import WanComponents
-from frostline.models.loading import load_components
-from frostline.models.text import TextEncoder, count_tokens, tokenize
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.wan.components import WanComponents
+from frostline.models.wan.text import TextEncoder, count_tokens, tokenize
 
 PROMPTS = ("a person nods", "a person turns the head to the left", "a", "a person moves closer to the camera")
 

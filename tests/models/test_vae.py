@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from decoding import decoded_with_gradient, diffsynths
 from torch import Tensor
 
-from frostline.models.loading import load_components
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
-from frostline.models.vae import decode_latents, use_onednn_conv3d
-from frostline.models.vae_chunks import VaeDecoderFirst, VaeDecoderNext
-from frostline.models.vae_clip import decode_chunk
+from frostline.models.wan.vae import decode_latents, use_onednn_conv3d
+from frostline.models.wan.vae_chunks import VaeDecoderFirst, VaeDecoderNext
+from frostline.models.wan.vae_decoder_full import decode_chunk
 
 
 def random_video(frames: int, batch: int = 1, size: tuple[int, int] = (32, 48)) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from frostline.models.loading import load_components
-from frostline.models.vae_chunks import (
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.wan.vae_chunks import (
     VaeDecoderFirst,
     VaeDecoderNext,
     VaeEncoderFirst,

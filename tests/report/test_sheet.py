@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from frostline.errors import DataError
-from frostline.report.sheet import SheetRow, contact_sheet
+from frostline.report.contact_sheet import SheetRow, contact_sheet
 
 
 def strip(colour: tuple[float, float, float], frames: int = 3, height: int = 16, width: int = 16) -> torch.Tensor:

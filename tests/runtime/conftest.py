@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx.external_data_helper import set_external_data
 
-from frostline.runtime.manifest import Manifest, Network, NetworkInput, NetworkOutput
-from frostline.runtime.store import EngineStore, VerifiedEngine
+from frostline.runtime.engines.manifest import Manifest, Network, NetworkInput, NetworkOutput
+from frostline.runtime.engines.store import EngineStore, VerifiedEngine
 
 KEY = "0123456789abcdef"
 

@@ -11,7 +11,7 @@ import pytest
 from test_guard import ORT, scaled_stage
 
 from frostline.export.exporter import export_stage
-from frostline.runtime.store import EngineStore
+from frostline.runtime.engines.store import EngineStore
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from frostline.runtime.architecture import adapter_parameters, describe
+from frostline.runtime.identity.architecture import adapter_parameters, describe
 
 
 class Mode(Enum):

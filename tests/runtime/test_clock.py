@@ -2,7 +2,7 @@
 
 import time
 
-from frostline.runtime.clock import StageClock
+from frostline.runtime.stage_timer import StageClock
 
 
 def test_uses_add_up_by_name_until_they_are_read() -> None:

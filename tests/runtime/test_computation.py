@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import frostline
-from frostline.runtime import computation
-from frostline.runtime.computation import computation_id
+from frostline.runtime.identity import computation
+from frostline.runtime.identity.computation import computation_id
 
 PACKAGE = Path(frostline.__file__).parent
 Write = Callable[[str, str], Path]
@@ -133,7 +133,7 @@ def test_extension_modules_and_other_pythons_count_by_their_bytes(write: Write) 
 
 def test_code_without_a_source_is_good_for_one_process(caplog: pytest.LogCaptureFixture) -> None:
     code = "import sys, types; sys.modules['typed_in'] = types.ModuleType('typed_in')\n"
-    code += "from frostline.runtime.computation import computation_id as id\n"
+    code += "from frostline.runtime.identity.computation import computation_id as id\n"
     code += "print(id(['typed_in']) == id(['typed_in']), id(['typed_in']))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
     (one, first), (two, second) = (run.stdout.split() for run in runs)
@@ -146,7 +146,7 @@ def test_a_script_counts_by_its_file(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     seen = []
     for constant in (1, 1, 2):
-        body = f"from frostline.runtime.computation import computation_id\nX = {constant}\n"
+        body = f"from frostline.runtime.identity.computation import computation_id\nX = {constant}\n"
         script.write_text(body + "print(computation_id(['__main__']))")
         run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
         seen.append(run.stdout)
@@ -154,7 +154,7 @@ def test_a_script_counts_by_its_file(tmp_path: Path) -> None:
 
 
 def test_asking_imports_neither_torch_nor_what_is_asked_for() -> None:
-    code = "import sys; from frostline.runtime.computation import computation_id\n"
+    code = "import sys; from frostline.runtime.identity.computation import computation_id\n"
     code += "computation_id(['frostline.export.model', 'frostline.export.onnx'])\n"
     code += "assert not {'torch', 'diffsynth', 'frostline.export', 'frostline.models'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from frostline.errors import EngineError, EngineMemoryError, InputError
 from frostline.export.exporter import export_stage
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.guard import WeightGuard
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import ModuleTensors, Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
 
 ORT = "onnxruntime"
 

@@ -9,7 +9,7 @@ _PROGRAM = """
 import sys
 import torch
 from pathlib import Path
-from frostline.runtime.heap import keep_freed_memory
+from frostline.runtime.malloc import keep_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

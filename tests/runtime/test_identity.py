@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from frostline.runtime.dimension import Dimension
-from frostline.runtime.identity import find_engine, stage_code, stage_key, weights_sha256
-from frostline.runtime.manifest import EngineId, Manifest
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.manifest import EngineId, Manifest
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.fingerprint import find_engine, stage_code, stage_key, weights_sha256
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
 
 ROWS = Dimension("rows", 1, 4, 64)
 MakeStage = Callable[..., Stage]
@@ -113,13 +113,13 @@ def test_frozen_weights_count_whichever_way_they_are_changed() -> None:
 
 
 def test_the_code_of_a_stage_is_that_of_its_parts_and_of_what_was_put_into_them() -> None:
-    from frostline.models.vae import use_onednn_conv3d
+    from frostline.models.wan.vae import use_onednn_conv3d
 
     module = nn.Sequential(Scaled(), nn.Conv3d(1, 1, 1))
     assert {__name__, "torch.nn.modules.conv"} <= stage_code(make_stage(module))
-    assert "frostline.models.vae" not in stage_code(make_stage(module))
+    assert "frostline.models.wan.vae" not in stage_code(make_stage(module))
     use_onednn_conv3d(module)
-    assert "frostline.models.vae" in stage_code(make_stage(module))
+    assert "frostline.models.wan.vae" in stage_code(make_stage(module))
 
 
 @pytest.mark.parametrize("verified_first", [True, False])

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from frostline.export.exporter import export_stage
-from frostline.runtime import choosing, latency
-from frostline.runtime import trials as trials_file
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
-from frostline.runtime.dimension import Dimension
-from frostline.runtime.latency import LatencyNote, machine_id, shape_class, take_turns
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.planning import autotune as latency
+from frostline.runtime.planning import choosing
+from frostline.runtime.planning import trials as trials_file
+from frostline.runtime.planning.autotune import LatencyNote, machine_id, shape_class, take_turns
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
 
 ORT = "onnxruntime"
 CPU = torch.device("cpu")

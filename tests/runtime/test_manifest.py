@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from frostline.errors import EngineError
-from frostline.runtime.manifest import EngineId, Manifest, NetworkInput, Parity, canonical_json
+from frostline.runtime.engines.manifest import EngineId, Manifest, NetworkInput, Parity, canonical_json
 
 
 def parity(value: float) -> Parity:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from frostline.runtime.memo import recall, remember
+from frostline.runtime.user_cache import recall, remember
 
 
 @pytest.fixture

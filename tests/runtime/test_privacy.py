@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from frostline.errors import SharedFolderError
-from frostline.runtime.privacy import check_private, make_private, make_private_folder
+from frostline.runtime.engines.privacy import check_private, make_private, make_private_folder
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 OTHER = 12345

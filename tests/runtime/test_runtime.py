@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from frostline.errors import ConfigError, EngineError
 from frostline.export.exporter import export_stage
-from frostline.export.gain import stage_gains
+from frostline.export.plan_estimate import stage_gains
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
-from frostline.runtime.dimension import Dimension
-from frostline.runtime.manifest import Manifest
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.manifest import Manifest
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
-from frostline.train.module import WanTrainingModule
+from frostline.train.step.module import WanTrainingModule
 
 ORT = "onnxruntime"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from frostline.errors import EngineError
-from frostline.runtime import signing
+from frostline.runtime.engines import signing
 
 fork = multiprocessing.get_context("fork")
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from frostline.errors import EngineError
-from frostline.runtime.manifest import EngineId, Manifest
-from frostline.runtime.store import EngineStore, VerifiedEngine, engine_key
+from frostline.runtime.engines.manifest import EngineId, Manifest
+from frostline.runtime.engines.store import EngineStore, VerifiedEngine, engine_key
 
 ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 
@@ -231,7 +231,7 @@ def test_a_root_that_cannot_be_written_can_be_read(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "read-only")
 
-    monkeypatch.setattr("frostline.runtime.store.FileLock.acquire", refuse)
+    monkeypatch.setattr("frostline.runtime.engines.store.FileLock.acquire", refuse)
     (record,) = store.find()
     assert store.verify(record) == built
     with pytest.raises(EngineError, match="cannot lock"), store.building(ENGINE):
@@ -249,7 +249,7 @@ def test_a_folder_that_vanishes_while_listed_is_no_engine(
         shutil.rmtree(path)
         raise EngineError("gone")
 
-    monkeypatch.setattr("frostline.runtime.store.peek", vanish)
+    monkeypatch.setattr("frostline.runtime.engines.store.peek", vanish)
     assert store.find() == []
 
 

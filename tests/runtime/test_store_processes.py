@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from frostline.runtime import signing
-from frostline.runtime.manifest import EngineId, Manifest
-from frostline.runtime.store import EngineStore, VerifiedEngine
+from frostline.runtime.engines import signing
+from frostline.runtime.engines.manifest import EngineId, Manifest
+from frostline.runtime.engines.store import EngineStore, VerifiedEngine
 
 pytestmark = pytest.mark.fresh_process
 

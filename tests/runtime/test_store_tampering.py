@@ -10,8 +10,8 @@ import onnx
 import pytest
 
 from frostline.errors import EngineError, SharedFolderError
-from frostline.runtime.manifest import EngineId, Manifest
-from frostline.runtime.store import EngineStore, VerifiedEngine
+from frostline.runtime.engines.manifest import EngineId, Manifest
+from frostline.runtime.engines.store import EngineStore, VerifiedEngine
 
 ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 
@@ -159,7 +159,7 @@ def test_external_data_stays_in_the_folder(
     in_subgraph: bool,
 ) -> None:
     with monkeypatch.context() as patch:  # a builder that does not look, with a key that we trust
-        patch.setattr("frostline.runtime.store.check_external_data", lambda *_: None)
+        patch.setattr("frostline.runtime.engines.store.check_external_data", lambda *_: None)
         build(add_onnx(location, in_subgraph=in_subgraph))
     message = refusal(store)
     assert problem in message

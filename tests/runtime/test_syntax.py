@@ -2,7 +2,7 @@
 
 import pytest
 
-from frostline.runtime.syntax import Import, read_syntax
+from frostline.runtime.identity.syntax import Import, read_syntax
 
 
 def text(source: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from frostline.runtime.tensor_bytes import tensor_bytes
+from frostline.runtime.identity.tensor_bytes import tensor_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from video_files import damage_packet, encode
 
 from frostline.models.faces import BatchedMTCNN, FaceIdentity, load_detector, load_embedder
 from frostline.models.tiny.clips import held_out_clips
+from frostline.rewards.face_identity import FaceIdentityReward
 from frostline.score.result import VideoScore
-from frostline.train.face_identity import FaceIdentityReward
-from frostline.train.module import WanTrainingModule
+from frostline.train.step.module import WanTrainingModule
 from frostline.video import read_video, write_video
 
 ScoreFiles = Callable[..., tuple[VideoScore, ...]]

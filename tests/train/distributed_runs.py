@@ -17,11 +17,11 @@ from killed_runs import SHARPNESS
 from steps import Clips
 from torch.distributed.tensor import DTensor
 
-from frostline.train.module import WanTrainingModule
+from frostline.train.loop.trainer import RunOptions, make_accelerator, train
+from frostline.train.loop.validation import Validation, validate
 from frostline.train.processes import process_index
 from frostline.train.settings import TrainerSettings
-from frostline.train.trainer import RunOptions, make_accelerator, train
-from frostline.train.validation import Validation, validate
+from frostline.train.step.module import WanTrainingModule
 
 FACES = {"type": "face_identity", "upscale": 2}
 STEPS = {"sharpness": 5, "faces": 2}

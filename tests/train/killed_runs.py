@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from steps import Clips
 
-from frostline.train.module import WanTrainingModule
-from frostline.train.resume import find_resume
+from frostline.train.loop.resume import find_resume
+from frostline.train.loop.trainer import RunOptions, train
+from frostline.train.loop.validation import Validation, validate
 from frostline.train.settings import TrainerSettings
-from frostline.train.trainer import RunOptions, train
-from frostline.train.validation import Validation, validate
+from frostline.train.step.module import WanTrainingModule
 
 STEPS, KILLS = 24, 10
-SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
+SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
 SETTINGS = TrainerSettings(
     learning_rate=1e-3,
     lr_scheduler_type="cosine",

@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from frostline.train.checkpoint import find_checkpoints, latest_intact, rotate, write_checkpoint
-from frostline.train.output_dir import begins_in, check_start
-from frostline.train.report import write_report
-from frostline.train.resume import find_resume
-from frostline.train.runfolder import METRICS, REPORT, JsonLines, claimed, read_lines
-from frostline.train.trainer import RunOptions, _begin, _go_on
+from frostline.train.loop.checkpoint import find_checkpoints, latest_intact, rotate, write_checkpoint
+from frostline.train.loop.output_dir import begins_in, check_start
+from frostline.train.loop.resume import find_resume
+from frostline.train.loop.run_dir import METRICS, REPORT, JsonLines, claimed, read_lines
+from frostline.train.loop.trainer import RunOptions, _begin, _go_on
+from frostline.train.report.page import write_report
 
 KILLS, LIMIT = 100, 2
 CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.link")

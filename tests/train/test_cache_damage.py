@@ -7,8 +7,8 @@ import pytest
 from steps import QUICK, Clips
 
 from frostline.runtime import cache
+from frostline.train.loop.trainer import train
 from frostline.train.settings import TrainerSettings
-from frostline.train.trainer import train
 
 # Two clips, of which the second epoch finds everything in the cache.
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=6, per_device_train_batch_size=1, seed=3)

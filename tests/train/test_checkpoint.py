@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from frostline.errors import CheckpointError
-from frostline.train.checkpoint import (
+from frostline.train.loop.checkpoint import (
     MANIFEST,
     Checkpoint,
     find_checkpoints,
@@ -19,7 +19,7 @@ from frostline.train.checkpoint import (
     set_aside_after,
     write_checkpoint,
 )
-from frostline.train.resume import find_resume
+from frostline.train.loop.resume import find_resume
 
 
 def fill(folder: Path) -> None:

@@ -12,18 +12,18 @@ from steps import QUICK, small_clips
 from torch import Tensor
 
 import frostline
+from frostline.export.export_cache import Receipt, recall, receipt_key, remember
 from frostline.export.exporter import export_stage
 from frostline.export.model import StagedModel, load_staged_model
-from frostline.export.receipt import Receipt, recall, receipt_key, remember
 from frostline.export.recipe import Recipe
-from frostline.runtime import computation
+from frostline.rewards.face_identity import face_identity_reward
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.identity import find_engine, stage_computation, weights_sha256
-from frostline.runtime.latency import LatencyNote
-from frostline.runtime.store import EngineStore
-from frostline.train.conditioning import Conditioner
-from frostline.train.face_identity import face_identity_reward
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity import computation
+from frostline.runtime.identity.fingerprint import find_engine, stage_computation, weights_sha256
+from frostline.runtime.planning.autotune import LatencyNote
+from frostline.train.step.conditioning import Conditioner
+from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 Edit = Callable[[str, str, str], None]

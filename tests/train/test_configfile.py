@@ -9,7 +9,7 @@ import yaml
 
 from frostline.config import _NAMES_OF_OTHERS, Settings, dotted_names, nested_settings
 from frostline.errors import ConfigError
-from frostline.train.configfile import commented_yaml, load_run_settings
+from frostline.train.config_file import commented_yaml, load_run_settings
 from frostline.train.settings import RunSettings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from video_files import encode
 
 from frostline.errors import ConfigError, DataError
-from frostline.train import data as data_module
-from frostline.train.batch import check_batch
-from frostline.train.data import VideoPromptDataset, collate, size_within
+from frostline.train.data import dataset as data_module
+from frostline.train.data.dataset import VideoPromptDataset, collate, size_within
+from frostline.train.step.batch import check_batch
 from frostline.video import write_video
 
 ROWS = [("a.mp4", "a person talking"), ("sub/b.mp4", 'she says "hi", then nods'), ("c.mp4", "ein Gesicht, müde")]

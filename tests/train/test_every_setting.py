@@ -22,18 +22,18 @@ from safetensors.torch import load_file
 
 from frostline.config import dotted_names
 from frostline.errors import FrostlineError
-from frostline.models.loading import load_components
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips, render_clips
 from frostline.progress import Progress
-from frostline.train.data import collate
+from frostline.train.data.dataset import collate
+from frostline.train.data.loader import Batches
 from frostline.train.dry_run import print_dry_run
 from frostline.train.launch import build_module, open_validation, run_training
-from frostline.train.loader import Batches
-from frostline.train.module import WanTrainingModule
 from frostline.train.settings import RunSettings
+from frostline.train.step.module import WanTrainingModule
 from frostline.video import write_video
 
-SHARPNESS = "frostline.train.sharpness:SharpnessReward"
+SHARPNESS = "frostline.rewards.sharpness:SharpnessReward"
 BASE = {
     "model": "tiny",
     "device": "cpu",
@@ -199,7 +199,7 @@ def workers(settings: RunSettings) -> Any:
             super().__init__(dataset, order, 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("frostline.train.trainer.Batches", Counted)
+        patch.setattr("frostline.train.loop.trainer.Batches", Counted)
         a_run(settings)
     return wanted
 
@@ -373,7 +373,7 @@ def observe(
     with pytest.MonkeyPatch.context() as patch:
         # Each module has its own, but they are read once.
         patch.setattr(
-            "frostline.train.module.load_components",
+            "frostline.train.step.module.load_components",
             lambda model, dtype, device, defer: copy.deepcopy(loaded(model, dtype, str(device))),
         )
         yield look

@@ -16,17 +16,17 @@ from accelerate.utils import DistributedType
 from steps import Clips
 
 from frostline.errors import CheckpointError, ConfigError, EngineError, TrainingError
-from frostline.train.resume import find_resume
+from frostline.train.loop.resume import find_resume
+from frostline.train.loop.sharding import shard_frozen_weights
+from frostline.train.loop.trainer import RunOptions, train
+from frostline.train.loop.validation import Validation, validate
 from frostline.train.settings import TrainerSettings
-from frostline.train.sharding import shard_frozen_weights
-from frostline.train.trainer import RunOptions, train
-from frostline.train.validation import Validation, validate
 
 QUICK: dict[str, Any] = {
     "num_inference_steps": 3,
     "mid_timestep": 1,
     "final_timestep": 2,
-    "reward": {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
+    "reward": {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
 }
 
 

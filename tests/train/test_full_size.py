@@ -19,13 +19,13 @@ from diffsynth.core.vram.initialization import skip_model_initialization
 from safetensors.torch import save_file
 from torch import Tensor
 
-import frostline.models.loading as loading
-from frostline.models.networks import build_network
-from frostline.models.skeleton import RELEASED
-from frostline.train.module import WanTrainingModule
+import frostline.models.checkpoints.loading as loading
+from frostline.models.checkpoints.model_spec import RELEASED
+from frostline.models.wan.networks import build_network
+from frostline.train.step.module import WanTrainingModule
 
 RELEASE = "Wan2.1-T2V-1.3B"
-TOKENIZER = Path(loading.__file__).parent / "tiny" / "weights" / "tiny" / "google" / "umt5-xxl"
+TOKENIZER = Path(loading.__file__).parents[1] / "tiny" / "weights" / "tiny" / "google" / "umt5-xxl"
 NAMES = {
     "denoiser": "diffusion_pytorch_model.safetensors",
     "vae": "Wan2.1_VAE.pth",

@@ -9,11 +9,11 @@ import torch
 
 from frostline.config import TrainingModuleSettings
 from frostline.export.exporter import export_stage
-from frostline.models.loading import load_components
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.device import full_fp32
-from frostline.runtime.store import EngineStore
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.engines.store import EngineStore
+from frostline.train.step.module import WanTrainingModule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,7 +120,7 @@ def test_recomputation_is_chosen_by_the_memory_of_the_gpu(monkeypatch: pytest.Mo
     module = build(checkpointing="auto")
     step(module)
     assert module.gradient_checkpointing == "none", "so small a model fits any GPU"
-    monkeypatch.setattr("frostline.train.module.free_bytes", lambda device: 0)
+    monkeypatch.setattr("frostline.train.step.module.free_bytes", lambda device: 0)
     tight = build(checkpointing="auto")
     step(tight)
     assert tight.gradient_checkpointing != "none"

@@ -13,7 +13,7 @@ def test_a_training_sample_takes_no_more_than_its_own_size(tmp_path: Path) -> No
     code = """
 import resource, torch
 torch.set_num_threads(1)
-from frostline.train.data import VideoPromptDataset
+from frostline.train.data.dataset import VideoPromptDataset
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sample = VideoPromptDataset("data", num_frames=5, height=64, width=64)[0]
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
@@ -37,7 +37,7 @@ def test_a_training_file_that_is_too_large_is_a_bad_row(tmp_path: Path) -> None:
 import torch
 torch.set_num_threads(1)
 from frostline.errors import DataError
-from frostline.train.data import VideoPromptDataset
+from frostline.train.data.dataset import VideoPromptDataset
 dataset = VideoPromptDataset("data", num_frames=5)
 print(tuple(dataset[1]["video"].shape))
 try:

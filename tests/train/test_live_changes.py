@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from frostline.errors import EngineError
-from frostline.models.lora import ADAPTER, lora_layers
-from frostline.train.module import WanTrainingModule
+from frostline.models.lora.inject import ADAPTER, lora_layers
+from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 Change = Callable[[nn.Module], None]

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import Dataset
 
 from frostline.errors import DataError
-from frostline.train import data as data_module
-from frostline.train.data import Sample
-from frostline.train.loader import Batches
-from frostline.train.order import DataOrder
+from frostline.train.data import dataset as data_module
+from frostline.train.data.data_order import DataOrder
+from frostline.train.data.dataset import Sample
+from frostline.train.data.loader import Batches
 
 
 class Numbers(Dataset[Sample]):

@@ -13,18 +13,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from frostline.config import CHECKPOINTING, TrainingModuleSettings
 from frostline.errors import ConfigError
-from frostline.models.denoiser import Denoiser
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.checkpoints.model_spec import RELEASED, read_skeleton
 from frostline.models.faces import load_embedder
-from frostline.models.geometry import VideoShape
-from frostline.models.loading import load_components
-from frostline.models.lora import inject_lora
-from frostline.models.skeleton import RELEASED, read_skeleton
-from frostline.models.vae import decode_latents, use_onednn_conv3d
-from frostline.train import footprint
-from frostline.train.checkpointing import fitting_checkpointing
-from frostline.train.footprint import measure_model
-from frostline.train.memory import MemoryPlan, memory_plan
-from frostline.train.memory_table import memory_table
+from frostline.models.lora.inject import inject_lora
+from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.vae import decode_latents, use_onednn_conv3d
+from frostline.models.wan.video_shape import VideoShape
+from frostline.train.memory import memory_profile as footprint
+from frostline.train.memory.checkpointing import fitting_checkpointing
+from frostline.train.memory.memory_profile import measure_model
+from frostline.train.memory.plan import MemoryPlan, memory_plan
+from frostline.train.memory.table import memory_table
 
 CLIP = VideoShape(batch_size=1, num_frames=9, height=96, width=96)
 

@@ -8,25 +8,25 @@ import pytest
 import torch
 from steps import QUICK, assert_same_gradient, assert_same_step, clips, gradient, row, small_clips
 
-import frostline.models.vae as vae_file
-import frostline.train.module as module_file
+import frostline.models.wan.vae as vae_file
+import frostline.train.step.module as module_file
 from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces import quantize_frames
-from frostline.models.geometry import VideoShape
-from frostline.models.loading import load_components
-from frostline.models.vae_chunks import decode_in_chunks
-from frostline.runtime.identity import precision_of
-from frostline.train.face_identity import FaceIdentityReward, face_identity_reward
-from frostline.train.module import WanTrainingModule
-from frostline.train.reward import RewardScore, reward_loss
+from frostline.models.wan.vae_chunks import decode_in_chunks
+from frostline.models.wan.video_shape import VideoShape
+from frostline.rewards.face_identity import FaceIdentityReward, face_identity_reward
+from frostline.rewards.reward import RewardScore, reward_loss
+from frostline.runtime.identity.fingerprint import precision_of
+from frostline.train.step.module import WanTrainingModule
 
 if TYPE_CHECKING:
     from conftest import RewardTape
 
 MakeModule = Callable[..., WanTrainingModule]
 
-SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
+SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
 TWO_REWARDS = {**SHARPNESS, "plus": [{"type": "face_identity"}]}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from steps import QUICK, assert_same_steps, clips, row, small_clips
 
-from frostline.train.module import WanTrainingModule
+from frostline.train.step.module import WanTrainingModule
 
 if TYPE_CHECKING:
     from conftest import RewardTape

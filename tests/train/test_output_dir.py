@@ -14,16 +14,16 @@ from folders import content
 from steps import QUICK, Clips
 
 from frostline.errors import CheckpointError, ConfigError, FrostlineError
-from frostline.train.checkpoint import MANIFEST, find_checkpoints
-from frostline.train.output_dir import began_from, check_start, check_writable, clear_run, is_run
-from frostline.train.report import write_report
-from frostline.train.resume import find_resume
-from frostline.train.runfolder import claimed
+from frostline.train.loop.checkpoint import MANIFEST, find_checkpoints
+from frostline.train.loop.output_dir import began_from, check_start, check_writable, clear_run, is_run
+from frostline.train.loop.resume import find_resume
+from frostline.train.loop.run_dir import claimed
+from frostline.train.loop.trainer import RunOptions, train
+from frostline.train.loop.validation import Validation, validate
+from frostline.train.report.page import write_report
 from frostline.train.settings import TrainerSettings
-from frostline.train.trainer import RunOptions, train
-from frostline.train.validation import Validation, validate
 
-SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
+SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
 SETTINGS: dict[str, Any] = {**QUICK, "reward": SHARPNESS}
 # Not of the run itself: who is in the folder, and what any run may recall.
 STAYS = {".lock", "cache"}

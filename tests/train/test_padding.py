@@ -12,15 +12,15 @@ from steps import QUICK, clips
 from torch import Tensor
 
 from frostline.errors import ConfigError
-from frostline.train.batch import pad_frames
-from frostline.train.evaluation import Evaluation, _psnr
-from frostline.train.module import WanTrainingModule
-from frostline.train.reward import RewardScore
-from frostline.train.validation import Validation, _write
+from frostline.rewards.reward import RewardScore
+from frostline.train.loop.evaluation import Evaluation, _psnr
+from frostline.train.loop.validation import Validation, _write
+from frostline.train.step.batch import pad_frames
+from frostline.train.step.module import WanTrainingModule
 from frostline.video import read_video
 
 MakeModule = Callable[..., WanTrainingModule]
-SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0, "weight": 0.5}
+SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0, "weight": 0.5}
 
 
 class EveryFrame:

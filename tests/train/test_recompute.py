@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from decoding import decoded_with_gradient, diffsynths
 from torch import Tensor, nn
 
-from frostline.models.loading import load_components
-from frostline.models.vae import decoder_chunks
-from frostline.train.recompute import decode_recomputed, recomputed
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.wan.vae import decoder_chunks
+from frostline.train.memory.recompute import decode_recomputed, recomputed
 
 
 class Doubled(nn.Module):

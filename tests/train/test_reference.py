@@ -19,11 +19,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from skimage.transform import SimilarityTransform
 from torch import Tensor
 
-from frostline.models.components import WanComponents
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces import SFaceEmbedder
-from frostline.models.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
-from frostline.train.module import WanTrainingModule
+from frostline.models.wan.components import WanComponents
+from frostline.train.step.module import WanTrainingModule
 
 if TYPE_CHECKING:
     from conftest import RewardTape

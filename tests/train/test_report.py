@@ -12,7 +12,7 @@ import torch
 from browser import needs_chromium, render
 
 from frostline.errors import DataError
-from frostline.train.report import write_report
+from frostline.train.report.page import write_report
 from frostline.video import write_video
 
 MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"

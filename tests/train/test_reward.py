@@ -13,13 +13,13 @@ from torch import Tensor
 from frostline.config import RewardSettings, RewardTerm
 from frostline.errors import ConfigError
 from frostline.models.tiny.clips import held_out_clips
-from frostline.train.module import WanTrainingModule
-from frostline.train.reward import ActiveReward, RewardScore, build_rewards, reward_loss
-from frostline.train.sharpness import SharpnessReward
+from frostline.rewards.reward import ActiveReward, RewardScore, build_rewards, reward_loss
+from frostline.rewards.sharpness import SharpnessReward
+from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 QUICK: dict[str, Any] = {"num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
-SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 2.0, "weight": 0.5}
+SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 2.0, "weight": 0.5}
 
 
 class Brightness:
@@ -120,8 +120,8 @@ def test_a_step_with_three_rewards(make_module: MakeModule) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no colon": ({"type": "sharpness"}, "must be face_identity or package.module:Class"),
     "no module": ({"type": "no.such.module:Class"}, "no.such.module cannot be imported"),
-    "no class": ({"type": "frostline.train.sharpness:Sharpnes"}, "has no class 'Sharpnes'"),
-    "a function": ({"type": "frostline.train.reward:reward_loss"}, "has no class"),
+    "no class": ({"type": "frostline.rewards.sharpness:Sharpnes"}, "has no class 'Sharpnes'"),
+    "a function": ({"type": "frostline.rewards.reward:reward_loss"}, "has no class"),
     "no reward": ({"type": "test_reward:NoReward"}, "is no reward, it has no 'name'"),
     "an option too many": ({"type": "test_reward:Brightness", "options": {"x": 1}}, "cannot be made with options"),
     "a bad option": ({**SHARPNESS, "options": {"floor": 0}}, "floor of the sharpness reward must be above 0"),

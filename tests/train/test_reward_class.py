@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from frostline.errors import ConfigError
-from frostline.train.reward_class import import_reward, look_for_reward
+from frostline.rewards.reward_class import import_reward, look_for_reward
 
 # Each of these would leave a trace if it were run.
 TRACE = "open({trace!r}, 'a').close()\n"
@@ -40,7 +40,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "path",
     [
-        "frostline.train.sharpness:SharpnessReward",
+        "frostline.rewards.sharpness:SharpnessReward",
         "package:Again",
         "package.inner:Reward",
         "package.inner.reward:Reward",

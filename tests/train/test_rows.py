@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from frostline.errors import DataError
-from frostline.train.data import VideoPromptDataset
+from frostline.train.data.dataset import VideoPromptDataset
 from frostline.video import MEDIA_SUFFIXES, write_video
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from frostline.train.runfolder import JsonLines, read_lines
+from frostline.train.loop.run_dir import JsonLines, read_lines
 
 # What `str.splitlines` ends a line at; of these only the first two end a line of a file.
 # The last is what Python makes of a byte in a file's name that is no UTF-8.

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError, DataError
-from frostline.models.adapters import read_adapter, write_adapter
-from frostline.models.lora import save_adapter
+from frostline.models.lora import read_adapter, write_adapter
+from frostline.models.lora.inject import save_adapter
 from frostline.models.tiny.clips import held_out_clips
-from frostline.runtime.plan import parse_plan
-from frostline.train.module import WanTrainingModule
+from frostline.runtime.planning.plan import parse_plan
 from frostline.train.sample import SampledClip, SampleSettings, sample_clip
+from frostline.train.step.module import WanTrainingModule
 from frostline.video import probe_video, read_video
 
 SETTINGS: dict[str, Any] = {

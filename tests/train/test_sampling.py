@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.models.tiny.clips import held_out_clips
-from frostline.train import sampling
-from frostline.train.module import WanTrainingModule
+from frostline.train.step import rollout as sampling
+from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 ORT = "onnxruntime"

@@ -9,11 +9,11 @@ import pytest
 from steps import Clips
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from frostline.train.loop.trackers import PROJECT
+from frostline.train.loop.trainer import RunOptions, train
 from frostline.train.settings import TrainerSettings
-from frostline.train.trackers import PROJECT
-from frostline.train.trainer import RunOptions, train
 
-SHARPNESS = {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
+SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ import frostline
 from frostline.cli import app, main
 from frostline.demo.run import DemoSettings, demo_settings
 from frostline.errors import ConfigError
-from frostline.models import loading
-from frostline.models.loading import load_components
+from frostline.models.checkpoints import loading
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.progress import Progress
-from frostline.train.configfile import load_run_settings
+from frostline.train.config_file import load_run_settings
 from frostline.train.launch import run_training
-from frostline.train.step import optimizer_step
+from frostline.train.loop.optimizer_step import optimizer_step
 from frostline.video import read_video, write_video
 
 QUICK = """
@@ -43,7 +43,7 @@ final_timestep: 2
 noise_seed: null
 lora: {rank: 4}
 plan: {backend: torch}
-reward: {type: "frostline.train.sharpness:SharpnessReward", baseline: 0, scale: 1}
+reward: {type: "frostline.rewards.sharpness:SharpnessReward", baseline: 0, scale: 1}
 data: {source: data, num_frames: 5}
 validation: {source: data, num_frames: 5, steps: 2, num_videos: 2}
 train: {learning_rate: 1.0e-3, max_train_steps: 4, per_device_train_batch_size: 2, checkpointing_steps: 2}
@@ -166,7 +166,7 @@ def _nothing(folder: Path) -> None:
 
 def _quantise(folder: Path) -> None:
     """A checkpoint as bitsandbytes stores it: two weights in a byte."""
-    shutil.copytree(Path(loading.__file__).parent / "tiny" / "weights" / "tiny", folder / "quantised")
+    shutil.copytree(Path(loading.__file__).parents[1] / "tiny" / "weights" / "tiny", folder / "quantised")
     path = folder / "quantised" / "diffusion_pytorch_model.safetensors"
     name = "blocks.0.ffn.0.weight"
     packed = {name: torch.zeros(32768, 1, dtype=torch.uint8), f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(8)}
@@ -207,9 +207,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "dry run, no reward": (_nothing, ["CONFIG", "--dry-run", "reward.type=no.module:Class"], 1, "cannot be imported"),
     "dry run, no class": (
         _nothing,
-        ["CONFIG", "--dry-run", "reward.type=frostline.train.sharpness:Shrpness"],
+        ["CONFIG", "--dry-run", "reward.type=frostline.rewards.sharpness:Shrpness"],
         1,
-        "frostline.train.sharpness has no class 'Shrpness'",
+        "frostline.rewards.sharpness has no class 'Shrpness'",
     ),
     "dry run, another run": (_occupy, ["CONFIG", "--dry-run", "output_dir=occupied"], 1, "holds a run already"),
     "dry run, no run": (_fill, ["CONFIG", "--dry-run", "output_dir=mine"], 1, "not from a run of frostline"),
@@ -333,7 +333,7 @@ def killed(workplace: Path) -> Path:
         return optimizer_step(training, batches)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(workplace):
-        patch.setattr("frostline.train.trainer.optimizer_step", die_after_two)
+        patch.setattr("frostline.train.loop.trainer.optimizer_step", die_after_two)
         settings = load_run_settings(Path("config.yaml"), ["output_dir=killed", "train.checkpointing_steps=1"])
         with pytest.raises(_Killed):
             run_training(settings, None, Progress(quiet=True))

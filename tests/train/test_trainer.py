@@ -16,13 +16,13 @@ from steps import Clips
 from frostline.config import TrainingModuleSettings
 from frostline.errors import CheckpointError, ConfigError, DataError, TrainingError
 from frostline.models.tiny.clips import held_out_clips
-from frostline.train.data import Sample, collate
-from frostline.train.evaluation import evaluate
-from frostline.train.offload import saved_in_main_memory
-from frostline.train.resume import find_resume
-from frostline.train.runfolder import claimed
+from frostline.train.data.dataset import Sample, collate
+from frostline.train.loop.evaluation import evaluate
+from frostline.train.loop.resume import find_resume
+from frostline.train.loop.run_dir import claimed
+from frostline.train.loop.trainer import RunOptions, train
+from frostline.train.memory.offload import saved_in_main_memory
 from frostline.train.settings import TrainerSettings
-from frostline.train.trainer import RunOptions, train
 
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=2, per_device_train_batch_size=1, seed=3)
 
@@ -119,7 +119,7 @@ QUICK: dict[str, Any] = {
     "num_inference_steps": 3,
     "mid_timestep": 1,
     "final_timestep": 2,
-    "reward": {"type": "frostline.train.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
+    "reward": {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
 }
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from frostline.score.request import pairs_of_file
-from frostline.train import validation as validation_module
-from frostline.train.data import Sample
-from frostline.train.evaluation import Evaluation
-from frostline.train.report_held_out import _prompts
-from frostline.train.validation import Validation
+from frostline.train.data.dataset import Sample
+from frostline.train.loop import validation as validation_module
+from frostline.train.loop.evaluation import Evaluation
+from frostline.train.loop.validation import Validation
+from frostline.train.report.held_out import _prompts
 
 PROMPTS = ["=HYPERLINK(1)", "a smile", "-5 degrees"]
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from frostline.errors import ConfigError
 from frostline.export.exporter import export_stage
-from frostline.models.loading import DEFERRABLE, load_components
-from frostline.models.weights import FROZEN_PARTS, PartWeights
-from frostline.runtime.identity import weights_sha256
-from frostline.runtime.store import EngineStore
+from frostline.models.checkpoints.loading import DEFERRABLE, load_components
+from frostline.models.lazy_weights import FROZEN_PARTS, PartWeights
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.fingerprint import weights_sha256
 from frostline.train.launch import build_module
-from frostline.train.module import WanTrainingModule
 from frostline.train.settings import RunSettings
+from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 

@@ -1,5 +1,7 @@
 """Faces: detect (MTCNN, YuNet, SCRFD), align (five points), embed (SFace, ArcFace, FaceNet), compare."""
 
+from frostline.models.onnx.module import OnnxGraph, OnnxModule
+
 from .alignment import ARCFACE_TEMPLATE, align_faces, similarity_transform
 from .detections import ChosenFaces, Detections, FaceDetector, quantize_frames, upscale_frames
 from .detectors import DetectorModel, DetectorNetwork, load_detector
@@ -8,7 +10,6 @@ from .identity import FaceIdentity, IdentityScore, MissingFace, ReferenceFaces, 
 from .mtcnn import BatchedMTCNN
 from .mtcnn_networks import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, load_mtcnn_networks
 from .networks import Network, as_network
-from .onnx_module import OnnxGraph, OnnxModule
 from .scrfd import Scrfd, ScrfdNetwork
 from .yunet import YuNet, YuNetNetwork
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+from frostline.models.onnx.module import OnnxModule
 
 from .alignment import ARCFACE_SIZE
 from .networks import bundled_model
-from .onnx_module import OnnxModule
 
 FACENET_CHECKPOINTS = {
     "vggface2": "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt",

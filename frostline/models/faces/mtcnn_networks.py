@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
-from frostline.installed import package_folder
+from frostline.package_info import package_folder
 
 MTCNN_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "pnet": ("regression", "probability"),

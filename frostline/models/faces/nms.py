@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from frostline.errors import ConfigError
-from frostline.installed import package_folder
+from frostline.package_info import package_folder
 
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:

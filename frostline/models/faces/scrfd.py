@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+from frostline.models.onnx.module import OnnxGraph
 
 from .dense import STRIDES, Candidates, cell_places, detect_in_parts, gather_strides, padded
 from .detections import Detections
 from .networks import Network
-from .onnx_module import OnnxGraph
 
 SCRFD_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES)
 """Names of what `ScrfdNetwork` returns, in its order: scores (N, anchors), the others (N, anchors, 4 and 10)."""

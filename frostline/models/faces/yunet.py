@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+from frostline.models.onnx.module import OnnxGraph
 
 from .dense import STRIDES, Candidates, cell_places, detect_in_parts, gather_strides, padded
 from .detections import Detections
 from .networks import Network, bundled_model
-from .onnx_module import OnnxGraph
 
 YUNET_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in STRIDES)
 """Names of what the network returns, in its order: (N, cells, 1, 1, 4 and 10 numbers)."""

@@ -15,9 +15,9 @@ from diffsynth.models.wan_video_vae import WanVideoVAE
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from frostline.models.denoiser import Denoiser
-from frostline.models.geometry import MASK_CHANNELS
-from frostline.models.text import TextEncoder, tokenize
+from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.text import TextEncoder, tokenize
+from frostline.models.wan.video_shape import MASK_CHANNELS
 
 from .architecture import TRAIN_SHIFT
 from .clips import PROMPTS, render_clips

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+    from frostline.runtime.engines.verification import VerifiedEngine
     from frostline.runtime.stage import Network, Runner
-    from frostline.runtime.verification import VerifiedEngine
 
     from .options import BuildOptions
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from frostline.errors import EngineError
 from frostline.models.precision import DTYPES
 from frostline.runtime.device import device_name
+from frostline.runtime.engines.verification import VerifiedEngine
 from frostline.runtime.stage import Network, Runner
-from frostline.runtime.verification import VerifiedEngine
 
 from .inputs import check_inputs, check_live
 from .memory import engine_failure

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from frostline.errors import EngineError, InputError, ShapeError
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
 

@@ -11,10 +11,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from frostline.models.adapters import Adapter, LoraPair, read_adapter, write_adapter
-from frostline.models.denoiser import Denoiser
-from frostline.models.loading import load_components
-from frostline.models.lora import inject_lora, lora_parameters, save_adapter
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.lora import Adapter, LoraPair, read_adapter, write_adapter
+from frostline.models.lora.inject import inject_lora, lora_parameters, save_adapter
+from frostline.models.wan.denoiser import Denoiser
 
 
 def tiny_denoiser(dtype: torch.dtype = torch.float32) -> Any:

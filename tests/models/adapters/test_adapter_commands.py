@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError, DataError
-from frostline.models.loading import load_components
+from frostline.models.checkpoints.loading import load_components
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from frostline.errors import ConfigError
-from frostline.models.adapters import FORMATS, LoraPair, merge_adapter, read_adapter, write_adapter
-from frostline.models.layouts.convert import to_diffusers
-from frostline.models.lora import load_adapter, lora_layers
+from frostline.models.checkpoints.formats.convert import to_diffusers
+from frostline.models.lora import FORMATS, LoraPair, merge_adapter, read_adapter, write_adapter
+from frostline.models.lora.inject import load_adapter, lora_layers
 
 
 @pytest.mark.parametrize("name", FORMATS)

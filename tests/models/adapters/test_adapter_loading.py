@@ -8,7 +8,7 @@ from adapter_files import make_adapter, output, tiny_denoiser
 from safetensors.torch import load_file, save_file
 
 from frostline.errors import ConfigError
-from frostline.models.lora import copy_adapter, inject_lora, load_adapter, lora_layers
+from frostline.models.lora.inject import copy_adapter, inject_lora, load_adapter, lora_layers
 
 
 def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:

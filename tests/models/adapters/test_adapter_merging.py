@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError
-from frostline.models.adapters import Adapter, LoraPair, merge_adapter, read_adapter, write_adapter
-from frostline.models.files import find_files
-from frostline.models.loading import load_components
-from frostline.models.lora import load_adapter, lora_parameters
+from frostline.models.checkpoints.checkpoint_files import find_files
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.lora import Adapter, LoraPair, merge_adapter, read_adapter, write_adapter
+from frostline.models.lora.inject import load_adapter, lora_parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,10 +15,10 @@ from small_wan import DENOISER
 from torch import Tensor
 
 from frostline.errors import ConfigError
-from frostline.models.adapters import FORMATS, Adapter, read_adapter, write_adapter
-from frostline.models.adapters.names import denoiser_path
-from frostline.models.layouts import names
-from frostline.models.layouts.convert import to_diffusers
+from frostline.models.checkpoints.formats import names
+from frostline.models.checkpoints.formats.convert import to_diffusers
+from frostline.models.lora import FORMATS, Adapter, read_adapter, write_adapter
+from frostline.models.lora.names import denoiser_path
 
 
 def kohya(prefix: str) -> Callable[[str], str]:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frostline.errors import ConfigError
-from frostline.models.adapters import merge_adapter, read_adapter, write_adapter
-from frostline.models.lora import load_adapter, lora_layers
+from frostline.models.lora import merge_adapter, read_adapter, write_adapter
+from frostline.models.lora.inject import load_adapter, lora_layers
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from small_wan import DENOISER, TEXT, TOKENIZER, VAE
 from torch import Tensor, nn
 
-from frostline.models.layouts.convert import to_diffusers
-from frostline.models.layouts.names import Part
+from frostline.models.checkpoints.formats.convert import to_diffusers
+from frostline.models.checkpoints.formats.names import Part
 
 TINY = TOKENIZER.parents[1]
 VAE38 = {"dim": 8, "z_dim": 48, "dec_dim": 12, "num_res_blocks": 1}

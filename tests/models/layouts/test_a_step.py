@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import LAYOUTS, VARIANTS, make_tensors
 
-from frostline.train.module import WanTrainingModule
+from frostline.train.step.module import WanTrainingModule
 
 SETTINGS: dict[str, Any] = {"lora": {"rank": 4}, "num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
 

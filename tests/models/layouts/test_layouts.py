@@ -30,12 +30,12 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from frostline.errors import ConfigError
-from frostline.models.files import find_files
-from frostline.models.image import ImageEncoder
-from frostline.models.layouts.convert import to_diffusers, to_official
-from frostline.models.loading import load_components
-from frostline.models.skeleton import read_skeleton
-from frostline.models.text import TextEncoder
+from frostline.models.checkpoints.checkpoint_files import find_files
+from frostline.models.checkpoints.formats.convert import to_diffusers, to_official
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.wan.image import ImageEncoder
+from frostline.models.wan.text import TextEncoder
 
 # Names and shapes of diffusers' own models of these sizes: `WanTransformer3DModel` of one block with CLIP and first and
 # last frame, `AutoencoderKLWan` of one residual block, and the same with `is_residual`.

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError
-from frostline.models.files import find_files
-from frostline.models.layouts.convert import to_diffusers
-from frostline.models.loading import load_components
-from frostline.models.lora import inject_lora, lora_parameters, save_adapter
-from frostline.models.skeleton import read_skeleton
+from frostline.models.checkpoints.checkpoint_files import find_files
+from frostline.models.checkpoints.formats.convert import to_diffusers
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.lora.inject import inject_lora, lora_parameters, save_adapter
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Tensors = dict[str, Tensor]

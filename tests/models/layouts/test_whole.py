@@ -21,9 +21,9 @@ from checkpoints import (
 from safetensors.torch import load_file, save_file
 
 from frostline.errors import ConfigError
-from frostline.models.files import find_files
-from frostline.models.loading import load_components
-from frostline.models.skeleton import read_skeleton
+from frostline.models.checkpoints.checkpoint_files import find_files
+from frostline.models.checkpoints.loading import load_components
+from frostline.models.checkpoints.model_spec import read_skeleton
 
 T2V = VARIANTS["Wan2.1-T2V"]
 

@@ -18,11 +18,11 @@ from small_model import (
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
-from frostline.export.program import trace_program
+from frostline.export.torch_export import trace_program
 from frostline.runtime.backends import aotinductor
 from frostline.runtime.backends.aotinductor import AOTInductorRunner
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
 pytestmark = pytest.mark.skipif(aotinductor.unavailable() is not None, reason="no C++ compiler")

@@ -9,10 +9,10 @@ from torch import nn
 
 from frostline.export.exporter import build_stage
 from frostline.runtime.backends import get_backend
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.verification import VerifiedEngine
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
-from frostline.runtime.verification import VerifiedEngine
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -10,10 +10,10 @@ from torch import nn
 
 from frostline.export.exporter import export_stage
 from frostline.runtime.backends import get_backend
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
-from frostline.runtime.store import EngineStore
 
 RIGHT, WRONG, REFUSED = 10, 20, 30
 SERVED_BY_TORCH = 1

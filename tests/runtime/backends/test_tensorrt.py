@@ -20,10 +20,10 @@ from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.backends.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTRunner
 from frostline.runtime.backends.tensorrt.runner import layer_table
 from frostline.runtime.device import device_name
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Network, Stage, TensorSpec
-from frostline.runtime.store import EngineStore
 
 trt = pytest.importorskip("tensorrt_rtx")
 Source = Callable[..., Path]

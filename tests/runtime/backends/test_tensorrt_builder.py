@@ -14,7 +14,7 @@ from torch import nn
 
 from frostline.errors import EngineError, EngineMemoryError
 from frostline.runtime.backends.tensorrt.builder import PlanBuilder
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from frostline.errors import EngineError, EngineMemoryError
 from frostline.runtime.backends.tensorrt import TensorRTRunner
-from frostline.runtime.dimension import Dimension
+from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
 CPU = torch.device("cpu")

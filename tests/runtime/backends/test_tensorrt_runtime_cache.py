@@ -7,13 +7,13 @@ import torch
 from cuda_standin import TensorRTRTX, install
 from torch import nn
 
-from frostline.runtime import signing
 from frostline.runtime.backends.tensorrt import TensorRTRunner
 from frostline.runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from frostline.runtime.dimension import Dimension
-from frostline.runtime.manifest import Artifact, Manifest
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines import signing
+from frostline.runtime.engines.manifest import Artifact, Manifest
+from frostline.runtime.engines.verification import VerifiedEngine
 from frostline.runtime.stage import Network, TensorSpec
-from frostline.runtime.verification import VerifiedEngine
 
 CPU = torch.device("cpu")
 

@@ -21,8 +21,8 @@ from frostline.models.precision import DTYPES
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.bounds import bounded
 from frostline.runtime.device import compute_capabilities, device_name, sm_name
+from frostline.runtime.engines.verification import VerifiedEngine
 from frostline.runtime.stage import Network, Runner
-from frostline.runtime.verification import VerifiedEngine
 
 from .builder import PlanBuilder
 from .runner import TensorRTRunner, layer_table

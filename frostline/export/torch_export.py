@@ -1,0 +1,126 @@
+"""Trace a network to torch's own graph, the first step of every export."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from frostline.errors import EngineError
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.stage import Network, TensorSpec
+
+
+def trace_program(network: Network) -> ExportedProgram:
+    """`network` with its open dimensions dynamic and its live tensors as inputs; its weights stay where they are.
+
+    Raises:
+        EngineError: the tracer cannot express the network.
+    """
+    try:
+        with quiet(), torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            program = torch.export.export(
+                _Positional(_dense(network.module)).eval(),
+                _samples(network),
+                dynamic_shapes=(dynamic_shapes((*network.inputs, *network.live_specs)),),
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except Exception as error:
+        raise EngineError(f"network {network.name} cannot be traced: {error}") from error
+    _drop_asserts(program)
+    return program
+
+
+def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
+    """What `torch.export` wants to know of the open dimensions, per input; equal names share one symbol."""
+    symbols: dict[str, Any] = {}
+
+    def symbol(dimension: Dimension) -> Any:
+        if dimension.name not in symbols:
+            symbols[dimension.name] = torch.export.Dim(dimension.name, min=dimension.min, max=dimension.max)
+        base = symbols[dimension.name]
+        return base if dimension.multiple == 1 else dimension.multiple * base
+
+    return tuple({axis: symbol(extent) for axis, extent in enumerate(spec.shape) if _is_open(extent)} for spec in specs)
+
+
+def _dense(module: nn.Module) -> nn.Module:
+    """The module, or a copy where weights are channels last: for a tracer, images of few pixels are then special."""
+    if all(tensor.is_contiguous() for tensor in itertools.chain(module.parameters(), module.buffers())):
+        return module
+    module = copy.deepcopy(module)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return module
+
+
+def _drop_asserts(program: ExportedProgram) -> None:
+    """Remove the tracer's checks at run time.
+
+    It cannot prove that pooling of odd sizes, and memory layouts at batch 1, are nothing special, and would refuse
+    them. Runners hold shapes against the range, and parity is measured at its lower end.
+    """
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence an exporter's chatter; its errors are exceptions."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+def _samples(network: Network) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    specs = (_without_extent_one(spec) for spec in (*network.inputs, *network.live_specs))
+    return tuple(spec.sample("opt", generator).to(network.device) for spec in specs)
+
+
+def _without_extent_one(spec: TensorSpec) -> TensorSpec:
+    """The spec with typical extents of at least 2 where it is open: to the tracer, a 1 is a constant."""
+    shape = (replace(extent, opt=max(extent.opt, 2)) if _is_open(extent) else extent for extent in spec.shape)
+    return replace(spec, shape=tuple(shape))
+
+
+def _is_open(extent: int | Dimension) -> TypeGuard[Dimension]:
+    """Whether engines leave it open: a range of one extent is fixed."""
+    return isinstance(extent, Dimension) and extent.min < extent.max
+
+
+class _Positional(nn.Module):
+    """Gives every network one signature, `forward(*inputs)`, so that dynamic shapes are given in one way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = self.module(*inputs)
+        # What an engine gives out is dense, whatever views the network makes.
+        return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(each.contiguous() for each in outputs)

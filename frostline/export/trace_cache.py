@@ -1,0 +1,47 @@
+"""Tracing takes seconds to minutes a network: what came of it is kept while several backends are built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from frostline.runtime.stage import Network, Stage
+
+# What traces and translates takes seconds to import. Whoever only looks for engines is to do without.
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.onnx import ONNXProgram
+
+
+class Traces:
+    """The graphs of one stage's networks, each made when it is first asked for. They hold no weights of their own."""
+
+    def __init__(self) -> None:
+        self._programs: dict[str, ExportedProgram] = {}
+        self._translated: dict[tuple[str, int], ONNXProgram] = {}
+
+    def program(self, network: Network) -> ExportedProgram:
+        """See `trace_program`."""
+        from frostline.export.torch_export import trace_program
+
+        if network.name not in self._programs:
+            self._programs[network.name] = trace_program(network)
+        return self._programs[network.name]
+
+    def onnx(self, network: Network, opset: int) -> ONNXProgram:
+        """See `translate`."""
+        from frostline.export.onnx import translate
+
+        key = network.name, opset
+        if key not in self._translated:
+            self._translated[key] = translate(network, self.program(network), opset)
+        return self._translated[key]
+
+    def save_onnx(self, stage: Stage, network: Network, opset: int, path: Path) -> None:
+        """Write `network` of `stage` to `path`, described; see `frostline.export.onnx.save_onnx`."""
+        from frostline.export.onnx import save_onnx
+        from frostline.export.onnx_annotations import describe
+
+        translated = self.onnx(network, opset)
+        describe(translated.model, stage, network)
+        save_onnx(network, translated, path)

@@ -1,0 +1,326 @@
+"""Where the parts of a Wan model lie: embedded, a folder in Wan's or diffusers' layout, or single files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from frostline.errors import ConfigError
+from frostline.models.wan.video_shape import MASK_CHANNELS
+
+from .formats.architecture import denoiser_arguments
+from .formats.foreign import GGUF
+from .formats.names import Part
+from .formats.network import NetworkFiles, recognise
+from .formats.settings_files import read_json
+from .formats.shards import check_all_listed, shard_groups
+
+if TYPE_CHECKING:
+    from diffsynth.core.loader.config import ModelConfig
+
+Entry: TypeAlias = "str | Path | ModelConfig | Sequence[str | Path]"
+
+_TINY = Path(__file__).parents[1] / "tiny" / "weights"
+EMBEDDED = ("tiny", "tiny-moe", "tiny-ti2v")
+_TOKENIZERS = (Path("google") / "umt5-xxl", Path("tokenizer"))
+# The official text encoder always pads to this many tokens.
+TEXT_LENGTH = 512
+# Of two experts, as released: Wan2.2 I2V A14B and T2V A14B.
+BOUNDARY_IMAGE, BOUNDARY_TEXT = 0.9, 0.875
+# How a person calls the parts, and where they would be.
+_CALLED: Mapping[str, str] = {
+    "denoiser": "the denoiser (diffusion_pytorch_model*.safetensors, or transformer/)",
+    "denoiser_high_noise": "the high-noise expert (high_noise_model/, or transformer/ beside transformer_2/)",
+    "vae": "the VAE (Wan2.*_VAE.pth, or vae/)",
+    "text_encoder": "the text encoder (models_t5*.pth, or text_encoder/)",
+    "image_encoder": "the image encoder (models_clip*.pth, or image_encoder/)",
+    "tokenizer": "the tokenizer (google/umt5-xxl/, or tokenizer/)",
+}
+# diffusers lets `transformer` begin; where there are two, it is the high-noise expert.
+_DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+
+
+@dataclass(frozen=True)
+class WanFiles:
+    """The files of a Wan model, and what its tensors' shapes do not tell.
+
+    text_length: tokens in a text context. boundary: see `WanComponents`.
+    """
+
+    name: str
+    denoiser: NetworkFiles
+    vae: NetworkFiles
+    text_encoder: NetworkFiles
+    tokenizer: Path
+    denoiser_high_noise: NetworkFiles | None = None
+    image_encoder: NetworkFiles | None = None
+    text_length: int = TEXT_LENGTH
+    boundary: float = BOUNDARY_IMAGE
+
+    @property
+    def variant(self) -> str:
+        """What the model does, in words."""
+        experts = ", two experts" if self.denoiser_high_noise else ""
+        return _variant(denoiser_arguments(self.denoiser.shapes, self.denoiser.config)) + experts
+
+    def networks(self) -> Iterator[tuple[str, NetworkFiles]]:
+        """The networks that are there, by the field names of `WanComponents`."""
+        for field in ("text_encoder", "vae", "denoiser", "denoiser_high_noise", "image_encoder"):
+            files = getattr(self, field)
+            if files is not None:
+                yield field, files
+
+    def paths(self) -> Iterator[Path]:
+        """Every file that the model is loaded from."""
+        for _, network in self.networks():
+            yield from network.paths
+            config = network.paths[0].parent / "config.json"
+            if config.is_file():
+                yield config
+        yield from sorted(path for path in self.tokenizer.iterdir() if path.is_file())
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{_plain(field)} in {network}" for field, network in self.networks())
+        return f"{self.name}: {self.variant}; {found}, tokenizer in {self.tokenizer}"
+
+
+def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
+    """Where the parts of `model` lie; see `load_components`."""
+    if not isinstance(model, str | Path):
+        return _from_list(model)
+    if str(model) in EMBEDDED:
+        return _embedded(str(model))
+    path = Path(model)
+    if path.is_file():
+        return _from_list([path])
+    if not path.is_dir():
+        raise ConfigError(f"{model} is no folder and none of the embedded models {', '.join(EMBEDDED)}")
+    return _from_diffusers_folder(path) if (path / "model_index.json").is_file() else _from_folder(path)
+
+
+def _embedded(name: str) -> WanFiles:
+    base = _from_folder(_TINY / "tiny")
+    if name == "tiny":
+        return base
+    if name == "tiny-moe":
+        expert = _denoiser_in(_TINY / name / "high_noise_model")
+        return replace(base, name=name, denoiser_high_noise=expert)
+    return replace(base, name=name, denoiser=_denoiser_in(_TINY / name))
+
+
+def _denoiser_in(folder: Path) -> NetworkFiles:
+    found = [network for paths in shard_groups(folder) if (network := recognise(paths))]
+    if not found and (quantised := _gguf_in(folder)):
+        raise ConfigError(f"{quantised[0]} is {GGUF}")
+    if len(found) != 1 or found[0].part != "denoiser":
+        raise ConfigError(f"{folder} holds no Wan denoiser, or more than one")
+    return found[0]
+
+
+def _from_folder(folder: Path) -> WanFiles:
+    """Wan's own layout, or any single files side by side: what each holds is told by its tensors."""
+    config = read_json(folder / "config.json")
+    groups = shard_groups(folder)
+    parts: dict[str, list[NetworkFiles]] = {}
+    if (folder / "low_noise_model").is_dir() or (folder / "high_noise_model").is_dir():
+        for field, name in (("denoiser", "low_noise_model"), ("denoiser_high_noise", "high_noise_model")):
+            if not (folder / name).is_dir():
+                raise ConfigError(f"one of two experts is missing: {folder / name}")
+            parts[field] = [_denoiser_in(folder / name)]
+    strange = [*_sort_in(groups, parts), *_gguf_in(folder)]
+    return _assemble(folder.resolve().name, str(folder), parts, _tokenizer_in(folder), config, strange)
+
+
+def _gguf_in(folder: Path) -> list[Path]:
+    """Files that are of no use, but say why a part is missing."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+
+
+def _from_diffusers_folder(folder: Path) -> WanFiles:
+    index = read_json(folder / "model_index.json")
+    parts: dict[str, list[NetworkFiles]] = {}
+    strange: list[Path] = []
+    for name in _DIFFUSERS_FOLDERS:
+        if not (folder / name).is_dir():
+            continue
+        field = "denoiser" if name.startswith("transformer") else name
+        strange += _gguf_in(folder / name)
+        for paths in shard_groups(folder / name):
+            network = recognise(paths)
+            if network is None or network.part != field:
+                strange.append(paths[0])
+            elif name == "transformer" and (folder / "transformer_2").is_dir():
+                parts.setdefault("denoiser_high_noise", []).append(network)
+            else:
+                parts.setdefault(field, []).append(network)
+    config = {"boundary": index["boundary_ratio"]} if index.get("boundary_ratio") is not None else {}
+    return _assemble(folder.resolve().name, str(folder), parts, _tokenizer_in(folder), config, strange)
+
+
+def _from_list(entries: Sequence[Entry]) -> WanFiles:
+    """Single files, lists of shards, diffsynth's `ModelConfig`s, and the folder of the tokenizer."""
+    groups: list[tuple[Path, ...]] = []
+    tokenizer = None
+    for entry in entries:
+        paths = tuple(map(Path, _paths_of(entry)))
+        for path in paths:
+            if not path.exists():
+                raise ConfigError(f"{path}: no such file or folder")
+        if len(paths) == 1 and paths[0].is_dir():
+            tokenizer = paths[0]
+        else:
+            check_all_listed(paths)
+            groups.append(paths)
+    parts: dict[str, list[NetworkFiles]] = {}
+    strange = _sort_in(groups, parts)
+    denoisers = parts.get("denoiser", [])
+    if len(denoisers) == 2:
+        high, low = _told_apart(*denoisers)
+        parts["denoiser_high_noise"], parts["denoiser"] = [high], [low]
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", denoisers[0].paths[0].stem) if denoisers else "model"
+    where = ", ".join(str(paths[0]) for paths in groups)
+    return _assemble(name, where, parts, tokenizer, {}, strange)
+
+
+def _told_apart(one: NetworkFiles, other: NetworkFiles) -> tuple[NetworkFiles, NetworkFiles]:
+    """Of two experts the high-noise one, then the low-noise one, by the words that only one of their paths has.
+
+    Raises:
+        ConfigError: these do not tell.
+    """
+    paths = [network.paths[0].absolute() for network in (one, other)]
+    # A folder that both lie in says nothing of either, and may be called "workflows".
+    shared = os.path.commonpath(paths)
+    own_parts = [path.relative_to(shared).parts for path in paths]
+    # As diffusers has them: the first stage of sampling, and the second.
+    folders = [parts[:1] for parts in own_parts]
+    if folders == [("transformer",), ("transformer_2",)]:
+        return one, other
+    if folders == [("transformer_2",), ("transformer",)]:
+        return other, one
+    words = [set(re.findall("[a-z0-9]+", "/".join(parts).lower())) for parts in own_parts]
+    first, second = (
+        [level for level in ("high", "low") if any(level in word for word in own)]
+        for own in (words[0] - words[1], words[1] - words[0])
+    )
+    if (first, second) == (["high"], ["low"]):
+        return one, other
+    if (first, second) == (["low"], ["high"]):
+        return other, one
+    raise ConfigError(
+        f"{one} and {other} are two denoisers, and their names do not tell which is the high-noise expert: "
+        'put "high" into the name of one and "low" into that of the other, or give the folder of the whole model'
+    )
+
+
+def _paths_of(entry: Any) -> Sequence[str | Path]:
+    if hasattr(entry, "origin_file_pattern"):  # a `ModelConfig`
+        if entry.path is None:
+            raise ConfigError(f"ModelConfig of {entry.model_id} has no path: frostline downloads nothing, give it one")
+        entry = entry.path
+    return [entry] if isinstance(entry, str | Path) else entry
+
+
+def _sort_in(groups: Sequence[tuple[Path, ...]], parts: dict[str, list[NetworkFiles]]) -> list[Path]:
+    """Put each group under its part; returns the files that are no part of Wan."""
+    strange = []
+    for paths in groups:
+        network = recognise(paths)
+        if network is None:
+            strange.append(paths[0])
+        else:
+            parts.setdefault(network.part, []).append(network)
+    return strange
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _TOKENIZERS if (folder / name).is_dir()), None)
+
+
+def _assemble(
+    name: str,
+    where: str,
+    parts: Mapping[str, list[NetworkFiles]],
+    tokenizer: Path | None,
+    config: Mapping[str, Any],
+    strange: Sequence[Path],
+) -> WanFiles:
+    for part, found in parts.items():
+        if len(found) > 1:
+            files = " and ".join(str(network) for network in found)
+            raise ConfigError(f"{_called(part)}: one is needed, found {len(found)} in {where}: {files}")
+    one: dict[str, NetworkFiles] = {part: found[0] for part, found in parts.items()}
+    needed = ["denoiser", "vae", "text_encoder"]
+    arguments = _arguments(one["denoiser"]) if "denoiser" in one else {}
+    for network in one.values():
+        network.check_blocks()
+    takes_clip = arguments.get("has_image_input", False)
+    if takes_clip:
+        needed.append("image_encoder")
+    missing = [_called(part) for part in needed if part not in one]
+    if tokenizer is None:
+        missing.append(_called("tokenizer"))
+    if missing:
+        raise ConfigError(f"{where}: {_found(one, arguments, strange)}; missing: {', '.join(missing)}")
+    assert tokenizer is not None
+    takes_image = arguments["require_vae_embedding"]
+    files = WanFiles(
+        name=name,
+        denoiser=one["denoiser"],
+        denoiser_high_noise=one.get("denoiser_high_noise"),
+        vae=one["vae"],
+        text_encoder=one["text_encoder"],
+        # Wan2.2 takes no CLIP feature, whatever lies beside it.
+        image_encoder=one.get("image_encoder") if takes_clip else None,
+        tokenizer=tokenizer,
+        text_length=config.get("text_len", TEXT_LENGTH),
+        boundary=config.get("boundary", BOUNDARY_IMAGE if takes_image else BOUNDARY_TEXT),
+    )
+    _ = files.variant  # refuses one that is not known
+    return files
+
+
+def _arguments(denoiser: NetworkFiles) -> dict[str, Any]:
+    try:
+        return denoiser_arguments(denoiser.shapes, denoiser.config)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigError(f"{denoiser} holds no Wan denoiser: {error}") from error
+
+
+def _variant(arguments: Mapping[str, Any]) -> str:
+    """What a denoiser does, in words.
+
+    Raises:
+        ConfigError: it wants conditions that frostline does not make.
+    """
+    extra = arguments["in_dim"] - arguments["out_dim"]
+    if arguments["has_image_pos_emb"]:
+        raise ConfigError("a first-and-last-frame denoiser, which frostline does not train")
+    if extra not in (0, arguments["out_dim"] + MASK_CHANNELS):
+        raise ConfigError(f"a denoiser with {extra} channels of control, which frostline does not train")
+    if arguments["fuse_vae_embedding_in_latents"]:
+        return "text-and-image-to-video, first frame pinned"
+    if not arguments["require_vae_embedding"]:
+        return "text-to-video"
+    return "image-to-video with CLIP" if arguments["has_image_input"] else "image-to-video without CLIP"
+
+
+def _found(one: Mapping[str, NetworkFiles], arguments: Mapping[str, Any], strange: Sequence[Path]) -> str:
+    known = [f"{_plain(part)} ({_variant(arguments)})" if part == "denoiser" else _plain(part) for part in one]
+    quantised = [path.name for path in strange if path.suffix.lower() == ".gguf"]
+    others = [path.name for path in strange if path.name not in quantised]
+    unknown = f"; not part of a Wan model: {', '.join(others)}" if others else ""
+    unread = f"; {quantised[0]} is {GGUF}" if quantised else ""
+    return f"found {', '.join(known) or 'nothing'}{unknown}{unread}"
+
+
+def _called(part: str | Part) -> str:
+    return _CALLED[part]
+
+
+def _plain(field: str) -> str:
+    return {"vae": "VAE", "denoiser_high_noise": "high-noise expert"}.get(field, field.replace("_", " "))

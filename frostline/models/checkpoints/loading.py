@@ -1,0 +1,183 @@
+"""Load a Wan model from local files, with diffsynth's classes and diffsynth's loader."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from frostline.errors import ConfigError
+from frostline.models.lazy_weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
+from frostline.models.precision import precision_name
+from frostline.models.wan.components import WanComponents
+from frostline.models.wan.networks import build_network
+
+from .checkpoint_files import WanFiles, find_files
+from .formats.architecture import network_arguments
+from .formats.foreign import stand_in_kind
+from .formats.model_card import stated_license
+from .formats.network import NetworkFiles
+
+if TYPE_CHECKING:
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+    from torch import nn
+
+    from .checkpoint_files import Entry
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# Parts whose weights may stay on disk until they are needed: those that are a network of their own.
+DEFERRABLE = ("text_encoder", "image_encoder", "denoiser_high_noise")
+# What diffsynth's classes and loader raise where tensors make no network, or another one.
+_MISFITS = (RuntimeError, ValueError, TypeError, OSError, LookupError, ArithmeticError, AssertionError)
+
+
+def load_components(
+    model: str | Path | Sequence[Entry],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    defer: Collection[str] = (),
+) -> WanComponents:
+    """Load a Wan model, frozen, in eval mode.
+
+    What each file holds is told by the names of its tensors, in Wan's own spelling or in that of diffusers; the sizes
+    by their shapes. So folders need not follow a layout by heart:
+
+    Args:
+        model: `tiny`, `tiny-moe` (two experts), `tiny-ti2v` (pinned first frame); a folder as Wan releases it
+            (denoiser, or `low_noise_model/` and `high_noise_model/`; VAE, text encoder, `google/umt5-xxl/`, and CLIP
+            where the denoiser takes it); a folder as diffusers has it (`model_index.json`, `transformer/`, …); or a
+            list of files, of shards of one network, of diffsynth `ModelConfig`s with a `path`, and of the tokenizer's
+            folder; of two experts in a list, `high` and `low` in their names tell which is which.
+        defer: which of `DEFERRABLE` to leave on disk until they are needed; see `WanComponents.weights`.
+    Raises:
+        ConfigError: what was found and what is missing, which file does not fit, or that weights cannot be of `dtype`.
+    """
+    _ = precision_name(dtype)  # refuses another one
+    files = find_files(model)
+    log.info("%s", files)
+    loaded: dict[str, Any] = {}
+    for field, network in files.networks():
+        load = _without_weights if field in defer and field in DEFERRABLE else _load
+        loaded[field] = load(network, dtype, device)
+    loaded["vae"].scale = [part.to(device) for part in loaded["vae"].scale]
+    for module in loaded.values():
+        module.eval().requires_grad_(False)
+    return WanComponents(
+        name=files.name,
+        tokenizer=_load_tokenizer(files.tokenizer, files.text_length),
+        boundary=files.boundary,
+        license=stated_license(files.denoiser.paths[0]),
+        weights=_frozen_weights(files, loaded, dtype, device),
+        **loaded,
+    )
+
+
+def _load(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
+    from diffsynth.core.loader.model import load_model
+
+    names = [str(path) for path in network.paths]
+    state_dict = _read(network, dtype, device)
+    try:
+        return load_model(lambda: _build(network), names, torch_dtype=dtype, device=str(device), state_dict=state_dict)
+    except _MISFITS as error:
+        first_lines = " ".join(str(error).split("\n")[:3])
+        raise ConfigError(f"{', '.join(names)} cannot be loaded: {first_lines}") from error
+
+
+def check_files(model: str | Path | Sequence[Entry]) -> None:
+    """Look whether `load_components` could load a model, without reading weights: tensors by name and shape, tokenizer.
+
+    Raises:
+        ConfigError: as there.
+    """
+    files = find_files(model)
+    for _, network in files.networks():
+        _empty_network(network)
+    _load_tokenizer(files.tokenizer, files.text_length)
+
+
+def _without_weights(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
+    module = _empty_network(network)
+    empty_parameters(module, dtype, device)
+    return module
+
+
+def _empty_network(network: NetworkFiles) -> nn.Module:
+    """The network that the files are for, on the meta device.
+
+    Raises:
+        ConfigError: its tensors are not those of the files.
+    """
+    from diffsynth.core.vram.initialization import skip_model_initialization
+
+    try:
+        with skip_model_initialization():
+            module = _build(network)
+    except _MISFITS as error:
+        raise ConfigError(f"{network} cannot be loaded: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = _named_as_in_module(network, network.shapes)
+    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if odd:
+        first = odd[0]
+        what = f"has shape {found.get(first)}, not {wanted.get(first)}"
+        what = "is missing" if first not in found else what if first in wanted else "is unknown"
+        more = f", and {len(odd) - 1} more tensors do not fit" if len(odd) > 1 else ""
+        raise ConfigError(f"{network} cannot be loaded: {first} {what}{more}")
+    return module
+
+
+def _read(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
+    return _named_as_in_module(network, network.read(dtype, device))
+
+
+def _named_as_in_module(network: NetworkFiles, values: Mapping[str, _T]) -> dict[str, _T]:
+    """By the names that diffsynth's class has for them, without the text tower of CLIP, which plays no part."""
+    wrapper = "model." if network.part in ("vae", "image_encoder") else ""
+    return {wrapper + name: value for name, value in values.items() if not name.startswith("textual.")}
+
+
+def _frozen_weights(
+    files: WanFiles, loaded: dict[str, Any], dtype: torch.dtype, device: str | torch.device
+) -> dict[str, PartWeights]:
+    weights = {}
+    sources = {**dict(files.networks()), "vae_encoder": files.vae}
+    for part in FROZEN_PARTS:
+        network = sources.get(part)
+        if network is None:
+            continue
+        module: nn.Module = loaded["vae" if part == "vae_encoder" else part]
+        parameters = dict(module.named_parameters())
+        if part == "vae_encoder":
+            parameters = {name: p for name, p in parameters.items() if name.startswith(VAE_ENCODER)}
+        shapes = _named_as_in_module(network, network.shapes)
+        nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in parameters)
+        read = partial(_read, network, dtype, device)
+        weights[part] = PartWeights(parameters, read, network.paths, nbytes)
+    return weights
+
+
+def _build(network: NetworkFiles) -> nn.Module:
+    return build_network(network.part, network_arguments(network.part, network.shapes, network.config))
+
+
+def _load_tokenizer(folder: Path, text_length: int) -> HuggingfaceTokenizer:
+    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+
+    try:
+        return HuggingfaceTokenizer(str(folder), seq_len=text_length, clean="whitespace")
+    except Exception as error:  # transformers raises many types of its own
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and (kind := stand_in_kind(path)):
+                raise ConfigError(f"{path} cannot be read: it is {kind}") from error
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {first_line}") from error

@@ -1,0 +1,232 @@
+"""LoRA adapters through PEFT: inject, switch off, trace with a live scale, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from frostline.config import TARGET_MODULES
+from frostline.errors import ConfigError
+
+from . import FORMATS, PEFT, UniformLora, read_adapter, write_peft
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+# The name PEFT itself gives to a model's only adapter.
+ADAPTER = "default"
+
+
+def inject_lora(
+    model: nn.Module, rank: int, alpha: float | None = None, target_modules: Sequence[str] = TARGET_MODULES
+) -> LoraConfig:
+    """Freeze `model`, add trainable fp32 LoRA layers (B = 0: no change of output yet), return their config.
+
+    Raises:
+        ConfigError: the rank is not positive, a target matches no module or one that is not linear, or adapters are
+            there already; the model is then as it was.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if rank < 1:
+        raise ConfigError(f"lora.rank must be at least 1, not {rank}")
+    if lora_layers(model):
+        raise ConfigError("the denoiser has LoRA layers already")
+    check_targets(model, target_modules)
+    model.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(target_modules))  # type: ignore[arg-type]
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return config
+
+
+def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Each target names linear layers of `model`, by their whole path or its end, and nothing else.
+
+    PEFT adapts convolutions, too; live engines and some of the programs that read adapters do not know those.
+
+    Raises:
+        ConfigError: names the target, and the module with its class.
+    """
+    for target in target_modules:
+        found = [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise ConfigError(f"lora.target_modules: {target!r} is the name of no module of the denoiser")
+        for name, module in found:
+            if not isinstance(module, nn.Linear):
+                raise ConfigError(
+                    f"lora.target_modules: {target!r} names {name}, a {type(module).__name__}: only linear layers can "
+                    f"have a LoRA"
+                )
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """All LoRA layers in module order."""
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter matrices by their name in `model`."""
+    return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def lora_scale(model: nn.Module) -> float:
+    """Return `alpha / rank`, the factor on `B A x`, whether or not the layers are enabled.
+
+    Raises:
+        ConfigError: there is no adapter, or its layers differ in scale.
+    """
+    scales = {float(layer.scaling[ADAPTER]) for layer in lora_layers(model)}
+    if len(scales) != 1:
+        raise ConfigError(f"one LoRA scale for all layers is needed, found {sorted(scales) or 'no adapter'}")
+    return scales.pop()
+
+
+class LoraSwitches:
+    """What PEFT lets users switch at any time on the LoRA layers of a model, read anew at each look.
+
+    Args:
+        model: its LoRA layers are looked up once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = lora_layers(model)
+
+    @property
+    def scale(self) -> float | None:
+        """The one factor on `B A x` in all layers: `alpha / rank`, or 0 where the adapters are disabled.
+
+        None where there is no such factor; `conflict` then says why, unless there are no LoRA layers.
+        """
+        if not self._layers or self.conflict() is not None:
+            return None
+        first = self._layers[0]
+        return 0.0 if first.disable_adapters else float(first.scaling[ADAPTER])
+
+    def conflict(self) -> str | None:
+        """Return why the model is not its weights and the adapter at one scale, or None."""
+        disabled = scaling = None
+        for layer in self._layers:
+            if layer.merged_adapters:
+                return f"the LoRA is merged into the weights ({', '.join(layer.merged_adapters)})"
+            if disabled is None:
+                disabled = layer.disable_adapters
+            elif layer.disable_adapters != disabled:
+                return "some LoRA layers are disabled, and others are not"
+            if disabled:
+                continue
+            active = layer.active_adapters
+            if len(active) != 1 or active[0] != ADAPTER:
+                return f"the active adapter is {', '.join(active) or 'none'}, not {ADAPTER}"
+            if scaling is None:
+                scaling = layer.scaling[ADAPTER]
+            elif layer.scaling[ADAPTER] is not scaling and layer.scaling[ADAPTER] != scaling:
+                return f"the LoRA scale differs between layers ({scaling:g} and {layer.scaling[ADAPTER]:g})"
+        return None
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` computes what it computed before the adapters came, exactly."""
+    layers = lora_layers(model)
+    # Not `enable_adapters`, which also sets `requires_grad` of every matrix: what was frozen would thaw.
+    saved = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, saved, strict=True):
+            layer._disable_adapters = value
+
+
+@contextmanager
+def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
+    """Within the block every layer is enabled and multiplies by the 0-dim tensor `scale`, which a tracer then sees."""
+    layers = lora_layers(model)
+    saved = [(layer.scaling[ADAPTER], layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = scale  # type: ignore[assignment]
+        layer._disable_adapters = False
+    try:
+        yield
+    finally:
+        for layer, (value, disabled) in zip(layers, saved, strict=True):
+            layer.scaling[ADAPTER] = value
+            layer._disable_adapters = disabled
+
+
+def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.save_pretrained` does."""
+    prefix = FORMATS[PEFT].prefix
+    tensors = {prefix + _plain(name): parameter for name, parameter in lora_parameters(model).items()}
+    write_peft(tensors, config, folder)
+
+
+def load_adapter(model: nn.Module, path: Path) -> LoraConfig:
+    """Inject the adapter at `path` (a PEFT folder or a file, see `read_adapter`) into `model`, return its config.
+
+    Raises:
+        ConfigError: it cannot be read or does not fit the model, which is then as it was.
+    """
+    adapter = read_adapter(path).uniform()
+    if lora_layers(model):
+        raise ConfigError("the denoiser has LoRA layers already")
+    _check_fit(model, adapter)
+    config = inject_lora(model, adapter.rank, adapter.alpha, adapter.target_modules)
+    copy_adapter(model, adapter)
+    return config
+
+
+def copy_adapter(model: nn.Module, adapter: UniformLora) -> None:
+    """Give the LoRA layers of `model` the matrices of `adapter`.
+
+    Raises:
+        ConfigError: they are others than those of `adapter`; none is changed then.
+    """
+    parameters = lora_parameters(model)
+    shapes = {_plain(name): tuple(parameter.shape) for name, parameter in parameters.items()}
+    tensors = _tensors(adapter)
+    _compare(tensors, shapes, adapter.path)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[_plain(name)])
+
+
+def _plain(name: str) -> str:
+    """The name of an adapter matrix on disk: without the name of the adapter."""
+    return name.replace(f".{ADAPTER}.", ".")
+
+
+def _check_fit(model: nn.Module, adapter: UniformLora) -> None:
+    """Before anything is injected: the model has the layers of the adapter, of fitting shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name in adapter.layers:
+            shapes[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
+    _compare(_tensors(adapter), shapes, adapter.path)
+
+
+def _tensors(adapter: UniformLora) -> dict[str, Tensor]:
+    pairs = adapter.layers.items()
+    return {f"{layer}.lora_{kind}.weight": pair["AB".index(kind)] for layer, pair in pairs for kind in "AB"}
+
+
+def _compare(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], weights: Path) -> None:
+    if tensors.keys() != wanted.keys():
+        odd = sorted(tensors.keys() ^ wanted.keys())
+        raise ConfigError(f"{weights} does not fit the model: {len(odd)} tensors differ, the first is {odd[0]}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ConfigError(f"{weights}: {name} is {tuple(tensors[name].shape)}, the model wants {shape}")

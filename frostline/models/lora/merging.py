@@ -1,0 +1,100 @@
+"""Adapters in the weights of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frostline.atomic_io import check_writable
+from frostline.errors import ConfigError
+
+from .adapter import Adapter, is_finite
+from .writing import write_tensors
+
+
+def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A denoiser whose weights have these shapes, in Wan's own spelling, has all that the adapter changes.
+
+    Raises:
+        ConfigError: a layer or a parameter is not there, or has another shape.
+    """
+    for name, wanted in _changed(adapter).items():
+        _check_shape(adapter, name, shapes.get(name), wanted)
+
+
+def merge_adapter(
+    tensors: Mapping[str, Tensor], adapter: Adapter, lora_scale: float = 1.0, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The weights of a denoiser with the adapter in them, `W + lora_scale * (alpha / rank * B A + difference)`.
+
+    Computed in fp32, one weight at a time, and rounded once.
+
+    Args:
+        tensors: in Wan's own spelling, of the types in their files, so that nothing is rounded twice.
+        dtype: of all weights that are returned; the type that each has if not given.
+    Raises:
+        ConfigError: the adapter is of another model, or a merged weight is not finite.
+    """
+    changed = _changed(adapter)
+    for name in sorted(changed.keys() - tensors.keys()):
+        _check_shape(adapter, name, None, changed[name])
+    merged: dict[str, Tensor] = {}
+    for name, weight in tensors.items():
+        wanted = dtype or weight.dtype
+        if name in changed:
+            _check_shape(adapter, name, tuple(weight.shape), changed[name])
+            weight = weight.float() + lora_scale * _update(adapter, name)
+        merged[name] = weight.to(wanted)
+        if not is_finite(merged[name]):
+            raise ConfigError(_not_finite(name, weight, wanted))
+    return merged
+
+
+def check_weights_file(out: Path) -> None:
+    """Refuse, before weights are merged, a place to which they could not be written.
+
+    Raises:
+        ConfigError: it is no .safetensors file.
+        DataError: it cannot be written.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: weights are written as .safetensors")
+    check_writable(out)
+
+
+def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
+    """Write tensors as one safetensors file, which appears only complete.
+
+    Raises:
+        ConfigError: it is no .safetensors file.
+        DataError: it cannot be written.
+    """
+    check_weights_file(out)
+    write_tensors(tensors, out)
+
+
+def _changed(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters that the adapter changes."""
+    weights = {f"{layer}.weight": pair.weight_shape for layer, pair in adapter.layers.items()}
+    return weights | {name: tuple(difference.shape) for name, difference in adapter.differences.items()}
+
+
+def _check_shape(adapter: Adapter, name: str, found: tuple[int, ...] | None, wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        what = "not there" if found is None else f"of shape {found}"
+        raise ConfigError(f"{adapter.path} does not fit the model: {name} is {what}, not {wanted}")
+
+
+def _update(adapter: Adapter, name: str) -> Tensor:
+    """What the adapter adds to a parameter, in fp32."""
+    difference = adapter.differences.get(name)
+    return adapter.layers[name.removesuffix(".weight")].delta() if difference is None else difference.float()
+
+
+def _not_finite(name: str, weight: Tensor, dtype: torch.dtype) -> str:
+    if is_finite(weight):
+        return f"{name} has merged values too large for {dtype}: choose --precision bf16 or fp32"
+    return f"{name} has NaN or infinity after the merge: the model is damaged, or the LoRA scale too large"

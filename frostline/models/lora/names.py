@@ -1,0 +1,130 @@
+"""The names of tensors in adapter files, of any program, as paths in Wan's own denoiser.
+
+Sources: `PeftModel.save_pretrained`; `GeneralLoRALoader` of diffsynth; `comfy/lora.py` and
+`comfy/weight_adapter/lora.py` of ComfyUI; `WanLoraLoaderMixin` of diffusers; `networks/lora.py` of musubi-tuner;
+`utils/lora_utils.py` of VideoX-Fun.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from frostline.models.checkpoints.formats.names import DENOISER
+
+Kind = Literal["down", "up", "up_bias", "alpha", "weight_difference", "bias_difference", "modulation_difference"]
+
+# What programs put before the path of a layer. In diffusers a pipeline of two experts has `transformer_2`.
+_WRAPPERS = re.compile(
+    r"(?:(?:base_model\.model|model|diffusion_model|transformer|transformer_2|pipe|dit|dit2|unet)\.)*"
+)
+# kohya's programs write a path with underscores for dots, which only the network's own names tell apart.
+_FLAT = re.compile(r"(lora_(?:unet|transformer)_+)(.+)")
+_TEXT_ENCODER = re.compile(
+    r"(?:base_model\.model\.)?(?:text_encoders?(?:_\d)?|te\d?|cond_stage_model|conditioner)\..+|lora_te\d?_.+"
+)
+# After the path of the layer. PEFT puts the name of the adapter behind that of the matrix.
+_KINDS: tuple[tuple[str, Kind], ...] = (
+    (r"(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight", "down"),
+    (r"(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight", "up"),
+    (r"(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.bias", "up_bias"),
+    ("alpha", "alpha"),
+    ("diff", "weight_difference"),
+    ("diff_b", "bias_difference"),
+    ("diff_m", "modulation_difference"),
+)
+_TENSORS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple((re.compile(rf"(.+?)\.{end}"), kind) for end, kind in _KINDS)
+# Names that only this way of adapting has, which is more than two matrices a layer.
+_OTHER_WAYS = (
+    (re.compile(r".*\.(dora_scale|lora_magnitude_vector.*)"), "DoRA"),
+    (re.compile(r".*\.(hada_\w+)"), "LoHa"),
+    (re.compile(r".*\.(lokr_\w+)"), "LoKr"),
+    (re.compile(r".*\.(oft_\w+)(\..+)?"), "OFT"),
+    (re.compile(r".*\.lora_mid(\..+)?"), "a LoRA with a third matrix (Tucker decomposition)"),
+    (re.compile(r".*\.(reshape_weight|set_weight)"), "weights of another shape"),
+)
+# Parameters without a module of their own.
+_BARE = re.compile(r".*\.(modulation|emb_pos)")
+# Layers whose weight is no matrix, which a LoRA cannot change.
+_NO_MATRIX = re.compile(r".*\.(norm\w*|modulation|emb_pos)|img_emb\.proj\.[04]")
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """The name of one tensor, taken apart.
+
+    prefix: what stands before the layer. plain: the layer as the file spells it. kind: what the tensor is of the layer.
+    layer: the module path in `WanModel`, of differences the name of the parameter; None if there is no such layer.
+    """
+
+    prefix: str
+    plain: str
+    kind: Kind
+    layer: str | None
+
+
+def is_of_text_encoder(name: str) -> bool:
+    """Whether a tensor belongs to a text encoder, which some programs adapt along with the denoiser."""
+    return _TEXT_ENCODER.fullmatch(name) is not None
+
+
+def other_way(name: str) -> str | None:
+    """The way of adapting that only has tensors of this name; None if it is none that is known."""
+    return next((way for pattern, way in _OTHER_WAYS if pattern.fullmatch(name)), None)
+
+
+def parse_name(name: str) -> TensorName | None:
+    """Take the name of a tensor apart; None if it is none of a LoRA."""
+    for pattern, kind in _TENSORS:
+        if match := pattern.fullmatch(name):
+            prefix, plain, flat = _without_prefix(match[1])
+            return TensorName(prefix, plain, kind, _official(plain, kind, flat))
+    return None
+
+
+def denoiser_path(name: str, *, flat: bool = False) -> str | None:
+    """The path in `WanModel` of a module or bare parameter, named as there or in diffusers; None if there is none.
+
+    Args:
+        flat: whether the name has underscores for dots.
+    """
+    for pattern, official in _patterns(flat):
+        if match := pattern.fullmatch(name):
+            return official.format(*match.groups())
+    return None
+
+
+def _official(layer: str, kind: Kind, flat: bool) -> str | None:
+    """What a tensor of this kind is of, by its name in `WanModel`."""
+    if kind == "modulation_difference":
+        layer += "_modulation" if flat else ".modulation"
+    official = denoiser_path(layer, flat=flat)
+    if official is None or (kind in ("down", "up", "up_bias") and _NO_MATRIX.fullmatch(official)):
+        return None
+    if kind == "bias_difference":
+        return f"{official}.bias"
+    if kind == "weight_difference" and not _BARE.fullmatch(official):
+        return f"{official}.weight"
+    return official
+
+
+def _without_prefix(layer: str) -> tuple[str, str, bool]:
+    """Prefix, layer without it, and whether that has underscores for dots."""
+    if match := _FLAT.fullmatch(layer):
+        return match[1], match[2], True
+    match = _WRAPPERS.match(layer)
+    prefix = match[0] if match else ""
+    return prefix, layer.removeprefix(prefix), False
+
+
+@cache
+def _patterns(flat: bool) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """How layers are called in both spellings, and in `WanModel`."""
+    rows = []
+    for official, diffusers in DENOISER:
+        for name in dict.fromkeys((official, diffusers)):
+            written = name.replace(".", "_") if flat else name
+            rows.append((re.compile(re.escape(written).replace(r"\{\}", r"(\d+)")), official))
+    return tuple(rows)

@@ -1,0 +1,166 @@
+"""What PEFT's config says of the matrices of an adapter: in a file beside them, or in their file's header."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frostline.errors import ConfigError
+from frostline.models.checkpoints.formats.settings_files import parse_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# Where a file's metadata holds PEFT's config, as JSON, if diffusers wrote it (`loaders/lora_base.py`), and what stands
+# before its fields there.
+METADATA, _OF_DENOISER = "lora_adapter_metadata", re.compile(r"transformer(?:_2)?\.(.+)")
+# What `init_lora_weights` begins with where PEFT takes a part of the base weights away as training starts
+# (`peft/tuners/lora/layer.py`): the matrices then hold that part, too.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Fields that make a layer compute something else than `W x + alpha / rank * B A x`.
+_COMPUTES_ELSE = (
+    *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "trainable_token_indices"),
+)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A config of PEFT's. where: for messages."""
+
+    config: LoraConfig
+    where: str
+
+    def alpha(self, layer: str) -> float:
+        """Of a layer, by its name in the file."""
+        return self._of(layer, self.config.alpha_pattern, self.config.lora_alpha)
+
+    def check(self, ranks: Mapping[str, int], path: Path) -> None:
+        """PEFT, which goes by the config, would load all the matrices of `path`.
+
+        Args:
+            ranks: by the names of the layers in the file.
+        Raises:
+            ConfigError: the config says other ranks, or does not target a layer.
+        """
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        for layer, rank in ranks.items():
+            said = self._of(layer, self.config.rank_pattern, self.config.r)
+            if rank != said:
+                raise ConfigError(f"{path} has rank {rank}, {self.where} says {said:g} ({layer})")
+        # A weight may be named itself, too; its matrices are those of the layer.
+        weights = tuple(f".{name}" for name in self.config.target_parameters or ())
+        for layer in ranks:
+            if not check_target_module_exists(self.config, layer) and not f".{layer}.weight".endswith(weights):
+                raise ConfigError(
+                    f"{self.where} does not target {layer}, so PEFT would leave out its matrices in {path}: "
+                    f"correct the config, or take them out of the file"
+                )
+
+    def _of(self, layer: str, pattern: Mapping[str, float] | None, default: float) -> float:
+        from peft.utils.other import get_pattern_key
+
+        try:
+            return (pattern or {}).get(get_pattern_key(tuple(pattern or ()), layer), default)
+        except re.error as error:
+            raise ConfigError(f"{self.where}: rank_pattern and alpha_pattern cannot be read: {error}") from error
+
+
+def read_alpha(value: object, where: str) -> float:
+    """The alpha of a layer, or of all.
+
+    Args:
+        where: for messages, to stand before the value.
+    Raises:
+        ConfigError: it is no positive number, nor the text of one.
+    """
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"{where} is {value!r}, and a positive number is needed") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{where} is {_shown(value)}, and a positive number is needed")
+    return value
+
+
+def stated_in_header(metadata: Mapping[str, str], path: Path) -> Stated | None:
+    """What diffusers says in a file: under the name of the denoiser, or, of a model alone, under none.
+
+    What kohya's programs say there (`ss_network_alpha`) does not count: it is of the training, and their converter
+    leaves it as it was when it multiplies alpha into the matrices.
+
+    Raises:
+        ConfigError: see `state`.
+    """
+    text = metadata.get(METADATA)
+    if not text:
+        return None
+    where = f"{METADATA} of {path}"
+    settings = parse_json(text, where)
+    own = {match[1]: value for name, value in settings.items() if (match := _OF_DENOISER.fullmatch(name))}
+    return state(own or settings, where)
+
+
+def state(settings: Mapping[str, Any], where: str) -> Stated:
+    """What these fields of PEFT's `LoraConfig` say.
+
+    Raises:
+        ConfigError: they are none, are of more than two matrices a layer on the base weights as they are, or have a
+            rank or alpha that is no number.
+    """
+    from peft import LoraConfig
+
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        way = (
+            "merge it in PEFT (merge_and_unload) and take the merged model"
+            if start == "loftq"  # which rounds besides, so no matrices make good what it does
+            else "save it as an ordinary LoRA, by save_pretrained of PEFT with path_initial_model_for_weight_conversion"
+        )
+        raise ConfigError(f"{where}: init_lora_weights {start!r} is not supported, it changes the base weights: {way}")
+    try:
+        config = LoraConfig.from_peft_type(**{**settings, **_numbers(settings, where)})
+    except ConfigError:
+        raise
+    except Exception as error:  # peft raises many types of its own
+        raise ConfigError(f"{where} cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig) or not config.target_modules:
+        raise ConfigError(f"{where} is no LoRA with target_modules")
+    for name in _COMPUTES_ELSE:
+        if getattr(config, name, None):
+            raise ConfigError(f"{where}: {name} is not supported")
+    return Stated(config, where)
+
+
+def _numbers(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Ranks and alphas, each a number."""
+    numbers: dict[str, Any] = {}
+    if "lora_alpha" in settings:
+        numbers["lora_alpha"] = read_alpha(settings["lora_alpha"], f"{where}: lora_alpha")
+    if "r" in settings:
+        numbers["r"] = _read_rank(settings["r"], f"{where}: r")
+    for name, read in (("alpha_pattern", read_alpha), ("rank_pattern", _read_rank)):
+        pattern = settings.get(name)
+        if not pattern:
+            continue
+        if not isinstance(pattern, dict):
+            raise ConfigError(f"{where}: {name} must be a mapping of layers")
+        numbers[name] = {layer: read(value, f"{where}: {name} of {layer}") for layer, value in pattern.items()}
+    return numbers
+
+
+def _read_rank(value: object, where: str) -> int:
+    rank = read_alpha(value, where)
+    if rank != int(rank):
+        raise ConfigError(f"{where} is {_shown(value)}, and a whole number is needed")
+    return int(rank)
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else repr(value)

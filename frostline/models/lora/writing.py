@@ -1,0 +1,166 @@
+"""Adapters in the format of each program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from frostline.atomic_io import written_whole
+from frostline.errors import ConfigError, DataError
+from frostline.models.checkpoints.formats.names import DENOISER, rename
+
+from .adapter import Adapter, LoraPair, is_finite
+from .names import denoiser_path
+from .reading import CONFIG_FILE, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+PEFT = "peft"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one program names the tensors of a layer, and what its files can say.
+
+    prefix: before the layer's path. down, up: of the matrices A and B, after it.
+    stores_alpha: whether a tensor `.alpha` beside them gives the scale; else, but in PEFT's config, it is multiplied
+        into B.
+    diffusers: whether layers go by diffusers' names.
+    convolutions, differences: whether the program applies these.
+    """
+
+    prefix: str
+    down: str
+    up: str
+    stores_alpha: bool = False
+    diffusers: bool = False
+    convolutions: bool = True
+    differences: bool = False
+
+
+# Sources: see `names`. ComfyUI finds the difference of a parameter without a module of its own under its whole name.
+FORMATS: Mapping[str, Format] = {
+    PEFT: Format("base_model.model.", ".lora_A.weight", ".lora_B.weight"),
+    "diffsynth": Format("", ".lora_A.default.weight", ".lora_B.default.weight", convolutions=False),
+    "comfyui": Format("diffusion_model.", ".lora_down.weight", ".lora_up.weight", stores_alpha=True, differences=True),
+    "diffusers": Format("transformer.", ".lora_A.weight", ".lora_B.weight", diffusers=True),
+}
+
+
+def write_adapter(adapter: Adapter, name: str, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Write `adapter` in one of `FORMATS`: a folder for PEFT, else one safetensors file.
+
+    Args:
+        dtype: of all tensors but alphas; as they are if not given.
+    Raises:
+        ConfigError: the format is unknown, goes into another kind of file, or cannot say what the adapter does; a layer
+            is none of Wan's denoiser; a value is too large for `dtype`.
+        DataError: `out` cannot be written.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
+    if name != PEFT and out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: adapters in the format of {name} are one .safetensors file")
+    style = FORMATS[name]
+    _check_expressible(adapter, name)
+    tensors = _pairs(adapter, style, folded=not style.stores_alpha and name != PEFT, dtype=dtype)
+    for parameter, difference in adapter.differences.items():
+        tensors[style.prefix + _difference_name(parameter)] = difference.to(dtype or difference.dtype)
+    for tensor_name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ConfigError(
+                f"{adapter.path}: {tensor_name} has values too large for {tensor.dtype}: choose --precision bf16 or "
+                f"fp32"
+            )
+    if name == PEFT:
+        write_peft(tensors, _peft_config(adapter), out)
+    else:
+        write_tensors(tensors, out)
+
+
+def write_peft(tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.save_pretrained` does.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    write_tensors(tensors, folder / WEIGHTS_FILE)
+    try:
+        config.save_pretrained(str(folder))
+    except OSError as error:
+        raise DataError(f"{folder / CONFIG_FILE}: cannot be written: {error.strerror or error}") from error
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file, which appears only complete.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with written_whole(path) as part:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from error
+
+
+def _check_expressible(adapter: Adapter, name: str) -> None:
+    style = FORMATS[name]
+    if unknown := next((layer for layer in sorted(adapter.layers) if denoiser_path(layer) != layer), None):
+        raise ConfigError(f"the adapter has the layer {unknown}, which Wan's denoiser does not have")
+    if adapter.differences and not style.differences:
+        raise ConfigError(
+            f"{adapter.path} has differences of {len(adapter.differences)} whole parameters beside its LoRA, the "
+            f"first of {min(adapter.differences)}, which files of {name} cannot hold: convert it to comfyui, or merge "
+            f"it into a model"
+        )
+    convolution = next((layer for layer, pair in adapter.layers.items() if pair.down.ndim > 2), None)
+    if convolution and not style.convolutions:
+        raise ConfigError(f"{adapter.path} changes {convolution}, a convolution, which {name} does not read")
+
+
+def _pairs(adapter: Adapter, style: Format, *, folded: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    names = {layer: layer for layer in adapter.layers}
+    if style.diffusers:
+        names = rename(adapter.layers, DENOISER, to_diffusers=True)
+    tensors: dict[str, Tensor] = {}
+    for layer, pair in adapter.layers.items():
+        name = style.prefix + names[layer]
+        up = pair.scale * pair.up.float() if folded else pair.up
+        tensors[name + style.down] = pair.down.to(dtype or pair.down.dtype)
+        tensors[name + style.up] = up.to(dtype or pair.up.dtype)
+        if style.stores_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(float(pair.alpha))
+    return tensors
+
+
+def _difference_name(parameter: str) -> str:
+    """What ComfyUI calls the difference of a parameter."""
+    layer, _, leaf = parameter.rpartition(".")
+    return {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}.get(leaf, f"{parameter}.diff")
+
+
+def _peft_config(adapter: Adapter) -> LoraConfig:
+    """The most common rank and alpha, and by their whole paths the layers that have others."""
+    from peft import LoraConfig
+
+    pairs: Mapping[str, LoraPair] = adapter.layers
+    rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes fractions too
+        target_modules=sorted(pairs),
+        rank_pattern={layer: pair.rank for layer, pair in pairs.items() if pair.rank != rank},
+        alpha_pattern={layer: pair.alpha for layer, pair in pairs.items() if pair.alpha != alpha},  # type: ignore[arg-type]
+    )

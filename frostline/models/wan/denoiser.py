@@ -1,0 +1,141 @@
+"""An own forward of diffsynth's `WanModel`: the same weights, real-valued, batched, exportable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .rope import apply_rope, grid_table, rope_table, sinusoid_frequencies, timestep_sinusoid
+
+if TYPE_CHECKING:
+    from diffsynth.models.wan_video_dit import DiTBlock, SelfAttention, WanModel
+
+BlockForward = Callable[..., Tensor]
+
+
+class Denoiser(nn.Module):
+    """`v(x_i, t_i)`: equal to `diffsynth.pipelines.wan_video.model_fn_wan_video`, for any batch.
+
+    diffsynth's function computes RoPE in complex128, shares one timestep between all samples where the first
+    frame is pinned, and its `WanModel.forward` is out of date; this forward has none of these limits.
+
+    Args:
+        model: the weights; LoRA layers may have been injected.
+
+    Attributes:
+        checkpoint_blocks: keep the input of every block for backward, and recompute the rest.
+    """
+
+    cos_f: Tensor
+    cos_h: Tensor
+    cos_w: Tensor
+    sin_f: Tensor
+    sin_h: Tensor
+    sin_w: Tensor
+    frequency_coarse: Tensor
+    frequency_fine: Tensor
+    # How blocks are run, not what they compute; see `frostline.runtime.identity.architecture`.
+    RUN_SETTINGS = frozenset({"checkpoint_blocks", "run_block"})
+    _TABLES = ("cos_f", "cos_h", "cos_w", "sin_f", "sin_h", "sin_w", "frequency_coarse", "frequency_fine")
+
+    def __init__(self, model: WanModel) -> None:
+        super().__init__()
+        self.model = model
+        self.checkpoint_blocks = False
+        self.run_block: BlockForward = _block
+        axes = [rope_table(frequencies) for frequencies in model.freqs]
+        tables = [cos for cos, _ in axes] + [sin for _, sin in axes] + [*sinusoid_frequencies(model.freq_dim)]
+        for name, table in zip(self._TABLES, tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
+        # `.to(torch.bfloat16)` must move the tables, never round them.
+        exact = {name: getattr(self, name) for name in self._TABLES}
+        super()._apply(fn, recurse)
+        device = self.model.patch_embedding.weight.device
+        for name, table in exact.items():
+            setattr(self, name, table.to(device))
+        return self
+
+    def compile_blocks(self) -> None:
+        """Run every block in `torch.compile`, live and frozen: one block is compiled, and all are like it."""
+        self.run_block = torch.compile(_block)
+
+    @property
+    def pins_first_frame(self) -> bool:
+        """Whether the first frame's latents are given and carry timestep 0 (Wan2.2 TI2V)."""
+        return self.model.seperated_timestep and self.model.fuse_vae_embedding_in_latents
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        clip_feature: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            latents: (B, C, F, H, W) noisy latents, H and W even.
+            timestep: (B,) float in [0, 1000].
+            context: (B, L, text_dim) text embeddings, zero past the prompt's end.
+            y: (B, 4 + C, F, H, W) mask and image latents, for models that take them.
+            clip_feature: (B, 257, 1280) image embedding, for models that take it.
+        Returns:
+            (B, C, F, H, W) in the latents' dtype.
+        """
+        model = self.model
+        x = latents if y is None else torch.cat([latents, y], dim=1)
+        x = model.patch_embedding(x)
+        grid = (x.shape[2], x.shape[3], x.shape[4])
+        # Dense: of transposed tokens Inductor computes a wrong gradient where their number leaves a rest in a register.
+        x = x.flatten(2).transpose(1, 2).contiguous()
+        time = self._time_embedding(timestep, grid, x.dtype)
+        modulation = model.time_projection(time).unflatten(-1, (6, model.dim))
+        context = model.text_embedding(context)
+        if clip_feature is not None:
+            context = torch.cat([model.img_emb(clip_feature), context], dim=1)
+        cos = grid_table((self.cos_f, self.cos_h, self.cos_w), grid)
+        sin = grid_table((self.sin_f, self.sin_h, self.sin_w), grid)
+        # A trace takes the operations themselves, never what was compiled of them.
+        run_block = _block if torch.compiler.is_exporting() else self.run_block
+        per_block = self.checkpoint_blocks and torch.is_grad_enabled()
+        for block in cast("list[DiTBlock]", model.blocks):
+            if per_block:
+                x = checkpoint(run_block, block, x, context, modulation, cos, sin, use_reentrant=False)
+            else:
+                x = run_block(block, x, context, modulation, cos, sin)
+        return model.unpatchify(model.head(x, time), grid)  # type: ignore[arg-type]
+
+    def _time_embedding(self, timestep: Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        """(B, dim), or (B, tokens, dim) where the first frame is pinned at timestep 0."""
+        if self.pins_first_frame:
+            frames, tokens = grid[0], grid[1] * grid[2]
+            later = torch.arange(frames, device=timestep.device) > 0
+            timestep = (timestep[:, None] * later)[:, :, None].expand(-1, -1, tokens).flatten(1)
+        sinusoid = timestep_sinusoid(timestep, self.frequency_coarse, self.frequency_fine)
+        return self.model.time_embedding(sinusoid.to(dtype))
+
+
+def _block(block: DiTBlock, x: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`DiTBlock.forward`; `modulation` is (B, 6, dim) or (B, tokens, 6, dim)."""
+    parts = (block.modulation.to(modulation.dtype) + modulation).unbind(-2)
+    if modulation.ndim == 3:
+        parts = tuple(part[:, None] for part in parts)
+    shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = parts
+    normed = block.norm1(x) * (1 + scale_attn) + shift_attn
+    x = x + gate_attn * _self_attention(block.self_attn, normed, cos, sin)
+    x = x + block.cross_attn(block.norm3(x), context)
+    normed = block.norm2(x) * (1 + scale_ffn) + shift_ffn
+    return x + gate_ffn * block.ffn(normed)
+
+
+def _self_attention(attention: SelfAttention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q = apply_rope(attention.norm_q(attention.q(x)), cos, sin, attention.num_heads)
+    k = apply_rope(attention.norm_k(attention.k(x)), cos, sin, attention.num_heads)
+    return attention.o(attention.attn(q, k, attention.v(x)))

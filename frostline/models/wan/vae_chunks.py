@@ -1,0 +1,206 @@
+"""The Wan VAE a chunk at a time: static networks that encode and decode videos of any length.
+
+The causal convolutions of the VAE look back two frames. diffsynth keeps what they saw in lists inside the module; here
+it enters and leaves as tensors. One network takes the first frame, another every four frames after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frostline.models.wan.video_shape import TEMPORAL_STRIDE
+
+if TYPE_CHECKING:
+    from diffsynth.models.wan_video_vae import WanVideoVAE
+
+ChunkNetworks = Mapping[str, Callable[..., dict[str, Tensor]]]
+
+# What diffsynth's cache list holds: a tensor, nothing yet, or "Rep" for an upsampling that let the first frame pass.
+_Slot = Tensor | str | None
+
+
+class _VaeChunk(nn.Module):
+    """What encoder and decoder share: the statistics of the latents, and which caches there are.
+
+    `_run` computes one chunk, (B, C, frames, H, W) to the same with other extents, and updates `slots` in place.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, vae: WanVideoVAE, half: nn.Module) -> None:
+        from diffsynth.models.wan_video_vae import count_conv3d
+
+        super().__init__()
+        mean, scale = vae.scale
+        self.register_buffer("mean", mean.view(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1, 1), persistent=False)
+        self._slots = count_conv3d(half)
+
+    def _run(self, chunk: Tensor, slots: list[_Slot]) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _probe(self, first: Tensor, following: Tensor) -> None:
+        """Learn which slots are in use and what shape their caches have from the second chunk on."""
+        slots: list[_Slot] = [None] * self._slots
+        for chunk in (first, following):
+            self._run(chunk, slots)
+        caches = [(slot, cache) for slot, cache in enumerate(slots) if isinstance(cache, Tensor)]
+        self._in_use = [slot for slot, _ in caches]
+        # Channels, frames, and how many entries there are for each one of the chunk's height (a fraction if fewer).
+        self.cache_shapes = [(cache.shape[1], cache.shape[2], cache.shape[3] / first.shape[3]) for _, cache in caches]
+
+    def _first(self, chunk: Tensor) -> tuple[Tensor, ...]:
+        slots: list[_Slot] = [None] * self._slots
+        output = self._run(chunk, slots)
+        caches = [
+            self._padded(slots[slot], chunk, *shape)
+            for slot, shape in zip(self._in_use, self.cache_shapes, strict=True)
+        ]
+        return (output, *caches)
+
+    def _padded(self, cache: _Slot, chunk: Tensor, channels: int, frames: int, per_pixel: float) -> Tensor:
+        """As deep as the caches of later chunks. Zeros in front are what the convolutions themselves would pad with."""
+        if isinstance(cache, Tensor):
+            return F.pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0))
+        up = round(per_pixel)
+        return chunk.new_zeros(chunk.shape[0], channels, frames, up * chunk.shape[3], up * chunk.shape[4])
+
+    def _next(self, chunk: Tensor, caches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        slots: list[_Slot] = [None] * self._slots
+        for slot, cache in zip(self._in_use, caches, strict=True):
+            slots[slot] = cache
+        output = self._run(chunk, slots)
+        return (output, *(cache for cache in slots if isinstance(cache, Tensor)))
+
+
+class VaeEncoderFirst(_VaeChunk):
+    """Encode the first frame of a video; the caches let `VaeEncoderNext` go on from it."""
+
+    def __init__(self, vae: WanVideoVAE) -> None:
+        super().__init__(vae, vae.model.encoder)
+        self.encoder = vae.model.encoder
+        self.to_moments = vae.model.conv1
+        # 2 for the Wan2.2 TI2V VAE, which folds 2×2 pixels into channels, else 1.
+        self.spatial_patch = math.isqrt(self.encoder.conv1.in_channels // 3)
+        frame = self.to_moments.weight.new_zeros(1, 3, 1, 32, 32)
+        self._probe(frame, frame.expand(-1, -1, TEMPORAL_STRIDE, -1, -1))
+
+    def _run(self, chunk: Tensor, slots: list[_Slot]) -> Tensor:
+        from diffsynth.models.wan_video_vae import patchify
+
+        hidden, _, _ = self.encoder(patchify(chunk, self.spatial_patch), feat_cache=slots, feat_idx=[0])
+        mean = self.to_moments(hidden).chunk(2, dim=1)[0]
+        return (mean - self.mean.to(mean.dtype)) * self.scale.to(mean.dtype)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, ...]:
+        """Encode (B, 3, 1, H, W) in [-1, 1].
+
+        Returns:
+            latents (B, C, 1, H/8, W/8), then one cache for every causal convolution.
+        """
+        return self._first(video)
+
+
+class VaeEncoderNext(VaeEncoderFirst):
+    """Encode the next four frames of a video."""
+
+    def forward(self, video: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        """Encode (B, 3, 4, H, W) in [-1, 1].
+
+        Args:
+            caches: what the chunk before returned behind its latents.
+        Returns:
+            latents (B, C, 1, H/8, W/8), then the caches for the next chunk.
+        """
+        return self._next(video, caches)
+
+
+class VaeDecoderFirst(_VaeChunk):
+    """Decode the first latent frame of a video; the caches let `VaeDecoderNext` go on from it."""
+
+    def __init__(self, vae: WanVideoVAE) -> None:
+        super().__init__(vae, vae.model.decoder)
+        self.decoder = vae.model.decoder
+        self.from_latents = vae.model.conv2
+        # As in the encoder; this decoder also wants to know which chunk is the first.
+        last = self.decoder.head[-1]
+        assert isinstance(last, nn.Conv3d)
+        self.spatial_patch = math.isqrt(last.out_channels // 3)
+        weight = self.from_latents.weight
+        latents = weight.new_zeros(1, weight.shape[1], 1, 4, 4)
+        self._probe(latents, latents)
+
+    def _run(self, chunk: Tensor, slots: list[_Slot]) -> Tensor:
+        from diffsynth.models.wan_video_vae import unpatchify
+
+        hidden = self.from_latents(chunk / self.scale.to(chunk.dtype) + self.mean.to(chunk.dtype))
+        which: dict[str, Any] = {"first_chunk": slots[0] is None} if self.spatial_patch > 1 else {}
+        video, _, _ = self.decoder(hidden, feat_cache=slots, feat_idx=[0], **which)
+        return unpatchify(video, self.spatial_patch).clamp(-1, 1)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """Decode (B, C, 1, h, w) normalised latents.
+
+        Returns:
+            video (B, 3, 1, 8h, 8w) in [-1, 1], then one cache for every causal convolution.
+        """
+        return self._first(latents)
+
+
+class VaeDecoderNext(VaeDecoderFirst):
+    """Decode the next latent frame of a video."""
+
+    def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        """Decode (B, C, 1, h, w) normalised latents.
+
+        Args:
+            caches: what the chunk before returned behind its video.
+        Returns:
+            video (B, 3, 4, 8h, 8w) in [-1, 1], then the caches for the next chunk.
+        """
+        return self._next(latents, caches)
+
+
+def encode_in_chunks(networks: ChunkNetworks, video: Tensor) -> Tensor:
+    """Encode a whole video; equal to `VideoVAE_.encode` of diffsynth.
+
+    Args:
+        networks: "first" and "next", taking `video=`, "next" also `cache_NN=`; both return `latents` and
+            `next_cache_NN`.
+        video: (B, 3, T, H, W) in [-1, 1] with T = 4k + 1.
+    Returns:
+        (B, C, k + 1, H/8, W/8) normalised latents.
+    """
+    first, following = video[:, :, :1], video[:, :, 1:].split(TEMPORAL_STRIDE, dim=2)
+    return _in_chunks(networks, "video", (first, *(() if video.shape[2] == 1 else following)), "latents")
+
+
+def decode_in_chunks(networks: ChunkNetworks, latents: Tensor) -> Tensor:
+    """Decode whole latents; equal to `VideoVAE_.decode` of diffsynth, clamped.
+
+    Args:
+        networks: "first" and "next", taking `latents=`, "next" also `cache_NN=`; both return `video` and
+            `next_cache_NN`.
+        latents: (B, C, F, h, w), normalised.
+    Returns:
+        (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
+    """
+    return _in_chunks(networks, "latents", latents.split(1, dim=2), "video")
+
+
+def _in_chunks(networks: ChunkNetworks, takes: str, chunks: tuple[Tensor, ...], gives: str) -> Tensor:
+    outputs = networks["first"](**{takes: chunks[0].contiguous()})
+    results = [outputs.pop(gives)]
+    for chunk in chunks[1:]:
+        caches = {name.removeprefix("next_"): cache for name, cache in outputs.items()}
+        outputs = networks["next"](**{takes: chunk.contiguous()}, **caches)
+        results.append(outputs.pop(gives))
+    return torch.cat(results, dim=2)

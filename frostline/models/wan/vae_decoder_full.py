@@ -1,0 +1,228 @@
+"""The decoder of the Wan VAE with a gradient to the latents: over all frames of a clip at once, or a chunk at a time.
+
+diffsynth decodes one latent frame after another and hands each causal convolution what it saw last. With the whole clip
+at hand, the frames before are simply there: one convolution a layer, and no copies of caches in forward or backward. By
+chunks, with the caches as tensors, less has to be held at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from frostline.models.frozen_ops import convolution, empty_as, rms_norm_silu
+
+if TYPE_CHECKING:
+    from diffsynth.models.wan_video_vae import CausalConv3d, Resample, ResidualBlock, WanVideoVAE
+
+
+def decode_clip(vae: WanVideoVAE, latents: Tensor) -> Tensor:
+    """`VideoVAE_.decode` of diffsynth, for both of its decoders.
+
+    Args:
+        latents: (B, C, F, h, w), normalised.
+    Returns:
+        (B, 3, 4F - 3, H, W), not clamped.
+    """
+    return _decode(vae, latents, _Before())
+
+
+def decode_chunk(vae: WanVideoVAE, latents: Tensor, caches: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The next latent frame of a clip; chunk after chunk is `decode_clip`.
+
+    Args:
+        latents: (B, C, 1, h, w), normalised.
+        caches: what the call for the frame before returned behind its video; nothing for the first frame.
+    Returns:
+        video, (B, 3, 1, H, W) of the first frame and (B, 3, 4, H, W) of any other, not clamped; then what every causal
+        convolution saw last, in the order of `VaeDecoderFirst`.
+    """
+    before = _Caches(caches)
+    video = _decode(vae, latents, before)
+    return video, *before.seen
+
+
+class _Before:
+    """What comes before the frames that a causal convolution is given: nothing, for they are the whole clip."""
+
+    first = True
+
+    def frames(self, layer: CausalConv3d, like: Tensor) -> int | Tensor:
+        """What to put in front of frames like these: so many empty ones, or the last of those before."""
+        return _frames_in_front(layer)
+
+    def saw(self, layer: CausalConv3d, x: Tensor) -> None:
+        """Take note of frames that a convolution was given, with what was put in front of them."""
+
+
+class _Caches(_Before):
+    """What the convolutions saw last in the chunk before, in the order in which they run, and what they see now."""
+
+    def __init__(self, caches: Sequence[Tensor]) -> None:
+        self.first = not caches
+        self.seen: list[Tensor] = []
+        self._rest = iter(caches)
+
+    def frames(self, layer: CausalConv3d, like: Tensor) -> int | Tensor:
+        return _frames_in_front(layer) if self.first else next(self._rest).to(like.dtype)
+
+    def saw(self, layer: CausalConv3d, x: Tensor) -> None:
+        # A copy: a part of them would hold on to all of them.
+        self.seen.append(x[:, :, x.shape[2] - _frames_in_front(layer) :].clone())
+
+
+def _decode(vae: WanVideoVAE, latents: Tensor, before: _Before) -> Tensor:
+    from diffsynth.models.wan_video_vae import unpatchify
+
+    decoder: Any = vae.model.decoder
+    mean, scale = (part.to(latents).view(1, -1, 1, 1, 1) for part in vae.scale)
+    x = latents / scale + mean
+    if x.device.type == "cpu":
+        # oneDNN's convolutions then neither read nor write a layout of their own.
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    x = _convolved(decoder.conv1, _convolved_within(vae.model.conv2, x), before)
+    x = _layers((*decoder.middle, *decoder.upsamples), x, before)
+    norm, _, last = decoder.head
+    x = _normed_and_convolved(norm, last, x, before)
+    return unpatchify(x, math.isqrt(last.out_channels // 3))
+
+
+def _layers(layers: tuple[nn.Module, ...], x: Tensor, before: _Before) -> Tensor:
+    from diffsynth.models.wan_video_vae import Resample, ResidualBlock, Up_ResidualBlock
+
+    for layer in layers:
+        if isinstance(layer, ResidualBlock):
+            x = _residual_block(layer, x, before)
+        elif isinstance(layer, Resample):
+            x = _upsampled(layer, x, before)
+        elif isinstance(layer, Up_ResidualBlock):
+            inner = _layers(tuple(layer.upsamples), x, before)
+            x = inner if layer.avg_shortcut is None else inner + layer.avg_shortcut(x, before.first)
+        else:  # attention, within a frame
+            x = layer(x)
+    return x
+
+
+def _residual_block(block: ResidualBlock, x: Tensor, before: _Before) -> Tensor:
+    norm, _, convolution_, next_norm, _, _, next_convolution = cast(Any, block.residual)
+    shortcut = x if isinstance(block.shortcut, nn.Identity) else _convolved_within(block.shortcut, x)
+    x = _normed_and_convolved(norm, convolution_, x, before)
+    return _normed_and_convolved(next_norm, next_convolution, x, before).add_(shortcut)
+
+
+def _upsampled(layer: Resample, x: Tensor, before: _Before) -> Tensor:
+    """Twice the height and width, and where it does so in time, two frames of each but the first of all."""
+    if layer.mode == "upsample3d":
+        alone = 1 if before.first else 0
+        if x.shape[2] > alone:
+            doubled = _convolved(layer.time_conv, x[:, :, alone:], before)
+            x = cast(Tensor, _InterleavedFrames.apply(x[:, :, :alone], doubled))
+        else:
+            before.saw(layer.time_conv, torch.zeros_like(x).repeat(1, 1, _frames_in_front(layer.time_conv), 1, 1))
+    frames = _doubled(cast(Any, layer.resample)[1], x.transpose(1, 2).flatten(0, 1))
+    return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The 3×3 convolution of (N, C, H, W) frames enlarged twice (nearest), without the enlarged frames.
+
+    Where two rows are equal, the kernel's weights for them add up. So each of the four pixels that one becomes is a
+    convolution with a 2×2 kernel of its own: four products of nine.
+    """
+    kernels = _of_pairs(_of_pairs(layer.weight.float(), 2), 4).to(layer.weight.dtype)
+    bias = None if layer.bias is None else layer.bias.repeat(4)
+    windows = convolution(x, kernels.flatten(0, 2), bias, (1, 1), (1, 1), (1, 1))
+    return cast(Tensor, _InterleavedPixels.apply(windows))
+
+
+def _of_pairs(kernels: Tensor, axis: int) -> Tensor:
+    """Kernels of 3 along `axis` as those of 2 for the first and for the second of two equal entries: (2, …)."""
+    before, at, after = kernels.split(1, axis)
+    return torch.stack([torch.cat([before, at + after], axis), torch.cat([before + at, after], axis)])
+
+
+class _InterleavedPixels(torch.autograd.Function):
+    """(N, 2 columns × 2 rows × C, H + 1, W + 1) windows of 2×2 pixels to (N, C, 2H, 2W)."""
+
+    @staticmethod
+    def forward(ctx: Any, windows: Tensor) -> Tensor:
+        count, channels, height, width = windows.shape
+        ctx.shape = windows.shape
+        pixels = empty_as((count, channels // 4, 2 * height - 2, 2 * width - 2), windows)
+        for pixel, window in _pixels_and_windows(pixels, windows):
+            pixel.copy_(window)
+        return pixels
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # type: ignore[override]
+        windows = empty_as(ctx.shape, gradients[0]).zero_()
+        for pixel, window in _pixels_and_windows(gradients[0], windows):
+            window.copy_(pixel)
+        return windows
+
+
+def _pixels_and_windows(pixels: Tensor, windows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    height, width = windows.shape[2] - 1, windows.shape[3] - 1
+    kernels = windows.unflatten(1, (2, 2, -1))
+    return [
+        (
+            pixels[:, :, row::2, column::2],
+            kernels[:, column, row, :, row : row + height, column : column + width],
+        )
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
+
+
+class _InterleavedFrames(torch.autograd.Function):
+    """(B, C, 0 or 1, H, W), then two of each frame that follows, the halves of its channels: (B, C, T, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, alone: Tensor, doubled: Tensor) -> Tensor:
+        batch, channels, ctx.alone, height, width = alone.shape
+        frames = empty_as((batch, channels, ctx.alone + 2 * doubled.shape[2], height, width), doubled)
+        frames[:, :, : ctx.alone] = alone
+        frames[:, :, ctx.alone :: 2], frames[:, :, ctx.alone + 1 :: 2] = doubled.chunk(2, dim=1)
+        return frames
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        frames = gradients[0]
+        batch, channels, count, height, width = frames.shape
+        doubled = empty_as((batch, 2 * channels, count // 2, height, width), frames)
+        doubled[:, :channels], doubled[:, channels:] = frames[:, :, ctx.alone :: 2], frames[:, :, ctx.alone + 1 :: 2]
+        return frames[:, :, : ctx.alone], doubled
+
+
+def _convolved(layer: CausalConv3d, x: Tensor, before: _Before) -> Tensor:
+    front = before.frames(layer, x)
+    if isinstance(front, Tensor):
+        x = torch.cat([front, x], dim=2)
+    elif front:
+        x = F.pad(x, (0, 0, 0, 0, front, 0))
+    before.saw(layer, x)
+    return _convolved_within(layer, x)
+
+
+def _normed_and_convolved(norm: Any, layer: CausalConv3d, x: Tensor, before: _Before) -> Tensor:
+    x = rms_norm_silu(x, norm.gamma, before.frames(layer, x))
+    before.saw(layer, x)
+    return _convolved_within(layer, x)
+
+
+def _frames_in_front(layer: CausalConv3d) -> int:
+    return int(layer._padding[4])
+
+
+def _convolved_within(layer: CausalConv3d, x: Tensor) -> Tensor:
+    """The convolution of frames that have what comes before them already."""
+    padding = (0, int(layer._padding[2]), int(layer._padding[0]))
+    return convolution(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation)

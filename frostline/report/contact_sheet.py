@@ -1,0 +1,130 @@
+"""The contact sheet: frames of clips in labelled rows, one above the other, in one PNG."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from frostline.atomic_io import written_whole
+from frostline.errors import DataError
+
+# A mid-grey that reads on a white page as on a dark one (4.3 to 1 against both): the sheet's own ground is transparent.
+_TEXT_COLOUR = (112, 124, 137, 255)
+
+# The layout, in pixels before scaling.
+_CAPTION_SIZE, _LABEL_SIZE = 15, 12
+_CAPTION_HEIGHT, _LINE_HEIGHT, _CAPTION_GAP = 20, 18, 9
+_LABEL_GAP, _FRAME_GAP, _ROW_GAP = 14, 3, 40
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One clip on the sheet.
+
+    caption: its first line is set bold, further lines (after a newline) plain.
+    strips: label -> frames (T, 3, H, W), float in [0, 1] or uint8, e.g. {"truth": …, "before": …, "after": …}.
+    """
+
+    caption: str
+    strips: Mapping[str, Tensor]
+
+
+def contact_sheet(
+    rows: Sequence[SheetRow],
+    path: str | Path,
+    frame_size: tuple[int, int] | None = None,
+    max_frames: int = 9,
+    scale: int = 2,
+) -> Path:
+    """Draw the rows into a PNG with a transparent ground; returns the path.
+
+    frame_size: (height, width) of a frame in the layout; by default 96 high, as wide as the first strip's shape asks.
+    scale: pixels of the file for each pixel of the layout; with 2, the sheet is sharp on fine screens and in print.
+    max_frames: of a longer clip, so many frames are shown, evenly spaced, the first and the last among them.
+    """
+    path = Path(path)
+    strips = [strip for row in rows for strip in row.strips.values()]
+    if not strips:
+        raise DataError(f"{path}: a contact sheet needs at least one strip of frames")
+    for row in rows:
+        for label, strip in row.strips.items():
+            _check(strip, f"{path}: strip '{label}' of '{row.caption}'")
+    if frame_size is None:
+        frame_size = (96, round(96 * strips[0].shape[-1] / strips[0].shape[-2]))
+    image = _draw(rows, frame_size, max_frames, scale)
+    with written_whole(path) as part:
+        image.save(part, format="PNG")
+    return path
+
+
+def _draw(rows: Sequence[SheetRow], frame_size: tuple[int, int], max_frames: int, scale: int) -> Image.Image:
+    height, width = frame_size
+    frames = min(max_frames, max(len(strip) for row in rows for strip in row.strips.values()))
+    label_font, caption_font = _font(_LABEL_SIZE * scale), _font(_CAPTION_SIZE * scale, bold=True)
+    labels = [label for row in rows for label in row.strips]
+    left = round(max(label_font.getlength(label) for label in labels) / scale) + _LABEL_GAP
+    sheet_width = left + frames * (width + _FRAME_GAP) - _FRAME_GAP
+    heights = [_row_height(row, height) for row in rows]
+    sheet_height = sum(heights) + _ROW_GAP * (len(rows) - 1)
+    sheet = Image.new("RGBA", (sheet_width * scale, sheet_height * scale), (255, 255, 255, 0))
+    draw = ImageDraw.Draw(sheet)
+
+    top = 0
+    for row, row_height in zip(rows, heights, strict=True):
+        y = top
+        for index, line in enumerate(row.caption.splitlines()):
+            font = label_font if index else caption_font
+            text = _shortened(line, font, (sheet_width - left) * scale)
+            draw.text((left * scale, y * scale), text, font=font, fill=_TEXT_COLOUR)
+            y += _LINE_HEIGHT if index else _CAPTION_HEIGHT
+        y += _CAPTION_GAP
+        for label, strip in row.strips.items():
+            middle = ((left - _LABEL_GAP) * scale, (y + height // 2) * scale)
+            draw.text(middle, label, font=label_font, fill=_TEXT_COLOUR, anchor="rm")
+            for column, frame in enumerate(_pictures(strip, frames)):
+                place = ((left + column * (width + _FRAME_GAP)) * scale, y * scale)
+                sheet.paste(frame.resize((width * scale, height * scale), Image.Resampling.BICUBIC), place)
+            y += height + _FRAME_GAP
+        top += row_height + _ROW_GAP
+    return sheet
+
+
+def _row_height(row: SheetRow, frame_height: int) -> int:
+    lines = len(row.caption.splitlines())
+    caption = (_CAPTION_HEIGHT + (lines - 1) * _LINE_HEIGHT if lines else 0) + _CAPTION_GAP
+    return caption + len(row.strips) * (frame_height + _FRAME_GAP) - _FRAME_GAP
+
+
+def _pictures(strip: Tensor, count: int) -> list[Image.Image]:
+    """At most `count` of the strip's frames, evenly spaced."""
+    chosen = np.linspace(0, len(strip) - 1, min(count, len(strip))).round().astype(int).tolist()
+    pixels = strip[chosen].detach().cpu()
+    if pixels.is_floating_point():
+        pixels = (pixels.float().nan_to_num().clamp(0, 1) * 255).round().byte()
+    return [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in pixels]
+
+
+def _check(strip: Tensor, name: str) -> None:
+    if strip.ndim != 4 or strip.shape[1] != 3 or 0 in strip.shape:
+        raise DataError(f"{name}: frames must be (T, 3, H, W), not {tuple(strip.shape)}")
+    if not strip.is_floating_point() and str(strip.dtype) != "torch.uint8":
+        raise DataError(f"{name}: frames must be uint8 or float in [0, 1], not {strip.dtype}")
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which ships with matplotlib and has the letters of many scripts."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, its end cut off with an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"

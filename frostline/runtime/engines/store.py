@@ -1,0 +1,394 @@
+"""The engine store: built engines on disk, changed only in whole steps, loaded only when verified.
+
+    root/<model>/<stage>/<backend>-<key>/{model.onnx, …, manifest.json}
+
+Beside the engine folders lie hidden names, `.<backend>-<key>.<what>`: `lock` serialises all who change the
+engine, and stays for ever (deleting a lock file is a race); `building`, `old` and `manifest` are work in
+progress. Whoever takes the lock may delete those three, because their owner is dead.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from frostline.atomic_io import file_sha256, sync
+from frostline.errors import EngineError
+from frostline.runtime.engines.manifest import NAME, Artifact, EngineId, Manifest, canonical_json
+from frostline.runtime.engines.privacy import make_private, make_private_folder
+from frostline.runtime.engines.verification import (
+    MANIFEST_FILE,
+    VerifiedEngine,
+    check_external_data,
+    check_networks,
+    check_no_symlink,
+    peek,
+    seal,
+    verify_engine,
+)
+
+__all__ = ["Build", "EngineRecord", "EngineStore", "VerifiedEngine", "engine_key"]
+
+log = logging.getLogger(__name__)
+
+_WORK_IN_PROGRESS = ("building", "old", "manifest")
+
+
+def engine_key(
+    *,
+    weights_sha256: str,
+    computation: str,
+    graph: str,
+    shapes: Mapping[str, object],
+    precision: str,
+    backend: str,
+    backend_version: str,
+    device: str,
+    extra: Mapping[str, object] | None = None,
+) -> str:
+    """The content key of an engine: 16 hexadecimal digits over everything that a rebuild would depend on."""
+    content = {
+        "weights_sha256": weights_sha256,
+        "computation": computation,
+        "graph": graph,
+        "shapes": dict(shapes),
+        "precision": precision,
+        "backend": backend,
+        "backend_version": backend_version,
+        "device": device,
+        "extra": dict(extra or {}),
+    }
+    return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """An engine as listed, nothing verified. `manifest` is None if it cannot be read; `problem` says why."""
+
+    id: EngineId
+    path: Path
+    manifest: Manifest | None
+    problem: str | None = None
+
+    @property
+    def created(self) -> datetime:
+        """When the engine was made; of a damaged one, when its folder last changed."""
+        if self.manifest:
+            return self.manifest.created
+        status = _status(self.path)
+        return datetime.fromtimestamp(status.st_mtime, UTC) if status else datetime.now(UTC)
+
+    @property
+    def bytes(self) -> int:
+        """The disk space that the engine takes."""
+        return sum(status.st_size for file in _entries(self.path) if (status := _status(file)))
+
+
+@dataclass(frozen=True)
+class Build:
+    """An engine being built: put its files into `folder`, then `commit`. `existing` is a finished one."""
+
+    id: EngineId
+    folder: Path
+    existing: VerifiedEngine | None
+    _store: "EngineStore"
+
+    def commit(self, manifest: Manifest) -> VerifiedEngine:
+        """Sign the files in `folder` and put the engine in its place, instead of whatever lay there."""
+        if manifest.id != self.id:
+            raise EngineError(f"the manifest describes {manifest.id}, and {self.id} is being built")
+        path = self.id.path(self._store.root)
+        with _disk_errors(f"cannot store engine {path}"):
+            artifacts = {file.name: _seal_artifact(file) for file in sorted(_entries(self.folder))}
+            manifest = manifest.updated(artifacts=artifacts)
+            if not artifacts:
+                raise EngineError(f"engine {path} has no files: put them into the build's folder")
+            check_networks(manifest)
+            for file in self.folder.glob("*.onnx"):
+                check_external_data(file.name, file.read_bytes(), artifacts)
+            _write_synced(self.folder / MANIFEST_FILE, seal(manifest))
+            sync(self.folder)
+            replaced = _set_aside(path)
+            self.folder.rename(path)
+            sync(path.parent)
+            _remove(replaced)
+        return VerifiedEngine(path, manifest)
+
+
+class EngineStore:
+    """All engines below one root folder. Reading needs no lock; a missing root is an empty store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    @classmethod
+    def of_engine(cls, path: Path) -> "EngineStore":
+        """The store that the engine in the folder `path` lies in, by its place.
+
+        Raises:
+            EngineError: no engine lies there.
+        """
+        folder = path.resolve()
+        if EngineId.of_path(folder) is None or not folder.is_dir():
+            raise EngineError(f"{path} is no engine: name its folder, <engines>/<model>/<stage>/<backend>-<key>")
+        return cls(folder.parents[2])
+
+    def find(
+        self, model: str | None = None, stage: str | None = None, backend: str | None = None
+    ) -> list[EngineRecord]:
+        """The engines that match, damaged ones included, sorted by name. Reads manifests only."""
+        records = []
+        for folder in self._stage_folders():
+            if model not in (None, folder.parent.name) or stage not in (None, folder.name):
+                continue
+            for path in _entries(folder):
+                engine = EngineId.of_path(path)
+                if engine and backend in (None, engine.backend) and (record := self._record(engine)):
+                    records.append(record)
+        return sorted(records, key=lambda record: record.id)
+
+    def get(self, engine: EngineId) -> EngineRecord | None:
+        """One engine, unverified, or None."""
+        return self._record(engine)
+
+    def by_key(self, key: str) -> EngineRecord:
+        """The one engine whose key begins with `key`, unverified.
+
+        Raises:
+            EngineError: there is none, or more than one.
+        """
+        found = [record for record in self.find() if record.id.key.startswith(key)]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise EngineError(
+                f"no engine in {self.root} has a key that begins with {key!r}: see `frostline engines list`"
+            )
+        raise EngineError(f"{len(found)} engines have keys that begin with {key!r}: give more of it")
+
+    def verify(self, record: EngineRecord) -> VerifiedEngine:
+        """The only way to files to load: signature, key, files and ONNX locations must all hold."""
+        return verify_engine(self.root, record.id)
+
+    @contextmanager
+    def building(self, engine: EngineId) -> Iterator[Build]:
+        """Hold the right to build one engine, alone; leaving without `commit` leaves nothing behind.
+
+        Whoever comes second waits here, and finds the first one's engine in `Build.existing`.
+        """
+        path = engine.path(self.root)
+        with self._locked(path):
+            build = Build(engine, _hidden(path, "building"), self._finished(engine), self)
+            try:
+                with _disk_errors(f"cannot build engine {path}"):
+                    make_private_folder(build.folder)
+                with _full_disk_errors(f"cannot build engine {path}"):
+                    yield build
+            finally:
+                _remove(build.folder)
+
+    def update(self, engine: VerifiedEngine, manifest: Manifest) -> VerifiedEngine:
+        """Replace the measurements (parity, latency, verified) in the manifest of an engine."""
+        with self._locked(engine.path):
+            current = verify_engine(self.root, engine.manifest.id)
+            if not current.manifest.same_engine(manifest):
+                raise EngineError(f"engine {engine.path} was rebuilt meanwhile: measure it again")
+            return self._replace_manifest(engine.path, manifest)
+
+    def trust(self, path: Path) -> VerifiedEngine:
+        """Sign an engine that was made elsewhere, provided that its files are those of its manifest."""
+        engine = EngineId.of_path(path.resolve())
+        if engine is None or engine.path(self.root).resolve() != path.resolve():
+            raise EngineError(
+                f"{path} is not an engine of the store {self.root}: "
+                "copy it to <model>/<stage>/<backend>-<key> there, and trust that"
+            )
+        with self._locked(engine.path(self.root)):
+            unsigned = verify_engine(self.root, engine, signed=False)
+            return self._replace_manifest(unsigned.path, unsigned.manifest)
+
+    def remove(self, record: EngineRecord) -> None:
+        """Delete an engine; one that is gone already is no error."""
+        with self._locked(record.path), _disk_errors(f"cannot remove engine {record.path}"):
+            _remove(_set_aside(record.path))
+
+    def prune(self, older_than: timedelta | None = None, max_bytes: int | None = None) -> list[EngineRecord]:
+        """Remove what is too old, then the oldest until the rest fits; and what dead builders left behind."""
+        self._sweep()
+        sizes = [(record, record.bytes) for record in sorted(self.find(), key=lambda record: record.created)]
+        total = sum(size for _, size in sizes)
+        now = datetime.now(UTC)
+        removed = []
+        for record, size in sizes:
+            too_old = older_than is not None and now - record.created > older_than
+            too_much = max_bytes is not None and total > max_bytes
+            if too_old or too_much:
+                self.remove(record)
+                removed.append(record)
+                total -= size
+        return removed
+
+    def _stage_folders(self) -> list[Path]:
+        return [stage for model in _folders(self.root) for stage in _folders(model)]
+
+    def _record(self, engine: EngineId) -> EngineRecord | None:
+        path = engine.path(self.root)
+        try:
+            check_no_symlink(self.root, path)
+            return EngineRecord(engine, path, peek(path)) if path.is_dir() else None
+        except EngineError as error:
+            if not path.is_symlink() and not path.is_dir():
+                return None  # removed while we looked
+            return EngineRecord(engine, path, None, str(error))
+
+    def _finished(self, engine: EngineId) -> VerifiedEngine | None:
+        if self._record(engine) is None:
+            return None
+        try:
+            return verify_engine(self.root, engine)
+        except EngineError as error:
+            log.warning("%s", error)
+            return None
+
+    def _replace_manifest(self, path: Path, manifest: Manifest) -> VerifiedEngine:
+        with _disk_errors(f"cannot write the manifest of engine {path}"):
+            temporary = _hidden(path, "manifest")
+            _write_synced(temporary, seal(manifest))
+            temporary.replace(path / MANIFEST_FILE)
+            sync(path)
+        return VerifiedEngine(path, manifest)
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Be the only process that changes the engine at `path`, with no debris of a dead one around."""
+        check_no_symlink(self.root, path.parent)
+        lock = FileLock(_hidden(path, "lock"))
+        with _disk_errors(f"cannot lock engine {path}"):
+            make_private_folder(path.parent)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                log.info("waiting for another process that builds %s", path)
+                lock.acquire()
+        try:
+            _remove_debris(path)
+            yield
+        finally:
+            lock.release()
+
+    def _sweep(self) -> None:
+        for folder in self._stage_folders():
+            for debris in folder.glob(".*"):
+                path, what = debris.with_name(debris.stem.removeprefix(".")), debris.suffix.removeprefix(".")
+                if what not in _WORK_IN_PROGRESS or EngineId.of_path(path) is None:
+                    continue
+                try:
+                    with _disk_errors(f"cannot remove {debris}"), FileLock(_hidden(path, "lock"), timeout=0):
+                        _remove_debris(path)
+                except Timeout:
+                    log.debug("%s is being built", path)
+
+
+def _hidden(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing if it is missing, not a folder, or not ours to read."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except PermissionError as error:
+        log.warning("%s", error)
+        return []
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but none that would lead elsewhere."""
+    return [entry for entry in _entries(folder) if entry.is_dir() and not entry.is_symlink()]
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Size and times of a file; None if another process removed it."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+def _set_aside(path: Path) -> Path:
+    """Take a folder out of sight in one step, so that no half of it is ever seen; returns where it went."""
+    old = _hidden(path, "old")
+    with suppress(FileNotFoundError):
+        path.rename(old)
+    return old
+
+
+def _remove_debris(path: Path) -> None:
+    for what in _WORK_IN_PROGRESS:
+        _remove(_hidden(path, what))
+
+
+def _remove(path: Path) -> None:
+    """Best effort: what stays is hidden, and the next holder of the lock tries again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _seal_artifact(path: Path) -> Artifact:
+    """Bring a file safely to disk, and measure it."""
+    if path.is_symlink() or not path.is_file():
+        raise EngineError(f"{path} is not a regular file: an engine is a flat folder of files")
+    if path.name == MANIFEST_FILE or not re.fullmatch(NAME, path.name):
+        raise EngineError(f"{path.name!r} cannot be the name of an engine file")
+    make_private(path)
+    sync(path)
+    return Artifact(sha256=file_sha256(path), bytes=path.stat().st_size)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    make_private(path)
+
+
+def _explain(doing: str, error: OSError) -> EngineError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EngineError(f"{doing}: the disk is full. Free some space, or name another disk with --engines-dir.")
+    return EngineError(f"{doing}: {error}")
+
+
+@contextmanager
+def _disk_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        raise _explain(doing, error) from error
+
+
+@contextmanager
+def _full_disk_errors(doing: str) -> Iterator[None]:
+    """For code that is not ours: only a full disk is the store's affair."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _explain(doing, error) from error

@@ -1,0 +1,253 @@
+"""Decides whether an engine on disk is what its builder signed; nothing here runs or deserialises an engine.
+
+`manifest.json` is the canonical JSON of the manifest plus one more field, `signature`: the HMAC-SHA256 of the
+canonical JSON of all the others. One file, so that a manifest and its signature are always replaced together.
+
+Between the check and the load, whoever may write to the engine folder could still exchange a file. So loaders get the
+very bytes that were hashed (`VerifiedEngine.read`); and where they have to open files themselves, which large weights
+outside of the graph make them do, only this user and root may be able to write there (`VerifiedEngine.onnx`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+
+import onnx
+from google.protobuf.message import DecodeError, Message
+from pydantic import ValidationError
+
+from frostline.errors import EngineError
+from frostline.runtime.engines import signing
+from frostline.runtime.engines.manifest import Artifact, EngineId, Manifest, canonical_json
+from frostline.runtime.engines.privacy import check_private
+from frostline.runtime.hints import export_command
+
+MANIFEST_FILE = "manifest.json"
+_MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+class _RefusedError(EngineError):
+    """What is wrong, in words; `verify_engine` adds which engine, and what to do."""
+
+
+class _UnsignedError(_RefusedError):
+    """The signature does not hold: the one fault that trust can cure."""
+
+
+@dataclass(frozen=True)
+class VerifiedEngine:
+    """An engine whose signature and hashes held: the only thing that gives out files to load."""
+
+    path: Path
+    manifest: Manifest
+
+    def onnx(self, name: str) -> bytes | Path:
+        """An ONNX file for loaders: its content, or its path where it has weights in other files beside it.
+
+        Raises:
+            EngineError: the content has changed; a SharedFolderError where others could exchange what is at the path.
+        """
+        if self.manifest.artifacts.keys() <= {network.artifact for network in self.manifest.networks}:
+            return self.read(name)
+        try:
+            check_private(self.path.parents[2], (self.path / file for file in self.manifest.artifacts))
+        except OSError as error:
+            raise EngineError(f"engine {self.path}: {error}") from error
+        self._expected(name)
+        return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """The content of one file, hashed again as it is read, so that nothing can come in between."""
+        try:
+            return _read_artifact(self.path / name, self._expected(name))
+        except (OSError, _RefusedError) as error:
+            raise EngineError(f"engine {self.path}: {error}") from error
+
+    def _expected(self, name: str) -> Artifact:
+        if name not in self.manifest.artifacts:
+            raise EngineError(f"engine {self.path} has no file {name}; it has {', '.join(self.manifest.artifacts)}")
+        return self.manifest.artifacts[name]
+
+
+def seal(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`: the manifest with this user's signature."""
+    fields = manifest.fields()
+    return canonical_json({**fields, "signature": signing.sign(canonical_json(fields))})
+
+
+def peek(path: Path) -> Manifest:
+    """The manifest of the engine at `path` as it says of itself: good for listing, never for loading."""
+    try:
+        return _parse(_read_sealed(path))
+    except (OSError, _RefusedError) as error:
+        raise EngineError(f"engine {path}: {error}") from error
+
+
+def verify_engine(root: Path, engine: EngineId, *, signed: bool = True) -> VerifiedEngine:
+    """Check everything, or raise an EngineError that says what is wrong and what to do.
+
+    `signed=False` skips the signature only: for engines that the user is about to trust.
+    """
+    path = engine.path(root)
+    rebuild = f"`{export_command(engine.stage, engine.backend, '--force')}`"
+    try:
+        return _verify(root, engine, signed)
+    except _UnsignedError as error:
+        trust = f"run `frostline engines trust {path}` if you made it on another machine"
+        raise EngineError(f"engine {path} is refused: {error}. Rebuild it with {rebuild}, or {trust}.") from error
+    except (OSError, _RefusedError) as error:
+        raise EngineError(f"engine {path} is refused: {error}. Rebuild it with {rebuild}.") from error
+
+
+def check_no_symlink(root: Path, path: Path) -> None:
+    """No folder from below `root` down to `path` may be a symlink: it would lead out of the store."""
+    for folder in (path, *path.parents):
+        if folder == root:
+            return
+        if folder.is_symlink():
+            raise _RefusedError(f"{folder} is a symlink, and the store neither reads nor writes through one")
+
+
+def check_networks(manifest: Manifest) -> None:
+    """Every network must load from a file that the engine has."""
+    for network in manifest.networks:
+        if network.artifact not in manifest.artifacts:
+            raise _RefusedError(f"network {network.name} needs the file {network.artifact}, which is not there")
+
+
+def check_external_data(name: str, model: bytes, files: Container[str]) -> None:
+    """Every external-data location of the ONNX model `name` must be one of its engine's `files`."""
+    try:
+        proto = onnx.load_model_from_string(model)
+    except DecodeError as error:
+        raise _RefusedError(f"{name} is not an ONNX model ({error})") from error
+    for tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        location = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+        where = PurePosixPath(location)
+        if where.is_absolute() or ".." in where.parts:
+            raise _RefusedError(f"{name} has external data outside the engine folder: {location!r}")
+        if str(where) not in files:
+            raise _RefusedError(f"{name} has external data in a file that is missing: {location!r}")
+
+
+def _verify(root: Path, engine: EngineId, signed: bool) -> VerifiedEngine:
+    path = engine.path(root)
+    check_no_symlink(root, path)
+    if not path.is_dir():
+        raise _RefusedError("there is no such folder")
+    sealed = _read_sealed(path)
+    if signed:
+        _check_signature(sealed)
+    manifest = _parse(sealed)
+    if manifest.id != engine:
+        raise _RefusedError(f"{MANIFEST_FILE} describes another engine, {manifest.id.path(Path())}")
+    check_networks(manifest)
+    _check_files(path, manifest)
+    return VerifiedEngine(path, manifest)
+
+
+def _read_sealed(path: Path) -> bytes:
+    file_path = path / MANIFEST_FILE
+    with _open_regular(file_path) as file:
+        data = file.read(_MAX_MANIFEST_BYTES + 1)
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise _RefusedError(f"{MANIFEST_FILE} is larger than {_MAX_MANIFEST_BYTES} bytes")
+    return data
+
+
+def _fields(sealed: bytes) -> tuple[dict[str, object], str]:
+    """The manifest's fields and the signature."""
+    try:
+        fields = json.loads(sealed)
+        signature = fields.pop("signature")
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise _RefusedError(f"{MANIFEST_FILE} is damaged ({error!r})") from error
+    return fields, str(signature)
+
+
+def _check_signature(sealed: bytes) -> None:
+    fields, signature = _fields(sealed)
+    # Re-spelling the whole file leaves no byte that could be changed without notice, not even white space.
+    try:
+        holds = canonical_json({**fields, "signature": signature}) == sealed
+    except ValueError:
+        holds = False
+    if not holds or not signing.verify(canonical_json(fields), signature):
+        raise _UnsignedError(f"the signature in {MANIFEST_FILE} does not hold: changed, or signed with another key")
+
+
+def _parse(sealed: bytes) -> Manifest:
+    fields, _ = _fields(sealed)
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _RefusedError(f"{MANIFEST_FILE} is damaged ({where}: {first['msg']})") from error
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    found = {entry.name for entry in path.iterdir()} - {MANIFEST_FILE}
+    if unexpected := sorted(found - manifest.artifacts.keys()):
+        raise _RefusedError(f"{unexpected[0]} is not part of the engine")
+    for name, expected in manifest.artifacts.items():
+        if name.endswith(".onnx"):
+            check_external_data(name, _read_artifact(path / name, expected), manifest.artifacts)
+        else:
+            _hash_artifact(path / name, expected)
+
+
+def _hash_artifact(path: Path, expected: Artifact) -> None:
+    """Hash in chunks: an engine can be larger than memory."""
+    with _open_artifact(path, expected) as file:
+        _check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), expected)
+
+
+def _read_artifact(path: Path, expected: Artifact) -> bytes:
+    with _open_artifact(path, expected) as file:
+        content = file.read()
+    _check_digest(path, hashlib.sha256(content).hexdigest(), expected)
+    return content
+
+
+def _open_artifact(path: Path, expected: Artifact) -> BufferedReader:
+    file = _open_regular(path)
+    size = os.fstat(file.fileno()).st_size
+    if size != expected.bytes:
+        file.close()
+        raise _RefusedError(f"{path.name} has {size} bytes, and the manifest says {expected.bytes}")
+    return file
+
+
+def _check_digest(path: Path, digest: str, expected: Artifact) -> None:
+    if digest != expected.sha256:
+        raise _RefusedError(f"the hash of {path.name} differs from the manifest: the file was changed")
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Open a file that is neither a symlink nor a device or pipe (opening a pipe would wait for ever)."""
+    if path.is_symlink():
+        raise _RefusedError(f"{path.name} is a symlink")
+    if not path.exists():
+        raise _RefusedError(f"{path.name} is missing")
+    if not path.is_file():
+        raise _RefusedError(f"{path.name} is not a regular file")
+    # The flag holds the line should the file be exchanged for a symlink just now.
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, wherever it hides: initializers, attributes, subgraphs, functions."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _tensors(part)

@@ -1,0 +1,158 @@
+"""One word for what is computed: a hash of the code that defines it and of the versions of the packages that it calls.
+
+Whatever is kept because it need not be computed again (engines, cached outputs, latencies, receipts, reference faces)
+is kept under it, so that no number has to follow the code by hand. Sources are read, never imported: commands that
+only look for something can ask for it without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import secrets
+import sys
+from collections.abc import Collection, Iterable
+from functools import cache, lru_cache
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+from frostline.runtime.identity.syntax import Import, read_syntax
+
+log = logging.getLogger(__name__)
+
+_OWN = "frostline"
+# Settings, messages and files; what serves a stage, or keeps what it gave; and what renders clips for the tiny model,
+# whose weights count by themselves. None of it changes what a stage computes.
+_PLUMBING = (
+    *(f"{_OWN}.{leaf}" for leaf in ("config", "errors", "installed", "paths", "progress", "writing")),
+    f"{_OWN}.runtime",
+    f"{_OWN}.models.tiny",
+)
+_COMPUTES = (f"{_OWN}.runtime.faces",)
+# Where packages are installed, whether or not they came with a list of their files.
+_SITES = ("site-packages", "dist-packages")
+# Of code that cannot be read nothing is known: what it gives is good for this process alone.
+_THIS_PROCESS = secrets.token_hex(16)
+
+
+def computation_id(modules: Iterable[str], source_of: Collection[str] = ()) -> str:
+    """Return 64 hexadecimal digits over all code that `modules` run, themselves included.
+
+    That is all that they import, within functions too, and what is imported there. frostline's modules count by their
+    syntax, not by comments, docstrings, annotations, formatting or the folder that they are in; and so do modules that
+    were not installed. Installed packages count by their versions.
+
+    Args:
+        modules: dotted names; of packages that are called without an import that shows, too.
+        source_of: further top-level packages that count by their syntax, installed or not.
+    """
+    roots = frozenset(modules)
+    readable = {_OWN, *source_of}
+    facts: dict[str, str] = {}
+    waiting = [Import(name, None) for name in roots]
+    while waiting:
+        wanted = waiting.pop()
+        top = wanted.module.partition(".")[0]
+        if top in sys.stdlib_module_names and top != "__main__":
+            continue
+        if top not in readable and (installed := _installed(top)):
+            facts[top] = installed
+            continue
+        name = _module_name(wanted)
+        if name in facts or (_is_plumbing(name) and name not in roots):
+            continue
+        facts[name], imported = _read(name)
+        waiting += imported
+    return hashlib.sha256("\n".join(f"{name} {facts[name]}" for name in sorted(facts)).encode()).hexdigest()
+
+
+def _is_plumbing(name: str) -> bool:
+    return _is_below(name, _PLUMBING) and not _is_below(name, _COMPUTES)
+
+
+def _is_below(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def _module_name(wanted: Import) -> str:
+    submodule = f"{wanted.module}.{wanted.name}"
+    return submodule if wanted.name and _find(submodule) else wanted.module
+
+
+def _read(name: str) -> tuple[str, tuple[Import, ...]]:
+    """What a module is, and what it imports."""
+    spec = _find(name)
+    path = _file(name, spec)
+    if path is None:
+        loaded = name in sys.modules and (spec is None or spec.submodule_search_locations is None)
+        return (_unreadable(name), ()) if loaded else ("absent" if spec is None else "folder", ())
+    package = name if spec is not None and spec.submodule_search_locations is not None else name.rpartition(".")[0]
+    try:
+        return _read_source(path.read_bytes(), package)
+    except OSError:
+        return _unreadable(name), ()
+
+
+@lru_cache(maxsize=1024)
+def _read_source(content: bytes, package: str) -> tuple[str, tuple[Import, ...]]:
+    """Digest and imports, kept by content: an edit within a tick of the clock may leave time and size alone."""
+    try:
+        syntax = read_syntax(content, package)
+    except (SyntaxError, ValueError, RecursionError):  # an extension module, or Python of another version
+        return hashlib.sha256(content).hexdigest(), ()
+    return hashlib.sha256(syntax.text.encode("utf-8", "surrogatepass")).hexdigest(), syntax.imports
+
+
+def _unreadable(name: str) -> str:
+    _warn_unreadable(name)
+    return _THIS_PROCESS
+
+
+@cache
+def _warn_unreadable(name: str) -> None:
+    log.warning("the source of module %s cannot be read: what it computes is kept for this process only", name)
+
+
+def _file(name: str, spec: ModuleSpec | None) -> Path | None:
+    """The file of a module; of one that was not found by its name, as a script is not, the one that it is from."""
+    if spec is not None:
+        return Path(spec.origin) if spec.has_location and spec.origin else None
+    origin = getattr(sys.modules.get(name), "__file__", None)
+    return Path(origin) if origin else None
+
+
+@lru_cache(maxsize=4096)
+def _find(name: str) -> ModuleSpec | None:
+    """Where a module is; unlike `importlib.util.find_spec` without importing the packages that it is in."""
+    top, *parts = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):  # a module that was not imported, a script for instance
+        return None
+    for index in range(len(parts)):
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(".".join([top, *parts[: index + 1]]), spec.submodule_search_locations)
+    return spec
+
+
+@cache
+def _installed(top: str) -> str | None:
+    """Name and version of what installed a top-level package; None where nothing did."""
+    spec = _find(top)
+    if spec is None or (not spec.has_location and spec.submodule_search_locations is None):
+        return None
+    locations = spec.submodule_search_locations
+    folder = Path(next(iter(locations)) if locations else spec.origin or "").parent
+    found = [*distributions(name=top, path=[str(folder)])] or _providers(top, folder)
+    found = [each for each in found if folder.name in _SITES or each.read_text("RECORD") is not None]
+    return ", ".join(sorted({f"{each.name} {each.version}" for each in found})) or None
+
+
+def _providers(top: str, folder: Path) -> list[Distribution]:
+    """Those in a folder that brought a package of another name."""
+    everything = [*distributions(path=[str(folder)])]
+    stated = [each for each in everything if top in (each.read_text("top_level.txt") or "").split()]
+    return stated or [each for each in everything if f"\n{top}/" in f"\n{each.read_text('RECORD') or ''}"]

@@ -1,0 +1,82 @@
+"""Choose the backend of a stage from what the engine store has and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from frostline.config import AUTO
+from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
+from frostline.runtime.engines.manifest import Manifest
+from frostline.runtime.engines.store import EngineRecord
+from frostline.runtime.hints import export_command
+from frostline.runtime.planning.autotune import machine_id
+from frostline.runtime.planning.plan import Choice
+from frostline.runtime.stage import Stage
+
+FindRecord = Callable[[str], EngineRecord | None]
+# Engines by so much slower than the best where they were verified are not tried at other shapes.
+_WORTH_A_TRIAL = 2
+
+
+def choose(stage: Stage, wanted: str, find: FindRecord | None) -> Choice:
+    """Choose for a stage as a plan says; torch, with the reason, where the backend that it names cannot be had.
+
+    Args:
+        wanted: `auto`, or the name of a backend.
+        find: the engine of this stage for a backend; None where there is no store.
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    if wanted == AUTO:
+        return Choice(TORCH, "no engine store") if find is None else _fastest(stage, find)
+    if wanted == TORCH:
+        return Choice(TORCH, "as asked")
+    get_backend(wanted)
+    record = find(wanted) if find is not None else None
+    manifest = record.manifest if record else None
+    if manifest is None:
+        command = export_command(stage.name, wanted)
+        return Choice(TORCH, f"no engine of {stage.name} for {wanted}: build it with `{command}`")
+    if rejection := _rejection_reason(stage, manifest):
+        return Choice(TORCH, f"the {wanted} engine of {stage.name} is {rejection}")
+    return Choice(wanted, "as asked", manifest.latency_ms)
+
+
+def _fastest(stage: Stage, find: FindRecord) -> Choice:
+    candidates: dict[str, Manifest] = {}
+    for backend in ENGINE_BACKENDS:
+        record = find(backend)
+        manifest = record.manifest if record else None
+        if manifest and not _rejection_reason(stage, manifest) and {backend, TORCH} <= manifest.latency_ms.keys():
+            candidates[backend] = manifest
+    if not candidates:
+        return Choice(TORCH, f"no verified engine: `{export_command(stage.name, ENGINE_BACKENDS[0])}`")
+    # Latencies come from different runs: what compares is the ratio to torch in the same run.
+    gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
+    best = max(gains, key=lambda backend: gains[backend])
+    backend = best if gains[best] > 1 else TORCH
+    here = machine_id(stage.networks[0].device)
+    if any(manifest.measured_on != here for manifest in candidates.values()):
+        reason = f"as {candidates[best].measured_on or 'another machine'} has it; this one decides at first use"
+        return Choice(backend, reason, {}, tuple(candidates))
+    worth = tuple(name for name, gain in gains.items() if _WORTH_A_TRIAL * gain >= max(1, gains[best]))
+    reason = f"{gains[best]:.2f}x as fast as torch" if gains[best] > 1 else f"{best} is slower ({gains[best]:.2f}x)"
+    return Choice(backend, reason, candidates[best].latency_ms, worth)
+
+
+def fastest_of(latency_ms: Mapping[str, float]) -> Choice:
+    """The backend with the lowest latency of those that were timed at one shape, torch among them."""
+    best = min(latency_ms, key=lambda backend: latency_ms[backend])
+    if best == TORCH:
+        rival = min(latency_ms.keys() - {TORCH}, key=lambda backend: latency_ms[backend])
+        gain = latency_ms[TORCH] / latency_ms[rival]
+        return Choice(TORCH, f"{rival} is slower at this shape ({gain:.2f}x)", latency_ms)
+    return Choice(best, f"{latency_ms[TORCH] / latency_ms[best]:.2f}x as fast as torch at this shape", latency_ms)
+
+
+def _rejection_reason(stage: Stage, manifest: Manifest) -> str | None:
+    """Why an engine may not serve here, or None."""
+    obstacle = get_backend(manifest.backend).obstacle(stage.networks[0].device, manifest.device)
+    if obstacle:
+        return f"built, not verified here: {obstacle}"
+    return None if manifest.verified else "unverified: `frostline plan MODEL` compares it with PyTorch"

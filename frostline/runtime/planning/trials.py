@@ -1,0 +1,106 @@
+"""Time the backends of a stage at each new shape, and remember which is the fastest there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from frostline.runtime.agreement import several_processes
+from frostline.runtime.backends import TORCH
+from frostline.runtime.identity.fingerprint import stage_computation
+from frostline.runtime.loaded import FindRecord, LoadedEngines
+from frostline.runtime.planning.autotune import LatencyNote, shape_class, take_turns
+from frostline.runtime.planning.choosing import fastest_of
+from frostline.runtime.planning.plan import Choice
+from frostline.runtime.stage import Runner, Stage
+
+log = logging.getLogger(__name__)
+
+# What is spent on a comparison at a new shape, beside a first run of each.
+_TRIAL_RUNS, _TRIAL_SECONDS = 5, 0.5
+
+
+class Trials:
+    """The fastest backend of each stage at each shape. Not for several threads at once.
+
+    Args:
+        engines: where stages are loaded.
+        find: the engine of a stage on a backend.
+        torch_lock: held while PyTorch computes.
+        failed: told of stage, backend and error where an engine fails at inputs that PyTorch takes; may raise.
+    """
+
+    def __init__(
+        self,
+        engines: LoadedEngines,
+        find: FindRecord,
+        torch_lock: AbstractContextManager[object],
+        failed: Callable[[str, str, Exception], None],
+    ) -> None:
+        self._engines = engines
+        self._find = find
+        self._torch_lock = torch_lock
+        self._failed = failed
+        self._at_shape: dict[tuple[str, str], Choice] = {}
+        self._latest: dict[str, Choice] = {}
+
+    def latest(self, name: str) -> Choice | None:
+        """What served a stage last, or None where nothing was decided yet."""
+        return self._latest.get(name)
+
+    def choose(self, stage: Stage, planned: Choice, inputs: Mapping[str, Tensor]) -> Choice:
+        """What serves inputs of these shapes, of the candidates that a plan has."""
+        shape = shape_class(inputs)
+        if (stage.name, shape) not in self._at_shape:
+            self._at_shape[stage.name, shape] = self._fastest(stage, planned, shape, inputs)
+        self._latest[stage.name] = self._at_shape[stage.name, shape]
+        return self._latest[stage.name]
+
+    def forget(self, name: str) -> None:
+        """Let new candidates of a stage be timed."""
+        self._at_shape = {key: choice for key, choice in self._at_shape.items() if key[0] != name}
+        self._latest.pop(name, None)
+
+    @torch.no_grad()
+    def _fastest(self, stage: Stage, planned: Choice, shape: str, inputs: Mapping[str, Tensor]) -> Choice:
+        """Measured, or read from what an earlier run on this machine noted."""
+        if stage.weights is not None and not stage.weights.resident:
+            return planned  # to read them for a comparison costs more than it could gain
+        if several_processes():
+            return planned  # a stage in shards runs in all processes at once: they have to choose alike
+        records = {backend: self._find(stage.name, backend) for backend in planned.candidates}
+        contenders = {backend: record.id.key for backend, record in records.items() if record is not None}
+        note = LatencyNote(stage.name, {**contenders, TORCH: stage_computation(stage)}, shape, stage.networks[0].device)
+        latency_ms = note.read()
+        if latency_ms is None:
+            runners = {TORCH: stage.torch, **self._runnable(stage, planned, inputs)}
+            if len(runners) == 1:
+                return Choice(TORCH, "no engine serves this shape")
+            log.info("stage %s: timing %s at %s", stage.name, ", ".join(runners), shape)
+            with self._torch_lock:
+                latency_ms = take_turns(runners, inputs, _TRIAL_RUNS, _TRIAL_SECONDS)
+            if runners.keys() == contenders.keys() | {TORCH}:
+                latency_ms = note.write(latency_ms)
+        fastest = fastest_of(latency_ms)
+        elsewhere = {choice.backend for (name, _), choice in self._at_shape.items() if name == stage.name}
+        self._engines.unload(stage.name, keep={fastest.backend, *elsewhere})
+        return fastest
+
+    def _runnable(self, stage: Stage, planned: Choice, inputs: Mapping[str, Tensor]) -> dict[str, Runner]:
+        """Those of the engines that load, and run on these inputs."""
+        runnable = {}
+        for backend in planned.candidates:
+            try:
+                runner = self._engines.load(stage.name, backend).whole
+                runner(**inputs)
+            except Exception as error:
+                with self._torch_lock:
+                    stage.torch(**inputs)  # raises where the inputs are wrong: no fault of the engine
+                self._failed(stage.name, backend, error)
+            else:
+                runnable[backend] = runner
+        return runnable

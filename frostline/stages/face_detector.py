@@ -1,0 +1,85 @@
+"""`face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the networks of one detector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from frostline.models.faces.detections import quantize_frames
+from frostline.models.faces.detectors import DetectorModel, DetectorNetwork
+from frostline.models.tiny.clips import held_out_clips
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, in_torch
+from frostline.stages.shapes import ShapeRange
+
+from .face_networks import weights_dtype, with_fp32_edges
+from .inputs import FaceModels, tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceDetectorStage(Stage):
+    """The networks of a detector; what lies between them stays in torch."""
+
+    detector: DetectorModel
+
+    def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Detect with all networks in PyTorch."""
+        return self.assemble({network.name: in_torch(network) for network in self.networks})(**inputs)
+
+    def assemble(self, runners: Mapping[str, Runner]) -> Runner:
+        """Make the detector of running networks; its outputs are the tensors of `Detections`."""
+        made = self.detector.make(runners)
+
+        def detect(**inputs: Tensor) -> dict[str, Tensor]:
+            found = made.detect(inputs["frames"])
+            return {
+                "boxes": found.boxes,
+                "probabilities": found.probabilities,
+                "landmarks": found.landmarks,
+                "frame_index": found.frame_index,
+            }
+
+        return detect
+
+    def sample(self) -> dict[str, Tensor]:
+        """Return frames with faces in them."""
+        clips = held_out_clips(2, seed=0)
+        return {"frames": quantize_frames(clips.video.flatten(0, 1)).to(self.networks[0].device)}
+
+
+def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
+    """The stage."""
+    detector = faces.detector
+    networks = {name: replace(n, module=with_fp32_edges(n.module)) for name, n in detector.networks.items()}
+    weight = next(iter(detector.networks.values())).module
+    return FaceDetectorStage(
+        name="face_detector",
+        model=detector.name,
+        description="Find faces in images: the networks of the detector, whose outputs are decoded outside of them.",
+        license=detector.license,
+        networks=tuple(_network(name, network, shapes) for name, network in networks.items()),
+        tolerance=tolerance("face_detector", weights_dtype(weight)),
+        detector=detector,
+    )
+
+
+def _network(name: str, network: DetectorNetwork, shapes: ShapeRange) -> Network:
+    size: tuple[int | Dimension, int | Dimension]
+    if network.side is not None:
+        size = (network.side, network.side)
+    else:
+        size = (_side(shapes, "face_height", network.multiple), _side(shapes, "face_width", network.multiple))
+    images = TensorSpec("images", (shapes.dimension("faces"), 3, *size))
+    return Network(name, network.module, (images,), network.outputs)
+
+
+def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:
+    """An open side of images; where sides must divide by something, one of so many blocks."""
+    pixels = shapes.dimension(name)
+    if multiple > 1:
+        low, typical, high = (-(-extent // multiple) for extent in (pixels.min, pixels.opt, pixels.max))
+        return Dimension(name, low, typical, high, multiple, multiple)
+    # With an odd typical extent: from an even one AOTInductor infers that all are, and pools odd ones wrongly.
+    return replace(pixels, opt=min((pixels.opt - 1) | 1, pixels.max))

@@ -1,0 +1,137 @@
+"""The range of shapes that engines serve, and how the command line spells it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import cast
+
+from frostline.errors import ConfigError
+from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
+from frostline.runtime.dynamic_dim import Dimension
+
+Range = tuple[int, int, int]
+
+# What the extents of a tensor on the command line say about which dimension; a number is fixed.
+_LAYOUTS: dict[str, tuple[str | int, ...]] = {
+    "video": ("batch", "frames", 3, "height", "width"),
+    "faces": ("faces", 3, "side", "side"),
+    "frames": ("faces", 3, "face_height", "face_width"),
+}
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """Smallest, typical and largest extents.
+
+    batch: samples. latent_frames: k + 1 for a video of 4k + 1 frames. height, width: pixels, multiples of 16, or of 32
+    for Wan2.2 TI2V. rank: of the LoRA. faces: crops or frames in one call of a face network. face_height, face_width:
+    pixels of the images that the first network of the face detector scans.
+    """
+
+    batch: Range = (1, 2, 32)
+    latent_frames: Range = (1, 3, 32)
+    height: Range = (32, 96, 1024)
+    width: Range = (32, 96, 1024)
+    rank: Range = (2, 8, 256)
+    faces: Range = (1, 18, 2048)
+    face_height: Range = (12, 64, 4096)
+    face_width: Range = (12, 64, 4096)
+
+    def __post_init__(self) -> None:
+        for dimension in fields(self):
+            low, typical, high = getattr(self, dimension.name)
+            if not 1 <= low <= typical <= high:
+                raise ConfigError(
+                    f"shapes: {dimension.name} must satisfy 1 <= min <= opt <= max, not {low}, {typical}, {high}"
+                )
+        for name in ("height", "width"):
+            for extent in getattr(self, name):
+                if extent % SPATIAL_MULTIPLE:
+                    raise ConfigError(f"shapes: {name} {extent} is not a multiple of {SPATIAL_MULTIPLE}")
+
+    def dimension(self, name: str) -> Dimension:
+        """The open dimension `name` of this class."""
+        low, typical, high = getattr(self, name)
+        return Dimension(name, low, typical, high)
+
+    def pixels(self, name: str, per_block: int, multiple: int) -> Dimension:
+        """`height` or `width` of a tensor that has `per_block` entries for every `multiple` pixels.
+
+        Raises:
+            ConfigError: an extent is no multiple of what the model takes.
+        """
+        extents: Range = getattr(self, name)
+        for extent in extents:
+            if extent % multiple:
+                raise ConfigError(f"shapes: {name} {extent} is not a multiple of {multiple}, as this model wants")
+        low, typical, high = (extent // multiple for extent in extents)
+        return Dimension(name, low, typical, high, per_block, multiple)
+
+
+def parse_shapes(min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "") -> ShapeRange:
+    """A range from trtexec's spelling, `name:1x5x3x64x64,…`; what is not named keeps its default.
+
+    Names are `video` (batch, frames, 3, height, width), `faces` (count, 3, side, side) and `frames` (count, 3, height,
+    width) of the face stages. Defaults give way where a given shape would not fit them.
+
+    Raises:
+        ConfigError: says which part is ill-formed and how it should look.
+    """
+    low = _extents("--min-shapes", min_shapes)
+    typical = _extents("--opt-shapes", opt_shapes)
+    high = _extents("--max-shapes", max_shapes)
+    ranges = {}
+    for dimension in fields(ShapeRange):
+        name, default = dimension.name, cast(Range, dimension.default)
+        smallest, largest = low.get(name, default[0]), high.get(name, default[2])
+        usual = typical.get(name, min(max(default[1], smallest), high.get(name, max(default[2], smallest))))
+        ranges[name] = (
+            low.get(name, min(smallest, usual)),
+            usual,
+            high.get(name, max(largest, usual)),
+        )
+    return ShapeRange(**ranges)
+
+
+def asked_maximum(max_shapes: str) -> frozenset[str]:
+    """The dimensions of `ShapeRange` whose largest extent `--max-shapes` names.
+
+    Raises:
+        ConfigError: as `parse_shapes`.
+    """
+    return frozenset(_extents("--max-shapes", max_shapes))
+
+
+def _extents(flag: str, text: str) -> dict[str, int]:
+    """The extents of dimensions of `ShapeRange` that one flag names."""
+    extents: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, shape = part.partition(":")
+        layout = _LAYOUTS.get(name.strip())
+        if layout is None:
+            raise ConfigError(f"{flag}: unknown tensor {name!r}, known are {', '.join(_LAYOUTS)}")
+        if not re.fullmatch(r"\d+(x\d+)*", shape.strip()):
+            raise ConfigError(f"{flag}: {part!r} is not of the form {name}:{_example(layout)}")
+        numbers = [int(number) for number in shape.split("x")]
+        if len(numbers) != len(layout):
+            raise ConfigError(f"{flag}: {name} has {len(layout)} dimensions, {_example(layout)}, not {shape}")
+        for meaning, number in zip(layout, numbers, strict=True):
+            _take(extents, meaning, number, f"{flag}: {part}")
+    return extents
+
+
+def _take(extents: dict[str, int], meaning: str | int, number: int, where: str) -> None:
+    if isinstance(meaning, int):
+        if number != meaning:
+            raise ConfigError(f"{where}: {number} must be {meaning}")
+    elif meaning == "frames":
+        if number % TEMPORAL_STRIDE != 1:
+            raise ConfigError(f"{where}: a video has 4k + 1 frames, not {number}")
+        extents["latent_frames"] = (number - 1) // TEMPORAL_STRIDE + 1
+    elif meaning != "side":
+        extents[meaning] = number
+
+
+def _example(layout: tuple[str | int, ...]) -> str:
+    return "x".join(str(part) for part in layout)

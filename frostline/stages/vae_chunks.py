@@ -1,0 +1,45 @@
+"""What `vae_encoder` and `vae_decoder` share: two networks, the caches going from one call to the next as tensors."""
+
+from __future__ import annotations
+
+from frostline.models.wan.vae_chunks import VaeDecoderFirst, VaeEncoderFirst
+from frostline.runtime.stage import Network, TensorSpec
+
+from .inputs import StageInputs
+
+
+def chunk_networks(
+    inputs: StageInputs,
+    modules: tuple[VaeEncoderFirst | VaeDecoderFirst, VaeEncoderFirst | VaeDecoderFirst],
+    chunks: tuple[TensorSpec, TensorSpec],
+    gives: str,
+    chunk_entries: int,
+) -> tuple[Network, Network]:
+    """The networks `first` and `next`.
+
+    Args:
+        modules: for the first chunk and for the next.
+        chunks: what each takes, without the caches.
+        gives: the name of the output that is no cache.
+        chunk_entries: how many entries a chunk has for every `spatial_multiple` pixels of height.
+    """
+    caches = tuple(
+        TensorSpec(
+            f"cache_{index:02d}",
+            (
+                inputs.shapes.dimension("batch"),
+                channels,
+                frames,
+                inputs.pixels("height", round(per_entry * chunk_entries)),
+                inputs.pixels("width", round(per_entry * chunk_entries)),
+            ),
+            inputs.dtype,
+        )
+        for index, (channels, frames, per_entry) in enumerate(modules[0].cache_shapes)
+    )
+    # In a graph, an input and an output cannot share a name.
+    outputs = (gives, *(f"next_{cache.name}" for cache in caches))
+    return (
+        Network("first", modules[0], (chunks[0],), outputs),
+        Network("next", modules[1], (chunks[1], *caches), outputs),
+    )

@@ -1,0 +1,297 @@
+"""Training data: rows of a metadata file, or a folder of captioned videos, as samples for the module."""
+
+import functools
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from frostline.allocation import is_out_of_memory
+from frostline.errors import DataError
+from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, check_cut
+from frostline.train.data.rows import Row, read_rows, resolve_source
+from frostline.train.step.batch import pad_frames, resize
+from frostline.video import count_frames, equal_frames, probe_video
+
+logger = logging.getLogger(__name__)
+
+_FRAMES_AT_ONCE = 8
+_PIXELS_AT_ONCE = 2**24
+"""Resized together: enough to be quick, few enough that no clip is ever whole in float32 at its own size."""
+
+
+class Sample(TypedDict):
+    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], T = 4k+1, H and W multiples of what the model takes.
+
+    valid_frames: so many are the video's own, all if not given; what follows repeats the last of them.
+    notes: what there is to tell of it, where it was read by a worker process; otherwise it was logged.
+    """
+
+    sample_id: str
+    prompt: str
+    video: torch.Tensor
+    valid_frames: NotRequired[int]
+    notes: NotRequired[tuple[str, ...]]
+
+
+class CollatedBatch(TypedDict):
+    """A batch as `module.forward` takes it; `video` is float32 `(B, T, 3, H, W)` in [0, 1]. notes: of all samples."""
+
+    sample_id: list[str]
+    prompt: list[str]
+    video: torch.Tensor
+    valid_frames: list[int]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be trained on.
+
+    `row` is the line in a csv or jsonl file (a csv header is line 1), the item's place from 1 in a json list,
+    or the video's place from 1 in a folder. `field` is `video`, `prompt`, or `row` for the row as a whole.
+    """
+
+    file: Path
+    row: int
+    sample_id: str
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row} (sample {self.sample_id}), field '{self.field}': {self.reason}"
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What a look at all rows found. bad: those that cannot be trained on. short: samples that have to be padded."""
+
+    bad: list[BadRow]
+    short: list[str]
+
+
+class VideoPromptDataset(Dataset[Sample]):
+    """Videos with prompts, cut and resized to what Wan takes.
+
+    source: a `metadata.csv`, `.jsonl` or `.json` file with the columns `video` and `prompt` (UTF-8, BOM
+    allowed, paths relative to the file), a folder that holds one, or a folder of videos with .txt captions of
+    the same name.
+    num_frames: frames of every sample, 4k+1, taken from the video's start, `frame_stride` apart; where it has
+    fewer, the last is repeated.
+    height, width: the size of every sample; left out, each video keeps its own, shrunk to at most `max_pixels` and
+    rounded down to multiples of `multiple`. Videos are resized to cover the size and cropped at the centre.
+    allow_outside: let the metadata name videos, and captions be links to files, outside of the source's folder; only
+    for data you trust.
+    multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
+
+    A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        num_frames: int = 17,
+        height: int | None = None,
+        width: int | None = None,
+        max_pixels: int = 480 * 832,
+        frame_stride: int = 1,
+        allow_outside: bool = False,
+        multiple: int = SPATIAL_MULTIPLE,
+    ) -> None:
+        check_cut(num_frames, height, width, max_pixels, frame_stride, multiple)
+        self.num_frames = num_frames
+        self.size = (height, width) if height is not None and width is not None else None
+        self.max_pixels = max_pixels
+        self.frame_stride = frame_stride
+        self.multiple = multiple
+        self.source = resolve_source(Path(source))
+        self._rows = read_rows(self.source, allow_outside)
+        if not self._rows:
+            raise DataError(f"{self.source}: holds no rows")
+        faults = [self._bad_row(row, *row.fault) for row in self._rows if row.fault is not None]
+        if len(faults) == len(self._rows):
+            raise DataError(f"{faults[0]} (none of the {len(faults)} rows is usable)")
+        self._states = {row.video: _state_of(row.video) for row in self._rows if row.fault is None}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self._rows[index]
+        if row.fault is not None:
+            raise DataError(str(self._bad_row(row, *row.fault)))
+        notes: list[str] = []
+        if _state_of(row.video) != self._states[row.video]:
+            notes.append(f"{row.video}: replaced or changed since the run began; what it shows now is used")
+        try:
+            video = self._read(row.video, notes)
+        except DataError as error:
+            raise DataError(str(self._bad_row(row, "video", str(error)))) from error
+        valid_frames = len(video)
+        if valid_frames < self.num_frames:
+            padded = f"{valid_frames} frames, padded to {self.num_frames} by repeating the last"
+            notes.append(f"sample {row.sample_id}: {padded}")
+            video = pad_frames(video, self.num_frames, dim=0)
+        if get_worker_info() is None:
+            tell_once(notes)
+            notes = []
+        return {
+            "sample_id": row.sample_id,
+            "prompt": row.prompt,
+            "video": video,
+            "valid_frames": valid_frames,
+            "notes": tuple(notes),
+        }
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """The samples' names, in order: the video as the metadata writes it, with `#row` where that repeats."""
+        return tuple(row.sample_id for row in self._rows)
+
+    def validate(self, deep: bool = False) -> list[BadRow]:
+        """Return all rows that cannot be trained on.
+
+        Opens every video and decodes its first frame, or, with `deep`, every frame that training would use.
+        """
+        return self.check(deep).bad
+
+    def check(self, deep: bool = False) -> DataCheck:
+        """Look at all rows as `validate` does, and count the frames of each video."""
+        bad, short = [], []
+        for row in self._rows:
+            try:
+                if self._available_frames(row, deep) < self.num_frames:
+                    short.append(row.sample_id)
+            except DataError as error:
+                bad.append(self._bad_row(row, *(row.fault or ("video", str(error)))))
+        return DataCheck(bad, short)
+
+    def describe_padding(self, short: Sequence[str]) -> str:
+        """Say what becomes of these samples, which `check` found short."""
+        clips = f"{len(short)} of {len(self)} clips have fewer than {self.num_frames} frames"
+        return f"{clips}: their last frame is repeated, and no reward refers to the copies"
+
+    def _available_frames(self, row: Row, deep: bool) -> int:
+        """Of a video, how many frames there are for a sample.
+
+        Raises:
+            DataError: the row has a fault, or its video cannot be read.
+        """
+        if row.fault is not None:
+            raise DataError(row.fault[1])
+        if deep:
+            return sum(1 for _ in equal_frames(row.video, self.num_frames, self.frame_stride))
+        probe_video(row.video)
+        return math.ceil(count_frames(row.video, self.num_frames * self.frame_stride) / self.frame_stride)
+
+    def _read(self, path: Path, notes: list[str]) -> torch.Tensor:
+        """A video's frames as a sample has them, float32 `(T, 3, H, W)`; resized as they arrive.
+
+        Raises:
+            DataError: it cannot be read, or does not fit into memory.
+        """
+        pieces: list[torch.Tensor] = []
+        waiting: list[np.ndarray] = []
+        warn = functools.partial(_add_note, notes, path)
+        try:
+            for _, picture in equal_frames(path, self.num_frames, self.frame_stride, warn):
+                waiting.append(picture)
+                if len(waiting) == _frames_at_once(*picture.shape[:2]):
+                    pieces.append(self._cut(waiting))
+                    waiting = []
+            if waiting:
+                pieces.append(self._cut(waiting))
+            return torch.cat(pieces)
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's
+            if is_out_of_memory(error):
+                raise DataError(f"{path}: its frames do not fit into memory") from error
+            raise
+
+    def _cut(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        height, width = pictures[0].shape[:2]
+        frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        return crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.multiple))
+
+    def _bad_row(self, row: Row, field: str, reason: str) -> BadRow:
+        return BadRow(self.source, row.number, row.sample_id, field, reason)
+
+
+def collate(samples: Sequence[Sample]) -> CollatedBatch:
+    """Stack samples of one shape into the batch that `module.forward` takes."""
+    first = samples[0]
+    for sample in samples:
+        shape, first_shape = tuple(sample["video"].shape), tuple(first["video"].shape)
+        if shape != first_shape:
+            raise DataError(
+                f"sample {sample['sample_id']}, field 'video': shape {shape} differs from {first_shape} of sample "
+                f"{first['sample_id']}; set height and width, or use a batch size of 1"
+            )
+    return {
+        "sample_id": [sample["sample_id"] for sample in samples],
+        "prompt": [sample["prompt"] for sample in samples],
+        "video": torch.stack([sample["video"] for sample in samples]),
+        "valid_frames": [sample.get("valid_frames", len(sample["video"])) for sample in samples],
+        "notes": [note for sample in samples for note in sample.get("notes", ())],
+    }
+
+
+def tell_once(notes: Iterable[str]) -> None:
+    """Log each of these, once a process."""
+    for note in notes:
+        _log_once(note)
+
+
+def size_within(height: int, width: int, max_pixels: int, multiple: int = SPATIAL_MULTIPLE) -> tuple[int, int]:
+    """(height, width) shrunk to at most `max_pixels`, in multiples rounded down, at least one of them each."""
+    scale = min(1.0, math.sqrt(max_pixels / (height * width)))
+    # The small term keeps a size that is already a multiple from falling to the next through rounding.
+    fitted = [max(1, math.floor(side * scale / multiple + 1e-9)) for side in (height, width)]
+    return fitted[0] * multiple, fitted[1] * multiple
+
+
+def crop_to(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 `(T, 3, H, W)` as float32 in [0, 1], cut to `size` (height, width)."""
+    height, width = size
+    scale = max(height / frames.shape[-2], width / frames.shape[-1])
+    covering = max(height, round(frames.shape[-2] * scale)), max(width, round(frames.shape[-1] * scale))
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    pieces: list[torch.Tensor] = []
+    for piece in frames.split(_frames_at_once(*frames.shape[-2:])):
+        # Channel by channel: of one large picture, that is all that can be done by halves.
+        channels = []
+        for channel in piece.split(1, dim=1):
+            pixels = channel.float().div_(255)
+            if covering != tuple(pixels.shape[-2:]):
+                pixels = resize(pixels, covering)
+            channels.append(pixels[..., top : top + height, left : left + width])
+        pieces.append(torch.cat(channels, dim=1))
+    return torch.cat(pieces)
+
+
+def _frames_at_once(height: int, width: int) -> int:
+    return max(1, min(_FRAMES_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """By what a file is known again: its size and when it was changed last; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _add_note(notes: list[str], path: Path, note: str) -> None:
+    notes.append(f"{path}: {note}")
+
+
+@functools.cache
+def _log_once(note: str) -> None:
+    logger.warning("%s", note)

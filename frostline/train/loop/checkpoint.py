@@ -1,0 +1,210 @@
+"""Checkpoints: folders `checkpoint-N` that are whole or not there, with the SHA-256 of every file in them.
+
+    checkpoint-50/
+      adapter_config.json, adapter_model.safetensors   the adapter, as PEFT writes it
+      optimizer.safetensors                            AdamW's moments, by parameter
+      random-0.safetensors …                           the generators of each process
+      state.json                                       step, data position, schedule, versions
+      config.yaml                                      the settings of the run
+      manifest.json                                    size and SHA-256 of all the files above
+
+Nothing in them is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from frostline.atomic_io import file_sha256, sync
+from frostline.documents import parse_json
+from frostline.errors import CheckpointError, DataError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{8}\.partial")
+# A whole checkpoint, while another one of its step takes its place.
+_REPLACED = re.compile(r"\.(checkpoint-(\d+))\.[0-9a-f]{8}\.replaced")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. step: how many optimizer steps it has behind it."""
+
+    path: Path
+    step: int
+
+    def verify(self) -> None:
+        """Hold every file against the manifest.
+
+        Raises:
+            CheckpointError: one is missing, changed, or not listed.
+        """
+        manifest = self.path / MANIFEST
+        try:
+            content = parse_json(manifest.read_bytes())
+            expected = {
+                str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()
+            }
+            made_as = content["format"]
+            present = {path.name for path in self.path.iterdir()} - {MANIFEST}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.path} is damaged: its {MANIFEST} cannot be read") from error
+        if made_as != _FORMAT:
+            raise CheckpointError(f"{self.path} is of format {made_as!r}; this version reads format {_FORMAT}")
+        if odd := sorted(present ^ expected.keys()):
+            raise CheckpointError(
+                f"{self.path} is damaged: {odd[0]} is {'not listed' if odd[0] in present else 'missing'}"
+            )
+        for name, (size, sha256) in expected.items():
+            path = self.path / name
+            try:
+                intact = path.stat().st_size == size and file_sha256(path) == sha256
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            if not intact:
+                raise CheckpointError(f"{self.path} is damaged: the SHA-256 of {name} does not hold")
+
+
+def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
+    """Make `run/checkpoint-<step>`: `write` fills a hidden folder, which is then sealed and renamed.
+
+    A checkpoint of the same step gives way, and is found until the new one is. Whatever goes wrong, a kill included,
+    earlier checkpoints stay as they are.
+
+    Raises:
+        CheckpointError: it cannot be written (disk full, no permission …).
+    """
+    final = run / f"checkpoint-{step}"
+    partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        _seal(partial)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync(run)
+    except (OSError, SafetensorError, DataError) as error:
+        with suppress(OSError):
+            _settle_replaced(run)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        kept = latest(run)
+        rest = f"the last whole one is {kept.path}" if kept else "there is none before it"
+        raise CheckpointError(f"{final} cannot be written: {reason}; {rest}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return Checkpoint(final, step)
+
+
+def find_checkpoints(run: Path) -> list[Checkpoint]:
+    """The checkpoints of a run by step, not yet verified; one that was being replaced where no other took its place."""
+    if not run.is_dir():
+        return []
+    found: dict[str, Checkpoint] = {}
+    for path in run.iterdir():
+        if path.is_dir() and (match := _NAME.fullmatch(path.name)):
+            found[path.name] = Checkpoint(path, int(match[1]))
+        elif path.is_dir() and (match := _REPLACED.fullmatch(path.name)):
+            found.setdefault(match[1], Checkpoint(path, int(match[2])))
+    return sorted(found.values(), key=lambda checkpoint: checkpoint.step)
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint, not yet verified."""
+    return next(reversed(find_checkpoints(run)), None)
+
+
+def latest_intact(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; those that do not are set aside as `damaged-checkpoint-N`, and named.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    found = find_checkpoints(run)
+    reason = ""
+    for checkpoint in reversed(found):
+        try:
+            checkpoint.verify()
+        except CheckpointError as error:
+            reason = str(error)
+            log.warning("%s; going back to the one before", reason)
+            continue
+        return checkpoint
+    if found:
+        raise CheckpointError(f"none of the {len(found)} checkpoints in {run} is intact: {reason}")
+    return None
+
+
+def set_aside_after(run: Path, step: int) -> None:
+    """Rename checkpoints past `step`, which a run that goes on from there would mistake for its own."""
+    for checkpoint in find_checkpoints(run):
+        if checkpoint.step > step:
+            aside = run / f"set-aside-checkpoint-{checkpoint.step}-{uuid.uuid4().hex[:8]}"
+            checkpoint.path.rename(aside)
+            log.warning("%s is past step %d: kept as %s", checkpoint.path, step, aside.name)
+
+
+def rotate(run: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints but `limit`, and what interrupted writers left."""
+    _settle_replaced(run)
+    for path in run.iterdir():
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    found = find_checkpoints(run)
+    discard(found[: max(0, len(found) - limit)] if limit is not None else [])
+
+
+def discard(checkpoints: Sequence[Checkpoint]) -> None:
+    """Delete checkpoints; from the first file that is gone on none of them is found any more."""
+    doomed = []
+    for checkpoint in checkpoints:
+        doomed.append(_hidden(checkpoint.path.with_name(f"checkpoint-{checkpoint.step}"), "partial"))
+        checkpoint.path.rename(doomed[-1])
+    for path in doomed:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The content of `state.json`, of a checkpoint that verified.
+
+    Raises:
+        OSError, DocumentError: it cannot be read.
+    """
+    return parse_json((checkpoint.path / "state.json").read_bytes())
+
+
+def _hidden(path: Path, why: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{why}")
+
+
+def _settle_replaced(run: Path) -> None:
+    """Give checkpoints that were being replaced their name back, or delete them where another one has it."""
+    for path in run.iterdir():
+        match = _REPLACED.fullmatch(path.name)
+        if match and (run / match[1]).exists():
+            shutil.rmtree(path, ignore_errors=True)
+        elif match:
+            path.rename(run / match[1])
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(folder.iterdir())
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": entries}, indent=2) + "\n")
+    for path in (*files, folder / MANIFEST, folder):
+        sync(path)

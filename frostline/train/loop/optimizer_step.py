@@ -1,0 +1,164 @@
+"""One optimizer step of a run: forwards, backwards, a look at whether they are finite, the update, and its metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from frostline.runtime.stage_timer import StageTime
+from frostline.train.data.dataset import CollatedBatch
+from frostline.train.loop.state import random_tensors
+from frostline.train.processes import any_process, average_gradients, gather_from_processes
+from frostline.train.settings import TrainerSettings
+from frostline.train.step.module import StepMetrics, WanTrainingModule
+
+
+@dataclass
+class Training:
+    """A run between two steps.
+
+    model: `module` as accelerate wrapped it. parameters: the LoRA matrices by name.
+    replicated: whether gradients have to be averaged by hand, because the wrapper leaves the LoRA alone.
+    step: optimizer steps done. samples: dealt so far, to all processes together. skipped: steps without an update,
+    in all and in a row. random: the states of the generators at the end of `step`. intact: False while the optimizer
+    is at work.
+    """
+
+    accelerator: Accelerator
+    module: WanTrainingModule
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    parameters: dict[str, nn.Parameter]
+    settings: TrainerSettings
+    replicated: bool = False
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    random: dict[str, Tensor] = field(default_factory=random_tensors)
+    intact: bool = True
+
+    @property
+    def samples_per_step(self) -> int:
+        """By all processes together."""
+        settings = self.settings
+        per_process = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        return per_process * self.accelerator.num_processes
+
+
+def optimizer_step(training: Training, batches: Iterator[CollatedBatch]) -> dict[str, Any]:
+    """Train on the next batches, and move on by one step; returns the line for `metrics.jsonl`.
+
+    Where a loss or the gradient is NaN or infinite, on any process, the weights stay as they are.
+    """
+    accelerator, clock = training.accelerator, training.module.runtime.clock
+    parameters = list(training.parameters.values())
+    learning_rate = training.scheduler.get_last_lr()[0]
+    begin = time.perf_counter()
+    measured = []
+    finite = True
+    grad_norm = torch.tensor(float("nan"))
+    for _ in range(training.settings.gradient_accumulation_steps):
+        batch = next(batches)
+        with accelerator.accumulate(training.model):
+            loss, _, kl_loss = training.model(batch)
+            finite &= not any_process(not bool(loss.isfinite()), loss.device)
+            if finite:
+                with clock.measure("backward", "torch"):
+                    accelerator.backward(loss)
+            metrics = training.module.last_metrics
+            assert metrics is not None
+            measured.append(_Forward(loss.item(), kl_loss.item(), metrics, clock.read()))
+            if accelerator.sync_gradients:
+                if finite:
+                    grad_norm = _clip(training, parameters)
+                    finite = bool(grad_norm.isfinite())
+                if finite:
+                    training.intact = False
+                    training.optimizer.step()
+                    training.scheduler.step()
+                    training.intact = True
+                training.optimizer.zero_grad()
+    training.step += 1
+    training.samples += training.samples_per_step
+    training.skipped += not finite
+    training.skipped_in_row = 0 if finite else training.skipped_in_row + 1
+    training.random = random_tensors()
+    return {
+        "step": training.step,
+        **_means(gather_from_processes(measured)),
+        "grad_norm": grad_norm.item(),
+        "learning_rate": learning_rate,
+        "skipped": not finite,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What one forward and backward gave."""
+
+    loss: float
+    kl_loss: float
+    metrics: StepMetrics
+    backward: dict[str, StageTime]
+
+
+def _clip(training: Training, parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of the gradient before it was clipped."""
+    if training.replicated:
+        average_gradients(parameters)
+        return torch.nn.utils.clip_grad_norm_(parameters, training.settings.max_grad_norm)
+    norm = training.accelerator.clip_grad_norm_(parameters, training.settings.max_grad_norm)
+    assert norm is not None
+    return torch.as_tensor(norm)
+
+
+def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
+    """One line of metrics from the forwards of a step, in the order in which the samples were dealt."""
+    forwards = [forward for turn in zip(*by_process, strict=True) for forward in turn]
+    per_sample: dict[str, list[float]] = defaultdict(list)
+    for forward in forwards:
+        for name, values in forward.metrics.per_sample.items():
+            per_sample[name] += values
+    # A reward's own score is the mean of the samples that count, in whichever forward and process they were; there is
+    # none where none counts.
+    scores: dict[str, float] = {}
+    for name in forwards[0].metrics.scores:
+        sums, counts = zip(*(forward.metrics.scores[name] for forward in forwards), strict=True)
+        scores[name] = sum(sums) / sum(counts) if sum(counts) else math.nan
+    return {
+        "loss": _mean([forward.loss for forward in forwards]),
+        "score": next(iter(scores.values())),
+        "kl_loss": _mean([forward.kl_loss for forward in forwards]),
+        **{name: _mean(values) for name, values in per_sample.items()},
+        **scores,
+        "sample_id": [name for forward in forwards for name in forward.metrics.sample_id],
+        "kl": [_mean(list(values)) for values in zip(*(forward.metrics.kl for forward in forwards), strict=True)],
+        "stages": _stages(by_process[0]),
+    }
+
+
+def _stages(forwards: list[_Forward]) -> dict[str, dict[str, Any]]:
+    """Milliseconds of the step in each stage, of the first process."""
+    stages: dict[str, dict[str, Any]] = {}
+    for forward in forwards:
+        times: Mapping[str, StageTime] = {**forward.metrics.stages, **forward.backward}
+        for name, time_ in times.items():
+            stage = stages.setdefault(name, {"backend": time_.backend, "ms": 0.0})
+            stage["ms"] += time_.milliseconds
+    return stages
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

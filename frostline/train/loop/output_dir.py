@@ -1,0 +1,204 @@
+"""The folder that a run is to write to: whether it may, what is another run's, and what of that may be deleted."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from frostline.documents import parse_json
+from frostline.errors import CheckpointError, ConfigError, DocumentError
+from frostline.train.loop.checkpoint import Checkpoint, discard, find_checkpoints
+from frostline.train.loop.run_dir import (
+    ADAPTER,
+    BEGAN_FROM,
+    CLIPS,
+    CONFIG,
+    METRICS,
+    PROGRAM,
+    REPORT,
+    RUN_FACTS,
+    SHEET,
+    TIMING,
+    TRACKERS,
+    VALIDATION,
+)
+
+_FILES = (METRICS, VALIDATION, CONFIG, REPORT, SHEET, TIMING)
+_OWN_ADAPTER = r"adapter_config\.json|adapter_model\.safetensors"
+# What a run writes, by its place in the folder; nothing else is ever deleted.
+_OWN = re.compile(
+    "|".join(
+        (
+            *map(re.escape, _FILES),
+            rf"{ADAPTER}/(?:{_OWN_ADAPTER})",
+            rf"{CLIPS}/(?:truth|step-\d{{6,}})/(?:(?:lossless/)?\d+\.mp4|{re.escape(SHEET)})",
+            rf"{CLIPS}/step-\d{{6,}}\.csv",
+            rf"{TRACKERS}/.*",
+            rf"checkpoint-\d+/(?:{_OWN_ADAPTER}|optimizer\.safetensors|random-\d+\.safetensors|state\.json"
+            rf"|{re.escape(CONFIG)}|manifest\.json)",
+            r"\.checkpoint-\d+\.[0-9a-f]{8}\.(?:partial|replaced)/.*",
+        )
+    ),
+    re.DOTALL,
+)
+# The folders that it makes.
+_PLACE = re.compile(
+    rf"{ADAPTER}|{CLIPS}(?:/(?:truth|step-\d{{6,}})(?:/lossless)?)?|{TRACKERS}(?:/.*)?"
+    r"|checkpoint-\d+|\.checkpoint-\d+\.[0-9a-f]{8}\.(?:partial|replaced)",
+    re.DOTALL,
+)
+# As `written_whole` calls a file until it is whole.
+_PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)
+
+
+def check_writable(folder: Path) -> None:
+    """Look whether a run could write to the folder, which need not be there; leaves no trace.
+
+    Raises:
+        CheckpointError: it could not.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        # A file without a name.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written to: {error.strerror}") from error
+
+
+def begins_in(folder: Path, resume: Checkpoint | None) -> bool:
+    """Whether the folder is new to a run, which may go on from a checkpoint elsewhere."""
+    return resume is None or resume.path.parent.resolve() != folder.resolve()
+
+
+def origin(resume: Checkpoint | None) -> str | None:
+    """As `run.json` has it: where the checkpoint is that a run begins from."""
+    return None if resume is None else str(resume.path.resolve())
+
+
+def began_from(folder: Path) -> str | None:
+    """The origin of the run that is in the folder."""
+    return (_facts(folder) or {}).get(BEGAN_FROM)
+
+
+def check_start(folder: Path, resume: Checkpoint | None = None, overwrite: bool = False, restart: bool = False) -> None:
+    """Make sure that a run may begin in the folder, and mixes with no earlier one; touches nothing.
+
+    Args:
+        resume: a checkpoint of another folder that the run begins from.
+        overwrite: a run that is there may be deleted.
+        restart: it may where it began as this one does, and has no checkpoint that one could go on from.
+    Raises:
+        ConfigError: the folder has a run that must stay, or files that no run wrote where this one would write.
+    """
+    try:
+        checkpoints = find_checkpoints(folder)
+        names = (*_FILES, RUN_FACTS, ADAPTER, CLIPS, TRACKERS)
+        found = [checkpoint.path for checkpoint in checkpoints]
+        found += [folder / name for name in names if _has_content(folder / name)]
+        strange = _strange_files(folder, checkpoints)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
+    if not found:
+        return
+    facts = _facts(folder)
+    if facts is None:
+        raise ConfigError(
+            f"{folder} has {found[0].name} already, and not from a run of frostline (which would have left a "
+            f"{RUN_FACTS}): choose another output_dir"
+        )
+    same = facts.get(BEGAN_FROM) == origin(resume)
+    if restart and not checkpoints and not same and not overwrite:
+        began = f"from {facts[BEGAN_FROM]}" if facts.get(BEGAN_FROM) else "at step 0"
+        raise ConfigError(
+            f"{folder} holds a run that began {began}, and has no checkpoint yet: begin it again from there, choose "
+            "another output_dir, or set overwrite_output_dir"
+        )
+    if not overwrite and not (restart and not checkpoints):
+        raise ConfigError(
+            f"{folder} holds a run already ({found[0].name}): go on with it (--resume latest), "
+            "choose another output_dir, or set overwrite_output_dir"
+        )
+    if strange:
+        raise ConfigError(f"{strange[0]} is nothing that a run writes: move it, or choose another output_dir")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run of frostline has begun in the folder: `run.json` is the first that it writes."""
+    return _facts(folder) is not None
+
+
+def clear_run(folder: Path) -> None:
+    """Delete what a run wrote, and nothing else; `run.json` last, so that what is left of it is a run until the end.
+
+    Raises:
+        CheckpointError: a file cannot be deleted.
+    """
+    try:
+        # At once: what is left must not pass for a run that one could go on with.
+        discard(find_checkpoints(folder))
+        for path in [*_own_files(folder)]:
+            path.unlink()
+        for place in [*_own_places(folder)]:
+            if not any(place.iterdir()):
+                place.rmdir()
+        (folder / RUN_FACTS).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be deleted: {error.strerror}") from error
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete the files that a run was killed at before they were whole.
+
+    Raises:
+        CheckpointError: a file cannot be deleted.
+    """
+    try:
+        for path in [path for path in folder.iterdir() if _PART.fullmatch(path.name) and _is_own(Path(path.name))]:
+            path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be deleted: {error.strerror}") from error
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` says, if it is of a run of frostline."""
+    try:
+        facts = parse_json((folder / RUN_FACTS).read_bytes())
+    except (OSError, DocumentError):
+        return None
+    return facts if isinstance(facts, dict) and PROGRAM in facts else None
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    """What a run wrote but `run.json`, finished or not."""
+    for place in (folder, *_own_places(folder)):
+        yield from (path for path in place.iterdir() if _is_own(path.relative_to(folder)) and not path.is_dir())
+
+
+def _own_places(folder: Path) -> Iterator[Path]:
+    """The folders that a run made, the inner ones first; links are not followed."""
+    for top in folder.iterdir():
+        if _PLACE.fullmatch(top.name) and not top.is_symlink():
+            places = (Path(place) for place, _, _ in os.walk(top, topdown=False))
+            yield from (place for place in places if _PLACE.fullmatch(place.relative_to(folder).as_posix()))
+
+
+def _is_own(path: Path) -> bool:
+    part = _PART.fullmatch(path.name)
+    final = path.with_name(part[1]).as_posix() if part else path.as_posix()
+    return _OWN.fullmatch(final) is not None or (part is not None and final == RUN_FACTS)
+
+
+def _strange_files(folder: Path, checkpoints: Sequence[Checkpoint]) -> list[Path]:
+    """What is in checkpoints, and would go with them, but was not written by a run."""
+    inside = [path for checkpoint in checkpoints for path in (checkpoint.path, *checkpoint.path.rglob("*"))]
+    return [path for path in inside if path.is_symlink() or not (path.is_dir() or _is_own(path.relative_to(folder)))]
+
+
+def _has_content(path: Path) -> bool:
+    """Whether there is a file, or a folder that is not empty."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()

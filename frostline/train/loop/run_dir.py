@@ -1,0 +1,114 @@
+"""The folder of a training run: one run at a time, lines of JSON that end where a checkpoint does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from frostline.atomic_io import written_whole
+from frostline.documents import parse_json
+from frostline.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+METRICS, VALIDATION, RUN_FACTS, CONFIG = "metrics.jsonl", "validation.jsonl", "run.json", "config.yaml"
+REPORT, SHEET, TIMING = "report.html", "contact_sheet.png", "timing.json"
+ADAPTER, CLIPS, TRACKERS = "adapter", "validation", "trackers"
+# By these names `run.json` says whose it is, and from which checkpoint of another folder the run began.
+PROGRAM, BEGAN_FROM = "frostline", "began_from"
+_LOCK = ".lock"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within the block no other run may write to the folder, which is made if need be.
+
+    Raises:
+        CheckpointError: another run is in it, or it cannot be written to.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{folder}: another run is writing there; wait for it, or choose another output_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{folder}: cannot be written to: {reason}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class JsonLines:
+    """A file of one JSON object a line; what is not finite becomes null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write one line, whole.
+
+        Raises:
+            CheckpointError: the disk does not take it.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line)) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Make sure that the disk has all lines."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def keep_until(self, step: int, source: Path | None = None) -> None:
+        """Keep the lines (or those of `source`) up to a step: the rest was not saved, and will come again."""
+        lines = read_lines(source or self.path)
+        kept = [line for line in lines if isinstance(number := line.get("step", 0), int) and number <= step]
+        if not kept and not self.path.exists():
+            return
+        with written_whole(self.path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a killed writer may have left a piece of one at the end."""
+    if not path.is_file():
+        return []
+    lines = []
+    # Not `splitlines`: a sample's name may hold one of the many other characters that it takes for the end of a line.
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = parse_json(text)
+            except ValueError:
+                log.debug("%s: a broken line is left out", path)
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: _finite(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value

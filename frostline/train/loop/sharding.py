@@ -1,0 +1,67 @@
+"""FSDP2: the frozen weights of the denoisers spread over the processes, the LoRA whole on every one of them.
+
+The LoRA is small, and engines are bound to its memory: sharded, it would have to be gathered before each use. So every
+process keeps all of it, and gradients are averaged by hand (`Training.replicated`). What is sharded carries no
+gradient: it is gathered layer by layer and never scattered.
+"""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from frostline.errors import ConfigError
+from frostline.train.step.module import WanTrainingModule
+
+
+def shard_frozen_weights(module: WanTrainingModule, accelerator: Accelerator) -> bool:
+    """Shard what accelerate is set up to shard; returns whether it is. To be called before `accelerator.prepare`.
+
+    Raises:
+        ConfigError: accelerate is set up for what is not supported: FSDP1 or DeepSpeed.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # It also keeps its own, divided copy of the optimizer, which a checkpoint could not hold bit for bit.
+        raise ConfigError(
+            "DeepSpeed is not supported: it updates the weights within backward, before a gradient that is not finite "
+            "can be skipped; use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return False
+    if not accelerator.is_fsdp2:
+        raise ConfigError("FSDP1 is not supported; use FSDP2 (accelerate launch --fsdp_version 2)")
+    from torch.distributed.fsdp import fully_shard
+
+    if module.denoiser_high_noise is not None:
+        # Its outputs are cached by the hash of its weights, which is taken while they are whole.
+        module.runtime.fingerprint("denoiser_high_noise")
+    for layer in _frozen_layers(module):
+        fully_shard(layer)
+    plugin = accelerator.state.fsdp_plugin
+    assert plugin is not None
+    plugin.cpu_ram_efficient_loading = False
+    plugin.auto_wrap_policy = None
+    # accelerate shards the rest of the module, but for these: that is, nothing more.
+    sharded = {id(parameter) for layer in _frozen_layers(module) for parameter in layer.parameters()}
+    plugin.ignored_modules = [nn.ParameterList(p for p in module.parameters() if id(p) not in sharded)]
+    return True
+
+
+def sample_through_shards(module: WanTrainingModule) -> None:
+    """Let `generate` gather weights as `forward` does; to be called after `accelerator.prepare`."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(module, "generate")
+
+
+def _frozen_layers(module: WanTrainingModule) -> list[nn.Linear]:
+    """The linear layers of the denoisers' blocks: all but a few per cent of a Wan model's weights."""
+    denoisers = [module.denoiser, module.denoiser_high_noise]
+    return [
+        layer
+        for denoiser in denoisers
+        if denoiser is not None
+        for layer in denoiser.model.blocks.modules()
+        if isinstance(layer, nn.Linear) and not any(parameter.requires_grad for parameter in layer.parameters())
+    ]

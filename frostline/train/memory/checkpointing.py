@@ -1,0 +1,111 @@
+"""Gradient checkpointing by memory: the least recomputation with which a step fits the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing, TrainingModuleSettings
+from frostline.models.lora.inject import lora_parameters
+from frostline.models.wan.components import WanComponents
+from frostline.models.wan.denoise_steps import DenoiseSteps
+from frostline.models.wan.video_shape import VideoShape
+from frostline.train.memory.activation_peaks import activation_peaks
+from frostline.train.memory.memory_profile import Footprint, measure_embedder, measure_live_stages
+
+log = logging.getLogger(__name__)
+
+# AdamW keeps two moments of every trained value.
+MOMENTS = 2
+# Of what is free. Counted are tensors: kernels want scratch space, allocators whole pages, engines memory of their own.
+_USABLE = 0.8
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What was chosen.
+
+    kind: of gradient checkpointing. footprints: of the stages with it. needs: bytes of a step by each kind that was
+    measured. fits: whether what it needs is free; True where that is not known.
+    """
+
+    kind: GradientCheckpointing
+    footprints: Mapping[str, Footprint]
+    needs: Mapping[GradientCheckpointing, int]
+    fits: bool
+
+
+def least_recomputation(
+    asked: GradientCheckpointing | Literal["auto"],
+    measure: Callable[[GradientCheckpointing], Mapping[str, Footprint]],
+    tail: int,
+    training: int,
+    free: int | None,
+) -> Recomputation:
+    """The kind that is asked for; of "auto" the first that fits, or where none does, the one that needs least.
+
+    Args:
+        measure: the stages' footprints with a kind.
+        tail: steps that keep activations.
+        training: bytes of what comes with the first steps: gradients, and the optimizer's moments.
+        free: bytes of the device beside weights, engines and adapter; None where they are not known.
+    """
+    footprints: dict[GradientCheckpointing, Mapping[str, Footprint]] = {}
+    needs: dict[GradientCheckpointing, int] = {}
+    kinds = CHECKPOINTING if asked == AUTO else (asked,)
+    for kind in kinds:
+        footprints[kind] = measure(kind)
+        needs[kind] = training + max(activation_peaks(footprints[kind], tail).values())
+        if free is None or needs[kind] <= _USABLE * free:
+            return Recomputation(kind, footprints[kind], needs, fits=True)
+    # To recompute takes memory too: where little is kept, it may need more.
+    least = min(needs, key=lambda kind: needs[kind])
+    return Recomputation(least, footprints[least], needs, fits=False)
+
+
+def fitting_checkpointing(
+    components: WanComponents,
+    settings: TrainingModuleSettings,
+    shape: VideoShape,
+    free: int,
+    embedder: nn.Module | None = None,
+) -> GradientCheckpointing:
+    """What a loaded model's steps are to recompute; where nothing fits, with a warning.
+
+    Measured on tensors without content: that takes seconds, and no memory.
+
+    Args:
+        components: a loaded model with its LoRA, not sharded.
+        free: bytes of the device that are free now.
+        embedder: of the reward, to be counted too.
+    """
+    if settings.gradient_checkpointing != AUTO:
+        return settings.gradient_checkpointing
+    faces = shape.batch_size * shape.num_frames
+    reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
+    two_experts = components.denoiser_high_noise is not None
+    choice = least_recomputation(
+        AUTO,
+        lambda kind: measure_live_stages(components, shape, kind) | reward,
+        DenoiseSteps.of(settings, components.boundary, two_experts).tail_with_lora,
+        (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(components.denoiser).values()),
+        free,
+    )
+    what = _described(shape, choice.needs, free)
+    if choice.fits:
+        log.info("%s: %s", what, choice.kind)
+    else:
+        advice = "offload_saved_tensors and smaller videos need less"
+        log.warning("%s: %s, and it may not do; %s", what, choice.kind, advice)
+    return choice.kind
+
+
+def _described(shape: VideoShape, needs: Mapping[GradientCheckpointing, int], free: int) -> str:
+    size = f"{shape.batch_size}x{shape.num_frames}x{shape.height}x{shape.width}"
+    listed = ", ".join(f"{kind} {need / _GB:.2f}" for kind, need in needs.items())
+    return f"gradient checkpointing: a step of {size} needs GB: {listed}; {free / _GB:.2f} are free"

@@ -1,0 +1,166 @@
+"""The memory plan of a run: weights, engines, adapter and activations of each stage against a device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from frostline.config import GradientCheckpointing, Sharding, TrainingModuleSettings
+from frostline.errors import ConfigError
+from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.lazy_weights import FROZEN_PARTS
+from frostline.models.wan.denoise_steps import DenoiseSteps
+from frostline.models.wan.video_shape import VideoShape
+from frostline.train.memory.activation_peaks import activation_peaks
+from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
+from frostline.train.memory.memory_profile import measure_embedder, measure_model
+
+# What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
+# but for FSDP2: engines read the adapter's memory, so `train/sharding.py` leaves it whole.
+_DIVIDED: Mapping[str, frozenset[str]] = {
+    "ddp": frozenset(),
+    "zero2": frozenset({"gradients", "optimizer"}),
+    "zero3": frozenset({"weights", "adapter", "gradients", "optimizer"}),
+    "fsdp": frozenset({"weights"}),
+}
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage on one device.
+
+    weights: of PyTorch. engine: of an engine's own copy. frozen_peak: while it runs without gradient. kept: by all its
+    live uses of a step together, until backward. live_peak: the most that one live use holds in forward or backward.
+    """
+
+    stage: str
+    weights: int
+    engine: int
+    frozen_peak: int
+    kept: int
+    live_peak: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one device holds.
+
+    gradient_checkpointing: the kind; where memory is to choose, the first that fits. adapter, gradients, optimizer:
+    bytes of the LoRA and what trains it. peaks: by phase of a step, the most activations that are held at once.
+    device_bytes: what there is, if known. assumed: that the sizes are those of a release, because there were no files.
+    """
+
+    model: str
+    gradient_checkpointing: GradientCheckpointing
+    stages: tuple[StageMemory, ...]
+    adapter: int
+    gradients: int
+    optimizer: int
+    peaks: Mapping[str, int]
+    num_processes: int
+    sharding: Sharding
+    device_bytes: int | None
+    assumed: bool
+
+    @property
+    def resident(self) -> int:
+        """What is held all the time."""
+        own = sum(stage.weights + stage.engine for stage in self.stages)
+        return own + self.adapter + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return self.resident + max(self.peaks.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it is within the device's memory; None where that is not known."""
+        return None if self.device_bytes is None else self.peak <= self.device_bytes
+
+
+def memory_plan(
+    model: str | Path,
+    settings: TrainingModuleSettings,
+    shape: VideoShape,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    engines: Collection[str] | Literal["all"] = (),
+    num_processes: int = 1,
+    sharding: Sharding = "ddp",
+    device_bytes: int | None = None,
+    embedder: nn.Module | None = None,
+) -> MemoryPlan:
+    """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
+
+    Counted are tensors. Not counted are the scratch space of kernels and engines, what an allocator holds back, the
+    context of CUDA, and the face detector.
+
+    Args:
+        shape: of one device's batch.
+        engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
+        device_bytes: memory of one device.
+        embedder: of the reward, to be counted too.
+    Raises:
+        ConfigError: there is no such model, stage or way to shard.
+    """
+    if sharding not in get_args(Sharding):
+        raise ConfigError(f"unknown sharding {sharding!r}: use one of {', '.join(get_args(Sharding))}")
+    if num_processes < 1:
+        raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
+    skeleton = read_skeleton(model)
+    measured = measure_model(skeleton, shape, dtype, settings.lora)
+    faces = shape.batch_size * shape.num_frames
+    reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
+    weights = {**measured.weights, **{name: footprint.weights for name, footprint in reward.items()}}
+    served = [name for name in FROZEN_PARTS if name in weights] if engines == "all" else engines
+    for name in served:
+        if name not in weights:
+            raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
+    of_engines = {name: size for name, size in weights.items() if name in served}
+    divided = _DIVIDED[sharding]
+
+    def share(what: str, size: int) -> int:
+        return -(-size // num_processes) if what in divided else size
+
+    adapter, gradients = share("adapter", measured.adapter), share("gradients", measured.adapter)
+    optimizer = share("optimizer", MOMENTS * measured.adapter)
+    for name in weights:
+        if name in FROZEN_PARTS and name in served:
+            weights[name] = 0
+    # Its share, and the block that is gathered while it computes.
+    whole = weights["denoiser"]
+    weights["denoiser"] = min(whole, share("weights", whole) + measured.largest_block)
+    tail = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in weights).tail_with_lora
+    held = sum(weights.values()) + sum(of_engines.values()) + adapter
+    choice = least_recomputation(
+        settings.gradient_checkpointing,
+        lambda kind: measured.stages(kind) | reward,
+        tail,
+        gradients + optimizer,
+        None if device_bytes is None else device_bytes - held,
+    )
+    stages = []
+    for name, footprint in choice.footprints.items():
+        live_peak = max(footprint.forward_peak, footprint.backward_peak)
+        kept = footprint.kept * (tail if name == "denoiser" else 1)
+        engine = of_engines.get(name, 0)
+        stages.append(StageMemory(name, weights[name], engine, footprint.frozen_peak, kept, live_peak))
+    return MemoryPlan(
+        model=skeleton.name,
+        gradient_checkpointing=choice.kind,
+        stages=tuple(stages),
+        adapter=adapter,
+        gradients=gradients,
+        optimizer=optimizer,
+        peaks=activation_peaks(choice.footprints, tail),
+        num_processes=num_processes,
+        sharding=sharding,
+        device_bytes=device_bytes,
+        assumed=not skeleton.from_files,
+    )

@@ -1,0 +1,114 @@
+"""Gradient checkpointing whose first forward may be an engine's: a value from one place, its gradient from another.
+
+What backward recomputes anyway runs its first forward without a graph, like any frozen use of a stage. So the fastest
+backend may compute it, and PyTorch computes it once more, with a graph, where backward needs that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from frostline.models.wan.vae_chunks import ChunkNetworks, decode_in_chunks
+
+Compute = Callable[..., dict[str, Tensor]]
+
+
+def recomputed(
+    forward: Compute, recompute: Compute, inputs: Mapping[str, Tensor], parameters: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
+    """The outputs of `forward`, with the gradient of `recompute` at the same inputs.
+
+    Only the inputs are kept until backward. Autocast is as it was in forward while backward recomputes.
+
+    Args:
+        forward: `forward(**inputs)` without a graph, on any backend; returns outputs by name.
+        recompute: the same in PyTorch, with a graph. Of random numbers it must not make use.
+        inputs: by name; those that require a gradient get one.
+        parameters: tensors that `recompute` reads and that are to get a gradient.
+    Returns:
+        the outputs by name, in the order of `forward`.
+    """
+    if not torch.is_grad_enabled():
+        return forward(**inputs)
+    call = _Call(forward, recompute, tuple(inputs), len(inputs))
+    outputs = _Recomputed.apply(call, *inputs.values(), *parameters)
+    return dict(zip(call.outputs, outputs, strict=True))
+
+
+def decode_recomputed(forward: ChunkNetworks, recompute: ChunkNetworks, latents: Tensor, whole: bool) -> Tensor:
+    """Decode with a gradient, and keep for backward the latents and the caches of every chunk, or the latents alone.
+
+    Args:
+        forward: the decoder's networks `first` and `next` on any backend; see `decode_in_chunks`.
+        recompute: the same in PyTorch.
+        latents: (B, C, F, h, w), normalised.
+        whole: keep the latents alone; the caches are computed again in backward, by `forward`.
+    Returns:
+        (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
+    """
+    if whole:
+
+        def at_once(latents: Tensor) -> dict[str, Tensor]:
+            return {"video": decode_in_chunks(forward, latents)}
+
+        def by_chunk(latents: Tensor) -> dict[str, Tensor]:
+            return {"video": decode_recomputed(forward, recompute, latents, whole=False)}
+
+        return recomputed(at_once, by_chunk, {"latents": latents})["video"]
+
+    def live(name: str) -> Compute:
+        return lambda **inputs: recomputed(forward[name], recompute[name], inputs)
+
+    return decode_in_chunks({name: live(name) for name in recompute}, latents)
+
+
+class _Call:
+    """One use: what computes it, and under which names."""
+
+    def __init__(self, forward: Compute, recompute: Compute, inputs: tuple[str, ...], count: int) -> None:
+        self.forward, self.recompute, self.inputs, self.count = forward, recompute, inputs, count
+        self.outputs: tuple[str, ...] = ()
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, ctx.parameters = tensors[: call.count], tensors[call.count :]
+        ctx.call = call
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        device = inputs[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        outputs = call.forward(**dict(zip(call.inputs, inputs, strict=True)))
+        call.outputs = tuple(outputs)
+        return tuple(outputs.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        call: _Call = ctx.call
+        wanted = ctx.needs_input_grad[1 : call.count + 1]
+        inputs = [
+            tensor.detach().requires_grad_(needed) for tensor, needed in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            outputs = call.recompute(**dict(zip(call.inputs, inputs, strict=True)))
+        given = {
+            name: gradient
+            for name, gradient in zip(call.outputs, gradients, strict=True)
+            if gradient is not None and outputs[name].requires_grad
+        }
+        sources = [tensor for tensor in (*inputs, *ctx.parameters) if tensor.requires_grad]
+        found = torch.autograd.grad(
+            [outputs[name] for name in given],
+            sources,
+            [gradient.to(outputs[name].dtype) for name, gradient in given.items()],
+            allow_unused=True,
+        )
+        by_source = dict(zip(map(id, sources), found, strict=True))
+        return None, *(by_source.get(id(tensor)) for tensor in (*inputs, *ctx.parameters))

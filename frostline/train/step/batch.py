@@ -1,0 +1,236 @@
+"""The contract of `module.forward(data)`: check a batch at the door, then fit it to sizes that Wan takes."""
+
+import difflib
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from frostline.errors import DataError
+from frostline.escaping import is_text
+from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, nearest_multiple
+
+logger = logging.getLogger(__name__)
+
+RANGE_TOLERANCE = 1e-4
+"""How far outside [0, 1] a pixel may stray (resampling, half precision) before it counts as a fault."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A checked batch of B samples.
+
+    prompt: B strings, none blank. video: float32 `(B, T, 3, H, W)` in [0, 1]. sample_id: B names. valid_frames: B
+    numbers, 1 to T; the frames from there on are padding.
+    """
+
+    prompt: tuple[str, ...]
+    video: torch.Tensor
+    sample_id: tuple[str, ...]
+    valid_frames: tuple[int, ...]
+
+
+def check_batch(data: Any) -> Batch:
+    """Hold `data` against the contract; a `DataError` names the sample, the field and what to do.
+
+    data: `{"prompt": list[str] of length B, "video": float (B, T, C, H, W) in [0, 1]}`, optionally with
+    `"sample_id": list[str]` and `"valid_frames": list[int]`: how many frames of each video are its own; those after
+    them are padding, which no reward refers to. Other keys are left alone. Half and double precision are cast to
+    float32.
+    """
+    if not isinstance(data, dict):
+        raise DataError(f"a batch must be a dict with 'prompt' and 'video', not {type(data).__name__}")
+    for key in ("prompt", "video"):
+        if key not in data:
+            raise DataError(_missing_key(key, data))
+    video = _check_layout(data["video"])
+    count = video.shape[0]
+    sample_id = _check_sample_ids(data.get("sample_id"), count)
+    prompt = _check_prompts(data["prompt"], count, sample_id)
+    valid_frames = _check_valid_frames(data.get("valid_frames"), video.shape[1], sample_id)
+    return Batch(prompt, _check_pixels(video, sample_id), sample_id, valid_frames)
+
+
+def fit_to_wan(video: torch.Tensor, multiple: int = SPATIAL_MULTIPLE) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Bring float `(B, T, C, H, W)` in [0, 1] to the sizes Wan takes, and say what was changed.
+
+    T grows to the next 4k+1 by repeating the last frame; H and W are resized (antialiased) to the nearest
+    multiples of `multiple`, see `WanComponents.spatial_multiple`. The changes are phrases for people, none where all
+    fits; each is logged once a process.
+    """
+    frames, height, width = video.shape[1], *video.shape[-2:]
+    fitted_frames = math.ceil((frames - 1) / TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1
+    fitted_size = nearest_multiple(height, multiple), nearest_multiple(width, multiple)
+    changes: list[str] = []
+    if fitted_size != (height, width):
+        video = resize(video, fitted_size)
+        fitted = f"{fitted_size[1]}x{fitted_size[0]} (multiples of {multiple})"
+        changes.append(f"frames of {width}x{height} resized to {fitted}")
+    if fitted_frames != frames:
+        video = pad_frames(video, fitted_frames, dim=1)
+        changes.append(f"{frames} frames brought to {fitted_frames} (4k+1) by repeating the last")
+    for change in changes:
+        _log_once(change)
+    return video, tuple(changes)
+
+
+def resize(video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize the last two dimensions of float `(…, C, H, W)` in [0, 1] to (height, width), antialiased."""
+    resized = F.interpolate(video.flatten(0, -4), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return resized.clamp(0, 1).unflatten(0, video.shape[:-3])
+
+
+def pad_frames(video: torch.Tensor, frames: int, dim: int) -> torch.Tensor:
+    """Lengthen dimension `dim` to `frames` by repeating its last entry."""
+    last = video.narrow(dim, video.shape[dim] - 1, 1)
+    return torch.cat([video, last.repeat_interleave(frames - video.shape[dim], dim)], dim)
+
+
+def nearest_name(name: str, names: Sequence[str]) -> str | None:
+    """The one of `names` that `name` was most likely meant to be, or None."""
+    folded = {known.strip().lower(): known for known in names}
+    close = difflib.get_close_matches(name.strip().lower(), list(folded), n=1, cutoff=0.6)
+    return folded[close[0]] if close else None
+
+
+@functools.cache
+def _log_once(change: str) -> None:
+    logger.warning("video fitted to Wan: %s; said once", change)
+
+
+def _missing_key(key: str, data: dict[Any, Any]) -> str:
+    near = nearest_name(key, [name for name in data if isinstance(name, str)])
+    hint = f"; is '{near}' meant?" if near else f"; it has {sorted(map(str, data)) or 'no keys'}"
+    return f"field '{key}' is missing from the batch{hint}"
+
+
+def _check_sample_ids(sample_id: Any, count: int) -> tuple[str, ...]:
+    """The names by which messages call the samples: the caller's, or their positions."""
+    if sample_id is None:
+        return tuple(str(index) for index in range(count))
+    if not isinstance(sample_id, list | tuple) or not all(isinstance(name, str) for name in sample_id):
+        raise DataError("field 'sample_id': must be a list of str")
+    if len(sample_id) != count:
+        raise DataError(f"field 'sample_id': has {len(sample_id)} entries, but 'video' holds {count} samples")
+    return tuple(sample_id)
+
+
+def _check_valid_frames(valid_frames: Any, frames: int, sample_id: tuple[str, ...]) -> tuple[int, ...]:
+    if valid_frames is None:
+        return (frames,) * len(sample_id)
+    if isinstance(valid_frames, torch.Tensor):
+        valid_frames = valid_frames.tolist()
+    if not isinstance(valid_frames, list | tuple) or len(valid_frames) != len(sample_id):
+        raise DataError(f"field 'valid_frames': must be a list of {len(sample_id)} int, one a sample")
+    for name, count in zip(sample_id, valid_frames, strict=True):
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= frames:
+            raise DataError(f"sample {name}, field 'valid_frames': must be 1 to {frames}, not {count!r}")
+    return tuple(valid_frames)
+
+
+def _check_prompts(prompt: Any, count: int, sample_id: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(prompt, str):
+        raise DataError("field 'prompt': must be a list of str, one a sample; wrap the string in a list: [prompt]")
+    if not isinstance(prompt, list | tuple):
+        raise DataError(f"field 'prompt': must be a list of str, not {type(prompt).__name__}")
+    if len(prompt) != count:
+        raise DataError(f"field 'prompt': has {len(prompt)} entries, but 'video' holds {count} samples")
+    for name, text in zip(sample_id, prompt, strict=True):
+        if not isinstance(text, str):
+            raise DataError(f"sample {name}, field 'prompt': must be str, not {type(text).__name__}")
+        if not text.strip():
+            raise DataError(f"sample {name}, field 'prompt': is empty")
+        if not is_text(text):
+            raise DataError(f"sample {name}, field 'prompt': holds half of a character (a lone surrogate)")
+    return tuple(prompt)
+
+
+def _check_layout(video: Any) -> torch.Tensor:
+    """`video` as a tensor `(B, T, 3, H, W)` of some floating dtype, values not yet looked at."""
+    if isinstance(video, list | tuple):
+        raise DataError(f"field 'video': must be one tensor (B, T, C, H, W), not a {_describe_list(video)}")
+    if isinstance(video, np.ndarray):
+        raise DataError("field 'video': is a numpy array; convert it with torch.from_numpy(video)")
+    if not isinstance(video, torch.Tensor):
+        raise DataError(f"field 'video': must be a tensor (B, T, C, H, W), not {type(video).__name__}")
+    if video.is_nested:
+        raise DataError("field 'video': is a nested tensor; bring all samples to one size, then torch.stack(video)")
+    if video.layout != torch.strided:
+        raise DataError(f"field 'video': has the layout {video.layout}; use video.to_dense()")
+    if video.is_meta:
+        raise DataError("field 'video': is on the meta device, where tensors have no values")
+    shape = tuple(video.shape)
+    if video.ndim != 5:
+        hint = "; for a single sample use video.unsqueeze(0)" if video.ndim == 4 else ""
+        raise DataError(f"field 'video': must have 5 dimensions (B, T, C, H, W), not shape {shape}{hint}")
+    if shape[2] != 3:
+        raise DataError(f"field 'video': has shape {shape}, where (B, T, C, H, W) needs C = 3{_channel_hint(shape)}")
+    if 0 in shape[:2]:
+        raise DataError(f"field 'video': has shape {shape}: no {'samples' if shape[0] == 0 else 'frames'} in it")
+    if min(shape[3:]) < SPATIAL_MULTIPLE:
+        raise DataError(
+            f"field 'video': frames of {shape[4]}x{shape[3]} are too small; "
+            f"height and width must be at least {SPATIAL_MULTIPLE}"
+        )
+    if video.dtype == torch.uint8:
+        raise DataError("field 'video': is uint8, 0 to 255; divide it: video.float() / 255")
+    if not video.is_floating_point():
+        raise DataError(f"field 'video': must be float in [0, 1], not {video.dtype}; if 0 to 255, divide by 255")
+    return video
+
+
+def _describe_list(videos: Sequence[Any]) -> str:
+    """What is wrong with a list where a batch tensor belongs, in the words that help most."""
+    shapes = [tuple(video.shape) if hasattr(video, "shape") else None for video in videos]
+    for index, shape in enumerate(shapes):
+        if shape is not None and shapes[0] is not None and shape != shapes[0]:
+            return (
+                f"list: sample {index} has shape {shape} and sample 0 {shapes[0]}; "
+                "bring all to one frame count and size, then torch.stack(video)"
+            )
+    return "list; use torch.stack(video)"
+
+
+def _channel_hint(shape: tuple[int, ...]) -> str:
+    """What to do about a third dimension that is not 3 channels."""
+    if shape[-1] == 3:
+        return "; channels are last: use video.permute(0, 1, 4, 2, 3)"
+    if shape[1] == 3:
+        return "; channels come before frames: use video.transpose(1, 2)"
+    if shape[2] == 1:
+        return "; for grey frames use video.expand(-1, -1, 3, -1, -1)"
+    if shape[2] == 4:
+        return "; drop the alpha channel: video[:, :, :3]"
+    return ""
+
+
+def _check_pixels(video: torch.Tensor, sample_id: tuple[str, ...]) -> torch.Tensor:
+    """`video` as float32, every value finite and in [0, 1]; strays within the tolerance are clamped."""
+    video = video.to(torch.float32)
+    # One pass and one wait for the device when all is well: NaN spreads into both ends of its sample's range.
+    low, high = torch.stack(video.flatten(1).aminmax(dim=1)).tolist()
+    for index, name in enumerate(sample_id):
+        if not (math.isfinite(low[index]) and math.isfinite(high[index])):
+            frame = int((~torch.isfinite(video[index].flatten(1))).any(dim=1).nonzero()[0])
+            raise DataError(f"sample {name}, field 'video': NaN or infinite pixels, first in frame {frame}")
+        if low[index] < -RANGE_TOLERANCE or high[index] > 1 + RANGE_TOLERANCE:
+            raise DataError(
+                f"sample {name}, field 'video': values from {low[index]:.4g} to {high[index]:.4g}, "
+                f"where [0, 1] is needed{_range_hint(low[index], high[index])}"
+            )
+    return video.clamp(0, 1) if min(low) < 0 or max(high) > 1 else video
+
+
+def _range_hint(low: float, high: float) -> str:
+    """What to do about values outside [0, 1], guessed from their range."""
+    if low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE:
+        return "; if they are in [-1, 1], use (video + 1) / 2"
+    if low >= 0 and 2 < high <= 255:
+        return "; if they are 0 to 255, divide by 255"
+    return "; clamp or rescale them"

@@ -1,0 +1,80 @@
+"""What can be told of a run's settings before its model is loaded, which takes minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from frostline.config import AUTO
+from frostline.errors import ConfigError, FrostlineError
+from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.faces.detectors import load_detector
+from frostline.models.faces.embedders import load_embedder
+from frostline.models.lazy_weights import FROZEN_PARTS
+from frostline.models.lora.inject import check_targets
+from frostline.rewards.reward_class import import_reward, look_for_reward
+from frostline.runtime.backends import TORCH, check_backend
+from frostline.stages.shapes import parse_shapes
+from frostline.train.loop.checkpoint import Checkpoint
+from frostline.train.loop.output_dir import begins_in, check_start, check_writable
+from frostline.train.loop.resume import check_fits, find_resume
+from frostline.train.loop.trackers import check_trackers
+from frostline.train.settings import RunSettings
+
+_STAGES = (*FROZEN_PARTS, "denoiser", "vae_decoder", "face_detector", "face_embedder")
+
+
+def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
+    """All that is wrong, one by one.
+
+    Args:
+        runs: whether the run follows; where it does not, no module that the settings name is imported.
+    """
+    checks: list[Callable[[], object]] = [
+        lambda: _check_plan(settings),
+        lambda: _check_rewards(settings, import_reward if runs else look_for_reward),
+        lambda: check_trackers(settings.train.report_to),
+        lambda: check_targets(read_skeleton(settings.model).build("denoiser"), settings.lora.target_modules),
+    ]
+    for check in checks:
+        try:
+            check()
+        except FrostlineError as error:
+            yield error
+
+
+def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None:
+    """Look whether a run may write to its folder, and what it goes on from there; touches nothing.
+
+    Args:
+        resume: as `find_resume` takes it.
+    Raises:
+        ConfigError: the folder holds another run, or the checkpoint is of another adapter.
+        CheckpointError: the folder cannot be written to, or there is no such checkpoint, or it is damaged.
+    """
+    folder = settings.output_dir
+    check_writable(folder)
+    checkpoint = find_resume(folder, resume)
+    if begins_in(folder, checkpoint):
+        check_start(folder, checkpoint, settings.overwrite_output_dir, restart=resume is not None)
+    if checkpoint is not None:
+        check_fits(checkpoint, settings)
+    return checkpoint
+
+
+def _check_plan(settings: RunSettings) -> None:
+    plan = settings.plan
+    for stage in plan.stages:
+        if stage not in _STAGES:
+            raise ConfigError(f"plan.stages: there is no stage {stage!r}, only {', '.join(_STAGES)}")
+    for backend in {plan.backend, *plan.stages.values()} - {AUTO, TORCH}:
+        check_backend(backend)
+    parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes)
+
+
+def _check_rewards(settings: RunSettings, check_class: Callable[[str], object]) -> None:
+    for term in settings.reward.terms:
+        if term.is_face_identity:
+            load_detector(term.detector, term.min_face_size)
+            load_embedder(term.embedder)
+        else:
+            check_class(term.type)

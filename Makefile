@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 20000
 export PYTHONUNBUFFERED := 1
 
 # One after another: a process that had run all of them in one go crashed in native code.
-TEST_PARTS := tests/runtime tests/export tests/train,tests/models,tests/score,tests/demo,tests/report,tests/video,tests/test_*.py
+TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/demo,tests/report,tests/video,tests/test_*.py
 
 .PHONY: demo test bench test-gpu bench-gpu lint venv clean
 
@@ -37,7 +37,7 @@ bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	$(VENV_PYTHON) benchmarks/table.py
 
 test-gpu: venv  ## The tests that need an NVIDIA GPU.
-	$(VENV_PYTHON) -m pytest -q -m gpu --numprocesses 4 --dist loadgroup tests/runtime/backends tests/train/test_hybrid_on_gpu.py
+	$(VENV_PYTHON) -m pytest -q -m gpu --numprocesses 4 --dist loadgroup tests/runtime/backends tests/train/step/test_hybrid_on_gpu.py
 
 # Each in a process of its own, what is quick first; where one fails, the others still run. Compilers take most of the
 # time. The face networks are fp32 always, and the rest bf16, which ONNX Runtime lacks.

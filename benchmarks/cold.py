@@ -27,12 +27,12 @@ from rich.table import Table
 from shapes import TINY, build_components
 
 from frostline.config import LoraSettings, RewardSettings
-from frostline.export.model import stage_model
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import get_backend
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
 from frostline.stages.shapes import ShapeRange
+from frostline.stages.staged_model import stage_model
 from frostline.video import write_video
 
 _REPOSITORY = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from frostline.export.onnx import trace_onnx
+from frostline.export.tracing.onnx import trace_onnx
 from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
 from frostline.runtime.backends import openvino

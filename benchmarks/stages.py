@@ -39,13 +39,13 @@ from torch import Tensor
 from frostline.config import LoraSettings, RewardSettings
 from frostline.errors import FrostlineError
 from frostline.export.exporter import export_stage
-from frostline.export.model import StagedModel, stage_model
-from frostline.export.trace_cache import Traces
+from frostline.export.tracing.trace_cache import Traces
 from frostline.models.faces.detections import quantize_frames
 from frostline.runtime.backends import TORCH, get_backend
 from frostline.runtime.device import full_fp32
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Stage
+from frostline.stages.staged_model import StagedModel, stage_model
 
 _COMPILE = "torch.compile"
 _OWN_CONV3D = "torch, own Conv3d"

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from frostline.errors import EngineError, EngineMemoryError, InputError, ParityError, ShapeError, SharedFolderError
 from frostline.export.limits import check_served, within_limit
 from frostline.export.parity import compare
-from frostline.export.trace_cache import Traces
+from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.device import compute_capabilities, full_fp32

@@ -22,14 +22,15 @@ import torch
 
 from frostline.errors import EngineError
 from frostline.export.exporter import build_stage
-from frostline.export.model import StagedModel, load_staged_model
+from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
-from frostline.export.trace_cache import Traces
+from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.device import free_bytes
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import precision_of
 from frostline.runtime.stage import Stage
+from frostline.stages.staged_model import StagedModel
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from frostline.errors import ConfigError, EngineError
 from frostline.export.exporter import all_built, bounds_of, export_stage
 from frostline.export.limits import served_note
-from frostline.export.model import StagedModel
 from frostline.export.parallel_build import Seconds, build_ahead
 from frostline.export.recipe import ALL_STAGES, Recipe
 from frostline.export.result import ExportRow, Status
-from frostline.export.trace_cache import Traces
+from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import precision_of
 from frostline.runtime.stage import Stage, Tolerance
+from frostline.stages.staged_model import StagedModel
 
 
 @dataclass(frozen=True)

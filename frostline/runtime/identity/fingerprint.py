@@ -25,8 +25,8 @@ from frostline.runtime.user_cache import cache_folder, recall, remember
 
 # What makes an engine's source of a network, by name alone: nothing above the runtime is imported here.
 _TRACERS = {
-    "onnx": ("frostline.export.onnx", "onnxscript"),
-    "exported_program": ("frostline.export.torch_export",),
+    "onnx": ("frostline.export.tracing.onnx", "onnxscript"),
+    "exported_program": ("frostline.export.tracing.torch_export",),
 }
 # What turns files into weights.
 _LOADER = "frostline.models.checkpoints.loading"

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from frostline.config import AUTO, GradientCheckpointing, RewardTerm, TrainingModuleSettings
 from frostline.errors import ConfigError, DataError
 from frostline.export.exporter import ensure_verified
-from frostline.export.model import stage_model
 from frostline.models.checkpoints.checkpoint_files import Entry
 from frostline.models.checkpoints.loading import DEFERRABLE, load_components
 from frostline.models.lora import read_adapter
@@ -36,6 +35,7 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import PlanSetting, Runtime
 from frostline.runtime.stage_timer import StageTime
 from frostline.stages.shapes import ShapeRange
+from frostline.stages.staged_model import stage_model
 from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.offload import saved_in_main_memory
 from frostline.train.memory.recompute import decode_recomputed

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_model import network_of
 
-from frostline.export.onnx import trace_onnx
+from frostline.export.tracing.onnx import trace_onnx
 
 Source = Callable[..., Path]
 

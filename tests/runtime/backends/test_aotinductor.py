@@ -18,7 +18,7 @@ from small_model import (
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
-from frostline.export.torch_export import trace_program
+from frostline.export.tracing.torch_export import trace_program
 from frostline.runtime.backends import aotinductor
 from frostline.runtime.backends.aotinductor import AOTInductorRunner
 from frostline.runtime.backends.options import BuildOptions

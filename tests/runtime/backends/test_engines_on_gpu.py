@@ -14,8 +14,8 @@ from small_model import (
 )
 
 from frostline.errors import EngineError
-from frostline.export.onnx import trace_onnx
-from frostline.export.torch_export import trace_program
+from frostline.export.tracing.onnx import trace_onnx
+from frostline.export.tracing.torch_export import trace_program
 from frostline.runtime.backends import aotinductor, onnxruntime
 from frostline.runtime.backends.aotinductor import AOTInductorRunner
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner

@@ -14,7 +14,7 @@ from torch import nn
 
 from frostline.errors import EngineError
 from frostline.export.exporter import ensure_verified, export_stage
-from frostline.export.onnx import trace_onnx
+from frostline.export.tracing.onnx import trace_onnx
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.backends.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTRunner

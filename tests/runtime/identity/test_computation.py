@@ -155,7 +155,7 @@ def test_a_script_counts_by_its_file(tmp_path: Path) -> None:
 
 def test_asking_imports_neither_torch_nor_what_is_asked_for() -> None:
     code = "import sys; from frostline.runtime.identity.computation import computation_id\n"
-    code += "computation_id(['frostline.export.model', 'frostline.export.onnx'])\n"
+    code += "computation_id(['frostline.export.model', 'frostline.export.tracing.onnx'])\n"
     code += "assert not {'torch', 'diffsynth', 'frostline.export', 'frostline.models'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 

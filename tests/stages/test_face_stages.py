@@ -12,7 +12,7 @@ from scrfd_file import scrfd_file
 from torch import Tensor, nn
 
 from frostline.export.exporter import export_stage
-from frostline.export.trace_cache import Traces
+from frostline.export.tracing.trace_cache import Traces
 from frostline.models.faces import FaceEmbedder, FacenetEmbedder, load_detector, load_embedder, quantize_frames
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.engines.store import EngineStore

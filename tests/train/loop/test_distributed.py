@@ -13,7 +13,7 @@ from distributed_runs import run
 from safetensors.torch import load_file
 from torch import Tensor
 
-SCRIPT = Path(__file__).with_name("distributed_runs.py")
+SCRIPT = Path(__file__).parents[2] / "distributed_runs.py"
 
 
 def found(out: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ class Traces:
 
     def program(self, network: Network) -> ExportedProgram:
         """See `trace_program`."""
-        from frostline.export.torch_export import trace_program
+        from frostline.export.tracing.torch_export import trace_program
 
         if network.name not in self._programs:
             self._programs[network.name] = trace_program(network)
@@ -30,7 +30,7 @@ class Traces:
 
     def onnx(self, network: Network, opset: int) -> ONNXProgram:
         """See `translate`."""
-        from frostline.export.onnx import translate
+        from frostline.export.tracing.onnx import translate
 
         key = network.name, opset
         if key not in self._translated:
@@ -38,9 +38,9 @@ class Traces:
         return self._translated[key]
 
     def save_onnx(self, stage: Stage, network: Network, opset: int, path: Path) -> None:
-        """Write `network` of `stage` to `path`, described; see `frostline.export.onnx.save_onnx`."""
-        from frostline.export.onnx import save_onnx
-        from frostline.export.onnx_annotations import describe
+        """Write `network` of `stage` to `path`, described; see `frostline.export.tracing.onnx.save_onnx`."""
+        from frostline.export.tracing.onnx import save_onnx
+        from frostline.export.tracing.onnx_annotations import describe
 
         translated = self.onnx(network, opset)
         describe(translated.model, stage, network)

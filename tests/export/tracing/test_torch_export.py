@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from frostline.config import LoraSettings
-from frostline.export.model import stage_model
-from frostline.export.onnx import trace_onnx
 from frostline.export.parity import compare
-from frostline.export.torch_export import trace_program
+from frostline.export.tracing.onnx import trace_onnx
+from frostline.export.tracing.torch_export import trace_program
 from frostline.models.checkpoints.loading import load_components
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.stage import Network, Stage
 from frostline.stages.shapes import parse_shapes
+from frostline.stages.staged_model import stage_model
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("killed_runs.py")
+SCRIPT = Path(__file__).parents[2] / "killed_runs.py"
 # What depends on the clock of the machine.
 TIMES = ("seconds", "stages")
 

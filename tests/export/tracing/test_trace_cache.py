@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from frostline.export import torch_export as program_file
 from frostline.export.exporter import export_stage
-from frostline.export.trace_cache import Traces
+from frostline.export.tracing import torch_export as program_file
+from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from frostline.export import parallel_build as jobs_file
-from frostline.export.model import StagedModel, load_staged_model
+from frostline.export.model import load_staged_model
 from frostline.export.parallel_build import build_ahead, fitting_jobs
 from frostline.export.recipe import Recipe
 from frostline.export.run import ExportOptions, export_model
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
+from frostline.stages.staged_model import StagedModel
 
 pytestmark = pytest.mark.timeout(400)
 

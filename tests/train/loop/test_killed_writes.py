@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from folders import content
 
-SCRIPT = Path(__file__).with_name("killed_writes.py")
+SCRIPT = Path(__file__).parents[2] / "killed_writes.py"
 
 
 @pytest.mark.parametrize("seed", [0])

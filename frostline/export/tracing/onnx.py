@@ -9,9 +9,9 @@ from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
 from frostline.errors import EngineError
-from frostline.export.onnx_annotations import name_axes, strip_origin
-from frostline.export.precision_overrides import widen_sensitive
-from frostline.export.torch_export import quiet, trace_program
+from frostline.export.tracing.onnx_annotations import name_axes, strip_origin
+from frostline.export.tracing.precision_overrides import widen_sensitive
+from frostline.export.tracing.torch_export import quiet, trace_program
 from frostline.runtime.backends.options import OPSET
 from frostline.runtime.stage import Network
 

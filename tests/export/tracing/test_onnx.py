@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
-from frostline.export import onnx as onnx_export
-from frostline.export.onnx import trace_onnx
+from frostline.export.tracing import onnx as onnx_export
+from frostline.export.tracing.onnx import trace_onnx
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 

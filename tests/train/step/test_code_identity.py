@@ -14,7 +14,7 @@ from torch import Tensor
 import frostline
 from frostline.export.export_cache import Receipt, recall, receipt_key, remember
 from frostline.export.exporter import export_stage
-from frostline.export.model import StagedModel, load_staged_model
+from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
 from frostline.rewards.face_identity import face_identity_reward
 from frostline.runtime.backends.options import BuildOptions
@@ -22,6 +22,7 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity import computation
 from frostline.runtime.identity.fingerprint import find_engine, stage_computation, weights_sha256
 from frostline.runtime.planning.autotune import LatencyNote
+from frostline.stages.staged_model import StagedModel
 from frostline.train.step.conditioning import Conditioner
 from frostline.train.step.module import WanTrainingModule
 

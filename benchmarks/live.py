@@ -6,7 +6,7 @@
 - embed: SFace in PyTorch's own operations, and in those of `frostline.models.frozen_ops`.
 - tail: one denoiser step, for scale.
 
-All of it with memory as the C library manages it, and again once the process keeps what it frees (`runtime/heap.py`).
+All of it with memory as the C library manages it, and again once the process keeps what it frees (`runtime/malloc.py`).
 Values and gradients are compared before times are.
 """
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.package_info import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,7 +126,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ from frostline.errors import DataError
 
 
 def check_writable(path: Path) -> None:
-    """Look whether `written_whole` could write there, before the work whose result it is to take.
+    """Look whether `atomic_write` could write there, before the work whose result it is to take.
 
     Raises:
         DataError: it could not; names the file and says why.
@@ -27,7 +27,7 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` to write to; it is renamed to `path` when the block ends well, else removed.
 
     It starts as an empty file, and ends with the mode of any new file there (the umask, or the folder's default ACL),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import DataError
 
 
@@ -26,12 +26,12 @@ def mode(path: Path) -> int:
 
 def test_the_umask_decides_the_mode(umask: int, tmp_path: Path) -> None:
     """Also of what safetensors writes, which replaces the file by one that only its owner may read."""
-    with written_whole(tmp_path / "new" / "tensors.safetensors") as part:
+    with atomic_write(tmp_path / "new" / "tensors.safetensors") as part:
         save_file({"weight": torch.zeros(2)}, part)
-    with written_whole(tmp_path / "text.json") as part:
+    with atomic_write(tmp_path / "text.json") as part:
         part.write_text("{}")
     (tmp_path / "text.json").chmod(0o400)
-    with written_whole(tmp_path / "text.json") as part:
+    with atomic_write(tmp_path / "text.json") as part:
         part.write_text("[]")
     assert mode(tmp_path / "new" / "tensors.safetensors") == mode(tmp_path / "text.json") == 0o666 & ~umask
 
@@ -41,14 +41,14 @@ def test_a_file_system_without_modes_is_written_to(tmp_path: Path, monkeypatch: 
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr(Path, "chmod", refuse)
-    with written_whole(tmp_path / "text.json") as part:
+    with atomic_write(tmp_path / "text.json") as part:
         part.write_text("{}")
     assert (tmp_path / "text.json").read_text() == "{}"
 
 
 def test_a_failure_leaves_the_file_of_before_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{}")
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "text.json") as part:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "text.json") as part:
         part.write_text("[")
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["text.json"]
@@ -59,6 +59,6 @@ def test_where_it_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(DataError, match=r"file/x\.json: cannot be written"),
-        written_whole(tmp_path / "file" / "x.json"),
+        atomic_write(tmp_path / "file" / "x.json"),
     ):
         pass

@@ -15,16 +15,31 @@ from frostline.train.sample import SampleSettings
 
 ROOT = Path(__file__).parents[1]
 # From the lowest room up; a room imports those below it, and the leaves.
-ROOMS = ("models", "runtime", "export", "score", "train", "demo", "cli")
+ROOMS = ("models", "runtime", "stages", "rewards", "export", "score", "train", "demo", "cli")
 BESIDE = {"score": {"train"}, "train": {"score"}, "report": {*ROOMS}}
 LEAVES = {
-    *("errors", "config", "documents", "video", "paths", "writing", "installed", "progress", "escaping", "terminal"),
-    *("csvfile", "allocation"),
+    *("errors", "config", "documents", "video", "paths", "atomic_io", "package_info", "progress", "escaping"),
+    *("terminal", "csvfile", "allocation"),
 }
+# Within a room: what may not import what.
+CLOSED = (
+    ("train.memory", "train.step"),
+    ("train.memory", "train.loop"),
+    ("train.data", "train.step"),
+    ("train.data", "train.loop"),
+    ("train.step", "train.loop"),
+    ("models.wan", "models.checkpoints"),
+    ("models.wan", "models.lora"),
+    ("models.checkpoints", "models.lora"),
+    ("models.onnx", "models.faces"),
+    ("runtime.identity", "runtime.planning"),
+    ("runtime.engines", "runtime.planning"),
+)
+MOST_FILES, MOST_LINES = 16, 400
 
 
-def imports(path: Path) -> Iterator[str]:
-    """The rooms and leaves of frostline that a file imports, within functions too."""
+def imported(path: Path) -> Iterator[str]:
+    """The modules of frostline that a file imports, without `frostline.`, within functions too."""
     inside = path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -39,7 +54,12 @@ def imports(path: Path) -> Iterator[str]:
                 names = [f"frostline.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from (name.split(".")[1] for name in names if name.startswith("frostline."))
+        yield from (name.removeprefix("frostline.") for name in names if name.startswith("frostline."))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The rooms and leaves that a file imports."""
+    yield from (name.split(".")[0] for name in imported(path))
 
 
 def test_imports_point_one_way() -> None:
@@ -56,6 +76,31 @@ def test_imports_point_one_way() -> None:
             forbidden = {*ROOMS[ROOMS.index(room) + 1 :]} | BESIDE.get(room, set())
         wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imports(path) if name in forbidden]
     assert wrong == []
+
+
+@pytest.mark.parametrize(("lower", "upper"), CLOSED)
+def test_imports_within_a_room_point_one_way(lower: str, upper: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / "frostline" / lower.replace(".", "/")).rglob("*.py")
+        for name in imported(path)
+        if f"{name}.".startswith(f"{upper}.")
+    ]
+    assert wrong == []
+
+
+def test_no_folder_and_no_file_is_too_large() -> None:
+    folders = [path for path in (ROOT / "frostline").rglob("*") if path.is_dir() and path.name != "__pycache__"]
+    assert [
+        f"{folder.relative_to(ROOT)}: {count} files"
+        for folder in (ROOT / "frostline", *folders)
+        if (count := sum(path.is_file() for path in folder.iterdir())) > MOST_FILES
+    ] == []
+    assert [
+        f"{path.relative_to(ROOT)}: {count} lines"
+        for path in (ROOT / "frostline").rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > MOST_LINES
+    ] == []
 
 
 def test_make_test_leaves_no_test_out() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.demo.dataset import write_datasets
 from frostline.demo.timing import time_steps
 from frostline.export.exporter import export_stage
@@ -130,5 +130,5 @@ def _scores(validation: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")

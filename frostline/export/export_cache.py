@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import FrostlineError
 from frostline.export.recipe import Recipe
 from frostline.models.checkpoints.checkpoint_files import find_files
@@ -121,7 +121,7 @@ def remember(store: EngineStore, key: str, engines: Iterable[Receipt]) -> None:
     receipts = _Receipts(engines=tuple(engines), signature="")
     try:
         signed = receipts.model_copy(update={"signature": signing.sign(receipts.signed(key))})
-        with written_whole(_path(store, key)) as part:
+        with atomic_write(_path(store, key)) as part:
             part.write_text(signed.model_dump_json() + "\n")
     except FrostlineError as error:
         log.debug("receipt %s: %s", key, error)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import DataError
 
 # A mid-grey that reads on a white page as on a dark one (4.3 to 1 against both): the sheet's own ground is transparent.
@@ -56,7 +56,7 @@ def contact_sheet(
     if frame_size is None:
         frame_size = (96, round(96 * strips[0].shape[-1] / strips[0].shape[-2]))
     image = _draw(rows, frame_size, max_frames, scale)
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         image.save(part, format="PNG")
     return path
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 from PIL import Image
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import DataError
 from frostline.escaping import html_text
 
@@ -198,7 +198,7 @@ class Page:
         """Write the page beside its place and rename it, so that it appears only complete."""
         path = Path(path)
         text = self.html()
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8", newline="\n")
         return path
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import DataError, EngineError
 from frostline.paths import open_regular
 from frostline.runtime.engines import signing
@@ -226,7 +226,7 @@ class _Disk:
             if len(data) > self._max_bytes:
                 log.debug("an entry of %d bytes does not fit into the cache", len(data))
                 return
-            with written_whole(self._path(key)) as part:
+            with atomic_write(self._path(key)) as part:
                 part.write_bytes(data)
             self._forget()
         except (DataError, EngineError, OSError) as error:

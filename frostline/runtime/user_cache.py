@@ -10,7 +10,7 @@ import logging
 import os
 from pathlib import Path
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import FrostlineError
 from frostline.paths import open_regular
 from frostline.runtime.engines import signing
@@ -48,7 +48,7 @@ def remember(note: Path, text: str, *, keep: bool = False) -> None:
         keep: a note that another process wrote meanwhile stays.
     """
     try:
-        with written_whole(note) as part:
+        with atomic_write(note) as part:
             part.write_text(f"{text}\n{signing.sign(_signed(note, text))}\n")
             if keep:
                 # Fails where the note is there by now; else both are the same file, and to rename it changes nothing.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import ConfigError, DataError
 from frostline.score.result import COLUMNS, VideoScore
 
@@ -53,7 +53,7 @@ class ResultFile:
 
     def rewrite(self, rows: Iterable[VideoScore]) -> None:
         """Put a file of these rows in the place of whatever is there."""
-        with written_whole(self.path) as part:
+        with atomic_write(self.path) as part:
             lines = "".join([*self._head(), *map(self._line, rows)])
             part.write_text(lines, encoding="utf-8", errors="surrogateescape", newline="")
 

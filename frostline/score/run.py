@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from frostline.atomic_io import check_writable, written_whole
+from frostline.atomic_io import atomic_write, check_writable
 from frostline.errors import ConfigError, DataError
 from frostline.progress import Bar, Progress
 from frostline.score.engines import FaceNetworks, check_backend, load_networks
@@ -226,5 +226,5 @@ def _parts(file: ResultFile) -> list[Path]:
 
 
 def _write_summary(out: Path, summary: Summary) -> None:
-    with written_whole(summary_path(out)) as part:
+    with atomic_write(summary_path(out)) as part:
         part.write_text(json.dumps(asdict(summary), indent=2) + "\n")

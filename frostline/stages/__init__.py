@@ -1,4 +1,4 @@
-"""The stages that can be exported. Each is one module with one function, `build`, and one line below."""
+"""The stages of a model and its reward. Each is one module with one function, `build`, and one line below."""
 
 from __future__ import annotations
 

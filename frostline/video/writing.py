@@ -13,7 +13,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import ConfigError, DataError
 
 
@@ -35,7 +35,7 @@ def write_video(path: str | Path, frames: torch.Tensor, fps: float = 16, crf: in
         # Replicate padding wants floats; uint8 survives the trip through float32 exactly.
         pad = (0, width % 2, 0, height % 2)
         pixels = F.pad(pixels.float(), pad, mode="replicate").to(torch.uint8) if any(pad) else pixels
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         try:
             _encode(part, pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy(), fps, crf, lossless)
         except av.error.FFmpegError as error:

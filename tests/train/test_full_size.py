@@ -21,7 +21,7 @@ from torch import Tensor
 
 import frostline.models.checkpoints.loading as loading
 from frostline.models.checkpoints.model_spec import RELEASED
-from frostline.models.wan.networks import build_network
+from frostline.models.checkpoints.networks import build_network
 from frostline.train.step.module import WanTrainingModule
 
 RELEASE = "Wan2.1-T2V-1.3B"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from frostline.errors import ConfigError
+from frostline.models.checkpoints.networks import build_network
 from frostline.models.lazy_weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
 from frostline.models.precision import precision_name
 from frostline.models.wan.components import WanComponents
-from frostline.models.wan.networks import build_network
 
 from .checkpoint_files import WanFiles, find_files
 from .formats.architecture import network_arguments

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frostline.errors import ConfigError
-from frostline.models.wan.networks import build_network
+from frostline.models.checkpoints.networks import build_network
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE
 
 from .checkpoint_files import BOUNDARY_IMAGE, BOUNDARY_TEXT, EMBEDDED, TEXT_LENGTH, find_files

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import ConfigError, DataError
 from frostline.models.checkpoints.formats.names import DENOISER, rename
 
@@ -108,7 +108,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, metadata={"format": "pt"})
     except SafetensorError as error:
         raise DataError(f"{path}: cannot be written: {error}") from error

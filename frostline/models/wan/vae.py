@@ -21,7 +21,7 @@ def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
     """Decode (B, C, F, h, w) normalised latents to a video (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
 
     With a gradient to compute, all frames are decoded at once (`decode_clip`), which keeps 40 GB for 81 frames of
-    480×480 in bf16 (diffsynth's loop 154 GB); `train/recompute.py` does with less. Without, a chunk after another.
+    480×480 in bf16 (diffsynth's loop 154 GB); `train/memory/recompute.py` needs less. Without, chunk by chunk.
     """
     if torch.is_grad_enabled():
         return decode_clip(vae, latents).clamp(-1, 1)

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, get_worker_info
 from frostline.allocation import is_out_of_memory
 from frostline.errors import DataError
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, check_cut
+from frostline.train.data.batch import pad_frames, resize
 from frostline.train.data.rows import Row, read_rows, resolve_source
-from frostline.train.step.batch import pad_frames, resize
 from frostline.video import count_frames, equal_frames, probe_video
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from frostline.csvfile import csv_records
 from frostline.errors import DataError
 from frostline.escaping import is_text
 from frostline.paths import check_inside, open_regular
-from frostline.train.step.batch import nearest_name
+from frostline.train.data.batch import nearest_name
 from frostline.video import MEDIA_SUFFIXES
 
 logger = logging.getLogger(__name__)

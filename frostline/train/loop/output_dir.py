@@ -51,7 +51,7 @@ _PLACE = re.compile(
     r"|checkpoint-\d+|\.checkpoint-\d+\.[0-9a-f]{8}\.(?:partial|replaced)",
     re.DOTALL,
 )
-# As `written_whole` calls a file until it is whole.
+# As `atomic_write` calls a file until it is whole.
 _PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.documents import parse_json
 from frostline.errors import CheckpointError
 
@@ -81,7 +81,7 @@ class JsonLines:
         kept = [line for line in lines if isinstance(number := line.get("step", 0), int) and number <= step]
         if not kept and not self.path.exists():
             return
-        with written_whole(self.path) as part:
+        with atomic_write(self.path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 

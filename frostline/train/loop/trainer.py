@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers.optimization import get_scheduler
 
 import frostline
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.documents import dump_yaml
 from frostline.errors import FrostlineError, TrainingError
 from frostline.train.data.data_order import DataOrder
@@ -183,7 +183,7 @@ def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> No
         CONFIG: dump_yaml(options.config),
     }
     for name, text in texts.items():
-        with written_whole(output_dir / name) as part:
+        with atomic_write(output_dir / name) as part:
             part.write_text(text, encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import TrainingError
 from frostline.escaping import csv_cell
 from frostline.report.contact_sheet import SheetRow, contact_sheet
@@ -110,7 +110,7 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
         generated = _write_clip(folder / name, row, video, validation.lossless)
         pairs.append([generated.relative_to(folder), truth.relative_to(folder), csv_cell(sample["prompt"])])
     contact_sheet(strips, folder / name / SHEET)
-    with written_whole(folder / f"{name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(folder / f"{name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["video", "reference", "prompt"], *pairs])
 
 

@@ -21,7 +21,7 @@ from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
 from frostline.train.memory.memory_profile import measure_embedder, measure_model
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
-# but for FSDP2: engines read the adapter's memory, so `train/sharding.py` leaves it whole.
+# but for FSDP2: engines read the adapter's memory, so `train/loop/sharding.py` leaves it whole.
 _DIVIDED: Mapping[str, frozenset[str]] = {
     "ddp": frozenset(),
     "zero2": frozenset({"gradients", "optimizer"}),

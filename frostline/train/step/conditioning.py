@@ -16,7 +16,7 @@ from frostline.models.wan.video_shape import MASK_CHANNELS, latent_grid
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.identity.computation import computation_id
 from frostline.runtime.identity.fingerprint import stage_code
-from frostline.train.step.batch import Batch, check_batch, fit_to_wan
+from frostline.train.data.batch import Batch, check_batch, fit_to_wan
 
 # What this file imports is part of what its results are cached by.
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from video_files import encode
 
 from frostline.errors import ConfigError, DataError
 from frostline.train.data import dataset as data_module
+from frostline.train.data.batch import check_batch
 from frostline.train.data.dataset import VideoPromptDataset, collate, size_within
-from frostline.train.step.batch import check_batch
 from frostline.video import write_video
 
 ROWS = [("a.mp4", "a person talking"), ("sub/b.mp4", 'she says "hi", then nods'), ("c.mp4", "ein Gesicht, müde")]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from frostline.errors import ConfigError
 from frostline.rewards.reward import RewardScore
+from frostline.train.data.batch import pad_frames
 from frostline.train.loop.evaluation import Evaluation, _psnr
 from frostline.train.loop.validation import Validation, _write
-from frostline.train.step.batch import pad_frames
 from frostline.train.step.module import WanTrainingModule
 from frostline.video import read_video
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import EngineError
 from frostline.runtime.backends.options import BuildProgress
 from frostline.runtime.interruptible import run_interruptibly
@@ -145,7 +145,7 @@ def _read_timing_cache(config: Any, path: Path | None) -> bool:
 def _write_timing_cache(config: Any, path: Path | None) -> None:
     cache = config.get_timing_cache()
     if path is not None and cache is not None:
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             part.write_bytes(cache.serialize())
 
 

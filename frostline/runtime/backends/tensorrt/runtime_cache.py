@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from frostline.atomic_io import written_whole
+from frostline.atomic_io import atomic_write
 from frostline.errors import DataError, EngineError
 from frostline.runtime.engines import signing
 from frostline.runtime.engines.verification import VerifiedEngine
@@ -49,7 +49,7 @@ class RuntimeCache:
         """Replace the file; where that is not possible, the next process compiles again."""
         try:
             signature = signing.sign(self._signed(content)).encode()
-            with written_whole(self.path) as part:
+            with atomic_write(self.path) as part:
                 part.write_bytes(signature + content)
         except (DataError, EngineError) as error:
             log.debug("no runtime cache is kept: %s", error)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from frostline.errors import DataError
-from frostline.train.step import batch as batch_module
-from frostline.train.step.batch import Batch, check_batch, fit_to_wan
+from frostline.train.data import batch as batch_module
+from frostline.train.data.batch import Batch, check_batch, fit_to_wan
 
 
 def good(count: int = 2, **changes: object) -> dict[str, object]:

@@ -16,14 +16,14 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from frostline import __version__
-from frostline.cli import adapters, engines, exporting, scoring, training
+from frostline.cli import adapters, engines, exporting, recipes, scoring, training
 from frostline.cli.leaving import leave
 from frostline.errors import ConfigError, FrostlineError
 from frostline.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 for command in (
-    *(training.demo, training.train, training.report),
+    *(training.demo, recipes.init, training.train, training.report),
     *(exporting.export, exporting.plan),
     *(training.sample, scoring.score),
 ):

@@ -33,7 +33,7 @@ def demo(
 
 
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file; see examples/.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; `frostline init` writes one.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. lora.rank=16.")] = None,
     resume: Annotated[str | None, typer.Option(help="latest, a checkpoint's name, or its folder.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings, explained.")] = False,
@@ -49,7 +49,7 @@ def train(
         typer.echo(commented_yaml(settings), nl=False)
         return
     if config is None:
-        raise ConfigError("a configuration file is needed: copy one from examples/")
+        raise ConfigError("a configuration file is needed: `frostline init NAME` writes one")
     from frostline.progress import Progress
 
     if dry_run:

@@ -42,7 +42,7 @@ class DemoSettings:
 
 
 def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettings:
-    """The settings of the demo's training: those of examples/tiny.yaml, and all starts at the beginning and the end."""
+    """The settings of the demo's training: those of the recipe `tiny`, and all starts at the beginning and the end."""
     return RunSettings.parse(
         {
             "model": "tiny",

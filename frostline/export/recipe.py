@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from frostline.config import LoraSettings, Precision, RewardSettings, Settings
 from frostline.documents import read_yaml
 from frostline.errors import ConfigError, DocumentError, EngineError
+from frostline.recipes import export_recipe
 from frostline.runtime.backends import check_backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.stages.shapes import ShapeRange, asked_maximum, parse_shapes
@@ -24,7 +25,6 @@ STAGES = (
     *("text_encoder", "image_encoder", "vae_encoder", "denoiser", "denoiser_high_noise", "vae_decoder"),
     *("face_detector", "face_embedder"),
 )
-_RECIPES = Path("engines")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
@@ -163,7 +163,7 @@ def load_recipe(model: str, changes: dict[str, Any]) -> Recipe:
     """The recipe that `model` names, with `changes` put over it.
 
     Args:
-        model: a `.yaml` file, the name of one in `engines/`, or a model, which gets the default recipe.
+        model: a `.yaml` file, the name of one of `frostline init`, or a model, which gets the default recipe.
         changes: fields of `Recipe`; those that are None change nothing.
     Raises:
         ConfigError: the file or a field is not usable.
@@ -182,8 +182,7 @@ def _find(model: str) -> Path | None:
         if not given.is_file():
             raise ConfigError(f"recipe {given} does not exist")
         return given
-    named = _RECIPES / f"{model}.yaml"
-    return named if "/" not in model and named.is_file() else None
+    return export_recipe(model)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from frostline import recipes
 from frostline.config import LoraSettings
 from frostline.errors import ConfigError
 from frostline.export.recipe import STAGES, Recipe, load_recipe
 from frostline.runtime.backends.tensorrt import TENSORRT
 from frostline.stages.shapes import ShapeRange
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "engines").glob("*.yaml"))
+SHIPPED = sorted((Path(recipes.__file__).parent / "export").glob("*.yaml"))
 
 
 def test_there_is_a_recipe_for_every_released_model() -> None:
@@ -28,8 +28,9 @@ def test_there_is_a_recipe_for_every_released_model() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_recipes_are_sound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_shipped_recipes_are_found_by_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder."""
+    monkeypatch.chdir(tmp_path)
     recipe = load_recipe(path.stem, {})
     assert recipe == load_recipe(str(path), {})
     assert Path(recipe.model).name == path.stem

@@ -7,12 +7,13 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from frostline import recipes
 from frostline.config import _NAMES_OF_OTHERS, Settings, dotted_names, nested_settings
 from frostline.errors import ConfigError
 from frostline.train.config_file import commented_yaml, load_run_settings
 from frostline.train.settings import RunSettings
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(recipes.__file__).parent / "train"
 
 
 def test_overrides_go_before_the_file(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from frostline.models.checkpoints import loading
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.progress import Progress
+from frostline.recipes import training_config
 from frostline.train.config_file import load_run_settings
 from frostline.train.launch import run_training
 from frostline.train.loop.optimizer_step import optimizer_step
@@ -435,7 +436,7 @@ def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.Monk
 def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """14 B parameters, twice, on eight cards of 80 GB: what runs at each step, and the memory of each stage."""
     monkeypatch.chdir(workplace)
-    reference = str(Path(__file__).parents[2] / "examples" / "Wan2.2-I2V-A14B.yaml")
+    reference = str(training_config("Wan2.2-I2V-A14B"))
     machine = ["memory.num_processes=8", "memory.sharding=fsdp", "memory.device_gb=80"]
     sources = ["data.source=data", "validation.source=data"]
     result = CliRunner().invoke(app, ["train", reference, "--dry-run", *machine, *sources])
@@ -453,7 +454,7 @@ def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypat
 
 
 def test_the_demo_trains_with_the_tiny_example() -> None:
-    example = load_run_settings(Path(__file__).parents[2] / "examples" / "tiny.yaml")
+    example = load_run_settings(training_config("tiny"))
     demo = demo_settings(Path("runs/demo"), Path("engines"), DemoSettings())
     for name in ("lora", "kl_weight", "noise_seed", "reward", "num_inference_steps"):
         assert getattr(demo, name) == getattr(example, name), name

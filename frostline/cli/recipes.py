@@ -1,0 +1,22 @@
+"""`frostline init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from frostline.recipes import copy_recipes, recipe_names
+
+
+def init(
+    name: Annotated[str | None, typer.Argument(help="Name of a model; lists them if left out.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")] = Path(),
+) -> None:
+    """Copy the training configuration and the export recipe of a model, to be edited."""
+    if name is None:
+        typer.echo("\n".join(recipe_names()))
+        return
+    for path in copy_recipes(name, folder):
+        typer.echo(f"wrote {path}")

@@ -1,0 +1,50 @@
+"""`frostline init`: recipes and configurations that are installed with the package."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from frostline.cli import app
+from frostline.errors import ConfigError
+from frostline.export.recipe import load_recipe
+from frostline.recipes import copy_recipes, export_recipe, recipe_names, training_config
+from frostline.train.config_file import load_run_settings
+
+
+def test_without_a_name_the_names_are_listed() -> None:
+    result = CliRunner().invoke(app, ["init"])
+    assert result.exit_code == 0
+    assert result.output.split() == recipe_names()
+    assert {"tiny", "Wan2.2-I2V-A14B"} <= {*recipe_names()}
+
+
+def test_both_files_are_copied_and_usable(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["init", "tiny", str(tmp_path / "mine")])
+    assert result.exit_code == 0, result.output
+    config, recipe = tmp_path / "mine" / "tiny.yaml", tmp_path / "mine" / "tiny.export.yaml"
+    assert {*(tmp_path / "mine").iterdir()} == {config, recipe}
+    named_config, named_recipe = training_config("tiny"), export_recipe("tiny")
+    assert named_config is not None
+    assert named_recipe is not None
+    assert load_run_settings(config, []) == load_run_settings(named_config, [])
+    assert load_recipe(str(recipe), {}) == load_recipe("tiny", {})
+
+
+def test_a_model_with_a_recipe_alone_gets_one_file(tmp_path: Path) -> None:
+    assert copy_recipes("Wan2.1-T2V-1.3B", tmp_path) == [tmp_path / "Wan2.1-T2V-1.3B.export.yaml"]
+
+
+def test_files_that_exist_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "tiny.export.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"tiny\.export\.yaml exists already"):
+        copy_recipes("tiny", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.export.yaml"]
+    assert (tmp_path / "tiny.export.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["Wan9", "../export/tiny", "", "train/tiny"])
+def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown recipe"):
+        copy_recipes(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []

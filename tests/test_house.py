@@ -103,6 +103,12 @@ def test_no_folder_and_no_file_is_too_large() -> None:
     ] == []
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their names alone: of two in one run it would leave one out."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted({*names})
+
+
 def test_make_test_leaves_no_test_out() -> None:
     parts = re.search(r"^TEST_PARTS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert parts is not None

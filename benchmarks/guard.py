@@ -23,9 +23,10 @@ from rich.table import Table
 
 from frostline.models.lora.inject import LoraSwitches, inject_lora, lora_parameters
 from frostline.models.wan.denoiser import Denoiser
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.guard import LiveGuard, WeightGuard
 from frostline.runtime.identity.fingerprint import weights_sha256
-from frostline.runtime.stage import ModuleState, ModuleTensors, Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import ModuleState, ModuleTensors, Network, Stage, TensorSpec
 
 LAYERS = (4, 30)
 

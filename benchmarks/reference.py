@@ -142,8 +142,8 @@ class ReferenceStep:
     def _denoise(self, latents: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Latents and KL loss after the rollout head and the tail."""
         settings, kl = self.settings, []
-        for index in range(settings.final_timestep + 1):
-            if index < settings.mid_timestep:
+        for index in range(settings.grad_end_step + 1):
+            if index < settings.grad_start_step:
                 with torch.no_grad(), self._time("denoiser"):
                     velocity = self._velocity(latents, index, given)
             else:

@@ -112,8 +112,8 @@ def _module(point: Point, shapes: Any, arguments: argparse.Namespace) -> WanTrai
         {
             "lora": {"rank": point.rank},
             "num_inference_steps": _INFERENCE_STEPS,
-            "mid_timestep": _INFERENCE_STEPS - point.tail,
-            "final_timestep": _INFERENCE_STEPS - 1,
+            "grad_start_step": _INFERENCE_STEPS - point.tail,
+            "grad_end_step": _INFERENCE_STEPS - 1,
             "gradient_checkpointing": "none",
             "reward": {"upscale": 2},
         }

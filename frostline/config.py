@@ -42,6 +42,8 @@ _NAMES_OF_OTHERS = {
     "eval_steps": "validation.steps",
     "train_dataset": "data.source",
 }
+# What the reference calls two settings (arXiv 2510.14255): accepted wherever these are.
+_NAMES_OF_THE_REFERENCE = {"mid_timestep": "grad_start_step", "final_timestep": "grad_end_step"}
 # What pydantic says of what should be a path.
 _NO_PATH = {"class": "Path"}
 
@@ -196,8 +198,8 @@ class TrainingModuleSettings(Settings):
     """One training step; the defaults are those of the reference (IPRO, arXiv 2510.14255)."""
 
     num_inference_steps: int = Field(default=8, ge=1, description="N, Euler steps from noise to video")
-    mid_timestep: int = Field(default=4, ge=0, description="first step with gradient")
-    final_timestep: int = Field(default=7, ge=0, description="last step with gradient")
+    grad_start_step: int = Field(default=4, ge=0, description="first step with gradient")
+    grad_end_step: int = Field(default=7, ge=0, description="last step with gradient")
     shift: float = Field(default=5.0, gt=0, description="s of the sigma schedule")
     boundary: float | None = Field(default=None, ge=0, le=1, description="of two experts; the model's own if not given")
     noise_seed: int | None = Field(default=24, description="seed of the start noise; null draws fresh noise every step")
@@ -223,12 +225,22 @@ class TrainingModuleSettings(Settings):
     cache_dir: Path | None = Field(default=None, description="where frozen outputs are kept; memory if not given")
     cache_bytes: int = Field(default=8 * 2**30, ge=0, description="bound of the frozen-output cache; 0 switches it off")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_names_of_the_reference(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for theirs, ours in _NAMES_OF_THE_REFERENCE.items():
+            if theirs in values and ours in values:
+                raise ValueError(f"{theirs} is another name of {ours}: set one of them")
+        return {_NAMES_OF_THE_REFERENCE.get(name, name): value for name, value in values.items()}
+
     @model_validator(mode="after")
     def _steps_are_ordered(self) -> Self:
-        if not self.mid_timestep <= self.final_timestep < self.num_inference_steps:
+        if not self.grad_start_step <= self.grad_end_step < self.num_inference_steps:
             raise ValueError(
-                f"mid_timestep <= final_timestep < num_inference_steps must hold, not {self.mid_timestep}, "
-                f"{self.final_timestep}, {self.num_inference_steps}"
+                f"grad_start_step <= grad_end_step < num_inference_steps must hold, not {self.grad_start_step}, "
+                f"{self.grad_end_step}, {self.num_inference_steps}"
             )
         return self
 

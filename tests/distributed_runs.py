@@ -45,8 +45,8 @@ def run(
         lora={"rank": 4},
         reward=SHARPNESS if reward == "sharpness" else FACES,
         num_inference_steps=3,
-        mid_timestep=1,
-        final_timestep=2,
+        grad_start_step=1,
+        grad_end_step=2,
         gradient_checkpointing=gradient_checkpointing,
     )
     if engines is not None:

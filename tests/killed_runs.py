@@ -39,7 +39,7 @@ SETTINGS = TrainerSettings(
 def make_module(cache: Path) -> WanTrainingModule:
     """Fresh noise at every step, so that the random numbers matter."""
     torch.manual_seed(0)
-    steps: dict[str, Any] = {"num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
+    steps: dict[str, Any] = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
     return WanTrainingModule.from_pretrained(
         "tiny",
         engines=None,

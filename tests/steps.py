@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from conftest import RewardTape
 
 # Three Euler steps (and clips of 32×32 pixels), for what does not depend on what is in the picture.
-QUICK: dict[str, Any] = {"num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
+QUICK: dict[str, Any] = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
 
 
 def clips(count: int, seed: int = 0, **size: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.train.data.dataset import collate
 from frostline.train.launch import build_module, run_training
 from frostline.train.loop.run_dir import ADAPTER, TIMING, VALIDATION, read_lines
-from frostline.train.loop.trainer import Outcome
+from frostline.train.loop.trainer import TrainOutcome
 from frostline.train.report.page import write_report
 from frostline.train.settings import RunSettings
 from frostline.train.step.module import WanTrainingModule
@@ -74,7 +74,9 @@ def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettin
     )
 
 
-def run_demo(out: Path, engines: Path, settings: DemoSettings, progress: Progress) -> tuple[Outcome, dict[str, Any]]:
+def run_demo(
+    out: Path, engines: Path, settings: DemoSettings, progress: Progress
+) -> tuple[TrainOutcome, dict[str, Any]]:
     """Make data, export engines, train, time the step against PyTorch, and write everything to `out`.
 
     Returns:

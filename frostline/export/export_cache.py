@@ -24,8 +24,9 @@ from frostline.paths import open_regular
 from frostline.runtime.backends import module_name
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.engines import signing
-from frostline.runtime.engines.manifest import EngineId, Manifest, Tolerance, canonical_json
+from frostline.runtime.engines.manifest import EngineId, Manifest, canonical_json
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.computation import computation_id
 
 log = logging.getLogger(__name__)

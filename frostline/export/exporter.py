@@ -26,7 +26,7 @@ from frostline.runtime.engines.manifest import EngineId, Manifest
 from frostline.runtime.engines.store import Build, EngineStore, VerifiedEngine
 from frostline.runtime.identity.fingerprint import find_engine, precision_of, stage_key, weights_sha256
 from frostline.runtime.planning.autotune import machine_id, take_turns
-from frostline.runtime.stage import Network, Runner, Stage, Tolerance
+from frostline.runtime.stage import Network, Runner, Stage
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def export_stage(
     engine, built = build_stage(
         stage, backend_name, store, options=options, force=force, traces=traces, progress=progress
     )
-    if engine.manifest.keeps(bounds_of(stage)):
+    if engine.manifest.keeps(stage.tolerance):
         return Exported(engine.manifest, built)
     backend = get_backend(backend_name)
     if obstacle := backend.obstacle(stage.networks[0].device, engine.manifest.device):
@@ -148,11 +148,6 @@ def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, op
     return all(store.get(EngineId(stage.model, stage.name, name, key)) is not None for name, key in keys.items())
 
 
-def bounds_of(stage: Stage) -> manifest.Tolerance:
-    """The bounds that engines of `stage` must keep, as manifests have them."""
-    return manifest.Tolerance(**vars(stage.tolerance))
-
-
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:
     """Hold an engine against PyTorch, time both, and write into its manifest what came out.
 
@@ -189,7 +184,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
             {TORCH: stage.torch, backend: assembled}, stage.sample(), _LATENCY_RUNS, _LATENCY_SECONDS
         ),
         measured_on=machine_id(stage.networks[0].device),
-        tolerance=bounds_of(stage),
+        tolerance=stage.tolerance,
         verified=True,
     )
     return store.update(engine, updated).manifest
@@ -258,7 +253,7 @@ def _build_engine(
             device=target,
             compute_capabilities=compute_capabilities(target),
             build_seconds=time.monotonic() - start,
-            tolerance=bounds_of(stage),
+            tolerance=stage.tolerance,
         )
     )
 
@@ -272,7 +267,7 @@ def _build_network(
     options: BuildOptions,
     traces: Traces,
     progress: Progress,
-) -> manifest.Network:
+) -> manifest.NetworkRecord:
     """Build one network, of which the engine serves the range of `served`."""
     progress(f"trace {network.name}")
     sources = build.folder / "sources"
@@ -285,7 +280,7 @@ def _build_network(
         )
     artifact = backend.build(served, source, build.folder, options)
     shutil.rmtree(sources)
-    return manifest.Network(
+    return manifest.NetworkRecord(
         name=network.name,
         artifact=artifact,
         inputs=tuple(
@@ -361,7 +356,7 @@ def _discard(store: EngineStore, engine: VerifiedEngine) -> None:
 
 def _explain(stage: Stage, backend: str, failed: Sequence[manifest.Parity]) -> str:
     worst = max(failed, key=lambda measured: measured.max_abs)
-    bound: Tolerance = stage.tolerance
+    bound = stage.tolerance
     return (
         f"the {backend} engine of {stage.name} differs from PyTorch: output {worst.output} of {worst.network} "
         f"({worst.case}) by {worst.max_abs:.3g} ({worst.max_rel:.3g} of its largest value, cosine {worst.cosine:.6f}), "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frostline.runtime.engines import manifest
-from frostline.runtime.stage import Tolerance
+from frostline.runtime.engines.tolerance import Tolerance
 
 # `torch.quantile` takes no more than 2^24 values.
 _QUANTILE_LIMIT = 2**24

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from frostline.runtime.engines.manifest import Manifest, Tolerance
+from frostline.runtime.engines.manifest import Manifest
+from frostline.runtime.engines.tolerance import Tolerance
 
 Status = Literal["built", "present", "planned", "failed"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from frostline.errors import ConfigError, EngineError
-from frostline.export.exporter import all_built, bounds_of, export_stage
+from frostline.export.exporter import all_built, export_stage
 from frostline.export.limits import served_note
 from frostline.export.parallel_build import Seconds, build_ahead
 from frostline.export.recipe import ALL_STAGES, Recipe
@@ -16,8 +16,9 @@ from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.fingerprint import precision_of
-from frostline.runtime.stage import Stage, Tolerance
+from frostline.runtime.stage import Stage
 from frostline.stages.staged_model import StagedModel
 
 
@@ -94,7 +95,7 @@ def export_model(
         built_here = exported.built or (stage.name, backend) in ahead
         status: Status = "built" if built_here else "present"
         seconds = ahead.get((stage.name, backend), 0.0) + time.monotonic() - start
-        yield ExportRow(stage.name, backend, status, seconds, exported.manifest, note, bounds_of(stage))
+        yield ExportRow(stage.name, backend, status, seconds, exported.manifest, note, stage.tolerance)
 
 
 def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stage]]:

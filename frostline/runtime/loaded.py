@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from frostline.errors import EngineError
 from frostline.runtime.backends import TORCH, get_backend
-from frostline.runtime.engines.manifest import Tolerance
 from frostline.runtime.engines.store import EngineRecord, EngineStore
 from frostline.runtime.engines.verification import VerifiedEngine
 from frostline.runtime.hints import export_command
@@ -88,7 +87,7 @@ class LoadedEngines:
                 f"engine {engine.path} was built but never compared with PyTorch: "
                 "`frostline plan MODEL` does so on this machine"
             )
-        if not engine.manifest.keeps(Tolerance(**vars(stage.tolerance))):
+        if not engine.manifest.keeps(stage.tolerance):
             again = export_command(stage.name, backend)
             log.warning("stage %s: its %s engine was verified within looser bounds: `%s`", stage.name, backend, again)
         networks = {network.name: network for network in stage.networks}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from frostline.errors import EngineError, InputError, ShapeError
 from frostline.models.lazy_weights import PartWeights
 from frostline.runtime.dynamic_dim import Dimension, Size
+from frostline.runtime.engines.tolerance import Tolerance
 
 log = logging.getLogger(__name__)
 
@@ -231,12 +232,3 @@ ModuleState = Callable[[], str | None]
 
 def _always_as_exported() -> None:
     return None
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """An output passes if `|engine - torch| <= atol + rtol * max|torch|` everywhere and the cosine is high enough."""
-
-    atol: float
-    rtol: float
-    cosine: float

@@ -13,7 +13,7 @@ from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot, histogram, line_plot
 from frostline.score.pictures import extreme_pictures
 from frostline.score.result import VideoScore
-from frostline.score.run import Outcome
+from frostline.score.run import ScoreOutcome
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary
 
@@ -31,7 +31,7 @@ _COLUMNS = (
 )
 
 
-def write_score_report(path: Path, outcome: Outcome, settings: ScoreSettings) -> None:
+def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSettings) -> None:
     """Write the page; of many videos, those with the lowest scores are shown frame by frame."""
     summary, rows = outcome.summary, outcome.rows
     page = Page("Is it the same person?", _subtitle(rows, settings))
@@ -182,7 +182,7 @@ def _thinned(numbers: Sequence[int], scores: Sequence[float | None]) -> tuple[li
     return places, means, together
 
 
-def _facts(outcome: Outcome, settings: ScoreSettings) -> dict[str, str]:
+def _facts(outcome: ScoreOutcome, settings: ScoreSettings) -> dict[str, str]:
     first, summary = outcome.rows[0], outcome.summary
     facts = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",

@@ -44,7 +44,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScoreOutcome:
     """All rows in the order of the input, and what they come to; None in all processes but the main one."""
 
     rows: tuple[VideoScore, ...]
@@ -66,7 +66,7 @@ class _Clock:
 
 def run_score(
     pairs: Sequence[Pair], settings: ScoreSettings, options: RunOptions, progress: Progress
-) -> Outcome | None:
+) -> ScoreOutcome | None:
     """Score `pairs`, all of them or, where a launcher started several processes, this one's share.
 
     Raises:
@@ -95,7 +95,7 @@ def run_score(
     summary = summarize(rows, clock.seconds, clock.frames, clock.stages)
     if file is not None:
         _write_summary(file.path, summary)
-    return Outcome(tuple(rows), summary)
+    return ScoreOutcome(tuple(rows), summary)
 
 
 def summary_path(out: Path) -> Path:

@@ -8,14 +8,14 @@ from rich.table import Table
 
 from frostline.escaping import printable_name
 from frostline.score.result import REFERENCE_NOTE, VideoScore
-from frostline.score.run import Outcome
+from frostline.score.run import ScoreOutcome
 from frostline.score.summary import HISTOGRAM_EDGES, Summary
 
 _SHOWN = 40
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def print_outcome(outcome: Outcome, console: Console) -> None:
+def print_outcome(outcome: ScoreOutcome, console: Console) -> None:
     """The rows of the first videos, all that failed, and the summary."""
     rows = outcome.rows
     shown = rows[:_SHOWN]

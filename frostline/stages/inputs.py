@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from frostline.models.precision import precision_name
-from frostline.runtime.stage import Tolerance
+from frostline.runtime.engines.tolerance import Tolerance
 
 # All stages import this file: what it imports is part of what identifies the engines of each.
 if TYPE_CHECKING:

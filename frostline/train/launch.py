@@ -27,7 +27,7 @@ from frostline.train.data.dataset import BadRow, DataCheck, Sample, VideoPromptD
 from frostline.train.loop.checkpoint import Checkpoint
 from frostline.train.loop.resume import changed_settings
 from frostline.train.loop.saving import PACKAGES
-from frostline.train.loop.trainer import Outcome, RunOptions, make_accelerator, train
+from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
 from frostline.train.loop.validation import Validation, validate
 from frostline.train.processes import gather_from_processes
 from frostline.train.report.page import write_report
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 _LISTED_ROWS = 20
 
 
-def run_training(settings: RunSettings, resume: str | None, progress: Progress) -> Outcome:
+def run_training(settings: RunSettings, resume: str | None, progress: Progress) -> TrainOutcome:
     """Check the data, load the model, train, and write the report.
 
     Args:

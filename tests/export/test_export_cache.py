@@ -12,8 +12,9 @@ from frostline.export import export_cache as receipts
 from frostline.export.export_cache import Receipt, recall, receipt_key, remember
 from frostline.export.recipe import Recipe
 from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.engines.manifest import EngineId, Manifest, Parity, Tolerance
+from frostline.runtime.engines.manifest import EngineId, Manifest, Parity
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 
 BOUNDS = Tolerance(atol=1e-5, rtol=1e-5, cosine=0.999)
 LOOSE = Tolerance(atol=float("inf"), rtol=1.0, cosine=-1.0)

@@ -15,7 +15,8 @@ from frostline.export.exporter import export_stage
 from frostline.runtime.backends import get_backend
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
-from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.engines.tolerance import Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk"),

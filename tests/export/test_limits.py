@@ -21,7 +21,8 @@ from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
-from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.engines.tolerance import Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.stages import StageInputs, vae_decoder, vae_encoder
 
 LIMIT = 2**31 - 1

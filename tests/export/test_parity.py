@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frostline.export.parity import compare
 from frostline.runtime.engines.manifest import Parity
-from frostline.runtime.stage import Tolerance
+from frostline.runtime.engines.tolerance import Tolerance
 
 TOLERANCE = Tolerance(atol=1e-5, rtol=1e-4, cosine=0.9999)
 MEASURES = ("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel")

@@ -22,7 +22,8 @@ from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
 from frostline.runtime.backends import get_backend
 from frostline.runtime.engines.store import EngineStore
-from frostline.runtime.stage import Stage, Tolerance
+from frostline.runtime.engines.tolerance import Tolerance
+from frostline.runtime.stage import Stage
 
 KILLS = 20
 

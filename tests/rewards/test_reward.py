@@ -18,7 +18,7 @@ from frostline.rewards.sharpness import SharpnessReward
 from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
-QUICK: dict[str, Any] = {"num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
+QUICK: dict[str, Any] = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
 SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 2.0, "weight": 0.5}
 
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx.external_data_helper import set_external_data
 
-from frostline.runtime.engines.manifest import Manifest, Network, NetworkInput, NetworkOutput
+from frostline.runtime.engines.manifest import Manifest, NetworkInput, NetworkOutput, NetworkRecord
 from frostline.runtime.engines.store import EngineStore, VerifiedEngine
 
 KEY = "0123456789abcdef"
@@ -35,7 +35,7 @@ def manifest() -> Manifest:
         weights_sha256="0" * 64,
         device="cpu",
         networks=(
-            Network(
+            NetworkRecord(
                 name="add",
                 artifact="model.onnx",
                 inputs=(NetworkInput(name="x", dtype="float32", min=(1,), opt=(4,), max=(8,)),),

@@ -16,9 +16,10 @@ from frostline.export.exporter import export_stage
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.guard import WeightGuard
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import ModuleTensors, Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import ModuleTensors, Network, Stage, TensorSpec
 
 ORT = "onnxruntime"
 

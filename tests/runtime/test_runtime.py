@@ -15,8 +15,9 @@ from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.train.step.module import WanTrainingModule
 
 ORT = "onnxruntime"
@@ -390,7 +391,7 @@ def test_a_training_step_survives_a_corrupted_engine(
     shutil.copytree(engines, copy)
     for path in (copy / "tiny" / "denoiser").rglob("*.onnx"):
         path.write_bytes(path.read_bytes()[:-100])
-    quick = {"num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
+    quick = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
     plan = {
         "denoiser": ORT,
         **dict.fromkeys(("text_encoder", "vae_encoder", "face_detector", "face_embedder"), "torch"),

@@ -11,7 +11,7 @@ from browser import needs_chromium, render
 from frostline.score.pictures import extreme_pictures
 from frostline.score.report import write_score_report
 from frostline.score.result import VideoScore
-from frostline.score.run import Outcome
+from frostline.score.run import ScoreOutcome
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import summarize
 
@@ -29,7 +29,7 @@ def rows(people: Path, score_files: ScoreFiles) -> tuple[VideoScore, ...]:
 @pytest.fixture
 def page(rows: tuple[VideoScore, ...], tmp_path: Path) -> Path:
     path = tmp_path / "report.html"
-    write_score_report(path, Outcome(rows, summarize(rows, 2.0, 40, {"face_detector (torch)": 1.5})), SETTINGS)
+    write_score_report(path, ScoreOutcome(rows, summarize(rows, 2.0, 40, {"face_detector (torch)": 1.5})), SETTINGS)
     return path
 
 
@@ -55,7 +55,7 @@ def test_a_gap_breaks_the_curve(
     """A face, none, a face: two strokes where a video full of faces has one."""
 
     def strokes(row: VideoScore) -> int:
-        write_score_report(page, Outcome((row,), summarize([row])), SETTINGS)
+        write_score_report(page, ScoreOutcome((row,), summarize([row])), SETTINGS)
         curve = page.read_text().partition(f"Score of each frame of {row.video}")[2].partition("</svg>")[0]
         return len(re.findall(r"stroke: var\(--plot-1", curve))
 
@@ -90,7 +90,7 @@ def test_pictures_show_the_face_with_box_and_landmarks(rows: tuple[VideoScore, .
 def test_a_long_video_stays_a_small_plot(rows: tuple[VideoScore, ...], tmp_path: Path) -> None:
     scores = tuple(None if 5000 < t < 6000 else 0.5 + 0.4 * (t % 2) for t in range(18000))
     long = rows[0].model_copy(update={"frame_numbers": tuple(range(18000)), "frame_scores": scores})
-    write_score_report(tmp_path / "long.html", Outcome((long,), summarize([long])), SETTINGS)
+    write_score_report(tmp_path / "long.html", ScoreOutcome((long,), summarize([long])), SETTINGS)
     html = (tmp_path / "long.html").read_text()
     assert "Each point is the mean of up to 30 frames" in html
     assert len(html) < 300_000

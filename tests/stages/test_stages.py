@@ -18,9 +18,10 @@ from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import onnxruntime as onnxruntime_backend
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.engines.store import EngineStore, VerifiedEngine
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Network, Stage, Tolerance
+from frostline.runtime.stage import Network, Stage
 from frostline.stages.text_encoder import TextEncoderStage
 from frostline.train.step.module import WanTrainingModule
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from frostline import recipes
-from frostline.config import _NAMES_OF_OTHERS, Settings, dotted_names, nested_settings
+from frostline.config import _NAMES_OF_OTHERS, Settings, TrainingModuleSettings, dotted_names, nested_settings
 from frostline.errors import ConfigError
 from frostline.train.config_file import commented_yaml, load_run_settings
 from frostline.train.settings import RunSettings
@@ -71,7 +71,12 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "tracker": ("train: {report_to: [wandbb]}", [], "train.report_to.0"),
     "frames": ("data: {num_frames: 16}", [], "data: num_frames must be 4k+1"),
     "height alone": ("validation: {height: 64}", [], "validation: height and width go together"),
-    "steps": ("mid_timestep: 7\nfinal_timestep: 5", [], "mid_timestep <= final_timestep < num_inference_steps"),
+    "steps": ("grad_start_step: 7\ngrad_end_step: 5", [], "grad_start_step <= grad_end_step < num_inference_steps"),
+    "one setting by two names": (
+        "grad_start_step: 1",
+        ["mid_timestep=2"],
+        "mid_timestep is another name of grad_start",
+    ),
     "options of faces": ("reward: {options: {a: 1}}", [], "options are of a package.module:Class only"),
     "faces of another": ("reward: {type: 'a:B', embedder: facenet}", [], "embedder is of face_identity only"),
     "faces twice": ("reward: {plus: [{weight: 1}]}", [], "face_identity can be rewarded once only"),
@@ -96,6 +101,17 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "an alias of itself": ("reward: {options: &a {a: *a}}", [], "an alias stands for what it is part of"),
     "deep": ("[" * 9999, [], "nested more than 50 levels deep"),
 }
+
+
+def test_the_names_of_the_reference_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("mid_timestep: 2\nfinal_timestep: 5")
+    settings = load_run_settings(path, ["final_timestep=6"])
+    assert (settings.grad_start_step, settings.grad_end_step) == (2, 6)
+    printed = commented_yaml(settings)
+    assert "grad_start_step: 2" in printed
+    assert "mid_timestep" not in printed
+    assert TrainingModuleSettings.parse({"mid_timestep": 1}).grad_start_step == 1
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -191,7 +207,7 @@ def test_examples_parse(path: Path) -> None:
 
 def test_the_reference_example_has_the_published_settings() -> None:
     settings = load_run_settings(EXAMPLES / "Wan2.2-I2V-A14B.yaml")
-    assert (settings.num_inference_steps, settings.mid_timestep, settings.final_timestep) == (8, 4, 7)
+    assert (settings.num_inference_steps, settings.grad_start_step, settings.grad_end_step) == (8, 4, 7)
     assert (settings.shift, settings.lora.rank, settings.data.max_pixels) == (5.0, 32, 480 * 480)
     train = settings.train
     assert (train.learning_rate, train.lr_warmup_steps, train.per_device_train_batch_size) == (2.5e-6, 10, 1)

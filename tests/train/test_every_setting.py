@@ -39,8 +39,8 @@ BASE = {
     "device": "cpu",
     "output_dir": "run",
     "num_inference_steps": 3,
-    "mid_timestep": 1,
-    "final_timestep": 2,
+    "grad_start_step": 1,
+    "grad_end_step": 2,
     "lora": {"rank": 2},
     "plan": {"backend": "torch", "engines": "engines"},
     "reward": {"type": SHARPNESS, "baseline": 0, "scale": 1},
@@ -243,8 +243,8 @@ class Case:
 _data, _validation = samples("data"), samples("validation")
 CASES: dict[str, Case] = {
     "num_inference_steps": Case(4, a_step),
-    "mid_timestep": Case(2, a_step),
-    "final_timestep": Case(1, a_step),
+    "grad_start_step": Case(2, a_step),
+    "grad_end_step": Case(1, a_step),
     "shift": Case(3.0, a_step),
     "boundary": Case(0.99, a_step, {"model": "tiny-moe"}),
     "noise_seed": Case(25, a_step),

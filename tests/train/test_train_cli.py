@@ -39,8 +39,8 @@ QUICK = """
 model: tiny
 device: cpu
 num_inference_steps: 3
-mid_timestep: 1
-final_timestep: 2
+grad_start_step: 1
+grad_end_step: 2
 noise_seed: null
 lora: {rank: 4}
 plan: {backend: torch}

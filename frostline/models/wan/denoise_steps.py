@@ -32,7 +32,7 @@ class DenoiseSteps:
         schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
         boundary = boundary if settings.boundary is None else settings.boundary
         high_noise = schedule.high_noise_steps(boundary) if two_experts else 0
-        return cls(settings.mid_timestep, settings.final_timestep, high_noise)
+        return cls(settings.grad_start_step, settings.grad_end_step, high_noise)
 
     def check_tail(self) -> None:
         """Refuse a tail that trains nothing.
@@ -42,7 +42,7 @@ class DenoiseSteps:
         """
         if not self.tail_with_lora:
             raise ConfigError(
-                f"final_timestep {self.final}: the high-noise expert, which has no LoRA, serves the first "
+                f"grad_end_step {self.final}: the high-noise expert, which has no LoRA, serves the first "
                 f"{self.high_noise} steps; the tail has to reach beyond them"
             )
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from frostline.errors import EngineError
+from frostline.runtime.engines.tolerance import Tolerance
 
 # One component of a path: never hidden (hidden names are the store's own), never a step upwards.
 NAME = r"[A-Za-z0-9_](?:\.?[A-Za-z0-9_-])*"
@@ -71,7 +72,7 @@ class NetworkOutput(_Part):
     dtype: str
 
 
-class Network(_Part):
+class NetworkRecord(_Part):
     """One network of the stage (most have one, the face detector has three), and the file that holds it."""
 
     name: str
@@ -95,22 +96,10 @@ class Parity(_Part):
     cosine: float
     passed: bool
 
-    def keeps(self, bounds: "Tolerance") -> bool:
+    def keeps(self, bounds: Tolerance) -> bool:
         """Whether it is within bounds, which may be others than those that it was held against."""
         scale = self.max_abs / self.max_rel if self.max_rel else 0.0
         return self.max_abs <= bounds.atol + bounds.rtol * scale and self.cosine >= bounds.cosine
-
-
-class Tolerance(_Part):
-    """The bounds that the measured parity was held against."""
-
-    atol: float
-    rtol: float
-    cosine: float
-
-    def permits(self, other: "Tolerance") -> bool:
-        """Whether whatever keeps the `other` bounds keeps these."""
-        return self.atol >= other.atol and self.rtol >= other.rtol and self.cosine <= other.cosine
 
 
 @dataclass(frozen=True, order=True)
@@ -156,7 +145,7 @@ class Manifest(_Part):
     weights_sha256: Sha256
     artifacts: dict[Name, Artifact] = {}
     opset: int | None = None
-    networks: tuple[Network, ...] = ()
+    networks: tuple[NetworkRecord, ...] = ()
     versions: dict[str, str] = Field(default={}, description="builder and backend versions, by package")
     device: str = Field(description="what it runs on: 'cpu' or 'sm_89'")
     compute_capabilities: tuple[str, ...] = ()

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainOutcome:
     """How a run ended. step: optimizer steps done, skipped: those without an update. stopped_by: a signal, if one."""
 
     step: int
@@ -110,7 +110,7 @@ def train(
     output_dir: Path,
     options: RunOptions | None = None,
     accelerator: Accelerator | None = None,
-) -> Outcome:
+) -> TrainOutcome:
     """Train the LoRA of `module`; writes `metrics.jsonl` and `checkpoint-N/` as it goes, and `adapter/` at the end.
 
     SIGTERM or SIGINT: the running step is finished and saved, then the run ends.
@@ -219,7 +219,7 @@ class _Run:
         self.metrics, self.validation = JsonLines(output_dir / METRICS), JsonLines(output_dir / VALIDATION)
         self.saved_step = training.step if options.resume is not None else None
 
-    def go(self, dataset: Dataset[Sample]) -> Outcome:
+    def go(self, dataset: Dataset[Sample]) -> TrainOutcome:
         training, settings = self.training, self.training.settings
         order = DataOrder(
             len(dataset),  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ class _Run:
         self._save()
         if training.step >= settings.max_train_steps and self.is_main:
             training.module.save_adapter(self.output_dir / ADAPTER)
-        return Outcome(training.step, training.skipped, self.stop.requested)
+        return TrainOutcome(training.step, training.skipped, self.stop.requested)
 
     def _one_step(self, batches: Batches) -> None:
         training, settings = self.training, self.training.settings

@@ -204,8 +204,8 @@ class WanTrainingModule(nn.Module):
             sampled = self.sampler.tail(
                 latents,
                 conditioning,
-                settings.mid_timestep,
-                settings.final_timestep,
+                settings.grad_start_step,
+                settings.grad_end_step,
                 recompute=self.gradient_checkpointing == "full",
                 engine_forward=settings.engine_forward,
             )
@@ -326,7 +326,7 @@ class WanTrainingModule(nn.Module):
             self.settle_checkpointing(shape)
 
     def _rollout(self, conditioning: Conditioning) -> Tensor:
-        mid = self.settings.mid_timestep
+        mid = self.settings.grad_start_step
         recallable = None if self.settings.noise_seed is None else self.conditioner
         latents, first = self.sampler.start(conditioning, self.noise(conditioning), mid, recallable)
         return self.sampler.head(latents, conditioning, first, mid)

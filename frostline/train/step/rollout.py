@@ -61,7 +61,7 @@ class Sampler:
 
     @torch.no_grad()
     def start(
-        self, conditioning: Conditioning, noise: Tensor, mid_timestep: int, conditioner: Conditioner | None
+        self, conditioning: Conditioning, noise: Tensor, grad_start_step: int, conditioner: Conditioner | None
     ) -> tuple[Tensor, int]:
         """The latents after the steps of the frozen high-noise expert, and how many those were.
 
@@ -70,7 +70,7 @@ class Sampler:
             conditioner: whose cache holds the result; None where the noise is fresh and nothing could be recalled.
         """
         latents = self._pinned(noise, conditioning)
-        steps = min(self.high_noise_steps, mid_timestep)
+        steps = min(self.high_noise_steps, grad_start_step)
         if steps == 0:
             return latents, 0
 
@@ -90,10 +90,10 @@ class Sampler:
         return conditioner.cached_rows(what, stages, keys, compute)["latents"], steps
 
     @torch.no_grad()
-    def head(self, latents: Tensor, conditioning: Conditioning, first: int, mid_timestep: int) -> Tensor:
-        """The rollout head: steps `first … mid_timestep - 1`, on whichever backend the plan names."""
+    def head(self, latents: Tensor, conditioning: Conditioning, first: int, grad_start_step: int) -> Tensor:
+        """The rollout head: steps `first … grad_start_step - 1`, on whichever backend the plan names."""
         given = conditioning.denoiser_inputs()
-        for index in range(first, mid_timestep):
+        for index in range(first, grad_start_step):
             velocity = self._frozen_velocity(latents, index, given)
             latents = self._advance(latents, velocity, index, conditioning)
         return latents
@@ -102,12 +102,12 @@ class Sampler:
         self,
         latents: Tensor,
         conditioning: Conditioning,
-        mid_timestep: int,
-        final_timestep: int,
+        grad_start_step: int,
+        grad_end_step: int,
         recompute: bool = False,
         engine_forward: bool = True,
     ) -> Sampled:
-        """The denoise tail: steps `mid_timestep … final_timestep` with graph, each with its KL term.
+        """The denoise tail: steps `grad_start_step … grad_end_step` with graph, each with its KL term.
 
         `kl_i = mean((v_lora - v_base)^2) / (2 sigma_i^2)`, `v_base` frozen.
 
@@ -116,7 +116,7 @@ class Sampler:
             engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
         """
         given = conditioning.denoiser_inputs()
-        steps = range(mid_timestep, final_timestep + 1)
+        steps = range(grad_start_step, grad_end_step + 1)
         before, velocities = [], []
         for index in steps:
             velocity = self._live_velocity(latents, index, given, recompute, engine_forward)

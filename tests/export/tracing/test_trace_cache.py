@@ -13,7 +13,8 @@ from frostline.export.tracing import torch_export as program_file
 from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
-from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.engines.tolerance import Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx")
 

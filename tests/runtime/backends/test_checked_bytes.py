@@ -11,8 +11,9 @@ from frostline.export.exporter import build_stage
 from frostline.runtime.backends import get_backend
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.engines.verification import VerifiedEngine
-from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -12,8 +12,9 @@ from frostline.export.exporter import export_stage
 from frostline.runtime.backends import get_backend
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec
 
 RIGHT, WRONG, REFUSED = 10, 20, 30
 SERVED_BY_TORCH = 1

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.manifest import EngineId, Manifest
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.fingerprint import find_engine, stage_code, stage_key, weights_sha256
-from frostline.runtime.stage import Network, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Stage, TensorSpec
 
 ROWS = Dimension("rows", 1, 4, 64)
 MakeStage = Callable[..., Stage]

@@ -14,12 +14,13 @@ from frostline.export.exporter import export_stage
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.planning import autotune as latency
 from frostline.runtime.planning import choosing
 from frostline.runtime.planning import trials as trials_file
 from frostline.runtime.planning.autotune import LatencyNote, machine_id, shape_class, take_turns
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, Tolerance
+from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
 
 ORT = "onnxruntime"
 CPU = torch.device("cpu")

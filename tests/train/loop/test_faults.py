@@ -24,8 +24,8 @@ from frostline.train.settings import TrainerSettings
 
 QUICK: dict[str, Any] = {
     "num_inference_steps": 3,
-    "mid_timestep": 1,
-    "final_timestep": 2,
+    "grad_start_step": 1,
+    "grad_end_step": 2,
     "reward": {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
 }
 

@@ -20,7 +20,7 @@ SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 
 def run(make_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps, one of them without a finite loss, and validation before and after."""
     out = tmp_path_factory.mktemp("tracked")
-    module = make_module(num_inference_steps=3, mid_timestep=1, final_timestep=2, reward=SHARPNESS)
+    module = make_module(num_inference_steps=3, grad_start_step=1, grad_end_step=2, reward=SHARPNESS)
     forward, count = module.forward, iter(range(1, 10))
 
     def second_is_nan(data: Any) -> Any:

@@ -178,11 +178,11 @@ def test_more_tail_steps_keep_more_and_checkpointing_less() -> None:
     def kept(**values: Any) -> int:
         return sizes(memory_plan("tiny", settings(**values), CLIP), "kept")["denoiser"]
 
-    assert kept(mid_timestep=4) == 4 * kept(mid_timestep=7)
+    assert kept(grad_start_step=4) == 4 * kept(grad_start_step=7)
     assert kept() > 4 * kept(gradient_checkpointing="block") > kept(gradient_checkpointing="full")
     # Of two experts the high-noise one serves the first three of eight steps.
-    moe = memory_plan("tiny-moe", settings(mid_timestep=0), CLIP)
-    assert sizes(moe, "kept")["denoiser"] == 5 * kept(mid_timestep=7)
+    moe = memory_plan("tiny-moe", settings(grad_start_step=0), CLIP)
+    assert sizes(moe, "kept")["denoiser"] == 5 * kept(grad_start_step=7)
 
 
 def test_the_table_says_whether_it_fits() -> None:

@@ -23,7 +23,7 @@ from frostline.train.step.module import WanTrainingModule
 MakeModule = Callable[..., WanTrainingModule]
 
 DATA: dict[str, Any] = {"prompt": ["a person nods"], "video": torch.rand(1, 5, 3, 64, 64)}
-SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "mid_timestep": 6, "num_inference_steps": 8}
+SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "grad_start_step": 6, "num_inference_steps": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_a_stage_comes_back_where_torch_is_asked_for(make_module: MakeModule, en
 
 
 def test_a_live_use_of_the_frozen_expert_reads_it() -> None:
-    settings = {"lora": {"rank": 8}, "mid_timestep": 2, "engines": None, "plan": "torch", "cache_bytes": 0}
+    settings = {"lora": {"rank": 8}, "grad_start_step": 2, "engines": None, "plan": "torch", "cache_bytes": 0}
     module = WanTrainingModule.from_pretrained("tiny-moe", **settings)
     assert "denoiser_high_noise" not in in_memory(module)
     loss, _, _ = module(DATA)

@@ -78,8 +78,8 @@ def test_what_is_trained_is_what_is_sampled(make_module: MakeModule, tape: "Rewa
         ({"kl_wieght": 1.0}, "kl_wieght: unknown setting, is kl_weight meant?"),
         ({"reward": {"baselin": 0.5}}, "reward.baselin: unknown setting, is baseline meant?"),
         ({"lora": {"r": 4}}, "lora.r: unknown setting"),
-        ({"mid_timestep": 6, "final_timestep": 5}, "mid_timestep <= final_timestep < num_inference_steps"),
-        ({"final_timestep": 8}, "mid_timestep <= final_timestep < num_inference_steps"),
+        ({"grad_start_step": 6, "grad_end_step": 5}, "grad_start_step <= grad_end_step < num_inference_steps"),
+        ({"grad_end_step": 8}, "grad_start_step <= grad_end_step < num_inference_steps"),
         ({"shift": 0}, "shift"),
         ({"lora": {"rank": 0}}, "lora.rank"),
         ({"reward": {"on_no_face": "ignore"}}, "reward.on_no_face"),
@@ -127,8 +127,8 @@ def test_on_no_face_decides_what_such_a_sample_costs(make_module: MakeModule) ->
 
 
 def test_a_tail_without_a_lora_is_refused(make_module: MakeModule) -> None:
-    module = make_module("tiny-moe", num_inference_steps=8, mid_timestep=0, final_timestep=2)
-    with pytest.raises(ConfigError, match=r"final_timestep 2: the high-noise expert.* serves the first 3 steps"):
+    module = make_module("tiny-moe", num_inference_steps=8, grad_start_step=0, grad_end_step=2)
+    with pytest.raises(ConfigError, match=r"grad_end_step 2: the high-noise expert.* serves the first 3 steps"):
         module(small_clips(1))
 
 

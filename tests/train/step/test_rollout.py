@@ -30,9 +30,9 @@ def kl_and_calls(module: WanTrainingModule, data: Mapping[str, Any]) -> tuple[Te
     module.runtime.run = counting  # type: ignore[method-assign]
     conditioning = module.forward_preprocess(data)
     noise = module.noise(conditioning)
-    latents, first = module.sampler.start(conditioning, noise, module.settings.mid_timestep, None)
-    latents = module.sampler.head(latents, conditioning, first, module.settings.mid_timestep)
-    sampled = module.sampler.tail(latents, conditioning, module.settings.mid_timestep, module.settings.final_timestep)
+    latents, first = module.sampler.start(conditioning, noise, module.settings.grad_start_step, None)
+    latents = module.sampler.head(latents, conditioning, first, module.settings.grad_start_step)
+    sampled = module.sampler.tail(latents, conditioning, module.settings.grad_start_step, module.settings.grad_end_step)
     kl = torch.stack(sampled.kl)
     gradients = torch.autograd.grad(kl.sum(), [*module.trainable_parameters().values()])
     del module.runtime.run
@@ -56,7 +56,7 @@ def test_all_kl_references_in_one_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A tail that starts with the high-noise expert, where there are two.
-    settings = {"mid_timestep": 2 if model == "tiny-moe" else 4}
+    settings = {"grad_start_step": 2 if model == "tiny-moe" else 4}
     module = make_module(model, plan={"denoiser": backend}, engines=variant_engines, **settings)
     together, batches = kl_and_calls(module, data)
     assert len(batches) == 1
@@ -64,7 +64,7 @@ def test_all_kl_references_in_one_call(
     alone, separate = kl_and_calls(module, data)
     assert separate == [2] * (batches[0] // 2)
     assert len(separate) >= 4
-    kl = 8 - settings["mid_timestep"]
+    kl = 8 - settings["grad_start_step"]
     torch.testing.assert_close(together[:kl], alone[:kl], atol=1e-6, rtol=1e-5)
     assert torch.nn.functional.cosine_similarity(together[kl:], alone[kl:], dim=0) >= 0.99999
     assert (together[kl:].norm() / alone[kl:].norm() - 1).abs() <= 1e-4
@@ -101,12 +101,12 @@ def test_from_noise_to_latents_no_value_is_asked_for(data: dict[str, Any], make_
     counts = []
     for _ in range(2):
         with ValuesAskedFor() as asked:
-            latents = module.sampler.head(noise, conditioning, 0, settings.mid_timestep)
-            module.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+            latents = module.sampler.head(noise, conditioning, 0, settings.grad_start_step)
+            module.sampler.tail(latents, conditioning, settings.grad_start_step, settings.grad_end_step)
         counts.append(asked.count)
     # The LoRA scale and its absence, once each.
     assert counts == [2, 0]
     module.sampler._base()["lora_scale"].fill_(0)
     with ValuesAskedFor() as asked:
-        module.sampler.tail(latents, conditioning, settings.mid_timestep, settings.final_timestep)
+        module.sampler.tail(latents, conditioning, settings.grad_start_step, settings.grad_end_step)
     assert asked.count == 1, "a scale that was written to has to be looked at again"

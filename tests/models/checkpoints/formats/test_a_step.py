@@ -9,7 +9,7 @@ from checkpoints import LAYOUTS, VARIANTS, make_tensors
 
 from frostline.train.step.module import WanTrainingModule
 
-SETTINGS: dict[str, Any] = {"lora": {"rank": 4}, "num_inference_steps": 3, "mid_timestep": 1, "final_timestep": 2}
+SETTINGS: dict[str, Any] = {"lora": {"rank": 4}, "num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
 
 
 @pytest.mark.parametrize(

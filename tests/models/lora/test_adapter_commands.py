@@ -24,7 +24,7 @@ def test_the_commands(tmp_path: Path) -> None:
     merged = tmp_path / "merged.safetensors"
     assert run(app, ["adapter", "merge", "tiny", trained, "--precision", "fp32", "--out", str(merged)]).exit_code == 0
     # It is a denoiser as Wan releases them: what is given in a list is loaded.
-    tiny = Path(load_components.__code__.co_filename).parent / "tiny" / "weights" / "tiny"
+    tiny = Path(load_components.__code__.co_filename).parents[1] / "tiny" / "weights" / "tiny"
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 4}))
     others = [
         tiny / "Wan2.1_VAE.safetensors",

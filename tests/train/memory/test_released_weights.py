@@ -159,7 +159,7 @@ def test_a_file_that_changed_is_refused(tmp_path: Path, checkpoint_files: Callab
 @pytest.fixture
 def checkpoint_files(tmp_path: Path) -> Callable[[], list[Any]]:
     """Copies of tiny's own files."""
-    source = Path(load_components.__code__.co_filename).parent / "tiny" / "weights" / "tiny"
+    source = Path(load_components.__code__.co_filename).parents[1] / "tiny" / "weights" / "tiny"
 
     def copy() -> list[Any]:
         paths = []

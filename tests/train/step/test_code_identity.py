@@ -34,7 +34,7 @@ RECIPE = Recipe(model="tiny", stages=(STAGE,), backends=(BACKEND,))
 CPU = torch.device("cpu")
 KINDS = {"engine", "receipt", "latency", "references", "context", "y"}
 # All of a face embedder are built of these operations.
-OPERATIONS = "models/faces/onnx_ops.py"
+OPERATIONS = "models/onnx/ops.py"
 CONSTANT = "1e-5"
 
 
@@ -134,19 +134,19 @@ def test_a_constant_in_what_all_of_them_run_makes_all_invalid(kept: Kept, edit: 
 def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
     edit(OPERATIONS, CONSTANT, f"(  # how much\n {CONSTANT})")
     edit(OPERATIONS, '"""', '"""Said in another way. ')
-    edit("runtime/choosing.py", "_WORTH_A_TRIAL = 2", "_WORTH_A_TRIAL = 3")
+    edit("runtime/planning/choosing.py", "_WORTH_A_TRIAL = 2", "_WORTH_A_TRIAL = 3")
     assert kept.recalled() == KINDS
 
 
 @pytest.mark.parametrize(
     ("file", "gone"),
     [
-        ("models/text.py", {"context", "y", "references", "receipt"}),  # it tokenizes for all
-        ("models/vae_chunks.py", {"y", "receipt"}),
-        ("train/conditioning.py", {"context", "y", "references"}),
+        ("models/wan/text.py", {"context", "y", "references", "receipt"}),  # it tokenizes for all
+        ("models/wan/vae_chunks.py", {"y", "receipt"}),
+        ("train/step/conditioning.py", {"context", "y", "references"}),
         ("models/faces/identity.py", {"references"}),
-        ("runtime/latency.py", {"latency"}),
-        ("export/program.py", {"engine", "receipt"}),
+        ("runtime/planning/autotune.py", {"latency"}),
+        ("export/tracing/torch_export.py", {"engine", "receipt"}),
         ("runtime/backends/onnxruntime.py", {"engine", "receipt"}),
         ("runtime/backends/openvino.py", set()),
     ],

@@ -19,8 +19,8 @@ from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
 from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Network, Runner, Stage
-from frostline.stages import FaceModels, StageInputs, build_stages
-from frostline.stages.inputs import tolerance
+from frostline.stages.build import build_stages
+from frostline.stages.inputs import FaceModels, StageInputs, tolerance
 from frostline.stages.shapes import ShapeRange
 
 SHAPES = ShapeRange(

@@ -20,7 +20,8 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
 from frostline.runtime.runtime import Runtime
 from frostline.score.settings import ScoreSettings
-from frostline.stages import FaceModels, build_face_stages
+from frostline.stages.build import build_face_stages
+from frostline.stages.inputs import FaceModels
 from frostline.stages.shapes import ShapeRange
 
 

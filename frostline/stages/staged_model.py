@@ -17,7 +17,8 @@ from frostline.models.wan.denoiser import Denoiser
 from frostline.models.wan.vae import use_onednn_conv3d
 from frostline.runtime.stage import Stage
 
-from . import FaceModels, StageInputs, build_stages
+from .build import build_stages
+from .inputs import FaceModels, StageInputs
 from .shapes import ShapeRange
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.stage import Network, Stage, TensorSpec
-from frostline.stages import StageInputs, vae_decoder, vae_encoder
+from frostline.stages import vae_decoder, vae_encoder
+from frostline.stages.inputs import StageInputs
 
 LIMIT = 2**31 - 1
 

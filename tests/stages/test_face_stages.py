@@ -19,7 +19,8 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import stage_key, weights_sha256
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Stage
-from frostline.stages import FaceModels, build_face_stages
+from frostline.stages.build import build_face_stages
+from frostline.stages.inputs import FaceModels
 from frostline.stages.shapes import ShapeRange
 
 BACKENDS = ("onnxruntime", "openvino")

@@ -157,7 +157,7 @@ def test_dimensions_of_tensors() -> None:
     assert (latent.name, latent.min, latent.max) == ("width", 4, 10)
     batch = shapes.dimension("batch")
     assert [batch.at(size) for size in ("min", "opt", "max")] == [1, 2, 4]
-    assert shapes.dimension("latent_frames", 3).at("opt") == 9
+    assert shapes.dimension("latent_frames").at("opt") == 3
 
 
 def test_a_model_that_wants_multiples_of_32() -> None:

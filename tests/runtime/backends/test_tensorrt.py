@@ -75,6 +75,7 @@ def test_what_is_unsafe_in_half_precision_is_fp32_in_the_graph(dtype: torch.dtyp
     trace_onnx(Network("islands", module, (x,), ("y", "z")), tmp_path / "islands.onnx")
     graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "islands.onnx")).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     by_type = {node.op_type: types[node.input[0]] for node in graph.node}
     for sensitive in ("LayerNormalization", "ReduceL2", "Softmax"):
         assert by_type[sensitive] == onnx.TensorProto.FLOAT

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from pprint import pformat
 from string import Template
 from uuid import uuid4
 
@@ -72,13 +72,7 @@ def _script(manifest: Manifest) -> str:
         }
         for network in manifest.networks
     }
-    lines = ",\n".join(
-        f"    {json.dumps(name)}: {{\n"
-        f'        "file": {json.dumps(value["file"])},\n'
-        '        "inputs": {\n'
-        + "".join(f"            {json.dumps(key)}: {json.dumps(spec)},\n" for key, spec in value["inputs"].items())
-        + "        },\n    }"
-        for name, value in networks.items()
-    )
     template = Template(_TEMPLATE.read_text("utf-8"))
-    return template.substitute(model=manifest.model, stage=manifest.stage, networks="{\n" + lines + ",\n}")
+    return template.substitute(
+        model=manifest.model, stage=manifest.stage, networks=pformat(networks, width=110, sort_dicts=False)
+    )

@@ -31,7 +31,8 @@ def copy_recipes(name: str, folder: Path) -> list[Path]:
     Returns:
         The files written.
     Raises:
-        ConfigError: there is no such name, a file exists already, or the folder cannot be written to.
+        ConfigError: there is no such name, or a file exists already.
+        DataError: the folder cannot be written to.
     """
     sources = {f"{name}.yaml": training_config(name), f"{name}.export.yaml": export_recipe(name)}
     copies = {folder / target: source for target, source in sources.items() if source is not None}

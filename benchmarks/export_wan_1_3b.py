@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, machine, write_result
-from shapes import DTYPES, random_denoiser
+from shapes import DENOISER, DTYPES, random_denoiser
 
 from frostline.config import LoraSettings, RewardSettings
 from frostline.export.exporter import export_stage
@@ -50,8 +50,10 @@ def main() -> None:
 
 def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
     dtype = DTYPES[arguments.precision]
+    tiny = load_components("tiny", dtype)
+    spec = replace(tiny.spec, name="wan-1.3b-shaped", networks={**tiny.spec.networks, "denoiser": DENOISER})
     staged = stage_model(
-        replace(load_components("tiny", dtype), name="wan-1.3b-shaped", denoiser=random_denoiser(dtype)),
+        replace(tiny, spec=spec, denoiser=random_denoiser(dtype)),
         LoraSettings(rank=arguments.rank),
         RewardSettings(),
         parse_shapes("video:1x1x3x64x64", "video:1x5x3x64x64", "video:2x81x3x832x832"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from frostline.models.checkpoints.loading import load_components
+from frostline.models.checkpoints.releases import RELEASED
 from frostline.models.faces import ChosenFaces, FaceIdentity
 from frostline.models.tiny.clips import held_out_clips
 from frostline.models.wan.components import WanComponents
@@ -20,7 +21,7 @@ WAN_1_3B = "wan2.1-1.3b"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Wan2.1-T2V-1.3B as its config.json has it, but for what is said beside it.
-_DENOISER: dict[str, Any] = {
+DENOISER: dict[str, Any] = {
     "dim": 1536,
     "in_dim": 36,  # the image latents and their mask join the 16 noisy channels, as in image-to-video models
     "ffn_dim": 8960,
@@ -34,6 +35,8 @@ _DENOISER: dict[str, Any] = {
     "has_image_input": False,
     "require_clip_embedding": False,
     "require_vae_embedding": True,
+    "seperated_timestep": False,
+    "fuse_vae_embedding_in_latents": False,
 }
 _PROMPT_TOKENS = 512
 
@@ -44,12 +47,13 @@ def build_components(name: str, dtype: torch.dtype, device: torch.device) -> Wan
     if name == TINY:
         return components
     components.tokenizer.seq_len = _PROMPT_TOKENS
-    return replace(
-        components,
+    spec = replace(
+        components.spec,
         name="wan-1.3b-shaped",
-        denoiser=random_denoiser(dtype, device),
-        vae=_random_vae(dtype, device),
+        networks={**components.spec.networks, "denoiser": DENOISER, "vae": RELEASED["Wan2.1-T2V-1.3B"]["vae"]},
+        text_length=_PROMPT_TOKENS,
     )
+    return replace(components, spec=spec, denoiser=random_denoiser(dtype, device), vae=_random_vae(dtype, device))
 
 
 def see_faces_everywhere(faces: FaceIdentity) -> None:
@@ -97,7 +101,7 @@ def random_denoiser(dtype: torch.dtype, device: torch.device | str = "cpu") -> A
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = WanModel(**_DENOISER)
+            model = WanModel(**DENOISER)
     finally:
         torch.set_default_dtype(default)
     # Where the model is given a device to be made on, its rotary tables stay behind.

@@ -134,7 +134,8 @@ def build_module(
     from frostline.models.checkpoints.loading import load_components
     from frostline.train.step.module import WanTrainingModule
 
-    components = replace(load_components(model, dtype or torch.float32), name="tiny")
+    components = load_components(model, dtype or torch.float32)
+    components = replace(components, spec=replace(components.spec, name="tiny"))
     parsed = TrainingModuleSettings.parse({**SETTINGS, **settings})
     module = WanTrainingModule(components, parsed, plan=plan, engines=engines, strict=strict)
     if lora_spread:

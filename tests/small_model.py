@@ -17,6 +17,8 @@ from frostline.models.faces.mtcnn_networks import load_mtcnn_networks
 from frostline.models.lora.inject import adapters_off, inject_lora, lora_parameters
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.model_spec import ModelSpec
+from frostline.models.wan.networks import build_network
 from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Network, Runner, Stage
 from frostline.stages.build import build_stages
@@ -34,26 +36,35 @@ SHAPES = ShapeRange(
     face_width=(12, 40, 128),
 )
 
+SPEC = ModelSpec(
+    "small",
+    {
+        "vae": {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
+        "text_encoder": {
+            **{"vocab": 32, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 1},
+            **{"num_buckets": 8, "dropout": 0.0},
+        },
+        "denoiser": {
+            **{"dim": 64, "in_dim": 36, "ffn_dim": 128, "out_dim": 16, "text_dim": 32, "freq_dim": 32, "eps": 1e-6},
+            **{"patch_size": (1, 2, 2), "num_heads": 2, "num_layers": 1},
+            **{"has_image_input": False, "require_clip_embedding": False, "require_vae_embedding": True},
+            **{"seperated_timestep": False, "fuse_vae_embedding_in_latents": False},
+        },
+    },
+    text_length=8,
+)
+
 
 @cache
 def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str = "cpu") -> dict[str, Stage]:
     """Of one type, rank and device there is one model; models of all ranks have equal base weights."""
-    from diffsynth.models.wan_video_dit import WanModel
-    from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-    from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
-
     torch.manual_seed(0)
-    vae = WanVideoVAE()
-    vae.model = VideoVAE_(dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
-    text = WanTextEncoder(32, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=1, num_buckets=8, dropout=0.0)
-    denoiser = WanModel(
-        dim=64, in_dim=36, ffn_dim=128, out_dim=16, text_dim=32, freq_dim=32, eps=1e-6, patch_size=(1, 2, 2),
-        num_heads=2, num_layers=1, has_image_input=False, require_clip_embedding=False,
-    )  # fmt: skip
-    tokenizer: Any = SimpleNamespace(seq_len=8)
-    components = WanComponents("small", text, tokenizer, vae, denoiser)
+    tokenizer: Any = SimpleNamespace(seq_len=SPEC.text_length)
+    networks: dict[str, Any] = {field: build_network(field, arguments) for field, arguments in SPEC.networks.items()}
+    components = WanComponents(SPEC, tokenizer=tokenizer, **networks)
     for _, module in components.modules():
         module.eval().requires_grad_(False).to(device, dtype)
+    vae, denoiser = components.vae, components.denoiser
     vae.scale = [part.to(device) for part in vae.scale]
     inject_lora(denoiser, rank, alpha=2 * rank)
     with torch.no_grad():

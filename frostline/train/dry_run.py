@@ -11,7 +11,7 @@ from rich.table import Table
 
 from frostline.errors import FrostlineError
 from frostline.models.checkpoints.loading import check_files
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.models.wan.schedule import FlowMatchSchedule
@@ -37,17 +37,17 @@ def print_dry_run(settings: RunSettings, console: Console, resume: str | None = 
     found = [str(problem) for problem in problems(settings, runs=False)]
     with _noted(found):
         check_output(settings, resume)
-    skeleton, whole = None, False
+    spec, whole = None, False
     with _noted(found, "model: "):
-        skeleton = read_skeleton(settings.model)
-        steps = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in skeleton.networks)
+        spec = read_spec(settings.model)
+        steps = DenoiseSteps.of(settings, spec.boundary, spec.two_experts)
         console.print(_schedule_table(settings, steps))
         steps.check_tail()
-        if skeleton.from_files:
+        if spec.from_files:
             check_files(settings.model)
         whole = True
-    multiple = SPATIAL_MULTIPLE if skeleton is None else skeleton.spatial_multiple
-    there = skeleton is not None and skeleton.from_files
+    multiple = SPATIAL_MULTIPLE if spec is None else spec.spatial_multiple
+    there = spec is not None and spec.from_files
     with _noted(found):
         device_bytes = _device_bytes(settings, there)
         if whole:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from frostline.config import CHECKPOINTING, TrainingModuleSettings
 from frostline.errors import DataError
 from frostline.models.checkpoints.loading import check_files
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape
 from frostline.package_info import installed_versions
 from frostline.progress import Progress
@@ -54,7 +54,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
-    multiple = read_skeleton(settings.model).spatial_multiple
+    multiple = read_spec(settings.model).spatial_multiple
     dataset = _training_data(settings, accelerator, progress, multiple)
     validation = open_validation(settings, multiple)
     with progress.task(f"load {settings.model}"):

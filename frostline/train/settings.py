@@ -108,7 +108,7 @@ class VideoSettings(Settings):
         """The dataset that these settings describe.
 
         Args:
-            multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
+            multiple: of which sides must be multiples: `ModelSpec.spatial_multiple` of the model.
         Raises:
             ConfigError: height, width or max_pixels do not go with it, or there is no source.
             DataError: the source cannot be read, or none of its rows is usable.

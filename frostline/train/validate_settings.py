@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from frostline.config import AUTO
 from frostline.errors import ConfigError, FrostlineError
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.faces.detectors import load_detector
 from frostline.models.faces.embedders import load_embedder
 from frostline.models.lazy_weights import FROZEN_PARTS
@@ -33,7 +33,7 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
         lambda: _check_plan(settings),
         lambda: _check_rewards(settings, import_reward if runs else look_for_reward),
         lambda: check_trackers(settings.train.report_to),
-        lambda: check_targets(read_skeleton(settings.model).build("denoiser"), settings.lora.target_modules),
+        lambda: check_targets(read_spec(settings.model).build("denoiser"), settings.lora.target_modules),
     ]
     for check in checks:
         try:

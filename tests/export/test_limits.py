@@ -13,7 +13,7 @@ from frostline.errors import EngineError, ShapeError
 from frostline.export.exporter import build_stage, export_stage
 from frostline.export.limits import check_served, largest_tensor, served_note, within_limit
 from frostline.export.recipe import load_recipe
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
 from frostline.runtime import bounds
@@ -192,11 +192,11 @@ def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, 
 @pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B"])
 def test_the_vae_of_the_shipped_recipes_keeps_within_the_limit(name: str) -> None:
     """Of each kind of VAE the recipe with the largest shapes: nothing that it asks for is refused or lowered."""
-    recipe, skeleton = load_recipe(name, {}), read_skeleton(name)
-    parts: dict[str, Any] = {part: skeleton.build(part).to(recipe.dtype) for part in ("vae", "denoiser")}
+    recipe, spec = load_recipe(name, {}), read_spec(name)
+    parts: dict[str, Any] = {part: spec.build(part).to(recipe.dtype) for part in ("vae", "denoiser")}
     parts["vae"].scale = [values.to("meta") for values in parts["vae"].scale]
     unused: Any = SimpleNamespace()
-    components = WanComponents(name, text_encoder=unused, tokenizer=unused, **parts)
+    components = WanComponents(spec, text_encoder=unused, tokenizer=unused, **parts)
     inputs = StageInputs(components, Denoiser(components.denoiser), None, None, recipe.shapes)
     for stage in (vae_encoder.build(inputs), vae_decoder.build(inputs)):
         for part in stage.networks:

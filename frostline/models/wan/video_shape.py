@@ -7,7 +7,7 @@ from frostline.errors import ConfigError
 # Temporal compression: one latent frame for the first video frame, then one for every four.
 TEMPORAL_STRIDE = 4
 # Height and width of a video: the VAE halves them three times and the denoiser takes 2x2 patches of the latents.
-# The VAE of Wan2.2 TI2V halves once more: `WanComponents.spatial_multiple` is what a model wants.
+# The VAE of Wan2.2 TI2V halves once more: `ModelSpec.spatial_multiple` is what a model wants.
 SPATIAL_MULTIPLE = 16
 
 # Channels of `y` that say which of a latent frame's four video frames are given.

@@ -61,7 +61,7 @@ def fit_to_wan(video: torch.Tensor, multiple: int = SPATIAL_MULTIPLE) -> tuple[t
     """Bring float `(B, T, C, H, W)` in [0, 1] to the sizes Wan takes, and say what was changed.
 
     T grows to the next 4k+1 by repeating the last frame; H and W are resized (antialiased) to the nearest
-    multiples of `multiple`, see `WanComponents.spatial_multiple`. The changes are phrases for people, none where all
+    multiples of `multiple`, see `ModelSpec.spatial_multiple`. The changes are phrases for people, none where all
     fits; each is logged once a process.
     """
     frames, height, width = video.shape[1], *video.shape[-2:]

@@ -88,7 +88,7 @@ class VideoPromptDataset(Dataset[Sample]):
     rounded down to multiples of `multiple`. Videos are resized to cover the size and cropped at the centre.
     allow_outside: let the metadata name videos, and captions be links to files, outside of the source's folder; only
     for data you trust.
-    multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
+    multiple: of which sides must be multiples: `ModelSpec.spatial_multiple` of the model.
 
     A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
     """

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.config import GradientCheckpointing, LoraSettings
-from frostline.models.checkpoints.model_spec import Skeleton
 from frostline.models.lazy_weights import VAE_ENCODER
 from frostline.models.lora.inject import inject_lora, lora_parameters
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
 from frostline.models.wan.image import ImageEncoder
+from frostline.models.wan.model_spec import ModelSpec
 from frostline.models.wan.text import TextEncoder
 from frostline.models.wan.vae import decode_latents, decoder_chunks
 from frostline.models.wan.video_shape import CLIP_FEATURE, MASK_CHANNELS, VideoShape, latent_grid
@@ -58,13 +58,13 @@ class ModelFootprint:
     largest_block: int
 
 
-def measure_model(skeleton: Skeleton, shape: VideoShape, dtype: torch.dtype, lora: LoraSettings) -> ModelFootprint:
+def measure_model(spec: ModelSpec, shape: VideoShape, dtype: torch.dtype, lora: LoraSettings) -> ModelFootprint:
     """Run stages of a model on fake tensors: no weights are read, nothing of size is allocated.
 
     Counted are tensors, as `MemoryTracker` does. The frozen stages run once, the live ones for each kind that is asked
     for.
     """
-    modules: dict[str, Any] = {field: _build(skeleton, field, dtype) for field in skeleton.networks}
+    modules: dict[str, Any] = {field: _build(spec, field, dtype) for field in spec.networks}
     inject_lora(modules["denoiser"], lora.rank, lora.alpha, lora.target_modules)
     # What is computed from weights as a module is built cannot be faked before it is there.
     denoiser, text_encoder, vae = Denoiser(modules["denoiser"]), TextEncoder(modules["text_encoder"]), modules["vae"]
@@ -72,7 +72,7 @@ def measure_model(skeleton: Skeleton, shape: VideoShape, dtype: torch.dtype, lor
     faked = [module for module in (denoiser, text_encoder, vae, image_encoder) if module is not None]
     frozen: dict[str, Footprint] = {}
     with _faked(*faked):
-        make = _Inputs(vae, denoiser, skeleton.text_length, shape, dtype)
+        make = _Inputs(vae, denoiser, spec.text_length, shape, dtype)
         frozen["text_encoder"] = _measure(text_encoder, text_encoder, make.tokens())
         if image_encoder is not None:
             frozen["image_encoder"] = _measure(image_encoder, image_encoder, make.image())
@@ -86,7 +86,7 @@ def measure_model(skeleton: Skeleton, shape: VideoShape, dtype: torch.dtype, lor
 
     def stages(kind: GradientCheckpointing) -> dict[str, Footprint]:
         with _faked(*faked):
-            live = _live_stages(vae, denoiser, _Inputs(vae, denoiser, skeleton.text_length, shape, dtype), kind)
+            live = _live_stages(vae, denoiser, _Inputs(vae, denoiser, spec.text_length, shape, dtype), kind)
         measured = frozen | live
         if "denoiser_high_noise" in weights:
             peak = live["denoiser"].frozen_peak
@@ -157,8 +157,8 @@ class _Inputs:
         return tuple(inputs)
 
 
-def _build(skeleton: Skeleton, field: str, dtype: torch.dtype) -> nn.Module:
-    return skeleton.build(field).eval().requires_grad_(False).to(dtype)
+def _build(spec: ModelSpec, field: str, dtype: torch.dtype) -> nn.Module:
+    return spec.build(field).eval().requires_grad_(False).to(dtype)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from frostline.config import GradientCheckpointing, Sharding, TrainingModuleSettings
 from frostline.errors import ConfigError
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.lazy_weights import FROZEN_PARTS
 from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.models.wan.video_shape import VideoShape
@@ -113,8 +113,8 @@ def memory_plan(
         raise ConfigError(f"unknown sharding {sharding!r}: use one of {', '.join(get_args(Sharding))}")
     if num_processes < 1:
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
-    skeleton = read_skeleton(model)
-    measured = measure_model(skeleton, shape, dtype, settings.lora)
+    spec = read_spec(model)
+    measured = measure_model(spec, shape, dtype, settings.lora)
     faces = shape.batch_size * shape.num_frames
     reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
     weights = {**measured.weights, **{name: footprint.weights for name, footprint in reward.items()}}
@@ -136,7 +136,7 @@ def memory_plan(
     # Its share, and the block that is gathered while it computes.
     whole = weights["denoiser"]
     weights["denoiser"] = min(whole, share("weights", whole) + measured.largest_block)
-    tail = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in weights).tail_with_lora
+    tail = DenoiseSteps.of(settings, spec.boundary, "denoiser_high_noise" in weights).tail_with_lora
     held = sum(weights.values()) + sum(of_engines.values()) + adapter
     choice = least_recomputation(
         settings.gradient_checkpointing,
@@ -152,7 +152,7 @@ def memory_plan(
         engine = of_engines.get(name, 0)
         stages.append(StageMemory(name, weights[name], engine, footprint.frozen_peak, kept, live_peak))
     return MemoryPlan(
-        model=skeleton.name,
+        model=spec.name,
         gradient_checkpointing=choice.kind,
         stages=tuple(stages),
         adapter=adapter,
@@ -162,5 +162,5 @@ def memory_plan(
         num_processes=num_processes,
         sharding=sharding,
         device_bytes=device_bytes,
-        assumed=not skeleton.from_files,
+        assumed=not spec.from_files,
     )

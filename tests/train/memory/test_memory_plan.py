@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from frostline.config import CHECKPOINTING, TrainingModuleSettings
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.loading import load_components
-from frostline.models.checkpoints.model_spec import RELEASED, read_skeleton
+from frostline.models.checkpoints.releases import RELEASED, read_spec
 from frostline.models.faces import load_embedder
 from frostline.models.lora.inject import inject_lora
 from frostline.models.wan.denoiser import Denoiser
@@ -95,7 +95,7 @@ def test_decoding_is_planned_as_it_is() -> None:
     # As in training; torch's own slow path would unfold its input.
     use_onednn_conv3d(vae)
     latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
-    planned = measure_model(read_skeleton("tiny"), CLIP, torch.float32, settings().lora).stages("none")["vae_decoder"]
+    planned = measure_model(read_spec("tiny"), CLIP, torch.float32, settings().lora).stages("none")["vae_decoder"]
     held, peak = allocated(lambda: decode_latents(vae, latents))
     assert held == pytest.approx(planned.kept, rel=0.01)
     assert peak == pytest.approx(planned.forward_peak, rel=0.05)
@@ -105,9 +105,8 @@ def test_decoding_is_planned_as_it_is() -> None:
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_many_blocks_and_chunks_are_planned_from_a_few(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = read_skeleton("tiny")
-    part, arguments = tiny.networks["denoiser"]
-    deep = replace(tiny, networks={**tiny.networks, "denoiser": (part, {**arguments, "num_layers": 7})})
+    tiny = read_spec("tiny")
+    deep = replace(tiny, networks={**tiny.networks, "denoiser": {**tiny.networks["denoiser"], "num_layers": 7}})
     stages = measure_model(deep, VideoShape(1, 29, 64, 96), torch.float32, settings().lora).stages
     planned = stages(kind)
     monkeypatch.setattr(footprint, "_FEW", 100)
@@ -126,7 +125,7 @@ def test_releases_are_the_ones_that_diffsynth_knows() -> None:
     known = [config.get("extra_kwargs", {}) for config in MODEL_CONFIGS]
     told = ("in_dim", "dim", "ffn_dim", "out_dim", "num_heads", "num_layers", "has_image_input", "text_dim", "freq_dim")
     for name, networks in RELEASED.items():
-        arguments = networks["denoiser"][1]
+        arguments = networks["denoiser"]
         assert any(all(one.get(key) == arguments[key] for key in told) for one in known), name
 
 
@@ -216,11 +215,11 @@ def test_what_cannot_be_planned(changes: dict[str, Any], said: str) -> None:
         memory_plan(**{"model": "tiny", "settings": settings(), "shape": CLIP, **changes})
 
 
-def test_a_skeleton_of_files_is_that_of_the_loaded_model() -> None:
-    skeleton = read_skeleton("tiny-moe")
-    assert skeleton.networks.keys() == {name for name, _ in load_components("tiny-moe").modules()}
-    assert (skeleton.text_length, skeleton.boundary, skeleton.from_files) == (16, 0.9, True)
-    assert read_skeleton("Wan2.2-T2V-A14B-Diffusers").boundary == 0.875
+def test_the_spec_of_files_is_that_of_the_loaded_model() -> None:
+    spec = read_spec("tiny-moe")
+    assert spec.networks.keys() == {name for name, _ in load_components("tiny-moe").modules()}
+    assert (spec.text_length, spec.boundary, spec.from_files) == (16, 0.9, True)
+    assert read_spec("Wan2.2-T2V-A14B-Diffusers").boundary == 0.875
 
 
 def test_memory_chooses_how_much_is_recomputed(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-
-from frostline.models.checkpoints.formats.names import Part
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def build_network(part: Part, arguments: Mapping[str, Any]) -> nn.Module:
+def build_network(field: str, arguments: Mapping[str, Any]) -> nn.Module:
     """A network of this size, with whatever weights its constructor gives it.
 
     Args:
-        arguments: as `network_arguments` returns them.
+        field: its name in `WanComponents`.
+        arguments: as in `ModelSpec.networks`.
     """
-    return _BUILDERS[part](**arguments)
+    return _BUILDERS[field](**arguments)
 
 
 def _denoiser(**arguments: Any) -> nn.Module:
@@ -51,4 +50,12 @@ def _image_encoder(layers: int) -> nn.Module:
     return encoder
 
 
-_BUILDERS = {"denoiser": _denoiser, "text_encoder": _text_encoder, "vae": _vae, "image_encoder": _image_encoder}
+_BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
+    "text_encoder": _text_encoder,
+    "vae": _vae,
+    "denoiser": _denoiser,
+    "denoiser_high_noise": _denoiser,
+    "image_encoder": _image_encoder,
+}
+# The fields of `WanComponents` that are networks, in the order in which they are gone through.
+NETWORKS = tuple(_BUILDERS)

@@ -25,7 +25,7 @@ from shapes import DTYPES, random_denoiser
 from frostline.config import LoraSettings, RewardSettings
 from frostline.export.exporter import export_stage
 from frostline.models.checkpoints.loading import load_components
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.stages.shapes import parse_shapes
 from frostline.stages.staged_model import stage_model

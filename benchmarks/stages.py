@@ -49,8 +49,6 @@ from frostline.stages.staged_model import StagedModel, stage_model
 
 _COMPILE = "torch.compile"
 _OWN_CONV3D = "torch, own Conv3d"
-# On a GPU, of whose memory torch sees nothing.
-_ALLOCATE_THEMSELVES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 _ENGINE_COLUMNS = ("build_seconds", "load_seconds", "engine_mb")
 
 Run = Callable[[dict[str, Tensor]], Any]
@@ -166,7 +164,9 @@ def _measure(
         samples = interleave(calls, arguments.rounds, device)
         for name, row in summary(samples).items():
             rows[name] |= {**row, "samples_ms": samples[name], "torch_over_this": ratio(samples, TORCH, name)}
-            unseen = device.type == "cuda" and name in _ALLOCATE_THEMSELVES
+            # Of the memory that engines allocate by themselves on a GPU, torch sees nothing.
+            by_itself = name in arguments.backends and get_backend(name).holds_weights
+            unseen = device.type == "cuda" and by_itself
             rows[name]["memory_mib"] = None if unseen else peak_growth_mib(calls[name], device)
         shapes[video] = {"inputs": {name: list(tensor.shape) for name, tensor in tensors.items()}, "contenders": rows}
     return {"engines": built, "shapes": shapes}

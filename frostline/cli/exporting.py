@@ -46,7 +46,7 @@ def export(
     from frostline.export.recipe import load_recipe
     from frostline.export.result import ExportRow
     from frostline.progress import Progress
-    from frostline.runtime.backends.options import OPSET, BuildOptions
+    from frostline.runtime.backends.base.options import OPSET, BuildOptions
     from frostline.runtime.engines.store import EngineStore
 
     changes: dict[str, Any] = {

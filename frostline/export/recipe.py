@@ -12,8 +12,8 @@ from frostline.config import LoraSettings, Precision, RewardSettings, Settings
 from frostline.documents import read_yaml
 from frostline.errors import ConfigError, DocumentError, EngineError
 from frostline.recipes import export_recipe
-from frostline.runtime.backends import check_backend, get_backend
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends import DEFAULT_BACKEND, check_backend, get_backend
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.stages.shapes import ShapeRange, asked_maximum, parse_shapes
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Recipe(Settings):
     model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
     stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="names of stages, or all")
     backends: tuple[str, ...] = Field(
-        default=("onnxruntime",), description="engines to build, of each stage those that compute in its precision"
+        default=(DEFAULT_BACKEND,), description="engines to build, of each stage those that compute in its precision"
     )
     precision: Precision = Field(default="fp32", description="floating-point type of the Wan stages")
     compute_capabilities: tuple[str, ...] = Field(default=(), description="GPUs to build TensorRT engines for")
@@ -111,14 +111,11 @@ class Recipe(Settings):
             self._check_target(name, device)
 
     def _check_target(self, name: str, device: str) -> None:
-        from frostline.runtime.backends.tensorrt import TensorRTBackend
         from frostline.runtime.device import resolve_device
 
         backend, options = get_backend(name), BuildOptions(compute_capabilities=self.compute_capabilities)
         try:
-            target = backend.target(resolve_device(device), options)
-            if isinstance(backend, TensorRTBackend):
-                backend.check_target(target)
+            backend.check_target(backend.target(resolve_device(device), options))
         except EngineError as error:
             raise ConfigError(f"backend {name}: {error}") from error
 
@@ -138,7 +135,7 @@ class Recipe(Settings):
 
     def backends_for(self, precision: str) -> tuple[str, ...]:
         """Those that compute in a stage's precision; all where none does, for that to be told."""
-        able = tuple(name for name in self.backends if precision in get_backend(name).PRECISIONS)
+        able = tuple(name for name in self.backends if precision in get_backend(name).precisions)
         return able or self.backends
 
     def with_lora(self, live: bool, target_modules: str | None) -> Recipe:

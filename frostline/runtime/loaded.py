@@ -96,7 +96,7 @@ class LoadedEngines:
 
 def holds_weights(backend: str) -> bool:
     """Whether an engine of this backend has weights of its own."""
-    return backend != TORCH and get_backend(backend).HOLDS_WEIGHTS
+    return backend != TORCH and get_backend(backend).holds_weights
 
 
 def weight_bytes(stage: Stage) -> int:

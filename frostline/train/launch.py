@@ -16,7 +16,6 @@ from frostline.errors import DataError
 from frostline.models.checkpoints.loading import check_files
 from frostline.models.checkpoints.model_spec import read_skeleton
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape
-from frostline.package_info import installed_versions
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device
@@ -26,7 +25,7 @@ from frostline.train.config_file import dump_settings
 from frostline.train.data.dataset import BadRow, DataCheck, Sample, VideoPromptDataset
 from frostline.train.loop.checkpoint import Checkpoint
 from frostline.train.loop.resume import changed_settings
-from frostline.train.loop.saving import PACKAGES
+from frostline.train.loop.saving import package_versions
 from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
 from frostline.train.loop.validation import Validation, validate
 from frostline.train.processes import gather_from_processes
@@ -177,7 +176,7 @@ def run_facts(module: WanTrainingModule) -> dict[str, Any]:
         manifest = None if record is None else record.manifest
         errors = [] if manifest is None else [parity.max_abs for parity in manifest.parity]
         plan[name] = {"backend": choice.backend, "reason": choice.reason, "parity_max_abs": max(errors, default=None)}
-    return {"plan": plan, "versions": installed_versions(PACKAGES)}
+    return {"plan": plan, "versions": package_versions()}
 
 
 def _training_data(

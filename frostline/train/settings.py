@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from frostline.config import OTHERS, Settings, Sharding, TrainingModuleSettings
 from frostline.errors import ConfigError
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape, check_cut, nearest_multiple
+from frostline.runtime.backends import TORCH, backend_names
 
 # torch takes seconds to import: a mistake in a configuration file is to be told before.
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ class PlanSettings(Settings):
     """Which backend serves which frozen stage."""
 
     backend: str = Field(
-        default="auto", description="auto (the fastest verified engine), torch, onnxruntime, tensorrt, …"
+        default="auto",
+        description=f"auto (the fastest verified engine), {TORCH}, or a backend: {', '.join(backend_names())}",
     )
     stages: dict[str, str] = Field(default={}, description="backends of single stages, e.g. {vae_encoder: torch}")
     engines: Path = Field(default=Path("engines"), description="the engine store")

@@ -18,7 +18,7 @@ from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
 from frostline.runtime import bounds
 from frostline.runtime.backends import get_backend
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.engines.tolerance import Tolerance
@@ -131,7 +131,7 @@ def stage() -> Stage:
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime, were it to take no more than five samples of 32 × 32 pixels."""
-    monkeypatch.setattr(get_backend("onnxruntime"), "LARGEST_TENSOR", 5 * 10 * 32 * 32)
+    monkeypatch.setattr(get_backend("onnxruntime"), "largest_tensor", 5 * 10 * 32 * 32)
 
 
 def test_an_engine_says_what_it_serves(stage: Stage, limited: None, tmp_path: Path) -> None:

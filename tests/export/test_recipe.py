@@ -1,6 +1,7 @@
 """Recipes: those that ship, and what becomes of those that a user writes."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from frostline import recipes
 from frostline.config import LoraSettings
 from frostline.errors import ConfigError
 from frostline.export.recipe import STAGES, Recipe, load_recipe
-from frostline.runtime.backends.tensorrt import TENSORRT
 from frostline.stages.shapes import ShapeRange
 
 SHIPPED = sorted((Path(recipes.__file__).parent / "export").glob("*.yaml"))
@@ -135,7 +135,7 @@ def test_what_cannot_be_exported_here_is_told_before_a_model_is_loaded(
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if text.endswith("tensorrt]"):
-        monkeypatch.setattr(TENSORRT, "_module", "no_such_tensorrt")
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
     said = refused_usage("export", write(tmp_path, f"model: tiny\n{text}\n"))
     assert re.search(message, said), said
 

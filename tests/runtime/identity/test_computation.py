@@ -160,6 +160,21 @@ def test_asking_imports_neither_torch_nor_what_is_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_backend_counts_with_all_its_own_files_and_not_with_what_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed, read = set[str](), computation._read
+
+    def reading(name: str) -> tuple[str, tuple[computation.Import, ...]]:
+        followed.add(name)
+        return read(name)
+
+    monkeypatch.setattr(computation, "_read", reading)
+    backends = "frostline.runtime.backends"
+    computation_id([f"{backends}.tensorrt_rtx"])
+    assert followed >= {f"{backends}.tensorrt_rtx", f"{backends}.tensorrt.backend", f"{backends}.tensorrt.builder"}
+    assert f"{backends}.tensorrt" not in followed, "that is another backend"
+    assert not [name for name in followed if name.startswith((f"{backends}.base", "frostline.runtime.stage"))]
+
+
 def test_what_is_left_out_is_there_and_what_computes_is_not_left_out() -> None:
     """A file that is renamed must not count, or cease to count, by accident."""
     for name in (*computation._PLUMBING, *computation._COMPUTES):

@@ -17,7 +17,7 @@ from frostline.export.exporter import export_stage
 from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
 from frostline.rewards.face_identity import face_identity_reward
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity import computation
 from frostline.runtime.identity.fingerprint import find_engine, stage_computation, weights_sha256

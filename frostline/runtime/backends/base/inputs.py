@@ -35,6 +35,28 @@ def check_live(network: Network) -> None:
     _check(network, network.live_specs, network.live)
 
 
+class LiveCheck:
+    """`check_live` for each use of an engine: the tensors are checked again where one was replaced or moved.
+
+    Not only once: whoever trains may put others in their places at any time.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._seen: list[tuple[Tensor, int]] = []
+
+    def __call__(self) -> None:
+        """Raise an EngineError where engines do not take the live tensors as they are now."""
+        seen = [(tensor, tensor.data_ptr()) for tensor in self._network.live.values()]
+        same = len(seen) == len(self._seen) and all(
+            tensor is before and address == then
+            for (tensor, address), (before, then) in zip(seen, self._seen, strict=True)
+        )
+        if not same:
+            check_live(self._network)
+            self._seen = seen
+
+
 def _check(network: Network, specs: Iterable[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
     """Types and devices, and that dimensions of one name agree."""
     seen: dict[str, tuple[int, str]] = {}

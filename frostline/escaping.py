@@ -4,7 +4,6 @@ A file name may hold any byte. What is no UTF-8 is a lone surrogate in Python's 
 goes back to the same byte; in front of people it is written as `\\xe9`, like characters that steer a terminal.
 """
 
-import html
 import re
 
 # Control characters but tab and line feed; line and paragraph separators; what turns the direction of writing around;
@@ -29,11 +28,6 @@ def printable(text: str) -> str:
 def printable_name(name: str) -> str:
     """`printable`, in one line."""
     return printable(name).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def html_text(text: str) -> str:
-    """Write text as HTML, within quotes as well."""
-    return html.escape(printable(text))
 
 
 def json_text(encoded: str) -> str:

@@ -6,12 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
-
-from frostline.cli import scoring, training
-from frostline.config import Settings
-from frostline.score.settings import ScoreSettings
-from frostline.train.sample import SampleSettings
 
 ROOT = Path(__file__).parents[1]
 # From the lowest room up; a room imports those below it, and the leaves.
@@ -115,22 +109,3 @@ def test_make_test_leaves_no_test_out() -> None:
     covered = {path for pattern in re.split("[ ,]", parts[1]) for path in ROOT.glob(pattern)}
     files = (ROOT / "tests").rglob("test_*.py")
     assert [file for file in files if file not in covered and not covered & {*file.parents}] == []
-
-
-@pytest.mark.parametrize(
-    ("command", "settings"),
-    [(scoring.score, ScoreSettings), (training.sample, SampleSettings)],
-    ids=["score", "sample"],
-)
-def test_options_have_the_defaults_of_the_settings(command: object, settings: type[Settings]) -> None:
-    app = typer.Typer()
-    app.command()(command)  # type: ignore[type-var]
-    options = {option.name: option for option in typer.main.get_command(app).params}
-    checked = 0
-    for name, field in settings.model_fields.items():
-        option = options.get("engines_dir" if name == "engines" else name)
-        if option is None or option.required:
-            continue
-        assert option.default == field.default, name
-        checked += 1
-    assert checked > 5

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from frostline.config import LoraSettings, Precision, RewardSettings, Settings
-from frostline.documents import read_yaml
 from frostline.errors import ConfigError, DocumentError, EngineError
 from frostline.recipes import export_recipe
 from frostline.runtime.backends import check_backend, get_backend
@@ -32,15 +31,18 @@ class Recipe(Settings):
     """What `frostline export` does for one model; command-line flags go before it."""
 
     model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
-    stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="names of stages, or all")
+    stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="stages to export, or all")
     backends: tuple[str, ...] = Field(
-        default=("onnxruntime",), description="engines to build, of each stage those that compute in its precision"
+        default=("onnxruntime",),
+        description="backends to build engines of; for each stage those that compute in its precision",
     )
     precision: Precision = Field(default="fp32", description="floating-point type of the Wan stages")
-    compute_capabilities: tuple[str, ...] = Field(default=(), description="GPUs to build TensorRT engines for")
-    min_shapes: str = Field(default="", description="as --min-shapes")
-    opt_shapes: str = Field(default="", description="as --opt-shapes")
-    max_shapes: str = Field(default="", description="as --max-shapes")
+    compute_capabilities: tuple[str, ...] = Field(
+        default=(), description="GPUs to build TensorRT engines for: compute capabilities such as 8.9, or current"
+    )
+    min_shapes: str = Field(default="", description="smallest shapes, in trtexec syntax, such as video:1x5x3x64x64")
+    opt_shapes: str = Field(default="", description="shapes to tune for, in trtexec syntax")
+    max_shapes: str = Field(default="", description="largest shapes, in trtexec syntax")
     lora: LoraSettings | None = Field(default=LoraSettings(), description="null exports a denoiser without live LoRA")
     reward: RewardSettings = RewardSettings()
 
@@ -186,6 +188,9 @@ def _find(model: str) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    # The command line imports this file, for the options of `frostline export`: without PyYAML.
+    from frostline.documents import read_yaml
+
     try:
         values = read_yaml(path)
     except OSError as error:

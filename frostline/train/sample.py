@@ -4,58 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from frostline.atomic_io import check_writable
-from frostline.config import LoraSettings, Precision, Settings
+from frostline.config import LoraSettings
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.checkpoint_files import find_files
 from frostline.models.lora import UniformLora, check_fits, read_adapter
 from frostline.models.lora.inject import copy_adapter
 from frostline.models.precision import parse_precision
-from frostline.models.wan.video_shape import TEMPORAL_STRIDE
 from frostline.runtime.device import resolve_device
 from frostline.runtime.planning.plan import Plan, parse_plan
 from frostline.train.data.dataset import crop_to, size_within
+from frostline.train.sample_settings import SampleSettings
 from frostline.train.step.module import WanTrainingModule
 from frostline.video import read_video, write_video
-
-
-class SampleSettings(Settings):
-    """What to sample, and how."""
-
-    model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
-    prompt: str = Field(min_length=1, description="what is to be seen")
-    image: Path | None = Field(default=None, description="the first frame: a picture, or a video, of which the first")
-    adapter: Path | None = Field(default=None, description="a PEFT folder or a LoRA file; none samples the base model")
-    lora_scale: float = Field(default=1.0, description="strength of the adapter; 1 is as trained")
-    seed: int = Field(default=0, ge=0, description="of the start noise")
-    num_inference_steps: int = Field(default=8, ge=1, description="N, Euler steps from noise to video")
-    shift: float = Field(default=5.0, gt=0, description="s of the sigma schedule")
-    num_frames: int = Field(default=81, ge=1, description="4k + 1")
-    height: int | None = Field(default=None, description="in pixels; with width; by default the picture's own")
-    width: int | None = Field(default=None, description="in pixels; with height; by default the picture's own")
-    max_pixels: int = Field(default=480 * 832, ge=256, description="a larger picture is shrunk to this area")
-    fps: float = Field(default=16, gt=0, description="frames per second of the clip that is written")
-    plan: str = Field(default="auto", description="auto, torch, a backend, or stage=backend,…")
-    engines: Path | None = Field(default=Path("engines"), description="the engine store")
-    strict: bool = Field(default=False, description="fail where an engine fails, instead of falling back to torch")
-    precision: Precision = Field(default="fp32", description="floating-point type of the weights")
-    device: str = Field(default="auto", description="cpu, cuda, or auto: a GPU if there is one")
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        if self.num_frames % TEMPORAL_STRIDE != 1:
-            raise ValueError(f"num_frames must be 4k + 1 (1, 5, 9, …), not {self.num_frames}")
-        if (self.height is None) != (self.width is None):
-            raise ValueError("height and width go together: set both or neither")
-        if self.image is None and self.height is None:
-            raise ValueError("without an image, height and width are needed")
-        return self
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from frostline.models.lora import read_adapter, write_adapter
 from frostline.models.lora.inject import save_adapter
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.planning.plan import parse_plan
-from frostline.train.sample import SampledClip, SampleSettings, sample_clip
+from frostline.train.sample import SampledClip, sample_clip
+from frostline.train.sample_settings import SampleSettings
 from frostline.train.step.module import WanTrainingModule
 from frostline.video import probe_video, read_video
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from frostline.deferred_init import deferred_init
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.networks import build_network
 from frostline.models.lazy_weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
@@ -82,7 +83,8 @@ def load_components(
 
 
 def _load(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
-    from diffsynth.core.loader.model import load_model
+    with deferred_init("diffsynth"):
+        from diffsynth.core.loader.model import load_model
 
     names = [str(path) for path in network.paths]
     state_dict = _read(network, dtype, device)
@@ -117,7 +119,8 @@ def _empty_network(network: NetworkFiles) -> nn.Module:
     Raises:
         ConfigError: its tensors are not those of the files.
     """
-    from diffsynth.core.vram.initialization import skip_model_initialization
+    with deferred_init("diffsynth"):
+        from diffsynth.core.vram.initialization import skip_model_initialization
 
     try:
         with skip_model_initialization():
@@ -171,7 +174,8 @@ def _build(network: NetworkFiles) -> nn.Module:
 
 
 def _load_tokenizer(folder: Path, text_length: int) -> HuggingfaceTokenizer:
-    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+    with deferred_init("diffsynth"):
+        from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
 
     try:
         return HuggingfaceTokenizer(str(folder), seq_len=text_length, clean="whitespace")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frostline.deferred_init import deferred_init
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.networks import build_network
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE
@@ -71,7 +72,8 @@ class Skeleton:
 
     def build(self, field: str) -> nn.Module:
         """One of the networks, its parameters on the meta device."""
-        from diffsynth.core.vram.initialization import skip_model_initialization
+        with deferred_init("diffsynth"):
+            from diffsynth.core.vram.initialization import skip_model_initialization
 
         part, arguments = self.networks[field]
         with skip_model_initialization():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from frostline.deferred_init import deferred_init
 from frostline.models.checkpoints.formats.names import Part
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ def build_network(part: Part, arguments: Mapping[str, Any]) -> nn.Module:
     Args:
         arguments: as `network_arguments` returns them.
     """
-    return _BUILDERS[part](**arguments)
+    with deferred_init("diffsynth"):
+        return _BUILDERS[part](**arguments)
 
 
 def _denoiser(**arguments: Any) -> nn.Module:

@@ -26,7 +26,10 @@ _OWN = "frostline"
 # Settings, messages and files; what serves a stage, or keeps what it gave; and what renders clips for the tiny model,
 # whose weights count by themselves. None of it changes what a stage computes.
 _PLUMBING = (
-    *(f"{_OWN}.{leaf}" for leaf in ("atomic_io", "config", "errors", "package_info", "paths", "progress")),
+    *(
+        f"{_OWN}.{leaf}"
+        for leaf in ("atomic_io", "config", "deferred_init", "errors", "package_info", "paths", "progress")
+    ),
     f"{_OWN}.runtime",
     f"{_OWN}.models.tiny",
 )

@@ -115,6 +115,14 @@ def test_installed_packages_count_by_version(write: Write, tmp_path: Path, monke
     assert computation_id(["user"], source_of=["oracle"]) != seen[-1]
 
 
+@pytest.mark.parametrize("module", ["frostline.models.checkpoints.loading", "frostline.models.wan.vae_chunks"])
+def test_what_uses_diffsynths_classes_counts_its_version(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = computation_id([module])
+    installed = computation._installed
+    monkeypatch.setattr(computation, "_installed", lambda top: "another" if top == "diffsynth" else installed(top))
+    assert computation_id([module]) != first
+
+
 def test_a_package_that_is_being_developed_counts_by_its_source(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """An editable install has a version, too, and it stays the same for months."""
     write("own/__init__.py", "X = 1")

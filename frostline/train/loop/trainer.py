@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers.optimization import get_scheduler
 
 import frostline
 from frostline.atomic_io import atomic_write
@@ -188,6 +187,9 @@ def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> No
 
 
 def _prepare(module: WanTrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
+    # Most of transformers comes with it, which takes seconds: not before a run begins.
+    from transformers.optimization import get_scheduler
+
     # Fresh noise differs between the processes; the data order has generators of its own.
     set_seed(settings.seed, device_specific=True)
     optimizer = torch.optim.AdamW(

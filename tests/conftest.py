@@ -75,6 +75,16 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow the files and tests that `slow.txt` lists, and what waits for the engines that tests share."""
+    slow = {*(config.rootpath / "tests" / "slow.txt").read_text().split()}
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        path = item.path.relative_to(config.rootpath).as_posix()
+        if {path, f"{path}::{item.originalname}"} & slow or "shared_store" in item.fixturenames:
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test with the mark `fresh_process` in a process of its own: one that forks must have no threads yet."""
@@ -152,9 +162,15 @@ def make_module() -> MakeModule:
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
+def shared_store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
+    """The folder of the engines that tests share; those that use it count as slow."""
+    return _shared(tmp_path_factory) / "engines"
+
+
+@pytest.fixture(scope="session")
+def engines(shared_store: Path) -> Path:
     """A store with ONNX Runtime engines of all stages of tiny."""
-    return _export(_shared(tmp_path_factory) / "engines", "tiny")
+    return _export(shared_store, "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,14 @@ def test_make_test_leaves_no_test_out() -> None:
     assert [file for file in files if file not in covered and not covered & {*file.parents}] == []
 
 
+def test_what_counts_as_slow_is_there() -> None:
+    listed = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    assert listed == sorted({*listed})
+    for path, _, name in (line.partition("::") for line in listed):
+        assert not name or f"\ndef {name}(" in (ROOT / path).read_text(), name
+        assert (ROOT / path).is_file(), path
+
+
 @pytest.mark.parametrize(
     ("command", "settings"),
     [(scoring.score, ScoreSettings), (training.sample, SampleSettings)],

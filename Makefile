@@ -21,7 +21,7 @@ test: venv  ## All tests that need no GPU.
 		for part in $(TEST_PARTS); do \
 		$(VENV_PYTHON) -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile $${part//,/ }; done
 
-test-fast: venv  ## Every test but the slow ones (tests/slow.txt), in minutes.
+test-fast: venv  ## Every test but the slow ones (tests/slow.txt).
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu and not slow" --numprocesses 2 --dist loadfile
 
 # Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.

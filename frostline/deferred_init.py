@@ -85,7 +85,7 @@ class _InitLater(Loader):
         with self._lock:
             if self._running:
                 return False
-            if type(package) is _Package:
+            if type(package) is not ModuleType:
                 self._running = True
                 try:
                     self._loader.exec_module(package)

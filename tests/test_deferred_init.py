@@ -50,7 +50,7 @@ def _forget() -> None:
 
 def _network() -> type:
     with deferred_init("large"):
-        from large.models.network import Network  # pyright: ignore[reportMissingImports]
+        from large.models.network import Network
     return Network
 
 
@@ -70,7 +70,7 @@ def _check_whole(network: type) -> None:
 def test_init_files_run_when_a_name_of_theirs_is_asked_for(package_runs: list[str]) -> None:
     network = _network()
     assert (network().run(), network.__module__, package_runs) == (42, "large.models.network", [])
-    import large  # pyright: ignore[reportMissingImports]
+    import large
 
     assert (large.__file__, large.__name__, large.__spec__.name) == (large.core.__path__[0][:-4] + "__init__.py",) + (
         "large",
@@ -117,7 +117,7 @@ def test_any_order_of_imports_gives_one_copy(package_runs: list[str]) -> None:
 
 
 def test_a_package_that_is_there_is_used(package_runs: list[str]) -> None:
-    import large  # pyright: ignore[reportMissingImports]
+    import large
 
     network = _network()
     assert (sys.modules["large"], type(large), package_runs) == (large, ModuleType, ["large", "core"])
@@ -153,7 +153,7 @@ def test_an_init_file_that_fails_says_so_and_is_run_again(package_runs: list[str
     text = file.read_text()
     file.write_text("import nothing_of_this_name")
     network = _network()
-    import large  # pyright: ignore[reportMissingImports]
+    import large
 
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, face_identity, see_faces_everywhere, spread_lora
 
-from frostline.config import GradientCheckpointing, TrainingModuleSettings
+from frostline.config import GradientCheckpointing
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
+from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.module import WanTrainingModule
 
 # By name: the kind, and whether engines compute first what backward computes once more.

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from shapes import TINY, build_components, see_faces_everywhere
 
-from frostline.config import TrainingModuleSettings
 from frostline.models.tiny.clips import held_out_clips
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
 from frostline.stages.shapes import parse_shapes
+from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.module import WanTrainingModule
 
 CONTENDERS = ("warm", "eager")

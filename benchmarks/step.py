@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, spread_lora
 
-from frostline.config import TrainingModuleSettings
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
+from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.module import WanTrainingModule
 
 # Ratios by name: which contender's time over which.

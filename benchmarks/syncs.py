@@ -24,9 +24,9 @@ from shapes import TINY, build_components
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from frostline.config import TrainingModuleSettings
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.engines.store import EngineStore
+from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.module import WanTrainingModule
 
 # `item`, `float()` and `if tensor:` end in the first; a result as long as a mask has ones needs the others.

@@ -130,8 +130,8 @@ def build_module(
     """
     import torch
 
-    from frostline.config import TrainingModuleSettings
     from frostline.models.checkpoints.loading import load_components
+    from frostline.train.settings import TrainingModuleSettings
     from frostline.train.step.module import WanTrainingModule
 
     components = replace(load_components(model, dtype or torch.float32), name="tiny")

@@ -94,7 +94,6 @@ def plan(
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
     """Show, per stage, who could serve it, who does, and why."""
-    from frostline.config import TrainingModuleSettings
     from frostline.export.exporter import ensure_verified
     from frostline.export.model import load_staged_model
     from frostline.export.plan_estimate import frozen_uses, live_uses, stage_gains, step_gain
@@ -103,6 +102,7 @@ def plan(
     from frostline.models.wan.denoise_steps import DenoiseSteps
     from frostline.runtime.engines.store import EngineStore
     from frostline.runtime.runtime import Runtime
+    from frostline.train.settings import TrainingModuleSettings
 
     staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))

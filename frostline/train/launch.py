@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset, Subset
 
-from frostline.config import CHECKPOINTING, TrainingModuleSettings
+from frostline.config import CHECKPOINTING
 from frostline.errors import DataError
 from frostline.models.checkpoints.loading import check_files
 from frostline.models.checkpoints.model_spec import read_skeleton
@@ -31,7 +31,7 @@ from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelera
 from frostline.train.loop.validation import Validation, validate
 from frostline.train.processes import gather_from_processes
 from frostline.train.report.page import write_report
-from frostline.train.settings import RunSettings
+from frostline.train.settings import RunSettings, TrainingModuleSettings
 from frostline.train.step.module import WanTrainingModule
 from frostline.train.validate_settings import check_output, problems
 

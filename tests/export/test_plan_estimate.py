@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frostline.config import TrainingModuleSettings
 from frostline.export.plan_estimate import frozen_uses, live_uses, step_gain
 from frostline.export.tables import step_gain_lines
 from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.runtime.planning.plan import Choice, Plan
+from frostline.train.settings import TrainingModuleSettings
 
 ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector": 2, "face_embedder": 1}
 

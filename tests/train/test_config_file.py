@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from frostline import recipes
-from frostline.config import _NAMES_OF_OTHERS, Settings, TrainingModuleSettings, dotted_names, nested_settings
+from frostline.config import _NAMES_OF_OTHERS, Settings, dotted_names, nested_settings
 from frostline.errors import ConfigError
 from frostline.train.config_file import commented_yaml, load_run_settings
-from frostline.train.settings import RunSettings
+from frostline.train.settings import RunSettings, TrainingModuleSettings
 
 EXAMPLES = Path(recipes.__file__).parent / "train"
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
-from frostline.config import TrainingModuleSettings
 from frostline.errors import ConfigError
 
 from .schedule import FlowMatchSchedule
+
+
+class StepSettings(Protocol):
+    """What the settings of a training step say of its Euler steps; see `frostline.train.settings`."""
+
+    @property
+    def num_inference_steps(self) -> int: ...
+    @property
+    def grad_start_step(self) -> int: ...
+    @property
+    def grad_end_step(self) -> int: ...
+    @property
+    def shift(self) -> float: ...
+    @property
+    def boundary(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,7 @@ class DenoiseSteps:
     high_noise: int = 0
 
     @classmethod
-    def of(cls, settings: TrainingModuleSettings, boundary: float, two_experts: bool) -> Self:
+    def of(cls, settings: StepSettings, boundary: float, two_experts: bool) -> Self:
         """Those of a training step.
 
         Args:

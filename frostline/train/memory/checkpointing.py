@@ -9,13 +9,14 @@ from typing import Literal
 
 from torch import nn
 
-from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing, TrainingModuleSettings
+from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing
 from frostline.models.lora.inject import lora_parameters
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.models.wan.video_shape import VideoShape
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.memory_profile import Footprint, measure_embedder, measure_live_stages
+from frostline.train.settings import TrainingModuleSettings
 
 log = logging.getLogger(__name__)
 

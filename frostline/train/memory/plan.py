@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from frostline.config import GradientCheckpointing, Sharding, TrainingModuleSettings
+from frostline.config import GradientCheckpointing, Sharding
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.model_spec import read_skeleton
 from frostline.models.lazy_weights import FROZEN_PARTS
@@ -19,6 +19,7 @@ from frostline.models.wan.video_shape import VideoShape
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
 from frostline.train.memory.memory_profile import measure_embedder, measure_model
+from frostline.train.settings import TrainingModuleSettings
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
 # but for FSDP2: engines read the adapter's memory, so `train/loop/sharding.py` leaves it whole.

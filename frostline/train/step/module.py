@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
-from frostline.config import AUTO, GradientCheckpointing, RewardTerm, TrainingModuleSettings
+from frostline.config import AUTO, GradientCheckpointing, RewardTerm
 from frostline.errors import ConfigError, DataError
 from frostline.export.exporter import ensure_verified
 from frostline.models.checkpoints.checkpoint_files import Entry
@@ -40,6 +40,7 @@ from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.offload import saved_in_main_memory
 from frostline.train.memory.recompute import decode_recomputed
 from frostline.train.processes import mean_over_processes, process_count
+from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.conditioning import Conditioner, Conditioning
 from frostline.train.step.rollout import Sampler
 

@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from steps import Clips
 
-from frostline.config import TrainingModuleSettings
 from frostline.errors import CheckpointError, ConfigError, DataError, TrainingError
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.data.dataset import Sample, collate
@@ -22,7 +21,7 @@ from frostline.train.loop.resume import find_resume
 from frostline.train.loop.run_dir import claimed
 from frostline.train.loop.trainer import RunOptions, train
 from frostline.train.memory.offload import saved_in_main_memory
-from frostline.train.settings import TrainerSettings
+from frostline.train.settings import TrainerSettings, TrainingModuleSettings
 
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=2, per_device_train_batch_size=1, seed=3)
 

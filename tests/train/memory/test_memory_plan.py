@@ -11,7 +11,7 @@ from diffsynth.configs.model_configs import MODEL_CONFIGS
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from frostline.config import CHECKPOINTING, TrainingModuleSettings
+from frostline.config import CHECKPOINTING
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.checkpoints.model_spec import RELEASED, read_skeleton
@@ -25,6 +25,7 @@ from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.memory_profile import measure_model
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.memory.table import memory_table
+from frostline.train.settings import TrainingModuleSettings
 
 CLIP = VideoShape(batch_size=1, num_frames=9, height=96, width=96)
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from frostline.config import TrainingModuleSettings
 from frostline.export.exporter import export_stage
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.device import full_fp32
 from frostline.runtime.engines.store import EngineStore
+from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.module import WanTrainingModule
 
 pytestmark = [

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from measuring import interleave, summary
 from reference import ReferenceStep
-from shapes import face_identity, see_faces_everywhere
+from shapes import face_reward, reward_faces_everywhere, see_faces_everywhere
 from torch import Tensor, nn
 
 import frostline.models.wan.denoiser as denoiser_file
+from frostline.models.faces import FaceIdentity
 from frostline.models.wan.components import WanComponents
+from frostline.rewards.active import RewardStages
 from frostline.runtime.backends import TORCH
 from frostline.train.step.module import WanTrainingModule
 
@@ -70,8 +72,9 @@ class Contenders:
         self.vaes = {False: plain_vae, True: module.components.vae}
         self._references = {name: ReferenceStep(module, self._vae(name)) for name in _REFERENCES}
         if faces_everywhere:
-            for faces in (face_identity(module), *(each.faces for each in self._references.values())):
-                see_faces_everywhere(faces)
+            reward_faces_everywhere(module)
+            for reference in self._references.values():
+                see_faces_everywhere(reference.faces)
         self._cache = module.conditioner.cache
         self._compiled_block = torch.compile(denoiser_file._block)
         with torch.no_grad():
@@ -80,9 +83,13 @@ class Contenders:
         self._frozen: list[dict[str, Tensor]] = []
 
     @property
+    def _embedder(self) -> Any:
+        return face_reward(self.module).faces.embedder
+
+    @property
     def compiled(self) -> list[str]:
         """What `compile` compiles."""
-        return ["denoiser blocks", *(["face embedder"] if self._compiled_embedder is not self.module.embedder else [])]
+        return ["denoiser blocks", *(["face embedder"] if self._compiled_embedder is not self._embedder else [])]
 
     def step(self, contender: str) -> tuple[float, float, float]:
         """Forward and backward; loss, face score and KL loss. The gradient adds up in the LoRA's matrices."""
@@ -157,7 +164,7 @@ class Contenders:
 
     def _faster_embedder(self) -> Any:
         """The live embedder compiled, or as it is where that is faster: a user would keep the better one too."""
-        embedder: Any = self.module.embedder
+        embedder = self._embedder
         frames = self.batch["video"].shape[0] * self.batch["video"].shape[1]
         device = self._conditioning.context.device
         faces = torch.zeros(frames, 3, embedder.image_size, embedder.image_size, device=device, requires_grad=True)
@@ -165,6 +172,12 @@ class Contenders:
         calls = {name: partial(_forward_and_backward, run, faces) for name, run in candidates.items()}
         medians = {name: row["median_ms"] for name, row in summary(interleave(calls, 3, device)).items()}
         return min(candidates.items(), key=lambda named: medians[named[0]])[1]
+
+    def _identity(self, made: Callable[[RewardStages], FaceIdentity], run: RewardStages) -> FaceIdentity:
+        """What compares faces, with the embedder that is compiled."""
+        faces = made(run)
+        faces.embedder = self._compiled_embedder
+        return faces
 
     def _vae(self, contender: str) -> Any:
         return self.vaes[contender.endswith(ONEDNN) or contender == "compile"]
@@ -182,7 +195,8 @@ class Contenders:
                 stack.enter_context(_replaced(module.denoiser, "run_block", denoiser_file._block))
             if contender == "compile":
                 stack.enter_context(_replaced(module.denoiser, "run_block", self._compiled_block))
-                stack.enter_context(_replaced(face_identity(module), "embedder", self._compiled_embedder))
+                reward = face_reward(module)
+                stack.enter_context(_replaced(reward, "identity", partial(self._identity, reward.identity)))
             if contender == "floor":
                 stack.enter_context(_replaced(module.runtime, "run", self._replay()))
             yield

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, machine, write_result
-from shapes import DTYPES, random_denoiser
+from shapes import DTYPES, face_stages, random_denoiser
 
-from frostline.config import LoraSettings, RewardSettings
+from frostline.config import LoraSettings
 from frostline.export.exporter import export_stage
 from frostline.models.checkpoints.loading import load_components
 from frostline.runtime.backends.options import BuildOptions
@@ -50,11 +50,12 @@ def main() -> None:
 
 def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
     dtype = DTYPES[arguments.precision]
+    shapes = parse_shapes("video:1x1x3x64x64", "video:1x5x3x64x64", "video:2x81x3x832x832")
     staged = stage_model(
         replace(load_components("tiny", dtype), name="wan-1.3b-shaped", denoiser=random_denoiser(dtype)),
         LoraSettings(rank=arguments.rank),
-        RewardSettings(),
-        parse_shapes("video:1x1x3x64x64", "video:1x5x3x64x64", "video:2x81x3x832x832"),
+        face_stages(shapes),
+        shapes,
     )
     loaded = _peak_gib()
     start = time.monotonic()

@@ -12,7 +12,12 @@ from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces import ChosenFaces, FaceIdentity
 from frostline.models.tiny.clips import held_out_clips
 from frostline.models.wan.components import WanComponents
-from frostline.rewards.face_identity import FaceIdentityReward
+from frostline.rewards.active import RewardStages
+from frostline.rewards.build import build_rewards
+from frostline.rewards.config import default_rewards
+from frostline.rewards.face_identity.reward import FaceIdentityReward
+from frostline.runtime.stage import Stage
+from frostline.stages.shapes import ShapeRange
 from frostline.train.step.module import WanTrainingModule
 
 TINY = "tiny"
@@ -52,7 +57,7 @@ def build_components(name: str, dtype: torch.dtype, device: torch.device) -> Wan
     )
 
 
-def see_faces_everywhere(faces: FaceIdentity) -> None:
+def see_faces_everywhere(faces: FaceIdentity) -> FaceIdentity:
     """Take every frame for a face, after the detector has looked at it as ever.
 
     What random weights paint has none, and a step without faces is no step: its loss has no gradient.
@@ -64,13 +69,30 @@ def see_faces_everywhere(faces: FaceIdentity) -> None:
         return replace(found, found=torch.ones_like(found.found))
 
     faces.detect = looked_at  # pyright: ignore[reportAttributeAccessIssue]
+    return faces
 
 
-def face_identity(module: WanTrainingModule) -> FaceIdentity:
-    """What scores faces in a module whose first reward they are."""
+def face_reward(module: WanTrainingModule) -> FaceIdentityReward:
+    """The first reward of a module, which is that of faces."""
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)
-    return reward.identity
+    return reward
+
+
+def face_stages(shapes: ShapeRange, device: torch.device | str = "cpu") -> list[Stage]:
+    """Those of the reward that there is by default."""
+    return [stage for active in build_rewards(default_rewards(), device, shapes) for stage in active.stages]
+
+
+def reward_faces_everywhere(module: WanTrainingModule) -> None:
+    """Let a module's reward take every frame for a face; see `see_faces_everywhere`."""
+    reward = face_reward(module)
+    identity = reward.identity
+
+    def everywhere(run: RewardStages) -> FaceIdentity:
+        return see_faces_everywhere(identity(run))
+
+    reward.identity = everywhere  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def clips_of(video: str) -> dict[str, Any]:

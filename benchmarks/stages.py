@@ -33,10 +33,10 @@ from measuring import (
 from rich.console import Console
 from rich.table import Table
 from roofline import Ceilings, measure_ceilings, measure_work
-from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, face_stages
 from torch import Tensor
 
-from frostline.config import LoraSettings, RewardSettings
+from frostline.config import LoraSettings
 from frostline.errors import FrostlineError
 from frostline.export.exporter import export_stage
 from frostline.export.tracing.trace_cache import Traces
@@ -112,7 +112,8 @@ def _stage(arguments: argparse.Namespace, video: str, device: torch.device) -> t
     components = build_components(arguments.model, DTYPES[arguments.precision], device)
     plain_vae = plain_copy(components)
     shapes = engine_shapes(video, arguments.fixed_shapes, _faces(video))
-    return stage_model(components, LoraSettings(rank=arguments.rank), RewardSettings(), shapes), plain_vae
+    of_rewards = face_stages(shapes, device)
+    return stage_model(components, LoraSettings(rank=arguments.rank), of_rewards, shapes), plain_vae
 
 
 def _inputs(stage: Stage, video: str, device: torch.device) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrai
             "kl_weight": 0.2,
             "gradient_checkpointing": "none",
             "torch_compile": arguments.torch_compile,
-            "reward": {"upscale": 2 if arguments.model == TINY else 1},
+            "rewards": [{"type": "face_identity", "upscale": 2 if arguments.model == TINY else 1}],
         }
     )
     components = build_components(arguments.model, DTYPES[arguments.precision], device)

@@ -37,7 +37,7 @@ def main() -> None:
     """Trace, print a table, write JSON."""
     arguments = _arguments()
     device = torch.device(arguments.device)
-    settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "reward": {"upscale": 2}})
+    settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "rewards": [{"type": "face_identity", "upscale": 2}]})
     module = WanTrainingModule(build_components(TINY, torch.float32, device), settings, engines=arguments.engines_dir)
     stages = [stage for stage in module.stages.values() if stage.name != "vae_decoder"]
     build_engines(stages, arguments.backends, EngineStore(arguments.engines_dir))

@@ -7,7 +7,7 @@ sessions that are told the same `FROSTLINE_TEST_FOLDER`, as those of `make test`
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from frostline.models.faces import Detections, FaceDetector
+    from frostline.models.faces import Detections, FaceDetector, FaceIdentity
     from frostline.rewards.reward import RewardScore
     from frostline.train.step.module import WanTrainingModule
 
@@ -239,19 +239,21 @@ def assert_equal_but_for_rounding(pixels: "Tensor", others: "Tensor") -> None:
 @contextmanager
 def _watched(module: "WanTrainingModule", see: "Callable[[Tensor, Tensor], Tensor]") -> Iterator[None]:
     """Within the block `see(pixels, frames)` decides which pixels are searched when generated frames are scored."""
-    from frostline.rewards.face_identity import FaceIdentityReward
+    from frostline.rewards.face_identity.reward import FaceIdentityReward
 
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)
-    identity = reward.identity
-    own_score, own_detector = reward.score, identity.detector
+    own_score, own_identity = reward.score, reward.identity
 
-    def score(frames: "Tensor", references: "Mapping[str, Tensor]") -> "RewardScore":
-        identity.detector = _Detector(own_detector, lambda pixels: see(pixels, frames))
-        try:
-            return own_score(frames, references)
-        finally:
-            identity.detector = own_detector
+    def score(frames: "Tensor", *others: Any) -> "RewardScore":
+        def identity(run: Any) -> "FaceIdentity":
+            faces = own_identity(run)
+            faces.detector = _Detector(faces.detector, lambda pixels: see(pixels, frames))
+            return faces
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reward, "identity", identity)
+            return own_score(frames, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reward, "score", score)

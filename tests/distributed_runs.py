@@ -43,7 +43,7 @@ def run(
         engines=engines,
         plan="torch",
         lora={"rank": 4},
-        reward=SHARPNESS if reward == "sharpness" else FACES,
+        rewards=[SHARPNESS if reward == "sharpness" else FACES],
         num_inference_steps=3,
         grad_start_step=1,
         grad_end_step=2,

@@ -17,10 +17,12 @@ from frostline.models.faces.mtcnn_networks import load_mtcnn_networks
 from frostline.models.lora.inject import adapters_off, inject_lora, lora_parameters
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
+from frostline.rewards.face_identity.detector import detector_tolerance
+from frostline.rewards.face_identity.stages import FaceModels, build_face_stages
 from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Network, Runner, Stage
 from frostline.stages.build import build_stages
-from frostline.stages.inputs import FaceModels, StageInputs, tolerance
+from frostline.stages.inputs import StageInputs, tolerance
 from frostline.stages.shapes import ShapeRange
 
 SHAPES = ShapeRange(
@@ -63,7 +65,8 @@ def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str 
         mtcnn_model({name: network.to(device, dtype) for name, network in load_mtcnn_networks().items()}),
         torch.nn.Module.to(load_embedder("sface"), device, dtype),  # type: ignore[arg-type]
     )
-    return build_stages(StageInputs(components, Denoiser(denoiser).to(device), None, faces, SHAPES))
+    stages = build_stages(StageInputs(components, Denoiser(denoiser).to(device), None, SHAPES))
+    return stages | {stage.name: stage for stage in build_face_stages(faces, SHAPES)}
 
 
 def network_of(
@@ -87,7 +90,7 @@ def assert_parity(network: Network, runner: Runner, inputs: Mapping[str, Tensor]
     """The runner computes what PyTorch computes, in the same type."""
     with full_fp32():
         actual, expected = runner(**inputs), network.reference(inputs)
-    bounds = tolerance(stage or network.name, network.weight.dtype)
+    bounds = (detector_tolerance if stage == "face_detector" else tolerance)(network.weight.dtype)
     for measured in compare(network.name, "", expected, actual, bounds):
         assert measured.passed, measured
     assert {name: value.dtype for name, value in actual.items()} == {name: v.dtype for name, v in expected.items()}

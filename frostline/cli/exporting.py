@@ -100,18 +100,21 @@ def plan(
     from frostline.export.recipe import load_recipe
     from frostline.export.tables import plan_table, step_gain_lines
     from frostline.models.wan.denoise_steps import DenoiseSteps
+    from frostline.rewards.build import resolve
     from frostline.runtime.engines.store import EngineStore
     from frostline.runtime.runtime import Runtime
     from frostline.train.settings import TrainingModuleSettings
 
-    staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
+    recipe = load_recipe(model, {"precision": precision})
+    staged = load_staged_model(recipe, device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))
     runtime = Runtime(staged.stages, "auto", engines_dir)
     two_experts = staged.denoiser_high_noise is not None
     steps = DenoiseSteps.of(TrainingModuleSettings(), staged.components.boundary, two_experts)
+    rewards = resolve(recipe.rewards)
     console = Terminal()
     console.print(plan_table(stage_gains(runtime)))
-    for line in step_gain_lines(step_gain(runtime, frozen_uses(steps), live_uses(steps))):
+    for line in step_gain_lines(step_gain(runtime, frozen_uses(steps, rewards), live_uses(steps, rewards))):
         console.print(line, soft_wrap=True, highlight=False)
 
 

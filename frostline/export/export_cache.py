@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +21,7 @@ from frostline.export.recipe import Recipe
 from frostline.models.checkpoints.checkpoint_files import find_files
 from frostline.package_info import installed_versions
 from frostline.paths import open_regular
+from frostline.rewards.config import code_of_stages
 from frostline.runtime.backends import module_name
 from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.engines import signing
@@ -93,7 +94,7 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapp
         "compute_capabilities": list(options.compute_capabilities),
         "bounds": {name: repr(bound) for name, bound in bounds.items()},
         "files": {str(path): _fingerprint(path) for path in _files(recipe)},
-        "computation": computation_id([*_CODE, *map(module_name, recipe.backends)]),
+        "computation": _code(recipe),
         "versions": installed_versions(_ENGINE_PACKAGES),
         "device": [device, _DRIVER.read_text() if _DRIVER.is_file() else None],
     }
@@ -132,11 +133,33 @@ def _path(store: EngineStore, key: str) -> Path:
     return store.root / _FOLDER / f"{key}.json"
 
 
+def _code(recipe: Recipe) -> str:
+    of_rewards = code_of_stages(recipe.rewards)
+    modules = [*_CODE, *map(module_name, recipe.backends), *of_rewards]
+    return computation_id(modules, source_of={module.partition(".")[0] for module in of_rewards})
+
+
 def _files(recipe: Recipe) -> list[Path]:
     """Every file that the stages are loaded from, beside those inside packages."""
-    settings = (recipe.reward.detector, recipe.reward.embedder)
-    given = (Path(setting.partition(":")[2]) for setting in settings)
-    return [*find_files(recipe.model).paths(), *(path for path in given if path.is_file())]
+    settings = [text for reward in recipe.rewards for text in _texts(reward.model_dump(mode="json"))]
+    given = (Path(part) for setting in settings for part in (setting, setting.partition(":")[2]) if part)
+    return [*find_files(recipe.model).paths(), *(path for path in given if _is_file(path))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All text in plain values: any of it may name a file, behind `scrfd:` and the like too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _fingerprint(path: Path) -> list[object]:

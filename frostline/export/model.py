@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from frostline.models.checkpoints.loading import load_components
+from frostline.rewards.build import build_rewards
 from frostline.runtime.device import resolve_device
 from frostline.stages.staged_model import StagedModel, stage_model
 
@@ -18,7 +19,9 @@ def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
     Args:
         device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
     Raises:
-        ConfigError: the model cannot be loaded.
+        ConfigError: the model or a reward cannot be loaded.
     """
+    rewards = build_rewards(recipe.rewards, resolve_device(device), recipe.shapes)
     components = load_components(recipe.model, recipe.dtype, resolve_device(device))
-    return stage_model(components, recipe.lora, recipe.reward, recipe.shapes)
+    stages = [stage for reward in rewards for stage in reward.stages]
+    return stage_model(components, recipe.lora, stages, recipe.shapes)

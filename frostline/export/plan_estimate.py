@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from frostline.models.wan.denoise_steps import DenoiseSteps
+from frostline.rewards.config import RewardConfig
 from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
 from frostline.runtime.planning.plan import Choice
 from frostline.runtime.runtime import Runtime
@@ -55,29 +56,28 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
     return gains
 
 
-def frozen_uses(steps: DenoiseSteps) -> dict[str, int]:
+def frozen_uses(steps: DenoiseSteps, rewards: Iterable[RewardConfig] = ()) -> dict[str, int]:
     """How often a step uses each frozen stage when nothing is recalled.
 
-    The detector sees the reference and the generated frames; the denoiser runs the rollout head and the KL reference.
+    The denoiser runs the rollout head and the KL reference; rewards say what they use.
     """
     return {
         "text_encoder": 1,
         "image_encoder": 1,
         "vae_encoder": 1,
-        "face_detector": 2,
-        "face_embedder": 1,
         "denoiser_high_noise": min(steps.high_noise, steps.mid),
         "denoiser": max(0, steps.mid - steps.high_noise) + steps.tail_with_lora,
+        **{stage: uses.frozen for reward in rewards for stage, uses in reward.stage_uses.items()},
     }
 
 
-def live_uses(steps: DenoiseSteps) -> dict[str, int]:
-    """How often a step runs each stage forward with gradient: the denoise tail, the decoder, the embedder."""
+def live_uses(steps: DenoiseSteps, rewards: Iterable[RewardConfig] = ()) -> dict[str, int]:
+    """How often a step runs each stage forward with gradient: the denoise tail, the decoder, and what rewards say."""
     return {
         "denoiser_high_noise": steps.final + 1 - steps.mid - steps.tail_with_lora,
         "denoiser": steps.tail_with_lora,
         "vae_decoder": 1,
-        "face_embedder": 1,
+        **{stage: uses.live for reward in rewards for stage, uses in reward.stage_uses.items() if uses.live},
     }
 
 

@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import LoraSettings, Precision, RewardSettings, Settings
+from frostline.config import LoraSettings, Precision, Settings
 from frostline.documents import read_yaml
 from frostline.errors import ConfigError, DocumentError, EngineError
 from frostline.recipes import export_recipe
+from frostline.rewards.config import RewardEntry, default_rewards, stage_names
 from frostline.runtime.backends import check_backend, get_backend
 from frostline.runtime.backends.options import BuildOptions
 from frostline.stages.shapes import ShapeRange, asked_maximum, parse_shapes
@@ -20,11 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 ALL_STAGES = "all"
-# Of all models and rewards: which of them a model has shows when it is loaded.
-STAGES = (
-    *("text_encoder", "image_encoder", "vae_encoder", "denoiser", "denoiser_high_noise", "vae_decoder"),
-    *("face_detector", "face_embedder"),
-)
+# Of all models: which of them a model has shows when it is loaded.
+STAGES = ("text_encoder", "image_encoder", "vae_encoder", "denoiser", "denoiser_high_noise", "vae_decoder")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
@@ -42,7 +40,9 @@ class Recipe(Settings):
     opt_shapes: str = Field(default="", description="as --opt-shapes")
     max_shapes: str = Field(default="", description="as --max-shapes")
     lora: LoraSettings | None = Field(default=LoraSettings(), description="null exports a denoiser without live LoRA")
-    reward: RewardSettings = RewardSettings()
+    rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
+        default_factory=default_rewards, description="whose stages are exported beside the model's, each by its type"
+    )
 
     @field_validator("stages", "backends", "compute_capabilities", mode="before")
     @classmethod
@@ -66,14 +66,6 @@ class Recipe(Settings):
             raise ValueError("names none: nothing would be exported")
         return value
 
-    @field_validator("stages")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in (ALL_STAGES, *STAGES):
-                raise ValueError(f"no stage {name!r}: there are {', '.join(STAGES)}")
-        return value
-
     @field_validator("compute_capabilities")
     @classmethod
     def _are_capabilities(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,6 +75,16 @@ class Recipe(Settings):
                 example = f"{digits[:-1]}.{digits[-1]}" if len(digits) in (2, 3) else "8.9"
                 raise ValueError(f"{name!r} is no compute capability: write {example}, or current")
         return value
+
+    @model_validator(mode="after")
+    def _stages_are_known(self) -> Self:
+        of_rewards = stage_names(self.rewards)
+        if of_rewards is not None:
+            known = (*STAGES, *of_rewards)
+            for name in self.stages:
+                if name not in (ALL_STAGES, *known):
+                    raise ValueError(f"stages: no stage {name!r}: there are {', '.join(known)}")
+        return self
 
     @model_validator(mode="after")
     def _can_be_exported(self) -> Self:

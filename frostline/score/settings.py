@@ -10,7 +10,7 @@ from frostline.config import Settings
 
 
 class ScoreSettings(Settings):
-    """How videos are scored; the names and defaults are `RewardSettings`' where both have them."""
+    """How videos are scored; the names and defaults are the face-identity reward's where both have them."""
 
     detector: str = Field(default="mtcnn", description="mtcnn, yunet or scrfd:PATH.onnx")
     embedder: str = Field(default="sface", description="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")

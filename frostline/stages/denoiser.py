@@ -99,7 +99,7 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
         description=_DESCRIPTION,
         license=inputs.components.license,
         networks=(_network(name, denoiser, inputs),),
-        tolerance=tolerance(name, inputs.dtype),
+        tolerance=tolerance(inputs.dtype),
         weights=inputs.components.weights.get(name),
         denoiser=denoiser,
     )

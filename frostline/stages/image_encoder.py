@@ -22,6 +22,6 @@ def build(inputs: StageInputs) -> Stage | None:
         description="Encode the first frame, RGB in [-1, 1], to the CLIP feature of the denoiser.",
         license=inputs.components.license,
         networks=(network,),
-        tolerance=tolerance("image_encoder", inputs.dtype),
+        tolerance=tolerance(inputs.dtype),
         weights=inputs.components.weights.get("image_encoder"),
     )

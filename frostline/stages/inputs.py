@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from frostline.models.precision import precision_name
 from frostline.runtime.engines.tolerance import Tolerance
 
 # All stages import this file: what it imports is part of what identifies the engines of each.
 if TYPE_CHECKING:
-    from frostline.models.faces.detectors import DetectorModel
     from frostline.models.wan.components import WanComponents
     from frostline.models.wan.denoiser import Denoiser
     from frostline.runtime.dynamic_dim import Dimension
@@ -32,43 +29,25 @@ _TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     # The same with 8 bits.
     torch.bfloat16: Tolerance(atol=8e-3, rtol=8e-2, cosine=0.999),
 }
-_STAGE_TOLERANCES: Mapping[tuple[str, torch.dtype], Tolerance] = {
-    # Three shallow networks, whose probabilities are held against thresholds.
-    ("face_detector", torch.float32): Tolerance(atol=1e-5, rtol=1e-5, cosine=0.999999),
-}
 
 
-def tolerance(stage: str, dtype: torch.dtype) -> Tolerance:
-    """The bounds that an engine of `stage` must keep, its weights being of `dtype`.
+def tolerance(dtype: torch.dtype) -> Tolerance:
+    """The bounds that the engine of a stage must keep, its weights being of `dtype`.
 
     Raises:
         ConfigError: weights cannot be of this type.
     """
     precision_name(dtype)
-    return _STAGE_TOLERANCES.get((stage, dtype), _TOLERANCES[dtype])
-
-
-@dataclass(frozen=True)
-class FaceModels:
-    """The face networks of the reward. embedder: what `load_embedder` returns."""
-
-    detector: DetectorModel
-    embedder: nn.Module
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(itertools.chain(self.embedder.parameters(), self.embedder.buffers())).device
+    return _TOLERANCES[dtype]
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """A loaded model; the denoisers carry the LoRA, if there is one. faces: None where no reward looks at them."""
+    """A loaded model; the denoisers carry the LoRA, if there is one."""
 
     components: WanComponents
     denoiser: Denoiser
     denoiser_high_noise: Denoiser | None
-    faces: FaceModels | None
     shapes: ShapeRange
 
     @property

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from frostline.config import LoraSettings, RewardTerm
-from frostline.models.faces.detectors import load_detector
-from frostline.models.faces.embedders import load_embedder
+from frostline.config import LoraSettings
+from frostline.errors import ConfigError
 from frostline.models.lora.inject import inject_lora
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
@@ -18,7 +18,7 @@ from frostline.models.wan.vae import use_onednn_conv3d
 from frostline.runtime.stage import Stage
 
 from .build import build_stages
-from .inputs import FaceModels, StageInputs
+from .inputs import StageInputs
 from .shapes import ShapeRange
 
 if TYPE_CHECKING:
@@ -27,17 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StagedModel:
-    """A Wan model with its LoRA, its reward's networks and its stages.
+    """A Wan model with its LoRA and its stages, those of rewards among them.
 
     denoiser: carries the LoRA of `lora_config`, or none where that is None.
-    faces: the reward's networks, None where it looks at no faces.
     """
 
     components: WanComponents
     denoiser: Denoiser
     denoiser_high_noise: Denoiser | None
     lora_config: LoraConfig | None
-    faces: FaceModels | None
     stages: dict[str, Stage]
 
     @property
@@ -52,14 +50,14 @@ class StagedModel:
 
 
 def stage_model(
-    components: WanComponents, lora: LoraSettings | None, reward: RewardTerm | None, shapes: ShapeRange
+    components: WanComponents, lora: LoraSettings | None, of_rewards: Iterable[Stage], shapes: ShapeRange
 ) -> StagedModel:
     """Inject the LoRA into `components` in place and build all stages.
 
     Args:
-        reward: that of faces, whose networks become stages; None loads none.
+        of_rewards: the stages that rewards bring.
     Raises:
-        ConfigError: the LoRA or the embedder cannot be had as asked.
+        ConfigError: the LoRA cannot be had as asked, or two stages go by one name.
     """
     model, high_noise = components.denoiser, components.denoiser_high_noise
     device = components.device
@@ -68,16 +66,11 @@ def stage_model(
         lora_config = inject_lora(model, lora.rank, lora.alpha, lora.target_modules)
     # Live and frozen uses alike: an engine is then compared with the fastest plain PyTorch.
     use_onednn_conv3d(components.vae)
-    faces = None if reward is None else _load_faces(reward, device)
     denoiser = Denoiser(model).to(device)
     expert = None if high_noise is None else Denoiser(high_noise).to(device)
-    stages = build_stages(StageInputs(components, denoiser, expert, faces, shapes))
-    return StagedModel(components, denoiser, expert, lora_config, faces, stages)
-
-
-def _load_faces(reward: RewardTerm, device: torch.device) -> FaceModels:
-    embedder = load_embedder(reward.embedder)
-    assert isinstance(embedder, nn.Module)
-    detector = load_detector(reward.detector, reward.min_face_size)
-    detector.modules().to(device)
-    return FaceModels(detector, embedder.to(device))
+    stages = build_stages(StageInputs(components, denoiser, expert, shapes))
+    for stage in of_rewards:
+        if stage.name in stages:
+            raise ConfigError(f"rewards: the stage {stage.name} is there already: call that of the reward otherwise")
+        stages[stage.name] = stage
+    return StagedModel(components, denoiser, expert, lora_config, stages)

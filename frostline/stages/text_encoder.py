@@ -56,7 +56,7 @@ def build(inputs: StageInputs) -> Stage:
         ),
         license=components.license,
         networks=(network,),
-        tolerance=tolerance("text_encoder", inputs.dtype),
+        tolerance=tolerance(inputs.dtype),
         weights=components.weights.get("text_encoder"),
         components=components,
     )

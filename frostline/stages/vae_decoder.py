@@ -68,7 +68,7 @@ def build(inputs: StageInputs) -> Stage:
         ),
         license=inputs.components.license,
         networks=chunk_networks(inputs, (modules[0], modules[1]), (latents, latents), "video", per_block),
-        tolerance=tolerance("vae_decoder", inputs.dtype),
+        tolerance=tolerance(inputs.dtype),
         vae=vae,
         sample_shape=(batch, channels, shapes.latent_frames[1], *size),
     )

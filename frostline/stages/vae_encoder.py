@@ -70,7 +70,7 @@ def build(inputs: StageInputs) -> Stage:
         networks=chunk_networks(
             inputs, (modules[0], modules[1]), (first, following), "latents", inputs.components.spatial_multiple
         ),
-        tolerance=tolerance("vae_encoder", inputs.dtype),
+        tolerance=tolerance(inputs.dtype),
         weights=inputs.components.weights.get("vae_encoder"),
         vae=vae,
         sample_shape=(shapes.batch[1], 3, frames, shapes.height[1], shapes.width[1]),

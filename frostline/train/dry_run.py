@@ -12,10 +12,10 @@ from rich.table import Table
 from frostline.errors import FrostlineError
 from frostline.models.checkpoints.loading import check_files
 from frostline.models.checkpoints.model_spec import read_skeleton
-from frostline.models.faces.embedders import load_embedder
 from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.models.wan.schedule import FlowMatchSchedule
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE
+from frostline.rewards.config import RewardConfig
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device, total_bytes
 from frostline.train.data.dataset import VideoPromptDataset
@@ -84,13 +84,17 @@ def _look_at_memory(settings: RunSettings, multiple: int, device_bytes: int | No
     """What is wrong with the memory that a step needs."""
     plan = _memory_plan(settings, multiple, device_bytes)
     console.print(memory_table(plan))
+    for entry in settings.rewards:
+        if not isinstance(entry, RewardConfig):
+            console.print(
+                f"not counted: the networks of {escape(entry.type)}, which a dry run does not import", soft_wrap=True
+            )
     problem = memory_problem(plan, settings)
     return [] if problem is None else [problem]
 
 
 def _memory_plan(settings: RunSettings, multiple: int, device_bytes: int | None) -> MemoryPlan:
     train, memory = settings.train, settings.memory
-    faces = settings.reward.face_identity
     return memory_plan(
         settings.model,
         settings,
@@ -100,7 +104,7 @@ def _memory_plan(settings: RunSettings, multiple: int, device_bytes: int | None)
         num_processes=memory.num_processes,
         sharding=memory.sharding,
         device_bytes=device_bytes,
-        embedder=None if faces is None else load_embedder(faces.embedder),  # type: ignore[arg-type]
+        rewards=[entry.build() for entry in settings.rewards if isinstance(entry, RewardConfig)],
     )
 
 

@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import OTHERS, GradientCheckpointing, LoraSettings, RewardSettings, Settings, Sharding
+from frostline.config import OTHERS, GradientCheckpointing, LoraSettings, Settings, Sharding
 from frostline.errors import ConfigError
 from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape, check_cut, nearest_multiple
+from frostline.rewards.config import RewardEntry, default_rewards
 
 # torch takes seconds to import: a mistake in a configuration file is to be told before.
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class TrainingModuleSettings(Settings):
         default=False, description="keep what backward needs in main memory instead of the GPU's: slower, smaller"
     )
     lora: LoraSettings = LoraSettings()
-    reward: RewardSettings = RewardSettings()
+    rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
+        default_factory=default_rewards, description="what is rewarded, each by its type; the sum joins the loss"
+    )
     cache_dir: Path | None = Field(default=None, description="where frozen outputs are kept; memory if not given")
     cache_bytes: int = Field(default=8 * 2**30, ge=0, description="bound of the frozen-output cache; 0 switches it off")
 
@@ -64,6 +67,13 @@ class TrainingModuleSettings(Settings):
             if theirs in values and ours in values:
                 raise ValueError(f"{theirs} is another name of {ours}: set one of them")
         return {_NAMES_OF_THE_REFERENCE.get(name, name): value for name, value in values.items()}
+
+    @field_validator("rewards")
+    @classmethod
+    def _something_is_rewarded(cls, value: tuple[RewardEntry, ...]) -> tuple[RewardEntry, ...]:
+        if not value:
+            raise ValueError("names none: nothing would be rewarded")
+        return value
 
     @model_validator(mode="after")
     def _steps_are_ordered(self) -> Self:
@@ -223,7 +233,7 @@ class MemorySettings(Settings):
 
 
 class RunSettings(TrainingModuleSettings):
-    """A training run: the step (`num_inference_steps` … `reward`), and what is around it."""
+    """A training run: the step (`num_inference_steps` … `rewards`), and what is around it."""
 
     model: str = Field(default="tiny", description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
     output_dir: Path = Field(default=Path("runs/train"), description="everything that the run writes")

@@ -197,7 +197,7 @@ def test_the_vae_of_the_shipped_recipes_keeps_within_the_limit(name: str) -> Non
     parts["vae"].scale = [values.to("meta") for values in parts["vae"].scale]
     unused: Any = SimpleNamespace()
     components = WanComponents(name, text_encoder=unused, tokenizer=unused, **parts)
-    inputs = StageInputs(components, Denoiser(components.denoiser), None, None, recipe.shapes)
+    inputs = StageInputs(components, Denoiser(components.denoiser), None, recipe.shapes)
     for stage in (vae_encoder.build(inputs), vae_decoder.build(inputs)):
         for part in stage.networks:
             assert within_limit(part, "tensorrt", LIMIT, recipe.asked_maximum) is part

@@ -10,20 +10,22 @@ from hypothesis import strategies as st
 from frostline.export.plan_estimate import frozen_uses, live_uses, step_gain
 from frostline.export.tables import step_gain_lines
 from frostline.models.wan.denoise_steps import DenoiseSteps
+from frostline.rewards.face_identity import Config
 from frostline.runtime.planning.plan import Choice, Plan
 from frostline.train.settings import TrainingModuleSettings
 
+REWARDS = (Config(),)
 ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector": 2, "face_embedder": 1}
 
 
 def test_the_reference_step_with_one_expert() -> None:
     """Four rollout steps, and the KL reference of four tail steps."""
-    uses = frozen_uses(DenoiseSteps(4, 7))
+    uses = frozen_uses(DenoiseSteps(4, 7), REWARDS)
     assert uses == {**ONCE, "denoiser": 8, "denoiser_high_noise": 0}
 
 
 def test_the_reference_step_with_two_experts() -> None:
-    uses = frozen_uses(DenoiseSteps.of(TrainingModuleSettings(), 0.9, two_experts=True))
+    uses = frozen_uses(DenoiseSteps.of(TrainingModuleSettings(), 0.9, two_experts=True), REWARDS)
     assert uses == {**ONCE, "denoiser": 1 + 4, "denoiser_high_noise": 3}
 
 
@@ -41,7 +43,7 @@ def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> 
         live_low += not by_high and in_tail
     steps = DenoiseSteps(mid, final, high)
     assert steps.tail_with_lora == live_low
-    uses, live = frozen_uses(steps), live_uses(steps)
+    uses, live = frozen_uses(steps, REWARDS), live_uses(steps, REWARDS)
     assert (uses["denoiser"], uses["denoiser_high_noise"]) == (low_noise, high_noise)
     assert live == {"denoiser": live_low, "denoiser_high_noise": live_high, "vae_decoder": 1, "face_embedder": 1}
 

@@ -30,7 +30,6 @@ _PLUMBING = (
     f"{_OWN}.runtime",
     f"{_OWN}.models.tiny",
 )
-_COMPUTES = (f"{_OWN}.runtime.faces",)
 # Where packages are installed, whether or not they came with a list of their files.
 _SITES = ("site-packages", "dist-packages")
 # Of code that cannot be read nothing is known: what it gives is good for this process alone.
@@ -69,11 +68,7 @@ def computation_id(modules: Iterable[str], source_of: Collection[str] = ()) -> s
 
 
 def _is_plumbing(name: str) -> bool:
-    return _is_below(name, _PLUMBING) and not _is_below(name, _COMPUTES)
-
-
-def _is_below(name: str, packages: Iterable[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+    return any(name == package or name.startswith(f"{package}.") for package in _PLUMBING)
 
 
 def _module_name(wanted: Import) -> str:

@@ -51,8 +51,8 @@ def evaluate(
         generated = module.generate(conditioning, noise.to(conditioning.context.device))
         values = {"psnr": _psnr(generated, batch["video"].to(generated.device), batch["valid_frames"])}
         for active, score in module.score(generated, conditioning):
-            counts = score.valid | (active.settings.on_no_face == "zero")
-            values |= {active.reward.name: torch.where(counts, score.score, torch.nan), **score.metrics}
+            counts = score.valid | (active.config.on_unscored == "zero")
+            values |= {active.name: torch.where(counts, score.score, torch.nan), **score.metrics}
         measured.append({name: value.cpu() for name, value in values.items()})
         videos.append(generated.cpu())
         advance(len(index))

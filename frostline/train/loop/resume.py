@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from frostline.documents import read_yaml
 from frostline.errors import CheckpointError, ConfigError, DocumentError
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 LATEST = "latest"
 # Where a run is, and what only `--dry-run` reads.
 _OF_NO_CONSEQUENCE = ("output_dir", "overwrite_output_dir", "memory.")
+# An entry of a list of settings, in a dotted name.
+_ENTRY = re.compile(r".*\.\d+\.")
 
 
 def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
@@ -90,8 +93,17 @@ def changed_settings(checkpoint: Checkpoint, settings: RunSettings) -> dict[str,
     if not isinstance(saved, dict):
         raise CheckpointError(f"{checkpoint.path / CONFIG} is no mapping of settings")
     before, now = flatten(saved), flatten(dump_settings(settings))
+    names = dict.fromkeys((*now, *before))
+    # A setting may be newer than the checkpoint; of a list, whole entries came or went, or are of another type.
+    entries = {name: _ENTRY.match(name) for name in names}
+    same = {place[0] for place in entries.values() if place and _type(before, place[0]) == _type(now, place[0])}
     return {
-        name: (before[name], value)
-        for name, value in now.items()
-        if name in before and before[name] != value and not name.startswith(_OF_NO_CONSEQUENCE)
+        name: (before.get(name), now.get(name))
+        for name in names
+        if before.get(name) != now.get(name) and not name.startswith(_OF_NO_CONSEQUENCE)
+        if (name in before and name in now) or ((place := entries[name]) and place[0] not in same)
     }
+
+
+def _type(values: dict[str, Any], entry: str) -> object:
+    return values.get(f"{entry}type")

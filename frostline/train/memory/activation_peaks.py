@@ -15,13 +15,16 @@ def activation_peaks(footprints: Mapping[str, Footprint], tail: int) -> dict[str
         tail: steps that keep activations for backward.
     """
     denoiser, decoder = footprints["denoiser"], footprints["vae_decoder"]
-    embedder = footprints.get("face_embedder", Footprint(0, 0))
+    # What else is live is the rewards', one after the other, and in backward the last of them first.
+    rewards = [part for name, part in footprints.items() if name not in (*FROZEN_PARTS, "denoiser", "vae_decoder")]
     conditioning = [footprints[name].frozen_peak for name in footprints if name in FROZEN_PARTS]
     before_last = denoiser.kept * max(0, tail - 1)
     kept = denoiser.kept * tail
     decoded = kept + decoder.kept
+    before_each = [decoded + sum(reward.kept for reward in rewards[:number]) for number in range(len(rewards))]
     backward = [
-        decoded + embedder.backward_peak,
+        decoded,
+        *(held + reward.backward_peak for held, reward in zip(before_each, rewards, strict=True)),
         kept + decoder.backward_peak,
         before_last + denoiser.backward_peak,
     ]
@@ -31,6 +34,6 @@ def activation_peaks(footprints: Mapping[str, Footprint], tail: int) -> dict[str
         # The KL reference runs beside what the step keeps.
         "tail": max(before_last + denoiser.forward_peak, kept + denoiser.frozen_peak),
         "decode": kept + decoder.forward_peak,
-        "reward": decoded + embedder.forward_peak,
+        "reward": max((held + r.forward_peak for held, r in zip(before_each, rewards, strict=True)), default=decoded),
         "backward": max(backward),
     }

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from torch import nn
 
 from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing
 from frostline.models.lora.inject import lora_parameters
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.models.wan.video_shape import VideoShape
+from frostline.rewards.reward import Reward
 from frostline.train.memory.activation_peaks import activation_peaks
-from frostline.train.memory.memory_profile import Footprint, measure_embedder, measure_live_stages
+from frostline.train.memory.memory_profile import Footprint, measure_live_stages, measure_rewards
 from frostline.train.settings import TrainingModuleSettings
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def fitting_checkpointing(
     settings: TrainingModuleSettings,
     shape: VideoShape,
     free: int,
-    embedder: nn.Module | None = None,
+    rewards: Sequence[Reward] = (),
 ) -> GradientCheckpointing:
     """What a loaded model's steps are to recompute; where nothing fits, with a warning.
 
@@ -83,16 +82,15 @@ def fitting_checkpointing(
     Args:
         components: a loaded model with its LoRA, not sharded.
         free: bytes of the device that are free now.
-        embedder: of the reward, to be counted too.
+        rewards: whose live networks count too.
     """
     if settings.gradient_checkpointing != AUTO:
         return settings.gradient_checkpointing
-    faces = shape.batch_size * shape.num_frames
-    reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
+    of_rewards = measure_rewards(rewards, shape)
     two_experts = components.denoiser_high_noise is not None
     choice = least_recomputation(
         AUTO,
-        lambda kind: measure_live_stages(components, shape, kind) | reward,
+        lambda kind: measure_live_stages(components, shape, kind) | of_rewards,
         DenoiseSteps.of(settings, components.boundary, two_experts).tail_with_lora,
         (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(components.denoiser).values()),
         free,

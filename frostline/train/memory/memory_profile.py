@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any, cast
@@ -21,6 +21,7 @@ from frostline.models.wan.image import ImageEncoder
 from frostline.models.wan.text import TextEncoder
 from frostline.models.wan.vae import decode_latents, decoder_chunks
 from frostline.models.wan.video_shape import CLIP_FEATURE, MASK_CHANNELS, VideoShape, latent_grid
+from frostline.rewards.reward import LiveNetwork, Reward
 from frostline.train.memory.recompute import decode_recomputed, recomputed
 from frostline.train.memory.tracker import MemoryTracker, tensors_of
 
@@ -113,12 +114,15 @@ def measure_live_stages(
         return _live_stages(vae, denoiser, make, gradient_checkpointing)
 
 
-def measure_embedder(embedder: nn.Module, faces: int) -> Footprint:
-    """The face embedder on so many faces, each kept until backward; computed for one, on the embedder's own weights."""
-    side, device = cast(int, embedder.image_size), next(iter(tensors_of(embedder))).device
-    one = _measure(embedder, embedder, (torch.zeros(1, 3, side, side, device=device),), live=True)
-    kept, peaks = faces * one.kept, (faces * one.forward_peak, faces * one.backward_peak)
-    return Footprint(_bytes(tensors_of(embedder)), faces * one.frozen_peak, kept, *peaks)
+def measure_rewards(rewards: Iterable[Reward], shape: VideoShape) -> dict[str, Footprint]:
+    """What rewards compute with gradient in a step: each use once, on the networks' own weights, then all of them."""
+    return {live.stage: _of_uses(live) for reward in rewards for live in reward.live_networks(shape)}
+
+
+def _of_uses(live: LiveNetwork) -> Footprint:
+    one = _measure(live.module, live.module, live.inputs, live=True)
+    kept, peaks = live.uses * one.kept, (live.uses * one.forward_peak, live.uses * one.backward_peak)
+    return Footprint(_bytes(tensors_of(live.module)), live.uses * one.frozen_peak, kept, *peaks)
 
 
 class _Inputs:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 
 from frostline.config import GradientCheckpointing, Sharding
 from frostline.errors import ConfigError
@@ -16,9 +15,10 @@ from frostline.models.checkpoints.model_spec import read_skeleton
 from frostline.models.lazy_weights import FROZEN_PARTS
 from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.models.wan.video_shape import VideoShape
+from frostline.rewards.reward import Reward
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
-from frostline.train.memory.memory_profile import measure_embedder, measure_model
+from frostline.train.memory.memory_profile import measure_model, measure_rewards
 from frostline.train.settings import TrainingModuleSettings
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
@@ -95,18 +95,18 @@ def memory_plan(
     num_processes: int = 1,
     sharding: Sharding = "ddp",
     device_bytes: int | None = None,
-    embedder: nn.Module | None = None,
+    rewards: Sequence[Reward] = (),
 ) -> MemoryPlan:
     """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
 
     Counted are tensors. Not counted are the scratch space of kernels and engines, what an allocator holds back, the
-    context of CUDA, and the face detector.
+    context of CUDA, and what rewards compute without gradient.
 
     Args:
         shape: of one device's batch.
         engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
         device_bytes: memory of one device.
-        embedder: of the reward, to be counted too.
+        rewards: whose live networks count too.
     Raises:
         ConfigError: there is no such model, stage or way to shard.
     """
@@ -116,9 +116,8 @@ def memory_plan(
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
     skeleton = read_skeleton(model)
     measured = measure_model(skeleton, shape, dtype, settings.lora)
-    faces = shape.batch_size * shape.num_frames
-    reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
-    weights = {**measured.weights, **{name: footprint.weights for name, footprint in reward.items()}}
+    of_rewards = measure_rewards(rewards, shape)
+    weights = {**measured.weights, **{name: footprint.weights for name, footprint in of_rewards.items()}}
     served = [name for name in FROZEN_PARTS if name in weights] if engines == "all" else engines
     for name in served:
         if name not in weights:
@@ -141,7 +140,7 @@ def memory_plan(
     held = sum(weights.values()) + sum(of_engines.values()) + adapter
     choice = least_recomputation(
         settings.gradient_checkpointing,
-        lambda kind: measured.stages(kind) | reward,
+        lambda kind: measured.stages(kind) | of_rewards,
         tail,
         gradients + optimizer,
         None if device_bytes is None else device_bytes - held,

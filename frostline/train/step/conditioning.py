@@ -13,6 +13,7 @@ from torch import Tensor
 from frostline.errors import ConfigError, DataError
 from frostline.models.wan.text import count_tokens, tokenize
 from frostline.models.wan.video_shape import MASK_CHANNELS, latent_grid
+from frostline.rewards.inputs import RewardInputs
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.identity.computation import computation_id
 from frostline.runtime.identity.fingerprint import stage_code
@@ -21,7 +22,7 @@ from frostline.train.data.batch import Batch, check_batch, fit_to_wan
 # What this file imports is part of what its results are cached by.
 if TYPE_CHECKING:
     from frostline.models.wan.components import WanComponents
-    from frostline.rewards.reward import ActiveReward
+    from frostline.rewards.active import ActiveReward
     from frostline.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Conditioning:
     y: (B, 4 + C, F, H/8, W/8) mask and latents of the first frame, if the model takes them.
     clip_feature: (B, 257, 1280), if the model takes it.
     first_frame_latents: (B, C, 1, H/8, W/8), if the model pins them.
+    sample: what rewards are told of the samples.
     references: what each reward knows of the reference video, tensors of B rows.
     """
 
@@ -47,6 +49,7 @@ class Conditioning:
     y: Tensor | None
     clip_feature: Tensor | None
     first_frame_latents: Tensor | None
+    sample: RewardInputs
     references: tuple[Mapping[str, Tensor], ...]
 
     def denoiser_inputs(self) -> dict[str, Tensor]:
@@ -81,9 +84,11 @@ class Conditioner:
         T, H, W = video.shape[1], *video.shape[-2:]
         # Before the video moves: a hash is computed in main memory.
         image_keys = [content_key(frame=frame, frames=T) for frame in video[:, 0]]
-        references = [_reference_frames(frames) for frames in batch.valid_frames]
-        video_keys = [content_key(video=sample[:own]) for sample, own in zip(video, references, strict=True)]
+        own_frames = tuple(_reference_frames(frames) for frames in batch.valid_frames)
+        own = zip(batch.prompt, video, own_frames, strict=True)
+        sample_keys = [content_key(prompt=prompt, video=frames[:count]) for prompt, frames, count in own]
         video = video.to(self._device)
+        sample = RewardInputs(tuple(batch.prompt), video, own_frames)
         first_frame = video[:, 0] * 2 - 1
         ids, mask = tokenize(self.components.tokenizer, list(batch.prompt))
         self._tell_of_cut_prompts(batch, mask)
@@ -96,7 +101,8 @@ class Conditioner:
             y=self._image_latents(first_frame, T, image_keys),
             clip_feature=self._clip_feature(first_frame, image_keys),
             first_frame_latents=self._first_frame_latents(first_frame, image_keys),
-            references=tuple(self._references(active, video, references, video_keys) for active in self.rewards),
+            sample=sample,
+            references=tuple(self._references(active, sample, sample_keys) for active in self.rewards),
         )
 
     def check(self, inputs: object) -> Conditioning:
@@ -193,18 +199,16 @@ class Conditioner:
 
         return self.cached_rows("clip_feature", ["image_encoder"], keys, compute)["clip_feature"]
 
-    def _references(
-        self, active: ActiveReward, video: Tensor, frames: Sequence[int], keys: Sequence[str]
-    ) -> Mapping[str, Tensor]:
-        """What a reward keeps of each video's first so many frames."""
+    def _references(self, active: ActiveReward, sample: RewardInputs, keys: Sequence[str]) -> Mapping[str, Tensor]:
+        """What a reward is to know of each sample, by its own frames."""
 
         def compute(rows: list[int]) -> Mapping[str, Tensor]:
             # In float32 as `score` is, whatever autocast the step runs in: what is cached must not depend on it.
-            with torch.autocast(video.device.type, enabled=False):
-                return _by_length(active, video[rows], [frames[row] for row in rows])
+            with torch.autocast(sample.video.device.type, enabled=False):
+                return _by_length(active, sample.rows(rows), self.runtime)
 
-        keys = [content_key(video=key, settings=active.references_key) for key in keys]
-        return self.cached_rows("references", active.stages, keys, compute)
+        keys = [content_key(sample=key, settings=active.references_key) for key in keys]
+        return self.cached_rows("references", active.stage_names, keys, compute)
 
     def _tell_of_cut_prompts(self, batch: Batch, mask: Tensor) -> None:
         if self._told_of_a_cut_prompt:
@@ -226,19 +230,19 @@ def _reference_frames(valid_frames: int) -> int:
     return max(2, valid_frames)
 
 
-def _by_length(active: ActiveReward, video: Tensor, frames: Sequence[int]) -> Mapping[str, Tensor]:
-    """A reward's references of (B, T, 3, H, W) videos, of which each counts as far as its number of frames.
+def _by_length(active: ActiveReward, sample: RewardInputs, runtime: Runtime) -> Mapping[str, Tensor]:
+    """A reward's references of samples, of which each counts as far as its number of frames.
 
     Raises:
         ConfigError: what the reward keeps is of another shape for fewer frames.
     """
-    if min(frames) >= video.shape[1]:
-        return active.reward.references(video)
-    rows = [active.reward.references(sample[None, :own]) for sample, own in zip(video, frames, strict=True)]
+    if min(sample.valid_frames) >= sample.video.shape[1]:
+        return active.references(sample, runtime)
+    rows = [active.references(sample.row(index), runtime) for index in range(len(sample.prompts))]
     try:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     except RuntimeError as error:
         raise ConfigError(
-            f"the reward {active.reward.name} keeps something of each frame, and clips differ in length "
-            f"({sorted(set(frames))} frames): leave out those that are shorter than num_frames"
+            f"the reward {active.name} keeps something of each frame, and clips differ in length "
+            f"({sorted({*sample.valid_frames})} frames): leave out those that are shorter than num_frames"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
-from frostline.config import AUTO, GradientCheckpointing, RewardTerm
+from frostline.config import AUTO, GradientCheckpointing
 from frostline.errors import ConfigError, DataError
 from frostline.export.exporter import ensure_verified
 from frostline.models.checkpoints.checkpoint_files import Entry
@@ -26,8 +26,10 @@ from frostline.models.wan.denoise_steps import DenoiseSteps
 from frostline.models.wan.schedule import FlowMatchSchedule
 from frostline.models.wan.vae import decode_latents, decoder_chunks
 from frostline.models.wan.video_shape import TEMPORAL_STRIDE, VideoShape
-from frostline.rewards.face_identity import face_identity_reward
-from frostline.rewards.reward import ActiveReward, RewardScore, build_rewards, reward_loss
+from frostline.rewards.active import ActiveReward
+from frostline.rewards.build import FrozenNetworks, build_rewards
+from frostline.rewards.loss import reward_loss
+from frostline.rewards.reward import RewardScore
 from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.device import free_bytes, resolve_device
@@ -60,7 +62,7 @@ class StepMetrics:
     scores: of each reward, the sum over the samples that count, and how many those are.
     kl: of each tail step.
     stages: time in each use of a stage and its backend: by the stage's name where it is frozen, and of live uses by
-        `denoise_tail`, `vae_decoder_live`, `face_embedder_live`.
+        `denoise_tail`, `vae_decoder_live`, and what rewards compute, such as `face_embedder_live`.
     """
 
     sample_id: tuple[str, ...]
@@ -93,7 +95,12 @@ class WanTrainingModule(nn.Module):
         super().__init__()
         self.settings = settings or TrainingModuleSettings()
         self.components = components
-        staged = stage_model(components, self.settings.lora, self.settings.reward.face_identity, shapes or ShapeRange())
+        shapes = shapes or ShapeRange()
+        self.rewards = build_rewards(self.settings.rewards, components.device, shapes)
+        # Registered, so that they move with the module.
+        self.reward_networks = FrozenNetworks(self.rewards)
+        of_rewards = [stage for active in self.rewards for stage in active.stages]
+        staged = stage_model(components, self.settings.lora, of_rewards, shapes)
         self.denoiser, self.denoiser_high_noise = staged.denoiser, staged.denoiser_high_noise
         self.lora_config, self.stages = staged.lora_config, staged.stages
         if engines is not None and plan != TORCH:
@@ -102,11 +109,6 @@ class WanTrainingModule(nn.Module):
             for denoiser in filter(None, (self.denoiser, self.denoiser_high_noise)):
                 denoiser.compile_blocks()
         self.runtime = Runtime(self.stages, plan, None if engines is None else Path(engines), strict)
-        self.faces = staged.faces
-        if self.faces is not None:
-            # Registered, so that they move with the module.
-            self.embedder, self.detector_networks = self.faces.embedder, self.faces.detector.modules()
-        self.rewards = build_rewards(self.settings.reward, self._face_identity, staged.device)
         self.cache = self._open_cache()
         self.conditioner = Conditioner(components, self.runtime, self.rewards, self.cache)
         self.steps = DenoiseSteps.of(self.settings, components.boundary, self.denoiser_high_noise is not None)
@@ -164,10 +166,6 @@ class WanTrainingModule(nn.Module):
             "a WanTrainingModule holds engines of this process and cannot be pickled: save the adapter with "
             "`module.save_adapter(folder)`, and call `from_pretrained` and `load_adapter` in the other process"
         )
-
-    def _face_identity(self, term: RewardTerm) -> ActiveReward:
-        assert self.faces is not None
-        return face_identity_reward(term, self.runtime, self.faces.embedder)
 
     def _open_cache(self) -> FrozenOutputCache | None:
         settings = self.settings
@@ -245,8 +243,8 @@ class WanTrainingModule(nn.Module):
                 )
             # What stages and engines have not loaded yet takes its part of what is free now.
             free = max(0, free_bytes(self.components.device) - self.runtime.pending_bytes())
-            embedder = None if self.faces is None else self.faces.embedder
-            self.checkpoint(fitting_checkpointing(self.components, self.settings, shape, free, embedder))
+            rewards = [active.reward for active in self.rewards]
+            self.checkpoint(fitting_checkpointing(self.components, self.settings, shape, free, rewards))
             self._settled_for = shape
 
     def score(self, frames: Tensor, conditioning: Conditioning) -> list[tuple[ActiveReward, RewardScore]]:
@@ -254,7 +252,7 @@ class WanTrainingModule(nn.Module):
         # In float32, whatever autocast the step runs in.
         with torch.autocast(frames.device.type, enabled=False):
             return [
-                (active, active.reward.score(frames, references))
+                (active, active.score(frames, conditioning.sample, references, self.runtime))
                 for active, references in zip(self.rewards, conditioning.references, strict=True)
             ]
 
@@ -363,12 +361,12 @@ class WanTrainingModule(nn.Module):
             missing = [name for name, is_valid in valid if not is_valid]
             if not missing:
                 continue
-            what = "no face to compare" if active.settings.is_face_identity else f"nothing for {active.reward.name}"
+            what = f"{active.name}: {active.reward.unscored}"
             message = f"{what} in the generated or the reference frames of sample {', '.join(missing)}"
-            how = active.settings.on_no_face
+            how = active.config.on_unscored
             if how == "error":
-                raise DataError(f"{message}, field 'video'; on_no_face is 'error'")
-            log.warning("%s: it gives no reward gradient (on_no_face: %s)", message, how)
+                raise DataError(f"{message}, field 'video'; on_unscored is 'error'")
+            log.warning("%s: it gives no reward gradient (on_unscored: %s)", message, how)
 
     def _metrics(
         self,
@@ -379,7 +377,7 @@ class WanTrainingModule(nn.Module):
     ) -> StepMetrics:
         per_sample = {}
         for active, score in scores:
-            named = {active.reward.name: score.score, **score.metrics}
+            named = {active.name: score.score, **score.metrics}
             per_sample |= {name: values.tolist() for name, values in named.items()}
         return StepMetrics(
             sample_id=conditioning.sample_id,

@@ -15,11 +15,11 @@ from frostline.config import CHECKPOINTING
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.checkpoints.model_spec import RELEASED, read_skeleton
-from frostline.models.faces import load_embedder
 from frostline.models.lora.inject import inject_lora
 from frostline.models.wan.denoiser import Denoiser
 from frostline.models.wan.vae import decode_latents, use_onednn_conv3d
 from frostline.models.wan.video_shape import VideoShape
+from frostline.rewards.face_identity import Config
 from frostline.train.memory import memory_profile as footprint
 from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.memory_profile import measure_model
@@ -116,8 +116,9 @@ def test_many_blocks_and_chunks_are_planned_from_a_few(kind: Any, monkeypatch: p
 
 
 def test_the_embedder_is_planned_as_it_is() -> None:
-    embedder: Any = load_embedder("sface")
-    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, embedder=embedder)
+    reward: Any = Config().build()
+    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, rewards=[reward])
+    embedder = reward.faces.embedder
     faces = torch.rand(9, 3, 112, 112, requires_grad=True)
     _, measured = allocated(lambda: embedder(faces).sum().backward())
     assert measured == pytest.approx(sizes(plan, "live_peak")["face_embedder"], rel=0.15)
@@ -227,15 +228,14 @@ def test_a_skeleton_of_files_is_that_of_the_loaded_model() -> None:
 def test_memory_chooses_how_much_is_recomputed(caplog: pytest.LogCaptureFixture) -> None:
     """The same of a loaded model and of files; and a loaded model is what it was."""
     caplog.set_level(logging.INFO)
-    components, embedder = load_components("tiny"), load_embedder("sface")
-    assert isinstance(embedder, torch.nn.Module)
+    components, rewards = load_components("tiny"), [Config().build()]
     inject_lora(components.denoiser, 8)
     before = {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()}
     scale = components.vae.scale
     shape, auto = VideoShape(2, 9, 96, 96), settings(gradient_checkpointing="auto")
 
     def plan(how: TrainingModuleSettings, device_bytes: int | None = None) -> MemoryPlan:
-        options: dict[str, Any] = {"dtype": torch.float32, "embedder": embedder, "device_bytes": device_bytes}
+        options: dict[str, Any] = {"dtype": torch.float32, "rewards": rewards, "device_bytes": device_bytes}
         return memory_plan("tiny", how, shape, **options)
 
     plans = [plan(settings(gradient_checkpointing=kind)) for kind in CHECKPOINTING]
@@ -243,11 +243,11 @@ def test_memory_chooses_how_much_is_recomputed(caplog: pytest.LogCaptureFixture)
     assert needs == sorted(needs, reverse=True)
     for each, need in zip(plans, needs, strict=True):
         kind, free = each.gradient_checkpointing, int(need / 0.8) + 1
-        assert fitting_checkpointing(components, auto, shape, free, embedder) == kind
+        assert fitting_checkpointing(components, auto, shape, free, rewards) == kind
         enough = each.resident + free
         assert plan(auto, enough) == replace(each, device_bytes=enough)
     assert "it may not do" not in caplog.text
-    assert fitting_checkpointing(components, auto, shape, int(needs[-1] / 0.8) - 10, embedder) == "full"
+    assert fitting_checkpointing(components, auto, shape, int(needs[-1] / 0.8) - 10, rewards) == "full"
     assert "full, and it may not do" in caplog.text
     assert fitting_checkpointing(components, settings(gradient_checkpointing="block"), shape, 1) == "block"
     assert plan(auto).gradient_checkpointing == "none", "nothing is known of the device"

@@ -32,7 +32,7 @@ def build(plan: Any = "torch", engines: Path | None = None, checkpointing: str =
         {
             "lora": {"rank": 8},
             "kl_weight": 0.1,
-            "reward": {"upscale": 2},
+            "rewards": [{"type": "face_identity", "upscale": 2}],
             "gradient_checkpointing": checkpointing,
         }
     )

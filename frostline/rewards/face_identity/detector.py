@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from frostline.models.faces.detections import quantize_frames
 from frostline.models.faces.detectors import DetectorModel, DetectorNetwork
 from frostline.models.tiny.clips import held_out_clips
+from frostline.rewards.face_identity.fp32_edges import weights_dtype, with_fp32_edges
 from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.stage import Network, Runner, Stage, TensorSpec, in_torch
+from frostline.stages.inputs import tolerance
 from frostline.stages.shapes import ShapeRange
 
-from .face_networks import weights_dtype, with_fp32_edges
-from .inputs import FaceModels, tolerance
+# Three shallow networks, whose probabilities are held against thresholds.
+_FP32_TOLERANCE = Tolerance(atol=1e-5, rtol=1e-5, cosine=0.999999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +53,13 @@ class FaceDetectorStage(Stage):
         return {"frames": quantize_frames(clips.video.flatten(0, 1)).to(self.networks[0].device)}
 
 
-def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
+def detector_tolerance(dtype: torch.dtype) -> Tolerance:
+    """The bounds that an engine of the detector must keep, its weights being of `dtype`."""
+    return _FP32_TOLERANCE if dtype == torch.float32 else tolerance(dtype)
+
+
+def build(detector: DetectorModel, shapes: ShapeRange) -> Stage:
     """The stage."""
-    detector = faces.detector
     networks = {name: replace(n, module=with_fp32_edges(n.module)) for name, n in detector.networks.items()}
     weight = next(iter(detector.networks.values())).module
     return FaceDetectorStage(
@@ -60,7 +68,7 @@ def build(faces: FaceModels, shapes: ShapeRange) -> Stage:
         description="Find faces in images: the networks of the detector, whose outputs are decoded outside of them.",
         license=detector.license,
         networks=tuple(_network(name, network, shapes) for name, network in networks.items()),
-        tolerance=tolerance("face_detector", weights_dtype(weight)),
+        tolerance=detector_tolerance(weights_dtype(weight)),
         detector=detector,
     )
 

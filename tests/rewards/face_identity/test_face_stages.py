@@ -15,12 +15,11 @@ from frostline.export.exporter import export_stage
 from frostline.export.tracing.trace_cache import Traces
 from frostline.models.faces import FaceEmbedder, FacenetEmbedder, load_detector, load_embedder, quantize_frames
 from frostline.models.tiny.clips import held_out_clips
+from frostline.rewards.face_identity.stages import FaceModels, build_face_stages
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import stage_key, weights_sha256
 from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Stage
-from frostline.stages.build import build_face_stages
-from frostline.stages.inputs import FaceModels
 from frostline.stages.shapes import ShapeRange
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -79,7 +78,7 @@ def _detector_stage(name: str, files: Path) -> Stage:
     detector = load_detector(f"scrfd:{files / 'scrfd.onnx'}" if name == "scrfd" else name)
     embedder = load_embedder("sface")
     assert isinstance(embedder, nn.Module)
-    return build_face_stages(FaceModels(detector, embedder), ShapeRange())["face_detector"]
+    return build_face_stages(FaceModels(detector, embedder), ShapeRange())[0]
 
 
 def _embedder_stage(name: str, files: Path) -> tuple[Stage, FaceEmbedder]:
@@ -90,8 +89,8 @@ def _embedder_stage(name: str, files: Path) -> tuple[Stage, FaceEmbedder]:
     }
     embedder = made[name]()
     assert isinstance(embedder, nn.Module)
-    stages = build_face_stages(FaceModels(load_detector("yunet"), embedder), ShapeRange())
-    return stages["face_embedder"], embedder
+    _, stage = build_face_stages(FaceModels(load_detector("yunet"), embedder), ShapeRange())
+    return stage, embedder
 
 
 def test_files_of_one_name_and_equal_weights_are_two_engines(files: Path, tmp_path: Path) -> None:

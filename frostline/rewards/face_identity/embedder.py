@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import cast
 
+from torch import nn
+
 from frostline.models.faces.embedders import FaceEmbedder
+from frostline.rewards.face_identity.fp32_edges import weights_dtype, with_fp32_edges
 from frostline.runtime.stage import Network, Stage, TensorSpec
+from frostline.stages.inputs import tolerance
 from frostline.stages.shapes import ShapeRange
 
-from .face_networks import weights_dtype, with_fp32_edges
-from .inputs import FaceModels, tolerance
 
+def build(module: nn.Module, shapes: ShapeRange) -> Stage:
+    """The frozen use of the embedder: reference faces and scoring.
 
-def build(models: FaceModels, shapes: ShapeRange) -> Stage:
-    """The frozen use of the embedder: reference faces and scoring."""
-    module = models.embedder
+    Args:
+        module: what `load_embedder` returns.
+    """
     embedder = cast(FaceEmbedder, module)
     side = embedder.image_size
     faces = TensorSpec("faces", (shapes.dimension("faces"), 3, side, side))
@@ -27,5 +31,5 @@ def build(models: FaceModels, shapes: ShapeRange) -> Stage:
         ),
         license=getattr(module, "license", None),
         networks=(network,),
-        tolerance=tolerance("face_embedder", weights_dtype(module)),
+        tolerance=tolerance(weights_dtype(module)),
     )

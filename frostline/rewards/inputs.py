@@ -24,8 +24,8 @@ class RewardInputs:
 
     def rows(self, indices: list[int]) -> RewardInputs:
         """Some of the samples."""
-        prompts, valid_frames = ([values[i] for i in indices] for values in (self.prompts, self.valid_frames))
-        return RewardInputs(tuple(prompts), self.video[indices], tuple(valid_frames))
+        prompts = tuple(self.prompts[index] for index in indices)
+        return RewardInputs(prompts, self.video[indices], tuple(self.valid_frames[index] for index in indices))
 
     def row(self, index: int) -> RewardInputs:
         """One sample, its video without what pads it."""

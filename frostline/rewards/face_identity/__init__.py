@@ -24,7 +24,7 @@ class Config(RewardConfig):
         "face_detector": Uses(frozen=2),
         "face_embedder": Uses(frozen=1, live=1),
     }
-    stage_code: ClassVar[tuple[str, ...]] = ("frostline.rewards.face_identity.stages",)
+    stage_code: ClassVar[tuple[str, ...]] = (f"{__name__}.stages",)
 
     baseline: float = Field(default=0.54, description="score at which the reward is zero")
     scale: float = Field(default=0.16, gt=0, description="spread of scores that counts as one unit")

@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 # One after another: a process that had run all of them in one go crashed in native code.
 TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/demo,tests/report,tests/video,tests/test_*.py
 
-.PHONY: demo test bench test-gpu bench-gpu lint venv clean
+.PHONY: demo test test-fast bench test-gpu bench-gpu lint venv clean
 
 demo: venv  ## The main job end to end on the embedded tiny model: results in runs/demo/.
 	.venv/bin/frostline demo
@@ -20,6 +20,9 @@ test: venv  ## All tests that need no GPU.
 	set -e; export FROSTLINE_TEST_FOLDER=$$(mktemp -d) OMP_NUM_THREADS=1; trap 'rm -rf "$$FROSTLINE_TEST_FOLDER"' EXIT; \
 		for part in $(TEST_PARTS); do \
 		$(VENV_PYTHON) -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile $${part//,/ }; done
+
+test-fast: venv  ## Every test but the slow ones (tests/slow.txt).
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu and not slow" --numprocesses 2 --dist loadfile
 
 # Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.
 bench: export FROSTLINE_CACHE_DIR := runs/bench/cache

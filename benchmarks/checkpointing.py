@@ -19,12 +19,13 @@ from contenders import Outcome, Tolerance, compare, flat_gradient
 from measuring import RESULTS, interleave, machine, peak_growth_mib, ratio, summary, write_result
 from rich.console import Console
 from rich.table import Table
-from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, face_identity, see_faces_everywhere, spread_lora
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, reward_faces_everywhere, spread_lora
 
-from frostline.config import GradientCheckpointing, TrainingModuleSettings
+from frostline.config import GradientCheckpointing
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
+from frostline.train.settings import TrainingModuleSettings
 
 # By name: the kind, and whether engines compute first what backward computes once more.
 CONTENDERS: Mapping[str, tuple[GradientCheckpointing, bool]] = {
@@ -42,7 +43,12 @@ def main() -> None:
     arguments = _arguments()
     device = torch.device(arguments.device)
     settings = TrainingModuleSettings.parse(
-        {"lora": {"rank": 8}, "kl_weight": 0.2, "gradient_checkpointing": "none", "reward": {"upscale": 2}}
+        {
+            "lora": {"rank": 8},
+            "kl_weight": 0.2,
+            "gradient_checkpointing": "none",
+            "rewards": [{"type": "face_identity", "upscale": 2}],
+        }
     )
     module = WanTrainingModule(
         build_components(arguments.model, DTYPES[arguments.precision], device),
@@ -52,7 +58,7 @@ def main() -> None:
         shapes=engine_shapes(arguments.video, arguments.fixed_shapes),
     )
     if arguments.model != TINY:
-        see_faces_everywhere(face_identity(module))
+        reward_faces_everywhere(module)
     build_engines(module.stages.values(), arguments.backends, EngineStore(arguments.engines_dir))
     module.runtime.replan("auto")
     data = clips_of(arguments.video)

@@ -24,15 +24,16 @@ from measuring import RESULTS, interleave, machine, summary, write_result
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from shapes import TINY, build_components
+from shapes import TINY, build_components, face_stages
 
-from frostline.config import LoraSettings, RewardSettings
+from frostline.config import LoraSettings
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.backends import get_backend
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
 from frostline.stages.shapes import ShapeRange
 from frostline.stages.staged_model import stage_model
+from frostline.stages.wan.family import video_model
 from frostline.video import write_video
 
 _REPOSITORY = Path(__file__).parents[1]
@@ -98,9 +99,9 @@ def _processes(folder: Path) -> dict[str, Callable[[], None]]:
 
 def _engine_loads(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """From a file in the store to a runner, hash and signature checked, in a process that has its libraries."""
-    staged = stage_model(
-        build_components(TINY, torch.float32, _CPU), LoraSettings(rank=8), RewardSettings(), ShapeRange()
-    )
+    shapes = ShapeRange()
+    components = build_components(TINY, torch.float32, _CPU)
+    staged = stage_model(video_model(components, LoraSettings(rank=8)), face_stages(shapes), shapes)
     store = EngineStore(arguments.engines_dir)
     stages = [stage for name, stage in staged.stages.items() if name != "vae_decoder"]
     build_engines(stages, arguments.backends, store)

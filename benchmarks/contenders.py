@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from measuring import interleave, summary
 from reference import ReferenceStep
-from shapes import face_identity, see_faces_everywhere
+from shapes import face_reward, reward_faces_everywhere, see_faces_everywhere
 from torch import Tensor, nn
 
 import frostline.models.wan.denoiser as denoiser_file
+from frostline.models.faces import FaceIdentity
 from frostline.models.wan.components import WanComponents
+from frostline.rewards.active import RewardStages
 from frostline.runtime.backends import TORCH
-from frostline.train.step.module import WanTrainingModule
+from frostline.runtime.stage import Tensors
+from frostline.stages.wan.vae_encoder import VaeEncoderStage
+from frostline.train import WanTrainingModule
 
 # Those whose name ends so have Conv3d in oneDNN at every batch on a CPU; the others, what torch chooses.
 ONEDNN = "_onednn"
@@ -70,8 +74,9 @@ class Contenders:
         self.vaes = {False: plain_vae, True: module.components.vae}
         self._references = {name: ReferenceStep(module, self._vae(name)) for name in _REFERENCES}
         if faces_everywhere:
-            for faces in (face_identity(module), *(each.faces for each in self._references.values())):
-                see_faces_everywhere(faces)
+            reward_faces_everywhere(module)
+            for reference in self._references.values():
+                see_faces_everywhere(reference.faces)
         self._cache = module.conditioner.cache
         self._compiled_block = torch.compile(denoiser_file._block)
         with torch.no_grad():
@@ -80,9 +85,13 @@ class Contenders:
         self._frozen: list[dict[str, Tensor]] = []
 
     @property
+    def _embedder(self) -> Any:
+        return face_reward(self.module).faces.embedder
+
+    @property
     def compiled(self) -> list[str]:
         """What `compile` compiles."""
-        return ["denoiser blocks", *(["face embedder"] if self._compiled_embedder is not self.module.embedder else [])]
+        return ["denoiser blocks", *(["face embedder"] if self._compiled_embedder is not self._embedder else [])]
 
     def step(self, contender: str) -> tuple[float, float, float]:
         """Forward and backward; loss, face score and KL loss. The gradient adds up in the LoRA's matrices."""
@@ -133,12 +142,9 @@ class Contenders:
 
         def step() -> None:
             module.zero_grad()
-            module.last_metrics = None
-            self.step(contender)
-            # A forward of the module reads the clock itself; the rest, backward among it, is read here.
-            forward = {} if module.last_metrics is None else module.last_metrics.stages
-            spans = {**forward, **module.runtime.clock.read()}
-            stages.append({stage: span.milliseconds for stage, span in spans.items()})
+            with module.runtime.clock.collect() as times:
+                self.step(contender)
+            stages.append({stage: span.milliseconds for stage, span in times.read().items()})
 
         return step
 
@@ -147,8 +153,8 @@ class Contenders:
         run = self.module.runtime.run
         self._frozen = []
 
-        def recording(stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            outputs = run(stage, inputs)
+        def recording(stage: str, inputs: Mapping[str, Tensor], **how: Any) -> dict[str, Tensor]:
+            outputs = run(stage, inputs, **how)
             self._frozen.append(outputs)
             return outputs
 
@@ -157,14 +163,20 @@ class Contenders:
 
     def _faster_embedder(self) -> Any:
         """The live embedder compiled, or as it is where that is faster: a user would keep the better one too."""
-        embedder: Any = self.module.embedder
+        embedder = self._embedder
         frames = self.batch["video"].shape[0] * self.batch["video"].shape[1]
-        device = self._conditioning.context.device
+        device = self._conditioning.device
         faces = torch.zeros(frames, 3, embedder.image_size, embedder.image_size, device=device, requires_grad=True)
         candidates = {"eager": embedder, "compiled": torch.compile(embedder)}
         calls = {name: partial(_forward_and_backward, run, faces) for name, run in candidates.items()}
         medians = {name: row["median_ms"] for name, row in summary(interleave(calls, 3, device)).items()}
         return min(candidates.items(), key=lambda named: medians[named[0]])[1]
+
+    def _identity(self, made: Callable[[RewardStages], FaceIdentity], run: RewardStages) -> FaceIdentity:
+        """What compares faces, with the embedder that is compiled."""
+        faces = made(run)
+        faces.embedder = self._compiled_embedder
+        return faces
 
     def _vae(self, contender: str) -> Any:
         return self.vaes[contender.endswith(ONEDNN) or contender == "compile"]
@@ -179,10 +191,11 @@ class Contenders:
             if contender in _EAGER:
                 stack.enter_context(module.runtime.use(**dict.fromkeys(module.stages, TORCH)))
                 stack.enter_context(self._vae_of(contender))
-                stack.enter_context(_replaced(module.denoiser, "run_block", denoiser_file._block))
+                stack.enter_context(_replaced(module.trained.module, "run_block", denoiser_file._block))
             if contender == "compile":
-                stack.enter_context(_replaced(module.denoiser, "run_block", self._compiled_block))
-                stack.enter_context(_replaced(face_identity(module), "embedder", self._compiled_embedder))
+                stack.enter_context(_replaced(module.trained.module, "run_block", self._compiled_block))
+                reward = face_reward(module)
+                stack.enter_context(_replaced(reward, "identity", partial(self._identity, reward.identity)))
             if contender == "floor":
                 stack.enter_context(_replaced(module.runtime, "run", self._replay()))
             yield
@@ -192,28 +205,33 @@ class Contenders:
         """diffsynth's own `encode` and `decode`, whatever frostline makes of them."""
         vae, module = self._vae(contender), self.module
 
-        def encode(*, video: Tensor) -> dict[str, Tensor]:
-            latents = vae.model.encode(video, vae.scale)
-            vae.model.clear_cache()
-            return {"latents": latents}
-
         def decode(latents: Tensor) -> Tensor:
-            with module.runtime.clock.measure("vae_decoder_live", TORCH):
-                video = vae.model.decode(latents.to(vae.model.conv2.weight.dtype), vae.scale).clamp(-1, 1)
-                vae.model.clear_cache()
-            return (video.float().transpose(1, 2) + 1) / 2
+            video = vae.model.decode(latents, vae.scale).clamp(-1, 1)
+            vae.model.clear_cache()
+            return video
 
-        stages = module.runtime.stages
-        encoder = replace(stages["vae_encoder"], torch=encode)
-        with (
-            _replaced(module.runtime, "stages", {**stages, "vae_encoder": encoder}),
-            _replaced(module, "_decode", decode),
-        ):
-            yield
+        stages, decoder = module.runtime.stages, replace(module.model.decoder(), whole=decode)
+        planned = stages["vae_encoder"]
+        # In place: the runtime serves the stages of this very mapping.
+        stages["vae_encoder"] = _PlainEncoder(**{**vars(planned), "vae": vae})
+        try:
+            with _replaced(module.model, "decoder", lambda: decoder):
+                yield
+        finally:
+            stages["vae_encoder"] = planned
 
-    def _replay(self) -> Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]:
+    def _replay(self) -> Callable[..., dict[str, Tensor]]:
         answers = iter(self._frozen)
-        return lambda stage, inputs: next(answers)
+        return lambda stage, inputs, **how: next(answers)
+
+
+class _PlainEncoder(VaeEncoderStage):
+    """diffsynth's own `encode`, with a VAE that convolves as torch does."""
+
+    def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        latents = self.vae.model.encode(inputs["video"], self.vae.scale)
+        self.vae.model.clear_cache()
+        return {"latents": latents}
 
 
 def _forward_and_backward(embedder: Callable[[Tensor], Tensor], faces: Tensor) -> None:

@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, machine, write_result
-from shapes import DTYPES, random_denoiser
+from shapes import DENOISER, DTYPES, face_stages, random_denoiser
 
-from frostline.config import LoraSettings, RewardSettings
+from frostline.config import LoraSettings
 from frostline.export.exporter import export_stage
 from frostline.models.checkpoints.loading import load_components
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.stages.shapes import parse_shapes
 from frostline.stages.staged_model import stage_model
+from frostline.stages.wan.family import video_model
 
 
 def main() -> None:
@@ -50,11 +51,13 @@ def main() -> None:
 
 def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
     dtype = DTYPES[arguments.precision]
+    tiny = load_components("tiny", dtype)
+    spec = replace(tiny.spec, name="wan-1.3b-shaped", networks={**tiny.spec.networks, "denoiser": DENOISER})
+    shapes = parse_shapes("video:1x1x3x64x64", "video:1x5x3x64x64", "video:2x81x3x832x832")
     staged = stage_model(
-        replace(load_components("tiny", dtype), name="wan-1.3b-shaped", denoiser=random_denoiser(dtype)),
-        LoraSettings(rank=arguments.rank),
-        RewardSettings(),
-        parse_shapes("video:1x1x3x64x64", "video:1x5x3x64x64", "video:2x81x3x832x832"),
+        video_model(replace(tiny, spec=spec, denoiser=random_denoiser(dtype)), LoraSettings(rank=arguments.rank)),
+        face_stages(shapes),
+        shapes,
     )
     loaded = _peak_gib()
     start = time.monotonic()
@@ -70,7 +73,7 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
     manifest = exported.manifest
     return {
         "model": "Wan2.1 1.3B shape (see benchmarks/shapes.py), random weights",
-        "parameters": sum(p.numel() for p in staged.components.denoiser.parameters()),
+        "parameters": sum(p.numel() for p in staged.model.experts[-1].network.parameters()),
         "precision": arguments.precision,
         "backend": arguments.backend,
         "device": manifest.device,

@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import skimage.data
 import torch
-from building import ENGINES
+from building import BACKENDS, ENGINES
 from facenet_pytorch import MTCNN, InceptionResnetV1
 from measuring import RESULTS, machine, write_result
 from PIL import Image
@@ -223,7 +223,7 @@ def load_ours(engines: Path, facenet_weights: Path, reference: Path) -> dict[str
     with Progress().task("build the engines") as task:
         for name, (detector, embedder) in choices.items():
             settings = ScoreSettings(detector=detector, embedder=embedder)
-            for backend in ("onnxruntime", "openvino"):
+            for backend in BACKENDS.split(","):
                 if get_backend(backend).unavailable() is None:
                     load_networks(settings, backend, engines, torch.device("cpu"), task.describe)
             networks = load_networks(settings, "auto", engines, torch.device("cpu"))

@@ -17,10 +17,11 @@ import torch
 
 from frostline.atomic_io import atomic_write
 from frostline.package_info import installed_versions
+from frostline.runtime.backends import engine_packages
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
-    *("frostline", "torch", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "openvino", "diffsynth", "peft"),
+    *("frostline", "torch", "onnx", *engine_packages(), "diffsynth", "peft"),
     *("facenet-pytorch", "opencv-python-headless"),
 )
 

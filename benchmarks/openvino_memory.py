@@ -21,10 +21,8 @@ import torch
 
 from frostline.export.tracing.onnx import trace_onnx
 from frostline.models.faces.detectors import load_detector
-from frostline.models.faces.embedders import load_embedder
+from frostline.rewards.face_identity.detector import build
 from frostline.runtime.backends import openvino
-from frostline.stages.face_detector import build
-from frostline.stages.inputs import FaceModels
 from frostline.stages.shapes import ShapeRange
 
 _DEFAULT = 5000
@@ -47,9 +45,7 @@ def main() -> None:
 def _measure(shapes: int, kernels: int) -> str:
     openvino._CACHED_KERNELS = kernels
     torch.set_num_threads(1)
-    embedder = load_embedder("sface")
-    assert isinstance(embedder, torch.nn.Module)
-    network = build(FaceModels(load_detector("mtcnn"), embedder), ShapeRange()).networks[0]
+    network = build(load_detector("mtcnn"), ShapeRange()).networks[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pnet.onnx"
         trace_onnx(network, path)

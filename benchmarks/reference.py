@@ -12,19 +12,20 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from shapes import face_reward
 from torch import Tensor
 
 from frostline.models.faces.detections import Detections, upscale_frames
 from frostline.models.faces.identity import FaceIdentity, ReferenceFaces, identity_score
 from frostline.models.lora.inject import adapters_off
-from frostline.models.wan.schedule import FlowMatchSchedule
+from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.wan.video_shape import TEMPORAL_STRIDE
 from frostline.runtime.backends import TORCH
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE
 
-    from frostline.train.step.module import WanTrainingModule
+    from frostline.train import WanTrainingModule
 
 # Channels of `y` that say which of a latent frame's four video frames are given.
 _MASK_CHANNELS = 4
@@ -74,12 +75,13 @@ class ReferenceStep:
         self.module = module
         self.components = module.components
         self.settings = module.settings
+        self._reward = face_reward(module).config
         self.vae = vae
         self.schedule = FlowMatchSchedule(self.settings.num_inference_steps, self.settings.shift)
-        reward = self.settings.reward
+        reward = self._reward
         weight = self.components.denoiser.patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
-        embedder: Any = module.embedder
+        embedder: Any = face_reward(module).faces.embedder
         detector = FrameByFrameDetector(reward.min_face_size, self.device)
         self.faces = FaceIdentity(detector, embedder, reward.upscale, reward.missing_face)
 
@@ -105,7 +107,7 @@ class ReferenceStep:
             decoded = self.vae.model.decode(latents.to(self.dtype), self.vae.scale).clamp(-1, 1)
             self.vae.model.clear_cache()
         face_score = self._score((decoded.float().transpose(1, 2) + 1) / 2, references)
-        reward = self.settings.reward
+        reward = self._reward
         loss = -(face_score - reward.baseline) / reward.scale * reward.weight + self.settings.kl_weight * kl_loss
         return loss, face_score, kl_loss
 
@@ -133,7 +135,7 @@ class ReferenceStep:
 
     def _noise(self, video: Tensor) -> Tensor:
         frames, (height, width) = (video.shape[1] - 1) // TEMPORAL_STRIDE + 1, video.shape[-2:]
-        stride = self.components.spatial_stride
+        stride = self.components.spec.geometry.spatial_stride
         shape = (1, self.vae.model.z_dim, frames, height // stride, width // stride)
         assert self.settings.noise_seed is not None
         generator = torch.Generator().manual_seed(self.settings.noise_seed)
@@ -182,7 +184,7 @@ class ReferenceStep:
         with self._time("face_embedder_live"):
             embeddings = self.faces.embed(frames, found)
         score = identity_score(
-            embeddings, found.found, references.embeddings, references.found, self.settings.reward.missing_face
+            embeddings, found.found, references.embeddings, references.found, self._reward.missing_face
         )
         assert score.valid.all(), "the reference dies where no face is found: measure on clips that keep theirs"
         return score.face_score.mean()

@@ -22,15 +22,15 @@ from building import add_engine_arguments, build_engines
 from measuring import RESULTS, interleave, machine, peak_growth_mib, summary, write_result
 from rich.console import Console
 from rich.table import Table
-from shapes import TINY, build_components, see_faces_everywhere
+from shapes import TINY, build_components, reward_faces_everywhere
 
-from frostline.config import TrainingModuleSettings
 from frostline.models.tiny.clips import held_out_clips
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
 from frostline.stages.shapes import parse_shapes
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
+from frostline.train.settings import TrainingModuleSettings
 
 CONTENDERS = ("warm", "eager")
 _INFERENCE_STEPS = 8
@@ -115,13 +115,13 @@ def _module(point: Point, shapes: Any, arguments: argparse.Namespace) -> WanTrai
             "grad_start_step": _INFERENCE_STEPS - point.tail,
             "grad_end_step": _INFERENCE_STEPS - 1,
             "gradient_checkpointing": "none",
-            "reward": {"upscale": 2},
+            "rewards": [{"type": "face_identity", "upscale": 2}],
         }
     )
     components = build_components(TINY, torch.float32, torch.device(arguments.device))
     module = WanTrainingModule(components, settings, engines=arguments.engines_dir, shapes=shapes)
     # A sample without a face ends its step early, with no gradient: it would seem to scale well.
-    see_faces_everywhere(module.rewards[0].reward.identity)  # type: ignore[attr-defined]
+    reward_faces_everywhere(module)
     return module
 
 

@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 
 from frostline.models.checkpoints.loading import load_components
+from frostline.models.checkpoints.releases import RELEASED
 from frostline.models.faces import ChosenFaces, FaceIdentity
 from frostline.models.tiny.clips import held_out_clips
 from frostline.models.wan.components import WanComponents
-from frostline.rewards.face_identity import FaceIdentityReward
-from frostline.train.step.module import WanTrainingModule
+from frostline.rewards.active import RewardStages
+from frostline.rewards.build import build_rewards
+from frostline.rewards.config import default_rewards
+from frostline.rewards.face_identity.reward import FaceIdentityReward
+from frostline.runtime.stage import Stage
+from frostline.stages.shapes import ShapeRange
+from frostline.train import WanTrainingModule
 
 TINY = "tiny"
 WAN_1_3B = "wan2.1-1.3b"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Wan2.1-T2V-1.3B as its config.json has it, but for what is said beside it.
-_DENOISER: dict[str, Any] = {
+DENOISER: dict[str, Any] = {
     "dim": 1536,
     "in_dim": 36,  # the image latents and their mask join the 16 noisy channels, as in image-to-video models
     "ffn_dim": 8960,
@@ -34,6 +40,8 @@ _DENOISER: dict[str, Any] = {
     "has_image_input": False,
     "require_clip_embedding": False,
     "require_vae_embedding": True,
+    "seperated_timestep": False,
+    "fuse_vae_embedding_in_latents": False,
 }
 _PROMPT_TOKENS = 512
 
@@ -44,15 +52,16 @@ def build_components(name: str, dtype: torch.dtype, device: torch.device) -> Wan
     if name == TINY:
         return components
     components.tokenizer.seq_len = _PROMPT_TOKENS
-    return replace(
-        components,
+    spec = replace(
+        components.spec,
         name="wan-1.3b-shaped",
-        denoiser=random_denoiser(dtype, device),
-        vae=_random_vae(dtype, device),
+        networks={**components.spec.networks, "denoiser": DENOISER, "vae": RELEASED["Wan2.1-T2V-1.3B"]["vae"]},
+        text_length=_PROMPT_TOKENS,
     )
+    return replace(components, spec=spec, denoiser=random_denoiser(dtype, device), vae=_random_vae(dtype, device))
 
 
-def see_faces_everywhere(faces: FaceIdentity) -> None:
+def see_faces_everywhere(faces: FaceIdentity) -> FaceIdentity:
     """Take every frame for a face, after the detector has looked at it as ever.
 
     What random weights paint has none, and a step without faces is no step: its loss has no gradient.
@@ -64,13 +73,30 @@ def see_faces_everywhere(faces: FaceIdentity) -> None:
         return replace(found, found=torch.ones_like(found.found))
 
     faces.detect = looked_at  # pyright: ignore[reportAttributeAccessIssue]
+    return faces
 
 
-def face_identity(module: WanTrainingModule) -> FaceIdentity:
-    """What scores faces in a module whose first reward they are."""
+def face_reward(module: WanTrainingModule) -> FaceIdentityReward:
+    """The first reward of a module, which is that of faces."""
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)
-    return reward.identity
+    return reward
+
+
+def face_stages(shapes: ShapeRange, device: torch.device | str = "cpu") -> list[Stage]:
+    """Those of the reward that there is by default."""
+    return [stage for active in build_rewards(default_rewards(), device, shapes) for stage in active.stages]
+
+
+def reward_faces_everywhere(module: WanTrainingModule) -> None:
+    """Let a module's reward take every frame for a face; see `see_faces_everywhere`."""
+    reward = face_reward(module)
+    identity = reward.identity
+
+    def everywhere(run: RewardStages) -> FaceIdentity:
+        return see_faces_everywhere(identity(run))
+
+    reward.identity = everywhere  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def clips_of(video: str) -> dict[str, Any]:
@@ -97,7 +123,7 @@ def random_denoiser(dtype: torch.dtype, device: torch.device | str = "cpu") -> A
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = WanModel(**_DENOISER)
+            model = WanModel(**DENOISER)
     finally:
         torch.set_default_dtype(default)
     # Where the model is given a device to be made on, its rotary tables stay behind.

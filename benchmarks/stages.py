@@ -33,10 +33,10 @@ from measuring import (
 from rich.console import Console
 from rich.table import Table
 from roofline import Ceilings, measure_ceilings, measure_work
-from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of
+from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, face_stages
 from torch import Tensor
 
-from frostline.config import LoraSettings, RewardSettings
+from frostline.config import LoraSettings
 from frostline.errors import FrostlineError
 from frostline.export.exporter import export_stage
 from frostline.export.tracing.trace_cache import Traces
@@ -46,11 +46,10 @@ from frostline.runtime.device import full_fp32
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.stage import Stage
 from frostline.stages.staged_model import StagedModel, stage_model
+from frostline.stages.wan.family import video_model
 
 _COMPILE = "torch.compile"
 _OWN_CONV3D = "torch, own Conv3d"
-# On a GPU, of whose memory torch sees nothing.
-_ALLOCATE_THEMSELVES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 _ENGINE_COLUMNS = ("build_seconds", "load_seconds", "engine_mb")
 
 Run = Callable[[dict[str, Tensor]], Any]
@@ -112,14 +111,15 @@ def _stage(arguments: argparse.Namespace, video: str, device: torch.device) -> t
     components = build_components(arguments.model, DTYPES[arguments.precision], device)
     plain_vae = plain_copy(components)
     shapes = engine_shapes(video, arguments.fixed_shapes, _faces(video))
-    return stage_model(components, LoraSettings(rank=arguments.rank), RewardSettings(), shapes), plain_vae
+    of_rewards = face_stages(shapes, device)
+    return stage_model(video_model(components, LoraSettings(rank=arguments.rank)), of_rewards, shapes), plain_vae
 
 
 def _inputs(stage: Stage, video: str, device: torch.device) -> dict[str, Tensor]:
     """What the stage takes of a video of this shape."""
     if stage.name == "face_detector":
         return {"frames": quantize_frames(clips_of(video)["video"].flatten(0, 1)).to(device)}
-    return stage.sample()
+    return dict(next(iter(stage.cases().values())).inputs)
 
 
 def _faces(video: str) -> int:
@@ -137,7 +137,7 @@ def _measure(
     device: torch.device,
 ) -> dict[str, Any]:
     """All contenders at all shapes of one stage."""
-    runs: dict[str, Run] = {TORCH: lambda tensors: stage.torch(**tensors)}
+    runs: dict[str, Run] = {TORCH: stage.torch}
     built: dict[str, dict[str, Any]] = {TORCH: {}}
     if device.type == "cpu" and (own := _own_conv3d(stage, plain_vae)):
         runs[_OWN_CONV3D] = own
@@ -161,12 +161,14 @@ def _measure(
             except Exception as error:  # the compiler's own many types, and shapes that an engine does not serve
                 rows[name] = {"error": _first_line(error)}
                 continue
-            rows[name]["relative_error"] = _relative_error(stage.torch(**tensors), outputs)
+            rows[name]["relative_error"] = _relative_error(stage.torch(tensors), outputs)
         calls = {name: partial(runs[name], tensors) for name, row in rows.items() if "error" not in row}
         samples = interleave(calls, arguments.rounds, device)
         for name, row in summary(samples).items():
             rows[name] |= {**row, "samples_ms": samples[name], "torch_over_this": ratio(samples, TORCH, name)}
-            unseen = device.type == "cuda" and name in _ALLOCATE_THEMSELVES
+            # Of the memory that engines allocate by themselves on a GPU, torch sees nothing.
+            by_itself = name in arguments.backends and get_backend(name).holds_weights
+            unseen = device.type == "cuda" and by_itself
             rows[name]["memory_mib"] = None if unseen else peak_growth_mib(calls[name], device)
         shapes[video] = {"inputs": {name: list(tensor.shape) for name, tensor in tensors.items()}, "contenders": rows}
     return {"engines": built, "shapes": shapes}
@@ -182,7 +184,7 @@ def _engine(
     assert record is not None
     start = time.perf_counter()
     networks = {network.name: network for network in stage.networks}
-    run = stage.assemble(get_backend(backend).load(store.verify(record), networks, device))
+    run = partial(stage.run, get_backend(backend).load(store.verify(record), networks, device))
     synchronize(device)
     load_seconds = time.perf_counter() - start
     row = {
@@ -191,13 +193,13 @@ def _engine(
         "engine_mb": record.bytes / 1e6,
         "parity": exported.worst.model_dump(mode="json"),
     }
-    return row, lambda tensors: run(**tensors)
+    return row, run
 
 
 def _roofline(stage: Stage, tensors: dict[str, Tensor], ceilings: Mapping[torch.dtype, Ceilings]) -> dict[str, float]:
     modules = [network.module for network in stage.networks]
     weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
-    work = measure_work(lambda: stage.torch(**tensors).values(), tensors.values(), weights)
+    work = measure_work(lambda: stage.torch(tensors).values(), tensors.values(), weights)
     dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
     return {**vars(work), "bound_ms": work.milliseconds(ceilings[dtype])}
 
@@ -213,8 +215,7 @@ def _compiled(stage: Stage) -> Run:
             return dict(zip(network.outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
         runners[network.name] = run
-    assembled = stage.assemble(runners)
-    return lambda tensors: assembled(**tensors)
+    return partial(stage.run, runners)
 
 
 def _own_conv3d(stage: Stage, vae: Any) -> Run | None:

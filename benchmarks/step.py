@@ -38,10 +38,10 @@ from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, spread_lora
 
-from frostline.config import TrainingModuleSettings
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
+from frostline.train.settings import TrainingModuleSettings
 
 # Ratios by name: which contender's time over which.
 RATIOS = {
@@ -147,7 +147,7 @@ def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrai
             "kl_weight": 0.2,
             "gradient_checkpointing": "none",
             "torch_compile": arguments.torch_compile,
-            "reward": {"upscale": 2 if arguments.model == TINY else 1},
+            "rewards": [{"type": "face_identity", "upscale": 2 if arguments.model == TINY else 1}],
         }
     )
     components = build_components(arguments.model, DTYPES[arguments.precision], device)

@@ -24,10 +24,10 @@ from shapes import TINY, build_components
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from frostline.config import TrainingModuleSettings
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.engines.store import EngineStore
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
+from frostline.train.settings import TrainingModuleSettings
 
 # `item`, `float()` and `if tensor:` end in the first; a result as long as a mask has ones needs the others.
 OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
@@ -37,7 +37,7 @@ def main() -> None:
     """Trace, print a table, write JSON."""
     arguments = _arguments()
     device = torch.device(arguments.device)
-    settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "reward": {"upscale": 2}})
+    settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "rewards": [{"type": "face_identity", "upscale": 2}]})
     module = WanTrainingModule(build_components(TINY, torch.float32, device), settings, engines=arguments.engines_dir)
     stages = [stage for stage in module.stages.values() if stage.name != "vae_decoder"]
     build_engines(stages, arguments.backends, EngineStore(arguments.engines_dir))

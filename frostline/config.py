@@ -1,4 +1,4 @@
-"""Settings, validated: what `WanTrainingModule.from_pretrained` takes and what configuration files hold."""
+"""Settings, validated: the base of all of them, and those that several rooms share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -28,11 +28,9 @@ Sharding: TypeAlias = Literal["ddp", "zero2", "zero3", "fsdp"]
 AUTO: Literal["auto"] = "auto"
 # In a plan, the stages that it does not name.
 OTHERS = "*"
-# Of every block: the projections of its attentions, and its feed-forward layers.
-TARGET_MODULES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
-# What PEFT's LoraConfig and transformers' TrainingArguments call a setting whose name here does not look alike.
+# What PEFT's LoraConfig, transformers' TrainingArguments and others call a setting whose name here does not look alike.
 _NAMES_OF_OTHERS = {
     "r": "lora.rank",
     "lr": "train.learning_rate",
@@ -41,9 +39,9 @@ _NAMES_OF_OTHERS = {
     "save_steps": "train.checkpointing_steps",
     "eval_steps": "validation.steps",
     "train_dataset": "data.source",
+    # Of more than one reward.
+    "plus": "rewards",
 }
-# What the reference calls two settings (arXiv 2510.14255): accepted wherever these are.
-_NAMES_OF_THE_REFERENCE = {"mid_timestep": "grad_start_step", "final_timestep": "grad_end_step"}
 # What pydantic says of what should be a path.
 _NO_PATH = {"class": "Path"}
 
@@ -98,6 +96,11 @@ class Settings(BaseModel):
         return value
 
     @classmethod
+    def for_values(cls, values: Any) -> type[Settings]:
+        """The class that validates these values: this one, unless it leaves that to one of them."""
+        return cls
+
+    @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:
         """Build from plain values.
 
@@ -107,7 +110,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = [_explain(cls, dict(problem)) for problem in error.errors()]
+            problems = [_explain(cls, values, dict(problem)) for problem in error.errors()]
             raise ConfigError("; ".join(problems)) from None
 
 
@@ -116,136 +119,14 @@ class LoraSettings(Settings):
 
     rank: int = Field(default=32, ge=1, description="inner dimension r of B A")
     alpha: float | None = Field(default=None, gt=0, description="the scale is alpha / rank; alpha = rank if not given")
-    target_modules: tuple[str, ...] = Field(
-        default=TARGET_MODULES, min_length=1, description="names of the adapted layers"
+    target_modules: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="names of the adapted layers; the attention and feed-forward layers of all blocks if not given",
     )
 
 
-FACE_IDENTITY = "face_identity"
-
-
-class RewardTerm(Settings):
-    """One reward: `-(score - baseline) / scale * weight` joins the loss."""
-
-    type: str = Field(
-        default=FACE_IDENTITY, description="face_identity, or package.module:Class of a reward (see ARCHITECTURE.md)"
-    )
-    baseline: float = Field(default=0.54, description="score at which the reward is zero")
-    scale: float = Field(default=0.16, gt=0, description="spread of scores that counts as one unit")
-    weight: float = Field(default=0.1, ge=0, description="weight of the reward in the loss")
-    options: dict[str, Any] = Field(default={}, description="arguments of package.module:Class")
-    detector: str = Field(default="mtcnn", description="face_identity: mtcnn, yunet or scrfd:PATH.onnx")
-    embedder: str = Field(
-        default="sface", description="face_identity: sface, facenet[:TAG or PATH] or arcface:PATH.onnx"
-    )
-    upscale: int = Field(
-        default=1, ge=1, le=8, description="face_identity: enlarge frames this many times before detection"
-    )
-    min_face_size: int = Field(
-        default=20, ge=12, description="face_identity: smallest face that mtcnn looks for, in (enlarged) pixels"
-    )
-    face: Literal["largest", "best"] = Field(
-        default="largest",
-        description="face_identity: which of several faces in a generated frame counts: the largest, or the best "
-        "likeness of the reference; of a reference it is the largest",
-    )
-    missing_face: Literal["exclude", "zero"] = Field(
-        default="exclude", description="face_identity: frames without a face: left out of the mean, or counted as 0"
-    )
-    on_no_face: Literal["skip", "zero", "error"] = Field(
-        default="skip", description="samples that cannot be scored: no reward, a score of 0, or an error"
-    )
-
-    @property
-    def is_face_identity(self) -> bool:
-        return self.type == FACE_IDENTITY
-
-    @model_validator(mode="after")
-    def _fields_go_with_the_type(self) -> Self:
-        # Defaults are no fault: a file written from these settings names them all.
-        fields = type(self).model_fields
-        for name in ("detector", "embedder", "upscale", "min_face_size", "face", "missing_face"):
-            if not self.is_face_identity and getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name} is of face_identity only, but type is {self.type}")
-        if self.options and self.is_face_identity:
-            raise ValueError("options are of a package.module:Class only; face_identity has fields of its own")
-        return self
-
-
-class RewardSettings(RewardTerm):
-    """The rewards of a step: one, and what else is added to it."""
-
-    plus: tuple[RewardTerm, ...] = Field(default=(), description="further rewards, each with its own type and weight")
-
-    @property
-    def terms(self) -> tuple[RewardTerm, ...]:
-        """All rewards; their terms of the loss are added."""
-        return (self, *self.plus)
-
-    @property
-    def face_identity(self) -> RewardTerm | None:
-        """The face-identity reward, if it is one of them."""
-        return next((term for term in self.terms if term.is_face_identity), None)
-
-    @model_validator(mode="after")
-    def _faces_are_rewarded_once(self) -> Self:
-        if sum(term.is_face_identity for term in self.terms) > 1:
-            raise ValueError("face_identity can be rewarded once only; give it one weight")
-        return self
-
-
-class TrainingModuleSettings(Settings):
-    """One training step; the defaults are those of the reference (IPRO, arXiv 2510.14255)."""
-
-    num_inference_steps: int = Field(default=8, ge=1, description="N, Euler steps from noise to video")
-    grad_start_step: int = Field(default=4, ge=0, description="first step with gradient")
-    grad_end_step: int = Field(default=7, ge=0, description="last step with gradient")
-    shift: float = Field(default=5.0, gt=0, description="s of the sigma schedule")
-    boundary: float | None = Field(default=None, ge=0, le=1, description="of two experts; the model's own if not given")
-    noise_seed: int | None = Field(default=24, description="seed of the start noise; null draws fresh noise every step")
-    kl_weight: float = Field(default=1.0, ge=0, description="weight of the KL term in the loss")
-    gradient_checkpointing: GradientCheckpointing | Literal["auto"] = Field(
-        default="auto",
-        description="recompute nothing (none), every block, or the whole denoiser and VAE decode (full) in backward; "
-        "auto: the first of these that fits the memory",
-    )
-    engine_forward: bool = Field(
-        default=True,
-        description="let the plan's engines compute what backward recomputes: the VAE decode under block and full, the "
-        "denoise tail under full; the gradient is PyTorch's",
-    )
-    torch_compile: bool = Field(
-        default=False, description="compile the denoiser's blocks in the first step: worth its minute on a GPU"
-    )
-    offload_saved_tensors: bool = Field(
-        default=False, description="keep what backward needs in main memory instead of the GPU's: slower, smaller"
-    )
-    lora: LoraSettings = LoraSettings()
-    reward: RewardSettings = RewardSettings()
-    cache_dir: Path | None = Field(default=None, description="where frozen outputs are kept; memory if not given")
-    cache_bytes: int = Field(default=8 * 2**30, ge=0, description="bound of the frozen-output cache; 0 switches it off")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_the_names_of_the_reference(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        for theirs, ours in _NAMES_OF_THE_REFERENCE.items():
-            if theirs in values and ours in values:
-                raise ValueError(f"{theirs} is another name of {ours}: set one of them")
-        return {_NAMES_OF_THE_REFERENCE.get(name, name): value for name, value in values.items()}
-
-    @model_validator(mode="after")
-    def _steps_are_ordered(self) -> Self:
-        if not self.grad_start_step <= self.grad_end_step < self.num_inference_steps:
-            raise ValueError(
-                f"grad_start_step <= grad_end_step < num_inference_steps must hold, not {self.grad_start_step}, "
-                f"{self.grad_end_step}, {self.num_inference_steps}"
-            )
-        return self
-
-
-def _explain(root: type[Settings], problem: dict[str, Any]) -> str:
+def _explain(root: type[Settings], values: Any, problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         what = "Input should be text that names a path" if problem.get("ctx") == _NO_PATH else problem["msg"]
@@ -254,9 +135,13 @@ def _explain(root: type[Settings], problem: dict[str, Any]) -> str:
     *parents, key = problem["loc"]
     section = root
     for parent in parents:
+        values = values[parent]
         if isinstance(parent, str):
             section = nested_settings(section, parent) or section
-    return f"{where}: unknown setting, {_suggestion(str(key), section, root)}"
+        section = section.for_values(values)
+    # One entry of a list is no place for what another one has.
+    entries = next((f"{'.'.join(parents[:i])}." for i, part in enumerate(parents) if isinstance(part, int)), None)
+    return f"{where}: unknown setting, {_suggestion(str(key), section, root, entries)}"
 
 
 def _given(problem: dict[str, Any]) -> str:
@@ -268,10 +153,15 @@ def _given(problem: dict[str, Any]) -> str:
     return f", not {json.dumps(value, default=repr)[:80]}{switch}"
 
 
-def _suggestion(key: str, section: type[Settings], root: type[Settings]) -> str:
-    """The nearest name of the same section, or the same name in another one."""
+def _suggestion(key: str, section: type[Settings], root: type[Settings], but: str | None) -> str:
+    """The nearest name of the same section, or the same name in another one.
+
+    Args:
+        but: what the names of no use begin with.
+    """
+    names = [name for name in dotted_names(root) if but is None or not name.startswith(but)]
     # Where several sections have the name, the first one's stays.
-    elsewhere = {name.rpartition(".")[2]: name for name in reversed([*dotted_names(root)])}
+    elsewhere = {name.rpartition(".")[2]: name for name in reversed(names)}
     if key in elsewhere:
         return f"is {elsewhere[key]} meant?"
     if (name := _NAMES_OF_OTHERS.get(key)) in elsewhere.values():
@@ -286,16 +176,22 @@ def nested_settings(settings: type[Settings], field: str) -> type[Settings] | No
     """The settings that a field holds (by itself, as one of a union, or in a tuple), or None for a plain value."""
     annotation = settings.model_fields[field].annotation
     for part in (annotation, *get_args(annotation)):
+        part = get_args(part)[0] if get_origin(part) is Annotated else part
         if isinstance(part, type) and issubclass(part, Settings):
             return part
     return None
 
 
 def dotted_names(settings: type[Settings], prefix: str = "") -> Iterator[str]:
-    """All settings that hold a plain value, as `section.name`."""
-    for name in settings.model_fields:
+    """All settings, as `section.name`; of a list of sections itself, and what is in those that it has by default."""
+    for name, field in settings.model_fields.items():
         nested = nested_settings(settings, name)
+        default = field.get_default(call_default_factory=True)
         if nested is None:
             yield prefix + name
-        elif nested is not settings and not issubclass(settings, nested):
+        elif isinstance(default, tuple):
+            yield prefix + name
+            for number, entry in enumerate(default):
+                yield from dotted_names(type(entry), f"{prefix}{name}.{number}.")
+        else:
             yield from dotted_names(nested, f"{prefix}{name}.")

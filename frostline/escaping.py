@@ -4,12 +4,13 @@ A file name may hold any byte. What is no UTF-8 is a lone surrogate in Python's 
 goes back to the same byte; in front of people it is written as `\\xe9`, like characters that steer a terminal.
 """
 
-import html
 import re
 
 # Control characters but tab and line feed; line and paragraph separators; what turns the direction of writing around;
-# surrogates.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# surrogates; the two that XML has not.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # What a spreadsheet takes for the start of a formula, wide forms included.
 _FORMULA = "[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]"
@@ -29,11 +30,6 @@ def printable(text: str) -> str:
 def printable_name(name: str) -> str:
     """`printable`, in one line."""
     return printable(name).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def html_text(text: str) -> str:
-    """Write text as HTML, within quotes as well."""
-    return html.escape(printable(text))
 
 
 def json_text(encoded: str) -> str:

@@ -7,7 +7,7 @@ sessions that are told the same `FROSTLINE_TEST_FOLDER`, as those of `make test`
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from frostline.models.faces import Detections, FaceDetector
+    from frostline.models.faces import Detections, FaceDetector, FaceIdentity
     from frostline.rewards.reward import RewardScore
-    from frostline.train.step.module import WanTrainingModule
+    from frostline.train import WanTrainingModule
 
 RefusedUsage = Callable[..., str]
 MakeModule = Callable[..., "WanTrainingModule"]
@@ -73,6 +73,16 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow the files and tests that `slow.txt` lists, and what waits for the engines that tests share."""
+    slow = {*(config.rootpath / "tests" / "slow.txt").read_text().split()}
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        path = item.path.relative_to(config.rootpath).as_posix()
+        if {path, f"{path}::{item.originalname}"} & slow or "shared_store" in item.fixturenames:
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -130,11 +140,12 @@ def build_module(
     """
     import torch
 
-    from frostline.config import TrainingModuleSettings
     from frostline.models.checkpoints.loading import load_components
-    from frostline.train.step.module import WanTrainingModule
+    from frostline.train import WanTrainingModule
+    from frostline.train.settings import TrainingModuleSettings
 
-    components = replace(load_components(model, dtype or torch.float32), name="tiny")
+    components = load_components(model, dtype or torch.float32)
+    components = replace(components, spec=replace(components.spec, name="tiny"))
     parsed = TrainingModuleSettings.parse({**SETTINGS, **settings})
     module = WanTrainingModule(components, parsed, plan=plan, engines=engines, strict=strict)
     if lora_spread:
@@ -152,9 +163,15 @@ def make_module() -> MakeModule:
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
+def shared_store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
+    """The folder of the engines that tests share; those that use it count as slow."""
+    return _shared(tmp_path_factory) / "engines"
+
+
+@pytest.fixture(scope="session")
+def engines(shared_store: Path) -> Path:
     """A store with ONNX Runtime engines of all stages of tiny."""
-    return _export(_shared(tmp_path_factory) / "engines", "tiny")
+    return _export(shared_store, "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -239,19 +256,21 @@ def assert_equal_but_for_rounding(pixels: "Tensor", others: "Tensor") -> None:
 @contextmanager
 def _watched(module: "WanTrainingModule", see: "Callable[[Tensor, Tensor], Tensor]") -> Iterator[None]:
     """Within the block `see(pixels, frames)` decides which pixels are searched when generated frames are scored."""
-    from frostline.rewards.face_identity import FaceIdentityReward
+    from frostline.rewards.face_identity.reward import FaceIdentityReward
 
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)
-    identity = reward.identity
-    own_score, own_detector = reward.score, identity.detector
+    own_score, own_identity = reward.score, reward.identity
 
-    def score(frames: "Tensor", references: "Mapping[str, Tensor]") -> "RewardScore":
-        identity.detector = _Detector(own_detector, lambda pixels: see(pixels, frames))
-        try:
-            return own_score(frames, references)
-        finally:
-            identity.detector = own_detector
+    def score(frames: "Tensor", *others: Any) -> "RewardScore":
+        def identity(run: Any) -> "FaceIdentity":
+            faces = own_identity(run)
+            faces.detector = _Detector(faces.detector, lambda pixels: see(pixels, frames))
+            return faces
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reward, "identity", identity)
+            return own_score(frames, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reward, "score", score)

@@ -17,11 +17,12 @@ from killed_runs import SHARPNESS
 from steps import Clips
 from torch.distributed.tensor import DTensor
 
+from frostline.stages.denoiser import REFERENCE
+from frostline.train import WanTrainingModule
 from frostline.train.loop.trainer import RunOptions, make_accelerator, train
 from frostline.train.loop.validation import Validation, validate
 from frostline.train.processes import process_index
 from frostline.train.settings import TrainerSettings
-from frostline.train.step.module import WanTrainingModule
 
 FACES = {"type": "face_identity", "upscale": 2}
 STEPS = {"sharpness": 5, "faces": 2}
@@ -43,7 +44,7 @@ def run(
         engines=engines,
         plan="torch",
         lora={"rank": 4},
-        reward=SHARPNESS if reward == "sharpness" else FACES,
+        rewards=[SHARPNESS if reward == "sharpness" else FACES],
         num_inference_steps=3,
         grad_start_step=1,
         grad_end_step=2,
@@ -85,10 +86,10 @@ def main() -> None:
 def note(out: Path, module: WanTrainingModule) -> None:
     """Whether the engine is on-policy here, and what is sharded."""
     stage = module.stages["denoiser"]
-    inputs = stage.networks[0].samples("opt")
+    inputs = stage.cases()["sample"].inputs
     with torch.no_grad():
-        policy = stage.torch(**inputs)["velocity"]
-        base = stage.torch(**{**inputs, "lora_scale": torch.zeros(())})["velocity"]
+        policy = stage.torch(inputs)["velocity"]
+        base = stage.torch(inputs, REFERENCE)["velocity"]
     served = module.runtime["denoiser"](**inputs)["velocity"]
     found = {
         "backend": module.runtime.plan["denoiser"].backend,

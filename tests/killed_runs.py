@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from steps import Clips
 
+from frostline.train import WanTrainingModule
 from frostline.train.loop.resume import find_resume
 from frostline.train.loop.trainer import RunOptions, train
 from frostline.train.loop.validation import Validation, validate
 from frostline.train.settings import TrainerSettings
-from frostline.train.step.module import WanTrainingModule
 
 STEPS, KILLS = 24, 10
-SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
+SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0}
 SETTINGS = TrainerSettings(
     learning_rate=1e-3,
     lr_scheduler_type="cosine",
@@ -46,7 +46,7 @@ def make_module(cache: Path) -> WanTrainingModule:
         plan="torch",
         lora={"rank": 4},
         noise_seed=None,
-        reward=SHARPNESS,
+        rewards=[SHARPNESS],
         cache_dir=cache,
         **steps,
     )

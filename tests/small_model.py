@@ -17,11 +17,15 @@ from frostline.models.faces.mtcnn_networks import load_mtcnn_networks
 from frostline.models.lora.inject import adapters_off, inject_lora, lora_parameters
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.model_spec import ModelSpec
+from frostline.models.wan.networks import build_network
+from frostline.rewards.face_identity.detector import detector_tolerance
+from frostline.rewards.face_identity.stages import FaceModels, build_face_stages
 from frostline.runtime.device import full_fp32
 from frostline.runtime.stage import Network, Runner, Stage
-from frostline.stages.build import build_stages
-from frostline.stages.inputs import FaceModels, StageInputs, tolerance
 from frostline.stages.shapes import ShapeRange
+from frostline.stages.tolerances import tolerance
+from frostline.stages.wan.model import WanVideoModel
 
 SHAPES = ShapeRange(
     batch=(1, 2, 4),
@@ -34,26 +38,35 @@ SHAPES = ShapeRange(
     face_width=(12, 40, 128),
 )
 
+SPEC = ModelSpec(
+    "small",
+    {
+        "vae": {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
+        "text_encoder": {
+            **{"vocab": 32, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 1},
+            **{"num_buckets": 8, "dropout": 0.0},
+        },
+        "denoiser": {
+            **{"dim": 64, "in_dim": 36, "ffn_dim": 128, "out_dim": 16, "text_dim": 32, "freq_dim": 32, "eps": 1e-6},
+            **{"patch_size": (1, 2, 2), "num_heads": 2, "num_layers": 1},
+            **{"has_image_input": False, "require_clip_embedding": False, "require_vae_embedding": True},
+            **{"seperated_timestep": False, "fuse_vae_embedding_in_latents": False},
+        },
+    },
+    text_length=8,
+)
+
 
 @cache
 def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str = "cpu") -> dict[str, Stage]:
     """Of one type, rank and device there is one model; models of all ranks have equal base weights."""
-    from diffsynth.models.wan_video_dit import WanModel
-    from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-    from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
-
     torch.manual_seed(0)
-    vae = WanVideoVAE()
-    vae.model = VideoVAE_(dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
-    text = WanTextEncoder(32, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=1, num_buckets=8, dropout=0.0)
-    denoiser = WanModel(
-        dim=64, in_dim=36, ffn_dim=128, out_dim=16, text_dim=32, freq_dim=32, eps=1e-6, patch_size=(1, 2, 2),
-        num_heads=2, num_layers=1, has_image_input=False, require_clip_embedding=False,
-    )  # fmt: skip
-    tokenizer: Any = SimpleNamespace(seq_len=8)
-    components = WanComponents("small", text, tokenizer, vae, denoiser)
+    tokenizer: Any = SimpleNamespace(seq_len=SPEC.text_length)
+    networks: dict[str, Any] = {field: build_network(field, arguments) for field, arguments in SPEC.networks.items()}
+    components = WanComponents(SPEC, tokenizer=tokenizer, **networks)
     for _, module in components.modules():
         module.eval().requires_grad_(False).to(device, dtype)
+    vae, denoiser = components.vae, components.denoiser
     vae.scale = [part.to(device) for part in vae.scale]
     inject_lora(denoiser, rank, alpha=2 * rank)
     with torch.no_grad():
@@ -63,7 +76,8 @@ def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str 
         mtcnn_model({name: network.to(device, dtype) for name, network in load_mtcnn_networks().items()}),
         torch.nn.Module.to(load_embedder("sface"), device, dtype),  # type: ignore[arg-type]
     )
-    return build_stages(StageInputs(components, Denoiser(denoiser).to(device), None, faces, SHAPES))
+    model = WanVideoModel(components, Denoiser(denoiser).to(device), None, None)
+    return {stage.name: stage for stage in (*model.stages(SHAPES), *build_face_stages(faces, SHAPES))}
 
 
 def network_of(
@@ -87,7 +101,7 @@ def assert_parity(network: Network, runner: Runner, inputs: Mapping[str, Tensor]
     """The runner computes what PyTorch computes, in the same type."""
     with full_fp32():
         actual, expected = runner(**inputs), network.reference(inputs)
-    bounds = tolerance(stage or network.name, network.weight.dtype)
+    bounds = (detector_tolerance if stage == "face_detector" else tolerance)(network.weight.dtype)
     for measured in compare(network.name, "", expected, actual, bounds):
         assert measured.passed, measured
     assert {name: value.dtype for name, value in actual.items()} == {name: v.dtype for name, v in expected.items()}

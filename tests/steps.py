@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from frostline.models.tiny.clips import held_out_clips
+from frostline.train import WanTrainingModule
 from frostline.train.data.dataset import Sample
-from frostline.train.step.module import WanTrainingModule
 
 if TYPE_CHECKING:
     from conftest import RewardTape

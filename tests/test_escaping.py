@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frostline.escaping import csv_cell, html_text, is_text, json_text, printable, printable_name, text_of_csv_cell
+from frostline.escaping import csv_cell, is_text, json_text, printable, printable_name, text_of_csv_cell
 
 ANY_TEXT = st.text(st.characters(exclude_categories=[]) | st.sampled_from("'=+-@\t\r\n\udce9\x1b\u202e"))
 
@@ -30,7 +30,7 @@ def test_what_steers_a_terminal_is_written_out(text: str, expected: str) -> None
 
 @given(ANY_TEXT)
 def test_whatever_the_text_it_can_be_shown(text: str) -> None:
-    for shown in (printable(text), printable_name(text), html_text(text)):
+    for shown in (printable(text), printable_name(text)):
         shown.encode()
         assert not any(ord(letter) < 32 for letter in shown.replace("\n", "").replace("\t", ""))
     assert is_text(printable(text))

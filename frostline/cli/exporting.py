@@ -9,6 +9,8 @@ import typer
 
 from frostline.cli.leaving import at_once
 from frostline.cli.options import ENGINES, Device, EnginesDir, Model
+from frostline.cli.settings_options import takes_changes
+from frostline.export.recipe import Recipe, load_recipe
 from frostline.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -16,16 +18,16 @@ if TYPE_CHECKING:
 
 
 @at_once
+@takes_changes(
+    Recipe,
+    Recipe.model_fields.keys() - {"model"},
+    flags={"backends": "--backend", "compute_capabilities": "--compute-capability"},
+)
 def export(
+    *,
     model: Model,
-    stages: Annotated[str | None, typer.Option(help="Comma-separated names, or all.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Comma-separated names of backends.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    changes: dict[str, Any],
     opset: Annotated[int | None, typer.Option(min=18, max=23, help="ONNX opset.")] = None,
-    min_shapes: Annotated[str | None, typer.Option(help="video:1x5x3x64x64,… as trtexec spells them.")] = None,
-    opt_shapes: Annotated[str | None, typer.Option(help="The shapes to tune for.")] = None,
-    max_shapes: Annotated[str | None, typer.Option(help="The largest shapes.")] = None,
-    compute_capability: Annotated[str | None, typer.Option(help="8.9[,12.0] or current, for TensorRT.")] = None,
     lora_targets: Annotated[str | None, typer.Option(help="Comma-separated names of adapted layers.")] = None,
     live_lora: Annotated[bool, typer.Option("--live-lora/--no-live-lora", help="LoRA matrices as inputs.")] = True,
     atol: Annotated[float | None, typer.Option(min=0, help="Absolute error allowed.")] = None,
@@ -41,23 +43,16 @@ def export(
         int | None, typer.Option("--jobs", "-j", min=1, help="Processes that build; what cores and memory take.")
     ] = None,
 ) -> None:
-    """Turn the frozen stages of a Wan model into verified, signed engines."""
+    """Turn the frozen stages of a Wan model into verified, signed engines.
+
+    Options override what a recipe says.
+    """
     from frostline.export.export_cache import Receipt, recall, receipt_key, remember
-    from frostline.export.recipe import load_recipe
     from frostline.export.result import ExportRow
     from frostline.progress import Progress
-    from frostline.runtime.backends.options import OPSET, BuildOptions
+    from frostline.runtime.backends.base.options import OPSET, BuildOptions
     from frostline.runtime.engines.store import EngineStore
 
-    changes: dict[str, Any] = {
-        "stages": stages,
-        "backends": backend,
-        "precision": precision,
-        "compute_capabilities": compute_capability,
-        "min_shapes": min_shapes,
-        "opt_shapes": opt_shapes,
-        "max_shapes": max_shapes,
-    }
     recipe = load_recipe(model, changes).with_lora(live_lora, lora_targets)
     build = BuildOptions(opset or OPSET, recipe.compute_capabilities, recipe.asked_maximum, timing_cache)
     bounds = {"atol": atol, "rtol": rtol, "cosine": cosine}
@@ -87,31 +82,34 @@ def export(
         remember(store, receipt, [Receipt.of(row.manifest, row.bounds) for row in rows if row.manifest and row.bounds])
 
 
+@takes_changes(Recipe, {"precision"})
 def plan(
+    *,
     model: Model,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    changes: dict[str, Any],
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
     """Show, per stage, who could serve it, who does, and why."""
-    from frostline.config import TrainingModuleSettings
     from frostline.export.exporter import ensure_verified
     from frostline.export.model import load_staged_model
-    from frostline.export.plan_estimate import frozen_uses, live_uses, stage_gains, step_gain
-    from frostline.export.recipe import load_recipe
+    from frostline.export.plan_estimate import stage_gains, step_gain
     from frostline.export.tables import plan_table, step_gain_lines
-    from frostline.models.wan.denoise_steps import DenoiseSteps
+    from frostline.models.denoise_steps import DenoiseSteps
+    from frostline.rewards.build import resolve
     from frostline.runtime.engines.store import EngineStore
     from frostline.runtime.runtime import Runtime
+    from frostline.train.settings import TrainingModuleSettings
 
-    staged = load_staged_model(load_recipe(model, {"precision": precision}), device)
+    recipe = load_recipe(model, changes)
+    staged = load_staged_model(recipe, device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))
     runtime = Runtime(staged.stages, "auto", engines_dir)
-    two_experts = staged.denoiser_high_noise is not None
-    steps = DenoiseSteps.of(TrainingModuleSettings(), staged.components.boundary, two_experts)
+    steps = DenoiseSteps.of(TrainingModuleSettings(), staged.model.boundary, len(staged.model.experts) > 1)
+    uses = [*staged.model.uses(steps), *(use for reward in resolve(recipe.rewards) for use in reward.uses)]
     console = Terminal()
     console.print(plan_table(stage_gains(runtime)))
-    for line in step_gain_lines(step_gain(runtime, frozen_uses(steps), live_uses(steps))):
+    for line in step_gain_lines(step_gain(runtime, uses)):
         console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -8,25 +8,22 @@ from typing import Annotated
 import typer
 
 from frostline.cli.options import ENGINES, Device, EnginesDir
+from frostline.cli.settings_options import takes_settings
 from frostline.errors import ConfigError
+from frostline.score.settings import ScoreSettings
 from frostline.terminal import Terminal
 
 
+@takes_settings(ScoreSettings)
 def score(
+    *,
     videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO…", help="Videos or pictures.")] = None,
     reference: Annotated[str | None, typer.Option(help="A picture or video of the person.")] = None,
     pairs: Annotated[
         Path | None, typer.Option(help="CSV: video[,reference][,prompt], or a dataset's metadata.csv.")
     ] = None,
-    detector: Annotated[str, typer.Option(help="mtcnn, yunet or scrfd:PATH.onnx")] = "mtcnn",
-    embedder: Annotated[str, typer.Option(help="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")] = "sface",
+    settings: ScoreSettings,
     backend: Annotated[str, typer.Option(help="auto, torch, or one whose engines are built if need be.")] = "auto",
-    every: Annotated[int, typer.Option(help="Score every so many frames.")] = 1,
-    max_frames: Annotated[int | None, typer.Option(help="Score at most so many frames of a video.")] = None,
-    face: Annotated[str, typer.Option(help="Which of several faces in a frame: largest, or best.")] = "largest",
-    missing_face: Annotated[str, typer.Option(help="Frames without a face: exclude, or zero.")] = "exclude",
-    upscale: Annotated[int, typer.Option(help="Enlarge frames so many times to find small faces.")] = 1,
-    min_face_size: Annotated[int, typer.Option(help="Smallest face that mtcnn looks for, in pixels.")] = 20,
     batch: Annotated[int, typer.Option(min=1, help="Frames of one call of the detector.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Results, .jsonl or .csv, one row a video.")] = None,
     report: Annotated[Path | None, typer.Option(help="One HTML page with curves and pictures.")] = None,
@@ -42,20 +39,7 @@ def score(
     """Score videos by how much their face is the reference's: the reward of training, on batched engines."""
     from frostline.atomic_io import check_writable
     from frostline.score.request import gather_pairs
-    from frostline.score.settings import ScoreSettings
 
-    settings = ScoreSettings.parse(
-        {
-            "detector": detector,
-            "embedder": embedder,
-            "upscale": upscale,
-            "min_face_size": min_face_size,
-            "face": face,
-            "missing_face": missing_face,
-            "every": every,
-            "max_frames": max_frames,
-        }
-    )
     if resume and out is None:
         raise ConfigError("--resume goes on from the results in --out, which is missing")
     wanted = gather_pairs(videos or [], reference, pairs, allow_outside)

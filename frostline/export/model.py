@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from frostline.models.checkpoints.loading import load_components
+from frostline.rewards.build import build_rewards
 from frostline.runtime.device import resolve_device
+from frostline.stages.families import family_of
 from frostline.stages.staged_model import StagedModel, stage_model
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
     Args:
         device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
     Raises:
-        ConfigError: the model cannot be loaded.
+        ConfigError: the model or a reward cannot be loaded.
     """
-    components = load_components(recipe.model, recipe.dtype, resolve_device(device))
-    return stage_model(components, recipe.lora, recipe.reward, recipe.shapes)
+    where, family = resolve_device(device), family_of(recipe.model)
+    rewards = build_rewards(recipe.rewards, where, recipe.shapes)
+    model = family.video_model(family.load(recipe.model, recipe.dtype, where, defer=False), recipe.lora)
+    return stage_model(model, [stage for reward in rewards for stage in reward.stages], recipe.shapes)

@@ -25,7 +25,7 @@ from frostline.export.exporter import build_stage
 from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
 from frostline.export.tracing.trace_cache import Traces
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.device import free_bytes
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import precision_of

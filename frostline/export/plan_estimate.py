@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from frostline.models.wan.denoise_steps import DenoiseSteps
-from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
+from frostline.runtime.backends import TORCH, backend_names, get_backend
 from frostline.runtime.planning.plan import Choice
 from frostline.runtime.runtime import Runtime
+from frostline.stages.provider import Use
 
 
 @dataclass(frozen=True)
@@ -50,53 +51,30 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
     refused = runtime.check_engines()
     gains = []
     for name, choice in runtime.plan.items():
-        engines = (_candidate(runtime, name, backend, (name, backend) in refused) for backend in ENGINE_BACKENDS)
+        engines = (_candidate(runtime, name, backend, (name, backend) in refused) for backend in backend_names())
         gains.append(StageGain(name, choice, (_torch_candidate(choice), *engines)))
     return gains
 
 
-def frozen_uses(steps: DenoiseSteps) -> dict[str, int]:
-    """How often a step uses each frozen stage when nothing is recalled.
-
-    The detector sees the reference and the generated frames; the denoiser runs the rollout head and the KL reference.
-    """
-    return {
-        "text_encoder": 1,
-        "image_encoder": 1,
-        "vae_encoder": 1,
-        "face_detector": 2,
-        "face_embedder": 1,
-        "denoiser_high_noise": min(steps.high_noise, steps.mid),
-        "denoiser": max(0, steps.mid - steps.high_noise) + steps.tail_with_lora,
-    }
-
-
-def live_uses(steps: DenoiseSteps) -> dict[str, int]:
-    """How often a step runs each stage forward with gradient: the denoise tail, the decoder, the embedder."""
-    return {
-        "denoiser_high_noise": steps.final + 1 - steps.mid - steps.tail_with_lora,
-        "denoiser": steps.tail_with_lora,
-        "vae_decoder": 1,
-        "face_embedder": 1,
-    }
-
-
-def step_gain(runtime: Runtime, frozen: Mapping[str, int], live: Mapping[str, int]) -> StepGain:
+def step_gain(runtime: Runtime, uses: Sequence[Use]) -> StepGain:
     """The sums over all stages that were measured; the others count nowhere.
 
     Args:
-        frozen, live: how often a step uses each stage without and with gradient.
+        uses: of a step whose frozen outputs are not cached.
     """
+    frozen, live = (Counter[str](), Counter[str]())
+    for use in uses:
+        (live if use.live else frozen)[use.stage] += use.count
     torch_ms = planned_ms = live_ms = 0.0
     unmeasured = tuple(name for name, choice in runtime.plan.items() if TORCH not in choice.latency_ms)
     for name, choice in runtime.plan.items():
         latency = choice.latency_ms
         if TORCH not in latency:
             continue
-        torch_ms += frozen.get(name, 0) * latency[TORCH]
-        planned_ms += frozen.get(name, 0) * latency[choice.backend]
+        torch_ms += frozen[name] * latency[TORCH]
+        planned_ms += frozen[name] * latency[choice.backend]
         # All large weights are frozen: backward has the input's gradient alone to compute, as much work as forward.
-        live_ms += 2 * live.get(name, 0) * latency[TORCH]
+        live_ms += 2 * live[name] * latency[TORCH]
     return StepGain(torch_ms, planned_ms, live_ms, unmeasured)
 
 

@@ -9,8 +9,10 @@ from string import Template
 from uuid import uuid4
 
 from frostline.errors import ConfigError, EngineError
+from frostline.runtime.backends import DEFAULT_BACKEND
 from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.engines.store import VerifiedEngine
+from frostline.runtime.hints import export_command
 
 SCRIPT = "run.py"
 _TEMPLATE = Path(__file__).with_name("run_onnx.py.template")
@@ -54,7 +56,7 @@ def _check_portable(manifest: Manifest) -> None:
     if not all(file.endswith(".onnx") for file in files):
         raise EngineError(
             f"{manifest.backend} engine {manifest.key} has no ONNX files, and runs with {manifest.backend} alone: "
-            f"build one with `frostline export … --backend onnxruntime --stages {manifest.stage}`"
+            f"build one with `{export_command(manifest.stage, DEFAULT_BACKEND)}`"
         )
     tensors = (tensor for network in manifest.networks for tensor in (*network.inputs, *network.outputs))
     if missing := {tensor.dtype for tensor in tensors} - _DTYPES:

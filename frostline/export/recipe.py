@@ -6,25 +6,21 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import LoraSettings, Precision, RewardSettings, Settings
-from frostline.documents import read_yaml
+from frostline.config import LoraSettings, Precision, Settings
 from frostline.errors import ConfigError, DocumentError, EngineError
 from frostline.recipes import export_recipe
-from frostline.runtime.backends import check_backend, get_backend
-from frostline.runtime.backends.options import BuildOptions
+from frostline.rewards.config import RewardEntry, default_rewards, stage_names
+from frostline.runtime.backends import DEFAULT_BACKEND, check_backend, get_backend
+from frostline.runtime.backends.base.options import BuildOptions
+from frostline.stages.families import family_of
 from frostline.stages.shapes import ShapeRange, asked_maximum, parse_shapes
 
 if TYPE_CHECKING:
     import torch
 
 ALL_STAGES = "all"
-# Of all models and rewards: which of them a model has shows when it is loaded.
-STAGES = (
-    *("text_encoder", "image_encoder", "vae_encoder", "denoiser", "denoiser_high_noise", "vae_decoder"),
-    *("face_detector", "face_embedder"),
-)
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
@@ -32,17 +28,22 @@ class Recipe(Settings):
     """What `frostline export` does for one model; command-line flags go before it."""
 
     model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
-    stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="names of stages, or all")
+    stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="stages to export, or all")
     backends: tuple[str, ...] = Field(
-        default=("onnxruntime",), description="engines to build, of each stage those that compute in its precision"
+        default=(DEFAULT_BACKEND,),
+        description="backends to build engines of; for each stage those that compute in its precision",
     )
     precision: Precision = Field(default="fp32", description="floating-point type of the Wan stages")
-    compute_capabilities: tuple[str, ...] = Field(default=(), description="GPUs to build TensorRT engines for")
-    min_shapes: str = Field(default="", description="as --min-shapes")
-    opt_shapes: str = Field(default="", description="as --opt-shapes")
-    max_shapes: str = Field(default="", description="as --max-shapes")
+    compute_capabilities: tuple[str, ...] = Field(
+        default=(), description="GPUs to build TensorRT engines for: compute capabilities such as 8.9, or current"
+    )
+    min_shapes: str = Field(default="", description="smallest shapes, in trtexec syntax, such as video:1x5x3x64x64")
+    opt_shapes: str = Field(default="", description="shapes to tune for, in trtexec syntax")
+    max_shapes: str = Field(default="", description="largest shapes, in trtexec syntax")
     lora: LoraSettings | None = Field(default=LoraSettings(), description="null exports a denoiser without live LoRA")
-    reward: RewardSettings = RewardSettings()
+    rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
+        default_factory=default_rewards, description="whose stages are exported beside the model's, each by its type"
+    )
 
     @field_validator("stages", "backends", "compute_capabilities", mode="before")
     @classmethod
@@ -66,14 +67,6 @@ class Recipe(Settings):
             raise ValueError("names none: nothing would be exported")
         return value
 
-    @field_validator("stages")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in (ALL_STAGES, *STAGES):
-                raise ValueError(f"no stage {name!r}: there are {', '.join(STAGES)}")
-        return value
-
     @field_validator("compute_capabilities")
     @classmethod
     def _are_capabilities(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,6 +76,16 @@ class Recipe(Settings):
                 example = f"{digits[:-1]}.{digits[-1]}" if len(digits) in (2, 3) else "8.9"
                 raise ValueError(f"{name!r} is no compute capability: write {example}, or current")
         return value
+
+    @model_validator(mode="after")
+    def _stages_are_known(self) -> Self:
+        of_rewards = stage_names(self.rewards)
+        if of_rewards is not None:
+            known = (*family_of(self.model).STAGES, *of_rewards)
+            for name in self.stages:
+                if name not in (ALL_STAGES, *known):
+                    raise ValueError(f"stages: no stage {name!r}: there are {', '.join(known)}")
+        return self
 
     @model_validator(mode="after")
     def _can_be_exported(self) -> Self:
@@ -111,14 +114,11 @@ class Recipe(Settings):
             self._check_target(name, device)
 
     def _check_target(self, name: str, device: str) -> None:
-        from frostline.runtime.backends.tensorrt import TensorRTBackend
         from frostline.runtime.device import resolve_device
 
         backend, options = get_backend(name), BuildOptions(compute_capabilities=self.compute_capabilities)
         try:
-            target = backend.target(resolve_device(device), options)
-            if isinstance(backend, TensorRTBackend):
-                backend.check_target(target)
+            backend.check_target(backend.target(resolve_device(device), options))
         except EngineError as error:
             raise ConfigError(f"backend {name}: {error}") from error
 
@@ -129,16 +129,17 @@ class Recipe(Settings):
         Raises:
             ConfigError: a shape string is ill-formed.
         """
-        return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes)
+        geometry = family_of(self.model).GEOMETRY
+        return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes, geometry)
 
     @property
     def asked_maximum(self) -> frozenset[str]:
         """The open dimensions whose largest extent the recipe names."""
-        return asked_maximum(self.max_shapes)
+        return asked_maximum(self.max_shapes, family_of(self.model).GEOMETRY)
 
     def backends_for(self, precision: str) -> tuple[str, ...]:
         """Those that compute in a stage's precision; all where none does, for that to be told."""
-        able = tuple(name for name in self.backends if precision in get_backend(name).PRECISIONS)
+        able = tuple(name for name in self.backends if precision in get_backend(name).precisions)
         return able or self.backends
 
     def with_lora(self, live: bool, target_modules: str | None) -> Recipe:
@@ -186,6 +187,9 @@ def _find(model: str) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    # The command line imports this file, for the options of `frostline export`: without PyYAML.
+    from frostline.documents import read_yaml
+
     try:
         values = read_yaml(path)
     except OSError as error:

@@ -14,7 +14,7 @@ from frostline.export.recipe import ALL_STAGES, Recipe
 from frostline.export.result import ExportRow, Status
 from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.backends import get_backend
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.fingerprint import precision_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +58,11 @@ class PartWeights:
         if self.as_read:
             copied._as_read = copied._memory()
         return copied
+
+    @property
+    def reader(self) -> str:
+        """The module whose code reads the tensors."""
+        return (self._read.func if isinstance(self._read, partial) else self._read).__module__
 
     @property
     def resident(self) -> bool:

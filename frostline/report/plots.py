@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from frostline.escaping import printable
+
 Values = Sequence[float | None]
 """Numbers with gaps."""
 
@@ -75,7 +77,7 @@ def line_plot(
             _draw_line(axes, places, averaged, colour, width=2.0)
             last = max((i for i, value in enumerate(averaged) if not math.isnan(value)), default=None)
             if last is not None:
-                label = name if len(series) > 1 else _number(averaged[last], percent)
+                label = printable(name) if len(series) > 1 else _number(averaged[last], percent)
                 ends.append((places[last], averaged[last], label, colour))
         if not ends:
             return _svg(figure, axes, "no values")
@@ -113,7 +115,7 @@ def paired_plot(
         axes.set_xlim(-0.12, 1.12)
         _lay_out(figure, axes, " ", ylabel, percent=False, right=1)
         means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
-        words = [f"{label}\nmean {_number(mean)}" for label, mean in zip(labels, means, strict=True)]
+        words = [f"{printable(label)}\nmean {_number(mean)}" for label, mean in zip(labels, means, strict=True)]
         axes.set_xticks([0, 1], words)
         for tick in axes.get_xticklabels():
             tick.set_color(_INK)
@@ -151,7 +153,7 @@ def bar_plot(
         top = 0.0
         for index, (category, group) in enumerate(bars.items()):
             if titled:
-                axes.text(0, top + title_height - 5, category, color=_INK, va="baseline")
+                axes.text(0, top + title_height - 5, printable(category), color=_INK, va="baseline")
             top += title_height
             for name, value in zip(group, _finite(list(group.values())), strict=True):
                 colour = _SERIES[names.index(name) % len(_SERIES)]
@@ -270,7 +272,7 @@ def _lay_out(figure: Figure, axes: Axes, xlabel: str, ylabel: str, percent: bool
     axes.spines["bottom"].set_color(_RULE)
     axes.grid(axis="y", color=_RULE, linewidth=1)
     axes.set_axisbelow(True)
-    axes.set_xlabel(xlabel, color=_MUTED, labelpad=4)
+    axes.set_xlabel(printable(xlabel), color=_MUTED, labelpad=4)
     width, height = figure.get_size_inches() * figure.dpi
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= high]
@@ -280,7 +282,7 @@ def _lay_out(figure: Figure, axes: Axes, xlabel: str, ylabel: str, percent: bool
     bottom = _BOTTOM if xlabel else _BOTTOM - 16
     inner_width, inner_height = width - left - right_room, height - bottom - _TOP
     axes.set_position((left / width, bottom / height, inner_width / width, inner_height / height))
-    figure.text(0, 1 - 12 / height, ylabel, color=_MUTED, va="baseline", ha="left")
+    figure.text(0, 1 - 12 / height, printable(ylabel), color=_MUTED, va="baseline", ha="left")
 
 
 def _tick(value: float, _position: int | None = None) -> str:
@@ -320,8 +322,9 @@ def _corner_label(figure: Figure, text: str) -> None:
 
 
 def _beside(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    place, offset, shown = (x, y), (6, 0), printable(text)
     axes.annotate(
-        text, (x, y), (6, 0), textcoords="offset pixels", color=colour, va="center_baseline", annotation_clip=False
+        shown, place, offset, textcoords="offset pixels", color=colour, va="center_baseline", annotation_clip=False
     )
 
 

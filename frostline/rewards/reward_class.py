@@ -1,4 +1,4 @@
-"""The class that `reward.type` names: imported, or only looked for.
+"""The class that an entry of `rewards` names: imported, or only looked for.
 
 To import a module is to run it, which whoever looks at the settings of somebody else does not ask for.
 """
@@ -9,7 +9,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,27 @@ from frostline.errors import ConfigError
 _SOURCE = ".py"
 
 
-def import_reward(path: str) -> Callable[..., Any]:
+def import_reward(path: str, where: str) -> type[Any]:
     """The class, its module imported.
 
+    Args:
+        path: `package.module:Class`.
+        where: the entry of the settings, to be named in errors.
     Raises:
         ConfigError: there is none.
     """
-    module_name, name = _split(path)
+    module_name, name = _split(path, where)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"reward.type {path}: {module_name} cannot be imported: {error}") from error
+        raise ConfigError(f"{where}.type {path}: {module_name} cannot be imported: {error}") from error
     found = getattr(module, name, None)
     if not inspect.isclass(found):
-        raise ConfigError(f"reward.type {path}: {module_name} has no class {name!r}")
+        raise ConfigError(f"{where}.type {path}: {module_name} has no class {name!r}")
     return found
 
 
-def look_for_reward(path: str) -> None:
+def look_for_reward(path: str, where: str) -> None:
     """Look in the source of the module for the class, running nothing of it nor of the packages around it.
 
     What a module has under that name by other means than `class`, or a module without source, is left to the run.
@@ -44,27 +47,27 @@ def look_for_reward(path: str) -> None:
     Raises:
         ConfigError: the module is not there or has no such name.
     """
-    module_name, name = _split(path)
+    module_name, name = _split(path, where)
     spec = _find_module(module_name)
     if spec is None:
-        raise ConfigError(f"reward.type {path}: {module_name} cannot be imported: there is no such module")
+        raise ConfigError(f"{where}.type {path}: {module_name} cannot be imported: there is no such module")
     if spec.origin is None:  # a folder without `__init__.py`
-        raise ConfigError(f"reward.type {path}: {module_name} has no class {name!r}")
+        raise ConfigError(f"{where}.type {path}: {module_name} has no class {name!r}")
     if not spec.origin.endswith(_SOURCE):
         return
     try:
         tree = ast.parse(Path(spec.origin).read_bytes(), spec.origin)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"reward.type {path}: {module_name} cannot be imported: {error}") from error
+        raise ConfigError(f"{where}.type {path}: {module_name} cannot be imported: {error}") from error
     names = {*_names(tree)}
     if name not in names and not names & {"*", "__getattr__"}:
-        raise ConfigError(f"reward.type {path}: {module_name} has no class {name!r}")
+        raise ConfigError(f"{where}.type {path}: {module_name} has no class {name!r}")
 
 
-def _split(path: str) -> tuple[str, str]:
+def _split(path: str, where: str) -> tuple[str, str]:
     module_name, colon, name = path.partition(":")
     if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise ConfigError(f"reward.type {path!r}: must be face_identity or package.module:Class")
+        raise ConfigError(f"{where}.type {path!r}: must be package.module:Class")
     return module_name, name
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
-from frostline.runtime.backends.inputs import check_live
+from frostline.runtime.backends.base.inputs import LiveCheck
 from frostline.runtime.identity.architecture import adapter_parameters
 from frostline.runtime.stage import ModuleTensors, Network, Stage
 
@@ -89,12 +89,11 @@ class LiveGuard:
     """
 
     def __init__(self, stage: Stage) -> None:
-        self._networks = [network for network in stage.networks if network.live]
+        networks = [network for network in stage.networks if network.live]
+        self._checks = [LiveCheck(network) for network in networks]
         self._module_state = stage.module_state()
-        self._seen: list[tuple[Tensor, int]] = []
-        self._refused: str | None = None
         self._gone: str | None = None
-        for network in self._networks:
+        for network in networks:
             if isinstance(network.live, ModuleTensors):
                 try:
                     network.live.look_up()
@@ -107,19 +106,12 @@ class LiveGuard:
             return self._gone
         if (reason := self._module_state()) is not None:
             return reason
-        seen = [(tensor, tensor.data_ptr()) for network in self._networks for tensor in network.live.values()]
-        same = len(seen) == len(self._seen) and all(
-            tensor is before and address == then
-            for (tensor, address), (before, then) in zip(seen, self._seen, strict=True)
-        )
-        if not same:
-            self._seen, self._refused = seen, None
-            try:
-                for network in self._networks:
-                    check_live(network)
-            except EngineError as error:
-                self._refused = str(error)
-        return self._refused
+        try:
+            for check in self._checks:
+                check()
+        except EngineError as error:
+            return str(error)
+        return None
 
 
 def _frozen(network: Network) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:

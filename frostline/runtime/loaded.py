@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
 
 from frostline.errors import EngineError
 from frostline.runtime.backends import TORCH, get_backend
 from frostline.runtime.engines.store import EngineRecord, EngineStore
 from frostline.runtime.engines.verification import VerifiedEngine
 from frostline.runtime.hints import export_command
-from frostline.runtime.stage import Runner, Stage, in_torch
+from frostline.runtime.stage import Runner, Stage, Tensors, in_torch
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +23,13 @@ FindRecord = Callable[[str, str], EngineRecord | None]
 
 @dataclass(frozen=True)
 class LoadedStage:
-    """A stage on one backend, and the networks that it is made of."""
+    """A stage on one backend.
+
+    networks: runners of its networks, by name. run: computes the whole stage; takes inputs and variant.
+    """
 
     networks: Mapping[str, Runner]
-    whole: Runner
+    run: Callable[[Tensors, str | None], dict[str, Tensor]]
 
 
 class LoadedEngines:
@@ -57,7 +63,7 @@ class LoadedEngines:
             return LoadedStage({network.name: in_torch(network) for network in stage.networks}, stage.torch)
         if (name, backend) not in self._loaded:
             networks = self._load(stage, backend)
-            self._loaded[name, backend] = LoadedStage(networks, stage.assemble(networks))
+            self._loaded[name, backend] = LoadedStage(networks, partial(stage.run, networks))
         return self._loaded[name, backend]
 
     def verify(self, name: str, backend: str) -> VerifiedEngine:
@@ -96,7 +102,7 @@ class LoadedEngines:
 
 def holds_weights(backend: str) -> bool:
     """Whether an engine of this backend has weights of its own."""
-    return backend != TORCH and get_backend(backend).HOLDS_WEIGHTS
+    return backend != TORCH and get_backend(backend).holds_weights
 
 
 def weight_bytes(stage: Stage) -> int:

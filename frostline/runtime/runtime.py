@@ -31,7 +31,7 @@ from frostline.runtime.loaded import LoadedEngines, LoadedStage, holds_weights, 
 from frostline.runtime.planning.choosing import FindRecord, choose
 from frostline.runtime.planning.plan import Choice, Plan, PlanSetting, expand_plan
 from frostline.runtime.planning.trials import Trials
-from frostline.runtime.stage import Runner, Stage
+from frostline.runtime.stage import Case, Runner, Stage, Tensors
 from frostline.runtime.stage_timer import StageClock
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class Runtime:
         backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend
         return f"{backends} {weights}"
 
-    def admits(self, stage: str, inputs: Mapping[str, Tensor]) -> bool:
+    def admits(self, stage: str, inputs: Tensors) -> bool:
         """Whether inputs of a stage that is one network, in one call, are of shapes that its backend serves.
 
         The backend is the one that served the stage last: torch, which serves any, may have won at a shape.
@@ -198,38 +198,43 @@ class Runtime:
         if choice.backend == TORCH and (latest is not None or not choice.candidates):
             return True
         (network,) = self.stages[stage].networks
-        return all(spec.admits(inputs[spec.name].shape) for spec in network.inputs)
+        return all(spec.admits(inputs[spec.name].shape) for spec in network.inputs if spec.name in inputs)
 
-    def run(self, stage: str, inputs: Mapping[str, Tensor], use: str | None = None) -> dict[str, Tensor]:
+    def run(
+        self, stage: str, inputs: Tensors, *, variant: str | None = None, use: str | None = None
+    ) -> dict[str, Tensor]:
         """Run one stage as planned; a failing engine is replaced by torch, with one warning.
 
         An engine that fails where PyTorch fails as well was given wrong inputs: it goes on serving.
 
         Args:
+            variant: one of the stage's variants; None runs the modules as they are.
             use: what the clock is to call it; the stage's name if not given.
         Raises:
             EngineError: `strict`, and no engine computes this; or the weights are sharded over processes, and an
                 engine failed in this one: the others would wait for it.
         """
-        backend = self._backend_at(stage, inputs)
+        case = Case(inputs, variant)
+        backend = self._backend_at(stage, case)
         with torch.no_grad(), self.clock.measure(use or stage, backend):
-            outputs, _ = self._compute(stage, backend, lambda loaded: loaded.whole, inputs)
+            outputs, _ = self._compute(stage, backend, lambda loaded: loaded.run(*case))
             return outputs
 
-    def networks_at(self, stage: str, inputs: Mapping[str, Tensor]) -> tuple[str, dict[str, Runner]]:
+    def networks_at(self, stage: str, inputs: Tensors) -> tuple[str, dict[str, Runner]]:
         """The backend that serves inputs of these shapes, and the stage's networks on it, by name.
 
         For who puts the stage together in another way. They do not keep time. Where an engine fails, torch computes
         that network and all that are called after it, with one warning.
         """
-        backend = serving = self._backend_at(stage, inputs)
+        case = Case(inputs)
+        backend = serving = self._backend_at(stage, case)
 
         def run(name: str, /, **tensors: Tensor) -> dict[str, Tensor]:
             nonlocal serving
-            if serving != TORCH and self._backend_at(stage, inputs) != serving:
+            if serving != TORCH and self._backend_at(stage, case) != serving:
                 serving = TORCH
             with torch.no_grad():
-                outputs, serving = self._compute(stage, serving, lambda loaded: loaded.networks[name], tensors)
+                outputs, serving = self._compute(stage, serving, lambda loaded: loaded.networks[name](**tensors))
             return outputs
 
         return backend, {network.name: partial(run, network.name) for network in self.stages[stage].networks}
@@ -263,7 +268,7 @@ class Runtime:
     def _finder(self, name: str) -> FindRecord | None:
         return None if self._store is None else partial(self.record, name)
 
-    def _backend_at(self, stage: str, inputs: Mapping[str, Tensor]) -> str:
+    def _backend_at(self, stage: str, case: Case) -> str:
         """The backend that serves inputs of these shapes, the stage's modules being what they are now."""
         with self._lock:
             if self._wanted[stage] == TORCH or self._store is None:
@@ -279,7 +284,7 @@ class Runtime:
                 return TORCH
             if not choice.candidates:
                 return choice.backend
-            return self._trials.choose(self.stages[stage], choice, inputs).backend
+            return self._trials.choose(self.stages[stage], choice, case).backend
 
     def _conflict(self, stage: str) -> str | None:
         """Why no engine computes what the stage's modules compute now, or None."""
@@ -340,14 +345,14 @@ class Runtime:
             return self._engines.load(name, backend)
 
     def _compute(
-        self, stage: str, backend: str, of: Callable[[LoadedStage], Runner], inputs: Mapping[str, Tensor]
+        self, stage: str, backend: str, compute: Callable[[LoadedStage], dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], str]:
         """The outputs of a stage or of one of its networks, and the backend that they are from: torch on failure."""
 
         def on(backend: str) -> dict[str, Tensor]:
-            runner = of(self._load(stage, backend))
+            loaded = self._load(stage, backend)
             with self._torch_lock if backend == TORCH else nullcontext():
-                return runner(**inputs)
+                return compute(loaded)
 
         if backend == TORCH:
             return on(TORCH), TORCH

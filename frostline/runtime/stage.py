@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from frostline.runtime.engines.tolerance import Tolerance
 log = logging.getLogger(__name__)
 
 Fill = Callable[[tuple[int, ...], torch.Generator], Tensor]
+Tensors: TypeAlias = Mapping[str, Tensor]
 
 
 class Runner(Protocol):
@@ -169,12 +170,22 @@ class Network:
         return dict(zip(self.outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
 
+class Case(NamedTuple):
+    """Inputs of a whole stage, and the variant to compute; see `Stage`."""
+
+    inputs: Tensors
+    variant: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """A named computation that any backend may serve while it is frozen: here one network, and nothing around it.
 
-    A stage of several networks, or with work around them, overrides `torch` and `assemble`. Stages are data and
-    methods, never closures: a deep copy of a module has stages of its own, which compute with its own weights.
+    A stage of several networks, or with work around them, overrides `torch` and `run`. Stages are data and methods,
+    never closures: a deep copy of a module has stages of its own, which compute with its own weights.
+
+    A stage may have variants, by name: the same weights used in another way, such as a denoiser without its LoRA. The
+    variant None is the module as it is.
 
     networks: what backends compile.
     tolerance: what an engine's outputs may differ by.
@@ -191,21 +202,17 @@ class Stage:
     description: str = ""
     license: str | None = None
 
-    def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Compute the stage in plain PyTorch, the measure of all engines."""
+    def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        """Compute the stage in plain PyTorch, the reference that engines are compared with."""
         return self.networks[0].reference(inputs)
 
-    def assemble(self, runners: Mapping[str, Runner]) -> Runner:
-        """Make the stage from one runner for each network."""
-        return runners[self.networks[0].name]
+    def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        """Compute the stage with a runner for each of its networks, by name."""
+        return on[self.networks[0].name](**inputs)
 
-    def sample(self) -> dict[str, Tensor]:
-        """Return realistic inputs of the whole stage, for parity and latency."""
-        return self.networks[0].samples("opt")
-
-    def base_sample(self) -> dict[str, Tensor] | None:
-        """Return the same, told to leave the live tensors out (a LoRA scale of 0); None where there are none."""
-        return None
+    def cases(self) -> Mapping[str, Case]:
+        """Return realistic inputs by name, at which engines are compared with PyTorch; the first one is timed."""
+        return {"sample": Case(self.networks[0].samples("opt"))}
 
     def module_state(self) -> ModuleState:
         """Return a check for a state of the modules, other than their tensors, in which engines compute otherwise.

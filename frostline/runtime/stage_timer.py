@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class StageTime:
-    """Time of one use of a stage since the clock was last read: so many calls, on `backend`.
+    """Time of one use of a stage while times were collected: so many calls, on `backend`.
 
     Where several backends served it, they are all named, comma-separated.
     """
@@ -25,33 +25,59 @@ class StageTime:
     calls: int
 
 
+class StageTimes:
+    """The uses of stages within a `StageClock.collect` block."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[str, str, _Span]] = []
+
+    def read(self) -> dict[str, StageTime]:
+        """Return the times since the last read, by use; on a GPU this waits for the work to end."""
+        collected, self._spans = self._spans, []
+        by_use: dict[str, list[tuple[str, _Span]]] = defaultdict(list)
+        for use, backend, span in collected:
+            by_use[use].append((backend, span))
+        times: dict[str, StageTime] = {}
+        for use, spans in by_use.items():
+            backends = ", ".join(dict.fromkeys(backend for backend, _ in spans))
+            times[use] = StageTime(backends, sum(span.milliseconds() for _, span in spans), len(spans))
+        return times
+
+    def add(self, use: str, backend: str, span: _Span) -> None:
+        """Count a use."""
+        self._spans.append((use, backend, span))
+
+
 class StageClock:
-    """Collects the time of each use of a stage, frozen or live, from any thread, until `read`."""
+    """Times each use of a stage, frozen or live, in any thread, for those who collect times meanwhile."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spans: dict[str, list[tuple[str, _Span]]] = defaultdict(list)
+        self._collecting: list[StageTimes] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[StageTimes]:
+        """Collect the uses that end within the block; blocks may be nested, and each gets all of its own."""
+        times = StageTimes()
+        with self._lock:
+            self._collecting.append(times)
+        try:
+            yield times
+        finally:
+            with self._lock:
+                self._collecting = [other for other in self._collecting if other is not times]
 
     @contextmanager
     def measure(self, use: str, backend: str) -> Iterator[None]:
-        """Add the time that the block takes to a use: a stage's name where it is frozen, `denoise_tail`, …"""
+        """Time the block as a use: a stage's name where it is frozen, `denoise_tail`, …"""
         span = _Span()
         try:
             yield
         finally:
             span.stop()
             with self._lock:
-                self._spans[use].append((backend, span))
-
-    def read(self) -> dict[str, StageTime]:
-        """The times since the last read, by use; on a GPU this waits for the work to end."""
-        times: dict[str, StageTime] = {}
-        with self._lock:
-            collected, self._spans = self._spans, defaultdict(list)
-        for use, spans in collected.items():
-            backends = ", ".join(dict.fromkeys(backend for backend, _ in spans))
-            times[use] = StageTime(backends, sum(span.milliseconds() for _, span in spans), len(spans))
-        return times
+                for times in self._collecting:
+                    times.add(use, backend, span)
 
 
 class _Span:

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import nn
 
 from frostline.config import AUTO
 from frostline.errors import ConfigError
 from frostline.export.exporter import ensure_verified, export_stage
-from frostline.models.faces.detectors import load_detector
-from frostline.models.faces.embedders import load_embedder
+from frostline.models.faces.embedders import FaceEmbedder
 from frostline.models.faces.identity import FaceIdentity
+from frostline.rewards.face_identity.served import ServedDetector, ServedEmbedder
+from frostline.rewards.face_identity.stages import build_face_stages, load_faces
 from frostline.runtime.backends import TORCH, get_backend
 from frostline.runtime.engines.store import EngineStore
-from frostline.runtime.faces import RuntimeDetector, RuntimeEmbedder
 from frostline.runtime.runtime import Runtime
 from frostline.score.settings import ScoreSettings
-from frostline.stages.build import build_face_stages
-from frostline.stages.inputs import FaceModels
 from frostline.stages.shapes import ShapeRange
 
 
@@ -67,11 +65,10 @@ def load_networks(
         EngineError: an engine cannot be built, or does not compute what PyTorch computes.
     """
     check_backend(backend)
-    detector, embedder = load_detector(settings.detector, settings.min_face_size), load_embedder(settings.embedder)
-    assert isinstance(embedder, nn.Module)
-    detector.modules().to(device)
-    embedder.to(device)
-    stages = build_face_stages(FaceModels(detector, embedder), ShapeRange())
+    faces = load_faces(settings.detector, settings.embedder, settings.min_face_size)
+    faces.detector.modules().to(device)
+    embedder = cast(FaceEmbedder, faces.embedder.to(device))
+    stages = {stage.name: stage for stage in build_face_stages(faces, ShapeRange())}
     store = EngineStore(engines)
     if backend == AUTO:
         ensure_verified(stages.values(), store)
@@ -80,6 +77,6 @@ def load_networks(
             announce(f"{backend} {name}")
             export_stage(stage, backend, store, progress=lambda step, name=name: announce(f"{backend} {name}: {step}"))
     runtime = Runtime(stages, backend, engines)
-    served = RuntimeEmbedder.of(embedder, runtime)
-    identity = FaceIdentity(RuntimeDetector(runtime), served, settings.upscale, settings.missing_face, settings.face)
-    return FaceNetworks(identity, runtime, (detector.name, embedder.name), device)
+    served = ServedEmbedder.of(embedder, runtime)
+    identity = FaceIdentity(ServedDetector(runtime), served, settings.upscale, settings.missing_face, settings.face)
+    return FaceNetworks(identity, runtime, (faces.detector.name, embedder.name), device)

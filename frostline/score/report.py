@@ -11,6 +11,7 @@ from frostline.package_info import installed_versions
 from frostline.report.formatting import NONE, fixed
 from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot, histogram, line_plot
+from frostline.runtime.backends import engine_packages
 from frostline.score.pictures import extreme_pictures
 from frostline.score.result import VideoScore
 from frostline.score.run import ScoreOutcome
@@ -19,7 +20,6 @@ from frostline.score.summary import Summary
 
 _DETAILED = 60
 _POINTS = 600
-_PACKAGES = ("frostline", "torch", "onnxruntime-gpu", "openvino", "av")
 _COLUMNS = (
     Column("Video"),
     Column("Face score", "right"),
@@ -192,7 +192,7 @@ def _facts(outcome: ScoreOutcome, settings: ScoreSettings) -> dict[str, str]:
         "frames": str(summary.frames),
     }
     facts |= {name: str(value) for name, value in settings if value is not None}
-    return facts | installed_versions(_PACKAGES)
+    return facts | installed_versions(("frostline", "torch", *engine_packages(), "av"))
 
 
 def _count(number: int, what: str) -> str:

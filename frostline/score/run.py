@@ -13,6 +13,7 @@ from pathlib import Path
 from frostline.atomic_io import atomic_write, check_writable
 from frostline.errors import ConfigError, DataError
 from frostline.progress import Bar, Progress
+from frostline.runtime.stage_timer import StageTimes
 from frostline.score.engines import FaceNetworks, check_backend, load_networks
 from frostline.score.files import ResultFile
 from frostline.score.processes import Processes
@@ -134,16 +135,16 @@ def _scored(
 ) -> Iterator[VideoScore]:
     """The results of `pairs`, with a bar that tells videos and frames per second."""
     scorer = Scorer(networks.identity, settings, batch, networks.device, networks.names, networks.backends)
-    with progress.bar("score", len(pairs)) as bar:
-        for row in scorer.score(pairs, _watch(networks, clock, bar)):
+    with progress.bar("score", len(pairs)) as bar, networks.runtime.clock.collect() as times:
+        for row in scorer.score(pairs, _watch(times, clock, bar)):
             yield row
             bar.advance(1)
 
 
-def _watch(networks: FaceNetworks, clock: _Clock, bar: Bar) -> Callable[[int], None]:
+def _watch(times: StageTimes, clock: _Clock, bar: Bar) -> Callable[[int], None]:
     def on_frames(frames: int) -> None:
         clock.frames += frames
-        for name, spent in networks.runtime.clock.read().items():
+        for name, spent in times.read().items():
             clock.stages[f"{name} ({spent.backend})"] += spent.milliseconds / 1000
         bar.describe(f"{clock.frames / clock.seconds:.1f} frames/s")
 

@@ -1,4 +1,4 @@
-"""`denoiser` and `denoiser_high_noise`: noisy latents to velocity, the LoRA alive.
+"""Denoiser stages of any family: noisy latents to velocity, the LoRA alive.
 
 The adapter matrices and their scale are inputs of the graph, bound to the trainer's own memory: after an optimizer
 step the engine is on-policy with nothing to rebuild, and with scale 0 the same engine is the KL reference.
@@ -7,22 +7,42 @@ step the engine is on-policy with nothing to rebuild, and with scale 0 the same 
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from frostline.models.lora.inject import LoraSwitches, adapters_off, live_scale, lora_parameters, lora_scale
-from frostline.models.wan.denoiser import Denoiser
-from frostline.models.wan.video_shape import CLIP_FEATURE
-from frostline.runtime.dynamic_dim import Dimension
-from frostline.runtime.stage import ModuleState, ModuleTensors, Network, Stage, TensorSpec
+from frostline.models.lora.inject import (
+    LoraSwitches,
+    active_scale,
+    adapters_off,
+    live_scale,
+    lora_parameters,
+    lora_scale,
+)
+from frostline.runtime.stage import (
+    Case,
+    ModuleState,
+    ModuleTensors,
+    Network,
+    Runner,
+    Stage,
+    Tensors,
+    TensorSpec,
+)
 
-from .inputs import StageInputs, tolerance
+if TYPE_CHECKING:
+    from frostline.models.lazy_weights import PartWeights
+    from frostline.runtime.dynamic_dim import Dimension
+    from frostline.runtime.engines.tolerance import Tolerance
 
+# The variant without the LoRA: the reference of the KL term. The variant None is the policy, the model as it is.
+REFERENCE = "reference"
+
+_LORA_SCALE = "lora_scale"
 # What random adapters add to a layer, relative to its input: in bf16, too, several times what engines may differ by.
 _RANDOM_LORA = 0.5
 _DESCRIPTION = (
@@ -33,144 +53,122 @@ _DESCRIPTION = (
 
 
 class LiveLoraDenoiser(nn.Module):
-    """`Denoiser.forward` for tracing.
+    """A denoiser for tracing.
 
-    The positional inputs are `latents, timestep, context`, then those of `conditions` that the model takes, then
-    `lora_scale` (0-dim, `alpha / rank`, or 0 for the KL reference), then the adapter matrices. The last two are
-    missing where the denoiser has no adapter.
+    The positional inputs are those that `inputs` names, then `lora_scale` (0-dim, `alpha / rank`, or 0 for the KL
+    reference), then the adapter matrices. The last two are missing where the denoiser has no adapter.
+
+    Args:
+        denoiser: takes its inputs by name.
+        network: the part of it that the LoRA is in.
     """
 
-    def __init__(self, denoiser: Denoiser, conditions: tuple[str, ...]) -> None:
+    def __init__(self, denoiser: nn.Module, network: nn.Module, inputs: tuple[str, ...]) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.conditions = conditions
-        self.adapter_names = [f"model.{name}" for name in lora_parameters(denoiser.model)]
+        self.inputs = inputs
+        self._path = next(name for name, module in denoiser.named_modules() if module is network)
+        prefix = f"{self._path}." if self._path else ""
+        self.adapter_names = [prefix + name for name in lora_parameters(network)]
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, *others: Tensor) -> Tensor:
-        """Predict the velocity, (B, C, F, H, W)."""
-        conditions = dict(zip(self.conditions, others, strict=False))
-        inputs = (latents, timestep, context)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Predict the velocity, (B, C, F, h, w)."""
+        inputs = dict(zip(self.inputs, tensors, strict=False))
         if not self.adapter_names:
-            return self.denoiser(*inputs, **conditions)
-        scale, *adapter = others[len(self.conditions) :]
-        tensors = dict(zip(self.adapter_names, adapter, strict=True))
-        with live_scale(self.denoiser.model, scale):
-            return torch.func.functional_call(self.denoiser, tensors, inputs, conditions)
-
-
-def build(inputs: StageInputs) -> Stage:
-    """The denoiser, or the low-noise expert of two."""
-    return _build("denoiser", inputs.denoiser, inputs)
-
-
-def build_high_noise(inputs: StageInputs) -> Stage | None:
-    """The high-noise expert, for models that have one."""
-    expert = inputs.denoiser_high_noise
-    return None if expert is None else _build("denoiser_high_noise", expert, inputs)
+            return self.denoiser(**inputs)
+        scale, *adapter = tensors[len(self.inputs) :]
+        matrices = dict(zip(self.adapter_names, adapter, strict=True))
+        with live_scale(self.denoiser.get_submodule(self._path), scale):
+            return torch.func.functional_call(self.denoiser, matrices, (), inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserStage(Stage):
-    """One network. Where it has a LoRA, the input `lora_scale` may be left out in PyTorch: the model as it is."""
+    """One network. Where it has a LoRA, the variant `REFERENCE` is the model without it.
 
-    denoiser: Denoiser
+    The variant is known on the host: a scale that is read from a tensor would make the host wait for a GPU.
 
-    def torch(self, *, lora_scale: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
-        """Predict the velocity at a LoRA scale; 0 skips the adapters."""
-        with nullcontext() if lora_scale is None else _scaled(self.denoiser.model, lora_scale):
+    lora_network: the part of the denoiser that the LoRA is in.
+    """
+
+    denoiser: nn.Module
+    lora_network: nn.Module
+
+    def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        """Predict the velocity."""
+        with adapters_off(self.lora_network) if variant == REFERENCE else nullcontext():
             return {"velocity": self.denoiser(**inputs)}
 
-    def base_sample(self) -> dict[str, Tensor] | None:
-        """Return a sample at scale 0."""
-        if not self.networks[0].live:
-            return None
-        sample = self.sample()
-        return {**sample, "lora_scale": torch.zeros_like(sample["lora_scale"])}
+    def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        """Predict the velocity; the network takes the variant as the LoRA scale."""
+        (network,) = self.networks
+        if network.live:
+            scale = 0.0 if variant == REFERENCE else active_scale(self.lora_network)
+            inputs = {**inputs, _LORA_SCALE: torch.full((), scale, device=network.device)}
+        return on[network.name](**inputs)
+
+    def cases(self) -> Mapping[str, Case]:
+        """Return random inputs, where there is a LoRA once for each variant."""
+        (network,) = self.networks
+        inputs = {name: tensor for name, tensor in network.samples("opt").items() if name != _LORA_SCALE}
+        return {"sample": Case(inputs), **({"base": Case(inputs, REFERENCE)} if network.live else {})}
 
     def module_state(self) -> ModuleState:
         """Return a check of the LoRA layers' switches."""
-        return LoraSwitches(self.denoiser.model).conflict
+        return LoraSwitches(self.lora_network).conflict
 
 
-def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
+def denoiser_stage(
+    name: str,
+    denoiser: nn.Module,
+    lora_network: nn.Module,
+    inputs: tuple[TensorSpec, ...],
+    rank: Dimension,
+    *,
+    model: str,
+    tolerance: Tolerance,
+    license: str | None = None,
+    weights: PartWeights | None = None,
+) -> DenoiserStage:
+    """Make the stage of a denoiser.
+
+    Args:
+        denoiser: takes `inputs` by name, of which the first two are `latents` and `timestep`.
+        lora_network: the part of it that the LoRA is in, if it has one.
+        rank: the range of LoRA ranks that engines serve.
+    """
+    adapter = lora_parameters(lora_network)
+    scale = lora_scale(lora_network) if adapter else 0.0
+    specs = tuple(_adapter_spec(parameter, matrix, rank, scale) for parameter, matrix in adapter.items())
+    paths = dict(zip((spec.name for spec in specs), adapter, strict=True))
+    network = Network(
+        name,
+        LiveLoraDenoiser(denoiser, lora_network, tuple(spec.name for spec in inputs)).eval(),
+        (*inputs, *([_scale_spec(scale)] if adapter else [])),
+        ("velocity",),
+        live=ModuleTensors(lora_network, paths),
+        live_specs=specs,
+    )
     return DenoiserStage(
         name=name,
-        model=inputs.components.name,
+        model=model,
         description=_DESCRIPTION,
-        license=inputs.components.license,
-        networks=(_network(name, denoiser, inputs),),
-        tolerance=tolerance(name, inputs.dtype),
-        weights=inputs.components.weights.get(name),
+        license=license,
+        networks=(network,),
+        tolerance=tolerance,
+        weights=weights,
         denoiser=denoiser,
+        lora_network=lora_network,
     )
 
 
-# Values of scales that were looked at before, with their versions: to look makes the host wait for a GPU.
-_known_scales: MutableMapping[Tensor, tuple[int, float]] = WeakTensorKeyDictionary()
-
-
-def _value(scale: Tensor) -> float:
-    version, value = _known_scales.get(scale, (None, 0.0))
-    if version != scale._version:
-        value = scale.item()
-        _known_scales[scale] = (scale._version, value)
-    return value
-
-
-def _scaled(model: nn.Module, scale: Tensor) -> AbstractContextManager[None]:
-    """The model at a LoRA scale; 0 skips the adapters."""
-    value = _value(scale)
-    if value == 0:
-        return adapters_off(model)
-    now = LoraSwitches(model).scale
-    return nullcontext() if now is not None and math.isclose(value, now, rel_tol=1e-6) else live_scale(model, scale)
-
-
-def _network(name: str, denoiser: Denoiser, inputs: StageInputs) -> Network:
-    shapes, components, dtype = inputs.shapes, inputs.components, inputs.dtype
-    batch, grid = shapes.dimension("batch"), _latent_grid(inputs)
-    channels = components.vae.model.z_dim
-    conditions = []
-    if components.takes_image_latents:
-        conditions.append(TensorSpec("y", (batch, denoiser.model.in_dim - channels, *grid), dtype))
-    if components.takes_clip_feature:
-        conditions.append(TensorSpec("clip_feature", (batch, *CLIP_FEATURE), dtype))
-    context = (batch, components.text_length, components.text_encoder.dim)
-    adapter = lora_parameters(denoiser.model)
-    scale, rank = lora_scale(denoiser.model) if adapter else 0.0, shapes.dimension("rank")
-    adapter_specs = tuple(_adapter_spec(name, matrix, rank, scale) for name, matrix in adapter.items())
-    paths = dict(zip((spec.name for spec in adapter_specs), adapter, strict=True))
-    return Network(
-        name,
-        LiveLoraDenoiser(denoiser, tuple(condition.name for condition in conditions)).eval(),
-        (
-            TensorSpec("latents", (batch, channels, *grid), dtype),
-            TensorSpec("timestep", (batch,), torch.float32, _random_timesteps),
-            TensorSpec("context", context, dtype),
-            *conditions,
-            *([_scale_spec(scale)] if adapter else []),
-        ),
-        ("velocity",),
-        live=ModuleTensors(denoiser.model, paths),
-        live_specs=adapter_specs,
-    )
-
-
-def _latent_grid(inputs: StageInputs) -> tuple[Dimension, Dimension, Dimension]:
-    per_block = inputs.components.spatial_multiple // inputs.components.spatial_stride
-    return (
-        inputs.shapes.dimension("latent_frames"),
-        inputs.pixels("height", per_block),
-        inputs.pixels("width", per_block),
-    )
-
-
-def _random_timesteps(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def random_timesteps(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return timesteps of samples, uniform in [0, 1000]."""
     return 1000 * torch.rand(shape, generator=generator)
 
 
 def _scale_spec(scale: float) -> TensorSpec:
-    return TensorSpec("lora_scale", (), fill=lambda shape, generator: torch.full(shape, scale))
+    return TensorSpec(_LORA_SCALE, (), fill=lambda shape, generator: torch.full(shape, scale))
 
 
 def _adapter_spec(parameter_name: str, matrix: Tensor, rank: Dimension, scale: float) -> TensorSpec:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from typing import cast
 
 from frostline.errors import ConfigError
-from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, TEMPORAL_STRIDE
+from frostline.models.video_shape import Geometry
 from frostline.runtime.dynamic_dim import Dimension
+from frostline.stages.families import DEFAULT_GEOMETRY
 
 Range = tuple[int, int, int]
 
@@ -24,8 +25,8 @@ _LAYOUTS: dict[str, tuple[str | int, ...]] = {
 class ShapeRange:
     """Smallest, typical and largest extents.
 
-    batch: samples. latent_frames: k + 1 for a video of 4k + 1 frames. height, width: pixels, multiples of 16, or of 32
-    for Wan2.2 TI2V. rank: of the LoRA. faces: crops or frames in one call of a face network. face_height, face_width:
+    batch: samples. latent_frames: of a video's latents. height, width: pixels, multiples of what the model takes.
+    rank: of the LoRA. faces: crops or frames in one call of a face network. face_height, face_width:
     pixels of the images that the first network of the face detector scans.
     """
 
@@ -45,10 +46,6 @@ class ShapeRange:
                 raise ConfigError(
                     f"shapes: {dimension.name} must satisfy 1 <= min <= opt <= max, not {low}, {typical}, {high}"
                 )
-        for name in ("height", "width"):
-            for extent in getattr(self, name):
-                if extent % SPATIAL_MULTIPLE:
-                    raise ConfigError(f"shapes: {name} {extent} is not a multiple of {SPATIAL_MULTIPLE}")
 
     def dimension(self, name: str) -> Dimension:
         """The open dimension `name` of this class."""
@@ -69,18 +66,22 @@ class ShapeRange:
         return Dimension(name, low, typical, high, per_block, multiple)
 
 
-def parse_shapes(min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "") -> ShapeRange:
+def parse_shapes(
+    min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "", geometry: Geometry = DEFAULT_GEOMETRY
+) -> ShapeRange:
     """A range from trtexec's spelling, `name:1x5x3x64x64,…`; what is not named keeps its default.
 
     Names are `video` (batch, frames, 3, height, width), `faces` (count, 3, side, side) and `frames` (count, 3, height,
     width) of the face stages. Defaults give way where a given shape would not fit them.
 
+    Args:
+        geometry: the videos that the model takes.
     Raises:
         ConfigError: says which part is ill-formed and how it should look.
     """
-    low = _extents("--min-shapes", min_shapes)
-    typical = _extents("--opt-shapes", opt_shapes)
-    high = _extents("--max-shapes", max_shapes)
+    low = _extents("--min-shapes", min_shapes, geometry)
+    typical = _extents("--opt-shapes", opt_shapes, geometry)
+    high = _extents("--max-shapes", max_shapes, geometry)
     ranges = {}
     for dimension in fields(ShapeRange):
         name, default = dimension.name, cast(Range, dimension.default)
@@ -94,16 +95,16 @@ def parse_shapes(min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "
     return ShapeRange(**ranges)
 
 
-def asked_maximum(max_shapes: str) -> frozenset[str]:
+def asked_maximum(max_shapes: str, geometry: Geometry = DEFAULT_GEOMETRY) -> frozenset[str]:
     """The dimensions of `ShapeRange` whose largest extent `--max-shapes` names.
 
     Raises:
         ConfigError: as `parse_shapes`.
     """
-    return frozenset(_extents("--max-shapes", max_shapes))
+    return frozenset(_extents("--max-shapes", max_shapes, geometry))
 
 
-def _extents(flag: str, text: str) -> dict[str, int]:
+def _extents(flag: str, text: str, geometry: Geometry) -> dict[str, int]:
     """The extents of dimensions of `ShapeRange` that one flag names."""
     extents: dict[str, int] = {}
     for part in filter(None, text.split(",")):
@@ -117,18 +118,20 @@ def _extents(flag: str, text: str) -> dict[str, int]:
         if len(numbers) != len(layout):
             raise ConfigError(f"{flag}: {name} has {len(layout)} dimensions, {_example(layout)}, not {shape}")
         for meaning, number in zip(layout, numbers, strict=True):
-            _take(extents, meaning, number, f"{flag}: {part}")
+            _take(extents, meaning, number, geometry, f"{flag}: {part}")
     return extents
 
 
-def _take(extents: dict[str, int], meaning: str | int, number: int, where: str) -> None:
+def _take(extents: dict[str, int], meaning: str | int, number: int, geometry: Geometry, where: str) -> None:
     if isinstance(meaning, int):
         if number != meaning:
             raise ConfigError(f"{where}: {number} must be {meaning}")
     elif meaning == "frames":
-        if number % TEMPORAL_STRIDE != 1:
-            raise ConfigError(f"{where}: a video has 4k + 1 frames, not {number}")
-        extents["latent_frames"] = (number - 1) // TEMPORAL_STRIDE + 1
+        if number != geometry.fitting_frames(number):
+            raise ConfigError(f"{where}: a video has {geometry.temporal_stride}k + 1 frames, not {number}")
+        extents["latent_frames"] = geometry.latent_grid(number, 0, 0)[0]
+    elif meaning in ("height", "width") and number % geometry.spatial_multiple:
+        raise ConfigError(f"{where}: {meaning} {number} is not a multiple of {geometry.spatial_multiple}")
     elif meaning != "side":
         extents[meaning] = number
 

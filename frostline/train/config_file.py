@@ -27,7 +27,7 @@ def load_run_settings(path: Path | None, overrides: Sequence[str] = ()) -> RunSe
     """
     values = {} if path is None else _read(path)
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, RunSettings)
     try:
         return RunSettings.parse(values)
     except ConfigError as error:
@@ -46,14 +46,19 @@ def commented_yaml(settings: Settings) -> str:
 
 def _lines(settings: BaseModel, depth: int) -> Iterator[str]:
     pad = "  " * depth
-    nested = {}
-    # What a class adds to its base comes first: the model and the folder of a run before the details of its step.
-    own = type(settings).__annotations__
+    nested: dict[str, BaseModel] = {}
+    lists: dict[str, tuple[BaseModel, ...]] = {}
+    # What a class adds to its base comes first: the model and the folder of a run before the details of its step. What
+    # decides which fields there are comes before all of them.
+    own = {"type", *type(settings).__annotations__}
     fields = type(settings).model_fields
     for name in sorted(fields, key=lambda name: name not in own):
         field, value = fields[name], getattr(settings, name)
         if isinstance(value, BaseModel):
             nested[name] = value
+            continue
+        if isinstance(value, tuple) and value and all(isinstance(entry, BaseModel) for entry in value):
+            lists[name] = value
             continue
         line = f"{pad}{name}: {_flow(settings.model_dump(mode='json')[name])}"
         yield f"{line:<{_COMMENT_COLUMN}}  # {field.description}"
@@ -62,6 +67,13 @@ def _lines(settings: BaseModel, depth: int) -> Iterator[str]:
         summary = next(iter((type(value).__doc__ or "").strip().splitlines()), "")
         yield f"{pad}{name}:  # {summary}"
         yield from _lines(value, depth + 1)
+    for name, entries in lists.items():
+        yield ""
+        yield f"{pad}{name}:  # {fields[name].description}"
+        for entry in entries:
+            first, *rest = _lines(entry, depth + 2)
+            yield f"{pad}  - {first.lstrip()}"
+            yield from rest
 
 
 def _flow(value: Any) -> str:
@@ -88,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, settings: type[Settings]) -> None:
     """Put one `section.name=value` into nested mappings (and lists, by number); the value is read as YAML."""
     name, equals, text = override.partition("=")
     where = f"override {override if len(override) < 80 else override[:80] + '…'!r}"
@@ -102,10 +114,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if len(parents) > _MAX_DEPTH:
         raise ConfigError(f"{where}: no setting lies {len(parents)} sections deep")
     place: Any = values
-    for parent in parents:
+    for depth, parent in enumerate(parents):
         if isinstance(place, dict):
             if place.get(parent) is None:
-                place[parent] = {}
+                place[parent] = _default_list(settings, parent) if depth == 0 else {}
             place = place[parent]
         elif isinstance(place, list):
             place = place[_index(place, parent, where)]
@@ -117,6 +129,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[_index(place, last, where)] = value
     else:
         raise ConfigError(f"{where}: {name.rpartition('.')[0]} is no section")
+
+
+def _default_list(settings: type[Settings], name: str) -> Any:
+    """What an override of something in `name` begins with: the sections that it lists by default, or a new section."""
+    field = settings.model_fields.get(name)
+    default = None if field is None else field.get_default(call_default_factory=True)
+    if not isinstance(default, tuple):
+        return {}
+    return [entry.model_dump(mode="json", exclude_unset=True) for entry in default if isinstance(entry, BaseModel)]
 
 
 def _index(values: list[Any], text: str, where: str) -> int:

@@ -10,14 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from frostline.errors import FrostlineError
-from frostline.models.checkpoints.loading import check_files
-from frostline.models.checkpoints.model_spec import read_skeleton
-from frostline.models.faces.embedders import load_embedder
-from frostline.models.wan.denoise_steps import DenoiseSteps
-from frostline.models.wan.schedule import FlowMatchSchedule
-from frostline.models.wan.video_shape import SPATIAL_MULTIPLE
+from frostline.models.denoise_steps import DenoiseSteps
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.video_shape import Geometry
+from frostline.rewards.config import RewardConfig
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device, total_bytes
+from frostline.stages.families import family_of
 from frostline.train.data.dataset import VideoPromptDataset
 from frostline.train.memory.advice import memory_problem
 from frostline.train.memory.plan import MemoryPlan, memory_plan
@@ -37,23 +36,24 @@ def print_dry_run(settings: RunSettings, console: Console, resume: str | None = 
     found = [str(problem) for problem in problems(settings, runs=False)]
     with _noted(found):
         check_output(settings, resume)
-    skeleton, whole = None, False
+    family = family_of(settings.model)
+    spec, whole = None, False
     with _noted(found, "model: "):
-        skeleton = read_skeleton(settings.model)
-        steps = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in skeleton.networks)
+        spec = family.read_spec(settings.model)
+        steps = DenoiseSteps.of(settings, spec.boundary, spec.two_experts)
         console.print(_schedule_table(settings, steps))
         steps.check_tail()
-        if skeleton.from_files:
-            check_files(settings.model)
+        if spec.from_files:
+            family.check_files(settings.model)
         whole = True
-    multiple = SPATIAL_MULTIPLE if skeleton is None else skeleton.spatial_multiple
-    there = skeleton is not None and skeleton.from_files
+    geometry = family.GEOMETRY if spec is None else spec.geometry
+    there = spec is not None and spec.from_files
     with _noted(found):
         device_bytes = _device_bytes(settings, there)
         if whole:
-            found += _look_at_memory(settings, multiple, device_bytes, console)
+            found += _look_at_memory(settings, geometry, device_bytes, console)
     for section, videos in (("data", settings.data), ("validation", settings.validation)):
-        lines = _look_at(section, videos, multiple, settings, console)
+        lines = _look_at(section, videos, geometry, settings, console)
         if section == "validation" or settings.data.bad_rows == "error":
             found += lines
     for problem in found:
@@ -80,36 +80,42 @@ def _device_bytes(settings: RunSettings, there: bool) -> int | None:
     return total_bytes(resolve_device(settings.device)) if there else None
 
 
-def _look_at_memory(settings: RunSettings, multiple: int, device_bytes: int | None, console: Console) -> list[str]:
+def _look_at_memory(settings: RunSettings, geometry: Geometry, device_bytes: int | None, console: Console) -> list[str]:
     """What is wrong with the memory that a step needs."""
-    plan = _memory_plan(settings, multiple, device_bytes)
+    plan = _memory_plan(settings, geometry, device_bytes)
     console.print(memory_table(plan))
+    for entry in settings.rewards:
+        if not isinstance(entry, RewardConfig):
+            console.print(
+                f"not counted: the networks of {escape(entry.type)}, which a dry run does not import", soft_wrap=True
+            )
     problem = memory_problem(plan, settings)
     return [] if problem is None else [problem]
 
 
-def _memory_plan(settings: RunSettings, multiple: int, device_bytes: int | None) -> MemoryPlan:
+def _memory_plan(settings: RunSettings, geometry: Geometry, device_bytes: int | None) -> MemoryPlan:
     train, memory = settings.train, settings.memory
-    faces = settings.reward.face_identity
     return memory_plan(
         settings.model,
         settings,
-        settings.video_shape(multiple),
+        settings.video_shape(geometry),
         dtype=train.weight_dtype,
         engines=() if settings.plan.backend == TORCH else "all",
         num_processes=memory.num_processes,
         sharding=memory.sharding,
         device_bytes=device_bytes,
-        embedder=None if faces is None else load_embedder(faces.embedder),  # type: ignore[arg-type]
+        rewards=[entry.build() for entry in settings.rewards if isinstance(entry, RewardConfig)],
     )
 
 
-def _look_at(section: str, videos: VideoSettings, multiple: int, settings: RunSettings, console: Console) -> list[str]:
+def _look_at(
+    section: str, videos: VideoSettings, geometry: Geometry, settings: RunSettings, console: Console
+) -> list[str]:
     """What is wrong with a data source, one line a row."""
     if section == "validation" and videos.source is None:
         return []
     try:
-        dataset = videos.open(multiple)
+        dataset = videos.open(geometry)
     except FrostlineError as error:
         return [f"{section}: {error}"]
     check = dataset.check(deep=True)

@@ -7,9 +7,14 @@ from typing import Any
 
 
 def flatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
-    """`{"lora": {"rank": 8}}` as `{"lora.rank": 8}`; what is no mapping stays as it is."""
+    """`{"lora": {"rank": 8}}` as `{"lora.rank": 8}`, and lists of mappings by number, `{"rewards.0.type": …}`.
+
+    What is neither stays as it is.
+    """
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= {f"{name}{separator}{inner}": item for inner, item in flatten(value, separator).items()}
         else:

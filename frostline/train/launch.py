@@ -11,28 +11,26 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset, Subset
 
-from frostline.config import CHECKPOINTING, TrainingModuleSettings
+from frostline.config import CHECKPOINTING
 from frostline.errors import DataError
-from frostline.models.checkpoints.loading import check_files
-from frostline.models.checkpoints.model_spec import read_skeleton
-from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape
-from frostline.package_info import installed_versions
+from frostline.models.video_shape import Geometry, VideoShape
 from frostline.progress import Progress
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device
 from frostline.runtime.malloc import keep_freed_memory
+from frostline.stages.families import DEFAULT_GEOMETRY, family_of
 from frostline.stages.shapes import parse_shapes
 from frostline.train.config_file import dump_settings
 from frostline.train.data.dataset import BadRow, DataCheck, Sample, VideoPromptDataset
 from frostline.train.loop.checkpoint import Checkpoint
 from frostline.train.loop.resume import changed_settings
-from frostline.train.loop.saving import PACKAGES
+from frostline.train.loop.saving import package_versions
 from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
 from frostline.train.loop.validation import Validation, validate
 from frostline.train.processes import gather_from_processes
 from frostline.train.report.page import write_report
-from frostline.train.settings import RunSettings
-from frostline.train.step.module import WanTrainingModule
+from frostline.train.settings import RunSettings, TrainingModuleSettings
+from frostline.train.step.module import TrainingModule
 from frostline.train.validate_settings import check_output, problems
 
 log = logging.getLogger(__name__)
@@ -54,13 +52,13 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
-    multiple = read_skeleton(settings.model).spatial_multiple
-    dataset = _training_data(settings, accelerator, progress, multiple)
-    validation = open_validation(settings, multiple)
+    geometry = family_of(settings.model).read_spec(settings.model).geometry
+    dataset = _training_data(settings, accelerator, progress, geometry)
+    validation = open_validation(settings, geometry)
     with progress.task(f"load {settings.model}"):
         # The loader knows "cpu", not the "cpu:1" of a second process.
         module = build_module(settings, torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device)
-    _settle_checkpointing(module, settings.video_shape(multiple))
+    _settle_checkpointing(module, settings.video_shape(geometry))
     _log_start(settings, accelerator, len(dataset), checkpoint)  # type: ignore[arg-type]
     with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
         bar.advance(checkpoint.step if checkpoint else 0)
@@ -104,18 +102,18 @@ def _check(settings: RunSettings, resume: str | None) -> Checkpoint | None:
     for problem in problems(settings, runs=True):
         raise problem
     checkpoint = check_output(settings, resume)
-    check_files(settings.model)
+    family_of(settings.model).check_files(settings.model)
     return checkpoint
 
 
-def _settle_checkpointing(module: WanTrainingModule, shape: VideoShape) -> None:
+def _settle_checkpointing(module: TrainingModule, shape: VideoShape) -> None:
     """The same in every process: they gather shards at the same moments."""
     module.settle_checkpointing(shape)
     if module.gradient_checkpointing is not None:
         module.checkpoint(max(gather_from_processes(module.gradient_checkpointing), key=CHECKPOINTING.index))
 
 
-def build_module(settings: RunSettings, device: torch.device) -> WanTrainingModule:
+def build_module(settings: RunSettings, device: torch.device) -> TrainingModule:
     """The training module that the settings describe; its LoRA follows from the seed."""
     torch.manual_seed(settings.train.seed)
     step = settings.model_dump(include=set(TrainingModuleSettings.model_fields))
@@ -123,12 +121,12 @@ def build_module(settings: RunSettings, device: torch.device) -> WanTrainingModu
         # On disk: a run that goes on recalls what the run before computed, and every process what the others did.
         step["cache_dir"] = settings.output_dir / "cache"
     plan = settings.plan
-    return WanTrainingModule.from_pretrained(
+    return TrainingModule.from_pretrained(
         settings.model,
         engines=plan.engines,
         plan=plan.as_plan(),
         strict=plan.strict,
-        shapes=parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes),
+        shapes=parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes, family_of(settings.model).GEOMETRY),
         dtype=settings.train.weight_dtype,
         device=device,
         **step,
@@ -156,12 +154,12 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
     return Subset(dataset, good)
 
 
-def open_validation(settings: RunSettings, multiple: int = SPATIAL_MULTIPLE) -> Validation | None:
+def open_validation(settings: RunSettings, geometry: Geometry = DEFAULT_GEOMETRY) -> Validation | None:
     """The held-out starts, if the settings name some."""
     validation = settings.validation
     if validation.source is None:
         return None
-    dataset = validation.open(multiple)
+    dataset = validation.open(geometry)
     starts = range(min(validation.num_videos, len(dataset)))
     unusable = [row for row in dataset.validate() if row.sample_id in dataset.sample_ids[: len(starts)]]
     if unusable:
@@ -169,7 +167,7 @@ def open_validation(settings: RunSettings, multiple: int = SPATIAL_MULTIPLE) -> 
     return Validation(dataset, starts, validation.batch_size, validation.noise_seed, validation.lossless)
 
 
-def run_facts(module: WanTrainingModule) -> dict[str, Any]:
+def run_facts(module: TrainingModule) -> dict[str, Any]:
     """What the report says of a run beside its settings."""
     runtime, plan = module.runtime, {}
     for name, choice in runtime.plan.items():
@@ -177,13 +175,13 @@ def run_facts(module: WanTrainingModule) -> dict[str, Any]:
         manifest = None if record is None else record.manifest
         errors = [] if manifest is None else [parity.max_abs for parity in manifest.parity]
         plan[name] = {"backend": choice.backend, "reason": choice.reason, "parity_max_abs": max(errors, default=None)}
-    return {"plan": plan, "versions": installed_versions(PACKAGES)}
+    return {"plan": plan, "versions": package_versions(module)}
 
 
 def _training_data(
-    settings: RunSettings, accelerator: Accelerator, progress: Progress, multiple: int
+    settings: RunSettings, accelerator: Accelerator, progress: Progress, geometry: Geometry
 ) -> Dataset[Sample]:
-    dataset = settings.data.open(multiple)
+    dataset = settings.data.open(geometry)
 
     def look() -> DataCheck:
         with progress.task("look at the data"):

@@ -4,58 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from frostline.atomic_io import check_writable
-from frostline.config import LoraSettings, Precision, Settings
+from frostline.config import LoraSettings
 from frostline.errors import ConfigError
-from frostline.models.checkpoints.checkpoint_files import find_files
-from frostline.models.lora import UniformLora, check_fits, read_adapter
+from frostline.models.lora import UniformLora, read_adapter
 from frostline.models.lora.inject import copy_adapter
 from frostline.models.precision import parse_precision
-from frostline.models.wan.video_shape import TEMPORAL_STRIDE
 from frostline.runtime.device import resolve_device
 from frostline.runtime.planning.plan import Plan, parse_plan
+from frostline.stages.families import family_of
 from frostline.train.data.dataset import crop_to, size_within
-from frostline.train.step.module import WanTrainingModule
+from frostline.train.sample_settings import SampleSettings
+from frostline.train.step.module import TrainingModule
 from frostline.video import read_video, write_video
-
-
-class SampleSettings(Settings):
-    """What to sample, and how."""
-
-    model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
-    prompt: str = Field(min_length=1, description="what is to be seen")
-    image: Path | None = Field(default=None, description="the first frame: a picture, or a video, of which the first")
-    adapter: Path | None = Field(default=None, description="a PEFT folder or a LoRA file; none samples the base model")
-    lora_scale: float = Field(default=1.0, description="strength of the adapter; 1 is as trained")
-    seed: int = Field(default=0, ge=0, description="of the start noise")
-    num_inference_steps: int = Field(default=8, ge=1, description="N, Euler steps from noise to video")
-    shift: float = Field(default=5.0, gt=0, description="s of the sigma schedule")
-    num_frames: int = Field(default=81, ge=1, description="4k + 1")
-    height: int | None = Field(default=None, description="in pixels; with width; by default the picture's own")
-    width: int | None = Field(default=None, description="in pixels; with height; by default the picture's own")
-    max_pixels: int = Field(default=480 * 832, ge=256, description="a larger picture is shrunk to this area")
-    fps: float = Field(default=16, gt=0, description="frames per second of the clip that is written")
-    plan: str = Field(default="auto", description="auto, torch, a backend, or stage=backend,…")
-    engines: Path | None = Field(default=Path("engines"), description="the engine store")
-    strict: bool = Field(default=False, description="fail where an engine fails, instead of falling back to torch")
-    precision: Precision = Field(default="fp32", description="floating-point type of the weights")
-    device: str = Field(default="auto", description="cpu, cuda, or auto: a GPU if there is one")
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        if self.num_frames % TEMPORAL_STRIDE != 1:
-            raise ValueError(f"num_frames must be 4k + 1 (1, 5, 9, …), not {self.num_frames}")
-        if (self.height is None) != (self.width is None):
-            raise ValueError("height and width go together: set both or neither")
-        if self.image is None and self.height is None:
-            raise ValueError("without an image, height and width are needed")
-        return self
 
 
 @dataclass(frozen=True)
@@ -96,8 +61,9 @@ def _read_lora(path: Path, settings: SampleSettings) -> UniformLora:
     Raises:
         ConfigError: it cannot be read, is of another model or more than a LoRA, or the scale is too large for it.
     """
-    adapter = read_adapter(path)
-    check_fits(adapter, find_files(settings.model).denoiser.shapes)
+    family = family_of(settings.model)
+    adapter = read_adapter(path, family.layer_path)
+    family.check_adapter(settings.model, adapter)
     lora = adapter.uniform()
     scaled = {layer: (down, settings.lora_scale * up.float()) for layer, (down, up) in lora.layers.items()}
     for layer, (_, up) in scaled.items():
@@ -106,12 +72,12 @@ def _read_lora(path: Path, settings: SampleSettings) -> UniformLora:
     return replace(lora, layers=scaled)
 
 
-def load_for_sampling(settings: SampleSettings, adapter: UniformLora | None) -> WanTrainingModule:
+def load_for_sampling(settings: SampleSettings, adapter: UniformLora | None) -> TrainingModule:
     """The model with `adapter` on it, or with a LoRA that changes nothing."""
     lora = LoraSettings(rank=2)
     if adapter is not None:
         lora = LoraSettings(rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.target_modules)
-    module = WanTrainingModule.from_pretrained(
+    module = TrainingModule.from_pretrained(
         settings.model,
         engines=settings.engines,
         plan=parse_plan(settings.plan),
@@ -126,21 +92,21 @@ def load_for_sampling(settings: SampleSettings, adapter: UniformLora | None) -> 
         lora=lora.model_dump(),
     )
     if adapter is not None:
-        copy_adapter(module.components.denoiser, adapter)
+        copy_adapter(module.trained.network, adapter)
     return module
 
 
 @torch.no_grad()
-def _sample(module: WanTrainingModule, settings: SampleSettings, picture: Tensor | None) -> SampledClip:
-    if picture is None and (module.components.takes_image_latents or module.components.pins_first_frame):
+def _sample(module: TrainingModule, settings: SampleSettings, picture: Tensor | None) -> SampledClip:
+    if picture is None and module.model.needs_image:
         raise ConfigError(f"{settings.model} starts from a picture: give --image")
-    size = _size(settings, picture, module.components.spatial_multiple)
+    size = _size(settings, picture, module.model.geometry.spatial_multiple)
     frame = torch.zeros(1, 3, *size) if picture is None else crop_to(picture, size)
     video = frame.expand(settings.num_frames, -1, -1, -1)[None]
     conditioning = module.forward_preprocess({"prompt": [settings.prompt], "video": video})
     generator = torch.Generator().manual_seed(settings.seed)
     noise = torch.randn(1, *conditioning.latent_shape, generator=generator)
-    videos = module.generate(conditioning, noise.to(conditioning.context.device))
+    videos = module.generate(conditioning, noise.to(conditioning.device))
     if picture is None:
         return SampledClip(videos[0].cpu(), None, None, module.runtime.plan)
     ((_, score),) = module.score(videos, conditioning)

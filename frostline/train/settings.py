@@ -1,4 +1,4 @@
-"""Settings of a training run: what a YAML file for `frostline train` may hold."""
+"""Settings of a training step and of a run: what `TrainingModule.from_pretrained` takes, and what files say."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import OTHERS, Settings, Sharding, TrainingModuleSettings
+from frostline.config import OTHERS, GradientCheckpointing, LoraSettings, Settings, Sharding
 from frostline.errors import ConfigError
-from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, VideoShape, check_cut, nearest_multiple
+from frostline.models.video_shape import Geometry, VideoShape
+from frostline.rewards.config import RewardEntry, default_rewards
+from frostline.runtime.backends import TORCH, backend_names
+from frostline.stages.families import DEFAULT_GEOMETRY, family_of
 
 # torch takes seconds to import: a mistake in a configuration file is to be told before.
 if TYPE_CHECKING:
@@ -19,7 +22,69 @@ if TYPE_CHECKING:
     from frostline.train.data.dataset import VideoPromptDataset
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+# What the reference calls two settings (arXiv 2510.14255): accepted wherever these are.
+_NAMES_OF_THE_REFERENCE = {"mid_timestep": "grad_start_step", "final_timestep": "grad_end_step"}
 LrSchedulerType = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+class TrainingModuleSettings(Settings):
+    """One training step; the defaults are those of the reference (IPRO, arXiv 2510.14255)."""
+
+    num_inference_steps: int = Field(default=8, ge=1, description="N, Euler steps from noise to video")
+    grad_start_step: int = Field(default=4, ge=0, description="first step with gradient")
+    grad_end_step: int = Field(default=7, ge=0, description="last step with gradient")
+    shift: float = Field(default=5.0, gt=0, description="s of the sigma schedule")
+    boundary: float | None = Field(default=None, ge=0, le=1, description="of two experts; the model's own if not given")
+    noise_seed: int | None = Field(default=24, description="seed of the start noise; null draws fresh noise every step")
+    kl_weight: float = Field(default=1.0, ge=0, description="weight of the KL term in the loss")
+    gradient_checkpointing: GradientCheckpointing | Literal["auto"] = Field(
+        default="auto",
+        description="recompute nothing (none), every block, or the whole denoiser and VAE decode (full) in backward; "
+        "auto: the first of these that fits the memory",
+    )
+    engine_forward: bool = Field(
+        default=True,
+        description="let the plan's engines compute what backward recomputes: the VAE decode under block and full, the "
+        "denoise tail under full; the gradient is PyTorch's",
+    )
+    torch_compile: bool = Field(
+        default=False, description="compile the denoiser's blocks in the first step: worth its minute on a GPU"
+    )
+    offload_saved_tensors: bool = Field(
+        default=False, description="keep what backward needs in main memory instead of the GPU's: slower, smaller"
+    )
+    lora: LoraSettings = LoraSettings()
+    rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
+        default_factory=default_rewards, description="what is rewarded, each by its type; the sum joins the loss"
+    )
+    cache_dir: Path | None = Field(default=None, description="where frozen outputs are kept; memory if not given")
+    cache_bytes: int = Field(default=8 * 2**30, ge=0, description="bound of the frozen-output cache; 0 switches it off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_names_of_the_reference(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for theirs, ours in _NAMES_OF_THE_REFERENCE.items():
+            if theirs in values and ours in values:
+                raise ValueError(f"{theirs} is another name of {ours}: set one of them")
+        return {_NAMES_OF_THE_REFERENCE.get(name, name): value for name, value in values.items()}
+
+    @field_validator("rewards")
+    @classmethod
+    def _something_is_rewarded(cls, value: tuple[RewardEntry, ...]) -> tuple[RewardEntry, ...]:
+        if not value:
+            raise ValueError("names none: nothing would be rewarded")
+        return value
+
+    @model_validator(mode="after")
+    def _steps_are_ordered(self) -> Self:
+        if not self.grad_start_step <= self.grad_end_step < self.num_inference_steps:
+            raise ValueError(
+                f"grad_start_step <= grad_end_step < num_inference_steps must hold, not {self.grad_start_step}, "
+                f"{self.grad_end_step}, {self.num_inference_steps}"
+            )
+        return self
 
 
 class TrainerSettings(Settings):
@@ -83,10 +148,10 @@ class VideoSettings(Settings):
     source: Path | None = Field(
         default=None, description="metadata.csv, .json or .jsonl with video and prompt, or a folder of captioned videos"
     )
-    num_frames: int = Field(default=17, ge=5, description="frames of every sample, 4k+1")
+    num_frames: int = Field(default=17, ge=5, description="frames of every sample; most models take 4k+1")
     height: int | None = Field(
         default=None,
-        description="pixels, a multiple of 16 (of 32 for Wan2.2-TI2V-5B); each video keeps its own if not given",
+        description="pixels, a multiple of what the model takes (16 or 32); each video keeps its own if not given",
     )
     width: int | None = Field(default=None, description="pixels, as height, and goes with it")
     max_pixels: int = Field(default=480 * 832, description="height times width, where these are not given")
@@ -96,21 +161,17 @@ class VideoSettings(Settings):
         description="let metadata name videos, and captions link to files, outside the source's folder",
     )
 
-    @model_validator(mode="after")
-    def _wan_takes_such_a_cut(self) -> Self:
-        try:
-            check_cut(self.num_frames, self.height, self.width, self.max_pixels, self.frame_stride)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return self
+    def check_cut(self, geometry: Geometry) -> None:
+        """Raise a ConfigError where a model of this geometry takes no such videos."""
+        geometry.check_cut(self.num_frames, self.height, self.width, self.max_pixels, self.frame_stride)
 
-    def open(self, multiple: int = SPATIAL_MULTIPLE) -> VideoPromptDataset:
+    def open(self, geometry: Geometry = DEFAULT_GEOMETRY) -> VideoPromptDataset:
         """The dataset that these settings describe.
 
         Args:
-            multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
+            geometry: the videos that the model takes.
         Raises:
-            ConfigError: height, width or max_pixels do not go with it, or there is no source.
+            ConfigError: it takes no such videos, or there is no source.
             DataError: the source cannot be read, or none of its rows is usable.
         """
         from frostline.train.data.dataset import VideoPromptDataset
@@ -119,7 +180,7 @@ class VideoSettings(Settings):
             # Without one there is no validation; training needs it.
             raise ConfigError("data.source: is needed: a metadata file, or a folder of captioned videos")
         cut = self.model_dump(include={"num_frames", "height", "width", "max_pixels", "frame_stride", "allow_outside"})
-        return VideoPromptDataset(self.source, **cut, multiple=multiple)
+        return VideoPromptDataset(self.source, **cut, geometry=geometry)
 
 
 class DataSettings(VideoSettings):
@@ -147,7 +208,8 @@ class PlanSettings(Settings):
     """Which backend serves which frozen stage."""
 
     backend: str = Field(
-        default="auto", description="auto (the fastest verified engine), torch, onnxruntime, tensorrt, …"
+        default="auto",
+        description=f"auto (the fastest verified engine), {TORCH}, or a backend: {', '.join(backend_names())}",
     )
     stages: dict[str, str] = Field(default={}, description="backends of single stages, e.g. {vae_encoder: torch}")
     engines: Path = Field(default=Path("engines"), description="the engine store")
@@ -170,9 +232,9 @@ class MemorySettings(Settings):
 
 
 class RunSettings(TrainingModuleSettings):
-    """A training run: the step (`num_inference_steps` … `reward`), and what is around it."""
+    """A training run: the step (`num_inference_steps` … `rewards`), and what is around it."""
 
-    model: str = Field(default="tiny", description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
+    model: str = Field(default="tiny", description="tiny, tiny-moe, tiny-ti2v, or the folder of a checkpoint")
     output_dir: Path = Field(default=Path("runs/train"), description="everything that the run writes")
     overwrite_output_dir: bool = Field(default=False, description="delete the run that output_dir holds")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
@@ -182,7 +244,17 @@ class RunSettings(TrainingModuleSettings):
     plan: PlanSettings = PlanSettings()
     memory: MemorySettings = MemorySettings()
 
-    def video_shape(self, multiple: int = SPATIAL_MULTIPLE) -> VideoShape:
+    @model_validator(mode="after")
+    def _the_model_takes_such_cuts(self) -> Self:
+        geometry = family_of(self.model).GEOMETRY
+        for name in ("data", "validation"):
+            try:
+                getattr(self, name).check_cut(geometry)
+            except ConfigError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return self
+
+    def video_shape(self, geometry: Geometry = DEFAULT_GEOMETRY) -> VideoShape:
         """What a step of one process computes on.
 
         Where videos keep their proportions, the square of so many pixels stands for all of them.
@@ -190,5 +262,5 @@ class RunSettings(TrainingModuleSettings):
         data = self.data
         height, width = data.height, data.width
         if height is None or width is None:
-            height = width = nearest_multiple(math.isqrt(data.max_pixels), multiple)
+            height = width = geometry.nearest_side(math.isqrt(data.max_pixels))
         return VideoShape(self.train.per_device_train_batch_size, data.num_frames, height, width)

@@ -6,21 +6,16 @@ from collections.abc import Callable, Iterator
 
 from frostline.config import AUTO
 from frostline.errors import ConfigError, FrostlineError
-from frostline.models.checkpoints.model_spec import read_skeleton
-from frostline.models.faces.detectors import load_detector
-from frostline.models.faces.embedders import load_embedder
-from frostline.models.lazy_weights import FROZEN_PARTS
-from frostline.models.lora.inject import check_targets
-from frostline.rewards.reward_class import import_reward, look_for_reward
+from frostline.rewards.build import check_rewards, resolve
+from frostline.rewards.config import stage_names
 from frostline.runtime.backends import TORCH, check_backend
+from frostline.stages.families import family_of
 from frostline.stages.shapes import parse_shapes
 from frostline.train.loop.checkpoint import Checkpoint
 from frostline.train.loop.output_dir import begins_in, check_start, check_writable
 from frostline.train.loop.resume import check_fits, find_resume
 from frostline.train.loop.trackers import check_trackers
 from frostline.train.settings import RunSettings
-
-_STAGES = (*FROZEN_PARTS, "denoiser", "vae_decoder", "face_detector", "face_embedder")
 
 
 def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
@@ -30,10 +25,10 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
         runs: whether the run follows; where it does not, no module that the settings name is imported.
     """
     checks: list[Callable[[], object]] = [
-        lambda: _check_plan(settings),
-        lambda: _check_rewards(settings, import_reward if runs else look_for_reward),
+        lambda: check_rewards(settings.rewards, runs),
+        lambda: _check_plan(settings, runs),
         lambda: check_trackers(settings.train.report_to),
-        lambda: check_targets(read_skeleton(settings.model).build("denoiser"), settings.lora.target_modules),
+        lambda: family_of(settings.model).check_lora(settings.model, settings.lora),
     ]
     for check in checks:
         try:
@@ -61,20 +56,16 @@ def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None
     return checkpoint
 
 
-def _check_plan(settings: RunSettings) -> None:
+def _check_plan(settings: RunSettings, runs: bool) -> None:
     plan = settings.plan
-    for stage in plan.stages:
-        if stage not in _STAGES:
-            raise ConfigError(f"plan.stages: there is no stage {stage!r}, only {', '.join(_STAGES)}")
+    family = family_of(settings.model)
+    of_rewards = stage_names(resolve(settings.rewards) if runs else settings.rewards)
+    # Which stages a reward of the user's brings only importing it would tell.
+    if of_rewards is not None:
+        known = (*family.STAGES, *of_rewards)
+        for stage in plan.stages:
+            if stage not in known:
+                raise ConfigError(f"plan.stages: there is no stage {stage!r}, only {', '.join(known)}")
     for backend in {plan.backend, *plan.stages.values()} - {AUTO, TORCH}:
         check_backend(backend)
-    parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes)
-
-
-def _check_rewards(settings: RunSettings, check_class: Callable[[str], object]) -> None:
-    for term in settings.reward.terms:
-        if term.is_face_identity:
-            load_detector(term.detector, term.min_face_size)
-            load_embedder(term.embedder)
-        else:
-            check_class(term.type)
+    parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes, family.GEOMETRY)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from frostline.export import export_cache as receipts
 from frostline.export.export_cache import Receipt, recall, receipt_key, remember
 from frostline.export.recipe import Recipe
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.manifest import EngineId, Manifest, Parity
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.engines.tolerance import Tolerance
+from frostline.runtime.identity import computation
 
 BOUNDS = Tolerance(atol=1e-5, rtol=1e-5, cosine=0.999)
 LOOSE = Tolerance(atol=float("inf"), rtol=1.0, cosine=-1.0)
@@ -137,6 +137,26 @@ def test_the_key_follows_bounds_and_files(tmp_path: Path, monkeypatch: pytest.Mo
 
     keys = [key({}), key({"atol": 1.0}), key({"atol": None}), key({"atol": float("inf")}), key({"atol": float("nan")})]
     keys += [key({}, Recipe(model="tiny", backends=("openvino",))), key({}, Recipe(model="tiny-moe"))]
-    monkeypatch.setattr(receipts, "installed_versions", lambda packages: {"onnxruntime-gpu": "99"})
-    keys.append(key({}))
     assert len({*keys}) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("backend", "package", "other"),
+    [
+        ("onnxruntime", "onnxruntime", "openvino"),
+        ("openvino", "openvino", "onnxruntime"),
+        ("tensorrt", "tensorrt", "tensorrt_rtx"),
+        ("tensorrt-rtx", "tensorrt_rtx", "tensorrt"),
+        ("aotinductor", "torch", "onnxruntime"),
+    ],
+)
+def test_the_key_follows_the_versions_of_what_its_backends_import(
+    backend: str, package: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, recipe = computation._installed, Recipe(model="tiny", backends=(backend,))
+
+    def key_with(upgraded: str) -> str:
+        monkeypatch.setattr(computation, "_installed", lambda top: "99" if top == upgraded else installed(top))
+        return receipt_key(recipe, BuildOptions(), "cpu", {})
+
+    assert key_with("nothing") == key_with(other) != key_with(package)

@@ -13,18 +13,18 @@ from frostline.errors import EngineError, ShapeError
 from frostline.export.exporter import build_stage, export_stage
 from frostline.export.limits import check_served, largest_tensor, served_note, within_limit
 from frostline.export.recipe import load_recipe
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.wan.components import WanComponents
 from frostline.models.wan.denoiser import Denoiser
 from frostline.runtime import bounds
 from frostline.runtime.backends import get_backend
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.stage import Network, Stage, TensorSpec
-from frostline.stages import vae_decoder, vae_encoder
-from frostline.stages.inputs import StageInputs
+from frostline.stages.wan import vae_decoder, vae_encoder
+from frostline.stages.wan.inputs import StageInputs
 
 LIMIT = 2**31 - 1
 
@@ -131,7 +131,7 @@ def stage() -> Stage:
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime, were it to take no more than five samples of 32 × 32 pixels."""
-    monkeypatch.setattr(get_backend("onnxruntime"), "LARGEST_TENSOR", 5 * 10 * 32 * 32)
+    monkeypatch.setattr(get_backend("onnxruntime"), "largest_tensor", 5 * 10 * 32 * 32)
 
 
 def test_an_engine_says_what_it_serves(stage: Stage, limited: None, tmp_path: Path) -> None:
@@ -192,12 +192,12 @@ def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, 
 @pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B"])
 def test_the_vae_of_the_shipped_recipes_keeps_within_the_limit(name: str) -> None:
     """Of each kind of VAE the recipe with the largest shapes: nothing that it asks for is refused or lowered."""
-    recipe, skeleton = load_recipe(name, {}), read_skeleton(name)
-    parts: dict[str, Any] = {part: skeleton.build(part).to(recipe.dtype) for part in ("vae", "denoiser")}
+    recipe, spec = load_recipe(name, {}), read_spec(name)
+    parts: dict[str, Any] = {part: spec.build(part).to(recipe.dtype) for part in ("vae", "denoiser")}
     parts["vae"].scale = [values.to("meta") for values in parts["vae"].scale]
     unused: Any = SimpleNamespace()
-    components = WanComponents(name, text_encoder=unused, tokenizer=unused, **parts)
-    inputs = StageInputs(components, Denoiser(components.denoiser), None, None, recipe.shapes)
+    components = WanComponents(spec, text_encoder=unused, tokenizer=unused, **parts)
+    inputs = StageInputs(components, Denoiser(components.denoiser), None, recipe.shapes)
     for stage in (vae_encoder.build(inputs), vae_decoder.build(inputs)):
         for part in stage.networks:
             assert within_limit(part, "tensorrt", LIMIT, recipe.asked_maximum) is part

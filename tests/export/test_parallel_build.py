@@ -12,7 +12,7 @@ from frostline.export.model import load_staged_model
 from frostline.export.parallel_build import build_ahead, fitting_jobs
 from frostline.export.recipe import Recipe
 from frostline.export.run import ExportOptions, export_model
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.stages.staged_model import StagedModel
 
@@ -75,6 +75,6 @@ def test_asking_again_needs_no_torch() -> None:
     asked = "import sys, " + ", ".join(f"frostline.{module}" for module in modules)
     cache = "frostline.export.export_cache"
     recipe = f"{cache}.receipt_key({cache}.Recipe(model='tiny'), Options(), 'auto', {{}})"
-    code = f"{asked}\nfrom frostline.runtime.backends.options import BuildOptions as Options\n{recipe}\n"
+    code = f"{asked}\nfrom frostline.runtime.backends.base.options import BuildOptions as Options\n{recipe}\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

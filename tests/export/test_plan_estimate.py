@@ -1,5 +1,7 @@
 """What a plan is worth: how often a step uses each stage, and what the plan's choices then cost."""
 
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,23 +9,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frostline.config import TrainingModuleSettings
-from frostline.export.plan_estimate import frozen_uses, live_uses, step_gain
+from frostline.export.plan_estimate import step_gain
 from frostline.export.tables import step_gain_lines
-from frostline.models.wan.denoise_steps import DenoiseSteps
+from frostline.models.denoise_steps import DenoiseSteps
+from frostline.rewards.face_identity import Config
 from frostline.runtime.planning.plan import Choice, Plan
+from frostline.stages.provider import Use
+from frostline.stages.wan.uses import step_uses
+from frostline.train.settings import TrainingModuleSettings
 
 ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector": 2, "face_embedder": 1}
 
 
+def counts(steps: DenoiseSteps, live: bool) -> Counter[str]:
+    """How often a step uses each stage, of a model with CLIP that is rewarded for faces."""
+    total: Counter[str] = Counter()
+    for use in (*step_uses(steps, clip=True), *Config.uses):
+        if use.live == live:
+            total[use.stage] += use.count
+    return total
+
+
 def test_the_reference_step_with_one_expert() -> None:
     """Four rollout steps, and the KL reference of four tail steps."""
-    uses = frozen_uses(DenoiseSteps(4, 7))
+    uses = counts(DenoiseSteps(4, 7), live=False)
     assert uses == {**ONCE, "denoiser": 8, "denoiser_high_noise": 0}
 
 
 def test_the_reference_step_with_two_experts() -> None:
-    uses = frozen_uses(DenoiseSteps.of(TrainingModuleSettings(), 0.9, two_experts=True))
+    uses = counts(DenoiseSteps.of(TrainingModuleSettings(), 0.9, two_experts=True), live=False)
     assert uses == {**ONCE, "denoiser": 1 + 4, "denoiser_high_noise": 3}
 
 
@@ -41,7 +55,7 @@ def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> 
         live_low += not by_high and in_tail
     steps = DenoiseSteps(mid, final, high)
     assert steps.tail_with_lora == live_low
-    uses, live = frozen_uses(steps), live_uses(steps)
+    uses, live = counts(steps, live=False), counts(steps, live=True)
     assert (uses["denoiser"], uses["denoiser_high_noise"]) == (low_noise, high_noise)
     assert live == {"denoiser": live_low, "denoiser_high_noise": live_high, "vae_decoder": 1, "face_embedder": 1}
 
@@ -56,7 +70,17 @@ def test_a_step_costs_uses_times_latency() -> None:
         denoiser=Choice("onnxruntime", "fastest", {"torch": 10.0, "onnxruntime": 4.0, "openvino": 5.0}),
         vae_encoder=Choice("torch", "no engine is faster", {"torch": 7.0, "onnxruntime": 9.0}),
     )
-    gain = step_gain(planned, {"text_encoder": 1, "denoiser": 8, "vae_encoder": 1}, {"denoiser": 4, "vae_decoder": 1})
+    gain = step_gain(
+        planned,
+        [
+            Use("text_encoder", False, 1, "conditioning"),
+            Use("denoiser", False, 4, "rollout"),
+            Use("denoiser", False, 4, "tail"),
+            Use("vae_encoder", False, 1, "conditioning"),
+            Use("denoiser", True, 4, "tail"),
+            Use("vae_decoder", True, 1, "decode"),
+        ],
+    )
     assert gain.torch_ms == pytest.approx(3 + 8 * 10 + 7)
     assert gain.planned_ms == pytest.approx(1 + 8 * 4 + 7)
     assert gain.live_ms == pytest.approx(2 * 4 * 10)
@@ -71,8 +95,9 @@ def test_stages_that_are_unused_or_unmeasured_do_not_count() -> None:
         image_encoder=Choice("onnxruntime", "fastest", {"torch": 99.0, "onnxruntime": 98.0}),
         vae_encoder=Choice("torch", "no engine"),
     )
-    gain = step_gain(planned, {"denoiser": 2, "vae_encoder": 1}, {})
+    encoder = Use("vae_encoder", False, 1, "conditioning")
+    gain = step_gain(planned, [Use("denoiser", False, 2, "rollout"), encoder])
     assert (gain.torch_ms, gain.planned_ms, gain.live_ms) == (20.0, 8.0, 0.0)
-    nothing = step_gain(runtime(vae_encoder=Choice("torch", "no engine")), {"vae_encoder": 1}, {"vae_encoder": 1})
+    nothing = step_gain(runtime(vae_encoder=Choice("torch", "no engine")), [encoder, replace(encoder, live=True)])
     assert (nothing.torch_ms, nothing.planned_ms, nothing.live_ms) == (0.0, 0.0, 0.0)
     assert step_gain_lines(nothing) == ["no engine was measured on this machine: nothing to predict"]

@@ -17,8 +17,9 @@ from frostline.cli import app
 from frostline.errors import ConfigError, EngineError, FrostlineError
 from frostline.export.exporter import build_stage
 from frostline.export.publish import publish
-from frostline.models.lora.inject import adapters_off
+from frostline.models.lora.inject import live_scale
 from frostline.runtime.engines.store import EngineStore, VerifiedEngine
+from frostline.stages.denoiser import REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,14 @@ def test_the_script_computes_the_model_with_and_without_a_lora(published: Path, 
     assert "Predict the flow-matching velocity" in result.stdout
     assert "velocity: float32 (2, 16, 2, 8, 8)" in result.stdout
     base = torch.from_numpy(np.load(tmp_path / "out.npz")["denoiser.velocity"])
-    with adapters_off(stage.denoiser.model):
-        torch.testing.assert_close(base, stage.torch(**inputs | {"lora_scale": torch.tensor(0.0)})["velocity"])
+    tensors = {name: value for name, value in inputs.items() if name != "lora_scale"}
+    torch.testing.assert_close(base, stage.torch(tensors, REFERENCE)["velocity"])
 
     result = run(published, *arguments, "--lora", str(adapter_in(tmp_path / "adapter")))
     assert result.returncode == 0, result.stderr
     adapted = torch.from_numpy(np.load(tmp_path / "out.npz")["denoiser.velocity"])
-    expected = stage.torch(**inputs | {"lora_scale": torch.tensor(2.0)})["velocity"]
+    with live_scale(stage.lora_network, torch.tensor(2.0)):
+        expected = stage.torch(tensors)["velocity"]
     torch.testing.assert_close(adapted, expected, atol=1e-5, rtol=1e-4)
     assert (adapted - base).abs().max() > 0.01
 

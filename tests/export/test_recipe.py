@@ -1,6 +1,7 @@
 """Recipes: those that ship, and what becomes of those that a user writes."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from frostline import recipes
 from frostline.config import LoraSettings
 from frostline.errors import ConfigError
-from frostline.export.recipe import STAGES, Recipe, load_recipe
-from frostline.runtime.backends.tensorrt import TENSORRT
+from frostline.export.recipe import Recipe, load_recipe
+from frostline.rewards.config import default_rewards, stage_names
+from frostline.stages.families import family_of
 from frostline.stages.shapes import ShapeRange
 
 SHIPPED = sorted((Path(recipes.__file__).parent / "export").glob("*.yaml"))
@@ -105,7 +107,10 @@ def test_the_dimensions_that_were_asked_for(tmp_path: Path) -> None:
 
 def test_all_stages_are_known(make_module: Any) -> None:
     modules = (make_module(model) for model in ("tiny", "tiny-moe", "tiny-ti2v"))
-    assert {name for module in modules for name in module.stages} <= {*STAGES}
+    assert {name for module in modules for name in module.stages} <= {
+        *family_of("tiny").STAGES,
+        *(stage_names(default_rewards()) or ()),
+    }
 
 
 @pytest.fixture
@@ -135,7 +140,7 @@ def test_what_cannot_be_exported_here_is_told_before_a_model_is_loaded(
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if text.endswith("tensorrt]"):
-        monkeypatch.setattr(TENSORRT, "_module", "no_such_tensorrt")
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
     said = refused_usage("export", write(tmp_path, f"model: tiny\n{text}\n"))
     assert re.search(message, said), said
 
@@ -163,7 +168,23 @@ def test_shapes_are_parsed(tmp_path: Path) -> None:
         ("model: tiny\nprecison: fp32\n", "precison: unknown setting, is precision meant"),
         ("model: tiny\nbackend: onnxruntime\n", "backend: unknown setting, is backends meant"),
         ("model: tiny\nlora: {rnak: 8}\n", r"lora\.rnak: unknown setting, is rank meant"),
-        ("model: tiny\nreward: {scael: 8}\n", r"reward\.scael: unknown setting, is scale meant"),
+        (
+            "model: tiny\nrewards: [{type: sharpness, scael: 8}]\n",
+            r"rewards\.0\.scael: unknown setting, is scale",
+        ),
+        (
+            "model: tiny\nrewards: [{type: sharpnes}]\n",
+            r"rewards\.0\.type: there is no reward 'sharpnes', is sharp",
+        ),
+        (
+            "model: tiny\nrewards: [{weight: 1}]\n",
+            r"rewards\.0\.type: must name a reward, known are face_identity",
+        ),
+        ("model: tiny\nreward: {scale: 8}\n", "reward: unknown setting, is rewards meant"),
+        (
+            "model: tiny\nrewards: []\nstages: face_detector\n",
+            "stages: no stage 'face_detector': there are text",
+        ),
         ("model: tiny\nxyzzy: 1\n", "xyzzy: unknown setting, known are model, stages"),
         ("model: tiny\nprecision: fp8\n", "precision: .*'fp32', 'fp16' or 'bf16'"),
         ("model: tiny\nlora: {rank: 0}\n", r"lora\.rank: .*greater than or equal to 1"),

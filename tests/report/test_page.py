@@ -3,17 +3,24 @@
 import base64
 import os
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from browser import needs_chromium, render
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from markupsafe import Markup as TrustedMarkup
 from PIL import Image
 
 from frostline.errors import DataError
+from frostline.escaping import printable
 from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import COLOURS, line_plot, paired_plot
+from frostline.report.rendering import environment
 from frostline.video import write_video
 
 NASTY = """<script>alert("1")</script> & 'it' </style>"""
@@ -55,31 +62,40 @@ class Markup(HTMLParser):
         return sum(name == tag for name, _ in self.tags)
 
 
-@pytest.fixture
-def clip(tmp_path: Path) -> Path:
-    return write_video(tmp_path / "clip.mp4", torch.rand(5, 3, 32, 32), fps=8)
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", torch.rand(5, 3, 32, 32), fps=8)
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.new("RGB", (40, 30), "teal").save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.new("RGB", (40, 30), "teal").save(path)
+    return path
 
 
-def full_page(clip: Path, picture: Path, text: str = "words") -> Page:
-    """A page with every kind of block, the same text wherever text goes."""
+def two_plots(text: str) -> list[str]:
+    lines = line_plot({text: [1.0, None, 3.0], "b": [2, 1, 2]}, ylabel=text, xlabel=text)
+    return [lines, paired_plot([0.1], [0.2])]
+
+
+def full_page(clip: Path, picture: Path, text: str = "words", plots: Sequence[str] | None = None) -> Page:
+    """A page with every kind of block, the same text wherever text goes; `plots` are two, else made with the text."""
+    first, second = two_plots(text) if plots is None else plots
     page = Page(text, text)
     page.paragraph(text, lead=True)
     page.tiles([Tile(text, text, unit=text, before=text, change=text, note=text, trend="better"), Tile("a", "1")])
     page.heading(text)
+    page.subheading(text, text)
     page.table(
         [Column(text), Column("score", "right")], [[text, Cell("0.2", 0.21)], [Cell(text, muted=True), "0.1"]], text
     )
     page.table([Column(text)], [], sortable=False)
     page.figures(
-        Figure.svg(line_plot({text: [1.0, None, 3.0], "b": [2, 1, 2]}, ylabel=text, xlabel=text), text, text, text),
-        Figure.svg(paired_plot([0.1], [0.2]), text),
+        Figure.svg(first, text, text, text, span=2),
+        Figure.svg(second, text),
         Figure.image(picture, text, text, text, wide=True),
+        Figure.jpeg(b"", text, text),
         columns=2,
     )
     page.figures(Figure.video(clip, text, text), Figure.video(clip, text), columns=4, narrow_columns=2)
@@ -92,7 +108,46 @@ def test_text_is_escaped_everywhere(clip: Path, picture: Path) -> None:
     assert [tag for tag, _ in nasty.tags] == [tag for tag, _ in plain.tags]
     assert nasty.count("script") == 1
     assert nasty.texts.count(NASTY) == plain.texts.count("words") > 15
-    assert nasty.attribute("alt") == [NASTY]
+    assert nasty.attribute("alt") == [NASTY, NASTY]
+
+
+HOSTILE = st.lists(
+    st.sampled_from(
+        ["<script>", "</title>", "<!--", "-->", "]]>", "&lt;", "&#34;", '"', "'", "`", " onload=x ", "{{ 7 }}"]
+    )
+    | st.sampled_from(["\0", "\x1b[2J", "\r", "\n", "\x9b", "\u2028", "\u202e", "\udce9", "\ud800", "人"])
+    | st.characters(exclude_categories=[]),
+    min_size=1,
+).map("".join)
+
+
+@given(text=HOSTILE)
+@settings(deadline=None, max_examples=150)
+def test_whatever_the_text_the_elements_are_ours(clip: Path, picture: Path, text: str) -> None:
+    place = "(place)"
+    ours = Markup(full_page(clip, picture, place, plots=["<svg></svg>"] * 2).html())
+    html = full_page(clip, picture, text, plots=["<svg></svg>"] * 2).html()
+    found = Markup(html)
+    shown = printable(text)
+    assert found.tags == [
+        (tag, {name: shown if value == place else value for name, value in attributes.items()})
+        for tag, attributes in ours.tags
+    ]
+    assert "".join(found.texts) == "".join(ours.texts).replace(place, shown)
+    assert printable(html) == html
+
+
+def test_the_full_page_has_every_kind_of_block(clip: Path, picture: Path) -> None:
+    used = {block for section in full_page(clip, picture)._sections for block, _ in section}
+    assert used == {name for name in vars(Page) if not name.startswith("_")} - {"html", "write"}
+
+
+def test_no_template_can_forget_what_text_needs() -> None:
+    template = environment().from_string("<p>{{ text }} {{ text ~ mark }}</p>")
+    shown = template.render(text="\x1b<", mark=TrustedMarkup("<br>"))
+    assert shown == r"<p>\x1b&lt; \x1b&lt;<br></p>"
+    with pytest.raises(UndefinedError, match="mark"):
+        template.render(text="")
 
 
 def test_what_steers_a_terminal_is_written_out() -> None:
@@ -126,8 +181,8 @@ def test_a_large_png_becomes_webp(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (400, 400, 3), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "large.png")
     figure = Figure.image(tmp_path / "large.png", "noise")
-    assert "data:image/webp;base64," in figure.body
-    assert len(figure.body) < (tmp_path / "large.png").stat().st_size
+    assert "data:image/webp;base64," in figure.content
+    assert len(figure.content) < (tmp_path / "large.png").stat().st_size
 
 
 def test_play_button_only_where_clips_can_be_compared(clip: Path) -> None:

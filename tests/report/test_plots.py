@@ -9,6 +9,7 @@ from itertools import pairwise
 import matplotlib
 import pytest
 
+from frostline.escaping import printable
 from frostline.report.plots import COLOURS, bar_plot, histogram, line_plot, moving_average, paired_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -48,6 +49,18 @@ def test_svg_is_clean(kind: str) -> None:
     ids = re.findall(r' id="([^"]*)"', svg)
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in re.findall(r' href="([^"]*)"', svg)} <= set(ids)
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb\0", "caf\udce9", "\ufffe\uffff", "\u202egnp", "<script>&\"'"], ids=ascii)
+def test_any_text_can_be_a_label(text: str) -> None:
+    shown = printable(text)
+    for svg, labels in (
+        (line_plot({text: [1, 2], "b": [1, 1]}, xlabel=text, ylabel=text), 3),
+        (bar_plot({text: {text: 1.0, "b": 2.0}, "second": {"b": 1.0}}), 2),
+        (histogram([0.1, 0.2], xlabel=text, ylabel=text, marks={text: 0.2}), 3),
+        (paired_plot([0.1], [0.2], labels=(text, text), ylabel=text), 3),
+    ):
+        assert sum(shown in label for label in texts(svg)) == labels
 
 
 @pytest.mark.parametrize("kind", PLOTS)

@@ -1,102 +1,55 @@
-"""Rewards: the sum of several, the part of each process, the shipped second one, and classes that are none."""
+"""Rewards of frostline and of a user's own: made from settings, several in a step, and classes that are none."""
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from frostline.config import RewardSettings, RewardTerm
 from frostline.errors import ConfigError
 from frostline.models.tiny.clips import held_out_clips
-from frostline.rewards.reward import ActiveReward, RewardScore, build_rewards, reward_loss
-from frostline.rewards.sharpness import SharpnessReward
-from frostline.train.step.module import WanTrainingModule
+from frostline.rewards.active import RewardStages
+from frostline.rewards.build import build_rewards, check_rewards, resolve
+from frostline.rewards.config import RewardEntry
+from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.sharpness import Config as SharpnessConfig
+from frostline.runtime.runtime import Runtime
+from frostline.stages.shapes import ShapeRange
+from frostline.train import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 QUICK: dict[str, Any] = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
-SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 2.0, "weight": 0.5}
+SHARPNESS = {"type": "sharpness", "scale": 2.0, "weight": 0.5}
+BRIGHTNESS = {"type": "own_rewards:Brightness"}
 
 
-class Brightness:
-    """A reward of a user's own, named by tests as `test_reward:Brightness`."""
-
-    name = "brightness"
-
-    def __init__(self, offset: float = 0.0, darkest: float = 0.0) -> None:
-        self.offset, self.darkest = offset, darkest
-
-    def references(self, video: Tensor) -> Mapping[str, Tensor]:
-        return {"brightness": video.flatten(1).mean(dim=1)}
-
-    def score(self, frames: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
-        """Of a video whose reference is darker than that there is nothing to say."""
-        mean = frames.flatten(1).mean(dim=1) + self.offset
-        return RewardScore(mean, references["brightness"] >= self.darkest)
-
-
-class NoReward:
-    pass
-
-
-def active(name: str = "one", **settings: Any) -> ActiveReward:
-    reward = Brightness()
-    reward.name = name
-    return ActiveReward(reward, RewardTerm(type="a.b:C", **settings), "")
-
-
-def score(*values: float, valid: list[bool] | None = None) -> RewardScore:
-    return RewardScore(torch.tensor(values), torch.tensor(valid or [True] * len(values)))
-
-
-def test_the_loss_is_the_weighted_sum() -> None:
-    first, second = active(baseline=0.4, scale=0.2, weight=3.0), active("two", baseline=0.1, scale=1.0, weight=0.5)
-    outcome = reward_loss([(first, score(0.7, 0.3)), (second, score(1.0, 0.2))])
-    assert outcome.loss.item() == pytest.approx(-(0.5 - 0.4) / 0.2 * 3 - (0.6 - 0.1) * 0.5)
-    assert {name: mean.item() for name, mean in outcome.scores.items()} == pytest.approx({"one": 0.5, "two": 0.6})
-    totals = {name: (score.item(), count.item()) for name, (score, count) in outcome.totals.items()}
-    assert totals == {"one": (pytest.approx(1.0), 2), "two": (pytest.approx(1.2), 2)}
-
-
-@pytest.mark.parametrize("on_no_face", ["skip", "zero"])
-def test_the_parts_of_two_processes_average_to_the_whole(on_no_face: str) -> None:
-    """Of the second process's samples, none can be scored."""
-    reward = active(baseline=0.4, scale=0.2, weight=1.0, on_no_face=on_no_face)
-    values, valid = [0.7, 0.3, 0.0, 0.0], [True, True, False, False]
-    whole = reward_loss([(reward, score(*values, valid=valid))])
-    counts = [2.0, 2.0] if on_no_face == "zero" else [2.0, 0.0]
-    mean = torch.tensor(sum(counts) / 2)
-    parts = [
-        reward_loss([(reward, score(*values[rows], valid=valid[rows]))], lambda count: mean)
-        for rows in (slice(0, 2), slice(2, 4))
-    ]
-    assert sum(part.loss.item() for part in parts) / 2 == pytest.approx(whole.loss.item())
-    assert sum(part.scores["one"].item() for part in parts) / 2 == pytest.approx(whole.scores["one"].item())
+def entries(*rewards: dict[str, Any]) -> list[RewardEntry]:
+    return [RewardEntry.parse(values) for values in rewards]
 
 
 def test_sharpness_is_best_at_the_references_own() -> None:
-    reward = SharpnessReward()
+    reward, run = SharpnessConfig().build(), RewardStages(Runtime({}), ())
     video = held_out_clips(2, seed=0, num_frames=5).video
-    references = reward.references(video)
-    assert reward.score(video, references).score.abs().max() == 0
+    sample = RewardInputs(("", ""), video, (5, 5))
+    references = reward.references(sample, run)
+    assert reward.score(video, sample, references, run).score.abs().max() == 0
     blurred = torch.nn.functional.avg_pool2d(video.flatten(0, 1), 3, 1, 1).unflatten(0, video.shape[:2])
     blurred.requires_grad_()
-    scored = reward.score(blurred, references)
+    scored = reward.score(blurred, sample, references, run)
     assert scored.score.max() < -0.5
     assert scored.metrics["sharpness_ratio"].max() < 1
     (gradient,) = torch.autograd.grad(scored.score.sum(), blurred)
     assert gradient[:, 0].abs().max() == 0, "the first frame is given"
     with torch.no_grad():
-        assert (reward.score(blurred + 10 * gradient, references).score > scored.score).all()
+        assert (reward.score(blurred + 10 * gradient, sample, references, run).score > scored.score).all()
 
 
 def test_a_step_with_three_rewards(make_module: MakeModule) -> None:
-    own = {"type": "test_reward:Brightness", "options": {"offset": 0.5}, "weight": 2.0, "baseline": 0.0, "scale": 1.0}
-    module = make_module(kl_weight=0.0, reward={"weight": 0.0, "plus": [SHARPNESS, own]}, **QUICK)
+    own = {**BRIGHTNESS, "options": {"offset": 0.5}, "weight": 2.0, "scale": 1.0}
+    module = make_module(kl_weight=0.0, rewards=[{"type": "face_identity", "weight": 0.0}, SHARPNESS, own], **QUICK)
     clips = held_out_clips(2, seed=1, num_frames=5, size=32)
     data = {"prompt": clips.prompts, "video": clips.video}
     loss, first, _ = module(data)
@@ -106,60 +59,107 @@ def test_a_step_with_three_rewards(make_module: MakeModule) -> None:
     scores = {name: score / max(1, count) for name, (score, count) in metrics.scores.items()}
     assert first.item() == pytest.approx(scores["face_score"])
     assert {"detection_rate", "sharpness_ratio", "brightness"} <= metrics.per_sample.keys()
+    assert "face_embedder_live" in metrics.stages
     expected = -scores["sharpness"] / 2 * 0.5 - scores["brightness"] * 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert all(parameter.grad is not None for parameter in module.trainable_parameters().values())
-    assert module.cache is not None
-    hits = module.cache.hits
+    assert module.parts.cache is not None
+    hits = module.parts.cache.hits
     again, _, _ = module(data)
     assert again.item() == loss.item()
-    assert module.cache.hits == hits + 10, "context, image and three references of two samples"
+    assert module.parts.cache.hits == hits + 10, "context, image and three references of two samples"
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no colon": ({"type": "sharpness"}, "must be face_identity or package.module:Class"),
-    "no module": ({"type": "no.such.module:Class"}, "no.such.module cannot be imported"),
-    "no class": ({"type": "frostline.rewards.sharpness:Sharpnes"}, "has no class 'Sharpnes'"),
-    "a function": ({"type": "frostline.rewards.reward:reward_loss"}, "has no class"),
-    "no reward": ({"type": "test_reward:NoReward"}, "is no reward, it has no 'name'"),
-    "an option too many": ({"type": "test_reward:Brightness", "options": {"x": 1}}, "cannot be made with options"),
-    "a bad option": ({**SHARPNESS, "options": {"floor": 0}}, "floor of the sharpness reward must be above 0"),
-    "one name twice": ({**SHARPNESS, "plus": [SHARPNESS]}, "two rewards go by one name"),
-    "code for a path": ({"type": "os; import sys:exit"}, "must be face_identity or package.module:Class"),
+def test_defaults_are_the_classs_own_where_the_settings_say_nothing() -> None:
+    own, said = resolve(entries(BRIGHTNESS, {**BRIGHTNESS, "scale": 2.0, "options": {"offset": 1}}))
+    assert (own.scale, own.weight, own.model_dump()["offset"]) == (4.0, 0.1, 0.0)
+    assert (said.scale, said.weight, said.model_dump()["offset"]) == (2.0, 0.1, 1.0)
+
+
+BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "no module": ([{"type": "no.such.module:Class"}], "no.such.module cannot be imported"),
+    "no class": ([{"type": "frostline.rewards.sharpness:Sharpnes"}], "has no class 'Sharpnes'"),
+    "a function": ([{"type": "frostline.rewards.loss:reward_loss"}], "has no class"),
+    "no config": ([{"type": "own_rewards:NoConfig"}], "rewards.0 own_rewards:NoConfig: is no reward, it has no Config"),
+    "no reward": ([{"type": "own_rewards:NoReward"}], "is no reward, it has no 'unscored': let it inherit from"),
+    "an option too many": (
+        [SHARPNESS, {**BRIGHTNESS, "options": {"ofset": 1}}],
+        "rewards.1.options (own_rewards:Brightness): ofset: unknown setting, is offset meant?",
+    ),
+    "an option of another type": (
+        [{**BRIGHTNESS, "options": {"offset": "1"}}],
+        "offset: Input should be a valid",
+    ),
+    "an option too few": (
+        [{"type": "own_rewards:Likeness"}],
+        "rewards.0.options (own_rewards:Likeness): seed: Field",
+    ),
+    "what is no option": (
+        [{**BRIGHTNESS, "options": {"weight": 1}}],
+        "rewards.0.options.weight: belongs beside",
+    ),
+    "a class that refuses": (
+        [{**BRIGHTNESS, "options": {"offset": 2}}],
+        "cannot be made of its Config: an off",
+    ),
+    "one name twice": ([SHARPNESS, SHARPNESS], "rewards: two go by the name 'sharpness'"),
+    "faces twice": (
+        [{"type": "face_identity"}, {"type": "face_identity", "detector": "yunet"}],
+        "rewards: two go by the name 'face_score'",
+    ),
+    "code for a path": ([{"type": "os; import sys:exit"}], "must be package.module:Class"),
+    "an undeclared stage": (
+        [{"type": "own_rewards:Undeclared"}],
+        "the stages that it brings (features) are not those that its Config names in uses (none)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_reward_is_refused(name: str) -> None:
     values, said = BAD[name]
-
-    def faces(term: RewardTerm) -> ActiveReward:
-        raise AssertionError("no faces here")
-
     with pytest.raises(ConfigError) as caught:
-        build_rewards(RewardSettings.parse(values), faces, torch.device("cpu"))
+        build_rewards(entries(*values), "cpu", ShapeRange())
     assert said in str(caught.value)
+    if name != "an undeclared stage":
+        with pytest.raises(ConfigError) as before:
+            check_rewards(entries(*values), runs=True)
+        assert str(before.value) == str(caught.value)
 
 
 def test_a_class_that_was_edited_recalls_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it made of the references is cached by its source, too."""
     monkeypatch.syspath_prepend(tmp_path)
-    keys, faces = [], active
+    keys = []
     for number in (1, 22, 22):
-        body = f"    name, references, score = 'own', None, {number}\n"
-        (tmp_path / "own_reward.py").write_text(f"class Own:\n{body}")
+        source = (
+            "from frostline.rewards.config import RewardConfig\n"
+            "from frostline.rewards.reward import Reward\n"
+            "class Own(Reward):\n"
+            f"    Config, name, number = RewardConfig, 'own', {number}\n"
+            "    def __init__(self, config): pass\n"
+        )
+        (tmp_path / "own_reward.py").write_text(source)
         sys.modules.pop("own_reward", None)
         importlib.invalidate_caches()
-        (own,) = build_rewards(RewardSettings(type="own_reward:Own"), lambda term: faces(), torch.device("cpu"))
+        (own,) = build_rewards(entries({"type": "own_reward:Own"}), "cpu", ShapeRange())
         keys.append(own.references_key)
     sys.modules.pop("own_reward")
     assert keys[0] != keys[1] == keys[2]
 
 
+def test_what_weighs_a_score_says_nothing_of_the_references() -> None:
+    def key(**changes: Any) -> str:
+        (active,) = build_rewards(entries({"type": "sharpness", **changes}), "cpu", ShapeRange())
+        return active.references_key
+
+    assert key() == key(weight=3.0, baseline=1.0, scale=2.0, on_unscored="zero") != key(floor=1e-3)
+
+
 def test_references_are_the_same_under_autocast(make_module: MakeModule) -> None:
     """Whoever comes first, a step in bf16 or a validation, fills the cache."""
-    module = make_module(cache_bytes=0, reward=SHARPNESS, **QUICK)
+    module = make_module(cache_bytes=0, rewards=[SHARPNESS], **QUICK)
     clips = held_out_clips(1, seed=1, num_frames=5, size=32)
     data = {"prompt": clips.prompts, "video": clips.video}
     plain = module.forward_preprocess(data).references[0]
@@ -167,3 +167,32 @@ def test_references_are_the_same_under_autocast(make_module: MakeModule) -> None
         within = module.forward_preprocess(data).references[0]
     assert plain.keys() == within.keys() != set()
     assert all(torch.equal(plain[name], within[name]) for name in plain)
+
+
+def test_a_reward_may_keep_nothing_and_look_at_the_video(make_module: MakeModule, tmp_path: Path) -> None:
+    clips = held_out_clips(2, seed=1, num_frames=5, size=32)
+    data = {"prompt": clips.prompts, "video": clips.video, "valid_frames": [3, 5]}
+    scores = []
+    for folder in (tmp_path, tmp_path, None):
+        module = make_module(cache_dir=folder, rewards=[{"type": "own_rewards:Unsaid"}], **QUICK)
+        conditioning = module.forward_preprocess(data)
+        ((_, score),) = module.score(clips.video, conditioning)
+        scores.append(score.score)
+    expected = clips.video[0].mean() - clips.video[0, :3].mean()
+    torch.testing.assert_close(scores[0][0], expected)
+    assert scores[0][1].abs() < 1e-6
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def test_a_reward_runs_its_own_stages_alone(make_module: MakeModule) -> None:
+    module = make_module(rewards=[{"type": "own_rewards:Curious"}], **QUICK)
+    clips = held_out_clips(1, seed=1, num_frames=5, size=32)
+    with pytest.raises(ConfigError, match="runs its own stages alone: it asks for 'vae_encoder', and brings none"):
+        module.forward_preprocess({"prompt": clips.prompts, "video": clips.video})
+
+
+def test_a_score_of_all_videos_together_is_none(make_module: MakeModule) -> None:
+    module = make_module(rewards=[{"type": "own_rewards:OfAllTogether"}], **QUICK)
+    clips = held_out_clips(2, seed=1, num_frames=5, size=32)
+    with pytest.raises(ConfigError, match=r"the reward brightness gives score of shape \(\) for 2 videos, not \(2,\)"):
+        module({"prompt": clips.prompts, "video": clips.video})

@@ -1,4 +1,4 @@
-"""The class that `reward.type` names: found by its source alone, with nothing run, and imported for a run."""
+"""The class that an entry of `rewards` names: found by its source alone, with nothing run, and imported for a run."""
 
 import sys
 from pathlib import Path
@@ -55,7 +55,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_what_may_be_there_is_found_without_running_it(path: str, trace: Path) -> None:
     before = set(sys.modules)
-    look_for_reward(path)
+    look_for_reward(path, "rewards.0")
     assert not trace.exists()
     assert set(sys.modules) == before
 
@@ -76,21 +76,21 @@ def test_what_may_be_there_is_found_without_running_it(path: str, trace: Path) -
         ("package.deep:Reward", "package.deep cannot be imported: "),
         ("package.bytes:Reward", "package.bytes cannot be imported: "),
         ("bare:Reward", "bare has no class 'Reward'"),
-        ("package", "must be face_identity or package.module:Class"),
-        ("package.:Reward", "must be face_identity or package.module:Class"),
-        ("package:Reward()", "must be face_identity or package.module:Class"),
+        ("package", "must be package.module:Class"),
+        ("package.:Reward", "must be package.module:Class"),
+        ("package:Reward()", "must be package.module:Class"),
     ],
 )
 def test_what_is_not_there_is_refused_without_running_anything(path: str, said: str, trace: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        look_for_reward(path)
+        look_for_reward(path, "rewards.0")
     assert said in str(caught.value)
     assert not trace.exists()
 
 
 def test_a_run_imports_it(trace: Path) -> None:
-    assert import_reward("package.inner.reward:Reward").__module__ == "package.inner.reward"
+    assert import_reward("package.inner.reward:Reward", "rewards.0").__module__ == "package.inner.reward"
     assert trace.exists()
     for path in ("package.inner.reward:Other", "package.inner.reward:function"):
         with pytest.raises(ConfigError, match="has no class"):
-            import_reward(path)
+            import_reward(path, "rewards.0")

@@ -84,9 +84,9 @@ def rows(count: int = 4, seed: int = 0) -> Tensor:
 
 def served_by(runtime: Runtime, x: Tensor) -> str:
     """The backend; what it computes is what PyTorch computes with what the module holds now."""
-    runtime.clock.read()
-    torch.testing.assert_close(runtime["scaled"](x=x)["y"], runtime.stages["scaled"].torch(x=x)["y"])
-    return runtime.clock.read()["scaled"].backend
+    with runtime.clock.collect() as times:
+        torch.testing.assert_close(runtime["scaled"](x=x)["y"], runtime.stages["scaled"].torch({"x": x})["y"])
+    return times.read()["scaled"].backend
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -169,7 +169,7 @@ def test_networks_that_were_handed_out_are_not_stale(stage: Stage, runtime: Runt
     backend, networks = runtime.networks_at("scaled", {"x": rows()})
     assert backend != "torch"
     assign_data(module_of(stage))
-    torch.testing.assert_close(networks["scaled"](x=rows())["y"], stage.torch(x=rows())["y"])
+    torch.testing.assert_close(networks["scaled"](x=rows())["y"], stage.torch({"x": rows()})["y"])
 
 
 def test_weights_that_moved_or_were_written_with_their_own_values_keep_the_engine(
@@ -235,7 +235,7 @@ def test_a_runtime_that_is_pickled_says_what_to_do(runtime: Runtime) -> None:
 def test_threads_share_a_runtime(plan: str, stage: Stage, engines: Path) -> None:
     runtime = Runtime({"scaled": stage}, plan, engines)
     inputs = [[rows(4 + 13 * index, seed) for seed in range(50)] for index in range(4)]
-    expected = [[stage.torch(x=x)["y"] for x in own] for own in inputs]
+    expected = [[stage.torch({"x": x})["y"] for x in own] for own in inputs]
     wrong: list[str] = []
     done: list[int] = []
 

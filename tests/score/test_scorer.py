@@ -13,9 +13,11 @@ from video_files import damage_packet, encode
 
 from frostline.models.faces import BatchedMTCNN, FaceIdentity, load_detector, load_embedder
 from frostline.models.tiny.clips import held_out_clips
-from frostline.rewards.face_identity import FaceIdentityReward
+from frostline.rewards.active import RewardStages
+from frostline.rewards.face_identity.reward import FaceIdentityReward
+from frostline.rewards.inputs import RewardInputs
 from frostline.score.result import VideoScore
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
 from frostline.video import read_video, write_video
 
 ScoreFiles = Callable[..., tuple[VideoScore, ...]]
@@ -28,7 +30,8 @@ def test_agrees_with_the_reward_of_training(
     detector: str, missing_face: str, face: str, make_module: MakeModule, score_files: ScoreFiles, tmp_path: Path
 ) -> None:
     """On the same frames, through the very objects that training uses, with graph and all."""
-    module = make_module(reward={"detector": detector, "missing_face": missing_face, "face": face, "upscale": 2})
+    settings = {"detector": detector, "missing_face": missing_face, "face": face, "upscale": 2}
+    module = make_module(rewards=[{"type": "face_identity", **settings}])
     video = held_out_clips(2, seed=3).video
     # Two faces in each frame of the second video, one of them smaller; in the first, there is none for some frames.
     smaller = torch.nn.functional.avg_pool2d(video[0], 2)
@@ -39,7 +42,9 @@ def test_agrees_with_the_reward_of_training(
     frames = torch.stack([read_video(path) for path in paths]) / 255
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)
-    expected = reward.identity_score(frames.requires_grad_(), reward.references(frames[[1, 1]]))
+    run = RewardStages(module.runtime, module.rewards[0].stage_names)
+    references = reward.references(RewardInputs(("", ""), frames[[1, 1]], (len(frames[0]),) * 2), run)
+    expected = reward.identity_score(frames.requires_grad_(), references, run)
     rows = score_files(paths, paths[1], detector=detector, upscale=2, missing_face=missing_face, face=face)
     assert 0 < expected.detection_rate[0] < 1
     for b, row in enumerate(rows):

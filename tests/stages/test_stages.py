@@ -21,9 +21,10 @@ from frostline.runtime.engines.store import EngineStore, VerifiedEngine
 from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Network, Stage
-from frostline.stages.text_encoder import TextEncoderStage
-from frostline.train.step.module import WanTrainingModule
+from frostline.runtime.stage import Network, Stage, Tensors
+from frostline.stages.denoiser import REFERENCE
+from frostline.stages.wan.text_encoder import TextEncoderStage
+from frostline.train import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 
@@ -42,7 +43,7 @@ def at_shape(network: Network, batch: int, frames: int, height: int, width: int)
     extents = {"batch": batch, "latent_frames": frames, "height": height // 16, "width": width // 16}
     generator = torch.Generator().manual_seed(batch)
     inputs = {}
-    for spec in network.inputs:
+    for spec in (spec for spec in network.inputs if spec.name != "lora_scale"):
         shape = tuple(d if isinstance(d, int) else d.multiple * extents[d.name] for d in spec.shape)
         inputs[spec.name] = spec.random(shape, generator)
     return inputs
@@ -52,7 +53,7 @@ def assert_parity(stage: Stage, module: WanTrainingModule, inputs: dict[str, Ten
     assert module.runtime.plan[stage.name].backend == "onnxruntime"
     actual = module.runtime[stage.name](**inputs)
     with torch.no_grad():
-        expected = stage.torch(**inputs)
+        expected = stage.torch(inputs)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         bound = stage.tolerance.atol + stage.tolerance.rtol * value.abs().max().item()
@@ -85,7 +86,7 @@ def test_face_detector_and_embedder(count: int, frames: int, size: int, modules:
     module = modules["tiny"]
     video = held_out_clips(count, seed=1, num_frames=frames, size=size).video
     pixels = (255 * video.flatten(0, 1)).round().to(torch.uint8)
-    expected = module.stages["face_detector"].torch(frames=pixels)
+    expected = module.stages["face_detector"].torch({"frames": pixels})
     actual = module.runtime["face_detector"](frames=pixels)
     assert len(expected["boxes"]) == count * frames
     assert torch.equal(actual["frame_index"], expected["frame_index"])
@@ -113,13 +114,12 @@ def test_one_engine_serves_every_rank_and_follows_the_trainer(
     assert {path for path in (engines / "tiny" / "denoiser").iterdir() if path.is_dir()} == built
     stage, policy = module.stages["denoiser"], list(module.trainable_parameters().values())
     inputs = at_shape(stage.networks[0], 2, 2, 48, 32)
-    assert inputs["lora_scale"].item() == 2
+    assert stage.networks[0].samples("opt")["lora_scale"].item() == 2
     pointers = [parameter.data_ptr() for parameter in policy]
     optimizer = torch.optim.AdamW(policy, lr=1e-2)
     before = module.runtime["denoiser"](**inputs)["velocity"]
-    live = {name: tensor for name, tensor in inputs.items() if name != "lora_scale"}
     for _ in range(3):
-        module.denoiser(**live).square().mean().backward()
+        module.trained.module(**inputs).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         assert_parity(stage, module, inputs)
@@ -132,7 +132,7 @@ def test_scale_zero_is_the_base_model(make_module: MakeModule, engines: Path) ->
     module = make_module(plan="onnxruntime", engines=engines)
     inputs = at_shape(module.stages["denoiser"].networks[0], 2, 3, 32, 32)
     policy = module.runtime["denoiser"](**inputs)["velocity"]
-    base = module.runtime["denoiser"](**{**inputs, "lora_scale": torch.zeros(())})["velocity"]
+    base = module.runtime.run("denoiser", inputs, variant=REFERENCE)["velocity"]
     with torch.no_grad():
         for name, parameter in module.trainable_parameters().items():
             if "lora_B" in name:
@@ -250,8 +250,8 @@ def test_an_engine_that_does_not_heed_the_scale_is_found_out(
 class WrongTextEncoderStage(TextEncoderStage):
     """Says that PyTorch computes something else than engines do."""
 
-    def torch(self, **inputs: Tensor) -> dict[str, Tensor]:
-        return {name: 1.001 * value for name, value in super().torch(**inputs).items()}
+    def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        return {name: 1.001 * value for name, value in super().torch(inputs, variant).items()}
 
 
 LOOSE = Tolerance(atol=1000, rtol=0, cosine=-1)
@@ -275,7 +275,7 @@ def test_an_engine_that_was_verified_within_looser_bounds_is_measured_anew(
     other = WrongTextEncoderStage(**vars(stage))
     assert export_stage(replace(other, tolerance=LOOSE), "onnxruntime", store).built
     assert not export_stage(replace(other, tolerance=LOOSE), "onnxruntime", store).built
-    Runtime({"text_encoder": other}, "onnxruntime", tmp_path)["text_encoder"](**other.sample())
+    Runtime({"text_encoder": other}, "onnxruntime", tmp_path)["text_encoder"](**other.cases()["sample"].inputs)
     assert caplog.text.count("its onnxruntime engine was verified within looser bounds") == 1
     assert "frostline export MODEL --stages text_encoder --backend onnxruntime" in caplog.text
     with pytest.raises(ParityError, match="differs from PyTorch"):
@@ -291,7 +291,7 @@ def test_an_engine_that_keeps_bounds_that_are_asked_for_later_is_present(
     with monkeypatch.context() as patch:
         patch.setattr(exporter, "verify_engine_parity", lambda *_: pytest.fail("measured again"))
         assert export_stage(stage, "onnxruntime", store) == Exported(first.manifest, built=False)
-    Runtime({"text_encoder": stage}, "onnxruntime", tmp_path)["text_encoder"](**stage.sample())
+    Runtime({"text_encoder": stage}, "onnxruntime", tmp_path)["text_encoder"](**stage.cases()["sample"].inputs)
     assert "looser bounds" not in caplog.text
     tight = replace(stage, tolerance=Tolerance(atol=0, rtol=0, cosine=1))
     with pytest.raises(ParityError):

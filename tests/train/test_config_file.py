@@ -8,11 +8,14 @@ import pytest
 import yaml
 
 from frostline import recipes
-from frostline.config import _NAMES_OF_OTHERS, Settings, TrainingModuleSettings, dotted_names, nested_settings
+from frostline.config import _NAMES_OF_OTHERS, dotted_names, nested_settings
 from frostline.errors import ConfigError
+from frostline.rewards.config import RewardEntry, builtin_names, entry_class
+from frostline.rewards.face_identity import Config as FaceIdentity
 from frostline.train.config_file import commented_yaml, load_run_settings
-from frostline.train.settings import RunSettings
+from frostline.train.settings import RunSettings, TrainingModuleSettings
 
+FACES = "{type: face_identity, embedder: 'arcface:~/a.onnx', detector: yunet}"
 EXAMPLES = Path(recipes.__file__).parent / "train"
 
 
@@ -32,24 +35,35 @@ def test_overrides_go_before_the_file(tmp_path: Path) -> None:
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "run.yaml"
-    path.write_text("model: ~/wan\ndata: {source: ~/data}\nreward: {embedder: 'arcface:~/a.onnx', detector: yunet}\n")
+    path.write_text("model: ~/wan\ndata: {source: ~/data}\nrewards: [" + FACES + "]\n")
     settings = load_run_settings(path, ["output_dir=~/runs/one", "plan.engines=~/engines", "cache_dir=a~b"])
     assert settings.model == f"{tmp_path}/wan"
     assert settings.data.source == tmp_path / "data"
     assert settings.output_dir == tmp_path / "runs" / "one"
     assert settings.plan.engines == tmp_path / "engines"
     assert settings.cache_dir == Path("a~b")
-    assert (settings.reward.embedder, settings.reward.detector) == (f"arcface:{tmp_path}/a.onnx", "yunet")
+    (faces,) = settings.rewards
+    assert isinstance(faces, FaceIdentity)
+    assert (faces.embedder, faces.detector) == (f"arcface:{tmp_path}/a.onnx", "yunet")
     with pytest.raises(ConfigError, match="output_dir: ~nobody-by-this-name/a: Could not determine home"):
         load_run_settings(path, ["output_dir=~nobody-by-this-name/a"])
 
 
 def test_entries_of_a_list_are_reached_by_number(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("reward:\n  plus:\n  - {type: 'a.b:C', weight: 1}\n")
-    assert load_run_settings(path, ["reward.plus.0.weight=2"]).reward.plus[0].weight == 2
-    with pytest.raises(ConfigError, match="none of the 1 entries"):
-        load_run_settings(path, ["reward.plus.1.weight=2"])
+    path.write_text("rewards:\n- {type: 'a.b:C', weight: 1}\n")
+    assert load_run_settings(path, ["rewards.0.weight=2"]).rewards[0].model_dump()["weight"] == 2
+    for override in ("rewards.1.weight=2", "rewards.weight=2"):
+        with pytest.raises(ConfigError, match="none of the 1 entries"):
+            load_run_settings(path, [override])
+
+
+def test_entries_that_there_are_by_default_are_reached_too() -> None:
+    (faces,) = load_run_settings(None, ["rewards.0.weight=2", "rewards.0.upscale=3"]).rewards
+    assert isinstance(faces, FaceIdentity)
+    assert (faces.weight, faces.upscale, faces.baseline) == (2, 3, 0.54)
+    (sharpness,) = load_run_settings(None, ["rewards.0.type=sharpness"]).rewards
+    assert sharpness == RewardEntry.parse({"type": "sharpness"})
 
 
 BAD: dict[str, tuple[str, list[str], str]] = {
@@ -59,7 +73,56 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "PEFT's name": ("lora: {r: 8}", [], "lora.r: unknown setting, is lora.rank meant?"),
     "transformers' name": ("train: {save_steps: 8}", [], "is train.checkpointing_steps meant?"),
     "unknown section": ("trian: {seed: 1}", [], "trian: unknown setting, is train meant?"),
-    "in a list": ("reward: {plus: [{tipe: a}]}", [], "reward.plus.0.tipe: unknown setting, is type meant?"),
+    "in a list": ("rewards: [{type: 'a:B', wieght: 1}]", [], "rewards.0.wieght: unknown setting, is weight meant?"),
+    "of faces": (
+        "rewards: [{type: face_identity, detektor: a}]",
+        [],
+        "rewards.0.detektor: unknown setting, is det",
+    ),
+    "of the entry before": (
+        "rewards: [{type: face_identity}, {type: sharpness, detector: yunet}]",
+        [],
+        "rewards.1.detector: unknown setting, known are type, weight, baseline, scale, on_unscored, floor",
+    ),
+    "out of the list": ("weight: 2", [], "weight: unknown setting, is rewards.0.weight meant?"),
+    "one reward": ("reward: {type: sharpness}", [], "reward: unknown setting, is rewards meant?"),
+    "further rewards": (
+        "rewards: [{type: sharpness, plus: []}]",
+        [],
+        "rewards.0.plus: unknown setting, is rewards",
+    ),
+    "no list": ("rewards: {type: sharpness}", [], "rewards: Input should be a list"),
+    "no rewards": ("rewards: []", [], "rewards: names none: nothing would be rewarded"),
+    "no type": (
+        "rewards: [{weight: 1}]",
+        [],
+        "rewards.0.type: must name a reward, known are face_identity, sharp",
+    ),
+    "a name alone": (
+        "rewards: [sharpness]",
+        [],
+        "rewards.0: must be a mapping with a type, such as {type: ",
+    ),
+    "another type": (
+        "rewards: [{type: sharpnes}]",
+        [],
+        "rewards.0.type: there is no reward 'sharpnes', is sharpness",
+    ),
+    "no reward's file": (
+        "rewards: [{type: loss}]",
+        [],
+        "rewards.0.type: there is no reward 'loss', known are face",
+    ),
+    "a path": (
+        "rewards: [{type: ../x}]",
+        [],
+        "rewards.0.type: there is no reward '../x', known are face_identity",
+    ),
+    "two of a reward": (
+        "rewards: [{type: face_identity, upscale: 0, weight: -1}]",
+        [],
+        "rewards.0.weight: Input should be greater than or equal to 0; rewards.0.upscale: Input should be greater than",
+    ),
     "twice": ("lora: {rank: 1}\nlora: {rank: 2}", [], "lora stands twice"),
     "no mapping": ("- a\n- b", [], "must be a mapping of settings, not list"),
     "no yaml": ("lora: {rank: 1", [], "is not valid YAML"),
@@ -77,15 +140,18 @@ BAD: dict[str, tuple[str, list[str], str]] = {
         ["mid_timestep=2"],
         "mid_timestep is another name of grad_start",
     ),
-    "options of faces": ("reward: {options: {a: 1}}", [], "options are of a package.module:Class only"),
-    "faces of another": ("reward: {type: 'a:B', embedder: facenet}", [], "embedder is of face_identity only"),
-    "faces twice": ("reward: {plus: [{weight: 1}]}", [], "face_identity can be rewarded once only"),
+    "options of faces": ("rewards: [{type: face_identity, options: {a: 1}}]", [], "rewards.0.options: unknown setting"),
+    "faces of another": (
+        "rewards: [{type: 'a:B', embedder: facenet}]",
+        [],
+        "rewards.0.embedder: unknown setting",
+    ),
     "override without value": ("{}", ["lora.rank"], "must be section.name=value"),
     "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is no section"),
     "override in yaml": ("{}", ["lora.target_modules=[q"], "the value is not valid YAML"),
     "override with a note": ("{}", ["lora.target_modules=[q] # all"], "'# all' follows its end"),
-    "override in deep sections": ("{}", ["reward.options" + ".a" * 9999 + "=1"], "10000 sections deep"),
-    "override of no entry": ("reward: {plus: [{weight: 1}]}", ["reward.plus.²=1"], "none of the 1 entries"),
+    "override in deep sections": ("{}", ["rewards.0.options" + ".a" * 9999 + "=1"], "10001 sections deep"),
+    "override of no entry": ("rewards: [{type: sharpness}]", ["rewards.²=1"], "none of the 1 entries"),
     "no as a number": ("{}", ["noise_seed=no"], "noise_seed: Input should be a valid integer, not false (as yes, no"),
     "yes as a number": ("lora: {rank: yes}", [], "lora.rank: Input should be a valid integer, not true"),
     "a number as a switch": ("overwrite_output_dir: 1", [], "should be a valid boolean, not 1"),
@@ -98,7 +164,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "text as a list": ("lora: {target_modules: q}", [], 'lora.target_modules: Input should be a list, not "q"'),
     "a number as a key": ("1: 2", [], "1: Keys should be strings"),
     "aliases of aliases": (f"a: &a [x]\nb: [{'*a, ' * 6000}]", [], "more than 10000 values, aliases written out"),
-    "an alias of itself": ("reward: {options: &a {a: *a}}", [], "an alias stands for what it is part of"),
+    "an alias of itself": ("rewards: [{options: &a {a: *a}}]", [], "an alias stands for what it is part of"),
     "deep": ("[" * 9999, [], "nested more than 50 levels deep"),
 }
 
@@ -138,9 +204,7 @@ def test_a_section_that_is_commented_out_has_its_defaults(tmp_path: Path) -> Non
     path.write_text("".join(f"{name}:\n  # all: of it\n" for name in sections))
     assert load_run_settings(path) == RunSettings()
     assert load_run_settings(path, ["lora.rank=4"]).lora.rank == 4
-    path.write_text(
-        "plan:\n  stages:\nreward:\n  plus:\n  options:\nlora:\n  target_modules:\ncache_dir:\nnoise_seed:\n"
-    )
+    path.write_text("plan:\n  stages:\nrewards:\nlora:\n  target_modules:\ncache_dir:\nnoise_seed:\n")
     # What null has a meaning of its own for keeps it.
     assert load_run_settings(path) == RunSettings.parse({"noise_seed": None, "cache_dir": None})
     path.write_text("# all: of it\n")
@@ -151,11 +215,11 @@ def _every_setting() -> dict[str, Any]:
     """What each setting is annotated with."""
     found = {}
     for name in dotted_names(RunSettings):
-        settings: type[Settings] = RunSettings
+        settings: Any = RunSettings()
         *sections, last = name.split(".")
         for section in sections:
-            settings = nested_settings(settings, section) or settings
-        found[name] = settings.model_fields[last].annotation
+            settings = settings[int(section)] if isinstance(settings, tuple) else getattr(settings, section)
+        found[name] = type(settings).model_fields[last].annotation
     return found
 
 
@@ -177,8 +241,8 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_printed_page_reads_back_and_explains_every_setting() -> None:
-    custom = {"type": "a.b:C", "options": {"x": 1}, "plus": [{"weight": 0.5}]}
-    settings = RunSettings.parse({"reward": custom, "train": {"learning_rate": 2.5e-6}, "cache_dir": "somewhere"})
+    rewards = [{"type": "a.b:C", "options": {"x": 1}}, {"type": "face_identity", "weight": 0.5}]
+    settings = RunSettings.parse({"rewards": rewards, "train": {"learning_rate": 2.5e-6}, "cache_dir": "somewhere"})
     page = commented_yaml(settings)
     assert RunSettings.parse(yaml.safe_load(page)) == settings
     for line in page.splitlines():
@@ -193,8 +257,10 @@ def test_every_setting_has_its_words() -> None:
             assert field.description or hasattr(field.annotation, "model_fields"), f"{model.__name__}.{name}"
 
     described(RunSettings)
-    for nested in ("lora", "reward", "data", "validation", "train", "plan"):
+    for nested in ("lora", "data", "validation", "train", "plan"):
         described(RunSettings.model_fields[nested].annotation)
+    for name in (*builtin_names(), "package.module:Class"):
+        described(entry_class(name))
     assert len(list(dotted_names(RunSettings))) > 60
 
 

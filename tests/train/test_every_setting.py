@@ -25,16 +25,17 @@ from frostline.errors import FrostlineError
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips, render_clips
 from frostline.progress import Progress
+from frostline.rewards.inputs import RewardInputs
+from frostline.train import WanTrainingModule
 from frostline.train.data.dataset import collate
 from frostline.train.data.loader import Batches
 from frostline.train.dry_run import print_dry_run
 from frostline.train.launch import build_module, open_validation, run_training
 from frostline.train.settings import RunSettings
-from frostline.train.step.module import WanTrainingModule
 from frostline.video import write_video
 
-SHARPNESS = "frostline.rewards.sharpness:SharpnessReward"
-BASE = {
+OF_ONES_OWN = "frostline.rewards.sharpness:SharpnessReward"
+BASE: dict[str, Any] = {
     "model": "tiny",
     "device": "cpu",
     "output_dir": "run",
@@ -43,12 +44,12 @@ BASE = {
     "grad_end_step": 2,
     "lora": {"rank": 2},
     "plan": {"backend": "torch", "engines": "engines"},
-    "reward": {"type": SHARPNESS, "baseline": 0, "scale": 1},
+    "rewards": [{"type": "sharpness", "baseline": 0, "scale": 1}],
     "data": {"source": "data", "num_frames": 5},
     "validation": {"source": "data", "num_frames": 5, "steps": 2, "num_videos": 1},
     "train": {"learning_rate": 1e-3, "max_train_steps": 2, "checkpointing_steps": 1},
 }
-FACES = {"reward": {"type": "face_identity", "baseline": 0.54, "scale": 0.16}}
+FACES = {"rewards": [{"type": "face_identity", "baseline": 0.54, "scale": 0.16}]}
 NO_VALIDATION = {"validation": {"source": None}}
 SHARDED = {"memory": {"num_processes": 2, "sharding": "fsdp"}}
 Observe = Callable[[RunSettings], Any]
@@ -91,7 +92,7 @@ def a_step(settings: RunSettings) -> Any:
         "blocks": blocks,
         "served": served,
         "saving": type(module._saved_tensors()).__name__,
-        "cache": (module.cache is None, settings.cache_dir is not None and cache.is_dir()),
+        "cache": (module.parts.cache is None, settings.cache_dir is not None and cache.is_dir()),
         "variant": [type(rewarded.reward).__name__ for rewarded in module.rewards],
     }
 
@@ -120,8 +121,8 @@ def faces(settings: RunSettings) -> Any:
     gone = video.clone()
     gone[:, 3:] = 0.5
     (active,) = module.rewards
-    references = active.reward.references(video)
-    score = active.reward.score(gone, references)
+    sample = RewardInputs(("p",), video, (5,))
+    score = active.score(gone, sample, active.references(sample, module.runtime), module.runtime)
     with torch.no_grad():
         loss = module({"prompt": ["p"], "video": torch.full((1, 5, 3, 32, 32), 0.5)})[0]
     return score.score.tolist(), {name: m.tolist() for name, m in score.metrics.items()}, loss.item()
@@ -256,19 +257,20 @@ CASES: dict[str, Case] = {
     "lora.rank": Case(3, a_start),
     "lora.alpha": Case(4.0, a_step),
     "lora.target_modules": Case(["q"], a_start),
-    "reward.type": Case("face_identity", a_step),
-    "reward.baseline": Case(0.1, a_step),
-    "reward.scale": Case(0.5, a_step),
-    "reward.weight": Case(0.3, a_step),
-    "reward.options": Case({"floor": 0.1}, a_step),
-    "reward.detector": Case("yunet", faces, FACES),
-    "reward.embedder": Case("facenet:gone.pt", faces, FACES, refused="gone.pt"),
-    "reward.upscale": Case(2, faces, FACES),
-    "reward.min_face_size": Case(90, faces, FACES),
-    "reward.face": Case("best", two_faces, FACES),
-    "reward.missing_face": Case("zero", faces, FACES),
-    "reward.on_no_face": Case("zero", faces, FACES),
-    "reward.plus": Case([{"type": "face_identity"}], a_step),
+    "rewards": Case([*BASE["rewards"], {"type": "face_identity"}], a_step),
+    "rewards.0.type": Case("face_identity", a_step),
+    "rewards.0.baseline": Case(0.1, a_step),
+    "rewards.0.scale": Case(0.5, a_step),
+    "rewards.0.weight": Case(0.3, a_step),
+    "rewards.0.floor": Case(0.1, a_step),
+    "rewards.0.options": Case({"floor": 0.1}, a_step, {"rewards": [{"type": OF_ONES_OWN}]}),
+    "rewards.0.detector": Case("yunet", faces, FACES),
+    "rewards.0.embedder": Case("facenet:gone.pt", faces, FACES, refused="gone.pt"),
+    "rewards.0.upscale": Case(2, faces, FACES),
+    "rewards.0.min_face_size": Case(90, faces, FACES),
+    "rewards.0.face": Case("best", two_faces, FACES),
+    "rewards.0.missing_face": Case("zero", faces, FACES),
+    "rewards.0.on_unscored": Case("zero", faces, FACES),
     "cache_dir": Case("elsewhere", a_step),
     "cache_bytes": Case(0, a_step),
     "model": Case("tiny-ti2v", a_start),
@@ -327,7 +329,8 @@ CASES: dict[str, Case] = {
 
 
 def test_no_setting_is_forgotten() -> None:
-    assert CASES.keys() == {*dotted_names(RunSettings), "reward.plus"}
+    """Of rewards, those that there are by default are among them, and these are of others."""
+    assert CASES.keys() == {*dotted_names(RunSettings), "rewards.0.floor", "rewards.0.options"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -373,7 +376,7 @@ def observe(
     with pytest.MonkeyPatch.context() as patch:
         # Each module has its own, but they are read once.
         patch.setattr(
-            "frostline.train.step.module.load_components",
+            "frostline.models.checkpoints.loading.load_components",
             lambda model, dtype, device, defer: copy.deepcopy(loaded(model, dtype, str(device))),
         )
         yield look
@@ -399,10 +402,11 @@ def nested(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The second put over the first."""
-    both = dict(one)
+def merged(one: Any, other: dict[str, Any]) -> Any:
+    """The second put over the first, entries of a list by their number."""
+    both = list(one) if isinstance(one, list) else dict(one)
     for name, value in other.items():
-        inner = both.get(name)
-        both[name] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+        place: Any = int(name) if isinstance(both, list) else name
+        inner = both[place] if isinstance(both, list) else both.get(name)
+        both[place] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict | list) else value
     return both

@@ -15,14 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffsynth.core.vram.initialization import skip_model_initialization
 from safetensors.torch import save_file
 from torch import Tensor
 
 import frostline.models.checkpoints.loading as loading
-from frostline.models.checkpoints.model_spec import RELEASED
-from frostline.models.checkpoints.networks import build_network
-from frostline.train.step.module import WanTrainingModule
+from frostline.models.checkpoints.releases import read_spec
+from frostline.train import WanTrainingModule
 
 RELEASE = "Wan2.1-T2V-1.3B"
 TOKENIZER = Path(loading.__file__).parents[1] / "tiny" / "weights" / "tiny" / "google" / "umt5-xxl"
@@ -43,10 +41,10 @@ def random_like(shape: torch.Size, values: Tensor) -> Tensor:
 def write_checkpoint(folder: Path) -> None:
     values = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     shutil.copytree(TOKENIZER, folder / "google" / "umt5-xxl")
-    for field, (part, arguments) in RELEASED[RELEASE].items():
-        with skip_model_initialization():
-            network: Any = build_network(part, arguments)
-        names = (network.model if part == "vae" else network).state_dict()
+    spec = read_spec(RELEASE)
+    for field in spec.networks:
+        network: Any = spec.build(field)
+        names = (network.model if field == "vae" else network).state_dict()
         tensors = {name: random_like(tensor.shape, values) for name, tensor in names.items()}
         path = folder / NAMES[field]
         if path.suffix == ".safetensors":

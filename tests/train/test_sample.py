@@ -16,8 +16,9 @@ from frostline.models.lora import read_adapter, write_adapter
 from frostline.models.lora.inject import save_adapter
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.planning.plan import parse_plan
-from frostline.train.sample import SampledClip, SampleSettings, sample_clip
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
+from frostline.train.sample import SampledClip, sample_clip
+from frostline.train.sample_settings import SampleSettings
 from frostline.video import probe_video, read_video
 
 SETTINGS: dict[str, Any] = {
@@ -44,8 +45,8 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(tmp_path_factory: pytest.TempPathFactory, make_module: Callable[..., WanTrainingModule]) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     module = make_module(lora={"rank": 4, "alpha": 8})
-    assert module.lora_config is not None
-    save_adapter(module.components.denoiser, module.lora_config, folder)
+    assert module.model.lora_config is not None
+    save_adapter(module.components.denoiser, module.model.lora_config, folder)
     return folder
 
 

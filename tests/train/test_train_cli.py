@@ -35,6 +35,7 @@ from frostline.train.launch import run_training
 from frostline.train.loop.optimizer_step import optimizer_step
 from frostline.video import read_video, write_video
 
+FACES_TWICE = "rewards=[{type: face_identity}, {type: face_identity, detector: yunet}]"
 QUICK = """
 model: tiny
 device: cpu
@@ -44,7 +45,7 @@ grad_end_step: 2
 noise_seed: null
 lora: {rank: 4}
 plan: {backend: torch}
-reward: {type: "frostline.rewards.sharpness:SharpnessReward", baseline: 0, scale: 1}
+rewards: [{type: sharpness}]
 data: {source: data, num_frames: 5}
 validation: {source: data, num_frames: 5, steps: 2, num_videos: 2}
 train: {learning_rate: 1.0e-3, max_train_steps: 4, per_device_train_batch_size: 2, checkpointing_steps: 2}
@@ -190,7 +191,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no tracker": (_nothing, ["CONFIG", "train.report_to=trackio"], 2, "trackio is not installed: pip install trackio"),
     "no gpu": (_nothing, ["CONFIG", "device=cuda"], 2, "torch finds no GPU here"),
     "no model": (_nothing, ["CONFIG", "model=nowhere"], 2, "nowhere"),
-    "no reward": (_nothing, ["CONFIG", "reward.type=no.module:Class"], 2, "no.module cannot be imported"),
+    "no reward": (_nothing, ["CONFIG", "rewards.0.type=no.module:Class"], 2, "no.module cannot be imported"),
     "no backend": (_nothing, ["CONFIG", "plan.backend=tensorflow"], 2, "tensorflow"),
     "no stage": (_nothing, ["CONFIG", "plan.stages={vae: torch}"], 2, "there is no stage 'vae'"),
     "no shapes": (_nothing, ["CONFIG", "plan.min_shapes=vide:1x5x3x64x64"], 2, "unknown tensor 'vide'"),
@@ -198,17 +199,24 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no checkpoint": (_nothing, ["CONFIG", "--resume", "gone"], 1, "gone: no such folder to resume from"),
     "no embedder": (
         _nothing,
-        ["CONFIG", "reward.type=face_identity", "reward.embedder=sfase"],
+        ["CONFIG", "rewards.0.type=face_identity", "rewards.0.embedder=sfase"],
         2,
         "unknown face embedder 'sfase'",
     ),
+    "faces twice": (_nothing, ["CONFIG", FACES_TWICE], 2, "rewards: two go by the name 'face_score'"),
+    "dry run, faces twice": (_nothing, ["CONFIG", "--dry-run", FACES_TWICE], 1, "rewards: two go by the name"),
     "infinite": (_nothing, ["CONFIG", "train.learning_rate=inf"], 2, "train.learning_rate"),
     "dry run, no stage": (_nothing, ["CONFIG", "--dry-run", "plan.stages={vae: torch}"], 1, "there is no stage 'vae'"),
     "dry run, no backend": (_nothing, ["CONFIG", "--dry-run", "plan.backend=tensorflow"], 1, "tensorflow"),
-    "dry run, no reward": (_nothing, ["CONFIG", "--dry-run", "reward.type=no.module:Class"], 1, "cannot be imported"),
+    "dry run, no reward": (
+        _nothing,
+        ["CONFIG", "--dry-run", "rewards.0.type=no.module:Class"],
+        1,
+        "cannot be imported",
+    ),
     "dry run, no class": (
         _nothing,
-        ["CONFIG", "--dry-run", "reward.type=frostline.rewards.sharpness:Shrpness"],
+        ["CONFIG", "--dry-run", "rewards.0.type=frostline.rewards.sharpness:Shrpness"],
         1,
         "frostline.rewards.sharpness has no class 'Shrpness'",
     ),
@@ -300,7 +308,7 @@ def test_a_dry_run_imports_no_reward(workplace: Path, tmp_path: Path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(workplace)
     for flag, words in (("--dry-run", "this run could begin"), ("--print-config", "its_reward:Reward")):
-        result = CliRunner().invoke(app, ["train", "config.yaml", flag, "reward.type=its_reward:Reward"])
+        result = CliRunner().invoke(app, ["train", "config.yaml", flag, "rewards.0.type=its_reward:Reward"])
         assert result.exit_code == 0, result.output
         assert words in result.output
     assert not (tmp_path / "imported").exists()
@@ -377,7 +385,7 @@ NOT_RESUMED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "rows": (_break_a_video, ["data.source=bad"], 1, "2 of 2 rows cannot be trained on"),
     "validation": (_nothing, ["validation.source=gone"], 1, "gone: no such file or folder"),
     "model": (_nothing, ["model=nowhere"], 2, "nowhere"),
-    "reward": (_nothing, ["reward.type=no.module:Class"], 2, "cannot be imported"),
+    "reward": (_nothing, ["rewards.0.type=no.module:Class"], 2, "cannot be imported"),
     "tracker": (_nothing, ["train.report_to=trackio"], 2, "trackio is not installed"),
     "engine": (_nothing, ["plan.backend=onnxruntime", "plan.strict=true"], 1, "no engine of"),
 }
@@ -456,7 +464,7 @@ def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypat
 def test_the_demo_trains_with_the_tiny_example() -> None:
     example = load_run_settings(training_config("tiny"))
     demo = demo_settings(Path("runs/demo"), Path("engines"), DemoSettings())
-    for name in ("lora", "kl_weight", "noise_seed", "reward", "num_inference_steps"):
+    for name in ("lora", "kl_weight", "noise_seed", "rewards", "num_inference_steps"):
         assert getattr(demo, name) == getattr(example, name), name
     for name in ("learning_rate", "max_train_steps", "per_device_train_batch_size", "seed", "max_grad_norm"):
         assert getattr(demo.train, name) == getattr(example.train, name), name

@@ -12,7 +12,7 @@ from frostline.errors import EngineError
 from frostline.export.tracing.onnx_annotations import name_axes, strip_origin
 from frostline.export.tracing.precision_overrides import widen_sensitive
 from frostline.export.tracing.torch_export import quiet, trace_program
-from frostline.runtime.backends.options import OPSET
+from frostline.runtime.backends.base.options import OPSET
 from frostline.runtime.stage import Network
 
 # Larger weights than this cannot be inside the protobuf: they go to `<file>.data`.

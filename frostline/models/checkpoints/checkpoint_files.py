@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from frostline.errors import ConfigError
+from frostline.models.wan.model_spec import ModelSpec
+from frostline.models.wan.networks import NETWORKS
 from frostline.models.wan.video_shape import MASK_CHANNELS
 
-from .formats.architecture import denoiser_arguments
+from .formats.architecture import network_arguments
 from .formats.foreign import GGUF
+from .formats.model_card import stated_license
 from .formats.names import Part
 from .formats.network import NetworkFiles, recognise
 from .formats.settings_files import read_json
@@ -30,7 +33,7 @@ _TOKENIZERS = (Path("google") / "umt5-xxl", Path("tokenizer"))
 # The official text encoder always pads to this many tokens.
 TEXT_LENGTH = 512
 # Of two experts, as released: Wan2.2 I2V A14B and T2V A14B.
-BOUNDARY_IMAGE, BOUNDARY_TEXT = 0.9, 0.875
+_BOUNDARY_IMAGE, _BOUNDARY_TEXT = 0.9, 0.875
 # How a person calls the parts, and where they would be.
 _CALLED: Mapping[str, str] = {
     "denoiser": "the denoiser (diffusion_pytorch_model*.safetensors, or transformer/)",
@@ -46,37 +49,26 @@ _DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder", "im
 
 @dataclass(frozen=True)
 class WanFiles:
-    """The files of a Wan model, and what its tensors' shapes do not tell.
+    """What a Wan model is, and the files of each of its networks, by the same names as in the spec."""
 
-    text_length: tokens in a text context. boundary: see `WanComponents`.
-    """
-
-    name: str
-    denoiser: NetworkFiles
-    vae: NetworkFiles
-    text_encoder: NetworkFiles
+    spec: ModelSpec
+    networks: Mapping[str, NetworkFiles]
     tokenizer: Path
-    denoiser_high_noise: NetworkFiles | None = None
-    image_encoder: NetworkFiles | None = None
-    text_length: int = TEXT_LENGTH
-    boundary: float = BOUNDARY_IMAGE
+
+    @property
+    def denoiser(self) -> NetworkFiles:
+        """The files of the denoiser; of two experts, of the low-noise one."""
+        return self.networks["denoiser"]
 
     @property
     def variant(self) -> str:
         """What the model does, in words."""
-        experts = ", two experts" if self.denoiser_high_noise else ""
-        return _variant(denoiser_arguments(self.denoiser.shapes, self.denoiser.config)) + experts
-
-    def networks(self) -> Iterator[tuple[str, NetworkFiles]]:
-        """The networks that are there, by the field names of `WanComponents`."""
-        for field in ("text_encoder", "vae", "denoiser", "denoiser_high_noise", "image_encoder"):
-            files = getattr(self, field)
-            if files is not None:
-                yield field, files
+        experts = ", two experts" if self.spec.two_experts else ""
+        return _variant(self.spec.networks["denoiser"]) + experts
 
     def paths(self) -> Iterator[Path]:
         """Every file that the model is loaded from."""
-        for _, network in self.networks():
+        for network in self.networks.values():
             yield from network.paths
             config = network.paths[0].parent / "config.json"
             if config.is_file():
@@ -84,8 +76,8 @@ class WanFiles:
         yield from sorted(path for path in self.tokenizer.iterdir() if path.is_file())
 
     def __str__(self) -> str:
-        found = ", ".join(f"{_plain(field)} in {network}" for field, network in self.networks())
-        return f"{self.name}: {self.variant}; {found}, tokenizer in {self.tokenizer}"
+        found = ", ".join(f"{_plain(field)} in {network}" for field, network in self.networks.items())
+        return f"{self.spec.name}: {self.variant}; {found}, tokenizer in {self.tokenizer}"
 
 
 def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
@@ -102,14 +94,22 @@ def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
     return _from_diffusers_folder(path) if (path / "model_index.json").is_file() else _from_folder(path)
 
 
+def released_boundary(denoiser: Mapping[str, Any]) -> float:
+    """The boundary of a released model with such a denoiser; see `ModelSpec`."""
+    return _BOUNDARY_IMAGE if denoiser["require_vae_embedding"] else _BOUNDARY_TEXT
+
+
 def _embedded(name: str) -> WanFiles:
-    base = _from_folder(_TINY / "tiny")
+    tiny = _from_folder(_TINY / "tiny")
     if name == "tiny":
-        return base
+        return tiny
     if name == "tiny-moe":
-        expert = _denoiser_in(_TINY / name / "high_noise_model")
-        return replace(base, name=name, denoiser_high_noise=expert)
-    return replace(base, name=name, denoiser=_denoiser_in(_TINY / name))
+        other = {"denoiser_high_noise": _denoiser_in(_TINY / name / "high_noise_model")}
+    else:
+        other = {"denoiser": _denoiser_in(_TINY / name)}
+    networks = {**tiny.networks, **other}
+    spec = _spec(name, networks, tiny.spec.text_length, tiny.spec.boundary)
+    return WanFiles(spec, networks, tiny.tokenizer)
 
 
 def _denoiser_in(folder: Path) -> NetworkFiles:
@@ -267,28 +267,26 @@ def _assemble(
     if missing:
         raise ConfigError(f"{where}: {_found(one, arguments, strange)}; missing: {', '.join(missing)}")
     assert tokenizer is not None
-    takes_image = arguments["require_vae_embedding"]
-    files = WanFiles(
-        name=name,
-        denoiser=one["denoiser"],
-        denoiser_high_noise=one.get("denoiser_high_noise"),
-        vae=one["vae"],
-        text_encoder=one["text_encoder"],
-        # Wan2.2 takes no CLIP feature, whatever lies beside it.
-        image_encoder=one.get("image_encoder") if takes_clip else None,
-        tokenizer=tokenizer,
-        text_length=config.get("text_len", TEXT_LENGTH),
-        boundary=config.get("boundary", BOUNDARY_IMAGE if takes_image else BOUNDARY_TEXT),
-    )
+    # Wan2.2 takes no CLIP feature, whatever lies beside it.
+    wanted = [field for field in NETWORKS if field in one and (field != "image_encoder" or takes_clip)]
+    networks = {field: one[field] for field in wanted}
+    boundary = config.get("boundary", released_boundary(arguments))
+    files = WanFiles(_spec(name, networks, config.get("text_len", TEXT_LENGTH), boundary), networks, tokenizer)
     _ = files.variant  # refuses one that is not known
     return files
 
 
-def _arguments(denoiser: NetworkFiles) -> dict[str, Any]:
+def _spec(name: str, networks: Mapping[str, NetworkFiles], text_length: int, boundary: float) -> ModelSpec:
+    arguments = {field: _arguments(network) for field, network in networks.items()}
+    return ModelSpec(name, arguments, text_length, boundary, stated_license(networks["denoiser"].paths[0]))
+
+
+def _arguments(network: NetworkFiles) -> dict[str, Any]:
     try:
-        return denoiser_arguments(denoiser.shapes, denoiser.config)
-    except (KeyError, ValueError, IndexError) as error:
-        raise ConfigError(f"{denoiser} holds no Wan denoiser: {error}") from error
+        return network_arguments(network.part, network.shapes, network.config)
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        what = "holds no Wan denoiser" if network.part == "denoiser" else "cannot be loaded"
+        raise ConfigError(f"{network} {what}: {error}") from error
 
 
 def _variant(arguments: Mapping[str, Any]) -> str:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from frostline.deferred_init import deferred_init
 from frostline.errors import ConfigError
-from frostline.models.checkpoints.networks import build_network
 from frostline.models.lazy_weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
 from frostline.models.precision import precision_name
 from frostline.models.wan.components import WanComponents
+from frostline.models.wan.networks import build_network
 
 from .checkpoint_files import WanFiles, find_files
-from .formats.architecture import network_arguments
 from .formats.foreign import stand_in_kind
-from .formats.model_card import stated_license
 from .formats.network import NetworkFiles
 
 if TYPE_CHECKING:
@@ -65,29 +64,29 @@ def load_components(
     files = find_files(model)
     log.info("%s", files)
     loaded: dict[str, Any] = {}
-    for field, network in files.networks():
+    for field in files.networks:
         load = _without_weights if field in defer and field in DEFERRABLE else _load
-        loaded[field] = load(network, dtype, device)
+        loaded[field] = load(files, field, dtype, device)
     loaded["vae"].scale = [part.to(device) for part in loaded["vae"].scale]
     for module in loaded.values():
         module.eval().requires_grad_(False)
     return WanComponents(
-        name=files.name,
-        tokenizer=_load_tokenizer(files.tokenizer, files.text_length),
-        boundary=files.boundary,
-        license=stated_license(files.denoiser.paths[0]),
+        files.spec,
+        tokenizer=_load_tokenizer(files.tokenizer, files.spec.text_length),
         weights=_frozen_weights(files, loaded, dtype, device),
         **loaded,
     )
 
 
-def _load(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
-    from diffsynth.core.loader.model import load_model
+def _load(files: WanFiles, field: str, dtype: torch.dtype, device: str | torch.device) -> Any:
+    with deferred_init("diffsynth"):
+        from diffsynth.core.loader.model import load_model
 
+    network, build = files.networks[field], partial(build_network, field, files.spec.networks[field])
     names = [str(path) for path in network.paths]
     state_dict = _read(network, dtype, device)
     try:
-        return load_model(lambda: _build(network), names, torch_dtype=dtype, device=str(device), state_dict=state_dict)
+        return load_model(build, names, torch_dtype=dtype, device=str(device), state_dict=state_dict)
     except _MISFITS as error:
         first_lines = " ".join(str(error).split("\n")[:3])
         raise ConfigError(f"{', '.join(names)} cannot be loaded: {first_lines}") from error
@@ -100,28 +99,26 @@ def check_files(model: str | Path | Sequence[Entry]) -> None:
         ConfigError: as there.
     """
     files = find_files(model)
-    for _, network in files.networks():
-        _empty_network(network)
-    _load_tokenizer(files.tokenizer, files.text_length)
+    for field in files.networks:
+        _empty_network(files, field)
+    _load_tokenizer(files.tokenizer, files.spec.text_length)
 
 
-def _without_weights(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> Any:
-    module = _empty_network(network)
+def _without_weights(files: WanFiles, field: str, dtype: torch.dtype, device: str | torch.device) -> Any:
+    module = _empty_network(files, field)
     empty_parameters(module, dtype, device)
     return module
 
 
-def _empty_network(network: NetworkFiles) -> nn.Module:
-    """The network that the files are for, on the meta device.
+def _empty_network(files: WanFiles, field: str) -> nn.Module:
+    """One of the networks, on the meta device.
 
     Raises:
         ConfigError: its tensors are not those of the files.
     """
-    from diffsynth.core.vram.initialization import skip_model_initialization
-
+    network = files.networks[field]
     try:
-        with skip_model_initialization():
-            module = _build(network)
+        module = files.spec.build(field)
     except _MISFITS as error:
         raise ConfigError(f"{network} cannot be loaded: {error}") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -150,7 +147,7 @@ def _frozen_weights(
     files: WanFiles, loaded: dict[str, Any], dtype: torch.dtype, device: str | torch.device
 ) -> dict[str, PartWeights]:
     weights = {}
-    sources = {**dict(files.networks()), "vae_encoder": files.vae}
+    sources = {**files.networks, "vae_encoder": files.networks["vae"]}
     for part in FROZEN_PARTS:
         network = sources.get(part)
         if network is None:
@@ -166,12 +163,9 @@ def _frozen_weights(
     return weights
 
 
-def _build(network: NetworkFiles) -> nn.Module:
-    return build_network(network.part, network_arguments(network.part, network.shapes, network.config))
-
-
 def _load_tokenizer(folder: Path, text_length: int) -> HuggingfaceTokenizer:
-    from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
+    with deferred_init("diffsynth"):
+        from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
 
     try:
         return HuggingfaceTokenizer(str(folder), seq_len=text_length, clean="whitespace")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from frostline.config import TARGET_MODULES
 from frostline.errors import ConfigError
+from frostline.models.wan.lora_targets import LORA_TARGETS
 
 from . import FORMATS, PEFT, UniformLora, read_adapter, write_peft
 
@@ -24,9 +24,12 @@ ADAPTER = "default"
 
 
 def inject_lora(
-    model: nn.Module, rank: int, alpha: float | None = None, target_modules: Sequence[str] = TARGET_MODULES
+    model: nn.Module, rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None
 ) -> LoraConfig:
     """Freeze `model`, add trainable fp32 LoRA layers (B = 0: no change of output yet), return their config.
+
+    Args:
+        target_modules: names of the adapted layers; those of Wan's blocks if not given.
 
     Raises:
         ConfigError: the rank is not positive, a target matches no module or one that is not linear, or adapters are
@@ -38,6 +41,7 @@ def inject_lora(
         raise ConfigError(f"lora.rank must be at least 1, not {rank}")
     if lora_layers(model):
         raise ConfigError("the denoiser has LoRA layers already")
+    target_modules = target_modules or LORA_TARGETS
     check_targets(model, target_modules)
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(target_modules))  # type: ignore[arg-type]
@@ -92,6 +96,36 @@ def lora_scale(model: nn.Module) -> float:
     return scales.pop()
 
 
+def active_scale(model: nn.Module) -> float:
+    """Return the factor on `B A x` in the first LoRA layer now: 0 where it is disabled.
+
+    Where `LoraSwitches` finds no conflict, all layers have this factor.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    return 0.0 if _disabled(layer) else float(layer.scaling[ADAPTER])
+
+
+class _SwitchedOff:
+    """What `adapters_off` puts in place of a layer's switch: true, as PEFT asks it, with the state that it replaces.
+
+    Other threads may look at the switches of a layer meanwhile, to tell an engine the LoRA scale.
+    """
+
+    def __init__(self, otherwise: bool) -> None:
+        self.otherwise = otherwise
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _disabled(layer: LoraLayer) -> bool:
+    """Return whether a layer is disabled, other than by `adapters_off`."""
+    switch = layer._disable_adapters
+    return switch.otherwise if isinstance(switch, _SwitchedOff) else bool(switch)
+
+
 class LoraSwitches:
     """What PEFT lets users switch at any time on the LoRA layers of a model, read anew at each look.
 
@@ -102,17 +136,6 @@ class LoraSwitches:
     def __init__(self, model: nn.Module) -> None:
         self._layers = lora_layers(model)
 
-    @property
-    def scale(self) -> float | None:
-        """The one factor on `B A x` in all layers: `alpha / rank`, or 0 where the adapters are disabled.
-
-        None where there is no such factor; `conflict` then says why, unless there are no LoRA layers.
-        """
-        if not self._layers or self.conflict() is not None:
-            return None
-        first = self._layers[0]
-        return 0.0 if first.disable_adapters else float(first.scaling[ADAPTER])
-
     def conflict(self) -> str | None:
         """Return why the model is not its weights and the adapter at one scale, or None."""
         disabled = scaling = None
@@ -120,8 +143,8 @@ class LoraSwitches:
             if layer.merged_adapters:
                 return f"the LoRA is merged into the weights ({', '.join(layer.merged_adapters)})"
             if disabled is None:
-                disabled = layer.disable_adapters
-            elif layer.disable_adapters != disabled:
+                disabled = _disabled(layer)
+            elif _disabled(layer) != disabled:
                 return "some LoRA layers are disabled, and others are not"
             if disabled:
                 continue
@@ -142,7 +165,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     # Not `enable_adapters`, which also sets `requires_grad` of every matrix: what was frozen would thaw.
     saved = [layer._disable_adapters for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        layer._disable_adapters = _SwitchedOff(_disabled(layer))  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -10,9 +10,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, Protocol
 
 from frostline.models.checkpoints.formats.names import DENOISER
+
+
+class LayerPath(Protocol):
+    """The path in a family's denoiser of a module or bare parameter, by its name in a file; None if there is none.
+
+    flat: whether the name has underscores for dots.
+    """
+
+    def __call__(self, name: str, *, flat: bool = False) -> str | None: ...
+
 
 Kind = Literal["down", "up", "up_bias", "alpha", "weight_difference", "bias_difference", "modulation_difference"]
 
@@ -75,12 +85,12 @@ def other_way(name: str) -> str | None:
     return next((way for pattern, way in _OTHER_WAYS if pattern.fullmatch(name)), None)
 
 
-def parse_name(name: str) -> TensorName | None:
+def parse_name(name: str, layer_path: LayerPath) -> TensorName | None:
     """Take the name of a tensor apart; None if it is none of a LoRA."""
     for pattern, kind in _TENSORS:
         if match := pattern.fullmatch(name):
             prefix, plain, flat = _without_prefix(match[1])
-            return TensorName(prefix, plain, kind, _official(plain, kind, flat))
+            return TensorName(prefix, plain, kind, _official(plain, kind, flat, layer_path))
     return None
 
 
@@ -96,11 +106,11 @@ def denoiser_path(name: str, *, flat: bool = False) -> str | None:
     return None
 
 
-def _official(layer: str, kind: Kind, flat: bool) -> str | None:
-    """What a tensor of this kind is of, by its name in `WanModel`."""
+def _official(layer: str, kind: Kind, flat: bool, layer_path: LayerPath) -> str | None:
+    """What a tensor of this kind is of, by its name in the denoiser."""
     if kind == "modulation_difference":
         layer += "_modulation" if flat else ".modulation"
-    official = denoiser_path(layer, flat=flat)
+    official = layer_path(layer, flat=flat)
     if official is None or (kind in ("down", "up", "up_bias") and _NO_MATRIX.fullmatch(official)):
         return None
     if kind == "bias_difference":

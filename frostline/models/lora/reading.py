@@ -15,7 +15,7 @@ from frostline.models.checkpoints.formats.settings_files import read_json
 from frostline.models.checkpoints.formats.tensor_files import open_tensors, read_header
 
 from .adapter import Adapter, LoraPair, is_finite
-from .names import TensorName, is_of_text_encoder, other_way, parse_name
+from .names import LayerPath, TensorName, denoiser_path, is_of_text_encoder, other_way, parse_name
 from .stated import Stated, read_alpha, state, stated_in_header
 
 log = logging.getLogger(__name__)
@@ -23,26 +23,30 @@ log = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, layer_path: LayerPath = denoiser_path) -> Adapter:
     """Read the PEFT folder, or the one file of any program, at `path`; its values are finite.
 
     What it has for a text encoder is left out, with a warning.
 
+    Args:
+        layer_path: the names of the layers that the denoiser has.
     Raises:
-        ConfigError: it is none, is damaged, has layers that Wan's denoiser has not, or its config says otherwise.
+        ConfigError: it is none, is damaged, has layers that the denoiser has not, or its config says otherwise.
     """
     if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
         # The scale is in the file beside it.
         path = path.parent
     if path.suffix == ".safetensors" and path.is_file():
         metadata = read_header(path).metadata
-        return _assemble(open_tensors([path], "cpu"), path, stated_in_header(metadata, path))
+        return _assemble(open_tensors([path], "cpu"), path, stated_in_header(metadata, path), layer_path)
     config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
     if not weights.is_file() or not config_file.is_file():
         raise ConfigError(
             f"{path} holds no adapter: a .safetensors file is needed, or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    return _assemble(open_tensors([weights], "cpu"), weights, state(read_json(config_file), str(config_file)))
+    return _assemble(
+        open_tensors([weights], "cpu"), weights, state(read_json(config_file), str(config_file)), layer_path
+    )
 
 
 @dataclass
@@ -63,8 +67,8 @@ class _Parts:
         return self.differences
 
 
-def _assemble(tensors: Mapping[str, Tensor], path: Path, stated: Stated | None) -> Adapter:
-    parts = _sort(tensors, path)
+def _assemble(tensors: Mapping[str, Tensor], path: Path, stated: Stated | None, layer_path: LayerPath) -> Adapter:
+    parts = _sort(tensors, path, layer_path)
     if not parts.down and not parts.up and not parts.differences:
         raise ConfigError(f"{path} is no whole LoRA: it has no matrices of a denoiser")
     for layer in sorted(parts.down.keys() ^ parts.up.keys()):
@@ -91,14 +95,14 @@ def _assemble(tensors: Mapping[str, Tensor], path: Path, stated: Stated | None) 
     return Adapter(pairs, path, differences)
 
 
-def _sort(tensors: Mapping[str, Tensor], path: Path) -> _Parts:
+def _sort(tensors: Mapping[str, Tensor], path: Path, layer_path: LayerPath) -> _Parts:
     parts, text, strange = _Parts(), [], []
     prefixes: dict[str, str] = {}
     for full_name, tensor in tensors.items():
         if is_of_text_encoder(full_name):
             text.append(full_name)
             continue
-        name = parse_name(full_name)
+        name = parse_name(full_name, layer_path)
         if name is None:
             kind = other_way(full_name) or "no LoRA of a denoiser"
             raise ConfigError(f"{path} is {kind}, which frostline does not read: {full_name}")
@@ -117,7 +121,7 @@ def _sort(tensors: Mapping[str, Tensor], path: Path) -> _Parts:
         parts.plain[name.layer] = name.plain
     if strange:
         raise ConfigError(
-            f"{path} has {len(strange)} tensors of layers that Wan's denoiser does not have, the first is {strange[0]}"
+            f"{path} has {len(strange)} tensors of layers that the denoiser does not have, the first is {strange[0]}"
         )
     if len(prefixes) > 1:
         raise ConfigError(

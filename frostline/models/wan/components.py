@@ -1,10 +1,12 @@
-"""What a Wan model consists of, as diffsynth's own objects."""
+"""What a loaded Wan model consists of, as diffsynth's own objects."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from frostline.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,34 +20,42 @@ if TYPE_CHECKING:
 
     from frostline.models.lazy_weights import PartWeights
 
+    from .model_spec import ModelSpec
+
 
 @dataclass(frozen=True)
 class WanComponents:
     """A loaded Wan model; all its parts are frozen and in eval mode.
 
-    name: names the model in the engine store.
-    boundary: the high-noise expert serves timesteps from `boundary * 1000` up; of no effect without one.
+    spec: what the model is; the properties below ask it.
     weights: by stage name, the weights of frozen parts that may leave memory and come back.
-    license: of the weights, as the model card states it: an SPDX identifier; None where it states none.
+
+    Raises:
+        ConfigError: the networks are not those that `spec` describes.
     """
 
-    name: str
+    spec: ModelSpec
     text_encoder: WanTextEncoder
     tokenizer: HuggingfaceTokenizer
     vae: WanVideoVAE
     denoiser: WanModel
     denoiser_high_noise: WanModel | None = None
     image_encoder: WanImageEncoder | None = None
-    boundary: float = 0.9
     weights: Mapping[str, PartWeights] = field(default_factory=dict)
-    license: str | None = None
+
+    def __post_init__(self) -> None:
+        optional = {name for name in ("denoiser_high_noise", "image_encoder") if getattr(self, name) is not None}
+        there, wanted = {"text_encoder", "vae", "denoiser", *optional}, {*self.spec.networks}
+        if there != wanted:
+            raise ConfigError(f"{self.name}: the spec has the networks {sorted(wanted)}, the model {sorted(there)}")
+        for name, module in self.modules():
+            _check_size(f"{self.name}: {name}", module, self.spec.networks[name])
+        _check_size(f"{self.name}: tokenizer", self.tokenizer, {"seq_len": self.text_length})
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The neural networks that are there, by field name."""
-        for name in ("text_encoder", "vae", "denoiser", "denoiser_high_noise", "image_encoder"):
-            module = getattr(self, name)
-            if module is not None:
-                yield name, module
+        for name in self.spec.networks:
+            yield name, getattr(self, name)
 
     @property
     def device(self) -> torch.device:
@@ -58,33 +68,44 @@ class WanComponents:
         return self.denoiser.patch_embedding.weight.dtype
 
     @property
-    def takes_image_latents(self) -> bool:
-        """Whether the denoiser is conditioned on `y`: the mask and latents of the first frame."""
-        return self.denoiser.require_vae_embedding and self.denoiser.in_dim > self.vae.model.z_dim
+    def name(self) -> str:
+        """See `ModelSpec`."""
+        return self.spec.name
 
     @property
-    def takes_clip_feature(self) -> bool:
-        """Whether the denoiser is conditioned on the CLIP feature of the first frame."""
-        return self.denoiser.has_image_input and self.denoiser.require_clip_embedding
+    def license(self) -> str | None:
+        """See `ModelSpec`."""
+        return self.spec.license
 
     @property
-    def pins_first_frame(self) -> bool:
-        """Whether the first frame's latents are given and kept through sampling (Wan2.2 TI2V)."""
-        return self.denoiser.seperated_timestep and self.denoiser.fuse_vae_embedding_in_latents
+    def boundary(self) -> float:
+        """See `ModelSpec`."""
+        return self.spec.boundary
 
     @property
     def text_length(self) -> int:
-        """Tokens in a text context; prompts are padded or cut to it."""
-        length = self.tokenizer.seq_len
-        assert length is not None
-        return length
+        """See `ModelSpec`."""
+        return self.spec.text_length
 
     @property
-    def spatial_stride(self) -> int:
-        """Pixels per latent, in height and width."""
-        return self.vae.upsampling_factor
+    def takes_image_latents(self) -> bool:
+        """See `ModelSpec`."""
+        return self.spec.takes_image_latents
 
     @property
-    def spatial_multiple(self) -> int:
-        """Height and width of a video are multiples of it: the denoiser takes 2×2 patches of the latents."""
-        return self.spatial_stride * self.denoiser.patch_size[1]
+    def takes_clip_feature(self) -> bool:
+        """See `ModelSpec`."""
+        return self.spec.takes_clip_feature
+
+    @property
+    def pins_first_frame(self) -> bool:
+        """See `ModelSpec`."""
+        return self.spec.pins_first_frame
+
+
+def _check_size(what: str, module: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a module that was made with other arguments, as far as it keeps them."""
+    inner = getattr(module, "model", module)  # diffsynth wraps the VAE
+    for name, value in arguments.items():
+        if (found := vars(inner).get(name, value)) != value:
+            raise ConfigError(f"{what} has {name} {found}, and the spec says {value}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -64,6 +65,21 @@ class Denoiser(nn.Module):
     def compile_blocks(self) -> None:
         """Run every block in `torch.compile`, live and frozen: one block is compiled, and all are like it."""
         self.run_block = torch.compile(_block)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return cast(nn.ModuleList, self.model.blocks)
+
+    @contextmanager
+    def first_blocks(self, count: int) -> Iterator[None]:
+        """Within the block of code, run the first `count` blocks alone."""
+        blocks = self.blocks
+        self.model.blocks = blocks[:count]
+        try:
+            yield
+        finally:
+            self.model.blocks = blocks
 
     @property
     def pins_first_frame(self) -> bool:

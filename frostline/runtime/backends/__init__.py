@@ -1,98 +1,78 @@
-"""The backends by name. A backend is one file here with the furniture of `Backend`, and one line below."""
+"""The backends by name, found without importing any.
+
+Each module in here but `base`, a file or a folder, is one backend. It is called as its module, with dashes for
+underscores, and defines one subclass of `frostline.runtime.backends.base.backend.Backend`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+import pkgutil
+from functools import cache
+from typing import TYPE_CHECKING
 
 from frostline.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-    from torch.export import ExportedProgram
-
-    from frostline.runtime.engines.verification import VerifiedEngine
-    from frostline.runtime.stage import Network, Runner
-
-    from .options import BuildOptions
+    from .base.backend import Backend
 
 TORCH = "torch"
-# The file, and within it the object that is the backend where the file itself is not.
-_REGISTRY = {
-    "onnxruntime": "onnxruntime",
-    "tensorrt": "tensorrt:TENSORRT",
-    "tensorrt-rtx": "tensorrt:TENSORRT_RTX",
-    "aotinductor": "aotinductor",
-    "openvino": "openvino",
-}
-ENGINE_BACKENDS = tuple(_REGISTRY)
+# Which come first in lists, and of equally fast ones: no backend can say that of itself. The others follow by name.
+_FIRST = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+# It is installed with frostline, and runs everywhere.
+DEFAULT_BACKEND = _FIRST[0]
+_NO_BACKEND = "base"
 
 
-class Backend(Protocol):
-    """What every backend offers."""
-
-    # What `build` starts from: a file that ONNX tools read, or torch's own `ExportedProgram`.
-    SOURCE: Literal["onnx", "exported_program"]
-    # Whether an engine has weights of its own, or computes with those of the PyTorch module.
-    HOLDS_WEIGHTS: bool
-    # The types of weights that it computes with: of fp32, fp16 and bf16.
-    PRECISIONS: frozenset[str]
-    # The most elements that a tensor may have, of the network's own as well; None where nothing limits them.
-    LARGEST_TENSOR: int | None
-
-    def unavailable(self) -> str | None:
-        """Why this backend can neither build nor run here and what to install, or None."""
-        ...
-
-    def version(self) -> str:
-        """The version that engines depend on."""
-        ...
-
-    def target(self, device: torch.device, options: BuildOptions) -> str:
-        """What an engine runs on that is built for a stage on `device`: `cpu`, `sm_89` or `sm_89+sm_120`."""
-        ...
-
-    def obstacle(self, device: torch.device, target: str) -> str | None:
-        """Why an engine for `target` cannot run on `device` of this machine, or None."""
-        ...
-
-    def build(self, network: Network, source: Path | ExportedProgram, folder: Path, options: BuildOptions) -> str:
-        """Compile `source`, which may be used up, into `folder`; returns the name of the file to load."""
-        ...
-
-    def load(self, engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
-        """One runner for each network of the engine's stage."""
-        ...
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all backends, installed or not, in order of preference."""
+    found = {_name_of(module) for _, module, _ in pkgutil.iter_modules(__path__) if module != _NO_BACKEND}
+    first = tuple(name for name in _FIRST if name in found)
+    return (*first, *sorted(found - {*first}))
 
 
 def check_backend(name: str) -> None:
-    """Hold a name against those of the backends, without importing any.
+    """Check that there is a backend of this name.
 
     Raises:
-        ConfigError: it is none of theirs.
+        ConfigError: there is none; the message lists those that there are.
     """
-    if name not in _REGISTRY:
-        raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *_REGISTRY))}")
+    if name not in (names := backend_names()):
+        raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *names))}")
 
 
 def module_name(name: str) -> str:
-    """The module that a backend is in, which is not imported.
+    """Return the dotted name of the module that a backend is in.
 
     Raises:
         ConfigError: there is no such backend.
     """
     check_backend(name)
-    return f"{__name__}.{_REGISTRY[name].partition(':')[0]}"
+    return f"{__name__}.{name.replace('-', '_')}"
 
 
+@cache
 def get_backend(name: str) -> Backend:
-    """The backend of this name.
+    """Return the backend of this name; the first call imports its module, and torch.
 
     Raises:
         ConfigError: there is none.
+        TypeError: its module does not define it.
     """
+    from .base.backend import Backend
+
     module = importlib.import_module(module_name(name))
-    attribute = _REGISTRY[name].partition(":")[2]
-    return cast(Backend, getattr(module, attribute) if attribute else module)
+    own = (kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__)
+    kinds = [kind for kind in own if issubclass(kind, Backend)]
+    if len(kinds) != 1:
+        raise TypeError(f"{module.__name__} must define one subclass of Backend, and defines {len(kinds)}")
+    return kinds[0](name)
+
+
+def engine_packages() -> tuple[str, ...]:
+    """Return the pip packages that engines run on, installed or not; imports all backends, and torch."""
+    return tuple(dict.fromkeys(package for name in backend_names() for package in get_backend(name).packages))
+
+
+def _name_of(module: str) -> str:
+    return module.replace("_", "-")

@@ -9,31 +9,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from frostline.errors import EngineError
-from frostline.runtime.device import device_name
+from frostline.runtime.engines.manifest import NetworkRecord
 from frostline.runtime.engines.verification import VerifiedEngine
-from frostline.runtime.stage import Network, Runner
+from frostline.runtime.stage import Network
 
-from .inputs import check_inputs, check_live
-from .memory import engine_failure
-from .options import BuildOptions
+from .base.backend import Backend, keep_onnx
+from .base.options import BuildOptions
+from .base.runner import EngineRunner
 
 if TYPE_CHECKING:
     import onnxruntime
-
-SOURCE: Literal["onnx"] = "onnx"
-HOLDS_WEIGHTS = True
-# Up to opset 21 ONNX has no bf16 convolution, and the providers lack more of its operations.
-PRECISIONS = frozenset({"fp32", "fp16"})
-LARGEST_TENSOR: int | None = None
-
-# How its arenas, and CUDA, say that memory ran out; its exceptions have no type of their own for that.
-_NO_MEMORY = ("Failed to allocate memory for requested buffer", "CUDA failure 2: out of memory", "bad_alloc")
 
 _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
@@ -52,48 +44,32 @@ _SHAPE_ARITHMETIC = frozenset(
 )
 
 
-def unavailable() -> str | None:
-    """Why ONNX Runtime cannot run here, or None."""
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        return f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu"
-    return None
+class OnnxRuntime(Backend):
+    """ONNX files as they are: ONNX Runtime optimises them as it loads."""
+
+    # Up to opset 21 ONNX has no bf16 convolution, and the providers lack more of its operations.
+    precisions = frozenset({"fp32", "fp16"})
+    packages = ("onnxruntime-gpu", "onnxruntime")
+    install = "pip install onnxruntime-gpu"
+
+    def library(self) -> ModuleType:
+        """Import onnxruntime."""
+        import onnxruntime
+
+        return onnxruntime
+
+    def build(self, network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
+        """Keep the ONNX file."""
+        return keep_onnx(source, folder)
+
+    def make_runner(
+        self, engine: VerifiedEngine, entry: NetworkRecord, network: Network, device: torch.device
+    ) -> EngineRunner:
+        """Open a session."""
+        return OnnxRuntimeRunner(engine.onnx(entry.artifact), network, device)
 
 
-def version() -> str:
-    """The installed version."""
-    import onnxruntime
-
-    return onnxruntime.__version__
-
-
-def target(device: torch.device, options: BuildOptions) -> str:
-    """The device that the stage is on."""
-    return device_name(device)
-
-
-def obstacle(device: torch.device, target: str) -> str | None:
-    """None: the target is part of an engine's key, and ONNX Runtime knows of no other hindrance."""
-    return None
-
-
-def build(network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
-    """An ONNX file is an engine already; ONNX Runtime optimises it as it loads."""
-    for path in sorted(source.parent.glob(f"{source.name}*")):
-        path.rename(folder / path.name)
-    return source.name
-
-
-def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
-    """One session for each network."""
-    return {
-        entry.name: OnnxRuntimeRunner(engine.onnx(entry.artifact), networks[entry.name], device)
-        for entry in engine.manifest.networks
-    }
-
-
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(EngineRunner):
     """Runs one ONNX file.
 
     Args:
@@ -104,31 +80,33 @@ class OnnxRuntimeRunner:
         EngineError: the file cannot be loaded, or part of the graph would run on another provider than asked for.
     """
 
-    def __init__(self, model: bytes | Path, network: Network, device: torch.device) -> None:
-        check_live(network)
-        self._network = network
-        self._device = device
-        self._session = _open_session(model, network.name, device)
+    library_name = "ONNX Runtime"
+    # How its arenas, and CUDA, say that memory ran out; its exceptions have no type of their own for that.
+    out_of_memory = ("Failed to allocate memory for requested buffer", "CUDA failure 2: out of memory", "bad_alloc")
+    one_call_at_a_time = False
 
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network; every output is freshly allocated and shared with torch."""
-        check_inputs(self._network, inputs)
+    def __init__(self, model: bytes | Path, network: Network, device: torch.device) -> None:
+        super().__init__(network)
+        self._device = device
+        with self._failures("cannot load"):
+            self._session = _open_session(model, network.name, device)
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        network = self._network
         binding = self._session.io_binding()
         # Kept until the run is over: a binding does not own what is bound.
-        kept = {name: tensor.contiguous() for name, tensor in {**self._network.live, **inputs}.items()}
+        kept = {name: tensor.contiguous() for name, tensor in {**network.live, **inputs}.items()}
         for name, tensor in kept.items():
             _bind(binding, name, tensor)
-        for name in self._network.outputs:
+        for name in network.outputs:
             binding.bind_output(name, self._device.type, self._device.index or 0)
         if self._device.type == "cuda":
             # ONNX Runtime works on a stream of its own.
             torch.cuda.current_stream(self._device).synchronize()
-        try:
-            self._session.run_with_iobinding(binding)
-            values = binding.get_outputs()
-        except Exception as error:
-            raise engine_failure(f"ONNX Runtime failed on {self._network.name}", error, _NO_MEMORY) from error
-        return {name: torch.from_dlpack(value) for name, value in zip(self._network.outputs, values, strict=True)}
+        self._session.run_with_iobinding(binding)
+        return {
+            name: torch.from_dlpack(value) for name, value in zip(network.outputs, binding.get_outputs(), strict=True)
+        }
 
 
 def _bind(binding: onnxruntime.IOBinding, name: str, tensor: Tensor) -> None:
@@ -157,11 +135,8 @@ def _open_session(model: bytes | Path, name: str, device: torch.device) -> onnxr
         raise EngineError(f"ONNX Runtime has no provider for {device.type} here")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0), **_CUDA_SETTINGS}
-    try:
-        source = model if isinstance(model, bytes) else str(model)
-        session = onnxruntime.InferenceSession(source, options, providers=[(provider, arguments)])
-    except Exception as error:
-        raise engine_failure(f"ONNX Runtime cannot load {name}", error, _NO_MEMORY) from error
+    source = model if isinstance(model, bytes) else str(model)
+    session = onnxruntime.InferenceSession(source, options, providers=[(provider, arguments)])
     if session.get_providers()[0] != provider:
         raise EngineError(f"ONNX Runtime has no {provider} here, only {', '.join(session.get_providers())}")
     if provider != _CPU and (strays := _left_to_the_cpu(session)):

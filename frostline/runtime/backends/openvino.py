@@ -6,31 +6,22 @@ infer request, which one thread uses at a time: it takes all cores anyway.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from frostline.errors import EngineError
-from frostline.models.precision import DTYPES
-from frostline.runtime.device import device_name
+from frostline.runtime.engines.manifest import NetworkRecord
 from frostline.runtime.engines.verification import VerifiedEngine
-from frostline.runtime.stage import Network, Runner
+from frostline.runtime.stage import Network
 
-from .inputs import check_inputs, check_live
-from .memory import engine_failure
-from .options import BuildOptions
+from .base.backend import Backend, keep_onnx
+from .base.options import BuildOptions
+from .base.runner import EngineRunner
 
-SOURCE: Literal["onnx"] = "onnx"
-HOLDS_WEIGHTS = True
-PRECISIONS = frozenset(DTYPES)
-LARGEST_TENSOR: int | None = None
-
-# How its CPU plugin says that memory ran out.
-_NO_MEMORY = ("bad_alloc", "could not allocate", "Cannot allocate memory", "failed to map segment")
 # Kernels that are kept for shapes seen before. OpenVINO's own number is 5000, and a face detector's shapes never end. A
 # few hundred are enough for every shape that a rollout takes in turn.
 _CACHED_KERNELS = 512
@@ -38,54 +29,38 @@ _CACHED_KERNELS = 512
 _AS_NUMPY = {torch.bfloat16: torch.int16}
 
 
-def unavailable() -> str | None:
-    """Why OpenVINO cannot run here, or None."""
-    try:
-        import openvino  # noqa: F401
-    except ImportError as error:
-        return f"openvino cannot be imported ({error}): pip install 'frostline[openvino]'"
-    return None
+class OpenVino(Backend):
+    """ONNX files as they are: OpenVINO compiles them as it loads."""
+
+    packages = ("openvino",)
+    install = "pip install 'frostline[openvino]'"
+
+    def library(self) -> ModuleType:
+        """Import openvino."""
+        import openvino
+
+        return openvino
+
+    def version(self) -> str:
+        """Return the installed version, without the build's name."""
+        return super().version().split("-")[0]
+
+    def obstacle(self, device: torch.device, target: str) -> str | None:
+        """Return why it cannot run on `device`, or None."""
+        return None if device.type == "cpu" else f"the model is on {device.type}, and OpenVINO serves CPUs here"
+
+    def build(self, network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
+        """Keep the ONNX file."""
+        return keep_onnx(source, folder)
+
+    def make_runner(
+        self, engine: VerifiedEngine, entry: NetworkRecord, network: Network, device: torch.device
+    ) -> EngineRunner:
+        """Compile a model."""
+        return OpenVinoRunner(engine.onnx(entry.artifact), network)
 
 
-def version() -> str:
-    """The installed version, without the build's name."""
-    import openvino
-
-    return openvino.__version__.split("-")[0]
-
-
-def target(device: torch.device, options: BuildOptions) -> str:
-    """The device that the stage is on."""
-    return device_name(device)
-
-
-def obstacle(device: torch.device, target: str) -> str | None:
-    """Why it cannot run on `device`, or None."""
-    return None if device.type == "cpu" else f"the model is on {device.type}, and OpenVINO serves CPUs here"
-
-
-def build(network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
-    """An ONNX file is an engine already; OpenVINO compiles it as it loads."""
-    for path in sorted(source.parent.glob(f"{source.name}*")):
-        path.rename(folder / path.name)
-    return source.name
-
-
-def load(engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
-    """One compiled model for each network.
-
-    Raises:
-        EngineError: the model is not on the CPU, or OpenVINO cannot compile a network.
-    """
-    if reason := obstacle(device, engine.manifest.device):
-        raise EngineError(f"the openvino engine of {engine.manifest.stage} cannot run: {reason}")
-    return {
-        entry.name: OpenVinoRunner(engine.onnx(entry.artifact), networks[entry.name])
-        for entry in engine.manifest.networks
-    }
-
-
-class OpenVinoRunner:
+class OpenVinoRunner(EngineRunner):
     """Runs one ONNX file on the CPU.
 
     Args:
@@ -95,30 +70,24 @@ class OpenVinoRunner:
         EngineError: OpenVINO cannot compile the file.
     """
 
+    library_name = "OpenVINO"
+    # How its CPU plugin says that memory ran out.
+    out_of_memory = ("bad_alloc", "could not allocate", "Cannot allocate memory", "failed to map segment")
+
     def __init__(self, model: bytes | Path, network: Network) -> None:
-        check_live(network)
-        self._network = network
-        try:
+        super().__init__(network)
+        with self._failures("cannot load"):
             self._request = _compile(model).create_infer_request()
-        except RuntimeError as error:
-            raise engine_failure(f"OpenVINO cannot load {network.name}", error, _NO_MEMORY) from error
-        self._lock = threading.Lock()
         self._bound: dict[str, Tensor] = {}
 
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network; every output is freshly allocated and shared with torch."""
-        check_inputs(self._network, inputs)
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Kept until the run is over: OpenVINO shares this memory but does not own it.
         contiguous = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
-        with self._lock:
-            self._bind_live()
-            for name, tensor in contiguous.items():
-                self._request.set_tensor(name, _share(tensor))
-            outputs = {name: self._fresh_output(name) for name in self._network.outputs}
-            try:
-                self._request.infer()
-            except RuntimeError as error:
-                raise engine_failure(f"OpenVINO failed on {self._network.name}", error, _NO_MEMORY) from error
+        self._bind_live()
+        for name, tensor in contiguous.items():
+            self._request.set_tensor(name, _share(tensor))
+        outputs = {name: self._fresh_output(name) for name in self._network.outputs}
+        self._request.infer()
         return {name: _to_torch(output) for name, output in outputs.items()}
 
     def _bind_live(self) -> None:

@@ -26,11 +26,15 @@ _OWN = "frostline"
 # Settings, messages and files; what serves a stage, or keeps what it gave; and what renders clips for the tiny model,
 # whose weights count by themselves. None of it changes what a stage computes.
 _PLUMBING = (
-    *(f"{_OWN}.{leaf}" for leaf in ("atomic_io", "config", "errors", "package_info", "paths", "progress")),
-    f"{_OWN}.runtime",
+    *(
+        f"{_OWN}.{leaf}"
+        for leaf in ("atomic_io", "config", "deferred_init", "errors", "package_info", "paths", "progress")
+    ),
+    *(f"{_OWN}.runtime", f"{_OWN}.runtime.backends.base"),
     f"{_OWN}.models.tiny",
 )
-_COMPUTES = (f"{_OWN}.runtime.faces",)
+# What does, within these: the longest of the names in both lists decides.
+_COMPUTES = (f"{_OWN}.runtime.backends",)
 # Where packages are installed, whether or not they came with a list of their files.
 _SITES = ("site-packages", "dist-packages")
 # Of code that cannot be read nothing is known: what it gives is good for this process alone.
@@ -69,11 +73,13 @@ def computation_id(modules: Iterable[str], source_of: Collection[str] = ()) -> s
 
 
 def _is_plumbing(name: str) -> bool:
-    return _is_below(name, _PLUMBING) and not _is_below(name, _COMPUTES)
+    return _depth(name, _PLUMBING) > _depth(name, _COMPUTES)
 
 
-def _is_below(name: str, packages: Iterable[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+def _depth(name: str, packages: Iterable[str]) -> int:
+    """The length of the longest of `packages` that a module is in; 0 where it is in none."""
+    within = (package for package in packages if name == package or name.startswith(f"{package}."))
+    return max(map(len, within), default=0)
 
 
 def _module_name(wanted: Import) -> str:

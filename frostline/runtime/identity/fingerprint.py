@@ -11,9 +11,10 @@ from types import FunctionType, MethodType
 
 from torch import Tensor, nn
 
+from frostline.models.lazy_weights import PartWeights
 from frostline.models.precision import precision_name
 from frostline.runtime.backends import get_backend, module_name
-from frostline.runtime.backends.options import OPSET, BuildOptions
+from frostline.runtime.backends.base.options import OPSET, BuildOptions
 from frostline.runtime.device import compute_capabilities
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineRecord, EngineStore, engine_key
@@ -28,8 +29,6 @@ _TRACERS = {
     "onnx": ("frostline.export.tracing.onnx", "onnxscript"),
     "exported_program": ("frostline.export.tracing.torch_export",),
 }
-# What turns files into weights.
-_LOADER = "frostline.models.checkpoints.loading"
 _DEFAULT_OPTIONS = BuildOptions()
 
 
@@ -43,7 +42,7 @@ def weights_sha256(stage: Stage) -> str:
     weights = stage.weights
     if weights is None or weights.resident:
         return _sha256(stage)
-    memo = digest_memo(stage, weights.source)
+    memo = digest_memo(stage, weights)
     known = recall(memo)
     if known is not None and re.fullmatch(r"[0-9a-f]{64}", known):
         return known
@@ -54,11 +53,11 @@ def weights_sha256(stage: Stage) -> str:
     return computed
 
 
-def digest_memo(stage: Stage, source: str) -> Path:
-    """Where the digest of weights from `source` is noted."""
+def digest_memo(stage: Stage, weights: PartWeights) -> Path:
+    """Where the digest of weights that can be away is noted."""
     graph = [_describe(network) for network in stage.networks]
-    code = computation_id([__name__, describe.__module__, _LOADER])
-    key = hashlib.sha256("\n".join([code, stage.name, source, *graph]).encode()).hexdigest()
+    code = computation_id([__name__, describe.__module__, weights.reader])
+    key = hashlib.sha256("\n".join([code, stage.name, weights.source, *graph]).encode()).hexdigest()
     return cache_folder() / "weights" / f"{key}.sha256"
 
 
@@ -96,7 +95,7 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
 
     An engine's manifest says with which options it was built, and so which key it must have.
     """
-    device, furniture = stage.networks[0].device, get_backend(backend)
+    device, served_by = stage.networks[0].device, get_backend(backend)
     keys, candidates = None, []
     for record in store.find(stage.model, stage.name, backend):
         manifest = record.manifest
@@ -105,7 +104,7 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
         keys = keys or _EngineKeys(stage, backend, precision_of(stage), weights)
         options = BuildOptions(manifest.opset or OPSET, compute_capabilities(manifest.device))
         if manifest.key == keys.key(options):
-            runs = furniture.obstacle(device, manifest.device) is None
+            runs = served_by.obstacle(device, manifest.device) is None
             candidates.append(((runs, manifest.verified, manifest.created), record))
     return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
@@ -125,7 +124,7 @@ class _EngineKeys:
     def __init__(self, stage: Stage, backend: str, precision: str, weights: str) -> None:
         self._backend = get_backend(backend)
         self._device = stage.networks[0].device
-        built_by = (*_TRACERS[self._backend.SOURCE], module_name(backend))
+        built_by = (*_TRACERS[self._backend.source], module_name(backend))
         specs = {network.name: (*network.inputs, *network.live_specs) for network in stage.networks}
         self._key = partial(
             engine_key,
@@ -141,7 +140,7 @@ class _EngineKeys:
     def key(self, options: BuildOptions) -> str:
         """That of an engine that is built with `options`."""
         target = self._backend.target(self._device, options)
-        return self._key(device=target, extra={"opset": options.opset} if self._backend.SOURCE == "onnx" else {})
+        return self._key(device=target, extra={"opset": options.opset} if self._backend.source == "onnx" else {})
 
 
 def _frozen_tensors(network: Network) -> Iterator[tuple[str, Tensor]]:

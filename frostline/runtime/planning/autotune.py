@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from frostline.documents import parse_json
 from frostline.runtime.identity.computation import computation_id
-from frostline.runtime.stage import Runner
 from frostline.runtime.user_cache import cache_folder, recall, remember
 
 # How threads wait for work makes torch a sixth faster or slower.
@@ -57,32 +56,30 @@ def _rounded(extent: int) -> int:
     return power * 3 // 4 if extent <= power * 3 // 4 else power
 
 
-def take_turns(
-    runners: Mapping[str, Runner], inputs: Mapping[str, Tensor], runs: int, seconds: float
-) -> dict[str, float]:
-    """Median milliseconds, the runners taking turns so that a busy moment hits all of them.
+def take_turns(runs_of: Mapping[str, Callable[[], object]], runs: int, seconds: float) -> dict[str, float]:
+    """Return median milliseconds by name; they take turns, so that a busy moment hits all of them.
 
     Args:
         runs: of each, after one that warms up.
         seconds: after which no further round is begun.
     """
-    times: dict[str, list[float]] = {name: [] for name in runners}
+    times: dict[str, list[float]] = {name: [] for name in runs_of}
     with torch.no_grad():
-        for run in runners.values():
-            run(**inputs)
+        for run in runs_of.values():
+            run()
         deadline = time.monotonic() + seconds
         for _ in range(runs):
-            for name, run in runners.items():
-                times[name].append(_time_ms(run, inputs))
+            for name, run in runs_of.items():
+                times[name].append(_time_ms(run))
             if time.monotonic() > deadline:
                 break
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
-def _time_ms(run: Runner, inputs: Mapping[str, Tensor]) -> float:
+def _time_ms(run: Callable[[], object]) -> float:
     _synchronize()
     start = time.perf_counter()
-    run(**inputs)
+    run()
     _synchronize()
     return 1000 * (time.perf_counter() - start)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from frostline.config import AUTO
-from frostline.runtime.backends import ENGINE_BACKENDS, TORCH, get_backend
+from frostline.runtime.backends import DEFAULT_BACKEND, TORCH, backend_names, get_backend
 from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.engines.store import EngineRecord
 from frostline.runtime.hints import export_command
@@ -44,13 +44,13 @@ def choose(stage: Stage, wanted: str, find: FindRecord | None) -> Choice:
 
 def _fastest(stage: Stage, find: FindRecord) -> Choice:
     candidates: dict[str, Manifest] = {}
-    for backend in ENGINE_BACKENDS:
+    for backend in backend_names():
         record = find(backend)
         manifest = record.manifest if record else None
         if manifest and not _rejection_reason(stage, manifest) and {backend, TORCH} <= manifest.latency_ms.keys():
             candidates[backend] = manifest
     if not candidates:
-        return Choice(TORCH, f"no verified engine: `{export_command(stage.name, ENGINE_BACKENDS[0])}`")
+        return Choice(TORCH, f"no verified engine: `{export_command(stage.name, DEFAULT_BACKEND)}`")
     # Latencies come from different runs: what compares is the ratio to torch in the same run.
     gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
     best = max(gains, key=lambda backend: gains[backend])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from frostline.runtime.agreement import several_processes
 from frostline.runtime.backends import TORCH
@@ -16,7 +16,7 @@ from frostline.runtime.loaded import FindRecord, LoadedEngines
 from frostline.runtime.planning.autotune import LatencyNote, shape_class, take_turns
 from frostline.runtime.planning.choosing import fastest_of
 from frostline.runtime.planning.plan import Choice
-from frostline.runtime.stage import Runner, Stage
+from frostline.runtime.stage import Case, Stage
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ class Trials:
         """What served a stage last, or None where nothing was decided yet."""
         return self._latest.get(name)
 
-    def choose(self, stage: Stage, planned: Choice, inputs: Mapping[str, Tensor]) -> Choice:
+    def choose(self, stage: Stage, planned: Choice, case: Case) -> Choice:
         """What serves inputs of these shapes, of the candidates that a plan has."""
-        shape = shape_class(inputs)
+        shape = shape_class(case.inputs)
         if (stage.name, shape) not in self._at_shape:
-            self._at_shape[stage.name, shape] = self._fastest(stage, planned, shape, inputs)
+            self._at_shape[stage.name, shape] = self._fastest(stage, planned, shape, case)
         self._latest[stage.name] = self._at_shape[stage.name, shape]
         return self._latest[stage.name]
 
@@ -66,7 +66,7 @@ class Trials:
         self._latest.pop(name, None)
 
     @torch.no_grad()
-    def _fastest(self, stage: Stage, planned: Choice, shape: str, inputs: Mapping[str, Tensor]) -> Choice:
+    def _fastest(self, stage: Stage, planned: Choice, shape: str, case: Case) -> Choice:
         """Measured, or read from what an earlier run on this machine noted."""
         if stage.weights is not None and not stage.weights.resident:
             return planned  # to read them for a comparison costs more than it could gain
@@ -77,30 +77,30 @@ class Trials:
         note = LatencyNote(stage.name, {**contenders, TORCH: stage_computation(stage)}, shape, stage.networks[0].device)
         latency_ms = note.read()
         if latency_ms is None:
-            runners = {TORCH: stage.torch, **self._runnable(stage, planned, inputs)}
-            if len(runners) == 1:
+            runs = {TORCH: partial(stage.torch, *case), **self._runnable(stage, planned, case)}
+            if len(runs) == 1:
                 return Choice(TORCH, "no engine serves this shape")
-            log.info("stage %s: timing %s at %s", stage.name, ", ".join(runners), shape)
+            log.info("stage %s: timing %s at %s", stage.name, ", ".join(runs), shape)
             with self._torch_lock:
-                latency_ms = take_turns(runners, inputs, _TRIAL_RUNS, _TRIAL_SECONDS)
-            if runners.keys() == contenders.keys() | {TORCH}:
+                latency_ms = take_turns(runs, _TRIAL_RUNS, _TRIAL_SECONDS)
+            if runs.keys() == contenders.keys() | {TORCH}:
                 latency_ms = note.write(latency_ms)
         fastest = fastest_of(latency_ms)
         elsewhere = {choice.backend for (name, _), choice in self._at_shape.items() if name == stage.name}
         self._engines.unload(stage.name, keep={fastest.backend, *elsewhere})
         return fastest
 
-    def _runnable(self, stage: Stage, planned: Choice, inputs: Mapping[str, Tensor]) -> dict[str, Runner]:
+    def _runnable(self, stage: Stage, planned: Choice, case: Case) -> dict[str, Callable[[], object]]:
         """Those of the engines that load, and run on these inputs."""
-        runnable = {}
+        runnable: dict[str, Callable[[], object]] = {}
         for backend in planned.candidates:
             try:
-                runner = self._engines.load(stage.name, backend).whole
-                runner(**inputs)
+                run = partial(self._engines.load(stage.name, backend).run, *case)
+                run()
             except Exception as error:
                 with self._torch_lock:
-                    stage.torch(**inputs)  # raises where the inputs are wrong: no fault of the engine
+                    stage.torch(*case)  # raises where the inputs are wrong: no fault of the engine
                 self._failed(stage.name, backend, error)
             else:
-                runnable[backend] = runner
+                runnable[backend] = run
         return runnable

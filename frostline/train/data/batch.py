@@ -1,4 +1,4 @@
-"""The contract of `module.forward(data)`: check a batch at the door, then fit it to sizes that Wan takes."""
+"""The contract of `module.forward(data)`: check a batch at the door, then fit it to sizes that the model takes."""
 
 import difflib
 import functools
@@ -14,9 +14,13 @@ import torch.nn.functional as F
 
 from frostline.errors import DataError
 from frostline.escaping import is_text
-from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, nearest_multiple
+from frostline.models.video_shape import Geometry
+from frostline.stages.families import DEFAULT_GEOMETRY
 
 logger = logging.getLogger(__name__)
+
+# Pixels of height and width.
+_SMALLEST_SIDE = 16
 
 RANGE_TOLERANCE = 1e-4
 """How far outside [0, 1] a pixel may stray (resampling, half precision) before it counts as a fault."""
@@ -57,24 +61,25 @@ def check_batch(data: Any) -> Batch:
     return Batch(prompt, _check_pixels(video, sample_id), sample_id, valid_frames)
 
 
-def fit_to_wan(video: torch.Tensor, multiple: int = SPATIAL_MULTIPLE) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Bring float `(B, T, C, H, W)` in [0, 1] to the sizes Wan takes, and say what was changed.
+def fit_to_model(video: torch.Tensor, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Bring float `(B, T, C, H, W)` in [0, 1] to a size that the model takes, and say what was changed.
 
-    T grows to the next 4k+1 by repeating the last frame; H and W are resized (antialiased) to the nearest
-    multiples of `multiple`, see `WanComponents.spatial_multiple`. The changes are phrases for people, none where all
-    fits; each is logged once a process.
+    T grows to the next number of frames that it takes by repeating the last frame; H and W are resized (antialiased)
+    to the nearest multiples. The changes are phrases for people, none where all fits; each is logged once a process.
     """
     frames, height, width = video.shape[1], *video.shape[-2:]
-    fitted_frames = math.ceil((frames - 1) / TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1
-    fitted_size = nearest_multiple(height, multiple), nearest_multiple(width, multiple)
+    fitted_frames = geometry.fitting_frames(frames)
+    fitted_size = geometry.nearest_side(height), geometry.nearest_side(width)
     changes: list[str] = []
     if fitted_size != (height, width):
         video = resize(video, fitted_size)
-        fitted = f"{fitted_size[1]}x{fitted_size[0]} (multiples of {multiple})"
+        fitted = f"{fitted_size[1]}x{fitted_size[0]} (multiples of {geometry.spatial_multiple})"
         changes.append(f"frames of {width}x{height} resized to {fitted}")
     if fitted_frames != frames:
         video = pad_frames(video, fitted_frames, dim=1)
-        changes.append(f"{frames} frames brought to {fitted_frames} (4k+1) by repeating the last")
+        changes.append(
+            f"{frames} frames brought to {fitted_frames} ({geometry.temporal_stride}k+1) by repeating the last"
+        )
     for change in changes:
         _log_once(change)
     return video, tuple(changes)
@@ -101,7 +106,7 @@ def nearest_name(name: str, names: Sequence[str]) -> str | None:
 
 @functools.cache
 def _log_once(change: str) -> None:
-    logger.warning("video fitted to Wan: %s; said once", change)
+    logger.warning("video fitted to the model: %s; said once", change)
 
 
 def _missing_key(key: str, data: dict[Any, Any]) -> str:
@@ -173,10 +178,10 @@ def _check_layout(video: Any) -> torch.Tensor:
         raise DataError(f"field 'video': has shape {shape}, where (B, T, C, H, W) needs C = 3{_channel_hint(shape)}")
     if 0 in shape[:2]:
         raise DataError(f"field 'video': has shape {shape}: no {'samples' if shape[0] == 0 else 'frames'} in it")
-    if min(shape[3:]) < SPATIAL_MULTIPLE:
+    if min(shape[3:]) < _SMALLEST_SIDE:
         raise DataError(
             f"field 'video': frames of {shape[4]}x{shape[3]} are too small; "
-            f"height and width must be at least {SPATIAL_MULTIPLE}"
+            f"height and width must be at least {_SMALLEST_SIDE}"
         )
     if video.dtype == torch.uint8:
         raise DataError("field 'video': is uint8, 0 to 255; divide it: video.float() / 255")

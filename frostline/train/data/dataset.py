@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from frostline.allocation import is_out_of_memory
 from frostline.errors import DataError
-from frostline.models.wan.video_shape import SPATIAL_MULTIPLE, check_cut
+from frostline.models.video_shape import Geometry
+from frostline.stages.families import DEFAULT_GEOMETRY
 from frostline.train.data.batch import pad_frames, resize
 from frostline.train.data.rows import Row, read_rows, resolve_source
 from frostline.video import count_frames, equal_frames, probe_video
@@ -27,7 +28,7 @@ _PIXELS_AT_ONCE = 2**24
 
 
 class Sample(TypedDict):
-    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], T = 4k+1, H and W multiples of what the model takes.
+    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], of a size that the model takes.
 
     valid_frames: so many are the video's own, all if not given; what follows repeats the last of them.
     notes: what there is to tell of it, where it was read by a worker process; otherwise it was logged.
@@ -77,18 +78,18 @@ class DataCheck:
 
 
 class VideoPromptDataset(Dataset[Sample]):
-    """Videos with prompts, cut and resized to what Wan takes.
+    """Videos with prompts, cut and resized to what a model takes.
 
     source: a `metadata.csv`, `.jsonl` or `.json` file with the columns `video` and `prompt` (UTF-8, BOM
     allowed, paths relative to the file), a folder that holds one, or a folder of videos with .txt captions of
     the same name.
-    num_frames: frames of every sample, 4k+1, taken from the video's start, `frame_stride` apart; where it has
+    num_frames: frames of every sample, taken from the video's start, `frame_stride` apart; where it has
     fewer, the last is repeated.
     height, width: the size of every sample; left out, each video keeps its own, shrunk to at most `max_pixels` and
-    rounded down to multiples of `multiple`. Videos are resized to cover the size and cropped at the centre.
+    rounded down to the multiples that the model takes. Videos are resized to cover the size and cropped at the centre.
     allow_outside: let the metadata name videos, and captions be links to files, outside of the source's folder; only
     for data you trust.
-    multiple: of which sides must be multiples: `Skeleton.spatial_multiple` of the model.
+    geometry: the videos that the model takes.
 
     A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
     """
@@ -103,14 +104,14 @@ class VideoPromptDataset(Dataset[Sample]):
         max_pixels: int = 480 * 832,
         frame_stride: int = 1,
         allow_outside: bool = False,
-        multiple: int = SPATIAL_MULTIPLE,
+        geometry: Geometry = DEFAULT_GEOMETRY,
     ) -> None:
-        check_cut(num_frames, height, width, max_pixels, frame_stride, multiple)
+        geometry.check_cut(num_frames, height, width, max_pixels, frame_stride)
         self.num_frames = num_frames
         self.size = (height, width) if height is not None and width is not None else None
         self.max_pixels = max_pixels
         self.frame_stride = frame_stride
-        self.multiple = multiple
+        self.geometry = geometry
         self.source = resolve_source(Path(source))
         self._rows = read_rows(self.source, allow_outside)
         if not self._rows:
@@ -217,7 +218,7 @@ class VideoPromptDataset(Dataset[Sample]):
     def _cut(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
         height, width = pictures[0].shape[:2]
         frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        return crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.multiple))
+        return crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.geometry.spatial_multiple))
 
     def _bad_row(self, row: Row, field: str, reason: str) -> BadRow:
         return BadRow(self.source, row.number, row.sample_id, field, reason)
@@ -248,7 +249,9 @@ def tell_once(notes: Iterable[str]) -> None:
         _log_once(note)
 
 
-def size_within(height: int, width: int, max_pixels: int, multiple: int = SPATIAL_MULTIPLE) -> tuple[int, int]:
+def size_within(
+    height: int, width: int, max_pixels: int, multiple: int = DEFAULT_GEOMETRY.spatial_multiple
+) -> tuple[int, int]:
     """(height, width) shrunk to at most `max_pixels`, in multiples rounded down, at least one of them each."""
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
     # The small term keeps a size that is already a multiple from falling to the next through rounding.

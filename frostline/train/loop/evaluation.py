@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from frostline.train.data.dataset import Sample, collate
-from frostline.train.step.module import WanTrainingModule
+from frostline.train.step.module import TrainingModule
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    module: WanTrainingModule,
+    module: TrainingModule,
     dataset: Dataset[Sample],
     starts: Sequence[int],
     *,
@@ -48,16 +48,14 @@ def evaluate(
         batch = collate([dataset[i] for i in index])
         conditioning = module.forward_preprocess(batch)
         noise = torch.stack([_noise(conditioning.latent_shape, noise_seed, i) for i in index])
-        generated = module.generate(conditioning, noise.to(conditioning.context.device))
+        generated = module.generate(conditioning, noise.to(conditioning.device))
         values = {"psnr": _psnr(generated, batch["video"].to(generated.device), batch["valid_frames"])}
         for active, score in module.score(generated, conditioning):
-            counts = score.valid | (active.settings.on_no_face == "zero")
-            values |= {active.reward.name: torch.where(counts, score.score, torch.nan), **score.metrics}
+            counts = score.valid | (active.config.on_unscored == "zero")
+            values |= {active.name: torch.where(counts, score.score, torch.nan), **score.metrics}
         measured.append({name: value.cpu() for name, value in values.items()})
         videos.append(generated.cpu())
         advance(len(index))
-    # The clock is read with each training step: generating is no part of one.
-    module.runtime.clock.read()
     return Evaluation({name: torch.cat([part[name] for part in measured]) for name in measured[0]}, torch.cat(videos))
 
 

@@ -14,12 +14,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from frostline.runtime.backends import TORCH
 from frostline.runtime.stage_timer import StageTime
 from frostline.train.data.dataset import CollatedBatch
 from frostline.train.loop.state import random_tensors
 from frostline.train.processes import any_process, average_gradients, gather_from_processes
 from frostline.train.settings import TrainerSettings
-from frostline.train.step.module import StepMetrics, WanTrainingModule
+from frostline.train.step.module import TrainingModule
+from frostline.train.step.result import StepMetrics
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Training:
     """
 
     accelerator: Accelerator
-    module: WanTrainingModule
+    module: TrainingModule
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
@@ -72,13 +74,15 @@ def optimizer_step(training: Training, batches: Iterator[CollatedBatch]) -> dict
         batch = next(batches)
         with accelerator.accumulate(training.model):
             loss, _, kl_loss = training.model(batch)
+            backward: dict[str, StageTime] = {}
             finite &= not any_process(not bool(loss.isfinite()), loss.device)
             if finite:
-                with clock.measure("backward", "torch"):
+                with clock.collect() as times, clock.measure("backward", TORCH):
                     accelerator.backward(loss)
+                backward = times.read()
             metrics = training.module.last_metrics
             assert metrics is not None
-            measured.append(_Forward(loss.item(), kl_loss.item(), metrics, clock.read()))
+            measured.append(_Forward(loss.item(), kl_loss.item(), metrics, backward))
             if accelerator.sync_gradients:
                 if finite:
                     grad_norm = _clip(training, parameters)

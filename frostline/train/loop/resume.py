@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from frostline.documents import read_yaml
 from frostline.errors import CheckpointError, ConfigError, DocumentError
 from frostline.models.lora import read_adapter
+from frostline.stages.families import family_of
 from frostline.train.config_file import dump_settings
 from frostline.train.flatten import flatten
 from frostline.train.loop.checkpoint import Checkpoint, find_checkpoints, latest_intact
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 LATEST = "latest"
 # Where a run is, and what only `--dry-run` reads.
 _OF_NO_CONSEQUENCE = ("output_dir", "overwrite_output_dir", "memory.")
+# An entry of a list of settings, in a dotted name.
+_ENTRY = re.compile(r".*\.\d+\.")
 
 
 def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
@@ -56,7 +60,8 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
     Raises:
         ConfigError: it has another rank, another scale, or is on other layers.
     """
-    adapter, lora = read_adapter(checkpoint.path).uniform(), settings.lora
+    family, lora = family_of(settings.model), settings.lora
+    adapter = read_adapter(checkpoint.path, family.layer_path).uniform()
     if adapter.rank != lora.rank:
         raise ConfigError(f"lora.rank: the adapter in {checkpoint.path} has rank {adapter.rank}, not {lora.rank}")
     scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
@@ -65,7 +70,8 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
             f"lora.alpha: the adapter in {checkpoint.path} has a scale (alpha / rank) of {adapter.scale:g}, "
             f"not {scale:g}"
         )
-    targets = {target: re.compile(rf"(?:.*\.)?{re.escape(target)}") for target in lora.target_modules}
+    names = lora.target_modules or family.LORA_TARGETS
+    targets = {target: re.compile(rf"(?:.*\.)?{re.escape(target)}") for target in names}
     unused = [target for target, pattern in targets.items() if not any(map(pattern.fullmatch, adapter.layers))]
     others = [name for name in adapter.layers if not any(pattern.fullmatch(name) for pattern in targets.values())]
     if unused or others:
@@ -90,8 +96,17 @@ def changed_settings(checkpoint: Checkpoint, settings: RunSettings) -> dict[str,
     if not isinstance(saved, dict):
         raise CheckpointError(f"{checkpoint.path / CONFIG} is no mapping of settings")
     before, now = flatten(saved), flatten(dump_settings(settings))
+    names = dict.fromkeys((*now, *before))
+    # A setting may be newer than the checkpoint; of a list, whole entries came or went, or are of another type.
+    entries = {name: _ENTRY.match(name) for name in names}
+    same = {place[0] for place in entries.values() if place and _type(before, place[0]) == _type(now, place[0])}
     return {
-        name: (before[name], value)
-        for name, value in now.items()
-        if name in before and before[name] != value and not name.startswith(_OF_NO_CONSEQUENCE)
+        name: (before.get(name), now.get(name))
+        for name in names
+        if before.get(name) != now.get(name) and not name.startswith(_OF_NO_CONSEQUENCE)
+        if (name in before and name in now) or ((place := entries[name]) and place[0] not in same)
     }
+
+
+def _type(values: dict[str, Any], entry: str) -> object:
+    return values.get(f"{entry}type")

@@ -16,6 +16,8 @@ from frostline.config import AUTO, CHECKPOINTING
 from frostline.documents import dump_yaml
 from frostline.errors import CheckpointError
 from frostline.package_info import installed_versions
+from frostline.runtime.backends import engine_packages
+from frostline.stages.families import family_of
 from frostline.train.loop.checkpoint import Checkpoint, read_state, rotate, write_checkpoint
 from frostline.train.loop.optimizer_step import Training
 from frostline.train.loop.run_dir import CONFIG
@@ -27,12 +29,13 @@ from frostline.train.loop.state import (
     restore_schedule,
 )
 from frostline.train.processes import gather_from_processes
+from frostline.train.step.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
-# What the numbers depend on.
-PACKAGES = ("frostline", "torch", "accelerate", "peft", "diffsynth", "onnxruntime-gpu")
+# What the numbers depend on, beside what engines run on.
+_PACKAGES = ("frostline", "torch", "accelerate", "peft")
 
 
 def save(training: Training, folder: Path, config: Mapping[str, Any]) -> None:
@@ -73,6 +76,11 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} cannot be restored: {what}") from error
 
 
+def package_versions(module: TrainingModule) -> dict[str, str]:
+    """Return the versions of all packages that the numbers of a run depend on, and of Python."""
+    return installed_versions((*_PACKAGES, *family_of(module.components).PACKAGES, *engine_packages()))
+
+
 def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[str, Any], folder: Path) -> None:
     training.module.save_adapter(folder)
     names = {id(parameter): name for name, parameter in training.parameters.items()}
@@ -86,7 +94,7 @@ def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[
         "skipped_in_row": training.skipped_in_row,
         "processes": training.accelerator.num_processes,
         "gradient_checkpointing": training.module.gradient_checkpointing,
-        "versions": installed_versions(PACKAGES),
+        "versions": package_versions(training.module),
     }
     (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
     (folder / CONFIG).write_text(dump_yaml(config), encoding="utf-8")

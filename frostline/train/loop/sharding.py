@@ -12,10 +12,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from frostline.errors import ConfigError
-from frostline.train.step.module import WanTrainingModule
+from frostline.train.step.module import TrainingModule
 
 
-def shard_frozen_weights(module: WanTrainingModule, accelerator: Accelerator) -> bool:
+def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bool:
     """Shard what accelerate is set up to shard; returns whether it is. To be called before `accelerator.prepare`.
 
     Raises:
@@ -33,9 +33,10 @@ def shard_frozen_weights(module: WanTrainingModule, accelerator: Accelerator) ->
         raise ConfigError("FSDP1 is not supported; use FSDP2 (accelerate launch --fsdp_version 2)")
     from torch.distributed.fsdp import fully_shard
 
-    if module.denoiser_high_noise is not None:
-        # Its outputs are cached by the hash of its weights, which is taken while they are whole.
-        module.runtime.fingerprint("denoiser_high_noise")
+    for expert in module.model.experts:
+        if not expert.trained:
+            # Its outputs are cached by the hash of its weights, which is taken while they are whole.
+            module.runtime.fingerprint(expert.stage)
     for layer in _frozen_layers(module):
         fully_shard(layer)
     plugin = accelerator.state.fsdp_plugin
@@ -48,20 +49,19 @@ def shard_frozen_weights(module: WanTrainingModule, accelerator: Accelerator) ->
     return True
 
 
-def sample_through_shards(module: WanTrainingModule) -> None:
+def sample_through_shards(module: TrainingModule) -> None:
     """Let `generate` gather weights as `forward` does; to be called after `accelerator.prepare`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     register_fsdp_forward_method(module, "generate")
 
 
-def _frozen_layers(module: WanTrainingModule) -> list[nn.Linear]:
-    """The linear layers of the denoisers' blocks: all but a few per cent of a Wan model's weights."""
-    denoisers = [module.denoiser, module.denoiser_high_noise]
+def _frozen_layers(module: TrainingModule) -> list[nn.Linear]:
+    """The linear layers of the denoisers' blocks: all but a few per cent of a model's weights."""
     return [
         layer
-        for denoiser in denoisers
-        if denoiser is not None
-        for layer in denoiser.model.blocks.modules()
+        for expert in module.model.experts
+        for block in expert.module.blocks
+        for layer in block.modules()
         if isinstance(layer, nn.Linear) and not any(parameter.requires_grad for parameter in layer.parameters())
     ]

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers.optimization import get_scheduler
 
 import frostline
 from frostline.atomic_io import atomic_write
@@ -46,7 +45,7 @@ from frostline.train.loop.signals import StopSignals
 from frostline.train.loop.trackers import check_trackers, finish_trackers, start_trackers, track
 from frostline.train.processes import any_process
 from frostline.train.settings import TrainerSettings
-from frostline.train.step.module import WanTrainingModule
+from frostline.train.step.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def make_accelerator(settings: TrainerSettings, output_dir: Path, cpu: bool) -> 
 
 
 def train(
-    module: WanTrainingModule,
+    module: TrainingModule,
     dataset: Dataset[Sample],
     settings: TrainerSettings,
     output_dir: Path,
@@ -123,7 +122,7 @@ def train(
     """
     options = options or RunOptions()
     if accelerator is None:
-        on_cpu = module.components.device.type == "cpu"
+        on_cpu = module.model.device.type == "cpu"
         accelerator = make_accelerator(settings, output_dir, on_cpu)
     with ExitStack() as stack:
         if accelerator.is_main_process:
@@ -187,7 +186,10 @@ def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> No
             part.write_text(text, encoding="utf-8")
 
 
-def _prepare(module: WanTrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
+def _prepare(module: TrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
+    # Most of transformers comes with it, which takes seconds: not before a run begins.
+    from transformers.optimization import get_scheduler
+
     # Fresh noise differs between the processes; the data order has generators of its own.
     set_seed(settings.seed, device_specific=True)
     optimizer = torch.optim.AdamW(

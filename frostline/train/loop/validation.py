@@ -28,7 +28,7 @@ from frostline.train.data.dataset import Sample
 from frostline.train.loop.evaluation import Evaluation, evaluate
 from frostline.train.loop.run_dir import CLIPS, SHEET
 from frostline.train.processes import gather_from_processes, process_count, process_index
-from frostline.train.step.module import WanTrainingModule
+from frostline.train.step.module import TrainingModule
 from frostline.video import write_video
 
 TRUTH = "truth"
@@ -52,7 +52,7 @@ class Validation:
 
 
 def validate(
-    module: WanTrainingModule,
+    module: TrainingModule,
     validation: Validation,
     step: int,
     output_dir: Path,

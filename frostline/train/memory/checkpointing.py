@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
-from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing, TrainingModuleSettings
+from frostline.config import AUTO, CHECKPOINTING, GradientCheckpointing
+from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.lora.inject import lora_parameters
-from frostline.models.wan.components import WanComponents
-from frostline.models.wan.denoise_steps import DenoiseSteps
-from frostline.models.wan.video_shape import VideoShape
+from frostline.models.video_shape import VideoShape
+from frostline.rewards.reward import Reward
+from frostline.stages.provider import Use
+from frostline.stages.video_model import VideoModel
 from frostline.train.memory.activation_peaks import activation_peaks
-from frostline.train.memory.memory_profile import Footprint, measure_embedder, measure_live_stages
+from frostline.train.memory.memory_profile import Footprint, live_uses, measure_live_stages, measure_rewards
+from frostline.train.settings import TrainingModuleSettings
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Recomputation:
 def least_recomputation(
     asked: GradientCheckpointing | Literal["auto"],
     measure: Callable[[GradientCheckpointing], Mapping[str, Footprint]],
-    tail: int,
+    uses: Sequence[Use],
     training: int,
     free: int | None,
 ) -> Recomputation:
@@ -51,7 +52,7 @@ def least_recomputation(
 
     Args:
         measure: the stages' footprints with a kind.
-        tail: steps that keep activations.
+        uses: of a step.
         training: bytes of what comes with the first steps: gradients, and the optimizer's moments.
         free: bytes of the device beside weights, engines and adapter; None where they are not known.
     """
@@ -60,7 +61,7 @@ def least_recomputation(
     kinds = CHECKPOINTING if asked == AUTO else (asked,)
     for kind in kinds:
         footprints[kind] = measure(kind)
-        needs[kind] = training + max(activation_peaks(footprints[kind], tail).values())
+        needs[kind] = training + max(activation_peaks(footprints[kind], uses).values())
         if free is None or needs[kind] <= _USABLE * free:
             return Recomputation(kind, footprints[kind], needs, fits=True)
     # To recompute takes memory too: where little is kept, it may need more.
@@ -69,31 +70,30 @@ def least_recomputation(
 
 
 def fitting_checkpointing(
-    components: WanComponents,
+    model: VideoModel,
     settings: TrainingModuleSettings,
     shape: VideoShape,
     free: int,
-    embedder: nn.Module | None = None,
+    rewards: Sequence[Reward] = (),
 ) -> GradientCheckpointing:
     """What a loaded model's steps are to recompute; where nothing fits, with a warning.
 
     Measured on tensors without content: that takes seconds, and no memory.
 
     Args:
-        components: a loaded model with its LoRA, not sharded.
+        model: not sharded.
         free: bytes of the device that are free now.
-        embedder: of the reward, to be counted too.
+        rewards: whose live networks count too.
     """
     if settings.gradient_checkpointing != AUTO:
         return settings.gradient_checkpointing
-    faces = shape.batch_size * shape.num_frames
-    reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
-    two_experts = components.denoiser_high_noise is not None
+    of_rewards = measure_rewards(rewards, shape)
+    steps = DenoiseSteps.of(settings, model.boundary, len(model.experts) > 1)
     choice = least_recomputation(
         AUTO,
-        lambda kind: measure_live_stages(components, shape, kind) | reward,
-        DenoiseSteps.of(settings, components.boundary, two_experts).tail_with_lora,
-        (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(components.denoiser).values()),
+        lambda kind: measure_live_stages(model, shape, kind) | of_rewards,
+        [*model.uses(steps), *live_uses(of_rewards)],
+        (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(model.experts[-1].network).values()),
         free,
     )
     what = _described(shape, choice.needs, free)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any, cast
@@ -11,16 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from frostline.config import GradientCheckpointing, LoraSettings
-from frostline.models.checkpoints.model_spec import Skeleton
-from frostline.models.lazy_weights import VAE_ENCODER
-from frostline.models.lora.inject import inject_lora, lora_parameters
-from frostline.models.wan.components import WanComponents
-from frostline.models.wan.denoiser import Denoiser
-from frostline.models.wan.image import ImageEncoder
-from frostline.models.wan.text import TextEncoder
-from frostline.models.wan.vae import decode_latents, decoder_chunks
-from frostline.models.wan.video_shape import CLIP_FEATURE, MASK_CHANNELS, VideoShape, latent_grid
+from frostline.config import GradientCheckpointing
+from frostline.models.lora.inject import lora_parameters
+from frostline.models.video_shape import VideoShape
+from frostline.rewards.reward import LiveNetwork, Reward
+from frostline.stages.provider import Use
+from frostline.stages.video_model import Decoder, DenoiserModule, VideoModel
 from frostline.train.memory.recompute import decode_recomputed, recomputed
 from frostline.train.memory.tracker import MemoryTracker, tensors_of
 
@@ -58,107 +54,81 @@ class ModelFootprint:
     largest_block: int
 
 
-def measure_model(skeleton: Skeleton, shape: VideoShape, dtype: torch.dtype, lora: LoraSettings) -> ModelFootprint:
-    """Run stages of a model on fake tensors: no weights are read, nothing of size is allocated.
+def measure_model(model: VideoModel, shape: VideoShape) -> ModelFootprint:
+    """Run stages of a model without weights on fake tensors: nothing of size is allocated.
 
     Counted are tensors, as `MemoryTracker` does. The frozen stages run once, the live ones for each kind that is asked
     for.
-    """
-    modules: dict[str, Any] = {field: _build(skeleton, field, dtype) for field in skeleton.networks}
-    inject_lora(modules["denoiser"], lora.rank, lora.alpha, lora.target_modules)
-    # What is computed from weights as a module is built cannot be faked before it is there.
-    denoiser, text_encoder, vae = Denoiser(modules["denoiser"]), TextEncoder(modules["text_encoder"]), modules["vae"]
-    image_encoder = ImageEncoder(modules["image_encoder"]).to(dtype) if "image_encoder" in modules else None
-    faked = [module for module in (denoiser, text_encoder, vae, image_encoder) if module is not None]
-    frozen: dict[str, Footprint] = {}
-    with _faked(*faked):
-        make = _Inputs(vae, denoiser, skeleton.text_length, shape, dtype)
-        frozen["text_encoder"] = _measure(text_encoder, text_encoder, make.tokens())
-        if image_encoder is not None:
-            frozen["image_encoder"] = _measure(image_encoder, image_encoder, make.image())
-        encoding = _measure(vae, lambda video: vae.model.encode(video, vae.scale), make.video())
-        frozen["vae_encoder"] = replace(encoding, weights=_encoder_bytes(vae))
 
-    weights = {name: footprint.weights for name, footprint in frozen.items()}
-    weights |= {"denoiser": _frozen_bytes(denoiser), "vae_decoder": _bytes(vae.parameters()) - _encoder_bytes(vae)}
-    if (expert := modules.get("denoiser_high_noise")) is not None:
-        weights["denoiser_high_noise"] = _bytes(expert.parameters())
+    Args:
+        model: of `Family.empty_model`.
+    """
+    weights = {stage: _bytes(parameters) for stage, parameters in model.stage_parameters().items()}
+    with _faked(*model.modules()):
+        calls = model.frozen_calls(shape)
+        frozen = {stage: _measure(each.module, each.call, each.inputs) for stage, each in calls.items()}
+    frozen = {stage: replace(footprint, weights=weights[stage]) for stage, footprint in frozen.items()}
 
     def stages(kind: GradientCheckpointing) -> dict[str, Footprint]:
-        with _faked(*faked):
-            live = _live_stages(vae, denoiser, _Inputs(vae, denoiser, skeleton.text_length, shape, dtype), kind)
-        measured = frozen | live
-        if "denoiser_high_noise" in weights:
-            peak = live["denoiser"].frozen_peak
-            measured["denoiser_high_noise"] = Footprint(weights["denoiser_high_noise"], peak)
-        return measured
+        live = measure_live_stages(model, shape, kind)
+        # Experts are alike but for their weights.
+        peak = live[model.experts[-1].stage].frozen_peak
+        others = {each.stage: Footprint(weights[each.stage], peak) for each in model.experts[:-1]}
+        return frozen | live | others
 
-    blocks = cast("list[nn.Module]", denoiser.model.blocks)
+    trained = model.experts[-1]
     return ModelFootprint(
         weights,
         stages,
-        adapter=_bytes(lora_parameters(denoiser.model).values()),
-        largest_block=max(_frozen_bytes(block) for block in blocks),
+        adapter=_bytes(lora_parameters(trained.network).values()),
+        largest_block=max(_frozen_bytes(block) for block in trained.module.blocks),
     )
 
 
 def measure_live_stages(
-    components: WanComponents, shape: VideoShape, gradient_checkpointing: GradientCheckpointing
+    model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing
 ) -> dict[str, Footprint]:
-    """`denoiser` and `vae_decoder` of a loaded model with its LoRA; its tensors are set aside for the while."""
-    vae, denoiser = components.vae, Denoiser(components.denoiser)
-    dtype = components.dtype
-    with _faked(vae, denoiser):
-        make = _Inputs(vae, denoiser, components.text_length, shape, dtype)
-        return _live_stages(vae, denoiser, make, gradient_checkpointing)
+    """The denoiser with the LoRA and the decoder of a model; its tensors are set aside for the while."""
+    expert, decoder = model.experts[-1], model.decoder()
+    denoiser = expert.module
+    weights = {stage: _bytes(parameters) for stage, parameters in model.stage_parameters().items()}
+    with _faked(*model.modules()):
+        inputs = model.denoiser_sample(shape)
+        names, tensors = [*inputs], tuple(inputs.values())
+        latents = inputs["latents"].to(decoder.dtype)
+
+        def tail(count: int) -> Footprint:
+            with denoiser.first_blocks(count):
+                step = _tail(denoiser, names, gradient_checkpointing)
+                return _measure(cast(nn.Module, denoiser), step, tensors, live=True)
+
+        def decoding(frames: int) -> Footprint:
+            decode = _decode(decoder, gradient_checkpointing)
+            return _measure(nn.ModuleList(model.modules()), decode, (latents[:, :, :frames],), live=True)
+
+        frames = latents.shape[2]
+        # Without checkpointing the decoder has the whole clip at once.
+        decoded = decoding(frames) if gradient_checkpointing == "none" else _of_many(decoding, frames)
+        return {
+            expert.stage: replace(_of_many(tail, len(denoiser.blocks)), weights=weights[expert.stage]),
+            decoder.stage: replace(decoded, weights=weights[decoder.stage]),
+        }
 
 
-def measure_embedder(embedder: nn.Module, faces: int) -> Footprint:
-    """The face embedder on so many faces, each kept until backward; computed for one, on the embedder's own weights."""
-    side, device = cast(int, embedder.image_size), next(iter(tensors_of(embedder))).device
-    one = _measure(embedder, embedder, (torch.zeros(1, 3, side, side, device=device),), live=True)
-    kept, peaks = faces * one.kept, (faces * one.forward_peak, faces * one.backward_peak)
-    return Footprint(_bytes(tensors_of(embedder)), faces * one.frozen_peak, kept, *peaks)
+def measure_rewards(rewards: Iterable[Reward], shape: VideoShape) -> dict[str, Footprint]:
+    """What rewards compute with gradient in a step: each use once, on the networks' own weights, then all of them."""
+    return {live.stage: _of_uses(live) for reward in rewards for live in reward.live_networks(shape)}
 
 
-class _Inputs:
-    """Fake inputs of each stage."""
-
-    def __init__(self, vae: Any, denoiser: Denoiser, text_length: int, shape: VideoShape, dtype: torch.dtype) -> None:
-        self.vae, self.denoiser = vae, denoiser
-        self.text_length, self.shape, self.dtype = text_length, shape, dtype
-
-    def tokens(self) -> tuple[Tensor, ...]:
-        """ids and mask."""
-        size = (self.shape.batch_size, self.text_length)
-        return torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.int64)
-
-    def image(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(self.shape.batch_size, 3, self.shape.height, self.shape.width, dtype=self.dtype),)
-
-    def video(self) -> tuple[Tensor, ...]:
-        """What is encoded: all frames, or where the first is pinned that one."""
-        frames = 1 if self.denoiser.pins_first_frame else self.shape.num_frames
-        size = (self.shape.batch_size, 3, frames, self.shape.height, self.shape.width)
-        return (torch.zeros(size, dtype=self.dtype),)
-
-    def latents(self) -> tuple[Tensor, ...]:
-        """latents, timestep, context, and the conditions that the denoiser takes."""
-        shape, channels, model = self.shape, self.vae.model.z_dim, cast(Any, self.denoiser.model)
-        grid = latent_grid(shape.num_frames, shape.height, shape.width, self.vae.upsampling_factor)
-        width = model.text_embedding[0].in_features
-        context = torch.zeros(shape.batch_size, self.text_length, width, dtype=self.dtype)
-        latents = torch.zeros(shape.batch_size, channels, *grid, dtype=self.dtype)
-        inputs = [latents, torch.zeros(shape.batch_size), context]
-        if model.in_dim > channels:
-            inputs.append(torch.zeros(shape.batch_size, channels + MASK_CHANNELS, *grid, dtype=self.dtype))
-        if model.has_image_input:
-            inputs.append(torch.zeros(shape.batch_size, *CLIP_FEATURE, dtype=self.dtype))
-        return tuple(inputs)
+def live_uses(of_rewards: Mapping[str, Footprint]) -> list[Use]:
+    """Return the uses of what `measure_rewards` measured."""
+    return [Use(stage, live=True, count=1, phase="reward") for stage in of_rewards]
 
 
-def _build(skeleton: Skeleton, field: str, dtype: torch.dtype) -> nn.Module:
-    return skeleton.build(field).eval().requires_grad_(False).to(dtype)
+def _of_uses(live: LiveNetwork) -> Footprint:
+    one = _measure(live.module, live.module, live.inputs, live=True)
+    kept, peaks = live.uses * one.kept, (live.uses * one.forward_peak, live.uses * one.backward_peak)
+    return Footprint(_bytes(tensors_of(live.module)), live.uses * one.frozen_peak, kept, *peaks)
 
 
 @contextmanager
@@ -172,10 +142,12 @@ def _faked(*modules: nn.Module) -> Iterator[None]:
     ]
     before = [(part, dict(part._parameters), dict(part._buffers)) for module in modules for part in module.modules()]
     try:
-        for module, scale in scales:  # statistics that diffsynth's VAE keeps outside of its buffers
+        for module, scale in scales:  # statistics that a VAE keeps outside of its buffers
             module.scale = [tensor.cpu() for tensor in scale]
         # Anomaly detection looks at values, and here are none.
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_detect_anomaly(False):
+        # A compiled function that is once called within a dispatch mode is never compiled again.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_detect_anomaly(False):
             for part, parameters, buffers in before:
                 for name, parameter in parameters.items():
                     if parameter is not None:
@@ -193,28 +165,6 @@ def _faked(*modules: nn.Module) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
-def _live_stages(
-    vae: Any, denoiser: Denoiser, make: _Inputs, gradient_checkpointing: GradientCheckpointing
-) -> dict[str, Footprint]:
-    inputs, blocks = make.latents(), cast("nn.ModuleList", denoiser.model.blocks)
-    latents = inputs[0]
-
-    def tail(count: int) -> Footprint:
-        with _only(denoiser.model, blocks[:count]):
-            return _measure(denoiser, _tail(denoiser, gradient_checkpointing), inputs, live=True)
-
-    def decoding(frames: int) -> Footprint:
-        return _measure(vae, _decoder(vae, gradient_checkpointing), (latents[:, :, :frames],), live=True)
-
-    frames = latents.shape[2]
-    # Without checkpointing the decoder has the whole clip at once.
-    decoder = decoding(frames) if gradient_checkpointing == "none" else _of_many(decoding, frames)
-    return {
-        "denoiser": replace(_of_many(tail, len(blocks)), weights=_frozen_bytes(denoiser)),
-        "vae_decoder": replace(decoder, weights=_bytes(vae.parameters()) - _encoder_bytes(vae)),
-    }
-
-
 def _of_many(measure: Callable[[int], Footprint], count: int) -> Footprint:
     """`measure(count)` of a stage that goes through so many blocks or chunks: each beyond the first few adds alike."""
     if count <= _FEW:
@@ -223,20 +173,10 @@ def _of_many(measure: Callable[[int], Footprint], count: int) -> Footprint:
     return Footprint(*(last + (count - _FEW) * (last - before) for before, last in zip(fewer, few, strict=True)))
 
 
-@contextmanager
-def _only(model: Any, blocks: nn.ModuleList) -> Iterator[None]:
-    """Within the block the model has these blocks alone."""
-    before = model.blocks
-    model.blocks = blocks
-    try:
-        yield
-    finally:
-        model.blocks = before
-
-
-def _tail(denoiser: Denoiser, gradient_checkpointing: GradientCheckpointing) -> Callable[..., Tensor]:
+def _tail(
+    denoiser: DenoiserModule, names: list[str], gradient_checkpointing: GradientCheckpointing
+) -> Callable[..., Tensor]:
     """A step of it, as `Sampler` does it."""
-    names = ("latents", "timestep", "context", "y", "clip_feature")
     adapter = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     # Under "full" too, where it is backward that runs the blocks.
     denoiser.checkpoint_blocks = gradient_checkpointing != "none"
@@ -244,22 +184,22 @@ def _tail(denoiser: Denoiser, gradient_checkpointing: GradientCheckpointing) -> 
     def in_torch(**inputs: Tensor) -> dict[str, Tensor]:
         return {"velocity": denoiser(**inputs)}
 
-    def step(*inputs: Tensor | None) -> Tensor:
-        given = {name: tensor for name, tensor in zip(names, inputs, strict=False) if tensor is not None}
+    def step(*inputs: Tensor) -> Tensor:
+        given = dict(zip(names, inputs, strict=True))
         whole = gradient_checkpointing == "full"
         return (recomputed(in_torch, in_torch, given, adapter) if whole else in_torch(**given))["velocity"]
 
     return step
 
 
-def _decoder(vae: Any, gradient_checkpointing: GradientCheckpointing) -> Callable[[Tensor], Tensor]:
-    """As `WanTrainingModule` decodes."""
-    chunks, whole = decoder_chunks(vae), gradient_checkpointing == "full"
+def _decode(decoder: Decoder, gradient_checkpointing: GradientCheckpointing) -> Callable[[Tensor], Tensor]:
+    """As a training step decodes."""
+    networks, whole = decoder.networks, gradient_checkpointing == "full"
 
     def decode(latents: Tensor) -> Tensor:
         if gradient_checkpointing == "none" or not torch.is_grad_enabled():
-            return decode_latents(vae, latents).float()
-        return decode_recomputed(chunks, chunks, latents, whole).float()
+            return decoder.whole(latents).float()
+        return decode_recomputed(decoder.assemble, networks, networks, latents, whole).float()
 
     return decode
 
@@ -282,10 +222,6 @@ def _measure(
         tracker.restart()
         result.sum().backward()
         return Footprint(_bytes(module.parameters()), frozen_peak, kept, forward_peak, tracker.peak)
-
-
-def _encoder_bytes(vae: nn.Module) -> int:
-    return _bytes(p for name, p in vae.named_parameters() if name.startswith(VAE_ENCODER))
 
 
 def _frozen_bytes(module: nn.Module) -> int:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 
-from frostline.config import GradientCheckpointing, Sharding, TrainingModuleSettings
+from frostline.config import GradientCheckpointing, Sharding
 from frostline.errors import ConfigError
-from frostline.models.checkpoints.model_spec import read_skeleton
-from frostline.models.lazy_weights import FROZEN_PARTS
-from frostline.models.wan.denoise_steps import DenoiseSteps
-from frostline.models.wan.video_shape import VideoShape
+from frostline.models.denoise_steps import DenoiseSteps
+from frostline.models.video_shape import VideoShape
+from frostline.rewards.reward import Reward
+from frostline.stages.families import family_of
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
-from frostline.train.memory.memory_profile import measure_embedder, measure_model
+from frostline.train.memory.memory_profile import live_uses, measure_model, measure_rewards
+from frostline.train.settings import TrainingModuleSettings
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
 # but for FSDP2: engines read the adapter's memory, so `train/loop/sharding.py` leaves it whole.
@@ -94,18 +94,18 @@ def memory_plan(
     num_processes: int = 1,
     sharding: Sharding = "ddp",
     device_bytes: int | None = None,
-    embedder: nn.Module | None = None,
+    rewards: Sequence[Reward] = (),
 ) -> MemoryPlan:
     """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
 
     Counted are tensors. Not counted are the scratch space of kernels and engines, what an allocator holds back, the
-    context of CUDA, and the face detector.
+    context of CUDA, and what rewards compute without gradient.
 
     Args:
         shape: of one device's batch.
         engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
         device_bytes: memory of one device.
-        embedder: of the reward, to be counted too.
+        rewards: whose live networks count too.
     Raises:
         ConfigError: there is no such model, stage or way to shard.
     """
@@ -113,12 +113,12 @@ def memory_plan(
         raise ConfigError(f"unknown sharding {sharding!r}: use one of {', '.join(get_args(Sharding))}")
     if num_processes < 1:
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
-    skeleton = read_skeleton(model)
-    measured = measure_model(skeleton, shape, dtype, settings.lora)
-    faces = shape.batch_size * shape.num_frames
-    reward = {} if embedder is None else {"face_embedder": measure_embedder(embedder, faces)}
-    weights = {**measured.weights, **{name: footprint.weights for name, footprint in reward.items()}}
-    served = [name for name in FROZEN_PARTS if name in weights] if engines == "all" else engines
+    family = family_of(model)
+    spec = family.read_spec(model)
+    empty = family.empty_model(spec, dtype, settings.lora)
+    measured, of_rewards = measure_model(empty, shape), measure_rewards(rewards, shape)
+    weights = {**measured.weights, **{name: footprint.weights for name, footprint in of_rewards.items()}}
+    served = [name for name in family.FROZEN_STAGES if name in weights] if engines == "all" else engines
     for name in served:
         if name not in weights:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
@@ -131,36 +131,38 @@ def memory_plan(
     adapter, gradients = share("adapter", measured.adapter), share("gradients", measured.adapter)
     optimizer = share("optimizer", MOMENTS * measured.adapter)
     for name in weights:
-        if name in FROZEN_PARTS and name in served:
+        if name in family.FROZEN_STAGES and name in served:
             weights[name] = 0
     # Its share, and the block that is gathered while it computes.
-    whole = weights["denoiser"]
-    weights["denoiser"] = min(whole, share("weights", whole) + measured.largest_block)
-    tail = DenoiseSteps.of(settings, skeleton.boundary, "denoiser_high_noise" in weights).tail_with_lora
+    trained = empty.experts[-1].stage
+    whole = weights[trained]
+    weights[trained] = min(whole, share("weights", whole) + measured.largest_block)
+    steps = DenoiseSteps.of(settings, spec.boundary, spec.two_experts)
+    uses = [*empty.uses(steps), *live_uses(of_rewards)]
     held = sum(weights.values()) + sum(of_engines.values()) + adapter
     choice = least_recomputation(
         settings.gradient_checkpointing,
-        lambda kind: measured.stages(kind) | reward,
-        tail,
+        lambda kind: measured.stages(kind) | of_rewards,
+        uses,
         gradients + optimizer,
         None if device_bytes is None else device_bytes - held,
     )
     stages = []
     for name, footprint in choice.footprints.items():
         live_peak = max(footprint.forward_peak, footprint.backward_peak)
-        kept = footprint.kept * (tail if name == "denoiser" else 1)
+        kept = footprint.kept * sum(use.count for use in uses if use.live and use.stage == name)
         engine = of_engines.get(name, 0)
         stages.append(StageMemory(name, weights[name], engine, footprint.frozen_peak, kept, live_peak))
     return MemoryPlan(
-        model=skeleton.name,
+        model=spec.name,
         gradient_checkpointing=choice.kind,
         stages=tuple(stages),
         adapter=adapter,
         gradients=gradients,
         optimizer=optimizer,
-        peaks=activation_peaks(choice.footprints, tail),
+        peaks=activation_peaks(choice.footprints, uses),
         num_processes=num_processes,
         sharding=sharding,
         device_bytes=device_bytes,
-        assumed=not skeleton.from_files,
+        assumed=not spec.from_files,
     )

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frostline.models.wan.vae_chunks import ChunkNetworks, decode_in_chunks
-
 Compute = Callable[..., dict[str, Tensor]]
+Networks = Mapping[str, Compute]
 
 
 def recomputed(
@@ -40,31 +39,39 @@ def recomputed(
     return dict(zip(call.outputs, outputs, strict=True))
 
 
-def decode_recomputed(forward: ChunkNetworks, recompute: ChunkNetworks, latents: Tensor, whole: bool) -> Tensor:
-    """Decode with a gradient, and keep for backward the latents and the caches of every chunk, or the latents alone.
+def decode_recomputed(
+    assemble: Callable[[Networks, Tensor], Tensor],
+    forward: Networks,
+    recompute: Networks,
+    latents: Tensor,
+    whole: bool,
+) -> Tensor:
+    """Decode with a gradient, and keep for backward the inputs of every network, or the latents alone.
 
     Args:
-        forward: the decoder's networks `first` and `next` on any backend; see `decode_in_chunks`.
+        assemble: decodes with the decoder's networks.
+        forward: these networks on any backend, by name.
         recompute: the same in PyTorch.
         latents: (B, C, F, h, w), normalised.
-        whole: keep the latents alone; the caches are computed again in backward, by `forward`.
+        whole: keep the latents alone; other inputs of networks, such as the caches of a causal decoder, are computed
+            again in backward, by `forward`.
     Returns:
-        (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
+        (B, 3, T, H, W) in [-1, 1].
     """
     if whole:
 
         def at_once(latents: Tensor) -> dict[str, Tensor]:
-            return {"video": decode_in_chunks(forward, latents)}
+            return {"video": assemble(forward, latents)}
 
         def by_chunk(latents: Tensor) -> dict[str, Tensor]:
-            return {"video": decode_recomputed(forward, recompute, latents, whole=False)}
+            return {"video": decode_recomputed(assemble, forward, recompute, latents, whole=False)}
 
         return recomputed(at_once, by_chunk, {"latents": latents})["video"]
 
     def live(name: str) -> Compute:
         return lambda **inputs: recomputed(forward[name], recompute[name], inputs)
 
-    return decode_in_chunks({name: live(name) for name in recompute}, latents)
+    return assemble({name: live(name) for name in recompute}, latents)
 
 
 class _Call:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,48 +10,44 @@ import torch
 from torch import Tensor
 
 from frostline.errors import ConfigError, DataError
-from frostline.models.wan.text import count_tokens, tokenize
-from frostline.models.wan.video_shape import MASK_CHANNELS, latent_grid
+from frostline.rewards.inputs import RewardInputs
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.identity.computation import computation_id
 from frostline.runtime.identity.fingerprint import stage_code
-from frostline.train.data.batch import Batch, check_batch, fit_to_wan
+from frostline.stages.conditions import ConditionInputs
+from frostline.train.data.batch import check_batch, fit_to_model
 
 # What this file imports is part of what its results are cached by.
 if TYPE_CHECKING:
-    from frostline.models.wan.components import WanComponents
-    from frostline.rewards.reward import ActiveReward
+    from frostline.rewards.active import ActiveReward
     from frostline.runtime.runtime import Runtime
-
-log = logging.getLogger(__name__)
+    from frostline.stages.video_model import VideoModel
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The frozen inputs of a step for B samples; what `WanTrainingModule.forward_preprocess` returns.
+    """The frozen inputs of a step for B samples; what `TrainingModule.forward_preprocess` returns.
 
     sample_id: names for logs. keys: content keys of the samples' conditions.
-    latent_shape: (C, F, H/8, W/8) of what is denoised.
-    context: (B, L, text_dim).
-    y: (B, 4 + C, F, H/8, W/8) mask and latents of the first frame, if the model takes them.
-    clip_feature: (B, 257, 1280), if the model takes it.
-    first_frame_latents: (B, C, 1, H/8, W/8), if the model pins them.
-    references: what each reward knows of the reference video, tensors of B rows.
+    latent_shape: (C, F, h, w) of what is denoised.
+    conditions: what the model is conditioned on, by name, tensors of B rows; see `VideoModel.conditions`.
+    stages: that the conditions were computed by.
+    sample: what rewards are told of the samples.
+    references: what each reward keeps of the reference video, tensors of B rows.
     """
 
     sample_id: tuple[str, ...]
     keys: tuple[str, ...]
     latent_shape: tuple[int, int, int, int]
-    context: Tensor
-    y: Tensor | None
-    clip_feature: Tensor | None
-    first_frame_latents: Tensor | None
+    conditions: Mapping[str, Tensor]
+    stages: tuple[str, ...]
+    sample: RewardInputs
     references: tuple[Mapping[str, Tensor], ...]
 
-    def denoiser_inputs(self) -> dict[str, Tensor]:
-        """What the denoiser takes beside latents and timestep."""
-        inputs = {"context": self.context, "y": self.y, "clip_feature": self.clip_feature}
-        return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    @property
+    def device(self) -> torch.device:
+        """Where the conditions are."""
+        return next(iter(self.conditions.values())).device
 
 
 class Conditioner:
@@ -60,43 +55,44 @@ class Conditioner:
 
     def __init__(
         self,
-        components: WanComponents,
+        model: VideoModel,
         runtime: Runtime,
         rewards: Sequence[ActiveReward],
         cache: FrozenOutputCache | None,
     ) -> None:
-        self.components = components
+        self.model = model
         self.runtime = runtime
         self.rewards = rewards
         self.cache = cache
-        self._device, self._dtype = components.device, components.dtype
         self._computations: dict[tuple[str, ...], str] = {}
-        self._told_of_a_cut_prompt = False
 
     @torch.no_grad()
     def __call__(self, data: object) -> Conditioning:
         """Check and fit `data`, then compute or recall all conditions; see `check_batch` for the contract."""
+        model = self.model
         batch = check_batch(data)
-        video, _ = fit_to_wan(batch.video, self.components.spatial_multiple)
+        video, _ = fit_to_model(batch.video, model.geometry)
         T, H, W = video.shape[1], *video.shape[-2:]
         # Before the video moves: a hash is computed in main memory.
-        image_keys = [content_key(frame=frame, frames=T) for frame in video[:, 0]]
-        references = [_reference_frames(frames) for frames in batch.valid_frames]
-        video_keys = [content_key(video=sample[:own]) for sample, own in zip(video, references, strict=True)]
-        video = video.to(self._device)
-        first_frame = video[:, 0] * 2 - 1
-        ids, mask = tokenize(self.components.tokenizer, list(batch.prompt))
-        self._tell_of_cut_prompts(batch, mask)
-        text_keys = [content_key(ids=row, mask=used) for row, used in zip(ids, mask, strict=True)]
+        own_frames = tuple(_reference_frames(frames) for frames in batch.valid_frames)
+        own = zip(batch.prompt, video, own_frames, strict=True)
+        sample_keys = [content_key(prompt=prompt, video=frames[:count]) for prompt, frames, count in own]
+        conditions = model.conditions(ConditionInputs(batch.sample_id, batch.prompt, video[:, 0], T), self.runtime)
+        sample = RewardInputs(tuple(batch.prompt), video.to(model.device), own_frames)
         return Conditioning(
             sample_id=batch.sample_id,
-            keys=tuple(content_key(text=text, image=image) for text, image in zip(text_keys, image_keys, strict=True)),
-            latent_shape=(self.components.vae.model.z_dim, *latent_grid(T, H, W, self.components.spatial_stride)),
-            context=self._context(ids, mask, text_keys),
-            y=self._image_latents(first_frame, T, image_keys),
-            clip_feature=self._clip_feature(first_frame, image_keys),
-            first_frame_latents=self._first_frame_latents(first_frame, image_keys),
-            references=tuple(self._references(active, video, references, video_keys) for active in self.rewards),
+            keys=tuple(
+                content_key(**{condition.name: condition.keys[row] for condition in conditions})
+                for row in range(len(batch.sample_id))
+            ),
+            latent_shape=(model.latent_channels, *model.geometry.latent_grid(T, H, W)),
+            conditions={
+                each.name: self.cached_rows(each.name, each.stages, each.keys, each.compute)[each.name]
+                for each in conditions
+            },
+            stages=tuple(dict.fromkeys(stage for each in conditions for stage in each.stages)),
+            sample=sample,
+            references=tuple(self._references(active, sample, sample_keys) for active in self.rewards),
         )
 
     def check(self, inputs: object) -> Conditioning:
@@ -107,10 +103,9 @@ class Conditioner:
         """
         if not isinstance(inputs, Conditioning):
             raise DataError(f"inputs: must be what forward_preprocess returned, not {type(inputs).__name__}")
-        model, given = self.components, (inputs.y, inputs.clip_feature, inputs.first_frame_latents)
-        takes = model.takes_image_latents, model.takes_clip_feature, model.pins_first_frame
-        fits = takes == tuple(tensor is not None for tensor in given)
-        if not fits or inputs.latent_shape[0] != model.vae.model.z_dim or len(inputs.references) != len(self.rewards):
+        model = self.model
+        fits = tuple(inputs.conditions) == model.condition_names and inputs.latent_shape[0] == model.latent_channels
+        if not fits or len(inputs.references) != len(self.rewards):
             raise DataError("inputs: are of another model or other rewards: use this module's own forward_preprocess")
         return inputs
 
@@ -132,9 +127,9 @@ class Conditioner:
         if self.cache is None:
             return dict(compute(list(range(len(keys)))))
         depends = [self.runtime.fingerprint(stage) for stage in stages]
-        code = self._computation(compute, stages)
-        full = [content_key(what=what, depends=depends, row=key, computation=code) for key in keys]
-        rows = [self.cache.get(key, device=self._device) for key in full]
+        computation = self._computation(compute, stages)
+        full = [content_key(what=what, depends=depends, row=key, computation=computation) for key in keys]
+        rows = [self.cache.get(key, device=self.model.device) for key in full]
         # The same sample twice in a batch is computed once.
         missing = list({full[i]: i for i, row in enumerate(rows) if row is None}.values())
         if missing:
@@ -154,68 +149,16 @@ class Conditioner:
             self._computations[parts] = computation_id({compute.__module__} | of_stages)
         return self._computations[parts]
 
-    def _context(self, ids: Tensor, mask: Tensor, keys: Sequence[str]) -> Tensor:
-        def compute(rows: list[int]) -> dict[str, Tensor]:
-            return self.runtime["text_encoder"](ids=ids[rows].to(self._device), mask=mask[rows].to(self._device))
-
-        return self.cached_rows("context", ["text_encoder"], keys, compute)["context"]
-
-    def _image_latents(self, first_frame: Tensor, num_frames: int, keys: Sequence[str]) -> Tensor | None:
-        """The mask, and the latents of a video that is the first frame and then zeros."""
-        if not self.components.takes_image_latents:
-            return None
-
-        def compute(rows: list[int]) -> dict[str, Tensor]:
-            image = first_frame[rows][:, :, None].to(self._dtype)
-            later = image.new_zeros(len(rows), 3, num_frames - 1, *image.shape[-2:])
-            latents = self.runtime["vae_encoder"](video=torch.cat([image, later], dim=2))["latents"]
-            mask = latents.new_zeros(len(rows), MASK_CHANNELS, *latents.shape[2:])
-            mask[:, :, 0] = 1
-            return {"y": torch.cat([mask, latents], dim=1)}
-
-        return self.cached_rows("y", ["vae_encoder"], keys, compute)["y"]
-
-    def _first_frame_latents(self, first_frame: Tensor, keys: Sequence[str]) -> Tensor | None:
-        if not self.components.pins_first_frame:
-            return None
-
-        def compute(rows: list[int]) -> dict[str, Tensor]:
-            return self.runtime["vae_encoder"](video=first_frame[rows][:, :, None].to(self._dtype))
-
-        return self.cached_rows("first_frame_latents", ["vae_encoder"], keys, compute)["latents"]
-
-    def _clip_feature(self, first_frame: Tensor, keys: Sequence[str]) -> Tensor | None:
-        if not self.components.takes_clip_feature:
-            return None
-
-        def compute(rows: list[int]) -> dict[str, Tensor]:
-            return self.runtime["image_encoder"](image=first_frame[rows].to(self._dtype))
-
-        return self.cached_rows("clip_feature", ["image_encoder"], keys, compute)["clip_feature"]
-
-    def _references(
-        self, active: ActiveReward, video: Tensor, frames: Sequence[int], keys: Sequence[str]
-    ) -> Mapping[str, Tensor]:
-        """What a reward keeps of each video's first so many frames."""
+    def _references(self, active: ActiveReward, sample: RewardInputs, keys: Sequence[str]) -> Mapping[str, Tensor]:
+        """What a reward is to know of each sample, by its own frames."""
 
         def compute(rows: list[int]) -> Mapping[str, Tensor]:
             # In float32 as `score` is, whatever autocast the step runs in: what is cached must not depend on it.
-            with torch.autocast(video.device.type, enabled=False):
-                return _by_length(active, video[rows], [frames[row] for row in rows])
+            with torch.autocast(sample.video.device.type, enabled=False):
+                return _by_length(active, sample.rows(rows), self.runtime)
 
-        keys = [content_key(video=key, settings=active.references_key) for key in keys]
-        return self.cached_rows("references", active.stages, keys, compute)
-
-    def _tell_of_cut_prompts(self, batch: Batch, mask: Tensor) -> None:
-        if self._told_of_a_cut_prompt:
-            return
-        limit = mask.shape[1]
-        for name, prompt, used in zip(batch.sample_id, batch.prompt, mask, strict=True):
-            if used.all() and (tokens := count_tokens(self.components.tokenizer, prompt)) > limit:
-                self._told_of_a_cut_prompt = True
-                cut = f"its prompt has {tokens} tokens, of which the text encoder sees the first {limit}"
-                log.warning("sample %s: %s; said once, whatever other prompts are too long", name, cut)
-                return
+        keys = [content_key(sample=key, settings=active.references_key) for key in keys]
+        return self.cached_rows("references", active.stage_names, keys, compute)
 
 
 def _reference_frames(valid_frames: int) -> int:
@@ -226,19 +169,19 @@ def _reference_frames(valid_frames: int) -> int:
     return max(2, valid_frames)
 
 
-def _by_length(active: ActiveReward, video: Tensor, frames: Sequence[int]) -> Mapping[str, Tensor]:
-    """A reward's references of (B, T, 3, H, W) videos, of which each counts as far as its number of frames.
+def _by_length(active: ActiveReward, sample: RewardInputs, runtime: Runtime) -> Mapping[str, Tensor]:
+    """A reward's references of samples, of which each counts as far as its number of frames.
 
     Raises:
         ConfigError: what the reward keeps is of another shape for fewer frames.
     """
-    if min(frames) >= video.shape[1]:
-        return active.reward.references(video)
-    rows = [active.reward.references(sample[None, :own]) for sample, own in zip(video, frames, strict=True)]
+    if min(sample.valid_frames) >= sample.video.shape[1]:
+        return active.references(sample, runtime)
+    rows = [active.references(sample.row(index), runtime) for index in range(len(sample.prompts))]
     try:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     except RuntimeError as error:
         raise ConfigError(
-            f"the reward {active.reward.name} keeps something of each frame, and clips differ in length "
-            f"({sorted(set(frames))} frames): leave out those that are shorter than num_frames"
+            f"the reward {active.name} keeps something of each frame, and clips differ in length "
+            f"({sorted({*sample.valid_frames})} frames): leave out those that are shorter than num_frames"
         ) from error

@@ -1,4 +1,4 @@
-"""One reward-feedback training step of a Wan image-to-video model, its frozen stages in engines."""
+"""One reward-feedback training step of a video diffusion model, its frozen stages in engines."""
 
 from __future__ import annotations
 
@@ -7,73 +7,44 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from frostline.config import AUTO, GradientCheckpointing, RewardTerm, TrainingModuleSettings
+from frostline.config import AUTO, GradientCheckpointing
 from frostline.errors import ConfigError, DataError
-from frostline.export.exporter import ensure_verified
-from frostline.models.checkpoints.checkpoint_files import Entry
-from frostline.models.checkpoints.loading import DEFERRABLE, load_components
 from frostline.models.lora import read_adapter
 from frostline.models.lora.inject import copy_adapter, lora_parameters, lora_scale, save_adapter
-from frostline.models.wan.components import WanComponents
-from frostline.models.wan.denoise_steps import DenoiseSteps
-from frostline.models.wan.schedule import FlowMatchSchedule
-from frostline.models.wan.vae import decode_latents, decoder_chunks
-from frostline.models.wan.video_shape import TEMPORAL_STRIDE, VideoShape
-from frostline.rewards.face_identity import face_identity_reward
-from frostline.rewards.reward import ActiveReward, RewardScore, build_rewards, reward_loss
-from frostline.runtime.backends import TORCH
-from frostline.runtime.cache import FrozenOutputCache
+from frostline.models.video_shape import VideoShape
+from frostline.rewards.active import ActiveReward
+from frostline.rewards.build import FrozenNetworks
+from frostline.rewards.loss import reward_loss
+from frostline.rewards.reward import RewardScore
 from frostline.runtime.device import free_bytes, resolve_device
-from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import PlanSetting, Runtime
-from frostline.runtime.stage_timer import StageTime
+from frostline.runtime.stage import Stage
+from frostline.stages.families import family_of
 from frostline.stages.shapes import ShapeRange
-from frostline.stages.staged_model import stage_model
+from frostline.stages.video_model import Expert, VideoModel
 from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.offload import saved_in_main_memory
-from frostline.train.memory.recompute import decode_recomputed
 from frostline.train.processes import mean_over_processes, process_count
+from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.conditioning import Conditioner, Conditioning
-from frostline.train.step.rollout import Sampler
+from frostline.train.step.decoding import decode_live, to_frames
+from frostline.train.step.parts import build_parts
+from frostline.train.step.result import StepMetrics, StepResult, step_result
 
 log = logging.getLogger(__name__)
 
-# What the clock calls decoding with a gradient.
-_DECODE = "vae_decoder_live"
 
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one `forward` measured.
-
-    sample_id: names of the samples.
-    per_sample: what the rewards measured of each, by name: every reward's score (`face_score`, …) and its further
-        metrics (`detection_rate`, `face_score_missing_zero`, …).
-    scores: of each reward, the sum over the samples that count, and how many those are.
-    kl: of each tail step.
-    stages: time in each use of a stage and its backend: by the stage's name where it is frozen, and of live uses by
-        `denoise_tail`, `vae_decoder_live`, `face_embedder_live`.
-    """
-
-    sample_id: tuple[str, ...]
-    per_sample: dict[str, list[float]]
-    scores: dict[str, tuple[float, int]]
-    kl: list[float]
-    stages: dict[str, StageTime]
-
-
-class WanTrainingModule(nn.Module):
+class TrainingModule(nn.Module):
     """Computes the reward and KL loss of a batch, gradient to the LoRA only.
 
     Args:
-        components: a loaded Wan model; its denoiser receives LoRA layers in place.
+        components: a loaded model of any family; its denoiser receives LoRA layers in place.
         settings: see `TrainingModuleSettings`.
         plan, engines, strict: see `Runtime`.
         shapes: the range of shapes that engines serve; part of their key.
@@ -81,7 +52,7 @@ class WanTrainingModule(nn.Module):
 
     def __init__(
         self,
-        components: WanComponents,
+        components: Any,
         settings: TrainingModuleSettings | None = None,
         *,
         plan: PlanSetting = AUTO,
@@ -91,42 +62,57 @@ class WanTrainingModule(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings or TrainingModuleSettings()
-        self.components = components
-        staged = stage_model(components, self.settings.lora, self.settings.reward.face_identity, shapes or ShapeRange())
-        self.denoiser, self.denoiser_high_noise = staged.denoiser, staged.denoiser_high_noise
-        self.lora_config, self.stages = staged.lora_config, staged.stages
-        if engines is not None and plan != TORCH:
-            ensure_verified(self.stages.values(), EngineStore(Path(engines)))
-        if self.settings.torch_compile:
-            for denoiser in filter(None, (self.denoiser, self.denoiser_high_noise)):
-                denoiser.compile_blocks()
-        self.runtime = Runtime(self.stages, plan, None if engines is None else Path(engines), strict)
-        self.faces = staged.faces
-        if self.faces is not None:
-            # Registered, so that they move with the module.
-            self.embedder, self.detector_networks = self.faces.embedder, self.faces.detector.modules()
-        self.rewards = build_rewards(self.settings.reward, self._face_identity, staged.device)
-        self.cache = self._open_cache()
-        self.conditioner = Conditioner(components, self.runtime, self.rewards, self.cache)
-        self.steps = DenoiseSteps.of(self.settings, components.boundary, self.denoiser_high_noise is not None)
-        self.sampler = Sampler(
-            components,
-            self.denoiser,
-            self.denoiser_high_noise,
-            self.runtime,
-            FlowMatchSchedule(self.settings.num_inference_steps, self.settings.shift),
-            self.steps.high_noise,
-        )
+        store = None if engines is None else Path(engines)
+        self.parts = build_parts(components, self.settings, plan, store, strict, shapes or ShapeRange())
+        # Registered, so that they move with the module.
+        for expert in self.model.experts:
+            self.add_module(expert.stage, cast(nn.Module, expert.module))
+        self.reward_networks = FrozenNetworks(self.rewards)
         self.gradient_checkpointing: GradientCheckpointing | None = None
         self._settled_for: VideoShape | None = None
         if self.settings.gradient_checkpointing != AUTO:
             self.checkpoint(self.settings.gradient_checkpointing)
         self.last_metrics: StepMetrics | None = None
 
+    @property
+    def model(self) -> VideoModel:
+        """The video model, its LoRA injected."""
+        return self.parts.model
+
+    @property
+    def components(self) -> Any:
+        """The loaded model as it was given."""
+        return self.model.components
+
+    @property
+    def runtime(self) -> Runtime:
+        """What serves the frozen stages."""
+        return self.parts.runtime
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The frozen stages by name."""
+        return self.runtime.stages
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What computes frozen inputs."""
+        return self.parts.conditioner
+
+    @property
+    def rewards(self) -> tuple[ActiveReward, ...]:
+        """The rewards, each with its part in the loss."""
+        return self.parts.rewards
+
+    @property
+    def trained(self) -> Expert:
+        """The denoiser with the LoRA."""
+        return self.model.experts[-1]
+
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path | Sequence[Entry],
+        model: str | Path | Sequence[Any],
         *,
         engines: str | Path | None = "engines",
         plan: PlanSetting = AUTO,
@@ -139,13 +125,13 @@ class WanTrainingModule(nn.Module):
         """Load a model and make it trainable.
 
         Args:
-            model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `load_components`.
+            model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `family_of`.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
             ConfigError: files or settings are not usable.
         """
         parsed = TrainingModuleSettings.parse(settings)
-        components = load_components(model, dtype, resolve_device(str(device)), defer=DEFERRABLE)
+        components = family_of(model).load(model, dtype, resolve_device(str(device)), defer=True)
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module
@@ -154,23 +140,15 @@ class WanTrainingModule(nn.Module):
         """A module with weights, LoRA and stages of its own; the cache of frozen outputs is shared, by content."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
-        memo[id(self.cache)] = self.cache
+        memo[id(self.parts.cache)] = self.parts.cache
         copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return copied
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "a WanTrainingModule holds engines of this process and cannot be pickled: save the adapter with "
+            "a training module holds engines of this process and cannot be pickled: save the adapter with "
             "`module.save_adapter(folder)`, and call `from_pretrained` and `load_adapter` in the other process"
         )
-
-    def _face_identity(self, term: RewardTerm) -> ActiveReward:
-        assert self.faces is not None
-        return face_identity_reward(term, self.runtime, self.faces.embedder)
-
-    def _open_cache(self) -> FrozenOutputCache | None:
-        settings = self.settings
-        return FrozenOutputCache(settings.cache_dir, settings.cache_bytes) if settings.cache_bytes else None
 
     def forward_preprocess(self, data: Mapping[str, Any]) -> Conditioning:
         """Check `data` and compute its frozen conditions, from the cache where they are known.
@@ -183,46 +161,54 @@ class WanTrainingModule(nn.Module):
         return self.conditioner(data)
 
     def forward(self, data: Mapping[str, Any], inputs: Conditioning | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute a step as `step` does, whose metrics are then in `last_metrics`.
+
+        Returns:
+            loss (with graph), face_score (the first reward's score, whatever it rewards) and kl_loss, each 0-dim.
+        """
+        result = self.step(data, inputs)
+        self.last_metrics = result.metrics
+        return result.loss, result.score, result.kl_loss
+
+    def step(self, data: Mapping[str, Any], inputs: Conditioning | None = None) -> StepResult:
         """One step: condition, rollout, tail, decode, reward, loss.
 
         Args:
             data: as for `forward_preprocess`; not looked at where `inputs` is given.
             inputs: what `forward_preprocess` returned, to use it again.
-        Returns:
-            loss (with graph), face_score (the first reward's score, whatever it rewards) and kl_loss, each 0-dim.
         Raises:
             DataError: `data` is not as it should be; names sample, field and what to do. Or `inputs` is none
                 of `forward_preprocess`, or of that of another model.
             ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
-        self.steps.check_tail()
-        conditioning = self.forward_preprocess(data) if inputs is None else self.conditioner.check(inputs)
-        self._settle_for(conditioning)
-        latents = self._rollout(conditioning)
-        with self._saved_tensors():
-            sampled = self.sampler.tail(
-                latents,
-                conditioning,
-                settings.grad_start_step,
-                settings.grad_end_step,
-                recompute=self.gradient_checkpointing == "full",
-                engine_forward=settings.engine_forward,
-            )
-            frames = self._decode(sampled.latents)
-            scores = self.score(frames, conditioning)
+        self.parts.steps.check_tail()
+        with self.runtime.clock.collect() as times:
+            conditioning = self.forward_preprocess(data) if inputs is None else self.conditioner.check(inputs)
+            self._settle_for(conditioning)
+            latents = self._rollout(conditioning)
+            with self._saved_tensors():
+                sampled = self.parts.sampler.tail(
+                    latents,
+                    conditioning,
+                    settings.grad_start_step,
+                    settings.grad_end_step,
+                    recompute=self.gradient_checkpointing == "full",
+                    engine_forward=settings.engine_forward,
+                )
+                how, engine_forward = self.gradient_checkpointing, settings.engine_forward
+                frames = decode_live(self.model.decoder(), sampled.latents, self.runtime, how, engine_forward)
+                scores = self.score(frames, conditioning)
         self._report_unscored(conditioning, scores)
         reward = reward_loss(scores, mean_over_processes)
-        kl_loss = torch.stack(sampled.kl).mean()
-        loss = reward.loss + settings.kl_weight * kl_loss
-        self.last_metrics = self._metrics(conditioning, scores, reward.totals, sampled.kl)
-        return loss, next(iter(reward.scores.values())), kl_loss.detach()
+        stages = times.read()
+        return step_result(conditioning.sample_id, scores, reward, sampled.kl, settings.kl_weight, stages)
 
     def checkpoint(self, kind: GradientCheckpointing) -> None:
         """Recompute so much in backward from now on."""
         self.gradient_checkpointing = kind
         # Under "full" too: when a whole forward is recomputed, all its blocks at once would be too much.
-        self.denoiser.checkpoint_blocks = kind != "none"
+        self.trained.module.checkpoint_blocks = kind != "none"
 
     def settle_checkpointing(self, shape: VideoShape) -> None:
         """Where gradient checkpointing is chosen by memory, choose it for steps of this shape.
@@ -237,15 +223,15 @@ class WanTrainingModule(nn.Module):
             # Takes a second to import.
             from torch.distributed.tensor import DTensor
 
-            if any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
+            if any(isinstance(parameter, DTensor) for parameter in self.trained.module.parameters()):
                 raise ConfigError(
                     "gradient_checkpointing: auto has to be settled before weights are sharded: call "
                     "settle_checkpointing(shape) first, or name the kind"
                 )
             # What stages and engines have not loaded yet takes its part of what is free now.
-            free = max(0, free_bytes(self.components.device) - self.runtime.pending_bytes())
-            embedder = None if self.faces is None else self.faces.embedder
-            self.checkpoint(fitting_checkpointing(self.components, self.settings, shape, free, embedder))
+            free = max(0, free_bytes(self.model.device) - self.runtime.pending_bytes())
+            rewards = [active.reward for active in self.rewards]
+            self.checkpoint(fitting_checkpointing(self.model, self.settings, shape, free, rewards))
             self._settled_for = shape
 
     def score(self, frames: Tensor, conditioning: Conditioning) -> list[tuple[ActiveReward, RewardScore]]:
@@ -253,7 +239,7 @@ class WanTrainingModule(nn.Module):
         # In float32, whatever autocast the step runs in.
         with torch.autocast(frames.device.type, enabled=False):
             return [
-                (active, active.reward.score(frames, references))
+                (active, active.score(frames, conditioning.sample, references, self.runtime))
                 for active, references in zip(self.rewards, conditioning.references, strict=True)
             ]
 
@@ -270,11 +256,10 @@ class WanTrainingModule(nn.Module):
         """
         conditioning = self.conditioner.check(conditioning)
         steps = self.settings.num_inference_steps
-        latents, first = self.sampler.start(conditioning, noise, steps, None)
-        latents = self.sampler.head(latents, conditioning, first, steps).to(
-            self.components.vae.model.conv2.weight.dtype
-        )
-        return _to_frames(self.runtime["vae_decoder"](latents=latents)["video"])
+        sampler, decoder = self.parts.sampler, self.model.decoder()
+        latents, first = sampler.start(conditioning, noise, steps, None)
+        latents = sampler.head(latents, conditioning, first, steps).to(decoder.dtype)
+        return to_frames(self.runtime[decoder.stage](latents=latents)["video"])
 
     def noise(self, conditioning: Conditioning) -> Tensor:
         """The start noise (B, C, F, h, w): the same for every sample and step, or fresh ones.
@@ -282,7 +267,7 @@ class WanTrainingModule(nn.Module):
         Drawn on the CPU, so that it does not depend on the device.
         """
         count, shape = len(conditioning.sample_id), conditioning.latent_shape
-        device = conditioning.context.device
+        device = conditioning.device
         if self.settings.noise_seed is None:
             return torch.randn(count, *shape).to(device)
         generator = torch.Generator().manual_seed(self.settings.noise_seed)
@@ -290,12 +275,13 @@ class WanTrainingModule(nn.Module):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The LoRA matrices by name."""
-        return lora_parameters(self.components.denoiser)
+        return lora_parameters(self.trained.network)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the LoRA as PEFT files."""
-        assert self.lora_config is not None
-        save_adapter(self.components.denoiser, self.lora_config, Path(folder))
+        config = self.model.lora_config
+        assert config is not None
+        save_adapter(self.trained.network, config, Path(folder))
 
     def load_adapter(self, folder: str | Path) -> None:
         """Copy the LoRA in PEFT files into this module's, whose memory stays the engines'.
@@ -303,22 +289,21 @@ class WanTrainingModule(nn.Module):
         Raises:
             ConfigError: files are missing, or it is another adapter than this module's settings ask for.
         """
-        assert self.lora_config is not None
-        adapter = read_adapter(Path(folder)).uniform()
+        network = self.trained.network
+        adapter = read_adapter(Path(folder), family_of(self.components).layer_path).uniform()
         if adapter.rank != self.settings.lora.rank:
             raise ConfigError(f"{folder}: the adapter has rank {adapter.rank}, not {self.settings.lora.rank}")
-        if adapter.scale != lora_scale(self.components.denoiser):
-            wanted = lora_scale(self.components.denoiser)
+        if adapter.scale != (wanted := lora_scale(network)):
             raise ConfigError(f"{folder}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}")
-        copy_adapter(self.components.denoiser, adapter)
+        copy_adapter(network, adapter)
 
     def _settle_for(self, conditioning: Conditioning) -> None:
         if self.settings.gradient_checkpointing != AUTO or not torch.is_grad_enabled():
             return
         _, frames, height, width = conditioning.latent_shape
-        stride = self.components.spatial_stride
-        count = len(conditioning.sample_id)
-        shape = VideoShape(count, TEMPORAL_STRIDE * (frames - 1) + 1, height * stride, width * stride)
+        geometry, count = self.model.geometry, len(conditioning.sample_id)
+        stride = geometry.spatial_stride
+        shape = VideoShape(count, geometry.num_frames(frames), height * stride, width * stride)
         # One of several processes cannot choose alone: where weights are sharded, all gather them at the same moments.
         settled = self._settled_for
         larger = settled is not None and process_count() == 1 and shape.pixels > settled.pixels
@@ -328,32 +313,18 @@ class WanTrainingModule(nn.Module):
     def _rollout(self, conditioning: Conditioning) -> Tensor:
         mid = self.settings.grad_start_step
         recallable = None if self.settings.noise_seed is None else self.conditioner
-        latents, first = self.sampler.start(conditioning, self.noise(conditioning), mid, recallable)
-        return self.sampler.head(latents, conditioning, first, mid)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """(B, T, 3, H, W) float32 in [0, 1] from latents (B, C, F, h, w), gradient on."""
-        vae, how = self.components.vae, self.gradient_checkpointing
-        latents = latents.to(vae.model.conv2.weight.dtype)
-        if how in (None, "none") or not torch.is_grad_enabled():
-            with self.runtime.clock.measure(_DECODE, TORCH):
-                return _to_frames(decode_latents(vae, latents))
-        forward = recompute = decoder_chunks(vae)
-        backend = TORCH
-        if self.settings.engine_forward:
-            backend, engines = self.runtime.networks_at("vae_decoder", {"latents": latents.detach()})
-            # The stage's own networks in PyTorch are made to be traced, and slower.
-            forward = recompute if backend == TORCH else engines
-        with self.runtime.clock.measure(_DECODE, backend):
-            video = decode_recomputed(forward, recompute, latents, whole=how == "full")
-        return _to_frames(video)
+        sampler = self.parts.sampler
+        latents, first = sampler.start(conditioning, self.noise(conditioning), mid, recallable)
+        return sampler.head(latents, conditioning, first, mid)
 
     def _saved_tensors(self) -> AbstractContextManager[object]:
         """Where autograd keeps what backward needs."""
         if not self.settings.offload_saved_tensors or not torch.is_grad_enabled():
             return nullcontext()
         return saved_in_main_memory(
-            itertools.chain(self.parameters(), self.buffers(), self.components.vae.parameters())
+            itertools.chain(
+                self.parameters(), self.buffers(), *(module.parameters() for module in self.model.modules())
+            )
         )
 
     def _report_unscored(self, conditioning: Conditioning, scores: Sequence[tuple[ActiveReward, RewardScore]]) -> None:
@@ -362,33 +333,9 @@ class WanTrainingModule(nn.Module):
             missing = [name for name, is_valid in valid if not is_valid]
             if not missing:
                 continue
-            what = "no face to compare" if active.settings.is_face_identity else f"nothing for {active.reward.name}"
+            what = f"{active.name}: {active.reward.unscored}"
             message = f"{what} in the generated or the reference frames of sample {', '.join(missing)}"
-            how = active.settings.on_no_face
+            how = active.config.on_unscored
             if how == "error":
-                raise DataError(f"{message}, field 'video'; on_no_face is 'error'")
-            log.warning("%s: it gives no reward gradient (on_no_face: %s)", message, how)
-
-    def _metrics(
-        self,
-        conditioning: Conditioning,
-        scores: Sequence[tuple[ActiveReward, RewardScore]],
-        totals: Mapping[str, tuple[Tensor, Tensor]],
-        kl: list[Tensor],
-    ) -> StepMetrics:
-        per_sample = {}
-        for active, score in scores:
-            named = {active.reward.name: score.score, **score.metrics}
-            per_sample |= {name: values.tolist() for name, values in named.items()}
-        return StepMetrics(
-            sample_id=conditioning.sample_id,
-            per_sample=per_sample,
-            scores={name: (score.item(), int(count)) for name, (score, count) in totals.items()},
-            kl=torch.stack(kl).tolist(),
-            stages=self.runtime.clock.read(),
-        )
-
-
-def _to_frames(video: Tensor) -> Tensor:
-    """(B, T, 3, H, W) float32 in [0, 1] of what the VAE gives, (B, 3, T, H, W) in [-1, 1]."""
-    return (video.float().transpose(1, 2) + 1) / 2
+                raise DataError(f"{message}, field 'video'; on_unscored is 'error'")
+            log.warning("%s: it gives no reward gradient (on_unscored: %s)", message, how)

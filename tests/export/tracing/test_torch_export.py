@@ -14,6 +14,7 @@ from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from frostline.runtime.stage import Network, Stage
 from frostline.stages.shapes import parse_shapes
 from frostline.stages.staged_model import stage_model
+from frostline.stages.wan.family import video_model
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -23,7 +24,7 @@ ONE = "video:1x5x3x64x64"
 
 def stages(min_shapes: str, opt_shapes: str, max_shapes: str) -> dict[str, Stage]:
     shapes = parse_shapes(min_shapes, opt_shapes, max_shapes)
-    return stage_model(load_components("tiny"), LoraSettings(), None, shapes).stages
+    return stage_model(video_model(load_components("tiny"), LoraSettings()), (), shapes).stages
 
 
 def assert_equal_to_torch(stage: Stage, network: Network, folder: Path) -> None:

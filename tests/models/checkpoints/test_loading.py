@@ -50,7 +50,7 @@ def test_embedded_models(name: str, experts: int, takes_image_latents: bool, pin
     assert (components.denoiser_high_noise is not None) == (experts == 2)
     assert components.image_encoder is None
     assert components.boundary == 0.9
-    assert (components.text_length, components.spatial_stride) == (16, 8)
+    assert (components.text_length, components.spec.geometry.spatial_stride) == (16, 8)
     names = [module for module, _ in components.modules()]
     assert names == ["text_encoder", "vae", "denoiser", *["denoiser_high_noise"] * (experts - 1)]
     for _, module in components.modules():
@@ -166,7 +166,7 @@ def test_the_layout_of_wan22_ti2v(checkpoint: Checkpoint) -> None:
     assert_holds(components.denoiser, checkpoint.tensors["denoiser"])
     assert components.pins_first_frame
     assert not components.takes_image_latents
-    assert components.spatial_stride == 16
+    assert components.spec.geometry.spatial_stride == 16
 
 
 def official_denoisers() -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def test_layers_that_the_denoiser_does_not_have_are_refused(kind: str, adapter: 
     one = replace(adapter, layers={layer: pair})
     path = write_flat(one, tmp_path / "lora.safetensors", UNKNOWN[kind], ("lora_down", "lora_up"))
     with pytest.raises(
-        ConfigError, match=r"lora\.safetensors has \d tensors of layers that Wan's denoiser does not have"
+        ConfigError, match=r"lora\.safetensors has \d tensors of layers that the denoiser does not have"
     ):
         read_adapter(path)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from frostline.cli import app
 from frostline.errors import ConfigError
 from frostline.models.lora import read_adapter
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
 
 DOTTED = "diffusion_model.{}"
 Q = DOTTED.format("blocks.0.self_attn.q")

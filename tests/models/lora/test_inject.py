@@ -14,6 +14,8 @@ from torch import Tensor
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.lora.inject import (
+    LoraSwitches,
+    active_scale,
     adapters_off,
     inject_lora,
     live_scale,
@@ -110,6 +112,26 @@ def test_twice_the_scale_is_twice_the_delta() -> None:
         torch.testing.assert_close(two, 2 * one, atol=1e-5, rtol=0)
         assert torch.equal(again, one)
     assert lora_scale(model) == 1.0
+
+
+def test_others_see_through_a_lora_that_is_off_for_a_call() -> None:
+    """An engine in another thread is told the scale of the policy, while PyTorch computes the KL reference."""
+    model, _ = adapted(rank=4, alpha=8)
+    switches = LoraSwitches(model)
+    with adapters_off(model):
+        assert all(layer.disable_adapters for layer in lora_layers(model))
+        assert (active_scale(model), switches.conflict()) == (2.0, None)
+        with adapters_off(model):
+            assert active_scale(model) == 2.0
+        assert active_scale(model) == 2.0
+    for layer in lora_layers(model):
+        layer.enable_adapters(False)
+    with adapters_off(model):
+        assert active_scale(model) == 0
+    assert [layer.disable_adapters for layer in lora_layers(model)] == [True] * len(lora_layers(model))
+    lora_layers(model)[1].enable_adapters(True)
+    with adapters_off(model):
+        assert switches.conflict() == "some LoRA layers are disabled, and others are not"
 
 
 def test_a_live_scale_is_the_scale_of_another_alpha() -> None:

@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 from frostline.errors import EngineError
 from frostline.export.tracing.torch_export import trace_program
-from frostline.runtime.backends import aotinductor
+from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.aotinductor import AOTInductorRunner
-from frostline.runtime.backends.options import BuildOptions
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
-pytestmark = pytest.mark.skipif(aotinductor.unavailable() is not None, reason="no C++ compiler")
+BACKEND = get_backend("aotinductor")
+pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason="no C++ compiler")
 
 
 def compile_package(network: Network, folder: Path) -> bytes:
-    return (folder / aotinductor.build(network, trace_program(network), folder, BuildOptions())).read_bytes()
+    return (folder / BACKEND.build(network, trace_program(network), folder, BuildOptions())).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -142,4 +143,4 @@ def test_a_package_of_another_network_is_refused(package: bytes) -> None:
 
 def test_says_that_a_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "needs the C++ compiler no-such-compiler" in (aotinductor.unavailable() or "")
+    assert "needs the C++ compiler no-such-compiler" in (BACKEND.unavailable() or "")

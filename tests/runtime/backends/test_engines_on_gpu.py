@@ -16,10 +16,10 @@ from small_model import (
 from frostline.errors import EngineError
 from frostline.export.tracing.onnx import trace_onnx
 from frostline.export.tracing.torch_export import trace_program
-from frostline.runtime.backends import aotinductor, onnxruntime
+from frostline.runtime.backends import get_backend, onnxruntime
 from frostline.runtime.backends.aotinductor import AOTInductorRunner
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
-from frostline.runtime.backends.options import BuildOptions
 from frostline.runtime.stage import Network, Runner
 
 pytestmark = [
@@ -51,7 +51,7 @@ def make_runner(backend: str, network: Network, folder: Path) -> Runner:
         path = folder / f"{network.name}.onnx"
         trace_onnx(network, path)
         return OnnxRuntimeRunner(path, network, GPU)
-    package = folder / aotinductor.build(network, trace_program(network), folder, BuildOptions())
+    package = folder / get_backend("aotinductor").build(network, trace_program(network), folder, BuildOptions())
     return AOTInductorRunner(package.read_bytes(), network)
 
 

@@ -41,8 +41,8 @@ def build(stage: Stage, backend: str, root: Path) -> int:
 
 def serve(stage: Stage, backend: str, root: Path, limit: int) -> int:
     runtime = Runtime({stage.name: stage}, backend, root)
-    inputs = stage.sample()
-    expected = stage.torch(**inputs)
+    inputs = stage.cases()["sample"].inputs
+    expected = stage.torch(inputs)
     with Path("/proc/self/statm").open() as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + limit, resource.RLIM_INFINITY))

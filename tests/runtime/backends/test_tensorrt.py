@@ -16,9 +16,8 @@ from frostline.errors import EngineError
 from frostline.export.exporter import ensure_verified, export_stage
 from frostline.export.tracing.onnx import trace_onnx
 from frostline.runtime.backends import get_backend
-from frostline.runtime.backends.options import BuildOptions
-from frostline.runtime.backends.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTRunner
-from frostline.runtime.backends.tensorrt.runner import layer_table
+from frostline.runtime.backends.base.options import BuildOptions
+from frostline.runtime.backends.tensorrt.runner import TensorRTRunner, layer_table
 from frostline.runtime.device import device_name
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.store import EngineStore
@@ -28,6 +27,7 @@ from frostline.runtime.stage import Network, Stage, TensorSpec
 trt = pytest.importorskip("tensorrt_rtx")
 Source = Callable[..., Path]
 
+TENSORRT, TENSORRT_RTX = get_backend("tensorrt"), get_backend("tensorrt-rtx")
 BOTH = BuildOptions(compute_capabilities=("8.9", "12.0"))
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines with no NVIDIA driver")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

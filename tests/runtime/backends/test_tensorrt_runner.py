@@ -13,7 +13,7 @@ from cuda_standin import Graph, Severity, TensorRT, current, install, on_stream
 from torch import Tensor, nn
 
 from frostline.errors import EngineError, EngineMemoryError
-from frostline.runtime.backends.tensorrt import TensorRTRunner
+from frostline.runtime.backends.tensorrt.runner import TensorRTRunner
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
@@ -283,7 +283,7 @@ def test_torch_may_lack_the_memory_for_scratch(runner: TensorRTRunner, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", no_memory)
-        with pytest.raises(EngineMemoryError, match="no memory to run n in: CUDA out of memory"):
+        with pytest.raises(EngineMemoryError, match="TensorRT failed on n: CUDA out of memory"):
             runner(x=values)
     assert_right(runner, values)
 

@@ -7,7 +7,7 @@ import torch
 from cuda_standin import TensorRTRTX, install
 from torch import nn
 
-from frostline.runtime.backends.tensorrt import TensorRTRunner
+from frostline.runtime.backends.tensorrt.runner import TensorRTRunner
 from frostline.runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines import signing

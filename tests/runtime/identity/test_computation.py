@@ -115,6 +115,14 @@ def test_installed_packages_count_by_version(write: Write, tmp_path: Path, monke
     assert computation_id(["user"], source_of=["oracle"]) != seen[-1]
 
 
+@pytest.mark.parametrize("module", ["frostline.models.checkpoints.loading", "frostline.models.wan.vae_chunks"])
+def test_what_uses_diffsynths_classes_counts_its_version(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = computation_id([module])
+    installed = computation._installed
+    monkeypatch.setattr(computation, "_installed", lambda top: "another" if top == "diffsynth" else installed(top))
+    assert computation_id([module]) != first
+
+
 def test_a_package_that_is_being_developed_counts_by_its_source(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """An editable install has a version, too, and it stays the same for months."""
     write("own/__init__.py", "X = 1")
@@ -160,9 +168,24 @@ def test_asking_imports_neither_torch_nor_what_is_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_backend_counts_with_all_its_own_files_and_not_with_what_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed, read = set[str](), computation._read
+
+    def reading(name: str) -> tuple[str, tuple[computation.Import, ...]]:
+        followed.add(name)
+        return read(name)
+
+    monkeypatch.setattr(computation, "_read", reading)
+    backends = "frostline.runtime.backends"
+    computation_id([f"{backends}.tensorrt_rtx"])
+    assert followed >= {f"{backends}.tensorrt_rtx", f"{backends}.tensorrt.backend", f"{backends}.tensorrt.builder"}
+    assert f"{backends}.tensorrt" not in followed, "that is another backend"
+    assert not [name for name in followed if name.startswith((f"{backends}.base", "frostline.runtime.stage"))]
+
+
 def test_what_is_left_out_is_there_and_what_computes_is_not_left_out() -> None:
     """A file that is renamed must not count, or cease to count, by accident."""
-    for name in (*computation._PLUMBING, *computation._COMPUTES):
+    for name in computation._PLUMBING:
         path = PACKAGE.parent.joinpath(*name.split("."))
         assert path.is_dir() or path.with_suffix(".py").is_file(), name
     files = [path.relative_to(PACKAGE.parent).with_suffix("") for path in (PACKAGE / "models").rglob("*.py")]

@@ -129,7 +129,7 @@ def test_of_several_engines_the_one_that_serves_best_is_found(
 ) -> None:
     stage = make_stage(Scaled())
     weights = weights_sha256(stage)
-    from frostline.runtime.backends.options import BuildOptions
+    from frostline.runtime.backends.base.options import BuildOptions
 
     for opset in (18, 20):
         options = BuildOptions(opset)

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from frostline.runtime.planning import choosing
 from frostline.runtime.planning import trials as trials_file
 from frostline.runtime.planning.autotune import LatencyNote, machine_id, shape_class, take_turns
 from frostline.runtime.runtime import Runtime
-from frostline.runtime.stage import Network, Runner, Stage, TensorSpec
+from frostline.runtime.stage import Network, Stage, TensorSpec
 
 ORT = "onnxruntime"
 CPU = torch.device("cpu")
@@ -73,10 +74,10 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]
     """Rows and contenders of every measurement; the engine wins from 8 rows on."""
     seen = []
 
-    def measured(runners: Mapping[str, Runner], inputs: Mapping[str, Tensor], *_: float) -> dict[str, float]:
-        rows = len(inputs["x"])
-        seen.append((rows, tuple(runners)))
-        return {name: 1.0 if (name == ORT) == (rows >= 8) else 2.0 for name in runners}
+    def measured(runs_of: Mapping[str, Any], *_: float) -> dict[str, float]:
+        rows = len(runs_of["torch"].args[0]["x"])
+        seen.append((rows, tuple(runs_of)))
+        return {name: 1.0 if (name == ORT) == (rows >= 8) else 2.0 for name in runs_of}
 
     monkeypatch.setattr(trials_file, "take_turns", measured)
     return seen
@@ -85,8 +86,9 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]
 def run(auto: Runtime, rows: int) -> str:
     """The backend that served."""
     x = torch.ones(rows, 3)
-    assert torch.equal(auto["double"](x=x)["y"], 2 * x)
-    (served,) = auto.clock.read().values()
+    with auto.clock.collect() as times:
+        assert torch.equal(auto["double"](x=x)["y"], 2 * x)
+    (served,) = times.read().values()
     assert auto.plan["double"].backend == served.backend
     return served.backend
 
@@ -221,11 +223,11 @@ def test_shapes_of_one_class(extent: int, rounded: int) -> None:
 def test_runners_take_turns() -> None:
     calls: list[str] = []
 
-    def runner(name: str) -> Callable[..., dict[str, Tensor]]:
-        return lambda **inputs: calls.append(name) or inputs
+    def runner(name: str) -> Callable[[], None]:
+        return lambda: calls.append(name)
 
-    times = take_turns({name: runner(name) for name in "ab"}, {"x": torch.zeros(1)}, runs=2, seconds=60)
+    times = take_turns({name: runner(name) for name in "ab"}, runs=2, seconds=60)
     assert calls == ["a", "b"] * 3
     assert times.keys() == {"a", "b"}
-    assert take_turns({"a": runner("a")}, {}, runs=9, seconds=-1).keys() == {"a"}
+    assert take_turns({"a": runner("a")}, runs=9, seconds=-1).keys() == {"a"}
     assert calls.count("a") == 3 + 2

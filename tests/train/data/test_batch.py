@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from frostline.errors import DataError
+from frostline.models.video_shape import Geometry
 from frostline.train.data import batch as batch_module
-from frostline.train.data.batch import Batch, check_batch, fit_to_wan
+from frostline.train.data.batch import Batch, check_batch, fit_to_model
 
 
 def good(count: int = 2, **changes: object) -> dict[str, object]:
@@ -138,9 +139,9 @@ def test_strays_within_the_tolerance_are_clamped() -> None:
         (4, 17, 250, (5, 16, 256)),
     ],
 )
-def test_fit_to_wan(frames: int, height: int, width: int, fitted: tuple[int, int, int]) -> None:
+def test_fit_to_model(frames: int, height: int, width: int, fitted: tuple[int, int, int]) -> None:
     video = torch.rand(2, frames, 3, height, width)
-    result, changes = fit_to_wan(video)
+    result, changes = fit_to_model(video)
     assert result.shape == (2, fitted[0], 3, *fitted[1:])
     assert len(changes) == (fitted[0] != frames) + (fitted[1:] != (height, width))
     assert result.min() >= 0
@@ -150,14 +151,14 @@ def test_fit_to_wan(frames: int, height: int, width: int, fitted: tuple[int, int
         assert result is video
     if fitted[1:] == (height, width):
         assert torch.equal(result[:, :frames], video)
-    torch.testing.assert_close(result[1:], fit_to_wan(video[1:])[0])
+    torch.testing.assert_close(result[1:], fit_to_model(video[1:])[0])
 
 
 def test_fitting_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     batch_module._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            _, changes = fit_to_wan(torch.rand(1, 16, 3, 250, 256))
+            _, changes = fit_to_model(torch.rand(1, 16, 3, 250, 256))
     assert len(changes) == 2
     assert len(caplog.records) == 2
     assert "256x250 resized to 256x256" in caplog.text
@@ -165,6 +166,6 @@ def test_fitting_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_model_of_coarser_latents_wants_multiples_of_32() -> None:
-    fitted, changes = fit_to_wan(torch.rand(1, 5, 3, 48, 96), multiple=32)
+    fitted, changes = fit_to_model(torch.rand(1, 5, 3, 48, 96), Geometry(4, 16, 32))
     assert fitted.shape == (1, 5, 3, 64, 96)
     assert "96x48 resized to 96x64 (multiples of 32)" in changes[0]

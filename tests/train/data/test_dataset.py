@@ -14,11 +14,14 @@ from torch.utils.data import DataLoader
 from video_files import encode
 
 from frostline.errors import ConfigError, DataError
+from frostline.models.video_shape import Geometry
 from frostline.train.data import dataset as data_module
 from frostline.train.data.batch import check_batch
 from frostline.train.data.dataset import VideoPromptDataset, collate, size_within
 from frostline.video import write_video
 
+# Of a model with the VAE of Wan2.2 TI2V.
+LARGER = Geometry(4, 16, 32)
 ROWS = [("a.mp4", "a person talking"), ("sub/b.mp4", 'she says "hi", then nods'), ("c.mp4", "ein Gesicht, müde")]
 
 
@@ -199,11 +202,11 @@ def test_size_within(size: tuple[int, int], max_pixels: int, expected: tuple[int
 def test_sides_are_multiples_of_what_the_model_takes(folder: Path) -> None:
     assert size_within(1080, 1920, 704 * 1280, 32) == (704, 1248)
     path = write_metadata(folder, "csv", ROWS)
-    assert VideoPromptDataset(path, num_frames=1, multiple=32)[0]["video"].shape[-2:] == (32, 64)
+    assert VideoPromptDataset(path, num_frames=1, geometry=LARGER)[0]["video"].shape[-2:] == (32, 64)
     with pytest.raises(ConfigError, match="height must be a multiple of 32, not 48"):
-        VideoPromptDataset(path, height=48, width=64, multiple=32)
+        VideoPromptDataset(path, height=48, width=64, geometry=LARGER)
     with pytest.raises(ConfigError, match="max_pixels must be at least 1024"):
-        VideoPromptDataset(path, max_pixels=512, multiple=32)
+        VideoPromptDataset(path, max_pixels=512, geometry=LARGER)
 
 
 def test_paths_from_the_file_stay_in_its_folder(folder: Path, videos: Path) -> None:

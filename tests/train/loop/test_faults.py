@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {
     "num_inference_steps": 3,
     "grad_start_step": 1,
     "grad_end_step": 2,
-    "reward": {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
+    "rewards": [{"type": "sharpness", "baseline": 0.0, "scale": 1.0}],
 }
 
 

@@ -23,8 +23,8 @@ from frostline.train.loop.validation import Validation, validate
 from frostline.train.report.page import write_report
 from frostline.train.settings import TrainerSettings
 
-SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
-SETTINGS: dict[str, Any] = {**QUICK, "reward": SHARPNESS}
+SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0}
+SETTINGS: dict[str, Any] = {**QUICK, "rewards": [SHARPNESS]}
 # Not of the run itself: who is in the folder, and what any run may recall.
 STAYS = {".lock", "cache"}
 

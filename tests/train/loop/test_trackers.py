@@ -13,14 +13,14 @@ from frostline.train.loop.trackers import PROJECT
 from frostline.train.loop.trainer import RunOptions, train
 from frostline.train.settings import TrainerSettings
 
-SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
+SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0}
 
 
 @pytest.fixture(scope="module")
 def run(make_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps, one of them without a finite loss, and validation before and after."""
     out = tmp_path_factory.mktemp("tracked")
-    module = make_module(num_inference_steps=3, grad_start_step=1, grad_end_step=2, reward=SHARPNESS)
+    module = make_module(num_inference_steps=3, grad_start_step=1, grad_end_step=2, rewards=[SHARPNESS])
     forward, count = module.forward, iter(range(1, 10))
 
     def second_is_nan(data: Any) -> Any:

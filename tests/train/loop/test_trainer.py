@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from steps import Clips
 
-from frostline.config import TrainingModuleSettings
 from frostline.errors import CheckpointError, ConfigError, DataError, TrainingError
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.data.dataset import Sample, collate
@@ -22,7 +21,7 @@ from frostline.train.loop.resume import find_resume
 from frostline.train.loop.run_dir import claimed
 from frostline.train.loop.trainer import RunOptions, train
 from frostline.train.memory.offload import saved_in_main_memory
-from frostline.train.settings import TrainerSettings
+from frostline.train.settings import TrainerSettings, TrainingModuleSettings
 
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=2, per_device_train_batch_size=1, seed=3)
 
@@ -104,8 +103,8 @@ def test_settings_that_cannot_be(values: dict[str, Any], said: str) -> None:
 
 
 def test_nested_settings_name_where_they_are_wrong() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.weigth: unknown setting, is weight meant"):
-        TrainingModuleSettings.parse({"reward": {"weigth": 1}})
+    with pytest.raises(ConfigError, match=r"rewards\.0\.weigth: unknown setting, is weight meant"):
+        TrainingModuleSettings.parse({"rewards": [{"type": "sharpness", "weigth": 1}]})
 
 
 def _run(
@@ -119,7 +118,7 @@ QUICK: dict[str, Any] = {
     "num_inference_steps": 3,
     "grad_start_step": 1,
     "grad_end_step": 2,
-    "reward": {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0},
+    "rewards": [{"type": "sharpness", "baseline": 0.0, "scale": 1.0}],
 }
 
 
@@ -201,14 +200,14 @@ def test_a_broken_sample_ends_the_run_after_saving_what_came_before(make_module:
     assert _adapter(tmp_path / "adapter") == _adapter(whole / "adapter")
 
 
-BRIGHTNESS = {"type": "test_reward:Brightness", "baseline": 0.0, "scale": 1.0, "weight": 1.0}
+BRIGHTNESS = {"type": "own_rewards:Brightness", "baseline": 0.0, "scale": 1.0, "weight": 1.0}
 
 
 @pytest.mark.parametrize("darkest", [False, True], ids=["all count", "one counts"])
 def test_accumulated_forwards_are_one_batch(make_module: Any, tmp_path: Path, darkest: bool) -> None:
     clips = _Small(2)
     options = {"darkest": clips.clips.video.mean().item() if darkest else 0.0}
-    settings = {**QUICK, "kl_weight": 0.0, "reward": {**BRIGHTNESS, "options": options}}
+    settings = {**QUICK, "kl_weight": 0.0, "rewards": [{**BRIGHTNESS, "options": options}]}
     for name, sizes in (("batch", (2, 1)), ("accumulated", (1, 2))):
         batch, times = sizes
         _run(
@@ -231,7 +230,7 @@ def test_accumulated_forwards_are_one_batch(make_module: Any, tmp_path: Path, da
 
 
 def test_where_nothing_can_be_scored_there_is_no_score(make_module: Any, small: _Small, tmp_path: Path) -> None:
-    module = make_module(**{**QUICK, "reward": {**BRIGHTNESS, "options": {"darkest": 2.0}}})
+    module = make_module(**{**QUICK, "rewards": [{**BRIGHTNESS, "options": {"darkest": 2.0}}]})
     _run(module, small, tmp_path, steps=1)
     (line,) = _lines(tmp_path)
     assert line["score"] is None and line["brightness"] is None and math.isfinite(line["loss"])

@@ -1,5 +1,6 @@
 """The memory plan: against what real models hold and real runs allocate; what engines, cache and sharding change."""
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,20 +12,22 @@ from diffsynth.configs.model_configs import MODEL_CONFIGS
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from frostline.config import CHECKPOINTING, TrainingModuleSettings
+from frostline.config import CHECKPOINTING, LoraSettings
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.loading import load_components
-from frostline.models.checkpoints.model_spec import RELEASED, read_skeleton
-from frostline.models.faces import load_embedder
+from frostline.models.checkpoints.releases import RELEASED, read_spec
 from frostline.models.lora.inject import inject_lora
+from frostline.models.video_shape import VideoShape
 from frostline.models.wan.denoiser import Denoiser
 from frostline.models.wan.vae import decode_latents, use_onednn_conv3d
-from frostline.models.wan.video_shape import VideoShape
+from frostline.rewards.face_identity import Config
+from frostline.stages.wan.family import empty_model, video_model
 from frostline.train.memory import memory_profile as footprint
 from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.memory_profile import measure_model
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.memory.table import memory_table
+from frostline.train.settings import TrainingModuleSettings
 
 CLIP = VideoShape(batch_size=1, num_frames=9, height=96, width=96)
 
@@ -73,7 +76,7 @@ def test_activations_are_those_that_a_real_step_allocates(checkpointing: Any) ->
     components = load_components("tiny")
     inject_lora(components.denoiser, 8)
     denoiser = Denoiser(components.denoiser)
-    step = footprint._tail(denoiser, checkpointing)
+    step = footprint._tail(denoiser, ["latents", "timestep", "context", "y"], checkpointing)
     latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
     others = (torch.full((1,), 500.0), torch.randn(1, 16, 64), torch.randn(1, 20, 3, 12, 12))
 
@@ -95,7 +98,8 @@ def test_decoding_is_planned_as_it_is() -> None:
     # As in training; torch's own slow path would unfold its input.
     use_onednn_conv3d(vae)
     latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
-    planned = measure_model(read_skeleton("tiny"), CLIP, torch.float32, settings().lora).stages("none")["vae_decoder"]
+    model = empty_model(read_spec("tiny"), torch.float32, settings().lora)
+    planned = measure_model(model, CLIP).stages("none")["vae_decoder"]
     held, peak = allocated(lambda: decode_latents(vae, latents))
     assert held == pytest.approx(planned.kept, rel=0.01)
     assert peak == pytest.approx(planned.forward_peak, rel=0.05)
@@ -105,18 +109,19 @@ def test_decoding_is_planned_as_it_is() -> None:
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_many_blocks_and_chunks_are_planned_from_a_few(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = read_skeleton("tiny")
-    part, arguments = tiny.networks["denoiser"]
-    deep = replace(tiny, networks={**tiny.networks, "denoiser": (part, {**arguments, "num_layers": 7})})
-    stages = measure_model(deep, VideoShape(1, 29, 64, 96), torch.float32, settings().lora).stages
+    tiny = read_spec("tiny")
+    deep = replace(tiny, networks={**tiny.networks, "denoiser": {**tiny.networks["denoiser"], "num_layers": 7}})
+    model = empty_model(deep, torch.float32, settings().lora)
+    stages = measure_model(model, VideoShape(1, 29, 64, 96)).stages
     planned = stages(kind)
     monkeypatch.setattr(footprint, "_FEW", 100)
     assert planned == stages(kind)
 
 
 def test_the_embedder_is_planned_as_it_is() -> None:
-    embedder: Any = load_embedder("sface")
-    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, embedder=embedder)
+    reward: Any = Config().build()
+    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, rewards=[reward])
+    embedder = reward.faces.embedder
     faces = torch.rand(9, 3, 112, 112, requires_grad=True)
     _, measured = allocated(lambda: embedder(faces).sum().backward())
     assert measured == pytest.approx(sizes(plan, "live_peak")["face_embedder"], rel=0.15)
@@ -126,7 +131,7 @@ def test_releases_are_the_ones_that_diffsynth_knows() -> None:
     known = [config.get("extra_kwargs", {}) for config in MODEL_CONFIGS]
     told = ("in_dim", "dim", "ffn_dim", "out_dim", "num_heads", "num_layers", "has_image_input", "text_dim", "freq_dim")
     for name, networks in RELEASED.items():
-        arguments = networks["denoiser"][1]
+        arguments = networks["denoiser"]
         assert any(all(one.get(key) == arguments[key] for key in told) for one in known), name
 
 
@@ -216,25 +221,32 @@ def test_what_cannot_be_planned(changes: dict[str, Any], said: str) -> None:
         memory_plan(**{"model": "tiny", "settings": settings(), "shape": CLIP, **changes})
 
 
-def test_a_skeleton_of_files_is_that_of_the_loaded_model() -> None:
-    skeleton = read_skeleton("tiny-moe")
-    assert skeleton.networks.keys() == {name for name, _ in load_components("tiny-moe").modules()}
-    assert (skeleton.text_length, skeleton.boundary, skeleton.from_files) == (16, 0.9, True)
-    assert read_skeleton("Wan2.2-T2V-A14B-Diffusers").boundary == 0.875
+def test_the_spec_of_files_is_that_of_the_loaded_model() -> None:
+    spec = read_spec("tiny-moe")
+    assert spec.networks.keys() == {name for name, _ in load_components("tiny-moe").modules()}
+    assert (spec.text_length, spec.boundary, spec.from_files) == (16, 0.9, True)
+    assert read_spec("Wan2.2-T2V-A14B-Diffusers").boundary == 0.875
 
 
-def test_memory_chooses_how_much_is_recomputed(caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_chooses_how_much_is_recomputed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same of a loaded model and of files; and a loaded model is what it was."""
     caplog.set_level(logging.INFO)
-    components, embedder = load_components("tiny"), load_embedder("sface")
-    assert isinstance(embedder, torch.nn.Module)
-    inject_lora(components.denoiser, 8)
+    components, rewards = load_components("tiny"), [Config().build()]
+    model = video_model(components, LoraSettings(rank=8))
     before = {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()}
     scale = components.vae.scale
-    shape, auto = VideoShape(2, 9, 96, 96), settings(gradient_checkpointing="auto")
+    shape, auto = VideoShape(2, 5, 64, 64), settings(gradient_checkpointing="auto")
+    # What is measured does not depend on the memory there is: the files and the loaded model once each, with each kind.
+    of_files = footprint.measure_model(empty_model(read_spec("tiny"), torch.float32, auto.lora), shape)
+    of_files = replace(of_files, stages=functools.cache(of_files.stages))
+    of_loaded = functools.cache(lambda kind: footprint.measure_live_stages(model, shape, kind))
+    monkeypatch.setattr("frostline.train.memory.plan.measure_model", lambda *_: of_files)
+    monkeypatch.setattr("frostline.train.memory.checkpointing.measure_live_stages", lambda *given: of_loaded(given[2]))
 
     def plan(how: TrainingModuleSettings, device_bytes: int | None = None) -> MemoryPlan:
-        options: dict[str, Any] = {"dtype": torch.float32, "embedder": embedder, "device_bytes": device_bytes}
+        options: dict[str, Any] = {"dtype": torch.float32, "rewards": rewards, "device_bytes": device_bytes}
         return memory_plan("tiny", how, shape, **options)
 
     plans = [plan(settings(gradient_checkpointing=kind)) for kind in CHECKPOINTING]
@@ -242,13 +254,13 @@ def test_memory_chooses_how_much_is_recomputed(caplog: pytest.LogCaptureFixture)
     assert needs == sorted(needs, reverse=True)
     for each, need in zip(plans, needs, strict=True):
         kind, free = each.gradient_checkpointing, int(need / 0.8) + 1
-        assert fitting_checkpointing(components, auto, shape, free, embedder) == kind
+        assert fitting_checkpointing(model, auto, shape, free, rewards) == kind
         enough = each.resident + free
         assert plan(auto, enough) == replace(each, device_bytes=enough)
     assert "it may not do" not in caplog.text
-    assert fitting_checkpointing(components, auto, shape, int(needs[-1] / 0.8) - 10, embedder) == "full"
+    assert fitting_checkpointing(model, auto, shape, int(needs[-1] / 0.8) - 10, rewards) == "full"
     assert "full, and it may not do" in caplog.text
-    assert fitting_checkpointing(components, settings(gradient_checkpointing="block"), shape, 1) == "block"
+    assert fitting_checkpointing(model, settings(gradient_checkpointing="block"), shape, 1) == "block"
     assert plan(auto).gradient_checkpointing == "none", "nothing is known of the device"
     assert {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()} == before
     assert components.vae.scale is scale

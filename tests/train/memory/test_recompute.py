@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.wan.vae import decoder_chunks
+from frostline.models.wan.vae_chunks import decode_in_chunks
 from frostline.train.memory.recompute import decode_recomputed, recomputed
 
 
@@ -104,7 +105,7 @@ def test_decoding_recomputed_changes_nothing_and_keeps_less(vae: Any, frames: in
     expected, gradient, kept = decoded_with_gradient(vae, frames, diffsynths(vae))
     networks = decoder_chunks(vae)
     video, recomputed_, less = decoded_with_gradient(
-        vae, frames, lambda z: decode_recomputed(networks, networks, z, whole)
+        vae, frames, lambda z: decode_recomputed(decode_in_chunks, networks, networks, z, whole)
     )
     torch.testing.assert_close(video, expected, atol=1e-5, rtol=0)
     assert F.cosine_similarity(recomputed_.double().flatten(), gradient.double().flatten(), dim=0) > 1 - 1e-10
@@ -122,7 +123,9 @@ def test_a_decoders_caches_carry_the_gradient_and_not_the_engines_error(vae: Any
 
     engines = {name: engine(name) for name in networks}
     expected, gradient, _ = decoded_with_gradient(vae, 3, diffsynths(vae))
-    video, other, _ = decoded_with_gradient(vae, 3, lambda z: decode_recomputed(engines, networks, z, whole))
+    video, other, _ = decoded_with_gradient(
+        vae, 3, lambda z: decode_recomputed(decode_in_chunks, engines, networks, z, whole)
+    )
     error = (video - expected).norm() / expected.norm()
     assert 5e-4 < error < 5e-3
     assert F.cosine_similarity(other.double().flatten(), gradient.double().flatten(), dim=0) > 0.999

@@ -16,9 +16,9 @@ from frostline.models.checkpoints.loading import DEFERRABLE, load_components
 from frostline.models.lazy_weights import FROZEN_PARTS, PartWeights
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import weights_sha256
+from frostline.train import WanTrainingModule
 from frostline.train.launch import build_module
 from frostline.train.settings import RunSettings
-from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 

@@ -42,7 +42,7 @@ def test_bits_that_flip_between_the_steps_change_nothing(
         train(module, clips, SETTINGS, folder / "run")
         adapters.append((folder / "run" / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
-    assert (modules["undisturbed"].cache.corrupted, modules["undisturbed"].cache.misses) == (0, 6)
-    assert modules["undisturbed"].cache.hits == 12
-    assert modules["disturbed"].cache.corrupted >= 12
-    assert modules["disturbed"].cache.hits == 0
+    assert (modules["undisturbed"].parts.cache.corrupted, modules["undisturbed"].parts.cache.misses) == (0, 6)
+    assert modules["undisturbed"].parts.cache.hits == 12
+    assert modules["disturbed"].parts.cache.corrupted >= 12
+    assert modules["disturbed"].parts.cache.hits == 0

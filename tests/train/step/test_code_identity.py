@@ -16,15 +16,16 @@ from frostline.export.export_cache import Receipt, recall, receipt_key, remember
 from frostline.export.exporter import export_stage
 from frostline.export.model import load_staged_model
 from frostline.export.recipe import Recipe
-from frostline.rewards.face_identity import face_identity_reward
-from frostline.runtime.backends.options import BuildOptions
+from frostline.rewards.build import build_rewards
+from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity import computation
 from frostline.runtime.identity.fingerprint import find_engine, stage_computation, weights_sha256
 from frostline.runtime.planning.autotune import LatencyNote
+from frostline.stages.shapes import ShapeRange
 from frostline.stages.staged_model import StagedModel
+from frostline.train import WanTrainingModule
 from frostline.train.step.conditioning import Conditioner
-from frostline.train.step.module import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 Edit = Callable[[str, str, str], None]
@@ -94,10 +95,9 @@ class Kept:
 
     def _look_up(self) -> set[str]:
         """Which conditions of a sample the cache knew."""
-        module, cache = self.module, self.module.cache
+        module, cache = self.module, self.module.parts.cache
         assert cache is not None
-        assert module.faces is not None
-        reward = face_identity_reward(module.rewards[0].settings, module.runtime, module.faces.embedder)
+        rewards = build_rewards(module.settings.rewards, CPU, ShapeRange())
         known = set[str]()
 
         class Watched(Conditioner):
@@ -108,7 +108,7 @@ class Kept:
                     known.add(what)
                 return rows
 
-        Watched(module.components, module.runtime, [reward], cache)(small_clips(1))
+        Watched(module.components, module.runtime, rewards, cache)(small_clips(1))
         return known
 
 

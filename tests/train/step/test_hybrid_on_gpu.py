@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from frostline.config import TrainingModuleSettings
 from frostline.export.exporter import export_stage
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.device import full_fp32
 from frostline.runtime.engines.store import EngineStore
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
+from frostline.train.settings import TrainingModuleSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +32,7 @@ def build(plan: Any = "torch", engines: Path | None = None, checkpointing: str =
         {
             "lora": {"rank": 8},
             "kl_weight": 0.1,
-            "reward": {"upscale": 2},
+            "rewards": [{"type": "face_identity", "upscale": 2}],
             "gradient_checkpointing": checkpointing,
         }
     )

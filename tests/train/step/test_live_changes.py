@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from frostline.errors import EngineError
 from frostline.models.lora.inject import ADAPTER, lora_layers
-from frostline.train.step.module import WanTrainingModule
+from frostline.stages.denoiser import REFERENCE
+from frostline.train import WanTrainingModule
 
 MakeModule = Callable[..., WanTrainingModule]
 Change = Callable[[nn.Module], None]
@@ -101,17 +102,16 @@ class Velocities:
         self.latents = module.noise(self.conditioning)
 
     def __call__(self, lora: bool) -> tuple[Tensor, str]:
-        self.module.runtime.clock.read()
-        given = self.conditioning.denoiser_inputs()
-        with torch.no_grad():
-            velocity = self.module.sampler._frozen_velocity(self.latents, 1, given, lora=lora)
-        return velocity, self.module.runtime.clock.read()["denoiser"].backend
+        given, variant = self.conditioning.conditions, None if lora else REFERENCE
+        with torch.no_grad(), self.module.runtime.clock.collect() as times:
+            velocity = self.module.parts.sampler._frozen_velocity(self.latents, 1, given, variant)
+        return velocity, times.read()["denoiser"].backend
 
     @torch.no_grad()
     def live(self) -> Tensor:
         """The policy as the denoise tail computes it."""
-        given = self.conditioning.denoiser_inputs()
-        return self.module.sampler._live_velocity(self.latents, 1, given, recompute=False, engine_forward=False)
+        given = self.conditioning.conditions
+        return self.module.parts.sampler._live_velocity(self.latents, 1, given, recompute=False, engine_forward=False)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -156,7 +156,7 @@ def test_the_kl_reference_leaves_the_switches_alone(make_module: MakeModule) -> 
     module = make_module(**QUICK)
     layers = lora_layers(module.components.denoiser)
     disable(module.components.denoiser)
-    module.sampler.runtime["denoiser"](**module.stages["denoiser"].networks[0].samples("min"))
+    module.parts.sampler.runtime["denoiser"](**module.stages["denoiser"].cases()["sample"].inputs)
     Velocities(module)(lora=False)
     assert all(layer.disable_adapters for layer in layers)
     assert not any(parameter.requires_grad for parameter in module.trainable_parameters().values())

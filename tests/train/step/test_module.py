@@ -10,28 +10,30 @@ from steps import QUICK, assert_same_gradient, assert_same_step, clips, gradient
 
 import frostline.models.wan.vae as vae_file
 import frostline.train.step.module as module_file
-from frostline.config import RewardSettings
 from frostline.errors import ConfigError, DataError
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces import quantize_frames
+from frostline.models.video_shape import VideoShape
 from frostline.models.wan.vae_chunks import decode_in_chunks
-from frostline.models.wan.video_shape import VideoShape
-from frostline.rewards.face_identity import FaceIdentityReward, face_identity_reward
-from frostline.rewards.reward import RewardScore, reward_loss
+from frostline.rewards.active import RewardStages
+from frostline.rewards.face_identity.reward import FaceIdentityReward
+from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.loss import reward_loss
+from frostline.rewards.reward import RewardScore
 from frostline.runtime.identity.fingerprint import precision_of
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
 
 if TYPE_CHECKING:
     from conftest import RewardTape
 
 MakeModule = Callable[..., WanTrainingModule]
 
-SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0}
-TWO_REWARDS = {**SHARPNESS, "plus": [{"type": "face_identity"}]}
+SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0}
+TWO_REWARDS = [SHARPNESS, {"type": "face_identity"}]
 
 
 def test_a_batch_is_the_mean_of_its_samples(make_module: MakeModule, tape: "RewardTape") -> None:
-    module = make_module(reward={"on_no_face": "zero"})
+    module = make_module(rewards=[{"type": "face_identity", "on_unscored": "zero"}])
     data = clips(2, seed=3, num_frames=5)
     with tape.record(module):
         together = module(data)
@@ -76,14 +78,17 @@ def test_what_is_trained_is_what_is_sampled(make_module: MakeModule, tape: "Rewa
     ("settings", "message"),
     [
         ({"kl_wieght": 1.0}, "kl_wieght: unknown setting, is kl_weight meant?"),
-        ({"reward": {"baselin": 0.5}}, "reward.baselin: unknown setting, is baseline meant?"),
+        (
+            {"rewards": [{"type": "face_identity", "baselin": 0.5}]},
+            "rewards.0.baselin: unknown setting, is baseline meant?",
+        ),
         ({"lora": {"r": 4}}, "lora.r: unknown setting"),
         ({"grad_start_step": 6, "grad_end_step": 5}, "grad_start_step <= grad_end_step < num_inference_steps"),
         ({"grad_end_step": 8}, "grad_start_step <= grad_end_step < num_inference_steps"),
         ({"shift": 0}, "shift"),
         ({"lora": {"rank": 0}}, "lora.rank"),
-        ({"reward": {"on_no_face": "ignore"}}, "reward.on_no_face"),
-        ({"reward": {"embedder": "clip"}}, "unknown face embedder 'clip'"),
+        ({"rewards": [{"type": "face_identity", "on_unscored": "ignore"}]}, "rewards.0.on_unscored"),
+        ({"rewards": [{"type": "face_identity", "embedder": "clip"}]}, "unknown face embedder 'clip'"),
         ({"lora": {"target_modules": ["nothing"]}}, "lora.target_modules"),
         ({"gradient_checkpointing": "some"}, "gradient_checkpointing"),
     ],
@@ -114,15 +119,15 @@ def test_a_sample_without_a_face_is_named_and_gives_no_reward(
     assert module.last_metrics.per_sample["face_score"] == [0.0, 0.0]
 
 
-def test_on_no_face_decides_what_such_a_sample_costs(make_module: MakeModule) -> None:
+def test_on_unscored_decides_what_such_a_sample_costs(make_module: MakeModule) -> None:
     losses = {}
     for what in ("skip", "zero"):
-        module = make_module(kl_weight=0.0, reward={"on_no_face": what}, **QUICK)
+        module = make_module(kl_weight=0.0, rewards=[{"type": "face_identity", "on_unscored": what}], **QUICK)
         losses[what] = module(no_face())[0].item()
     assert losses["skip"] == 0
     assert losses["zero"] == pytest.approx(0.54 / 0.16 * 0.1)
-    module = make_module(reward={"on_no_face": "error"}, **QUICK)
-    with pytest.raises(DataError, match=r"sample grey-0\.mp4.*'video'.*on_no_face"):
+    module = make_module(rewards=[{"type": "face_identity", "on_unscored": "error"}], **QUICK)
+    with pytest.raises(DataError, match=r"sample grey-0\.mp4.*'video'.*on_unscored"):
         module(no_face())
 
 
@@ -135,19 +140,18 @@ def test_a_tail_without_a_lora_is_refused(make_module: MakeModule) -> None:
 @pytest.mark.parametrize("missing_face", ["exclude", "zero"])
 def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModule) -> None:
     """Half the frames of the first sample have no face, the second sample has none at all."""
-    module = make_module(**QUICK)
-    settings = RewardSettings(missing_face=missing_face)
-    active = face_identity_reward(settings, module.runtime, module.embedder)
-    reward = active.reward
+    module = make_module(rewards=[{"type": "face_identity", "missing_face": missing_face}], **QUICK)
+    (active,) = module.rewards
+    reward, run = active.reward, RewardStages(module.runtime, active.stage_names)
     assert isinstance(reward, FaceIdentityReward)
     video = clips(2, num_frames=5)["video"]
-    references = reward.references(video)
+    references = reward.references(RewardInputs(("", ""), video, (5, 5)), run)
     assert references["found"].all()
     frames = video[:, :4].clone()
     frames[0, 2:] = 0.5
     frames[1] = 0.5
     frames.requires_grad_()
-    score = reward.identity_score(frames, references)
+    score = reward.identity_score(frames, references, run)
     assert score.detection_rate.tolist() == [0.5, 0.0]
     # Where a frame without a face counts as 0, a video without any does so too.
     assert score.valid.tolist() == [True, missing_face == "zero"]
@@ -206,7 +210,7 @@ def test_checkpointing_is_settled_for_the_largest_shape(
         module(small_clips(count))
     assert seen == [VideoShape(1, 5, 32, 32), VideoShape(2, 5, 32, 32)]
     assert module.gradient_checkpointing == "block"
-    assert module.denoiser.checkpoint_blocks
+    assert module.trained.module.checkpoint_blocks
     resumed = make_module(gradient_checkpointing="auto", **QUICK)
     resumed.checkpoint("full")
     resumed(small_clips(1))
@@ -245,7 +249,7 @@ def test_inputs_are_those_of_this_model(make_module: MakeModule, quick_module: W
             for value in (data, (1,), "x")
         ),
         (make_module("tiny-ti2v", **QUICK).forward_preprocess(data), "are of another model or other rewards"),
-        (make_module(reward=TWO_REWARDS, **QUICK).forward_preprocess(data), "are of another model or other rewards"),
+        (make_module(rewards=TWO_REWARDS, **QUICK).forward_preprocess(data), "are of another model or other rewards"),
     ]
     own = quick_module.forward_preprocess(data)
     noise = quick_module.noise(own)

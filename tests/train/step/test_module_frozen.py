@@ -8,7 +8,8 @@ import pytest
 import torch
 from steps import QUICK, assert_same_steps, clips, row, small_clips
 
-from frostline.train.step.module import WanTrainingModule
+from frostline.stages.denoiser import REFERENCE
+from frostline.train import WanTrainingModule
 
 if TYPE_CHECKING:
     from conftest import RewardTape
@@ -83,9 +84,11 @@ def test_an_engine_follows_the_policy_after_an_optimizer_step(make_module: MakeM
     module = make_module(plan="onnxruntime", engines=engines, **QUICK)
     files = {path: path.stat().st_mtime_ns for path in engines.rglob("*") if path.is_file()}
     stage = module.stages["denoiser"]
-    inputs = stage.networks[0].samples("opt")
-    base = {**inputs, "lora_scale": torch.zeros(())}
-    before, base_before = module.runtime["denoiser"](**inputs), module.runtime["denoiser"](**base)
+    inputs = stage.cases()["sample"].inputs
+    before, base_before = (
+        module.runtime["denoiser"](**inputs),
+        module.runtime.run("denoiser", inputs, variant=REFERENCE),
+    )
     optimizer = torch.optim.AdamW(module.trainable_parameters().values(), lr=1e-2)
     loss, _, _ = module(small_clips(1))
     loss.backward()
@@ -93,8 +96,9 @@ def test_an_engine_follows_the_policy_after_an_optimizer_step(make_module: MakeM
     after = module.runtime["denoiser"](**inputs)["velocity"]
     assert (after - before["velocity"]).norm() > 0.01 * before["velocity"].norm()
     with torch.no_grad():
-        torch.testing.assert_close(after, stage.torch(**inputs)["velocity"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(module.runtime["denoiser"](**base), base_before, atol=0, rtol=0)
+        torch.testing.assert_close(after, stage.torch(inputs)["velocity"], atol=1e-5, rtol=0)
+    base = module.runtime.run("denoiser", inputs, variant=REFERENCE)
+    torch.testing.assert_close(base, base_before, atol=0, rtol=0)
     assert module.runtime.plan["denoiser"].backend == "onnxruntime"
     assert {path: path.stat().st_mtime_ns for path in engines.rglob("*") if path.is_file()} == files
 
@@ -117,14 +121,14 @@ def test_a_cached_step_is_the_uncached_one(model: str, make_module: MakeModule, 
     uncached = make_module(model, cache_bytes=0, **QUICK)
     cached = make_module(model, cache_dir=tmp_path, **QUICK)
     expected = uncached(data)
-    assert uncached.cache is None
-    assert cached.cache is not None
+    assert uncached.parts.cache is None
+    assert cached.parts.cache is not None
     assert [torch.equal(one, other) for one, other in zip(expected, cached(data), strict=True)] == [True] * 3
     # Context, image latents and references of two samples; and with two experts the latents of the first.
     entries = 8 if model == "tiny-moe" else 6
-    assert (cached.cache.hits, cached.cache.misses) == (0, entries)
+    assert (cached.parts.cache.hits, cached.parts.cache.misses) == (0, entries)
     assert [torch.equal(one, other) for one, other in zip(expected, cached(data), strict=True)] == [True] * 3
-    assert (cached.cache.hits, cached.cache.misses) == (entries, entries)
+    assert (cached.parts.cache.hits, cached.parts.cache.misses) == (entries, entries)
     assert len(list(tmp_path.glob("*.safetensors"))) == entries
 
 
@@ -135,21 +139,21 @@ def test_another_process_finds_the_cache_and_recomputes_what_is_damaged(
     expected = make_module(cache_dir=tmp_path, **QUICK)(data)
     again = make_module(cache_dir=tmp_path, **QUICK)
     assert [torch.equal(one, other) for one, other in zip(expected, again(data), strict=True)] == [True] * 3
-    assert again.cache is not None
-    assert (again.cache.hits, again.cache.misses) == (3, 0)
+    assert again.parts.cache is not None
+    assert (again.parts.cache.hits, again.parts.cache.misses) == (3, 0)
     for path in tmp_path.glob("*.safetensors"):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
     damaged = make_module(cache_dir=tmp_path, **QUICK)
     assert [torch.equal(one, other) for one, other in zip(expected, damaged(data), strict=True)] == [True] * 3
-    assert damaged.cache is not None
-    assert (damaged.cache.corrupted, damaged.cache.hits) == (3, 0)
+    assert damaged.parts.cache is not None
+    assert (damaged.parts.cache.corrupted, damaged.parts.cache.hits) == (3, 0)
     assert caplog.text.count("is damaged") == 3
     repaired = make_module(cache_dir=tmp_path, **QUICK)
     repaired(data)
-    assert repaired.cache is not None
-    assert (repaired.cache.corrupted, repaired.cache.hits) == (0, 3)
+    assert repaired.parts.cache is not None
+    assert (repaired.parts.cache.corrupted, repaired.parts.cache.hits) == (0, 3)
 
 
 def test_cached_conditions_are_not_shared_between_different_inputs(make_module: MakeModule) -> None:
@@ -157,17 +161,15 @@ def test_cached_conditions_are_not_shared_between_different_inputs(make_module: 
     data = small_clips(2)
     both = module.forward_preprocess(data)
     alone = module.forward_preprocess(row(data, 1))
-    assert module.cache is not None
-    assert module.cache.hits == 3
-    assert both.y is not None
-    assert alone.y is not None
-    assert torch.equal(alone.y[0], both.y[1])
-    assert not torch.equal(both.y[0], both.y[1])
+    assert module.parts.cache is not None
+    assert module.parts.cache.hits == 3
+    latents = both.conditions["y"]
+    assert torch.equal(alone.conditions["y"][0], latents[1])
+    assert not torch.equal(latents[0], latents[1])
     changed = dict(data, video=1 - data["video"])
     other = module.forward_preprocess(changed)
-    assert module.cache.hits == 5, "the prompts are known, the pictures are not"
-    assert other.y is not None
-    assert not torch.equal(other.y, both.y)
+    assert module.parts.cache.hits == 5, "the prompts are known, the pictures are not"
+    assert not torch.equal(other.conditions["y"], latents)
 
 
 def test_conditions_can_be_used_again(make_module: MakeModule) -> None:

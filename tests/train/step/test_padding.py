@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,35 @@ from steps import QUICK, clips
 from torch import Tensor
 
 from frostline.errors import ConfigError
-from frostline.rewards.reward import RewardScore
+from frostline.rewards.active import RewardStages
+from frostline.rewards.config import RewardConfig
+from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.reward import Reward, RewardScore
+from frostline.train import WanTrainingModule
 from frostline.train.data.batch import pad_frames
 from frostline.train.loop.evaluation import Evaluation, _psnr
 from frostline.train.loop.validation import Validation, _write
-from frostline.train.step.module import WanTrainingModule
 from frostline.video import read_video
 
 MakeModule = Callable[..., WanTrainingModule]
-SHARPNESS = {"type": "frostline.rewards.sharpness:SharpnessReward", "baseline": 0.0, "scale": 1.0, "weight": 0.5}
+SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0, "weight": 0.5}
 
 
-class EveryFrame:
+class EveryFrame(Reward):
     """A reward that keeps a number of each frame."""
 
+    Config = RewardConfig
     name = "every_frame"
 
-    def references(self, video: Tensor) -> dict[str, Tensor]:
-        return {"means": video.mean(dim=(2, 3, 4))}
+    def __init__(self, config: RewardConfig) -> None:
+        pass
 
-    def score(self, frames: Tensor, references: dict[str, Tensor]) -> RewardScore:
+    def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
+        return {"means": sample.video.mean(dim=(2, 3, 4))}
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
         mean = frames.mean(dim=(1, 2, 3, 4))
         return RewardScore(mean, torch.ones_like(mean, dtype=torch.bool))
 
@@ -46,7 +55,7 @@ def padded(frames: int, own: int) -> dict[str, Any]:
 
 
 def test_references_are_those_of_the_clip_alone(make_module: MakeModule) -> None:
-    module = make_module(reward={"upscale": 2, "plus": [SHARPNESS]}, cache_bytes=0, **QUICK)
+    module = make_module(rewards=[{"type": "face_identity", "upscale": 2}, SHARPNESS], cache_bytes=0, **QUICK)
     data = padded(9, 5)
     face, sharpness = module.forward_preprocess(data).references
     alone_face, alone_sharpness = module.forward_preprocess(
@@ -63,7 +72,7 @@ def test_references_are_those_of_the_clip_alone(make_module: MakeModule) -> None
 
 def test_every_row_of_a_batch_counts_as_far_as_it_goes(make_module: MakeModule) -> None:
     """And is cached by what counts."""
-    module = make_module(reward={"upscale": 2}, **QUICK)
+    module = make_module(rewards=[{"type": "face_identity", "upscale": 2}], **QUICK)
     data = padded(9, 5)
     both = {"prompt": data["prompt"] * 2, "video": data["video"].repeat(2, 1, 1, 1, 1), "valid_frames": [5, 9]}
     (faces,) = module.forward_preprocess(both).references
@@ -75,7 +84,7 @@ def test_every_row_of_a_batch_counts_as_far_as_it_goes(make_module: MakeModule) 
 
 def test_of_a_picture_its_one_frame_is_the_reference(make_module: MakeModule) -> None:
     """It is left out of a video's, for there it is what was given."""
-    module = make_module(reward={"upscale": 2}, cache_bytes=0, **QUICK)
+    module = make_module(rewards=[{"type": "face_identity", "upscale": 2}], cache_bytes=0, **QUICK)
     picture = clips(1, num_frames=5, size=64)["video"][:, :1]
     data = {"prompt": ["p"], "video": picture.expand(-1, 9, -1, -1, -1), "valid_frames": [1]}
     (faces,) = module.forward_preprocess(data).references
@@ -85,7 +94,7 @@ def test_of_a_picture_its_one_frame_is_the_reference(make_module: MakeModule) ->
 
 
 def test_frames_that_make_the_number_4k_plus_1_are_padding_too(make_module: MakeModule) -> None:
-    module = make_module(reward={"upscale": 2}, cache_bytes=0, **QUICK)
+    module = make_module(rewards=[{"type": "face_identity", "upscale": 2}], cache_bytes=0, **QUICK)
     video = padded(9, 6)["video"][:, :6]
     (fitted,) = module.forward_preprocess({"prompt": ["p"], "video": video}).references
     longer = {"prompt": ["p"], "video": pad_frames(video, 9, dim=1), "valid_frames": [6]}
@@ -94,8 +103,8 @@ def test_frames_that_make_the_number_4k_plus_1_are_padding_too(make_module: Make
 
 
 def test_a_reward_that_keeps_every_frame_wants_clips_of_one_length(make_module: MakeModule) -> None:
-    own = {"type": "test_padding:EveryFrame", "baseline": 0.0, "scale": 1.0}
-    module = make_module(reward=own, **QUICK)
+    own = {"type": "test_padding:EveryFrame"}
+    module = make_module(rewards=[own], **QUICK)
     data = padded(9, 5)
     both = {"prompt": data["prompt"] * 2, "video": data["video"].repeat(2, 1, 1, 1, 1), "valid_frames": [5, 9]}
     with pytest.raises(ConfigError, match=r"every_frame keeps something of each frame.*\[5, 9\] frames"):
@@ -115,7 +124,7 @@ def test_truth_ends_with_the_clip(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_is_cut_is_told_of_once(make_module: MakeModule, caplog: pytest.LogCaptureFixture) -> None:
-    module = make_module(reward=SHARPNESS, cache_bytes=0, **QUICK)
+    module = make_module(rewards=[SHARPNESS], cache_bytes=0, **QUICK)
     data = clips(2, num_frames=5, size=32)
     module.forward_preprocess(data)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

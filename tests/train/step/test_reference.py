@@ -23,7 +23,7 @@ from frostline.models.checkpoints.loading import load_components
 from frostline.models.faces import SFaceEmbedder
 from frostline.models.tiny.clips import held_out_clips
 from frostline.models.wan.components import WanComponents
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
 
 if TYPE_CHECKING:
     from conftest import RewardTape

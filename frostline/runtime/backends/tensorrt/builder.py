@@ -14,7 +14,7 @@ import torch
 
 from frostline.atomic_io import atomic_write
 from frostline.errors import EngineError
-from frostline.runtime.backends.options import BuildProgress
+from frostline.runtime.backends.base.options import BuildProgress
 from frostline.runtime.interruptible import run_interruptibly
 from frostline.runtime.stage import Network
 

@@ -15,7 +15,7 @@ _Result = TypeVar("_Result")
 
 # Code 5 is `FAILED_ALLOCATION`; but TensorRT's allocators report memory that is not there under the codes of other
 # faults: "Error Code 1: Cuda Runtime (out of memory)", "Error Code 2: OutOfMemory (no further information)".
-_OUT_OF_MEMORY = ("Error Code 5:", "out of memory", "OutOfMemory")
+OUT_OF_MEMORY = ("Error Code 5:", "out of memory", "OutOfMemory")
 # How many messages an error holds.
 _TOLD = 5
 
@@ -70,7 +70,7 @@ class Messages:
     def _heed(self, severity: Any, message: str, is_error: bool, is_warning: bool) -> None:
         if is_error:
             self.failed = True
-            self._no_memory |= any(words in message for words in _OUT_OF_MEMORY)
+            self._no_memory |= any(words in message for words in OUT_OF_MEMORY)
         if is_error or is_warning:
             self._latest.append(message)
         log.debug("%s: %s", severity.name, message)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frostline.errors import EngineMemoryError
-from frostline.runtime.backends.inputs import check_inputs, check_live
+from frostline.runtime.backends.base.runner import EngineRunner
 from frostline.runtime.stage import Network
 
 from .cuda_graphs import CudaGraphs
 from .execution import Execution, can_bind
-from .messages import Messages
+from .messages import OUT_OF_MEMORY, Messages
 from .runtime_cache import RuntimeCache
 
 # After so many shapes of one engine, what is compiled for further ones is not kept.
 _SHAPES = 1024
 
 
-class TensorRTRunner:
+class TensorRTRunner(EngineRunner):
     """Runs one engine on a stream of its own, in memory that torch allocates.
 
-    Safe to call from several threads, on any streams: an execution context takes one call at a time, so calls queue
-    up, each with inputs and outputs of its own.
+    An execution context takes one call at a time, from any stream: so calls queue up, each with inputs and outputs of
+    its own.
 
     Args:
         trt: the module, `tensorrt` or `tensorrt_rtx`.
@@ -37,33 +36,29 @@ class TensorRTRunner:
         EngineError: TensorRT refuses the engine; an EngineMemoryError where memory was the reason.
     """
 
+    library_name = "TensorRT"
+    out_of_memory = OUT_OF_MEMORY
+
     def __init__(
         self, trt: Any, plan: bytes, network: Network, device: torch.device, cache: RuntimeCache | None = None
     ) -> None:
-        check_live(network)
-        self._network = network
+        super().__init__(network)
         self._device = device
         self._messages = Messages(trt)
-        with torch.cuda.device(device):
+        with self._failures("cannot load"), torch.cuda.device(device):
             self._runtime, self._engine = _deserialize(trt, plan, network.name, self._messages)
             self._contexts = _Contexts(trt, self._engine, network.name, self._messages, cache)
             # On the default stream TensorRT would synchronise the device, and no graph can be recorded.
             self._graphs = CudaGraphs(self._new_execution, torch.cuda.Stream(device))
-        self._lock = threading.Lock()
 
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network; outputs are freshly allocated, and ready on torch's current stream."""
-        check_inputs(self._network, inputs)
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         live = tuple(self._network.live.values())
-        with self._lock, torch.cuda.device(self._device):
-            try:
-                if all(can_bind(tensor) for tensor in live):
-                    outputs = self._graphs(inputs, depends=tuple(tensor.data_ptr() for tensor in live))
-                else:
-                    # Such a tensor is copied at each launch, and a recording would keep one copy for good.
-                    outputs = self._graphs.launch(inputs)
-            except torch.OutOfMemoryError as error:
-                raise EngineMemoryError(f"no memory to run {self._network.name} in: {error}") from error
+        with torch.cuda.device(self._device):
+            if all(can_bind(tensor) for tensor in live):
+                outputs = self._graphs(inputs, depends=tuple(tensor.data_ptr() for tensor in live))
+            else:
+                # Such a tensor is copied at each launch, and a recording would keep one copy for good.
+                outputs = self._graphs.launch(inputs)
             self._contexts.keep_compiled(tuple(tuple(tensor.shape) for tensor in inputs.values()))
         return outputs
 

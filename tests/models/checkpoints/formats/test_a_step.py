@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import LAYOUTS, VARIANTS, make_tensors
 
-from frostline.train.step.module import WanTrainingModule
+from frostline.train import WanTrainingModule
 
 SETTINGS: dict[str, Any] = {"lora": {"rank": 4}, "num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
 

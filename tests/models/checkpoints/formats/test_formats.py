@@ -33,7 +33,7 @@ from frostline.errors import ConfigError
 from frostline.models.checkpoints.checkpoint_files import find_files
 from frostline.models.checkpoints.formats.convert import to_diffusers, to_official
 from frostline.models.checkpoints.loading import load_components
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.wan.image import ImageEncoder
 from frostline.models.wan.text import TextEncoder
 
@@ -61,9 +61,9 @@ def test_a_variant_in_a_layout(name: str, layout: str, tmp_path: Path) -> None:
     if variant.experts == 2:
         assert components.boundary == variant.boundary
     assert components.denoiser.blocks[0].num_heads == 2
-    assert components.spatial_multiple == (32 if variant.vae is VAE38 else 16)
+    assert components.spec.geometry.spatial_multiple == (32 if variant.vae is VAE38 else 16)
     if not isinstance(model, list):
-        assert read_skeleton(model).spatial_multiple == components.spatial_multiple
+        assert read_spec(model).geometry.spatial_multiple == components.spec.geometry.spatial_multiple
     assert components.takes_image_latents == (variant.denoiser["in_dim"] == 36)
     assert components.takes_clip_feature == ("image_encoder" in tensors)
     assert components.pins_first_frame == (variant.vae is VAE38)
@@ -189,8 +189,7 @@ def test_two_experts_in_a_list_are_told_apart_by_name(names: str, tmp_path: Path
     rest = others(tmp_path)
     for order in ((high, low), (low, high)):
         files = find_files([*order, *rest])
-        assert files.denoiser_high_noise is not None
-        assert files.denoiser_high_noise.paths == (high,)
+        assert files.networks["denoiser_high_noise"].paths == (high,)
         assert files.denoiser.paths == (low,)
 
 

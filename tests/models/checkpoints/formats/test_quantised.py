@@ -19,7 +19,7 @@ from frostline.errors import ConfigError
 from frostline.models.checkpoints.checkpoint_files import find_files
 from frostline.models.checkpoints.formats.convert import to_diffusers
 from frostline.models.checkpoints.loading import load_components
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 from frostline.models.lora.inject import inject_lora, lora_parameters, save_adapter
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -244,7 +244,7 @@ def test_other_quantised_weights_are_refused_by_name(name: str, tmp_path: Path) 
     """Where only sizes are read, too."""
     change, said = REFUSED[name]
     folder = tiny_with(tmp_path / "model", {**tiny_tensors(), **change})
-    for read in (load_components, read_skeleton):
+    for read in (load_components, read_spec):
         with pytest.raises(ConfigError, match=said) as error:
             read(folder)
         assert str(folder) in str(error.value)

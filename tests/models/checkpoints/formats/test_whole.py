@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.checkpoint_files import find_files
 from frostline.models.checkpoints.loading import load_components
-from frostline.models.checkpoints.model_spec import read_skeleton
+from frostline.models.checkpoints.releases import read_spec
 
 T2V = VARIANTS["Wan2.1-T2V"]
 
@@ -39,7 +39,7 @@ def test_the_last_block_is_missing(tmp_path: Path) -> None:
     """With fewer blocks a model would seem whole."""
     tensors = {name: tensor for name, tensor in tiny_tensors().items() if not name.startswith("blocks.3.")}
     folder = tiny_with(tmp_path / "model", tensors)
-    for read in (load_components, read_skeleton):
+    for read in (load_components, read_spec):
         with pytest.raises(ConfigError, match=r"incomplete: .*there are 3 blocks, and config\.json says 4"):
             read(folder)
     (folder / "config.json").write_text(json.dumps({"num_layers": 4}))

@@ -1,0 +1,56 @@
+"""The face-identity reward: are the faces of a generated video those of the reference?
+
+Here are its settings alone, which are read without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from frostline.rewards.config import RewardConfig
+from frostline.stages.provider import Use
+
+if TYPE_CHECKING:
+    from frostline.rewards.reward import Reward
+
+
+class Config(RewardConfig):
+    """The person of the reference video in every generated frame; the score is a mean cosine."""
+
+    # The detector sees the reference and the generated frames; the references are embedded without gradient.
+    uses: ClassVar[tuple[Use, ...]] = (
+        Use("face_detector", live=False, count=1, phase="conditioning"),
+        Use("face_embedder", live=False, count=1, phase="conditioning"),
+        Use("face_detector", live=False, count=1, phase="reward"),
+        Use("face_embedder", live=True, count=1, phase="reward"),
+    )
+    stage_code: ClassVar[tuple[str, ...]] = (f"{__name__}.stages",)
+
+    baseline: float = Field(default=0.54, description="score at which the reward is zero")
+    scale: float = Field(default=0.16, gt=0, description="spread of scores that counts as one unit")
+    detector: str = Field(default="mtcnn", description="mtcnn, yunet or scrfd:PATH.onnx")
+    embedder: str = Field(default="sface", description="sface, facenet[:TAG or PATH] or arcface:PATH.onnx")
+    upscale: int = Field(default=1, ge=1, le=8, description="enlarge frames this many times before detection")
+    min_face_size: int = Field(
+        default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels"
+    )
+    face: Literal["largest", "best"] = Field(
+        default="largest",
+        description="which of several faces in a generated frame counts: the largest, or the best likeness of the "
+        "reference; of a reference it is the largest",
+    )
+    missing_face: Literal["exclude", "zero"] = Field(
+        default="exclude", description="frames without a face: left out of the mean, or counted as 0"
+    )
+
+    def build(self) -> Reward:
+        """Load detector and embedder.
+
+        Raises:
+            ConfigError: there is no such network, or its weights cannot be had.
+        """
+        from frostline.rewards.face_identity.reward import FaceIdentityReward
+
+        return FaceIdentityReward(self)

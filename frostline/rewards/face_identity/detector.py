@@ -1,0 +1,93 @@
+"""`face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the networks of one detector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from frostline.models.faces.detectors import DetectorModel, DetectorNetwork
+from frostline.rewards.face_identity.fp32_edges import weights_dtype, with_fp32_edges
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.engines.tolerance import Tolerance
+from frostline.runtime.stage import Case, Network, Runner, Stage, Tensors, TensorSpec, in_torch
+from frostline.stages.shapes import ShapeRange
+from frostline.stages.tolerances import tolerance
+
+# Of `faces.png`, one below the other: of two clips of the embedded model's renderer, three frames each.
+_FRAMES = 6
+# Three shallow networks, whose probabilities are held against thresholds.
+_FP32_TOLERANCE = Tolerance(atol=1e-5, rtol=1e-5, cosine=0.999999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceDetectorStage(Stage):
+    """The networks of a detector; what lies between them stays in torch."""
+
+    detector: DetectorModel
+
+    def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        """Detect with all networks in PyTorch."""
+        return self.run({network.name: in_torch(network) for network in self.networks}, inputs)
+
+    def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
+        """Detect with running networks; the outputs are the tensors of `Detections`."""
+        found = self.detector.make(on).detect(inputs["frames"])
+        return {
+            "boxes": found.boxes,
+            "probabilities": found.probabilities,
+            "landmarks": found.landmarks,
+            "frame_index": found.frame_index,
+        }
+
+    def cases(self) -> Mapping[str, Case]:
+        """Return frames with faces in them."""
+        with resources.files("frostline.rewards.face_identity").joinpath("faces.png").open("rb") as file:
+            strip = torch.from_numpy(np.array(Image.open(file).convert("RGB")))
+        frames = strip.permute(2, 0, 1).unflatten(1, (_FRAMES, -1)).movedim(1, 0).contiguous()
+        return {"sample": Case({"frames": frames.to(self.networks[0].device)})}
+
+
+def detector_tolerance(dtype: torch.dtype) -> Tolerance:
+    """The bounds that an engine of the detector must keep, its weights being of `dtype`."""
+    return _FP32_TOLERANCE if dtype == torch.float32 else tolerance(dtype)
+
+
+def build(detector: DetectorModel, shapes: ShapeRange) -> Stage:
+    """The stage."""
+    networks = {name: replace(n, module=with_fp32_edges(n.module)) for name, n in detector.networks.items()}
+    weight = next(iter(detector.networks.values())).module
+    return FaceDetectorStage(
+        name="face_detector",
+        model=detector.name,
+        description="Find faces in images: the networks of the detector, whose outputs are decoded outside of them.",
+        license=detector.license,
+        networks=tuple(_network(name, network, shapes) for name, network in networks.items()),
+        tolerance=detector_tolerance(weights_dtype(weight)),
+        detector=detector,
+    )
+
+
+def _network(name: str, network: DetectorNetwork, shapes: ShapeRange) -> Network:
+    size: tuple[int | Dimension, int | Dimension]
+    if network.side is not None:
+        size = (network.side, network.side)
+    else:
+        size = (_side(shapes, "face_height", network.multiple), _side(shapes, "face_width", network.multiple))
+    images = TensorSpec("images", (shapes.dimension("faces"), 3, *size))
+    return Network(name, network.module, (images,), network.outputs)
+
+
+def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:
+    """An open side of images; where sides must divide by something, one of so many blocks."""
+    pixels = shapes.dimension(name)
+    if multiple > 1:
+        low, typical, high = (-(-extent // multiple) for extent in (pixels.min, pixels.opt, pixels.max))
+        return Dimension(name, low, typical, high, multiple, multiple)
+    # With an odd typical extent: from an even one AOTInductor infers that all are, and pools odd ones wrongly.
+    return replace(pixels, opt=min((pixels.opt - 1) | 1, pixels.max))

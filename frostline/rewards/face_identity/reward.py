@@ -1,0 +1,80 @@
+"""Detection frozen, embedding live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from frostline.models.faces.embedders import FaceEmbedder
+from frostline.models.faces.identity import FaceIdentity, IdentityScore, frame_cosines, mean_reference, pool_frames
+from frostline.models.video_shape import VideoShape
+from frostline.rewards.active import RewardStages
+from frostline.rewards.face_identity import Config as FaceIdentityConfig
+from frostline.rewards.face_identity.served import ServedDetector, ServedEmbedder
+from frostline.rewards.face_identity.stages import build_face_stages, load_faces
+from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.reward import LiveNetwork, Reward, RewardScore
+from frostline.runtime.stage import Stage
+from frostline.stages.shapes import ShapeRange
+
+
+class FaceIdentityReward(Reward):
+    """Scores generated frames against the faces of the reference video."""
+
+    Config = FaceIdentityConfig
+    name = "face_score"
+    unscored = "no face to compare"
+
+    def __init__(self, config: FaceIdentityConfig) -> None:
+        self.config = config
+        self.faces = load_faces(config.detector, config.embedder, config.min_face_size)
+        self.networks = nn.ModuleDict({"detector": self.faces.detector.modules(), "embedder": self.faces.embedder})
+
+    def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
+        """`face_detector` and `face_embedder`."""
+        return build_face_stages(self.faces, shapes)
+
+    def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
+        """The embedder, once for each frame."""
+        embedder = self.faces.embedder
+        side = cast(FaceEmbedder, embedder).image_size
+        face = torch.zeros(1, 3, side, side, device=self.faces.device)
+        return (LiveNetwork("face_embedder", embedder, (face,), shape.batch_size * shape.num_frames),)
+
+    def identity(self, run: RewardStages) -> FaceIdentity:
+        """What compares faces: detector and frozen embedder as the plan serves them, the live embedder in PyTorch."""
+        live, config = cast(FaceEmbedder, self.faces.embedder), self.config
+        identity = FaceIdentity(ServedDetector(run), live, config.upscale, config.missing_face, config.face)
+        identity.reference_embedder = ServedEmbedder.of(live, run)
+        return identity
+
+    def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
+        """The mean embedding (B, D) of the faces in frames 1…T-1.
+
+        found: (B,) whether there is any face, without which the mean means nothing.
+        """
+        faces = self.identity(run).references(sample.video)
+        return {"mean": mean_reference(*faces), "found": faces.found.any(dim=1)}
+
+    def identity_score(self, frames: Tensor, references: Mapping[str, Tensor], run: RewardStages) -> IdentityScore:
+        """All there is to say of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames."""
+        identity = self.identity(run)
+        faces = identity.detect(frames, references["mean"])
+        with run.live("face_embedder"):
+            embeddings = identity.embed(frames, faces)
+        cosines = frame_cosines(embeddings, references["mean"][:, None])
+        return pool_frames(cosines, faces.found, references["found"], self.config.missing_face)
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        """The face score, with the detection rate beside it."""
+        score = self.identity_score(frames, references, run)
+        metrics = {
+            "detection_rate": score.detection_rate,
+            "face_score_missing_zero": score.face_score_missing_zero.detach(),
+        }
+        return RewardScore(score.face_score, score.valid, metrics)

@@ -1,0 +1,45 @@
+"""The face networks, and the stages that they are: `face_detector` and `face_embedder`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from frostline.models.faces.detectors import DetectorModel, load_detector
+from frostline.models.faces.embedders import load_embedder
+from frostline.rewards.face_identity import detector as face_detector
+from frostline.rewards.face_identity import embedder as face_embedder
+from frostline.runtime.stage import Stage
+from frostline.stages.shapes import ShapeRange
+
+
+@dataclass(frozen=True)
+class FaceModels:
+    """The networks. embedder: what `load_embedder` returns."""
+
+    detector: DetectorModel
+    embedder: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(itertools.chain(self.embedder.parameters(), self.embedder.buffers())).device
+
+
+def load_faces(detector: str, embedder: str, min_face_size: int) -> FaceModels:
+    """The networks by their settings.
+
+    Raises:
+        ConfigError: there is no such network, or its weights cannot be had.
+    """
+    loaded = load_embedder(embedder)
+    assert isinstance(loaded, nn.Module)
+    return FaceModels(load_detector(detector, min_face_size), loaded)
+
+
+def build_face_stages(faces: FaceModels, shapes: ShapeRange) -> tuple[Stage, Stage]:
+    """Both stages; they need no model of videos."""
+    return face_detector.build(faces.detector, shapes), face_embedder.build(faces.embedder, shapes)

@@ -1,0 +1,59 @@
+"""`denoiser` and `denoiser_high_noise`: noisy latents to velocity, on the conditions that the model takes."""
+
+from __future__ import annotations
+
+from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.video_shape import CLIP_FEATURE
+from frostline.runtime.dynamic_dim import Dimension
+from frostline.runtime.stage import Stage, TensorSpec
+from frostline.stages.denoiser import denoiser_stage, random_timesteps
+from frostline.stages.tolerances import tolerance
+
+from .inputs import StageInputs
+
+
+def build(inputs: StageInputs) -> Stage:
+    """The denoiser, or the low-noise expert of two."""
+    return _build("denoiser", inputs.denoiser, inputs)
+
+
+def build_high_noise(inputs: StageInputs) -> Stage | None:
+    """The high-noise expert, for models that have one."""
+    expert = inputs.denoiser_high_noise
+    return None if expert is None else _build("denoiser_high_noise", expert, inputs)
+
+
+def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
+    components, dtype = inputs.components, inputs.dtype
+    batch, grid = inputs.shapes.dimension("batch"), _latent_grid(inputs)
+    channels = components.vae.model.z_dim
+    specs = [
+        TensorSpec("latents", (batch, channels, *grid), dtype),
+        TensorSpec("timestep", (batch,), fill=random_timesteps),
+        TensorSpec("context", (batch, components.text_length, components.text_encoder.dim), dtype),
+    ]
+    if components.takes_image_latents:
+        specs.append(TensorSpec("y", (batch, denoiser.model.in_dim - channels, *grid), dtype))
+    if components.takes_clip_feature:
+        specs.append(TensorSpec("clip_feature", (batch, *CLIP_FEATURE), dtype))
+    return denoiser_stage(
+        name,
+        denoiser,
+        denoiser.model,
+        tuple(specs),
+        inputs.shapes.dimension("rank"),
+        model=components.name,
+        tolerance=tolerance(dtype),
+        license=components.license,
+        weights=components.weights.get(name),
+    )
+
+
+def _latent_grid(inputs: StageInputs) -> tuple[Dimension, Dimension, Dimension]:
+    geometry = inputs.components.spec.geometry
+    per_block = geometry.spatial_multiple // geometry.spatial_stride
+    return (
+        inputs.shapes.dimension("latent_frames"),
+        inputs.pixels("height", per_block),
+        inputs.pixels("width", per_block),
+    )

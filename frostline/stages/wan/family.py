@@ -1,0 +1,115 @@
+"""Wan 2.1 and 2.2 as a family; see `Family` for what each function is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from frostline.models.wan.lora_targets import LORA_TARGETS
+from frostline.models.wan.video_shape import GEOMETRY
+
+# torch takes seconds to import: what a mistake in a configuration file is told by must not wait for it.
+if TYPE_CHECKING:
+    import torch
+
+    from frostline.config import LoraSettings
+    from frostline.models.checkpoints.checkpoint_files import Entry
+    from frostline.models.lora import Adapter
+    from frostline.models.wan.components import WanComponents
+    from frostline.models.wan.model_spec import ModelSpec
+
+    from .model import WanVideoModel
+
+FROZEN_STAGES = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
+STAGES = ("text_encoder", "image_encoder", "vae_encoder", "denoiser", "denoiser_high_noise", "vae_decoder")
+PACKAGES = ("diffsynth",)
+
+__all__ = ["FROZEN_STAGES", "GEOMETRY", "LORA_TARGETS", "PACKAGES", "STAGES"]
+
+
+def recognises(model: object) -> bool:
+    """Return whether these are components of a Wan model, or files that may make one."""
+    if not isinstance(model, str | Path | list | tuple):
+        from frostline.models.wan.components import WanComponents
+
+        return isinstance(model, WanComponents)
+    return True
+
+
+def read_spec(model: str | Path) -> ModelSpec:
+    """Return the sizes of a model by its files, or of the release that it is named after."""
+    from frostline.models.checkpoints.releases import read_spec
+
+    return read_spec(model)
+
+
+def files(model: str | Path) -> list[Path]:
+    """Return all files that a model is loaded from."""
+    from frostline.models.checkpoints.checkpoint_files import find_files
+
+    return [*find_files(model).paths()]
+
+
+def check_files(model: str | Path) -> None:
+    """Raise what `load` would raise, as far as can be told without reading weights."""
+    from frostline.models.checkpoints.loading import check_files
+
+    check_files(model)
+
+
+def check_lora(model: str | Path, lora: LoraSettings) -> None:
+    """Raise a ConfigError where the target modules are not those of linear layers."""
+    from frostline.models.lora.inject import check_targets
+
+    check_targets(read_spec(model).build("denoiser"), lora.target_modules or LORA_TARGETS)
+
+
+def layer_path(name: str, *, flat: bool = False) -> str | None:
+    """Return the path of a layer in the denoiser by its name there or in diffusers."""
+    from frostline.models.lora.names import denoiser_path
+
+    return denoiser_path(name, flat=flat)
+
+
+def check_adapter(model: str | Path, adapter: Adapter) -> None:
+    """Raise a ConfigError where the adapter is of another model."""
+    from frostline.models.checkpoints.checkpoint_files import find_files
+    from frostline.models.lora import check_fits
+
+    check_fits(adapter, find_files(model).denoiser.shapes)
+
+
+def load(model: str | Path | Sequence[Entry], dtype: torch.dtype, device: torch.device, defer: bool) -> WanComponents:
+    """Load a model, frozen, in eval mode; see `load_components`."""
+    from frostline.models.checkpoints.loading import DEFERRABLE, load_components
+
+    return load_components(model, dtype, device, defer=DEFERRABLE if defer else ())
+
+
+def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:
+    """Return a loaded model with a LoRA, or without one."""
+    from frostline.models.wan.vae import use_onednn_conv3d
+
+    from .model import WanVideoModel
+
+    # Live and frozen uses alike: an engine is then compared with the fastest plain PyTorch.
+    use_onednn_conv3d(components.vae)
+    model = WanVideoModel.of(components, lora)
+    for expert in (model.denoiser, model.denoiser_high_noise):
+        if expert is not None:
+            expert.to(components.device)
+    return model
+
+
+def empty_model(spec: ModelSpec, dtype: torch.dtype, lora: LoraSettings) -> WanVideoModel:
+    """Return a model whose parameters are on the meta device."""
+    from frostline.models.wan.components import WanComponents
+
+    from .model import WanVideoModel
+
+    networks: dict[str, Any] = {name: spec.build(name).eval().requires_grad_(False).to(dtype) for name in spec.networks}
+    # Nothing is encoded without weights.
+    tokenizer: Any = SimpleNamespace(seq_len=spec.text_length)
+    return WanVideoModel.of(WanComponents(spec=spec, tokenizer=tokenizer, **networks), lora)

@@ -1,0 +1,206 @@
+"""Wan as a `VideoModel`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from frostline.models.lazy_weights import VAE_ENCODER
+from frostline.models.lora.inject import inject_lora
+from frostline.models.video_shape import Geometry, VideoShape
+from frostline.models.wan.denoiser import Denoiser
+from frostline.models.wan.image import ImageEncoder
+from frostline.models.wan.text import TextEncoder
+from frostline.models.wan.vae import decode_latents, decoder_chunks
+from frostline.models.wan.vae_chunks import decode_in_chunks
+from frostline.models.wan.video_shape import CLIP_FEATURE, MASK_CHANNELS
+from frostline.stages.video_model import Decoder, Expert, FrozenCall
+
+from . import denoiser, image_encoder, text_encoder, vae_decoder, vae_encoder
+from .conditions import CLIP, CONTEXT, FIRST_FRAME, IMAGE_LATENTS, condition_names, conditions, cut_prompt
+from .inputs import StageInputs
+from .uses import step_uses
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from frostline.config import LoraSettings
+    from frostline.models.denoise_steps import DenoiseSteps
+    from frostline.models.wan.components import WanComponents
+    from frostline.runtime.stage import Stage, Tensors
+    from frostline.stages.conditions import Condition, ConditionInputs
+    from frostline.stages.provider import Stages, Use
+    from frostline.stages.shapes import ShapeRange
+
+log = logging.getLogger(__name__)
+
+# One line for each stage, which is a module with a function `build`.
+_BUILDERS = (
+    text_encoder.build,
+    image_encoder.build,
+    vae_encoder.build,
+    denoiser.build,
+    denoiser.build_high_noise,
+    vae_decoder.build,
+)
+
+
+@dataclass
+class WanVideoModel:
+    """A Wan model with its LoRA; see `VideoModel` for what each method is for.
+
+    denoiser: carries the LoRA of `lora_config`, or none where that is None; of two experts, that of low noise levels.
+    """
+
+    components: WanComponents
+    denoiser: Denoiser
+    denoiser_high_noise: Denoiser | None
+    lora_config: LoraConfig | None
+    _told_of_a_cut_prompt: bool = field(default=False, init=False)
+
+    @classmethod
+    def of(cls, components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:
+        """Inject a LoRA into `components`, in place, or none.
+
+        Raises:
+            ConfigError: the model does not have the layers that the LoRA adapts.
+        """
+        model, high_noise = components.denoiser, components.denoiser_high_noise
+        config = None if lora is None else inject_lora(model, lora.rank, lora.alpha, lora.target_modules)
+        return cls(components, Denoiser(model), None if high_noise is None else Denoiser(high_noise), config)
+
+    @property
+    def name(self) -> str:
+        return self.components.name
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.components.spec.geometry
+
+    @property
+    def latent_channels(self) -> int:
+        return self.components.spec.latent_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.components.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.components.device
+
+    @property
+    def boundary(self) -> float:
+        return self.components.boundary
+
+    @property
+    def needs_image(self) -> bool:
+        return self.components.takes_image_latents or self.components.pins_first_frame
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        low = Expert("denoiser", self.denoiser, self.components.denoiser, trained=self.lora_config is not None)
+        high, network = self.denoiser_high_noise, self.components.denoiser_high_noise
+        if high is None or network is None:
+            return (low,)
+        return Expert("denoiser_high_noise", high, network, trained=False), low
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        return condition_names(self.components)
+
+    def stages(self, shapes: ShapeRange) -> list[Stage]:
+        """Return the stages that the model has."""
+        inputs = StageInputs(self.components, self.denoiser, self.denoiser_high_noise, shapes)
+        return [stage for build in _BUILDERS if (stage := build(inputs)) is not None]
+
+    def conditions(self, inputs: ConditionInputs, run: Stages) -> list[Condition]:
+        """Return the conditions, and say once if a prompt is too long, whatever other prompts are."""
+        if not self._told_of_a_cut_prompt and (message := cut_prompt(self.components, inputs)) is not None:
+            self._told_of_a_cut_prompt = True
+            log.warning("%s; said once, whatever other prompts are too long", message)
+        return conditions(self.components, inputs, run)
+
+    def denoiser_inputs(self, conditions: Tensors) -> dict[str, Tensor]:
+        """Return all but what is kept through sampling."""
+        return {name: tensor for name, tensor in conditions.items() if name != FIRST_FRAME}
+
+    def constrain(self, latents: Tensor, conditions: Tensors) -> Tensor:
+        """Put the given first-frame latents back, where the model keeps them."""
+        if FIRST_FRAME not in conditions:
+            return latents
+        return torch.cat([conditions[FIRST_FRAME].to(latents.dtype), latents[:, :, 1:]], dim=2)
+
+    def decoder(self) -> Decoder:
+        """Return the decoder, whose networks are the first latent frame and the next."""
+        vae = self.components.vae
+        return Decoder(
+            stage="vae_decoder",
+            dtype=vae.model.conv2.weight.dtype,
+            whole=partial(decode_latents, vae),
+            networks=decoder_chunks(vae),
+            assemble=decode_in_chunks,
+        )
+
+    def uses(self, steps: DenoiseSteps) -> list[Use]:
+        """Return the uses of a step."""
+        return step_uses(steps, clip=self.components.takes_clip_feature)
+
+    def modules(self) -> list[nn.Module]:
+        """Return the networks; the denoisers with their tables."""
+        parts = (self.components.text_encoder, self.components.image_encoder, self.components.vae)
+        denoisers = (self.denoiser, self.denoiser_high_noise)
+        return [module for module in (*parts, *denoisers) if module is not None]
+
+    def stage_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return those of each stage; the two stages of the VAE share none."""
+        components = self.components
+        vae = dict(components.vae.named_parameters())
+        encoder = {name: parameter for name, parameter in vae.items() if name.startswith(VAE_ENCODER)}
+        parameters = {"text_encoder": [*components.text_encoder.parameters()], "vae_encoder": [*encoder.values()]}
+        if components.image_encoder is not None:
+            parameters["image_encoder"] = [*components.image_encoder.parameters()]
+        parameters["denoiser"] = [p for p in components.denoiser.parameters() if not p.requires_grad]
+        parameters["vae_decoder"] = [parameter for name, parameter in vae.items() if name not in encoder]
+        if components.denoiser_high_noise is not None:
+            parameters["denoiser_high_noise"] = [*components.denoiser_high_noise.parameters()]
+        return parameters
+
+    def frozen_calls(self, shape: VideoShape) -> dict[str, FrozenCall]:
+        """Return a call of each encoder."""
+        components = self.components
+        size = (shape.batch_size, components.text_length)
+        tokens = torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.int64)
+        text_encoder = TextEncoder(components.text_encoder)
+        calls = {"text_encoder": FrozenCall(text_encoder, text_encoder, tokens)}
+        pixels = (shape.height, shape.width)
+        if components.image_encoder is not None:
+            encoder = ImageEncoder(components.image_encoder)
+            image = torch.zeros(shape.batch_size, 3, *pixels, dtype=self.dtype)
+            calls["image_encoder"] = FrozenCall(encoder, encoder, (image,))
+        # Where the first frame is kept through sampling, that one alone is encoded.
+        frames = 1 if components.pins_first_frame else shape.num_frames
+        video = torch.zeros(shape.batch_size, 3, frames, *pixels, dtype=self.dtype)
+        vae = cast(Any, components.vae)
+        calls["vae_encoder"] = FrozenCall(vae, lambda clip: vae.model.encode(clip, vae.scale), (video,))
+        return calls
+
+    def denoiser_sample(self, shape: VideoShape) -> dict[str, Tensor]:
+        """Return zeros."""
+        count, channels, dtype = shape.batch_size, self.latent_channels, self.dtype
+        grid = self.geometry.latent_grid(shape.num_frames, shape.height, shape.width)
+        shapes = {
+            CONTEXT: (self.components.text_length, self.components.text_encoder.dim),
+            IMAGE_LATENTS: (channels + MASK_CHANNELS, *grid),
+            CLIP: CLIP_FEATURE,
+        }
+        return {
+            "latents": torch.zeros(count, channels, *grid, dtype=dtype),
+            "timestep": torch.zeros(count),
+            **{name: torch.zeros(count, *shapes[name], dtype=dtype) for name in self.condition_names if name in shapes},
+        }

@@ -1,0 +1,59 @@
+"""The settings of `frostline sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from frostline.config import Precision, Settings
+from frostline.errors import ConfigError
+from frostline.stages.families import family_of
+
+
+class SampleSettings(Settings):
+    """What to sample, and how."""
+
+    model: str = Field(description="video model: tiny, tiny-moe, tiny-ti2v, or a checkpoint folder")
+    prompt: str = Field(min_length=1, description="text prompt")
+    image: Path | None = Field(
+        default=None, description="first frame: a picture, or a video, of which the first frame is taken"
+    )
+    adapter: Path | None = Field(
+        default=None,
+        description="LoRA adapter: a PEFT folder or a .safetensors file; without it the base model is sampled",
+    )
+    lora_scale: float = Field(default=1.0, description="strength of the adapter; 1 is as trained")
+    seed: int = Field(default=0, ge=0, description="seed of the start noise")
+    num_inference_steps: int = Field(default=8, ge=1, description="Euler steps from noise to video")
+    shift: float = Field(default=5.0, gt=0, description="shift of the sigma schedule")
+    num_frames: int = Field(default=81, ge=1, description="number of frames: 4k + 1 for most models")
+    height: int | None = Field(
+        default=None, description="height in pixels, given together with the width; by default the picture's own"
+    )
+    width: int | None = Field(
+        default=None, description="width in pixels, given together with the height; by default the picture's own"
+    )
+    max_pixels: int = Field(default=480 * 832, ge=256, description="area in pixels that a larger picture is shrunk to")
+    fps: float = Field(default=16, gt=0, description="frames per second of the clip that is written")
+    plan: str = Field(
+        default="auto",
+        description="backend of each stage: auto, torch, a backend for all, or stage=backend,stage=backend",
+    )
+    engines: Path | None = Field(default=Path("engines"), description="engine store")
+    strict: bool = Field(default=False, description="fail when an engine fails, instead of falling back to torch")
+    precision: Precision = Field(default="fp32", description="floating-point type of the weights")
+    device: str = Field(default="auto", description="device: cpu, cuda, or auto (a GPU if there is one)")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        try:
+            family_of(self.model).GEOMETRY.check_frames(self.num_frames)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together: set both or neither")
+        if self.image is None and self.height is None:
+            raise ValueError("without an image, height and width are needed")
+        return self

@@ -1,0 +1,77 @@
+"""The parts of a training step, made from a loaded model and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frostline.export.exporter import ensure_verified
+from frostline.models.denoise_steps import DenoiseSteps
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.rewards.active import ActiveReward
+from frostline.rewards.build import build_rewards
+from frostline.runtime.backends import TORCH
+from frostline.runtime.cache import FrozenOutputCache
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.runtime import PlanSetting, Runtime
+from frostline.stages.families import family_of
+from frostline.stages.shapes import ShapeRange
+from frostline.stages.staged_model import stage_model
+from frostline.stages.video_model import VideoModel
+from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step.conditioning import Conditioner
+from frostline.train.step.rollout import Sampler
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a step is computed with; steps: which of its denoise steps are frozen, live, and of which expert."""
+
+    model: VideoModel
+    runtime: Runtime
+    rewards: tuple[ActiveReward, ...]
+    cache: FrozenOutputCache | None
+    conditioner: Conditioner
+    steps: DenoiseSteps
+    sampler: Sampler
+
+
+def build_parts(
+    components: Any,
+    settings: TrainingModuleSettings,
+    plan: PlanSetting,
+    engines: Path | None,
+    strict: bool,
+    shapes: ShapeRange,
+) -> StepParts:
+    """Inject the LoRA, build stages and rewards, verify engines that were built elsewhere, and choose the plan.
+
+    Args:
+        components: a loaded model of any family, which receives LoRA layers in place.
+        plan, engines, strict: see `Runtime`.
+    Raises:
+        ConfigError: LoRA, rewards or plan cannot be had as the settings ask.
+    """
+    # The model first: its LoRA follows from the seed, whatever random numbers the networks of rewards begin with.
+    model = family_of(components).video_model(components, settings.lora)
+    rewards = build_rewards(settings.rewards, model.device, shapes)
+    stages = stage_model(model, [stage for active in rewards for stage in active.stages], shapes).stages
+    if engines is not None and plan != TORCH:
+        ensure_verified(stages.values(), EngineStore(engines))
+    if settings.torch_compile:
+        for expert in model.experts:
+            expert.module.compile_blocks()
+    runtime = Runtime(stages, plan, engines, strict)
+    cache = FrozenOutputCache(settings.cache_dir, settings.cache_bytes) if settings.cache_bytes else None
+    steps = DenoiseSteps.of(settings, model.boundary, len(model.experts) > 1)
+    schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+    return StepParts(
+        model=model,
+        runtime=runtime,
+        rewards=rewards,
+        cache=cache,
+        conditioner=Conditioner(model, runtime, rewards, cache),
+        steps=steps,
+        sampler=Sampler(model, runtime, schedule, steps.high_noise),
+    )

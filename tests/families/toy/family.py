@@ -1,0 +1,84 @@
+"""The toy family: a folder with a file `toy.json` that names the seed of random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frostline.models.video_shape import Geometry
+
+GEOMETRY = Geometry(temporal_stride=8, spatial_stride=8, spatial_multiple=16)
+STAGES = ("text_encoder", "frame_encoder", "denoiser", "vae_decoder")
+FROZEN_STAGES = ("text_encoder", "frame_encoder")
+LORA_TARGETS = ("proj",)
+PACKAGES = ()
+
+
+@dataclass(frozen=True)
+class ToySpec:
+    name: str
+    geometry: Geometry = GEOMETRY
+    boundary: float = 0.0
+    two_experts: bool = False
+    from_files: bool = True
+
+
+def recognises(model: object) -> bool:
+    if isinstance(model, str | Path):
+        return (Path(model) / "toy.json").is_file()
+    return type(model).__name__ == "ToyComponents"
+
+
+def read_spec(model: str | Path) -> ToySpec:
+    return ToySpec(Path(model).name)
+
+
+def files(model: str | Path) -> list[Path]:
+    return [Path(model) / "toy.json"]
+
+
+def check_files(model: str | Path) -> None:
+    json.loads((Path(model) / "toy.json").read_bytes())
+
+
+def check_lora(model: str | Path, lora: Any) -> None:
+    from frostline.stages.toy.networks import ToyDenoiser  # type: ignore[import-not-found]
+
+    from frostline.models.lora.inject import check_targets
+
+    check_targets(ToyDenoiser(), lora.target_modules or LORA_TARGETS)
+
+
+def layer_path(name: str, *, flat: bool = False) -> str | None:
+    return None if flat or not name.startswith("blocks.") else name
+
+
+def check_adapter(model: str | Path, adapter: Any) -> None:
+    """Any is tried."""
+
+
+def load(model: str | Path, dtype: Any, device: Any, defer: bool) -> Any:
+    from frostline.stages.toy.model import ToyComponents  # type: ignore[import-not-found]
+
+    seed = json.loads((Path(model) / "toy.json").read_bytes())["seed"]
+    components = ToyComponents.random(Path(model).name, seed)
+    for part in (components.text_encoder, components.vae, components.denoiser):
+        part.to(device, dtype)
+    return components
+
+
+def video_model(components: Any, lora: Any) -> Any:
+    from frostline.stages.toy.model import ToyVideoModel  # type: ignore[import-not-found]
+
+    return ToyVideoModel(components, lora)
+
+
+def empty_model(spec: ToySpec, dtype: Any, lora: Any) -> Any:
+    from frostline.stages.toy.model import ToyComponents, ToyVideoModel  # type: ignore[import-not-found]
+
+    components = ToyComponents.random(spec.name, 0)
+    for part in (components.text_encoder, components.vae, components.denoiser):
+        part.to("meta", dtype)
+    return ToyVideoModel(components, lora)

@@ -1,0 +1,159 @@
+"""Rewards of a user's own, which settings name as `own_rewards:Brightness` and `own_rewards:Likeness`."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from frostline.models.video_shape import VideoShape
+from frostline.rewards.active import RewardStages
+from frostline.rewards.config import RewardConfig
+from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.reward import LiveNetwork, Reward, RewardScore
+from frostline.runtime.stage import Network, Stage, TensorSpec
+from frostline.stages.provider import Use
+from frostline.stages.shapes import ShapeRange
+from frostline.stages.tolerances import tolerance
+
+
+class BrightnessConfig(RewardConfig):
+    """Defaults of its own, for what all rewards have too."""
+
+    scale: float = Field(default=4.0, gt=0, description="spread of scores that counts as one unit")
+    offset: float = Field(default=0.0, description="added to the mean")
+    darkest: float = Field(default=0.0, description="of a video whose reference is darker there is nothing to say")
+
+
+class Brightness(Reward):
+    Config = BrightnessConfig
+    name = "brightness"
+
+    def __init__(self, config: BrightnessConfig) -> None:
+        if config.offset > 1:
+            raise ValueError("an offset above 1")
+        self.config = config
+
+    def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
+        return {"brightness": sample.video.flatten(1).mean(dim=1)}
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        mean = frames.flatten(1).mean(dim=1) + self.config.offset
+        return RewardScore(mean, references["brightness"] >= self.config.darkest)
+
+
+class Features(nn.Module):
+    """Frames (N, 3, H, W) to (N, 8) features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Dropout(0.5), nn.Tanh(), nn.Conv2d(8, 8, 3, 2))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.layers(frames).mean(dim=(2, 3))
+
+
+class LikenessConfig(RewardConfig):
+    """One stage, frozen for the references and live for what is generated."""
+
+    uses: ClassVar[tuple[Use, ...]] = (
+        Use("features", live=False, count=1, phase="conditioning"),
+        Use("features", live=True, count=1, phase="reward"),
+    )
+    seed: int = Field(description="of the random weights")
+
+
+class Likeness(Reward):
+    """The features of generated frames are to be the reference's; beside it, how many words the prompt has."""
+
+    Config = LikenessConfig
+    name = "likeness"
+
+    def __init__(self, config: LikenessConfig) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.features = Features()
+
+    def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
+        sides = (shapes.dimension("face_height"), shapes.dimension("face_width"))
+        frames = TensorSpec("frames", (shapes.dimension("faces"), 3, *sides))
+        network = Network("features", self.features, (frames,), ("features",))
+        return [
+            Stage(name="features", model="likeness", networks=(network,), tolerance=tolerance(network.weight.dtype))
+        ]
+
+    def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
+        frame = torch.zeros(1, 3, shape.height, shape.width)
+        return [LiveNetwork("features", self.features, (frame,), shape.batch_size * shape.num_frames)]
+
+    def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
+        B, T = sample.video.shape[:2]
+        features = run["features"](frames=sample.video.flatten(0, 1))["features"]
+        words = [len(prompt.split()) for prompt in sample.prompts]
+        return {"features": features.unflatten(0, (B, T)).mean(dim=1), "words": torch.tensor(words)}
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        B, T = frames.shape[:2]
+        with run.live("features"):
+            features = self.features(frames.flatten(0, 1)).unflatten(0, (B, T)).mean(dim=1)
+        score = -(features - references["features"]).square().sum(dim=1)
+        return RewardScore(score, torch.ones(B, dtype=torch.bool), {"words": references["words"].float()})
+
+
+class Undeclared(Likeness):
+    """Brings a stage that its settings do not name."""
+
+    Config = RewardConfig  # type: ignore[assignment]
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.features = Features()
+
+
+class Curious(Brightness):
+    """Asks for a stage of another one."""
+
+    def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
+        return run["vae_encoder"](video=sample.video)
+
+
+class Unsaid(Brightness):
+    """Keeps nothing of the references."""
+
+    def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
+        return {}
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        """Against the video itself, as far as it goes."""
+        B = len(frames)
+        own = [video[:count].mean() for video, count in zip(sample.video, sample.valid_frames, strict=True)]
+        return RewardScore(
+            frames.flatten(1).mean(dim=1) - torch.stack(own), torch.tensor([True] * B), {"length": torch.zeros(B)}
+        )
+
+
+class OfAllTogether(Brightness):
+    """Of all videos one score."""
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        return RewardScore(frames.mean(), torch.ones(len(frames), dtype=torch.bool))
+
+
+class NoConfig:
+    name = "none"
+
+
+class NoReward:
+    Config = RewardConfig
+    name = "none"
+
+    def __init__(self, config: RewardConfig) -> None:
+        pass

@@ -139,6 +139,8 @@ def test_plans_count_it() -> None:
     small, large = (measure_rewards([reward], VideoShape(1, frames, 32, 32))["features"].kept for frames in (5, 10))
     assert large == 2 * small > 0
     assert measure_rewards([reward], VideoShape(1, 5, 64, 64))["features"].kept > 3 * small
+    both = measure_rewards([reward, Likeness(rewards[0])], VideoShape(1, 5, 32, 32))  # type: ignore[arg-type]
+    assert {name: footprint.kept for name, footprint in both.items()} == {"features": small, "features #2": small}
 
 
 @pytest.mark.parametrize("runs", [True, False])

@@ -116,8 +116,15 @@ def measure_live_stages(
 
 
 def measure_rewards(rewards: Iterable[Reward], shape: VideoShape) -> dict[str, Footprint]:
-    """What rewards compute with gradient in a step: each use once, on the networks' own weights, then all of them."""
-    return {live.stage: _of_uses(live) for reward in rewards for live in reward.live_networks(shape)}
+    """What rewards compute with gradient in a step: each use once, on the networks' own weights, then all of them.
+
+    Networks that go by one name, of one reward or of two, are numbered: each counts.
+    """
+    found: dict[str, Footprint] = {}
+    for live in (live for reward in rewards for live in reward.live_networks(shape)):
+        taken = sum(name == live.stage or name.startswith(f"{live.stage} #") for name in found)
+        found[f"{live.stage} #{taken + 1}" if taken else live.stage] = _of_uses(live)
+    return found
 
 
 def live_uses(of_rewards: Mapping[str, Footprint]) -> list[Use]:

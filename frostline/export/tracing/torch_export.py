@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import logging
@@ -13,6 +14,7 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -20,6 +22,9 @@ from torch.export import ExportedProgram
 from frostline.errors import EngineError
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
+
+# With open dimensions, an entry of this cache takes longer to make than what it stands for.
+WITHOUT_FAKE_CACHE = functools.partial(dynamo_config.patch, fake_tensor_cache_enabled=False)
 
 
 def trace_program(network: Network) -> ExportedProgram:
@@ -29,7 +34,12 @@ def trace_program(network: Network) -> ExportedProgram:
         EngineError: the tracer cannot express the network.
     """
     try:
-        with quiet(), torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with (
+            quiet(),
+            torch.no_grad(),
+            WITHOUT_FAKE_CACHE(),
+            fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        ):
             program = torch.export.export(
                 _Positional(_dense(network.module)).eval(),
                 _samples(network),

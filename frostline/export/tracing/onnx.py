@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -75,10 +76,16 @@ def _decomposed_where_needed(program: ExportedProgram) -> ExportedProgram:
     nodes = [node for node in copied.graph.nodes if node.op == "call_function"]
     for node in nodes:
         _respell(node)
-    known = {*get_onnx_implemented_overloads(ONNXRegistry.from_torchlib()), *_DROPPED}
+    known = _translated()
     if all(node.target in known and not _changes_its_input(node.target) for node in nodes):
         copied.run_decompositions = lambda *_: copied  # type: ignore[method-assign]
     return copied
+
+
+@functools.cache
+def _translated() -> frozenset[Any]:
+    """Return the operators that torch.onnx translates or leaves out; to list them takes a second."""
+    return frozenset(get_onnx_implemented_overloads(ONNXRegistry.from_torchlib())) | _DROPPED
 
 
 def _respell(node: Node) -> None:

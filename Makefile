@@ -35,8 +35,10 @@ bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	$(VENV_PYTHON) benchmarks/scaling.py --rounds 2
 	$(VENV_PYTHON) benchmarks/cold.py --rounds 2
 	$(VENV_PYTHON) benchmarks/syncs.py
+	$(VENV_PYTHON) benchmarks/window.py
 	$(VENV_PYTHON) benchmarks/guard.py
 	$(VENV_PYTHON) benchmarks/faces.py --rounds 2
+	$(VENV_PYTHON) benchmarks/scoring.py --rounds 2
 	$(VENV_PYTHON) benchmarks/table.py
 
 test-gpu: venv  ## The tests that need an NVIDIA GPU.
@@ -71,7 +73,8 @@ $(UV):
 
 .venv/.installed: pyproject.toml constraints.txt | $(UV)
 	test -x $(VENV_PYTHON) || $(UV) venv --quiet --python $(PYTHON) .venv
-	$(UV) pip install --quiet --python $(VENV_PYTHON) --constraint constraints.txt --editable '.[dev,all]'
+	@# Without bytecode each process would compile some four thousand files again where Python may not write any.
+	$(UV) pip install --quiet --compile-bytecode --python $(VENV_PYTHON) --constraint constraints.txt --editable '.[dev,all]'
 	touch $@
 
 clean:  ## Remove what the other targets made, built engines included.

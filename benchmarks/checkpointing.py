@@ -2,8 +2,8 @@
 
     python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json
 
-Warm steps, forward and backward, contenders taking turns, with the most memory that each took. Loss and gradient of all
-are compared before their times are. Without recomputation there is nothing for an engine to do first.
+Cached steps, forward and backward, contenders taking turns, with the peak memory of each. Loss and gradient of all are
+compared before their times are. Without recomputation there is nothing for an engine to do first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from frostline.config import GradientCheckpointing
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
 from frostline.train import WanTrainingModule
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 # By name: the kind, and whether engines compute first what backward computes once more.
 CONTENDERS: Mapping[str, tuple[GradientCheckpointing, bool]] = {

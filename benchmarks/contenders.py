@@ -23,6 +23,7 @@ from frostline.runtime.backends import TORCH
 from frostline.runtime.stage import Tensors
 from frostline.stages.wan.vae_encoder import VaeEncoderStage
 from frostline.train import WanTrainingModule
+from frostline.train.step_settings import DecodeSettings
 
 # Those whose name ends so have Conv3d in oneDNN at every batch on a CPU; the others, what torch chooses.
 ONEDNN = "_onednn"
@@ -32,10 +33,13 @@ CONTENDERS: Mapping[str, str] = {
     "eager": "eager PyTorch, batched, torch's own Conv3d",
     "eager_onednn": "eager PyTorch, batched, Conv3d in oneDNN",
     "compile": "the same with torch.compile",
-    "cold": "frostline, nothing recalled",
-    "warm": "frostline, frozen results recalled",
-    "floor": "live part alone",
+    "uncached": "frostline, uncached",
+    "cached": "frostline, cached",
+    "live_only": "live part only",
+    "cached_window": "frostline, cached, the last latent frame decoded alone",
 }
+# Those that compute another loss than the others.
+OTHER_LOSS = ("cached_window",)
 _REFERENCES = ("reference", "reference_onednn")
 _EAGER = ("eager", "eager_onednn", "compile")
 
@@ -98,7 +102,7 @@ class Contenders:
         if contender in self._references:
             return self._references[contender](self.batch)
         with self._playing(contender):
-            conditioning = self._conditioning if contender == "floor" else None
+            conditioning = self._conditioning if contender == "live_only" else None
             loss, face_score, kl_loss = self.module(self.batch, conditioning)
             with self.module.runtime.clock.measure("backward", TORCH):
                 loss.backward()
@@ -149,7 +153,7 @@ class Contenders:
         return step
 
     def record_frozen(self) -> None:
-        """Keep what every frozen stage answers in one step, for the floor to be given for free."""
+        """Keep what every frozen stage answers in one step, for `live_only` to be given for free."""
         run = self.module.runtime.run
         self._frozen = []
 
@@ -185,18 +189,23 @@ class Contenders:
     def _playing(self, contender: str) -> Iterator[None]:
         """Within the block the module steps as `contender` does."""
         module = self.module
-        cache = self._cache if contender in ("warm", "floor") else None
+        cache = self._cache if contender in ("cached", "cached_window", "live_only") else None
         with ExitStack() as stack:
             stack.enter_context(_replaced(module.conditioner, "cache", cache))
             if contender in _EAGER:
                 stack.enter_context(module.runtime.use(**dict.fromkeys(module.stages, TORCH)))
                 stack.enter_context(self._vae_of(contender))
-                stack.enter_context(_replaced(module.trained.module, "run_block", denoiser_file._block))
+                stack.enter_context(_replaced(module.trained_experts[-1].module, "run_block", denoiser_file._block))
             if contender == "compile":
-                stack.enter_context(_replaced(module.trained.module, "run_block", self._compiled_block))
+                stack.enter_context(_replaced(module.trained_experts[-1].module, "run_block", self._compiled_block))
                 reward = face_reward(module)
                 stack.enter_context(_replaced(reward, "identity", partial(self._identity, reward.identity)))
-            if contender == "floor":
+            if contender == "cached_window":
+                window = DecodeSettings(num_latent_frames=1, position="last")
+                stack.enter_context(
+                    _replaced(module, "settings", module.settings.model_copy(update={"decode": window}))
+                )
+            if contender == "live_only":
                 stack.enter_context(_replaced(module.runtime, "run", self._replay()))
             yield
 

@@ -36,8 +36,9 @@ from torch import Tensor
 from frostline.models.faces.networks import bundled_model
 from frostline.progress import Progress
 from frostline.runtime.backends import get_backend
-from frostline.score.engines import FaceNetworks, load_networks
 from frostline.score.request import Pair
+from frostline.score.rewards.faces import FaceReward
+from frostline.score.rewards.loading import load_rewards
 from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
 from frostline.video import read_video, stream_video, write_video
@@ -115,9 +116,9 @@ class OpenCV:
 class Frostline:
     """`frostline score` on this detector and embedder, less the command line."""
 
-    def __init__(self, settings: ScoreSettings, networks: FaceNetworks, reference: Path) -> None:
-        self.scorer = Scorer(networks.identity, settings, _BATCH, networks.device, networks.names, networks.backends)
-        self.networks = networks
+    def __init__(self, settings: ScoreSettings, reward: FaceReward, reference: Path) -> None:
+        self.scorer = Scorer([reward], settings, _BATCH)
+        self.reward = reward
         self.reference = reference
 
     def score(self, path: Path) -> list[float]:
@@ -126,10 +127,10 @@ class Frostline:
         return [-1.0 if score is None else score for score in row.frame_scores or ()]
 
     def detect(self, frames: Tensor) -> Any:
-        return [self.networks.identity.detector.detect(part) for part in frames.split(_BATCH)]
+        return [self.reward.identity.detector.detect(part) for part in frames.split(_BATCH)]
 
     def embed(self, faces: Tensor) -> Tensor:
-        return torch.cat([self.networks.identity.reference_embedder(part) for part in faces.split(_BATCH)])
+        return torch.cat([self.reward.identity.reference_embedder(part) for part in faces.split(_BATCH)])
 
 
 def main() -> None:
@@ -205,8 +206,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for section, runs in samples.items()
         },
         "ratios": [goal_result(samples, *goal) for goal in _GOALS],
-        "backends": {name: own.networks.backends() for name, own in ours.items()},
-        "plan": {name: str(own.networks.runtime.plan).splitlines() for name, own in ours.items()},
+        "backends": {name: own.reward.backends() for name, own in ours.items()},
+        "plan": {name: str(own.reward.runtime.plan).splitlines() for name, own in ours.items()},
         "samples_seconds": samples,
         "machine": {**machine(torch.device("cpu")), "load_before": load_before, "load_after": os.getloadavg()},
     }
@@ -225,9 +226,10 @@ def load_ours(engines: Path, facenet_weights: Path, reference: Path) -> dict[str
             settings = ScoreSettings(detector=detector, embedder=embedder)
             for backend in BACKENDS.split(","):
                 if get_backend(backend).unavailable() is None:
-                    load_networks(settings, backend, engines, torch.device("cpu"), task.describe)
-            networks = load_networks(settings, "auto", engines, torch.device("cpu"))
-            ours[name] = Frostline(settings, networks, reference)
+                    load_rewards(settings, backend, engines, torch.device("cpu"), _BATCH, task.describe)
+            (reward,) = load_rewards(settings, "auto", engines, torch.device("cpu"), _BATCH)
+            assert isinstance(reward, FaceReward)
+            ours[name] = Frostline(settings, reward, reference)
     return ours
 
 
@@ -319,7 +321,7 @@ def print_result(result: Mapping[str, Any]) -> None:
         ratio = f"[{colour}]{goal['ratio']:.2f}[/]"
         table.add_row(goal["who"], goal["against"], goal["section"], ratio, f"{goal['asked']:g}")
     console.print(table)
-    console.print({name: " and ".join(backends) for name, backends in result["backends"].items()})
+    console.print({name: " and ".join(backends.values()) for name, backends in result["backends"].items()})
 
 
 if __name__ == "__main__":

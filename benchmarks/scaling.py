@@ -2,10 +2,10 @@
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json    # and scaling.png beside it
 
-One figure is changed at a time, the others stay at `--video`, rank 8 and a tail of 4 steps. `warm` is frostline with
-frozen results recalled, on engines that were built once for a range of shapes; `eager` the same step in PyTorch alone,
-nothing recalled. Every frame counts as a face, whatever the detector finds. Memory is what a step adds, at its highest,
-to the memory that the process had before it.
+One figure is changed at a time, the others stay at `--video`, rank 8 and a tail of 4 steps. `cached` is frostline with
+frozen outputs read from the cache, on engines that were built once for a range of shapes; `eager` is the same step in
+PyTorch alone, with nothing cached. Every frame counts as a face, whatever the detector finds. Memory is what a step
+adds, at its highest, to the memory that the process had before it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.store import EngineStore
 from frostline.stages.shapes import parse_shapes
 from frostline.train import WanTrainingModule
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
-CONTENDERS = ("warm", "eager")
+CONTENDERS = ("cached", "eager")
 _INFERENCE_STEPS = 8
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/syncs.py --out benchmarks/results/syncs.json
 
-One warm training step, forward and backward, under torch's profiler, on whatever device it runs: the operators that
+One cached training step, forward and backward, under torch's profiler, on whatever device it runs: the operators that
 bring values to the host, or need them to know how large their result is, counted by the line of frostline that they
 are called from. On a CPU they cost nothing, but they are the same places; only `tolist` leaves no trace there. The
 schedule's figures, in `schedule.py` and `sampling.py`, lie on the host in any case.
@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.engines.store import EngineStore
 from frostline.train import WanTrainingModule
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 # `item`, `float()` and `if tensor:` end in the first; a result as long as a mask has ones needs the others.
 OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args, get_origin
 
@@ -19,11 +19,13 @@ from pydantic import (
 )
 
 from frostline.errors import ConfigError
+from frostline.experts import ExpertName, Experts
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 GradientCheckpointing: TypeAlias = Literal["none", "block", "full"]
 # From the fastest to the smallest.
 CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
+BackpropStrategy: TypeAlias = Literal["tail", "last", "random", "uniform", "steps"]
 Sharding: TypeAlias = Literal["ddp", "zero2", "zero3", "fsdp"]
 AUTO: Literal["auto"] = "auto"
 # In a plan, the stages that it does not name.
@@ -115,7 +117,7 @@ class Settings(BaseModel):
 
 
 class LoraSettings(Settings):
-    """The adapter on the denoiser (the low-noise expert of two)."""
+    """The adapter on the denoiser; of two denoisers on the experts that are named."""
 
     rank: int = Field(default=32, ge=1, description="inner dimension r of B A")
     alpha: float | None = Field(default=None, gt=0, description="the scale is alpha / rank; alpha = rank if not given")
@@ -124,6 +126,42 @@ class LoraSettings(Settings):
         min_length=1,
         description="names of the adapted layers; the attention and feed-forward layers of all blocks if not given",
     )
+    experts: Experts = Field(
+        default="low",
+        description="of two experts, those with a LoRA: low (low noise levels), high, or both, each with its own",
+    )
+
+    def has_lora(self, expert: ExpertName) -> bool:
+        """Return whether an expert of two has a LoRA; `low` is also the only denoiser of a model with one."""
+        return self.experts in (expert, "both")
+
+    def check_experts(self, two_experts: bool) -> None:
+        """Check that a model has the experts that are named.
+
+        Raises:
+            ConfigError: the model has one expert, and another is named.
+        """
+        if not two_experts and self.experts != "low":
+            raise ConfigError(f"lora.experts: {self.experts}: this model has one expert: leave the setting out (low)")
+
+
+class BaseAdapter(Settings):
+    """An adapter that is merged into the denoiser as the model is loaded, in memory alone."""
+
+    path: Path = Field(description="LoRA of any program: a PEFT folder or a .safetensors file; diff and diff_b, too")
+    scale: float = Field(default=1.0, description="strength of the adapter; 1 is as trained")
+    expert: ExpertName | None = Field(
+        default=None, description="of two experts the one that it is for, by noise level; left out where there is one"
+    )
+
+    @classmethod
+    def parse_all(cls, entries: Iterable[BaseAdapter | Mapping[str, Any]]) -> tuple[BaseAdapter, ...]:
+        """Build each that is not built yet from plain values.
+
+        Raises:
+            ConfigError: as `parse`.
+        """
+        return tuple(entry if isinstance(entry, BaseAdapter) else cls.parse(dict(entry)) for entry in entries)
 
 
 def _explain(root: type[Settings], values: Any, problem: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from frostline.errors import DocumentError
+from frostline.errors import ConfigError, DocumentError
 
 # Beyond all that settings need. Aliases count as often as they are used: ten lines of them can stand for 10^9 values.
 _MAX_BYTES = 2**20
@@ -34,6 +34,22 @@ _IMPLICIT: Mapping[str, tuple[str, str]] = {
     ),
     "merge": ("<<", "<"),
 }
+
+
+def read_named_yaml(path: Path, where: str) -> Any:
+    """Read a YAML file that the user named, as `read_yaml` does.
+
+    Args:
+        where: what the error calls the file.
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return read_yaml(path)
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
+    except DocumentError as error:
+        raise ConfigError(f"{where} cannot be read: it {error}") from error
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,7 +1,9 @@
 """A real browser, to look at pages as their readers do."""
 
+import re
 import shutil
 import subprocess
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,12 @@ _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
 )
+
+
+def visible(html: str) -> str:
+    """What a reader of a page sees, one space between words."""
+    body = re.sub(r"<(style|script)\b.*?</\1>", " ", html, flags=re.S)
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
 def render(page: Path, profile: Path) -> tuple[str, str]:

@@ -5,7 +5,6 @@ sessions that are told the same `FROSTLINE_TEST_FOLDER`, as those of `make test`
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from forked import run_python
 
 # Read by OpenMP as torch starts: threads that spin for long while they wait take the cores from those that work.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from frostline.models.faces import Detections, FaceDetector, FaceIdentity
     from frostline.rewards.reward import RewardScore
+    from frostline.runtime.engines.store import VerifiedEngine
     from frostline.train import WanTrainingModule
 
 RefusedUsage = Callable[..., str]
@@ -58,10 +59,23 @@ def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the whole run: its processes build each engine once, and wait for each other."""
+    return _shared(tmp_path_factory)
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if folder := os.environ.get("FROSTLINE_TEST_FOLDER"):
+        return Path(folder)
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def session_signing_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def session_signing_key(session_folder: Path) -> Iterator[Path]:
     """The key that signs the engines of the session, wherever HOME is."""
-    path = _shared(tmp_path_factory) / "signing.key"
+    path = session_folder / "signing.key"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_SIGNING_KEY_FILE", str(path))
         yield path
@@ -91,10 +105,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if pyfuncitem.get_closest_marker("fresh_process") is None or _FRESH in os.environ:
         return None
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", pyfuncitem.nodeid]
-    result = subprocess.run(
-        command, cwd=pyfuncitem.config.rootpath, env={**environment, _FRESH: "1"}, capture_output=True, text=True
-    )
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", pyfuncitem.nodeid]
+    result = run_python(*command, cwd=pyfuncitem.config.rootpath, environment={**environment, _FRESH: "1"})
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     return True
 
@@ -116,14 +128,6 @@ def refused_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     return run
 
 
-def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the whole run: its processes build each engine once, and wait for each other."""
-    if folder := os.environ.get("FROSTLINE_TEST_FOLDER"):
-        return Path(folder)
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
 def build_module(
     model: str = "tiny",
     *,
@@ -142,7 +146,7 @@ def build_module(
 
     from frostline.models.checkpoints.loading import load_components
     from frostline.train import WanTrainingModule
-    from frostline.train.settings import TrainingModuleSettings
+    from frostline.train.step_settings import TrainingModuleSettings
 
     components = load_components(model, dtype or torch.float32)
     components = replace(components, spec=replace(components.spec, name="tiny"))
@@ -163,9 +167,9 @@ def make_module() -> MakeModule:
 
 
 @pytest.fixture(scope="session")
-def shared_store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
+def shared_store(session_folder: Path, session_signing_key: Path) -> Path:
     """The folder of the engines that tests share; those that use it count as slow."""
-    return _shared(tmp_path_factory) / "engines"
+    return session_folder / "engines"
 
 
 @pytest.fixture(scope="session")
@@ -180,12 +184,31 @@ def variant_engines(engines: Path) -> Path:
     return _export(engines, "tiny-moe", "tiny-ti2v")
 
 
-def _export(root: Path, *models: str) -> Path:
+@pytest.fixture(scope="session")
+def expert_engines(engines: Path) -> Path:
+    """The same store, with the high-noise expert of tiny-moe with LoRA inputs, and the low-noise one without."""
+    for experts in ("both", "high"):
+        _export(engines, "tiny-moe", lora={"rank": 8, "experts": experts})
+    return engines
+
+
+@pytest.fixture(scope="session")
+def small_engine(shared_store: Path) -> Callable[[str], "VerifiedEngine"]:
+    """`small_engine(stage)`: the ONNX Runtime engine of a stage of `small_model`, built once."""
+    from small_model import small_stages
+
+    from frostline.export.exporter import build_stage
+    from frostline.runtime.engines.store import EngineStore
+
+    return lambda stage: build_stage(small_stages()[stage], "onnxruntime", EngineStore(shared_store))[0]
+
+
+def _export(root: Path, *models: str, **settings: Any) -> Path:
     from frostline.export.exporter import export_stage
     from frostline.runtime.engines.store import EngineStore
 
     for model in models:
-        for stage in build_module(model).stages.values():
+        for stage in build_module(model, **settings).stages.values():
             export_stage(stage, "onnxruntime", EngineStore(root))
     return root
 

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun: a run of each reward and one that is sharded, and what each process found.
+"""Run by test_distributed.py in two processes: a run of each reward, one that is sharded, and what each process found.
 
 Those whose reward has no steps also recompute in backward what they can; the runs that they are held against do not.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.active import RewardStages
 from frostline.rewards.config import RewardConfig
-from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.frame_reward import FrameReward
+from frostline.rewards.inputs import Need, RewardInputs
 from frostline.rewards.reward import LiveNetwork, Reward, RewardScore
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.stages.provider import Use
@@ -157,3 +158,72 @@ class NoReward:
 
     def __init__(self, config: RewardConfig) -> None:
         pass
+
+
+class Restless(Brightness):
+    """Draws random numbers as it scores."""
+
+    name = "restless"
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        return RewardScore(torch.rand(len(frames)), torch.ones(len(frames), dtype=torch.bool))
+
+
+class ChangeConfig(RewardConfig):
+    """It compares neighbouring frames."""
+
+    needs_neighbours: ClassVar[bool] = True
+    still: float = Field(default=0.0, description="change of a video of which there is nothing to say")
+
+
+class Change(FrameReward):
+    """How much frames change, relative to the reference; a reward of frames and those before them."""
+
+    Config = ChangeConfig
+    name = "change"
+    unscored = "nothing moves"
+    window = 2
+
+    def __init__(self, config: ChangeConfig) -> None:
+        self.still = config.still
+
+    def features(self, frames: Tensor, run: RewardStages) -> Tensor:
+        return (frames[:, 1:] - frames[:, :-1]).abs().flatten(2).mean(dim=2, keepdim=True)
+
+    def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
+        assert features is not None
+        return {"change": features.mean(dim=(1, 2))}
+
+    def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
+        change = features.mean(dim=(1, 2))
+        ratio = change / references["change"]
+        return RewardScore(
+            ratio.log(), change > self.still, {"ratio": ratio, "rows": torch.tensor([features.shape[1]])}
+        )
+
+
+class LengthConfig(RewardConfig):
+    """It needs nothing but the video."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    fails_at: int = Field(default=0, description="a number of frames that it stumbles over")
+
+
+class Length(Reward):
+    """Of a whole clip, its number of frames."""
+
+    Config = LengthConfig
+    name = "length"
+
+    def __init__(self, config: LengthConfig) -> None:
+        self.fails_at = config.fails_at
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        if frames.shape[1] == self.fails_at:
+            raise ValueError(f"{self.fails_at} frames")
+        length = torch.tensor([float(frames.shape[1])])
+        return RewardScore(torch.where(length > 1, length, torch.nan), torch.tensor([True]))

@@ -63,6 +63,16 @@ def assert_same_gradient(expected: Tensor, actual: Tensor, norm: float = 1e-4) -
     assert (actual.norm() / expected.norm() - 1).abs() <= norm
 
 
+def assert_hybrid_is_pytorch(module: WanTrainingModule, hybrid: WanTrainingModule, data: dict[str, Any]) -> None:
+    """Both compute the same step, forward and backward, where no reward has a kink."""
+    expected = module(data)
+    expected[0].backward()
+    actual = hybrid(data)
+    actual[0].backward()
+    assert_same_step(expected, actual)
+    assert_same_gradient(gradient(module), gradient(hybrid))
+
+
 def assert_same_steps(
     module: WanTrainingModule, other: WanTrainingModule, data: dict[str, Any], tape: "RewardTape"
 ) -> None:

@@ -88,16 +88,16 @@ def step_result() -> dict[str, Any]:
             name: {"what": what, "median_ms": 100.0 * place}
             for place, (name, what) in enumerate(CONTENDERS.items(), start=1)
         },
-        "ratio_spread": {"warm_over_floor": {"median": 1.1, "quartile_1": 1.0, "quartile_3": 1.25}},
+        "ratio_spread": {"cached_over_live_only": {"median": 1.1, "quartile_1": 1.0, "quartile_3": 1.25}},
     }
 
 
 def test_the_table_of_a_step() -> None:
     lines = step_table(step_result()).splitlines()
-    assert lines[0] == "| One training step of tiny, 2x9x3x96x96, fp32 | ms | of warm |"
-    # `warm` is the seventh of the eight, and so 700 ms.
+    assert lines[0] == "| One training step of tiny, 2x9x3x96x96, fp32 | ms | relative to cached |"
+    # `cached` is the seventh of the eight, and so 700 ms.
     assert lines[2] == f"| {CONTENDERS['reference']} | 100 | 0.14 |"
-    assert "| warm over floor | 1.10 | 1.00 to 1.25 | ≤ 1.15 |" in lines
+    assert "| cached over live only | 1.10 | 1.00 to 1.25 | ≤ 1.15 |" in lines
     assert lines[-1] == "a CPU, 2 threads; torch 2.13; commit abc."
 
 
@@ -121,7 +121,7 @@ def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis(tmp_path: Path) -
     def point(milliseconds: float) -> dict[str, Any]:
         return {"median_ms": milliseconds, "memory_mib": milliseconds / 2}
 
-    rows = [{"tail": steps, "warm": point(100.0 * steps), "eager": point(150.0 * steps)} for steps in (1, 2, 4)]
+    rows = [{"tail": steps, "cached": point(100.0 * steps), "eager": point(150.0 * steps)} for steps in (1, 2, 4)]
     base = {"batch": 1, "frames": 5, "pixels": 64, "rank": 8, "tail": 4}
     plot(
         {"base": base, "axes": {"tail": rows, "batch": [{**row, "batch": row["tail"]} for row in rows]}},

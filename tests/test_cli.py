@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import run_python
 from typer.testing import CliRunner
 
 from frostline import __version__
@@ -16,13 +17,76 @@ from frostline.errors import ConfigError
 
 
 def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "frostline", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=200)
+    return run_python("-m", "frostline", *arguments, cwd=cwd, timeout=200)
 
 
 def test_version() -> None:
     result = _run("--version")
     assert (result.returncode, result.stdout.strip()) == (0, f"frostline {__version__}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--help"], set()),
+        (["--version"], set()),
+        # The options of these are fields of a settings class.
+        (["score", "--help"], {"pydantic"}),
+        (["export", "--help"], {"pydantic"}),
+    ],
+    ids=" ".join,
+)
+def test_help_and_version_import_no_settings(arguments: list[str], needed: set[str]) -> None:
+    code = f"""
+import sys
+from frostline.cli import main
+sys.argv = ["frostline", *{arguments!r}]
+try:
+    main()
+finally:
+    print(*({{"pydantic", "torch", "numpy"}} & {{*sys.modules}}), file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {*result.stderr.split()} == needed
+
+
+def test_help_lists_every_command_with_its_help_line() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    for name, line in (
+        ("score", "Score videos by the rewards of training"),
+        ("sample", "Make a clip from a picture and a prompt"),
+        ("export", "Turn the frozen stages of a Wan model and of rewards into verified, signed engines."),
+        ("plan", "Show, per stage, who could serve it"),
+        ("cache", "Compute what is frozen of a run's samples into its cache"),
+        ("train", "Train a reward LoRA"),
+        ("adapter", "Convert a LoRA adapter for other programs, or merge it."),
+    ):
+        assert any(name in row and line in row for row in shown.splitlines()), name
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        (["sc"], {"score"}),
+        (["score", "--det"], {"--detector", "--detection-size"}),
+        (["export", "--back"], {"--backend"}),
+        (["adapter", "mer"], {"merge"}),
+    ],
+    # The order of a set differs from process to process, and pytest-xdist compares the names of its workers' tests.
+    ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value),
+)
+def test_the_shell_completes_commands_and_their_options(words: list[str], completions: set[str]) -> None:
+    code = "import sys; sys.argv = ['frostline']; from frostline.cli import main; main()"
+    environment = {
+        **os.environ,
+        "_FROSTLINE_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["frostline", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert {*result.stdout.split()} == completions, result.stderr
 
 
 @pytest.mark.parametrize("policy", [None, "passive"])
@@ -58,7 +122,7 @@ def test_what_takes_seconds_is_imported_where_it_is_needed(modules: str, needed:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("export", "nowhere"), "nowhere is no folder and none of the embedded models"),
+        (("export", "nowhere"), "nowhere is neither a directory nor a built-in model"),
         (("export", "missing.yaml"), "recipe missing.yaml does not exist"),
         (("export", "tiny", "--precision", "fp31"), "precision"),
         (("export", "tiny", "--min-shapes", "vide:1x5x3x64x64"), "unknown tensor 'vide'"),
@@ -67,7 +131,9 @@ def test_what_takes_seconds_is_imported_where_it_is_needed(modules: str, needed:
         (("export", "tiny", "--stages", "vae_coder", "--dry-run"), "no stage 'vae_coder'"),
         (("export", "tiny", "--lora-targets", "nothing", "--dry-run"), "'nothing' is the name of no module"),
         (("demo", "--steps", "0"), "--steps"),
-        (("plan", "nowhere"), "nowhere is no folder"),
+        (("cache", "missing.yaml"), "missing.yaml"),
+        (("cache", "missing.yaml", "--batch-size", "0"), "--batch-size"),
+        (("plan", "nowhere"), "nowhere is neither a directory"),
         (("no-such-command",), "no-such-command"),
     ],
 )
@@ -78,7 +144,7 @@ def test_usage_errors_exit_with_2(arguments: tuple[str, ...], said: str, refused
 def test_a_users_mistake_shows_no_traceback(tmp_path: Path) -> None:
     result = _run("export", "nowhere", cwd=tmp_path)
     assert result.returncode == 2
-    assert "nowhere is no folder" in " ".join(result.stderr.split())
+    assert "nowhere is neither a directory" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
 
 

@@ -9,7 +9,10 @@ from frostline.cli import app
 from frostline.errors import ConfigError
 from frostline.export.recipe import load_recipe
 from frostline.recipes import copy_recipes, export_recipe, recipe_names, training_config
+from frostline.rewards.face_identity import Config as FaceIdentityConfig
 from frostline.train.config_file import load_run_settings
+from frostline.train.settings import RunSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 
 def test_without_a_name_the_names_are_listed() -> None:
@@ -33,6 +36,22 @@ def test_both_files_are_copied_and_usable(tmp_path: Path) -> None:
 
 def test_a_model_with_a_recipe_alone_gets_one_file(tmp_path: Path) -> None:
     assert copy_recipes("Wan2.1-T2V-1.3B", tmp_path) == [tmp_path / "Wan2.1-T2V-1.3B.export.yaml"]
+
+
+def test_the_reference_is_reproduced_with_its_own_constants(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["init", "reproduce-roll-reward-fl", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    settings = load_run_settings(tmp_path / "reproduce-roll-reward-fl.yaml", [])
+    (reward,) = settings.rewards
+    assert isinstance(reward, FaceIdentityConfig)
+    assert (reward.detection_size, reward.channels, reward.baseline, reward.scale) == (640, "bgr", 0.54, 0.16)
+    assert reward.detector.endswith("scrfd_10g_bnkps.onnx") and reward.embedder.endswith("glintr100.onnx")
+    assert (settings.num_inference_steps, settings.grad_start_step, settings.grad_end_step) == (8, 4, 7)
+    assert (settings.data.num_frames, settings.noise_seed, settings.train.lr_scheduler_type) == (81, 24, "constant")
+    # Of a step they are the defaults.
+    step = TrainingModuleSettings.model_fields.keys() - {"rewards", "lora", "boundary"}
+    assert settings.model_dump(include=step) == RunSettings().model_dump(include=step)
+    assert (settings.lora.rank, settings.lora.alpha) == (32, 32)
 
 
 def test_files_that_exist_are_kept(tmp_path: Path) -> None:

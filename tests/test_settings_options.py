@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from typer.testing import CliRunner, Result
 
 from frostline.cli import app, exporting, scoring, training
+from frostline.cli.lazy_options import with_options
 from frostline.cli.settings_options import takes_changes, takes_settings
 from frostline.config import Settings, nested_settings
 from frostline.errors import ConfigError
@@ -24,17 +25,18 @@ OTHER_FLAGS = {"backends": "--backend", "compute_capabilities": "--compute-capab
 def options(command: Callable[..., None]) -> Mapping[str, Any]:
     """What Typer makes of a command's parameters."""
     one = typer.Typer()
-    one.command()(command)
+    one.command()(with_options(command))
     return {str(option.name): option for option in typer.main.get_command(one).params}
 
 
 @pytest.mark.parametrize(
     ("command", "settings", "own"),
     [
-        (scoring.score, ScoreSettings, set()),
-        (training.sample, SampleSettings, set()),
+        (scoring.score, ScoreSettings, {"rewards"}),
+        # Base adapters have an option of the command's own.
+        (training.sample, SampleSettings, {"base_adapters"}),
         # `model` may name a recipe as well; the LoRA and the rewards have options of the command's own.
-        (exporting.export, Recipe, {"model", "lora", "rewards"}),
+        (exporting.export, Recipe, {"model", "base_adapters", "lora", "rewards"}),
     ],
     ids=["score", "sample", "export"],
 )

@@ -17,13 +17,14 @@ from rich.markup import escape
 
 from frostline import __version__
 from frostline.cli import adapters, engines, exporting, recipes, scoring, training
+from frostline.cli.lazy_options import LazyOptionsGroup
 from frostline.cli.leaving import leave
 from frostline.errors import ConfigError, FrostlineError
 from frostline.terminal import Terminal
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=LazyOptionsGroup, no_args_is_help=True)
 for command in (
-    *(training.demo, recipes.init, training.train, training.report),
+    *(training.demo, recipes.init, training.cache, training.train, training.report),
     *(exporting.export, exporting.plan),
     *(training.sample, scoring.score),
 ):
@@ -32,15 +33,21 @@ app.add_typer(engines.app, name="engines")
 app.add_typer(adapters.app, name="adapter")
 
 
-@app.callback(invoke_without_command=True)
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
-) -> None:
-    """Reward-feedback LoRA training of Wan video models with the frozen stages in engines."""
+def _print_version(version: bool) -> None:
     if version:
         typer.echo(f"frostline {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    # Eager: Typer imports pydantic when it parses other options.
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Reward-feedback LoRA training of Wan video models with the frozen stages in engines."""
     handler = RichHandler(console=Terminal(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # Chatter of the tracer that a user can do nothing about.

@@ -7,28 +7,61 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frostline.cli.lazy_options import Decorator, options_on_use
 from frostline.cli.leaving import at_once
-from frostline.cli.options import ENGINES, Device, EnginesDir, Model
-from frostline.cli.settings_options import takes_changes
-from frostline.export.recipe import Recipe, load_recipe
+from frostline.cli.options import (
+    ENGINES,
+    BaseAdapters,
+    Device,
+    EnginesDir,
+    Model,
+    Rewards,
+    RewardsFile,
+    base_adapters_given,
+    rewards_given,
+)
+from frostline.errors import ConfigError
+from frostline.experts import Experts
 from frostline.terminal import Terminal
 
 if TYPE_CHECKING:
     from frostline.export.result import ExportRow
 
 
+def _export_options() -> Decorator:
+    from frostline.cli.settings_options import takes_changes
+    from frostline.export.recipe import Recipe
+
+    return takes_changes(
+        Recipe,
+        Recipe.model_fields.keys() - {"model"},
+        flags={"backends": "--backend", "compute_capabilities": "--compute-capability"},
+    )
+
+
+def _plan_options() -> Decorator:
+    from frostline.cli.settings_options import takes_changes
+    from frostline.export.recipe import Recipe
+
+    return takes_changes(Recipe, {"precision"})
+
+
+@options_on_use(_export_options)
 @at_once
-@takes_changes(
-    Recipe,
-    Recipe.model_fields.keys() - {"model"},
-    flags={"backends": "--backend", "compute_capabilities": "--compute-capability"},
-)
 def export(
     *,
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe; none for rewards alone.")
+    ] = "",
     changes: dict[str, Any],
+    reward: Rewards = None,
+    rewards_file: RewardsFile = None,
+    base_adapter: BaseAdapters = None,
     opset: Annotated[int | None, typer.Option(min=18, max=23, help="ONNX opset.")] = None,
     lora_targets: Annotated[str | None, typer.Option(help="Comma-separated names of adapted layers.")] = None,
+    lora_experts: Annotated[
+        Experts | None, typer.Option(help="Of two experts, those with a LoRA: low, high or both.")
+    ] = None,
     live_lora: Annotated[bool, typer.Option("--live-lora/--no-live-lora", help="LoRA matrices as inputs.")] = True,
     atol: Annotated[float | None, typer.Option(min=0, help="Absolute error allowed.")] = None,
     rtol: Annotated[float | None, typer.Option(min=0, help="Error allowed, relative to the largest value.")] = None,
@@ -43,17 +76,27 @@ def export(
         int | None, typer.Option("--jobs", "-j", min=1, help="Processes that build; what cores and memory take.")
     ] = None,
 ) -> None:
-    """Turn the frozen stages of a Wan model into verified, signed engines.
+    """Turn the frozen stages of a Wan model and of rewards into verified, signed engines.
 
-    Options override what a recipe says.
+    Options override what a recipe says. Where only stages of rewards are named, the model is not loaded.
     """
     from frostline.export.export_cache import Receipt, recall, receipt_key, remember
+    from frostline.export.recipe import load_recipe, reward_recipe
     from frostline.export.result import ExportRow
     from frostline.progress import Progress
     from frostline.runtime.backends.base.options import OPSET, BuildOptions
     from frostline.runtime.engines.store import EngineStore
 
-    recipe = load_recipe(model, changes).with_lora(live_lora, lora_targets)
+    rewards = rewards_given(reward, rewards_file)
+    if model:
+        given = {"rewards": rewards or None, "base_adapters": base_adapters_given(base_adapter) or None}
+        recipe = load_recipe(model, {**changes, **given}).with_lora(live_lora, lora_targets, lora_experts)
+    elif base_adapter:
+        raise ConfigError("--base-adapter: needs a model")
+    elif rewards:
+        recipe = reward_recipe(rewards, changes)
+    else:
+        raise ConfigError("nothing to export: name a model or a recipe, or rewards with --reward")
     build = BuildOptions(opset or OPSET, recipe.compute_capabilities, recipe.asked_maximum, timing_cache)
     bounds = {"atol": atol, "rtol": rtol, "cosine": cosine}
     store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device, bounds)
@@ -62,13 +105,13 @@ def export(
         _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
         return
     recipe.check(device)
-    from frostline.export.model import load_staged_model
+    from frostline.export.model import load_stages
     from frostline.export.parallel_build import fitting_jobs
     from frostline.export.run import ExportOptions, export_model, planned_exports
 
     progress = Progress()
-    with progress.task(f"load {recipe.model}"):
-        staged = load_staged_model(recipe, device)
+    with progress.task(f"load {'the rewards' if recipe.of_rewards_alone else recipe.model}"):
+        staged = load_stages(recipe, device)
     options = ExportOptions(build, force, dry_run, strict, jobs or fitting_jobs(staged), **bounds)
     rows = []
     with progress.bar("export", len(planned_exports(staged, recipe))) as bar:
@@ -82,31 +125,35 @@ def export(
         remember(store, receipt, [Receipt.of(row.manifest, row.bounds) for row in rows if row.manifest and row.bounds])
 
 
-@takes_changes(Recipe, {"precision"})
+@options_on_use(_plan_options)
 def plan(
     *,
     model: Model,
     changes: dict[str, Any],
+    base_adapter: BaseAdapters = None,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
     """Show, per stage, who could serve it, who does, and why."""
+    from frostline.config import LoraSettings
     from frostline.export.exporter import ensure_verified
     from frostline.export.model import load_staged_model
     from frostline.export.plan_estimate import stage_gains, step_gain
+    from frostline.export.recipe import load_recipe
     from frostline.export.tables import plan_table, step_gain_lines
     from frostline.models.denoise_steps import DenoiseSteps
     from frostline.rewards.build import resolve
     from frostline.runtime.engines.store import EngineStore
     from frostline.runtime.runtime import Runtime
-    from frostline.train.settings import TrainingModuleSettings
+    from frostline.train.step_settings import TrainingModuleSettings
 
-    recipe = load_recipe(model, changes)
+    recipe = load_recipe(model, {**changes, "base_adapters": base_adapters_given(base_adapter) or None})
     staged = load_staged_model(recipe, device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))
     runtime = Runtime(staged.stages, "auto", engines_dir)
-    steps = DenoiseSteps.of(TrainingModuleSettings(), staged.model.boundary, len(staged.model.experts) > 1)
-    uses = [*staged.model.uses(steps), *(use for reward in resolve(recipe.rewards) for use in reward.uses)]
+    settings = TrainingModuleSettings(lora=recipe.lora or LoraSettings())
+    steps = DenoiseSteps.of(settings, staged.model.boundary, len(staged.model.experts) > 1)
+    uses = [*staged.model.uses(steps), *(use for reward in resolve(recipe.rewards) for use in reward.step_uses())]
     console = Terminal()
     console.print(plan_table(stage_gains(runtime)))
     for line in step_gain_lines(step_gain(runtime, uses)):

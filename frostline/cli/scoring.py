@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frostline.cli.options import ENGINES, Device, EnginesDir
-from frostline.cli.settings_options import takes_settings
+from frostline.cli.lazy_options import Decorator, options_on_use
+from frostline.cli.options import ENGINES, Device, EnginesDir, Rewards, RewardsFile, rewards_given
 from frostline.errors import ConfigError
-from frostline.score.settings import ScoreSettings
 from frostline.terminal import Terminal
 
+if TYPE_CHECKING:
+    from frostline.score.settings import ScoreSettings
 
-@takes_settings(ScoreSettings)
+
+def _score_options() -> Decorator:
+    from frostline.cli.settings_options import takes_settings
+    from frostline.score.settings import ScoreSettings
+
+    return takes_settings(ScoreSettings)
+
+
+@options_on_use(_score_options)
 def score(
     *,
     videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO…", help="Videos or pictures.")] = None,
-    reference: Annotated[str | None, typer.Option(help="A picture or video of the person.")] = None,
+    reward: Rewards = None,
+    rewards_file: RewardsFile = None,
+    reference: Annotated[
+        str | None, typer.Option(help="A picture or video of the person, or of what else videos should show.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt of all videos that --pairs names none of.")] = None,
     pairs: Annotated[
         Path | None, typer.Option(help="CSV: video[,reference][,prompt], or a dataset's metadata.csv.")
     ] = None,
     settings: ScoreSettings,
     backend: Annotated[str, typer.Option(help="auto, torch, or one whose engines are built if need be.")] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Frames of one call of the detector.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Frames that a reward looks at in one call.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Results, .jsonl or .csv, one row a video.")] = None,
     report: Annotated[Path | None, typer.Option(help="One HTML page with curves and pictures.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the results in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
-    fail_under: Annotated[float | None, typer.Option(help="Exit with 1 if the mean score is lower.")] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[COLUMN=]NUMBER",
+            help="Exit with 1 if the mean score is lower: that of the first reward, or of a column.",
+        ),
+    ] = None,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Let --pairs name files outside its folder.")
     ] = False,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
-    """Score videos by how much their face is the reference's: the reward of training, on batched engines."""
+    """Score videos by the rewards of training, on batched engines.
+
+    By default, by how much their face is the reference's.
+    """
     from frostline.atomic_io import check_writable
     from frostline.score.request import gather_pairs
 
     if resume and out is None:
         raise ConfigError("--resume goes on from the results in --out, which is missing")
-    wanted = gather_pairs(videos or [], reference, pairs, allow_outside)
+    bars = _bars(fail_under or [])
+    settings = settings.with_rewards(rewards_given(reward, rewards_file))
+    _check_columns([column for column, _ in bars], settings.labels())
+    wanted = gather_pairs(videos or [], reference, pairs, allow_outside, prompt, settings.needs())
     if report is not None:
         check_writable(report)
     from frostline.progress import Progress
@@ -58,5 +85,24 @@ def score(
         from frostline.score.report import write_score_report
 
         write_score_report(report, outcome, settings)
-    if outcome.summary.failed or (fail_under is not None and not outcome.summary.reaches(fail_under)):
+    if outcome.summary.failed or not all(outcome.reaches(bar, column) for column, bar in bars):
         raise typer.Exit(1)
+
+
+def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:
+    """Refuse, before anything is scored, a column of no reward; metrics begin with its name."""
+    for column in columns:
+        if column and not any(f"{column}_".startswith(f"{label}_") for label in labels):
+            raise ConfigError(f"--fail-under {column}: there is no such score, there are {', '.join(labels)}")
+
+
+def _bars(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Column, empty for that of the first reward, and the least mean."""
+    bars = []
+    for text in texts:
+        column, _, number = text.rpartition("=")
+        try:
+            bars.append((column.strip(), float(number)))
+        except ValueError:
+            raise ConfigError(f"--fail-under {text!r}: must be a number, or COLUMN=NUMBER such as clip=0.3") from None
+    return bars

@@ -12,20 +12,20 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeAlias, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
+from frostline.cli.lazy_options import Command, Decorator
 from frostline.config import Settings, nested_settings
 
-_Command: TypeAlias = Callable[..., None]
 _SAME_NAMES: Mapping[str, str] = {}
 
 
 def takes_settings(
     settings: type[Settings], argument: str | None = None, flags: Mapping[str, str] = _SAME_NAMES
-) -> Callable[[_Command], _Command]:
+) -> Decorator:
     """Put options in the place of a command's parameter `settings`, which gets what they are parsed to.
 
     Args:
@@ -38,12 +38,12 @@ def takes_settings(
         _parameter(name, field, flags.get(name), positional=name == argument)
         for name, field in _plain_fields(settings).items()
     ]
-    return _in_place_of("settings", options, settings.parse)
+    return _in_place_of("settings", options, settings.parse, {settings.__name__: settings})
 
 
 def takes_changes(
     settings: type[Settings], fields: Collection[str], flags: Mapping[str, str] = _SAME_NAMES
-) -> Callable[[_Command], _Command]:
+) -> Decorator:
     """Put options for `fields` in the place of a command's parameter `changes`, which gets their values.
 
     For settings that a file may hold: the value of an option that is not given is None, and its default, which the file
@@ -55,17 +55,24 @@ def takes_changes(
 
 
 def _in_place_of(
-    name: str, options: list[inspect.Parameter], gather: Callable[[dict[str, Any]], Any]
-) -> Callable[[_Command], _Command]:
-    """Put options in the place of a command's parameter, which gets what is gathered of their values."""
+    name: str,
+    options: list[inspect.Parameter],
+    gather: Callable[[dict[str, Any]], Any],
+    types: Mapping[str, Any] | None = None,
+) -> Decorator:
+    """Put options in the place of a command's parameter, which gets what is gathered of their values.
 
-    def decorate(command: _Command) -> _Command:
+    Args:
+        types: what names in the command's annotations stand for that its module imports for type checking alone.
+    """
+
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def run(**values: Any) -> None:
             gathered = gather({option.name: values.pop(option.name) for option in options})
             command(**values, **{name: gathered})
 
-        signature = inspect.signature(command, eval_str=True)
+        signature = inspect.signature(command, eval_str=True, locals=types)
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for own in signature.parameters.values()

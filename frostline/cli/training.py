@@ -1,19 +1,22 @@
-"""`frostline demo`, `train`, `report` and `sample`."""
+"""`frostline demo`, `cache`, `train`, `report` and `sample`."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frostline.cli.options import ENGINES, EnginesDir
-from frostline.cli.settings_options import takes_settings
+from frostline.cli.lazy_options import Decorator, options_on_use
+from frostline.cli.options import ENGINES, BaseAdapters, EnginesDir, base_adapters_given
 from frostline.errors import ConfigError
 from frostline.terminal import Terminal
-from frostline.train.sample_settings import SampleSettings
+
+if TYPE_CHECKING:
+    from frostline.train.sample_settings import SampleSettings
 
 
 def demo(
@@ -38,6 +41,9 @@ def train(
     config: Annotated[Path | None, typer.Argument(help="A YAML file; `frostline init` writes one.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. lora.rank=16.")] = None,
     resume: Annotated[str | None, typer.Option(help="latest, a checkpoint's name, or its folder.")] = None,
+    init_adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA to begin with: a PEFT folder or a .safetensors file.")
+    ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings, explained.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and data, show what would run.")] = False,
 ) -> None:
@@ -46,7 +52,9 @@ def train(
 
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *(overrides or [])]
-    settings = load_run_settings(config, overrides or [])
+    # JSON is YAML: no path is then taken for a number.
+    beginning = [] if init_adapter is None else [f"init_adapter={json.dumps(str(init_adapter))}"]
+    settings = load_run_settings(config, [*(overrides or []), *beginning])
     if print_config:
         typer.echo(commented_yaml(settings), nl=False)
         return
@@ -60,16 +68,53 @@ def train(
         raise typer.Exit(0 if print_dry_run(settings, Terminal(), resume) else 1)
     from frostline.train.launch import run_training
 
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
-        logging.getLogger("frostline").setLevel(logging.ERROR)
+    first = _is_first_process()
     outcome = run_training(settings, resume, Progress(quiet=not first))
     if outcome.stopped_by is not None:
         if first:
             typer.echo(f"stopped after step {outcome.step}: --resume latest goes on from there", err=True)
         raise typer.Exit(128 + outcome.stopped_by)
-    if first:
+    if not first:
+        return
+    if outcome.verdict:
+        typer.echo(f"held-out starts: {outcome.verdict}")
+    if outcome.stopped_by_judge:
+        typer.echo(
+            f"ended at step {outcome.step} of {settings.train.max_train_steps}, as a judge fell at "
+            f"{settings.train.stop_when_judge_falls} validations in a row (train.stop_when_judge_falls); "
+            f"--resume latest goes on. The adapter is in {settings.output_dir / 'adapter'}"
+        )
+    else:
         typer.echo(f"{outcome.step} steps. The adapter is in {settings.output_dir / 'adapter'}")
+
+
+def cache(
+    config: Annotated[Path, typer.Argument(help="The YAML file of a training run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. data.num_frames=33.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples computed together; the run's own batches, equal to the bit, if not given."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show memory and disk space that it takes, and what is there already.")
+    ] = False,
+) -> None:
+    """Compute what is frozen of a run's samples into its cache; under `accelerate launch -m frostline cache …` too."""
+    from frostline.progress import Progress
+    from frostline.train.config_file import load_run_settings
+
+    settings = load_run_settings(config, [*(overrides or [])])
+    if dry_run:
+        from frostline.train.dry_run import print_dry_run
+
+        always = settings.model_copy(update={"precompute": "always"})
+        raise typer.Exit(0 if print_dry_run(always, Terminal(), starts=False) else 1)
+    from frostline.train.launch import run_precompute
+
+    first = _is_first_process()
+    done = run_precompute(settings, Progress(quiet=not first), batch_size)
+    if first:
+        typer.echo(f"{done}. The cache is in {settings.frozen_cache_dir}")
 
 
 def report(run: Annotated[Path, typer.Argument(help="The output_dir of a training run.")]) -> None:
@@ -79,16 +124,33 @@ def report(run: Annotated[Path, typer.Argument(help="The output_dir of a trainin
     typer.echo(f"wrote {write_report(run)}")
 
 
-@takes_settings(SampleSettings, argument="model", flags={"engines": "--engines-dir"})
+def _is_first_process() -> bool:
+    """Whether this is the first of the processes of a launcher; the others then log errors alone."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        logging.getLogger("frostline").setLevel(logging.ERROR)
+    return first
+
+
+def _sample_options() -> Decorator:
+    from frostline.cli.settings_options import takes_settings
+    from frostline.train.sample_settings import SampleSettings
+
+    return takes_settings(SampleSettings, argument="model", flags={"engines": "--engines-dir"})
+
+
+@options_on_use(_sample_options)
 def sample(
     *,
     out: Annotated[Path, typer.Option("--out", help="The .mp4 file to write.")],
     settings: SampleSettings,
+    base_adapter: BaseAdapters = None,
 ) -> None:
     """Make a clip from a picture and a prompt, to look at what an adapter does."""
     from frostline.progress import Progress
     from frostline.train.sample import sample_clip
 
+    settings = settings.model_copy(update={"base_adapters": base_adapters_given(base_adapter)})
     with Progress().task(f"sample {settings.num_frames} frames"):
         clip = sample_clip(settings, out)
     if clip.face_score is not None:

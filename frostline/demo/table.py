@@ -17,18 +17,25 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     table = Table(title=f"{summary['starts']} held-out starts", title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, key, form in (
-        ("face score", "face_score", ".3f"),
-        ("detection rate", "detection_rate", ".3f"),
-        ("PSNR to truth, dB", "psnr", ".2f"),
-    ):
+    rows = [("face score", "face_score", ".3f"), ("detection rate", "detection_rate", ".3f")]
+    # What training never saw.
+    rows += [(name.replace("_", " "), name, ".3f") for name in summary["paired"] if name != "face_score"]
+    for name, key, form in (*rows, ("PSNR to truth, dB", "psnr", ".2f")):
+        if summary[f"{key}_before"] is None or summary[f"{key}_after"] is None:
+            continue
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
         table.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}")
     console = Terminal()
     console.print(table)
-    console.print(f"face score up in {summary['starts_up']} of {summary['starts']} starts")
+    for name, change in summary["paired"].items():
+        if not change["starts"]:
+            continue
+        up = f"{name.replace('_', ' ')} up in {change['starts_up']} of {change['starts']} starts"
+        # By frames that show a face before and after: a face that hides is no gain.
+        console.print(f"{up}, by {change['gain']:+.3f} in the {change['frames']} frames that were scored both times")
+    console.print(summary["verdict"], soft_wrap=True)
     console.print(
-        f"one step: {summary['step_ms_warm']:.0f} ms as planned, {summary['step_ms_cold']:.0f} ms with "
-        f"nothing recalled, {summary['step_ms_torch']:.0f} ms all torch"
+        f"one step: {summary['step_ms_cached']:.0f} ms cached, {summary['step_ms_uncached']:.0f} ms uncached, "
+        f"{summary['step_ms_torch']:.0f} ms in PyTorch alone"
     )
     console.print(f"{summary['seconds']:.0f} s in all. Look at {out / REPORT} and {out / SHEET}")

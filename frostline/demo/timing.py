@@ -12,7 +12,7 @@ from typing import Any
 from frostline.runtime.backends import TORCH
 from frostline.train.step.module import TrainingModule
 
-_CONTENDERS = ("warm", "cold", "torch")
+_CONTENDERS = ("cached", "uncached", "torch")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Timing:
 
 
 def time_steps(module: TrainingModule, batch: Mapping[str, Any], rounds: int) -> Timing:
-    """Time steps on one batch: the plan with and without recalled frozen outputs, and plain torch without.
+    """Time steps on one batch: the plan with cached and with uncached frozen outputs, and plain torch uncached.
 
     The first round warms up and does not count.
     """
@@ -53,7 +53,7 @@ def time_steps(module: TrainingModule, batch: Mapping[str, Any], rounds: int) ->
 @contextmanager
 def _playing(module: TrainingModule, contender: str) -> Iterator[None]:
     cache = module.conditioner.cache
-    if contender != "warm":
+    if contender != "cached":
         module.conditioner.cache = None
     backends = dict.fromkeys(module.stages, TORCH) if contender == "torch" else {}
     try:

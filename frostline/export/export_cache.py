@@ -1,4 +1,4 @@
-"""Remembers which engines an export ended with, so that asking again needs no model to be loaded.
+"""The engines of finished exports, so that repeating an export does not load the model.
 
 A receipt is found by everything that the engines depend on: the recipe, the options, the weight files, the code and the
 installed versions. It names engines, and the bounds that each had to keep; it is signed with the user's key, and the
@@ -63,7 +63,7 @@ class Receipt(BaseModel):
         return EngineId(self.model, self.stage, self.backend, self.key)
 
     def covers(self, engine: Manifest) -> bool:
-        """Whether an engine of today is what the export ended with, or as good."""
+        """Return whether the current engine still satisfies the bounds of the export."""
         return engine.keeps(self.bounds) if self.verified or engine.verified else True
 
 
@@ -74,15 +74,15 @@ class _Receipts(BaseModel):
     signature: str
 
     def signed(self, key: str) -> bytes:
-        """What the signature is of; the key as well, so that no receipt can stand in for another."""
+        """Return the signed bytes: receipt and key, so that no receipt can be passed off as another."""
         return canonical_json({"receipt": key, **json.loads(self.model_dump_json(exclude={"signature"}))})
 
 
 def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapping[str, float | None]) -> str:
-    """What the engines of an export depend on, as 16 hexadecimal digits.
+    """Return a hash of everything that the engines of an export depend on: 16 hexadecimal digits.
 
     Args:
-        bounds: those that were asked for instead of each stage's own.
+        bounds: tolerances that replace those of the stages.
     Raises:
         ConfigError: the model's files cannot be found.
     """
@@ -99,7 +99,7 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapp
 
 
 def recall(store: EngineStore, key: str) -> list[Manifest] | None:
-    """The engines of an earlier export, all verified anew; None if one is missing or does not hold."""
+    """Return the engines of an earlier export, all verified again; None if one is missing or invalid."""
     try:
         with open_regular(_path(store, key)) as file:
             receipts = _Receipts.model_validate_json(file.read(_MAX_BYTES))
@@ -132,27 +132,42 @@ def _path(store: EngineStore, key: str) -> Path:
 
 def _code(recipe: Recipe) -> str:
     of_rewards = code_of_stages(recipe.rewards)
-    family = family_of(recipe.model).__name__
-    modules = [*_CODE, family, *map(module_name, recipe.backends), *of_rewards]
+    of_model = [] if recipe.of_rewards_alone else [family_of(recipe.model).__name__]
+    modules = [*_CODE, *of_model, *map(module_name, recipe.backends), *of_rewards]
     return computation_id(modules, source_of={module.partition(".")[0] for module in of_rewards})
 
 
 def _files(recipe: Recipe) -> list[Path]:
-    """Every file that the stages are loaded from, beside those inside packages."""
+    """Return every file that the stages are loaded from, except those inside packages."""
     settings = [text for reward in recipe.rewards for text in _texts(reward.model_dump(mode="json"))]
     given = (Path(part) for setting in settings for part in (setting, setting.partition(":")[2]) if part)
-    return [*family_of(recipe.model).files(recipe.model), *(path for path in given if _is_file(path))]
+    of_model: list[Path] = []
+    if not recipe.of_rewards_alone:
+        of_model = [*family_of(recipe.model).files(recipe.model), *_adapter_files(recipe)]
+    return [*of_model, *(file for path in given for file in _files_at(path))]
 
 
-def _is_file(path: Path) -> bool:
+def _adapter_files(recipe: Recipe) -> list[Path]:
+    """Return the files of the base adapters that are there; loading the model says which are not."""
+    if not recipe.base_adapters:
+        return []
+    from frostline.models.lora import adapter_files
+
+    return [file for adapter in recipe.base_adapters for file in adapter_files(adapter.path) if file.is_file()]
+
+
+def _files_at(path: Path) -> list[Path]:
+    """The file that a path names; of the folder of a model, as transformers writes one, all files in it."""
     try:
-        return path.is_file()
-    except OSError:  # too long for a name
-        return False
+        if path.is_file():
+            return [path]
+        return sorted(file for file in path.iterdir() if file.is_file()) if (path / "config.json").is_file() else []
+    except OSError:  # too long for a name, or not to be read
+        return []
 
 
 def _texts(value: object) -> Iterator[str]:
-    """All text in plain values: any of it may name a file, behind `scrfd:` and the like too."""
+    """Yield all text in plain values: any of it may name a file, also after a prefix such as `scrfd:`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -38,7 +38,7 @@ _DEFAULT_OPTIONS = BuildOptions()
 _LATENCY_SECONDS = 1.5
 _LATENCY_RUNS = 15
 _PARITY_SIZES: tuple[Size, ...] = ("opt", "min")
-# The samples' own seed is 0: adapters are not to be made of the numbers of the latents.
+# Differs from the seed 0 of the samples, so that adapters and latents have different values.
 _LIVE_SEED = 1
 
 
@@ -68,13 +68,13 @@ def export_stage(
 ) -> Exported:
     """Make sure that an engine of `stage` is in the store, verified if this machine can run it.
 
-    One that is there counts if it was verified within the bounds of `stage.tolerance`; else it is measured anew.
+    An existing engine is kept if its stored parity is within `stage.tolerance`; otherwise parity is measured again.
 
     Args:
-        options: what the backend is asked for.
+        options: build options of the backend.
         force: build it even if it is there.
-        traces: of this stage, for whoever builds it for several backends.
-        progress: told what is going on, in a few words.
+        traces: traces of this stage, shared by builds for several backends.
+        progress: called with a short description of each phase.
     Raises:
         EngineError: the backend is not available, or tracing, building or loading failed; an engine that cannot be
             loaded is not kept.
@@ -103,7 +103,7 @@ def build_stage(
     traces: Traces | None = None,
     progress: Progress = lambda step: None,
 ) -> tuple[VerifiedEngine, bool]:
-    """`export_stage` without the verification: the engine, and whether this call built it.
+    """Return `export_stage` without the verification: the engine, and whether this call built it.
 
     Raises:
         EngineError: the backend is not available, or tracing or building failed.
@@ -143,7 +143,7 @@ def check_live_shapes(stage: Stage) -> None:
 
 
 def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, options: BuildOptions) -> bool:
-    """Whether `build_stage` would find an engine of each backend in the store."""
+    """Return whether `build_stage` would find an engine of each backend in the store."""
     # Once for all backends: of a large model it takes a while.
     weights = weights_sha256(stage)
     keys = {name: stage_key(stage, name, precision_of(stage), weights, options) for name in backend_names}
@@ -219,7 +219,7 @@ def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifes
 
 
 def _awaits_verification(stage: Stage, store: EngineStore) -> bool:
-    """Whether any engine of the stage's name was built and not verified, and could run here."""
+    """Return whether any engine of the stage's name was built and not verified, and could run here."""
     manifests = (record.manifest for record in store.find(stage.model, stage.name))
     return any(
         not manifest.verified

@@ -31,17 +31,17 @@ from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.stage import Network, Stage
 
-# What is lowered where nobody asked for it, in this order, and to which extent at the least; None is the typical one.
-# Whole videos go before their size: training needs few at once. Of images that are searched for faces there are many
-# at once: 1024 pixels still find faces of 20 pixels in images of 1700.
+# Dimensions whose default maximum is lowered, in this order, and the lowest maximum; None: the typical extent. The
+# number of videos is lowered before their size, because training needs few at once. For face detection the size comes
+# first, because there are many images: at 1024 pixels, faces of 20 pixels are still found in images of 1700.
 _LOWERED: tuple[tuple[tuple[str, ...], int | None], ...] = (
     (("face_height", "face_width"), 1024),
-    (("batch", "faces"), None),
+    (("batch", "faces", "images"), None),
     (("latent_frames",), None),
     (("height", "width"), None),
     (("face_height", "face_width"), None),
 )
-# Attention in 16 bits with heads of at most so many channels is one kernel, which keeps no scores.
+# In 16 bits, attention with heads of at most this many channels is one fused kernel without stored scores.
 _FUSED_HEAD = 256
 
 
@@ -62,13 +62,13 @@ class LargestTensor:
 
 
 def within_limit(network: Network, backend: str, limit: int | None, asked: frozenset[str] = frozenset()) -> Network:
-    """`network`, its largest shapes lowered until no tensor has more than `limit` elements.
+    """Return `network`, its largest shapes lowered until no tensor has more than `limit` elements.
 
     Args:
         backend: whose limit it is.
-        asked: dimensions that may not be lowered, because someone asked for their largest extent.
+        asked: dimensions that may not be lowered, because the user set their largest extent.
     Raises:
-        EngineError: that is not enough; it names the largest tensor.
+        EngineError: a tensor is still larger; the message names the largest one.
     """
     if limit is None:
         return network
@@ -89,7 +89,7 @@ def within_limit(network: Network, backend: str, limit: int | None, asked: froze
 
 
 def check_served(stage: Stage, manifest: Manifest, asked: frozenset[str]) -> None:
-    """Hold an engine that is there against the largest extents that were asked for.
+    """Check that an existing engine serves the largest extents that the user set.
 
     Raises:
         EngineError: it was built for less.
@@ -103,13 +103,13 @@ def check_served(stage: Stage, manifest: Manifest, asked: frozenset[str]) -> Non
 
 
 def served_note(stage: Stage, manifest: Manifest) -> str:
-    """Where an engine serves less than its stage's range, that in words; else nothing."""
+    """Return a note if an engine serves less than its stage's range of shapes; otherwise an empty string."""
     lowered = _lowered_inputs(stage, manifest)
     return f"limited by the size of its tensors: at most {', '.join(map(str, lowered))}" if lowered else ""
 
 
 def largest_tensor(network: Network) -> LargestTensor:
-    """The largest of all tensors at the largest shapes: inputs, outputs, and what the network makes in between.
+    """Return the largest of all tensors at the largest shapes: inputs, outputs, and what the network makes in between.
 
     Of attention, the scores count where they are not left inside of one kernel.
     """
@@ -162,7 +162,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _lower(network: Network, group: Sequence[Dimension], floor: int | None, limit: int) -> Network:
-    """The largest extents of `group` that fit, no dimension below its floor."""
+    """Return the largest extents of `group` that fit, no dimension below its floor."""
     floors = {d.name: min(d.max, max(d.opt, floor or d.opt)) for d in group}
 
     def at(extent: int) -> Network:
@@ -179,7 +179,7 @@ def _lower(network: Network, group: Sequence[Dimension], floor: int | None, limi
 
 
 def _dimensions(network: Network) -> list[Dimension]:
-    """The open dimensions, each once."""
+    """Return the open dimensions, each once."""
     found = {extent.name: extent for spec in network.inputs for extent in spec.shape if isinstance(extent, Dimension)}
     return list(found.values())
 

@@ -1,20 +1,41 @@
-"""Load the model that a recipe names, with its stages."""
+"""Load the model that a recipe names, with its stages, or the stages of its rewards alone."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from frostline.errors import ConfigError
 from frostline.rewards.build import build_rewards
 from frostline.runtime.device import resolve_device
 from frostline.stages.families import family_of
-from frostline.stages.staged_model import StagedModel, stage_model
+from frostline.stages.staged_model import LoadedStages, StagedModel, stage_model
 
 if TYPE_CHECKING:
     from frostline.export.recipe import Recipe
+    from frostline.runtime.stage import Stage
+
+
+def load_stages(recipe: Recipe, device: str) -> LoadedStages:
+    """What a recipe exports: where it names stages of rewards alone, without the model.
+
+    Args:
+        device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
+    Raises:
+        ConfigError: the model or a reward cannot be loaded.
+    """
+    if not recipe.of_rewards_alone:
+        return load_staged_model(recipe, device)
+    stages: dict[str, Stage] = {}
+    for active in build_rewards(recipe.rewards, resolve_device(device), recipe.shapes):
+        for stage in active.stages:
+            if stage.name in stages:
+                raise ConfigError(f"rewards: two have a stage {stage.name}: export them one after the other")
+            stages[stage.name] = stage
+    return LoadedStages(stages)
 
 
 def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
-    """The recipe's model with its stages, in the recipe's precision.
+    """Return the recipe's model with its stages, in the recipe's precision.
 
     Args:
         device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
@@ -23,5 +44,6 @@ def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
     """
     where, family = resolve_device(device), family_of(recipe.model)
     rewards = build_rewards(recipe.rewards, where, recipe.shapes)
-    model = family.video_model(family.load(recipe.model, recipe.dtype, where, defer=False), recipe.lora)
+    components = family.load(recipe.model, recipe.dtype, where, defer=False, base_adapters=recipe.base_adapters)
+    model = family.video_model(components, recipe.lora)
     return stage_model(model, [stage for reward in rewards for stage in reward.stages], recipe.shapes)

@@ -1,4 +1,4 @@
-"""Build in several processes: tracing and compiling keep one core busy, and stages know nothing of each other."""
+"""Build in several processes: tracing and compiling use one core each, and stages are independent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 
 from frostline.errors import EngineError
 from frostline.export.exporter import build_stage
-from frostline.export.model import load_staged_model
+from frostline.export.model import load_stages
 from frostline.export.recipe import Recipe
 from frostline.export.tracing.trace_cache import Traces
 from frostline.runtime.backends.base.options import BuildOptions
@@ -30,13 +30,13 @@ from frostline.runtime.device import free_bytes
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import precision_of
 from frostline.runtime.stage import Stage
-from frostline.stages.staged_model import StagedModel
+from frostline.stages.staged_model import LoadedStages
 
 log = logging.getLogger(__name__)
 
-# What a process of torch, a tracer and a compiler takes beside the model.
+# Memory of a process with torch, a tracer and a compiler, without the model.
 _BYTES_PER_JOB = 3 * 2**30
-# Of the model's weights in one process: themselves, and once more in a graph or an engine.
+# Copies of the model's weights in one process: the model, and a graph or an engine.
 _WEIGHTS_PER_JOB = 2
 _PR_SET_PDEATHSIG = 1
 
@@ -55,8 +55,8 @@ class _Work:
     threads: int
 
 
-def fitting_jobs(staged: StagedModel) -> int:
-    """How many processes this machine's cores and free memory take, at most one a stage; one with a model on a GPU."""
+def fitting_jobs(staged: LoadedStages) -> int:
+    """Return the number of processes that cores and free memory allow: at most one per stage, and one on a GPU."""
     if staged.device.type != "cpu":
         return 1
     weights = sum(tensor.numel() * tensor.element_size() for tensor in staged.weights())
@@ -65,7 +65,7 @@ def fitting_jobs(staged: StagedModel) -> int:
 
 
 def build_ahead(
-    staged: StagedModel,
+    staged: LoadedStages,
     recipe: Recipe,
     stages: Sequence[Stage],
     store: EngineStore,
@@ -75,14 +75,15 @@ def build_ahead(
     force: bool = False,
     announce: Callable[[str], None] = lambda step: None,
 ) -> Seconds:
-    """Build the engines of `stages` on the recipe's backends in `jobs` processes, which verify nothing.
+    """Build the engines of `stages` for the recipe's backends in `jobs` processes, without verification.
 
-    Who verifies them afterwards, alone on the machine, measures true latencies. What fails here is left to be told of
-    by whoever tries again. An exception, Ctrl-C among them, kills the processes, and leaves no half-built engine.
+    The caller verifies them afterwards, so that latencies are measured without other load. A failed build is not
+    reported here: the caller builds that engine again, and gets the error. An exception, such as Ctrl-C, ends the
+    processes and leaves no incomplete engine.
 
     Args:
-        force: build what is there already.
-        announce: told how far it is.
+        force: build engines that exist already.
+        announce: called with the progress.
     Returns:
         Seconds of each build, by stage and backend; nothing for those that were there or failed.
     """
@@ -134,20 +135,20 @@ def _kill(processes: Collection[BaseProcess]) -> None:
         process.join()
 
 
-_worker: tuple[_Work, StagedModel] | None = None
+_worker: tuple[_Work, LoadedStages] | None = None
 
 
 def _prepare(work: _Work) -> None:
     """First thing in a process: load the model, once for all stages that come."""
     global _worker
     if sys.platform == "linux":
-        # Who is killed cannot tell its processes to stop; the kernel can.
+        # A killed parent cannot stop its processes; the kernel can.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # Ctrl-C goes to all processes of a terminal; the one that asked for the work ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(work.threads)
     logging.getLogger("frostline").setLevel(logging.WARNING)
-    _worker = work, load_staged_model(work.recipe, work.device)
+    _worker = work, load_stages(work.recipe, work.device)
 
 
 def _build(stage_name: str) -> Seconds:

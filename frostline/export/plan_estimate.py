@@ -1,4 +1,4 @@
-"""What a plan is worth: the candidates of each stage, and the predicted time of a whole training step."""
+"""Estimate a plan: the candidates of each stage, and the predicted time of a whole training step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class StageGain:
-    """One stage: who could serve it, who does and why."""
+    """One stage: the candidate backends, the chosen one and the reason."""
 
     stage: str
     choice: Choice
@@ -37,7 +37,7 @@ class StageGain:
 class StepGain:
     """Predicted milliseconds of one step: the frozen part in torch and as planned, and the live part in torch.
 
-    unmeasured: stages that are in none of these.
+    unmeasured: stages that are not included, because they were not measured.
     """
 
     torch_ms: float
@@ -47,7 +47,7 @@ class StepGain:
 
 
 def stage_gains(runtime: Runtime) -> list[StageGain]:
-    """All stages of the runtime with all backends; engines that are refused serve no more."""
+    """Return all stages of the runtime with all backends; engines that are refused are dropped."""
     refused = runtime.check_engines()
     gains = []
     for name, choice in runtime.plan.items():
@@ -57,7 +57,7 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
 
 
 def step_gain(runtime: Runtime, uses: Sequence[Use]) -> StepGain:
-    """The sums over all stages that were measured; the others count nowhere.
+    """Return the sums over all stages that were measured.
 
     Args:
         uses: of a step whose frozen outputs are not cached.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import LoraSettings, Precision, Settings
-from frostline.errors import ConfigError, DocumentError, EngineError
+from frostline.config import BaseAdapter, LoraSettings, Precision, Settings
+from frostline.errors import ConfigError, EngineError
+from frostline.experts import Experts
 from frostline.recipes import export_recipe
 from frostline.rewards.config import RewardEntry, default_rewards, stage_names
 from frostline.runtime.backends import DEFAULT_BACKEND, check_backend, get_backend
@@ -27,7 +29,9 @@ _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 class Recipe(Settings):
     """What `frostline export` does for one model; command-line flags go before it."""
 
-    model: str = Field(description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint")
+    model: str = Field(
+        description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint; empty: stages of rewards alone"
+    )
     stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="stages to export, or all")
     backends: tuple[str, ...] = Field(
         default=(DEFAULT_BACKEND,),
@@ -40,6 +44,9 @@ class Recipe(Settings):
     min_shapes: str = Field(default="", description="smallest shapes, in trtexec syntax, such as video:1x5x3x64x64")
     opt_shapes: str = Field(default="", description="shapes to tune for, in trtexec syntax")
     max_shapes: str = Field(default="", description="largest shapes, in trtexec syntax")
+    base_adapters: tuple[BaseAdapter, ...] = Field(
+        default=(), description="adapters that are merged into the denoiser as the model is loaded, as in training"
+    )
     lora: LoraSettings | None = Field(default=LoraSettings(), description="null exports a denoiser without live LoRA")
     rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
         default_factory=default_rewards, description="whose stages are exported beside the model's, each by its type"
@@ -48,7 +55,7 @@ class Recipe(Settings):
     @field_validator("stages", "backends", "compute_capabilities", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """`a,b` means the same as a list."""
+        """Split text such as `a,b` into a list."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("compute_capabilities", mode="before")
@@ -81,10 +88,12 @@ class Recipe(Settings):
     def _stages_are_known(self) -> Self:
         of_rewards = stage_names(self.rewards)
         if of_rewards is not None:
-            known = (*family_of(self.model).STAGES, *of_rewards)
+            known = (*(family_of(self.model).STAGES if self.model else ()), *of_rewards)
             for name in self.stages:
                 if name not in (ALL_STAGES, *known):
-                    raise ValueError(f"stages: no stage {name!r}: there are {', '.join(known)}")
+                    raise ValueError(f"stages: no stage {name!r}: there are {', '.join(known) or 'none'}")
+        if not self.model and ALL_STAGES in self.stages:
+            raise ValueError("model: is empty, so stages must name those of rewards, not all")
         return self
 
     @model_validator(mode="after")
@@ -100,10 +109,12 @@ class Recipe(Settings):
 
         Raises:
             ConfigError: a backend is not installed, or does not build for the GPUs asked for; or the LoRA's rank is out
-                of the range that engines serve.
+                of the range that engines serve, or a base adapter is of another model.
         """
+        if not self.of_rewards_alone:
+            family_of(self.model).check_base_adapters(self.model, self.base_adapters)
         low, _, high = self.shapes.rank
-        if self.lora is not None and not low <= self.lora.rank <= high and {ALL_STAGES, "denoiser"} & {*self.stages}:
+        if self.lora is not None and not low <= self.lora.rank <= high and self._adapted & {*self.stages}:
             raise ConfigError(
                 f"lora.rank: {self.lora.rank} is out of the range that engines serve, {low} to {high}: "
                 "choose another one, or export with --no-live-lora"
@@ -123,6 +134,12 @@ class Recipe(Settings):
             raise ConfigError(f"backend {name}: {error}") from error
 
     @property
+    def of_rewards_alone(self) -> bool:
+        """Whether it exports stages of rewards alone, for which no model is loaded."""
+        known = stage_names(self.rewards)
+        return not self.model or (known is not None and {*self.stages} <= {*known})
+
+    @property
     def shapes(self) -> ShapeRange:
         """The range of shapes.
 
@@ -138,18 +155,27 @@ class Recipe(Settings):
         return asked_maximum(self.max_shapes, family_of(self.model).GEOMETRY)
 
     def backends_for(self, precision: str) -> tuple[str, ...]:
-        """Those that compute in a stage's precision; all where none does, for that to be told."""
+        """Return the backends that compute in a precision; all if none does, so that the build reports it."""
         able = tuple(name for name in self.backends if precision in get_backend(name).precisions)
         return able or self.backends
 
-    def with_lora(self, live: bool, target_modules: str | None) -> Recipe:
-        """This recipe with a live LoRA on other layers (comma-separated), or without any."""
+    @property
+    def _adapted(self) -> set[str]:
+        """The stages with a LoRA, by all names that a recipe may call them."""
+        lora = self.lora or LoraSettings()
+        adapted = {"denoiser": lora.has_lora("low"), "denoiser_high_noise": lora.has_lora("high")}
+        return {ALL_STAGES, *(stage for stage, has_lora in adapted.items() if has_lora)}
+
+    def with_lora(self, live: bool, target_modules: str | None, experts: Experts | None = None) -> Recipe:
+        """This recipe with a live LoRA on other layers (comma-separated) or experts, or without any."""
         if not live:
             return self.model_copy(update={"lora": None})
-        if target_modules is None:
+        changes: dict[str, Any] = {} if experts is None else {"experts": experts}
+        if target_modules is not None:
+            changes["target_modules"] = [name.strip() for name in target_modules.split(",") if name.strip()]
+        if not changes:
             return self
-        targets = [name.strip() for name in target_modules.split(",") if name.strip()]
-        lora = LoraSettings.parse({**(self.lora or LoraSettings()).model_dump(), "target_modules": targets})
+        lora = LoraSettings.parse({**(self.lora or LoraSettings()).model_dump(), **changes})
         return self.model_copy(update={"lora": lora})
 
     @property
@@ -160,8 +186,25 @@ class Recipe(Settings):
         return DTYPES[self.precision]
 
 
+def reward_recipe(rewards: Sequence[RewardEntry], changes: dict[str, Any]) -> Recipe:
+    """A recipe of rewards without a model: all of their stages, unless `changes` name some.
+
+    Raises:
+        ConfigError: a reward or a field is not usable, or the rewards have no stages.
+    """
+    stages = stage_names(rewards)
+    if stages is None:
+        from frostline.rewards.build import resolve
+
+        stages = stage_names(resolve(rewards))
+    if not stages:
+        raise ConfigError("these rewards have no stages: there is nothing to export")
+    given = {name: value for name, value in changes.items() if value is not None}
+    return Recipe.parse({"model": "", "stages": stages, "rewards": tuple(rewards), **given})
+
+
 def load_recipe(model: str, changes: dict[str, Any]) -> Recipe:
-    """The recipe that `model` names, with `changes` put over it.
+    """Return the recipe that `model` names, with `changes` put over it.
 
     Args:
         model: a `.yaml` file, the name of one of `frostline init`, or a model, which gets the default recipe.
@@ -188,14 +231,9 @@ def _find(model: str) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     # The command line imports this file, for the options of `frostline export`: without PyYAML.
-    from frostline.documents import read_yaml
+    from frostline.documents import read_named_yaml
 
-    try:
-        values = read_yaml(path)
-    except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except DocumentError as error:
-        raise ConfigError(f"recipe {path} cannot be read: it {error}") from error
+    values = read_named_yaml(path, f"recipe {path}")
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} must be a mapping of settings")
     return values

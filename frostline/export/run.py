@@ -19,16 +19,17 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.engines.tolerance import Tolerance
 from frostline.runtime.identity.fingerprint import precision_of
 from frostline.runtime.stage import Stage
-from frostline.stages.staged_model import StagedModel
+from frostline.stages.staged_model import LoadedStages
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export, beside what the recipe says.
+    """Options of an export that are not in the recipe.
 
-    build: what backends heed. force: build engines that are there. dry_run: only say what would be built.
-    strict: stop at the first failure. atol, rtol, cosine: put over every stage's own tolerance.
-    jobs: processes that build; see `frostline.export.parallel_build.fitting_jobs`.
+    build: build options of the backends. force: build engines that exist already.
+    dry_run: only list what would be built. strict: stop at the first failure.
+    atol, rtol, cosine: override the tolerance of every stage.
+    jobs: number of build processes; see `frostline.export.parallel_build.fitting_jobs`.
     """
 
     build: BuildOptions = field(default_factory=BuildOptions)
@@ -41,13 +42,13 @@ class ExportOptions:
     cosine: float | None = None
 
     def tolerance(self, of_stage: Tolerance) -> Tolerance:
-        """The tolerance of a stage with this export's bounds over it."""
+        """Return the tolerance of a stage with this export's bounds over it."""
         bounds = {"atol": self.atol, "rtol": self.rtol, "cosine": self.cosine}
         return replace(of_stage, **{name: bound for name, bound in bounds.items() if bound is not None})
 
 
 def export_model(
-    staged: StagedModel,
+    staged: LoadedStages,
     recipe: Recipe,
     store: EngineStore,
     options: ExportOptions,
@@ -58,7 +59,7 @@ def export_model(
     With several jobs all is built first, and then verified here: who measures latencies must be alone.
 
     Args:
-        announce: told what is going on, in a few words.
+        announce: called with a short description of each phase.
     Raises:
         ConfigError: the recipe names a stage that the model does not have, or an unknown or unavailable backend.
         EngineError: `strict`, and an export failed.
@@ -98,7 +99,7 @@ def export_model(
         yield ExportRow(stage.name, backend, status, seconds, exported.manifest, note, stage.tolerance)
 
 
-def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stage]]:
+def planned_exports(staged: LoadedStages, recipe: Recipe) -> list[tuple[str, Stage]]:
     """Backend and stage of each export, in order: stage by stage, so that a stage is traced once.
 
     Raises:
@@ -113,7 +114,7 @@ def planned_exports(staged: StagedModel, recipe: Recipe) -> list[tuple[str, Stag
 
 
 def _build_ahead(
-    staged: StagedModel,
+    staged: LoadedStages,
     recipe: Recipe,
     planned: Sequence[tuple[str, Stage]],
     store: EngineStore,

@@ -19,7 +19,7 @@ _STYLES = {"built": "green", "present": "dim", "planned": "cyan", "failed": "bol
 
 
 def export_table(rows: Iterable[ExportRow]) -> Table:
-    """What an export did, with the parity and the latency of each engine."""
+    """Return what an export did, with the parity and the latency of each engine."""
     table = _table("stage", "backend", "status", ">seconds", ">max abs error", ">cosine", ">ms", ">torch ms")
     for row in rows:
         status = f"[{_STYLES[row.status]}]{row.status}[/]"
@@ -37,7 +37,7 @@ def export_notes(rows: Iterable[ExportRow]) -> list[str]:
 
 
 def engine_table(records: Iterable[EngineRecord]) -> Table:
-    """The engines of a store."""
+    """Return the engines of a store."""
     table = _table(
         "model", "stage", "backend", "key", "device", "precision", ">MB", ">max abs error", "created", "parity"
     )
@@ -72,13 +72,13 @@ def plan_table(gains: Iterable[StageGain]) -> Table:
 
 
 def step_gain_lines(gain: StepGain) -> list[str]:
-    """The predicted gain of one training step, in words."""
+    """Return the predicted gain of one training step, in words."""
     if not gain.torch_ms:
         return ["no engine was measured on this machine: nothing to predict"]
     left_out = f"; not counted, because not timed here: {', '.join(gain.unmeasured)}" if gain.unmeasured else ""
     whole_torch, whole_planned = gain.torch_ms + gain.live_ms, gain.planned_ms + gain.live_ms
     return [
-        f"frozen part of one step, nothing recalled: {gain.torch_ms:.0f} ms in {TORCH}, {gain.planned_ms:.0f} ms as "
+        f"frozen part of one step, uncached: {gain.torch_ms:.0f} ms in {TORCH}, {gain.planned_ms:.0f} ms as "
         f"planned ({gain.torch_ms / gain.planned_ms:.2f}x){left_out}",
         f"whole step, with a live part of about {gain.live_ms:.0f} ms (no checkpointing, backward as long "
         f"as forward): {whole_torch:.0f} ms in {TORCH}, {whole_planned:.0f} ms as planned "

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from frostline.models.precision import autocast_dtype
+
 _aten = torch.ops.aten
 # As in `F.normalize`.
 _SMALLEST_LENGTH = 1e-12
@@ -31,9 +33,8 @@ def convolution(
     dilation: tuple[int, ...],
     groups: int = 1,
 ) -> Tensor:
-    """`F.conv2d` or `F.conv3d`, in oneDNN on a CPU; the weights get no gradient."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    """Apply `F.conv2d` or `F.conv3d`, in oneDNN on a CPU; the weights get no gradient."""
+    if dtype := autocast_dtype(x.device.type):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _Convolution.apply(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
 
@@ -76,7 +77,7 @@ def convolve(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """A convolution over two or three dimensions, the latter on a CPU always in oneDNN.
+    """Convolve over two or three dimensions; on a CPU, three dimensions always in oneDNN.
 
     At batch 1 torch picks a slow path of its own for fp32: about five times slower, same numbers to 1e-6.
     """
@@ -94,7 +95,7 @@ def _in_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_slow(x: Tensor, weight: Tensor, *options: tuple[int, ...]) -> bool:
-    """Whether torch's own gradient takes the path that `convolve` goes around."""
+    """Return whether torch's own gradient takes the slow path that `convolve` avoids."""
     if weight.ndim == 4 or not _in_onednn(x, weight) or isinstance(x, FakeTensor):
         return False
     none = [0] * len(options[0])
@@ -102,7 +103,7 @@ def _is_slow(x: Tensor, weight: Tensor, *options: tuple[int, ...]) -> bool:
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """`F.prelu` with a slope that broadcasts to `x`, and gets no gradient."""
+    """Apply `F.prelu` with a slope that broadcasts to `x`, and gets no gradient."""
     return _PReLU.apply(x, slope)  # type: ignore[no-any-return]
 
 
@@ -122,12 +123,12 @@ class _PReLU(torch.autograd.Function):
 
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, front: int | Tensor = 0) -> Tensor:
-    """`F.silu(F.normalize(x, dim=1) * sqrt(C) * gamma)`, with other frames in front.
+    """Compute `F.silu(F.normalize(x, dim=1) * sqrt(C) * gamma)`, with preceding frames.
 
     Args:
         x: (B, C, T, H, W).
         gamma: (C, 1, 1, 1).
-        front: what comes before the first frame, as a causal convolution wants it: so many frames of zeros, or
+        front: frames before the first one, for a causal convolution: a number of zero frames, or
             (B, C, front, H, W), which are not normalised.
     Returns:
         (B, C, front + T, H, W).
@@ -177,7 +178,7 @@ class _RMSNormSiLU(torch.autograd.Function):
 
 
 def _runs(x: Tensor) -> tuple[Tensor, ...]:
-    """(B, C, T, H, W) in runs of frames, so that what is computed in between stays small beside the whole."""
+    """Split (B, C, T, H, W) into runs of frames, which bounds the memory of intermediate results."""
     return x.split(max(1, _ELEMENTS_AT_ONCE * x.shape[2] // x.numel()), dim=2)
 
 
@@ -186,7 +187,7 @@ def _joined(runs: list[Tensor]) -> Tensor:
 
 
 def _length(x: Tensor) -> Tensor:
-    """(B, 1, T, H, W) float32 norms over the channels."""
+    """Return (B, 1, T, H, W) float32 norms over the channels."""
     if x.device.type == "cpu":
         # `vector_norm` does not vectorise across the channels.
         x = x.float()

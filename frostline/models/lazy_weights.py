@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 # The parts that no gradient ever flows to, by the names of their stages.
 FROZEN_PARTS = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
 
-# What the names of the VAE encoder's weights begin with: they lie beside the decoder's in one file.
+# Prefixes of the VAE encoder's weights, which are in one file with the decoder's.
 VAE_ENCODER = ("model.encoder.", "model.conv1.")
 
 
@@ -34,6 +34,8 @@ class PartWeights:
         read: the tensors, from the files; may return more than these.
         files: where they come from.
         nbytes: that they take while they are in memory.
+        identity: what they depend on beside files, such as the scale of an adapter that `read` merges.
+        code: further modules, by name, whose code reads them.
     """
 
     def __init__(
@@ -42,16 +44,20 @@ class PartWeights:
         read: Callable[[], Mapping[str, Tensor]],
         files: Sequence[Path],
         nbytes: int,
+        identity: str = "",
+        code: Sequence[str] = (),
     ) -> None:
         self.nbytes = nbytes
         self._parameters = dict(parameters)
         self._read = read
         self._files = tuple(files)
+        self._identity = identity
+        self._code = tuple(code)
         self.source = self._source()
         self._as_read = self._memory()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """The same of copies of the parameters."""
+        """Return a copy for copies of the parameters."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -60,9 +66,9 @@ class PartWeights:
         return copied
 
     @property
-    def reader(self) -> str:
-        """The module whose code reads the tensors."""
-        return (self._read.func if isinstance(self._read, partial) else self._read).__module__
+    def readers(self) -> tuple[str, ...]:
+        """The modules whose code reads the tensors."""
+        return ((self._read.func if isinstance(self._read, partial) else self._read).__module__, *self._code)
 
     @property
     def resident(self) -> bool:
@@ -71,7 +77,7 @@ class PartWeights:
 
     @property
     def as_read(self) -> bool:
-        """Whether they are in memory as they were read: nobody has changed or moved them since."""
+        """Whether they are in memory and have been neither changed nor moved since they were read."""
         return self.resident and self._memory() == self._as_read
 
     def release(self) -> None:
@@ -91,18 +97,20 @@ class PartWeights:
         if self.resident:
             return
         if self._source() != self.source:
-            raise ConfigError(f"{self._files[0]} has changed since it was loaded: start again")
+            names = ", ".join(map(str, self._files))
+            which = "it has" if len(self._files) == 1 else "one of them has"
+            raise ConfigError(f"{names}: {which} changed since it was loaded: start again")
         tensors = self._read()
         for name, parameter in self._parameters.items():
             parameter.data = tensors[name]
         self._as_read = self._memory()
 
     def _memory(self) -> list[tuple[int, int]]:
-        """Where each parameter lies, and how often it was changed in place."""
+        """Return address and version counter of each parameter."""
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters.values()]
 
     def _source(self) -> str:
-        """The content of the files as far as can be told without reading them, and the type of the weights."""
+        """Return an id of the files, from their sizes and modification times, and the type of the weights."""
         stats = []
         for path in self._files:
             try:
@@ -111,12 +119,12 @@ class PartWeights:
                 raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
             stats.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
         dtypes = sorted({str(parameter.dtype) for parameter in self._parameters.values()})
-        return "\n".join([*stats, *dtypes])
+        return "\n".join([*stats, *dtypes, self._identity])
 
 
 def empty_parameters(module: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Leave `module` without weights: every parameter becomes an empty one."""
+    """Leave `module` without the weights that are on the meta device: each of these becomes an empty parameter."""
     for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            part._parameters[name] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
-            del parameter
+        for name, parameter in [*part.named_parameters(recurse=False)]:
+            if parameter.is_meta:
+                part._parameters[name] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)

@@ -12,10 +12,10 @@ DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float1
 
 
 def parse_precision(name: str) -> torch.dtype:
-    """The type of this name.
+    """Return the torch type of a precision.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     if name not in DTYPES:
         raise ConfigError(f"unknown precision {name!r}: use one of {', '.join(DTYPES)}")
@@ -23,12 +23,19 @@ def parse_precision(name: str) -> torch.dtype:
 
 
 def precision_name(dtype: object) -> str:
-    """The name of this type: the inverse of `parse_precision`.
+    """Return the precision of a torch type: the inverse of `parse_precision`.
 
     Raises:
-        ConfigError: weights cannot be of this type.
+        ConfigError: the type is not one of `DTYPES`.
     """
     for name, known in DTYPES.items():
         if dtype is known:
             return name
     raise ConfigError(f"dtype: weights cannot be {dtype!r}: use one of {', '.join(map(str, DTYPES.values()))}")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the type that autocast computes in on a device; None where it is off, or the device has none (meta)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -33,7 +33,16 @@ class FlowMatchSchedule:
     def sigmas(self) -> Tensor:
         """(N + 1,) float64, from 1 down to 0."""
         u = 1 - torch.arange(self.num_inference_steps + 1, dtype=torch.float64) / self.num_inference_steps
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        return self._shifted(u)
+
+    def drawn_sigma(self, lowest: float = 0.0, highest: float = 1.0) -> float:
+        """Draw a sigma in [lowest, highest) whose u is uniform, from torch's generator of the CPU.
+
+        Args:
+            lowest, highest: in [0, 1].
+        """
+        first, last = (sigma / (self.shift - (self.shift - 1) * sigma) for sigma in (lowest, highest))
+        return self._shifted(first + (last - first) * torch.rand((), dtype=torch.float64)).item()
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -41,9 +50,12 @@ class FlowMatchSchedule:
         return TRAIN_TIMESTEPS * self.sigmas
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        """`x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, t_i)`."""
+        """Compute `x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, t_i)`."""
         return latents + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity
 
     def high_noise_steps(self, boundary: float) -> int:
-        """How many leading steps the high-noise expert serves: those with `t_i >= boundary * 1000`."""
+        """Return how many leading steps the high-noise expert serves: those with `t_i >= boundary * 1000`."""
         return int((self.sigmas[:-1] >= boundary).sum())
+
+    def _shifted(self, u: Tensor) -> Tensor:
+        return self.shift * u / (1 + (self.shift - 1) * u)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from frostline.errors import ConfigError
@@ -54,6 +55,10 @@ class Geometry:
     def nearest_side(self, pixels: int) -> int:
         """Return the multiple of `spatial_multiple` nearest to a height or width, at least one; halfway goes up."""
         return nearest_multiple(pixels, self.spatial_multiple)
+
+    def square_side(self, pixels: int) -> int:
+        """Return the side of the square nearest to so many pixels."""
+        return self.nearest_side(math.isqrt(pixels))
 
     def check_frames(self, num_frames: int) -> None:
         """Refuse a number of frames that the model does not take.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from frostline.report.page import Tile
+from frostline.report.page import Tile, Trend
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NONE = "\N{EN DASH}"
@@ -12,18 +12,17 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def change_tile(
-    label: str, before: float, after: float, digits: int, note: str, unit: str = "", tolerance: float = 0.0
+    label: str, before: float, after: float, digits: int, note: str, unit: str = "", trend: Trend = "same"
 ) -> Tile:
-    """A figure where higher is better; a fall within the tolerance is not bad news."""
+    """A figure that changed. trend: whether that is good news."""
     gain = after - before
     if math.isnan(gain):
         change, trend = "", "same"
     elif round(gain, digits) == 0:
-        change, trend = "unchanged", "same"
+        change = "unchanged"
     else:
         sign = "+" if gain > 0 else _MINUS
         change = f"{sign}{abs(gain):.{digits}f} {unit if unit != '%' else 'points'}".strip()
-        trend = "better" if gain > 0 else "worse" if gain < -tolerance else "same"
     return Tile(label, fixed(after, digits), unit, fixed(before, digits), change, trend, note)
 
 

@@ -29,6 +29,9 @@ from frostline.report.rendering import asset, render
 _IMAGE_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _LARGE_IMAGE_BYTES = 200_000
 
+Trend = Literal["better", "worse", "same"]
+"""Whether a change is good news."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -42,7 +45,7 @@ class Tile:
     unit: str = ""
     before: str = ""
     change: str = ""
-    trend: Literal["better", "worse", "same"] = "same"
+    trend: Trend = "same"
     note: str = ""
 
 
@@ -131,9 +134,9 @@ class Page:
         """A heading within a section, with a remark in grey behind it."""
         self._add("subheading", text=text, note=note)
 
-    def paragraph(self, text: str, lead: bool = False) -> None:
-        """A paragraph; a lead says in larger type what the page comes to."""
-        self._add("paragraph", text=text, lead=lead)
+    def paragraph(self, text: str, lead: bool = False, trend: Trend = "same") -> None:
+        """A paragraph; a lead says in larger type what the page comes to, in the colour of good or bad news."""
+        self._add("paragraph", text=text, lead=lead, trend=trend)
 
     def tiles(self, tiles: Sequence[Tile]) -> None:
         """Key figures, side by side as the width allows."""

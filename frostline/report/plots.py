@@ -39,13 +39,13 @@ COLOURS = {
 }
 """CSS variable to its light colour. Told apart by colour-blind readers; page.css has the dark ones."""
 
-_INK, _MUTED, _RULE, *_SERIES = COLOURS.values()
+INK, MUTED, RULE, *SERIES = COLOURS.values()
 _FONT_SIZE = 12
-_CHARACTER_WIDTH = 0.56 * _FONT_SIZE
-_LINE_HEIGHT = 15.0
+CHARACTER_WIDTH = 0.56 * _FONT_SIZE
+LINE_HEIGHT = 15.0
 _TOP = 30.0
 """Pixels above the plot: the y label stands there, upright, where it is read first."""
-_BOTTOM = 42.0
+BOTTOM = 42.0
 
 
 def line_plot(
@@ -63,31 +63,31 @@ def line_plot(
     smooth: draw the moving average over so many points, and the points themselves pale behind it.
     percent: shares of 1, shown as percentages.
     """
-    with _figure(size) as (figure, axes):
+    with figure_of(size) as (figure, axes):
         ends: list[tuple[float, float, str, str]] = []
         for index, (name, raw) in enumerate(series.items()):
-            values = _finite(raw)
+            values = finite(raw)
             places = list(range(len(values))) if x is None else list(x)
             if len(places) != len(values):
                 raise ValueError(f"series '{name}' has {len(values)} values for {len(places)} places on the x axis")
-            colour = _SERIES[index % len(_SERIES)]
+            colour = SERIES[index % len(SERIES)]
             averaged = moving_average(values, smooth) if smooth and smooth > 1 else values
             if averaged is not values:
-                _draw_line(axes, places, values, colour, width=1.0, alpha=0.3)
-            _draw_line(axes, places, averaged, colour, width=2.0)
+                draw_line(axes, places, values, colour, width=1.0, alpha=0.3)
+            draw_line(axes, places, averaged, colour, width=2.0)
             last = max((i for i, value in enumerate(averaged) if not math.isnan(value)), default=None)
             if last is not None:
-                label = printable(name) if len(series) > 1 else _number(averaged[last], percent)
+                label = printable(name) if len(series) > 1 else short_number(averaged[last], percent)
                 ends.append((places[last], averaged[last], label, colour))
         if not ends:
-            return _svg(figure, axes, "no values")
+            return as_svg(figure, axes, "no values")
         if y_range is not None:
             axes.set_ylim(*y_range)
         whole = all(float(place).is_integer() for place in x or [])
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole))
         _lay_out(figure, axes, xlabel, ylabel, percent, right=max(len(label) for *_, label, _ in ends))
         _label_ends(axes, ends)
-        return _svg(figure, axes)
+        return as_svg(figure, axes)
 
 
 def paired_plot(
@@ -103,27 +103,27 @@ def paired_plot(
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")
-    pairs = [(b, a) for b, a in zip(_finite(before), _finite(after), strict=True) if not math.isnan(a + b)]
-    with _figure(size) as (figure, axes):
+    pairs = [(b, a) for b, a in zip(finite(before), finite(after), strict=True) if not math.isnan(a + b)]
+    with figure_of(size) as (figure, axes):
         if not pairs:
-            return _svg(figure, axes, "no values")
+            return as_svg(figure, axes, "no values")
         for pair in pairs:
             rises = pair[1] >= pair[0]
-            colour, dashes = (_SERIES[0], "-") if rises else (_SERIES[1], (0, (4, 3)))
+            colour, dashes = (SERIES[0], "-") if rises else (SERIES[1], (0, (4, 3)))
             axes.plot([0, 1], pair, color=colour, linestyle=dashes, linewidth=1.2, alpha=0.55, clip_on=False)
             axes.plot([0, 1], pair, "o", color=colour, markersize=4, markeredgewidth=0, clip_on=False)
         axes.set_xlim(-0.12, 1.12)
         _lay_out(figure, axes, " ", ylabel, percent=False, right=1)
         means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
-        words = [f"{printable(label)}\nmean {_number(mean)}" for label, mean in zip(labels, means, strict=True)]
+        words = [f"{printable(label)}\nmean {short_number(mean)}" for label, mean in zip(labels, means, strict=True)]
         axes.set_xticks([0, 1], words)
         for tick in axes.get_xticklabels():
-            tick.set_color(_INK)
+            tick.set_color(INK)
         _mean_mark(axes, 0, means[0])
         _mean_mark(axes, 1, means[1])
         up = sum(a > b for b, a in pairs)
         _corner_label(figure, f"{up} of {len(pairs)} up")
-        return _svg(figure, axes)
+        return as_svg(figure, axes)
 
 
 def bar_plot(
@@ -138,12 +138,12 @@ def bar_plot(
     """
     names = list(dict.fromkeys(name for group in bars.values() for name in group))
     titled = len(bars) > 1
-    bar, group_gap, title_height = 13.0, 12.0, _LINE_HEIGHT + 3 if titled else 0.0
+    bar, group_gap, title_height = 13.0, 12.0, LINE_HEIGHT + 3 if titled else 0.0
     height = sum(title_height + group_gap + (bar + 4) * len(group) for group in bars.values())
-    with _figure(size or (SIZE[0], max(60, round(height + 4)))) as (figure, axes):
-        values = [value for group in bars.values() for value in _finite(list(group.values())) if not math.isnan(value)]
+    with figure_of(size or (SIZE[0], max(60, round(height + 4)))) as (figure, axes):
+        values = [value for group in bars.values() for value in finite(list(group.values())) if not math.isnan(value)]
         if not values:
-            return _svg(figure, axes, "no values")
+            return as_svg(figure, axes, "no values")
         unit = f" {unit}" if unit else ""
         longest = max(*values, 1e-12)
         scale = math.inf  # pixels of the longest bar, such that every bar leaves room for its label
@@ -153,23 +153,23 @@ def bar_plot(
         top = 0.0
         for index, (category, group) in enumerate(bars.items()):
             if titled:
-                axes.text(0, top + title_height - 5, printable(category), color=_INK, va="baseline")
+                axes.text(0, top + title_height - 5, printable(category), color=INK, va="baseline")
             top += title_height
-            for name, value in zip(group, _finite(list(group.values())), strict=True):
-                colour = _SERIES[names.index(name) % len(_SERIES)]
-                text = "no value" if math.isnan(value) else _number(value) + unit
+            for name, value in zip(group, finite(list(group.values())), strict=True):
+                colour = SERIES[names.index(name) % len(SERIES)]
+                text = "no value" if math.isnan(value) else short_number(value) + unit
                 if index == 0 and len(names) > 1:
                     text += f"  {name}"
                 shown = 0.0 if math.isnan(value) else value
                 axes.barh(top + bar / 2, shown, height=bar, color=colour, linewidth=0, clip_on=False)
-                room = figure_width - len(text) * _CHARACTER_WIDTH - 12
+                room = figure_width - len(text) * CHARACTER_WIDTH - 12
                 scale = min(scale, room * longest / shown) if shown else scale
                 _beside(axes, shown, top + bar / 2, text, colour)
                 top += bar + 4
             top += group_gap
         axes.set_xlim(0, longest)
         axes.set_position((0, 0, min(1.0, scale / figure_width), 1))
-        return _svg(figure, axes)
+        return as_svg(figure, axes)
 
 
 def histogram(
@@ -181,11 +181,11 @@ def histogram(
     size: tuple[int, int] = SIZE,
 ) -> str:
     """How many values fall where; `marks` names places on the x axis, e.g. {"median": 0.61}."""
-    finite = [value for value in _finite(values) if not math.isnan(value)]
-    with _figure(size) as (figure, axes):
-        if not finite:
-            return _svg(figure, axes, "no values")
-        axes.hist(finite, bins=bins, color=_SERIES[0], alpha=0.8, rwidth=0.94, linewidth=0, clip_on=False)
+    numbers = [value for value in finite(values) if not math.isnan(value)]
+    with figure_of(size) as (figure, axes):
+        if not numbers:
+            return as_svg(figure, axes, "no values")
+        axes.hist(numbers, bins=bins, color=SERIES[0], alpha=0.8, rwidth=0.94, linewidth=0, clip_on=False)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         _lay_out(figure, axes, xlabel, ylabel, percent=False, right=1)
@@ -193,14 +193,14 @@ def histogram(
         marked = sorted((marks or {}).items(), key=lambda mark: mark[1])
         for row, (name, place) in enumerate(marked):
             y = top * (1 - 0.09 * (row % 3))
-            axes.plot([place, place], [0, y], color=_INK, linewidth=1.2, linestyle=(0, (2, 2)), clip_on=False)
-            _beside(axes, place, y, f"{name} {_number(place)}", _INK)
-        return _svg(figure, axes)
+            axes.plot([place, place], [0, y], color=INK, linewidth=1.2, linestyle=(0, (2, 2)), clip_on=False)
+            _beside(axes, place, y, f"{name} {short_number(place)}", INK)
+        return as_svg(figure, axes)
 
 
 def moving_average(values: Values, window: int) -> list[float]:
     """The mean of the `window` values around each place, as far as there are any; a gap stays a gap."""
-    numbers = _finite(values)
+    numbers = finite(values)
     before, after = (window - 1) // 2, window // 2
     result = []
     for index, value in enumerate(numbers):
@@ -209,12 +209,12 @@ def moving_average(values: Values, window: int) -> list[float]:
     return result
 
 
-def _finite(values: Values) -> list[float]:
+def finite(values: Values) -> list[float]:
     """Floats, with NaN for every gap."""
     return [float(v) if v is not None and math.isfinite(v) else math.nan for v in values]
 
 
-def _number(value: float, percent: bool = False) -> str:
+def short_number(value: float, percent: bool = False) -> str:
     """Three significant digits, without trailing zeros beyond what the size asks for: 0.671, 12.4, 655, 3.1e-05."""
     if percent:
         return f"{100 * value:.0f} %" if abs(value) >= 0.9995 or value == 0 else f"{100 * value:.1f} %"
@@ -224,7 +224,7 @@ def _number(value: float, percent: bool = False) -> str:
 
 
 @contextmanager
-def _figure(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
+def figure_of(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
     """A figure of so many CSS pixels with one bare axes, in our style whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -244,7 +244,7 @@ def _figure(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
-def _draw_line(
+def draw_line(
     axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, width: float, alpha: float | None = None
 ) -> None:
     """A line broken at gaps; a value alone between two gaps is a dot, for no line leads to it."""
@@ -262,30 +262,30 @@ def _draw_line(
 
 def _lay_out(figure: Figure, axes: Axes, xlabel: str, ylabel: str, percent: bool, right: int) -> None:
     """Place the axes so that tick labels on the left and `right` characters beyond the right edge have room."""
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %") if percent else FuncFormatter(_tick))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %") if percent else FuncFormatter(tick_text))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
     if not isinstance(axes.yaxis.get_major_locator(), MaxNLocator) or not axes.patches:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.tick_params(length=0, pad=7, labelcolor=_MUTED)
+    axes.tick_params(length=0, pad=7, labelcolor=MUTED)
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
-    axes.grid(axis="y", color=_RULE, linewidth=1)
+    axes.spines["bottom"].set_color(RULE)
+    axes.grid(axis="y", color=RULE, linewidth=1)
     axes.set_axisbelow(True)
-    axes.set_xlabel(printable(xlabel), color=_MUTED, labelpad=4)
+    axes.set_xlabel(printable(xlabel), color=MUTED, labelpad=4)
     width, height = figure.get_size_inches() * figure.dpi
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= high]
     labels = axes.yaxis.get_major_formatter().format_ticks(ticks)
-    left = max(map(len, labels), default=0) * _CHARACTER_WIDTH + 10
-    right_room = right * _CHARACTER_WIDTH + 12
-    bottom = _BOTTOM if xlabel else _BOTTOM - 16
+    left = max(map(len, labels), default=0) * CHARACTER_WIDTH + 10
+    right_room = right * CHARACTER_WIDTH + 12
+    bottom = BOTTOM if xlabel else BOTTOM - 16
     inner_width, inner_height = width - left - right_room, height - bottom - _TOP
     axes.set_position((left / width, bottom / height, inner_width / width, inner_height / height))
-    figure.text(0, 1 - 12 / height, printable(ylabel), color=_MUTED, va="baseline", ha="left")
+    figure.text(0, 1 - 12 / height, printable(ylabel), color=MUTED, va="baseline", ha="left")
 
 
-def _tick(value: float, _position: int | None = None) -> str:
+def tick_text(value: float, _position: int | None = None) -> str:
     return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -295,7 +295,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
     box = axes.get_window_extent()
     ordered = sorted(ends, key=lambda end: end[1])
     heights = [float(to_pixels.transform((x, y))[1]) for x, y, *_ in ordered]
-    heights = _spread(heights, _LINE_HEIGHT)
+    heights = _spread(heights, LINE_HEIGHT)
     overshoot = max(0.0, heights[-1] - box.y1)
     for (x, y, label, colour), height in zip(ordered, heights, strict=True):
         offset = (9.0, height - overshoot - float(to_pixels.transform((x, y))[1]))
@@ -313,12 +313,12 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _mean_mark(axes: Axes, x: float, y: float) -> None:
-    axes.plot([x - 0.05, x + 0.05], [y, y], color=_INK, linewidth=2.5, solid_capstyle="butt", clip_on=False, zorder=5)
+    axes.plot([x - 0.05, x + 0.05], [y, y], color=INK, linewidth=2.5, solid_capstyle="butt", clip_on=False, zorder=5)
 
 
 def _corner_label(figure: Figure, text: str) -> None:
     height = figure.get_figheight() * figure.dpi
-    figure.text(1, 1 - 12 / height, text, color=_INK, va="baseline", ha="right", fontweight="bold")
+    figure.text(1, 1 - 12 / height, text, color=INK, va="baseline", ha="right", fontweight="bold")
 
 
 def _beside(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
@@ -328,11 +328,11 @@ def _beside(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
     )
 
 
-def _svg(figure: Figure, axes: Axes, message: str = "") -> str:
+def as_svg(figure: Figure, axes: Axes, message: str = "") -> str:
     """The figure as SVG markup to put inside HTML; `message` stands alone in place of an empty plot."""
     if message:
         axes.set_axis_off()
-        figure.text(0.5, 0.5, message, color=_MUTED, ha="center", va="center")
+        figure.text(0.5, 0.5, message, color=MUTED, ha="center", va="center")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from frostline.atomic_io import file_sha256
 from frostline.errors import ConfigError
-from frostline.rewards.active import ActiveReward
+from frostline.rewards.active import ActiveReward, label_of
 from frostline.rewards.config import ClassEntry, RewardConfig, RewardEntry
 from frostline.rewards.reward import Reward
 from frostline.rewards.reward_class import import_reward, look_for_reward
@@ -18,8 +19,10 @@ from frostline.runtime.identity.computation import computation_id
 from frostline.runtime.stage import Stage
 from frostline.stages.shapes import ShapeRange
 
+# The sections of the settings that list rewards.
+REWARDS, JUDGES = "rewards", "validation.judges"
 # What only weighs a score says nothing of references.
-_OF_THE_LOSS = {*RewardConfig.model_fields} - {"type"}
+_OF_ANY_REWARD = {*RewardConfig.model_fields} - {"type"}
 _INTERFACE = ("name", "unscored", "stages", "live_networks", "references", "score")
 
 
@@ -36,15 +39,18 @@ class FrozenNetworks(nn.ModuleList):
 
 
 def build_rewards(
-    entries: Sequence[RewardEntry], device: torch.device | str, shapes: ShapeRange
+    entries: Sequence[RewardEntry], device: torch.device | str, shapes: ShapeRange, section: str = REWARDS
 ) -> tuple[ActiveReward, ...]:
-    """All rewards, their networks on `device`, and their stages.
+    """All rewards, or judges, of a section of the settings, their networks on `device`, and their stages.
 
+    Args:
+        section: `rewards` or `validation.judges`, to be named in errors.
     Raises:
-        ConfigError: a class cannot be found or made, a file is missing, or two rewards go by one name.
+        ConfigError: a class cannot be found or made, a file is missing, or two rewards go by one name, or two judges by
+            one label.
     """
-    made = [_make(f"rewards.{number}", entry) for number, entry in enumerate(entries)]
-    _check_names([reward for reward, _ in made])
+    made = [_make(f"{section}.{number}", entry) for number, entry in enumerate(entries)]
+    _check_names(section, made)
     active = []
     for number, (reward, config) in enumerate(made):
         for network in networks_of(reward):
@@ -53,38 +59,49 @@ def build_rewards(
         names = {stage.name for stage in stages}
         if names != {*config.stage_names()}:
             raise ConfigError(
-                f"rewards.{number} {config.type}: the stages that it brings ({_listed(names)}) are not those that "
+                f"{section}.{number} {config.type}: the stages that it brings ({_listed(names)}) are not those that "
                 f"its Config names in uses ({_listed(config.stage_names())})"
             )
         active.append(ActiveReward(reward, config, stages, _references_key(reward, config, stages)))
     return tuple(active)
 
 
-def check_rewards(entries: Sequence[RewardEntry], runs: bool) -> None:
+def check_rewards(entries: Sequence[RewardEntry], runs: bool, section: str = REWARDS) -> None:
     """Refuse what can be refused before a model is loaded, by making the rewards.
 
     Args:
         runs: whether a run follows; where it does not, nothing of the user's is imported, only looked for.
+        section: as for `build_rewards`.
     Raises:
         ConfigError: see `build_rewards`.
     """
     made = []
     for number, entry in enumerate(entries):
-        where = f"rewards.{number}"
+        where = f"{section}.{number}"
         if isinstance(entry, ClassEntry) and not runs:
             look_for_reward(entry.type, where)
         else:
-            made.append(_make(where, entry)[0])
-    _check_names(made)
+            made.append(_make(where, entry))
+    _check_names(section, made)
 
 
-def resolve(entries: Sequence[RewardEntry]) -> tuple[RewardConfig, ...]:
+def make_builtin(entries: Sequence[RewardEntry], section: str = REWARDS) -> list[tuple[Reward, RewardConfig]]:
+    """Make the rewards among `entries` that are frostline's own: no module of the user's is imported.
+
+    Raises:
+        ConfigError: what one needs, such as a file of weights, cannot be had.
+    """
+    own = [(number, entry) for number, entry in enumerate(entries) if isinstance(entry, RewardConfig)]
+    return [_make(f"{section}.{number}", entry) for number, entry in own]
+
+
+def resolve(entries: Sequence[RewardEntry], section: str = REWARDS) -> tuple[RewardConfig, ...]:
     """The settings of each reward; a class of the user's is imported for them.
 
     Raises:
         ConfigError: there is no such class, or its `Config` refuses the entry.
     """
-    return tuple(_resolved(f"rewards.{number}", entry)[0] for number, entry in enumerate(entries))
+    return tuple(_resolved(f"{section}.{number}", entry)[0] for number, entry in enumerate(entries))
 
 
 def networks_of(reward: Reward) -> list[nn.Module]:
@@ -96,7 +113,10 @@ def networks_of(reward: Reward) -> list[nn.Module]:
 def _make(where: str, entry: RewardEntry) -> tuple[Reward, RewardConfig]:
     config, made_by = _resolved(where, entry)
     if made_by is None:
-        return config.build(), config
+        try:
+            return config.build(), config
+        except ConfigError as error:
+            raise ConfigError(f"{where} {entry.type}: {error}") from error
     try:
         reward = made_by(config)
     except (TypeError, ValueError) as error:
@@ -130,20 +150,24 @@ def _resolved(where: str, entry: RewardEntry) -> tuple[RewardConfig, type[Any] |
         raise ConfigError(f"{where}.options ({entry.type}): {error}") from None
 
 
-def _check_names(rewards: Sequence[Reward]) -> None:
-    """Two rewards of one name could not be told apart in logs, nor two stages of one name in the runtime."""
-    names = [reward.name for reward in rewards]
+def _check_names(section: str, made: Sequence[tuple[Reward, RewardConfig]]) -> None:
+    """Two of one name could not be told apart in logs, nor, of rewards, two stages of one name in the runtime."""
+    if section == REWARDS:
+        names, advice = [reward.name for reward, _ in made], "leave one out, and give the other its weight"
+    else:
+        names, advice = [label_of(reward, config) for reward, config in made], "leave one out"
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"rewards: two go by the name {name!r}: leave one out, and give the other its weight")
+            raise ConfigError(f"{section}: two go by the name {name!r}: {advice}")
 
 
 def _references_key(reward: Reward, config: RewardConfig, stages: Sequence[Stage]) -> str:
     module = type(reward).__module__
     return content_key(
-        config=config.model_dump(mode="json", exclude=_OF_THE_LOSS),
+        config=config.model_dump(mode="json", exclude=_OF_ANY_REWARD),
         computation=computation_id([module], source_of=[module.partition(".")[0]]),
         state=dict(_state(reward, stages)),
+        files=[file_sha256(path) for path in getattr(reward, "reference_files", ())],
     )
 
 

@@ -18,10 +18,12 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from frostline.config import Settings
+from frostline.rewards.frame_selection import ALL, check_selection
+from frostline.rewards.inputs import Need
 from frostline.stages.provider import Use
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 
 OnUnscored = Literal["skip", "zero", "error"]
 DEFAULT = "face_identity"
+OF_THE_LOSS = frozenset({"weight", "baseline", "scale", "cap"})
+"""Settings of any reward that only weigh its score in the loss."""
+_CAP = "score of a sample above which there is no more gain and no gradient; no cap if not given"
+_FRAMES = "generated frames that are looked at: all, first, last, every:N or random:N"
 _DEFINES_A_CONFIG = re.compile(r"^class Config\(", re.MULTILINE)
 
 
@@ -68,14 +74,20 @@ class RewardConfig(RewardEntry):
 
     uses: of the stages that the reward brings, in a training step; told without loading anything.
     stage_code: the modules whose code makes them; those of the whole reward where it names none.
+    needs: what it needs of a sample beside the generated frames.
+    needs_neighbours: whether it compares frames that follow each other, so that none may be left out.
     """
 
     uses: ClassVar[tuple[Use, ...]] = ()
     stage_code: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
+    needs_neighbours: ClassVar[bool] = False
 
     weight: float = Field(default=0.1, ge=0, description="weight of the reward in the loss")
     baseline: float = Field(default=0.0, description="score at which the reward is zero")
     scale: float = Field(default=1.0, gt=0, description="spread of scores that counts as one unit")
+    cap: float | None = Field(default=None, description=_CAP)
+    frames: str = Field(default=ALL, description=_FRAMES)
     on_unscored: OnUnscored = Field(
         default="skip", description="samples that cannot be scored: no reward, a score of 0, or an error"
     )
@@ -85,10 +97,25 @@ class RewardConfig(RewardEntry):
     def _goes_by_the_name_of_its_file(cls, values: Any) -> Any:
         return {"type": cls.__module__.rpartition(".")[2], **values} if isinstance(values, dict) else values
 
+    @field_validator("frames")
     @classmethod
-    def stage_names(cls) -> tuple[str, ...]:
+    def _frames_can_be_selected(cls, value: str) -> str:
+        if check_selection(value) != ALL and cls.needs_neighbours:
+            raise ValueError(f"this reward compares neighbouring frames: it takes {ALL} alone, not {value!r}")
+        return value
+
+    @property
+    def label(self) -> str:
+        """What its score is called where several rewards of one type may be: those of judges and of files."""
+        return self.type
+
+    def step_uses(self) -> tuple[Use, ...]:
+        """Return the uses with these settings: those of the class, or fewer."""
+        return self.uses
+
+    def stage_names(self) -> tuple[str, ...]:
         """Return the names of the stages that the reward brings."""
-        return tuple(dict.fromkeys(use.stage for use in cls.uses))
+        return tuple(dict.fromkeys(use.stage for use in self.step_uses()))
 
     def build(self) -> Reward:
         """Make the reward; what takes long to import is imported here. Only rewards of frostline are made this way.
@@ -105,6 +132,8 @@ class ClassEntry(RewardEntry):
     weight: float | None = Field(default=None, ge=0, description="weight of the reward in the loss")
     baseline: float | None = Field(default=None, description="score at which the reward is zero")
     scale: float | None = Field(default=None, gt=0, description="spread of scores that counts as one unit")
+    cap: float | None = Field(default=None, description=_CAP)
+    frames: str | None = Field(default=None, description=_FRAMES)
     on_unscored: OnUnscored | None = Field(
         default=None, description="samples that cannot be scored: no reward, a score of 0, or an error"
     )

@@ -30,8 +30,10 @@ def reward_loss(
 ) -> RewardLoss:
     """The sum of `-(score - baseline) / scale * weight`, each score the mean over the samples that count.
 
+    In the loss, the score of a sample is at most the reward's `cap`; what is reported is the score itself.
+
     Samples that a reward cannot score count as 0 or not at all, as `on_unscored` says; their gradient is zero either
-    way. Without a sample that counts there is no reward: a loss of 0 that still hangs on the graph.
+    way. Without a sample that counts there is no reward: a loss of 0 that is still connected to the graph.
 
     Args:
         mean_count: from the number of samples that count here to its mean over all processes. Where gradients are
@@ -45,12 +47,13 @@ def reward_loss(
         everywhere = mean_count(counts.sum().float())
         # The share of this process: 1 on average.
         share = counts.sum() / everywhere.clamp(min=torch.finfo(torch.float32).tiny)
-        score = torch.where(counts, scored.score, 0).sum()
-        mean = score / counts.sum().clamp(min=1)
+        score, count = torch.where(counts, scored.score, 0), counts.sum()
+        gained = score if config.cap is None else score.clamp(max=config.cap)
+        mean = torch.where(counts, gained, 0).sum() / count.clamp(min=1)
         loss = -(mean - config.baseline) / config.scale * config.weight * share
         loss = torch.where(everywhere > 0, loss, 0 * mean)
         total = loss if total is None else total + loss
-        means[active.name] = (mean * share).detach()
-        totals[active.name] = (score.detach(), counts.sum())
+        means[active.name] = (score.sum() / count.clamp(min=1) * share).detach()
+        totals[active.name] = (score.sum().detach(), count)
     assert total is not None
     return RewardLoss(total, means, totals)

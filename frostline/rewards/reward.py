@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from frostline.stages.provider import StageProvider
@@ -26,11 +27,14 @@ class RewardScore:
 
     score: (B,) with graph; 0 with zero gradient where `valid` is False. valid: (B,) bool, whether there was anything
     to score. metrics: further figures of each video, (B,) without graph, by name.
+    frame_scores: (B, T) without graph, of each frame that was looked at, NaN where it could not be scored; None of a
+    reward that says nothing of single frames. By them validation pairs the frames of two generated videos.
     """
 
     score: Tensor
     valid: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    frame_scores: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +61,14 @@ class Reward(StageProvider, Protocol):
         Config: the settings that it is made of.
         name: what logs call its score.
         unscored: what is said of samples that it cannot score.
+        reference_files: small files, such as a tokenizer's, that its references depend on beside code, settings and
+            weights; their content counts.
     """
 
     Config: type[RewardConfig]
     name: str
     unscored: str = "nothing to score"
+    reference_files: Sequence[Path] = ()
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
         """Return the stages that the reward brings; their names are those in `Config.uses`."""

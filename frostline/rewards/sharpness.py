@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from frostline.rewards.config import RewardConfig
+from frostline.rewards.frame_reward import FrameReward
 from frostline.rewards.reward import Reward, RewardScore
 
 # Settings are read without torch: what needs it imports it where it is called, or lies in a file of its own.
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from frostline.rewards.active import RewardStages
-    from frostline.rewards.inputs import RewardInputs
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -32,7 +32,7 @@ class Config(RewardConfig):
         return SharpnessReward(self)
 
 
-class SharpnessReward(Reward):
+class SharpnessReward(FrameReward):
     """`-log(s / s_ref)^2`, where s is the mean squared Laplacian of the luminance.
 
     0 is the best score: as sharp as the reference. Nothing is won by sharpening past it.
@@ -44,27 +44,29 @@ class SharpnessReward(Reward):
     def __init__(self, config: Config) -> None:
         self.floor = config.floor
 
-    def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
-        """The sharpness (B,) of the frames that are generated: all but the first, which is given."""
-        return {"sharpness": self._sharpness(sample.video[:, 1:])}
-
-    def score(
-        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
-    ) -> RewardScore:
-        """All videos can be scored."""
-        import torch
-
-        sharpness = self._sharpness(frames[:, 1:])
-        ratio = sharpness / references["sharpness"]
-        valid = torch.ones_like(ratio, dtype=torch.bool)
-        return RewardScore(-ratio.log().square(), valid, {"sharpness_ratio": ratio.detach()})
-
-    def _sharpness(self, frames: Tensor) -> Tensor:
-        """(B,) at least `floor`, of (B, T, 3, H, W) frames in [0, 1]."""
+    def features(self, frames: Tensor, run: RewardStages) -> Tensor:
+        """The mean squared Laplacian (B, T, 1) of each frame."""
         import torch
         import torch.nn.functional as F
 
         luma = (frames.float() * frames.new_tensor(_LUMA, dtype=torch.float32)[:, None, None]).sum(dim=2)
         kernel = luma.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
         edges = F.conv2d(luma.flatten(0, 1)[:, None], kernel)
-        return edges.square().flatten(1).mean(dim=1).unflatten(0, frames.shape[:2]).mean(dim=1) + self.floor
+        return edges.square().flatten(1).mean(dim=1).unflatten(0, frames.shape[:2])[..., None]
+
+    def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
+        """The sharpness (B,) of the reference."""
+        assert features is not None
+        return {"sharpness": self._pooled(features)}
+
+    def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
+        """All videos can be scored."""
+        import torch
+
+        ratio = self._pooled(features) / references["sharpness"]
+        valid = torch.ones_like(ratio, dtype=torch.bool)
+        return RewardScore(-ratio.log().square(), valid, {"sharpness_ratio": ratio.detach()})
+
+    def _pooled(self, features: Tensor) -> Tensor:
+        """(B,) at least `floor`."""
+        return features[..., 0].mean(dim=1) + self.floor

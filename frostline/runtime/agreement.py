@@ -11,18 +11,18 @@ from frostline.errors import EngineError
 
 
 def several_processes() -> bool:
-    """Whether this is one of several processes that train together."""
+    """Return whether this is one of several processes that train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def disagreement(backend: str, load: Callable[[], object] | None) -> str | None:
-    """Tell all processes which backend serves a stage here, and why it cannot if so; all have to call it.
+    """Agree with all other processes on the backend of a stage. A collective call: every process has to make it.
 
     Args:
-        load: loads the engine; what it raises as `EngineError` is told. None where there is nothing to load.
+        load: loads the engine; its `EngineError` is reported to all processes. None if there is nothing to load.
     Returns:
-        None where all name the same backend and none failed; else why not, the same in all of them.
+        None if all processes name the same backend and none failed; otherwise the reason, the same in all of them.
     """
     failure = None
     try:

@@ -10,7 +10,7 @@ from frostline.runtime.stage import Network, TensorSpec
 
 
 def bounded(network: Network, largest: Mapping[str, Sequence[int]]) -> Network:
-    """`network` with the largest shapes that an engine was built for.
+    """Return `network` with the largest shapes that an engine was built for.
 
     Args:
         largest: by input, live ones included; of inputs that are not named, the network's own.
@@ -24,7 +24,7 @@ def bounded(network: Network, largest: Mapping[str, Sequence[int]]) -> Network:
 
 
 def with_largest(network: Network, extents: Mapping[str, int]) -> Network:
-    """`network` with other upper bounds of its open dimensions.
+    """Return `network` with other upper bounds of its open dimensions.
 
     Args:
         extents: by dimension, in its own units; none may be below what the dimension's typical extent is.

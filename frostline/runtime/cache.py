@@ -98,8 +98,17 @@ class FrozenOutputCache:
         """How many entries were found damaged on disk, and dropped."""
         return self._disk.corrupted if self._disk else 0
 
+    @property
+    def writable(self) -> bool:
+        """Whether entries can be kept; False once writing to the disk has failed."""
+        return self._disk is None or self._disk.writable
+
+    def on_disk(self, key: str) -> int | None:
+        """Return the size of an entry's file in bytes, without looking into it; None where there is none."""
+        return None if self._disk is None else self._disk.size(key)
+
     def get(self, key: str, device: torch.device | str = "cpu") -> Tensors | None:
-        """The caller's own copy of an entry, or None."""
+        """Return the caller's own copy of an entry, or None."""
         tensors = self._memory.get(key)
         if tensors is not None:
             if self._disk:
@@ -122,7 +131,7 @@ class FrozenOutputCache:
     def get_or_compute(
         self, key: str, compute: Callable[[], Mapping[str, Tensor]], device: torch.device | str = "cpu"
     ) -> Tensors:
-        """The entry if there is one, else what `compute` returns, kept for the next time."""
+        """Return the entry if there is one, else what `compute` returns, kept for the next time."""
         cached = self.get(key, device)
         if cached is not None:
             return cached
@@ -173,7 +182,7 @@ class _Disk:
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root = root
         self._max_bytes = max_bytes
-        self._writable = True
+        self.writable = True
         self._met_foreign = False
         self.corrupted = 0
 
@@ -212,6 +221,12 @@ class _Disk:
                 signing.key_path(),
             )
 
+    def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except OSError:
+            return None
+
     def touch(self, key: str) -> None:
         try:
             os.utime(self._path(key))
@@ -219,7 +234,7 @@ class _Disk:
             log.debug("cannot touch cache entry %s", key)  # gone or read-only: it only ages sooner
 
     def put(self, key: str, tensors: Tensors) -> None:
-        if not self._writable:
+        if not self.writable:
             return
         try:
             data = _encode(key, tensors)
@@ -233,8 +248,8 @@ class _Disk:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        if self._writable:
-            self._writable = False
+        if self.writable:
+            self.writable = False
             log.warning("cannot write to the cache %s (%s): going on without it", self._root, error)
 
     def _path(self, key: str) -> Path:
@@ -266,7 +281,7 @@ def _encode(key: str, tensors: Tensors) -> bytes:
 
 
 def _decode(key: str, data: bytes) -> Tensors:
-    """The tensors of a file; raises if any of them, or the key, is not what this user wrote."""
+    """Return the tensors of a file; raises if any of them, or the key, is not what this user wrote."""
     tensors = safetensors.torch.load(data)
     (header_bytes,) = struct.unpack_from("<Q", data)
     metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]

@@ -23,7 +23,7 @@ def full_fp32() -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1` means here.
+    """Return the device that `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1` means here.
 
     Raises:
         ConfigError: it means none, or one that this machine lacks.
@@ -45,7 +45,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or the compute capability such as `sm_90`."""
+    """Return `cpu`, or the compute capability such as `sm_90`."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -68,11 +68,11 @@ def total_bytes(device: torch.device) -> int:
 
 
 def sm_name(compute_capability: str) -> str:
-    """`sm_89` of `8.9`."""
+    """Return `sm_89` of `8.9`."""
     return "sm_" + compute_capability.replace(".", "")
 
 
 def compute_capabilities(target: str) -> tuple[str, ...]:
-    """The inverse: `8.9` and `12.0` of `sm_89+sm_120`; nothing of `cpu`."""
+    """Return the inverse: `8.9` and `12.0` of `sm_89+sm_120`; nothing of `cpu`."""
     names = (name.removeprefix("sm_") for name in target.split("+") if name.startswith("sm_"))
     return tuple(f"{name[:-1]}.{name[-1]}" for name in names)

@@ -31,16 +31,16 @@ class Dimension:
         return self.axis_of(self.multiple)
 
     def axis_of(self, multiple: int) -> str:
-        """The name of an axis of `multiple * n`."""
+        """Return the name of an axis of `multiple * n`."""
         divisor = math.gcd(multiple, self.whole)
         times, parts = multiple // divisor, self.whole // divisor
         return ("" if times == 1 else f"{times}*") + self.name + ("" if parts == 1 else f"/{parts}")
 
     def admits(self, extent: int) -> bool:
-        """Whether `extent` is in the range."""
+        """Return whether `extent` is in the range."""
         blocks, rest = divmod(extent, self.multiple)
         return rest == 0 and self.min <= blocks <= self.max
 
     def at(self, size: Size) -> int:
-        """The extent at one end, or in the middle, of the range."""
+        """Return the extent at one end, or in the middle, of the range."""
         return self.multiple * getattr(self, size)

@@ -1,4 +1,4 @@
-"""Notice that a stage's modules no longer hold what its engines were bound to."""
+"""Detect that a stage's modules have changed since its engines were bound to them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ _PROBE_BYTES = 64
 
 
 class WeightGuard:
-    """A snapshot of a stage's module tree and of its frozen tensors, which costs microseconds to compare with.
+    """A snapshot of a stage's module tree and its frozen tensors, which takes microseconds to compare.
 
-    It sees a module or a parameter object that was replaced, memory that moved (`p.data = x`), and what autograd counts
-    as a change in place. PEFT merges through `weight.data += delta`, which neither moves memory nor is counted: of
-    tensors on the CPU, some bytes are compared too. On a GPU that would make the host wait, so there the bytes are
-    compared only where a live tensor has changed as well, as it has when an adapter was merged and reset.
+    It detects replaced modules and parameter objects, moved memory (`p.data = x`), and changes in place that autograd
+    counts. PEFT merges through `weight.data += delta`, which neither moves memory nor is counted, so that for tensors
+    on the CPU some bytes are compared as well. On a GPU that would make the host wait: there the bytes are compared
+    only if a live tensor has changed too, as it does when an adapter is merged and reset.
 
-    Not seen is a write through `.data` to part of a tensor, or on a GPU alone: `Runtime.replan` takes account of it.
+    A write through `.data` to part of a tensor, or on a GPU without a change of a live tensor, is not detected:
+    `Runtime.replan` hashes the weights again.
 
     Args:
-        stage: whose tensors are in memory, or away for now (`PartWeights`).
+        stage: its tensors are in memory, or released (`PartWeights`).
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -52,7 +53,7 @@ class WeightGuard:
     def holds(self) -> bool:
         """Return whether all is as it was."""
         if self._weights is not None and not self._weights.resident:
-            return True  # away; what comes back is compared then
+            return True  # released; compared once they are read again
         for owner, key, tensor, address, version in self._tensors:
             if owner.get(key) is not tensor or tensor.data_ptr() != address or _version(tensor) != version:
                 return False
@@ -65,7 +66,7 @@ class WeightGuard:
         return self._gpu_probe is None or self._gpu_holds(self._gpu_probe)
 
     def restored(self) -> bool:
-        """Return whether weights that were away have come back from the files that the snapshot was of."""
+        """Return whether weights that were released have been read again from the files of the snapshot."""
         return self.from_files and self._weights is not None and self._weights.as_read
 
     def _count_live(self) -> int:
@@ -82,10 +83,10 @@ class WeightGuard:
 
 
 class LiveGuard:
-    """Holds the live tensors of a stage, and its modules' switches, against what its engines take.
+    """Checks that engines can take the live tensors of a stage and the adapter switches of its modules.
 
     Args:
-        stage: the module tree is as it will be until another `LiveGuard` is made.
+        stage: its module tree must not change during the lifetime of the guard.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -135,17 +136,17 @@ def _version(tensor: Tensor) -> int:
 
 
 def _middle(tensor: Tensor) -> tuple[int, int]:
-    """Address and size of the bytes in the middle of a dense tensor on the CPU; a size of 0 for any other."""
+    """Return address and size of the bytes in the middle of a dense tensor on the CPU; a size of 0 for others."""
     if tensor.device.type != "cpu":
         return 0, 0
     storage = tensor.untyped_storage()
     if tensor.data_ptr() + tensor.nbytes > storage.data_ptr() + storage.nbytes():
-        return 0, 0  # one value stands for several
+        return 0, 0  # expanded: several elements share one address
     size = min(_PROBE_BYTES, tensor.nbytes)
     return tensor.data_ptr() + (tensor.nbytes - size) // 2, size
 
 
 def _gather(tensors: list[Tensor]) -> Tensor | None:
-    """One value from the middle of each tensor on a GPU, or None where there is none."""
+    """Return one value from the middle of each tensor on a GPU, or None where there is none."""
     values = [tensor.detach().reshape(-1)[tensor.numel() // 2].double() for tensor in tensors if tensor.numel()]
     return torch.stack(values) if values else None

@@ -2,5 +2,5 @@
 
 
 def export_command(stage: str, backend: str, *flags: str) -> str:
-    """What builds an engine of a stage. MODEL is the reader's to fill in: a store knows no more than a name for it."""
+    """Return the command that exports a stage, with MODEL as a placeholder: the store only has the model's name."""
     return " ".join(["frostline export MODEL --stages", stage, "--backend", backend, *flags])

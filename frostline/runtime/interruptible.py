@@ -22,7 +22,7 @@ _left_behind: list[threading.Thread] = []
 def run_interruptibly(
     work: Callable[[], _Result], cancelled: threading.Event, poll: Callable[[], None] = lambda: None
 ) -> _Result:
-    """The result of `work`, which runs in a thread.
+    """Return the result of `work`, which runs in a thread.
 
     Where `poll` or a signal handler raises, `cancelled` is set, and the exception goes on as soon as `work` has ended;
     or without it, if that takes too long: `work_left_behind` then says so.
@@ -55,5 +55,5 @@ def run_interruptibly(
 
 
 def work_left_behind() -> bool:
-    """Whether native code still runs for a caller that was interrupted: an orderly exit would pull it down."""
+    """Return whether native code still runs for a caller that was interrupted: an orderly exit would pull it down."""
     return any(thread.is_alive() for thread in _left_behind)

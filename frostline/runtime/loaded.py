@@ -51,7 +51,7 @@ class LoadedEngines:
         return stage_and_backend in self._loaded
 
     def load(self, name: str, backend: str) -> LoadedStage:
-        """A stage on a backend, torch among them.
+        """Return a stage on a backend, torch among them.
 
         Raises:
             EngineError: there is no engine, or it is refused or does not load.
@@ -67,7 +67,7 @@ class LoadedEngines:
         return self._loaded[name, backend]
 
     def verify(self, name: str, backend: str) -> VerifiedEngine:
-        """The engine of a stage, held against its signature and hashes.
+        """Return the engine of a stage after checking its signature and hashes.
 
         Raises:
             EngineError: there is none, or it is refused.
@@ -101,7 +101,7 @@ class LoadedEngines:
 
 
 def holds_weights(backend: str) -> bool:
-    """Whether an engine of this backend has weights of its own."""
+    """Return whether an engine of this backend has weights of its own."""
     return backend != TORCH and get_backend(backend).holds_weights
 
 

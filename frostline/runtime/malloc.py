@@ -1,4 +1,4 @@
-"""Memory of tensors on the CPU: where a process trains, it keeps what one step gave back for the next."""
+"""CPU memory of tensors: keep the memory that one training step frees for the next step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _TOP_PAD = 64 * 2**20
 def keep_freed_memory() -> bool:
     """Let the C library hold on to freed memory until the process ends.
 
-    Unless told, glibc hands large tensors back to the system at once, and the system fills each page with zeros when
-    it is next asked for: of a step on the CPU, a good part of the time. The most that the process held stays its own.
+    By default glibc returns the memory of large tensors to the system at once, and the system zeroes each page when it
+    is allocated again, which is a considerable part of a step on the CPU. With this setting, the process keeps its peak
+    memory.
 
     Returns:
-        Whether the C library knows how; other than glibc, they are left as they are.
+        Whether it took effect; only glibc is supported.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""The runtime: hands out each frozen stage on the backend that the plan names, and swaps backends on demand.
+"""The runtime: serves each frozen stage from the backend that the plan names, and swaps backends on demand.
 
 Before an engine serves, the stage's modules are compared with what the engine was bound to (`runtime/guard.py`): it
 never computes with weights, adapters or switches that the module no longer has.
@@ -66,6 +66,8 @@ class Runtime:
         self.stages = dict(stages)
         self.strict = strict
         self.clock = StageClock()
+        # Stages that nothing will be asked of, because the cache has it all: what they need is not made ready.
+        self.idle: frozenset[str] = frozenset()
         self._store = EngineStore(engines) if engines is not None else None
         # Held to decide and to load, never while an engine computes; taken before the other where both are.
         self._lock = threading.RLock()
@@ -80,9 +82,9 @@ class Runtime:
         self.replan(plan)
 
     def replan(self, plan: PlanSetting) -> None:
-        """Choose anew, for instance after an export; engines that failed before get another chance.
+        """Choose the backends again, for instance after an export; engines that failed before are tried again.
 
-        Weights are hashed again, so that changes count that nothing else would notice (see `WeightGuard`).
+        Weights are hashed again, which detects the changes that `WeightGuard` cannot.
         """
         wanted = expand_plan(plan, self.stages)
         with self._lock:
@@ -95,13 +97,13 @@ class Runtime:
             self._plan = {name: self._choose(name, wanted[name]) for name in self.stages}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A runtime of copies of the stages; of the engines, only where they are."""
+        """Return a runtime with copies of the stages and the same engine store; engines are loaded again."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         with self._lock:
             plan, wanted, engines = dict(self._plan), dict(self._wanted), self._store and self._store.root
             copied.__init__(copy.deepcopy(self.stages, memo), TORCH, engines, self.strict)
-            copied._wanted, copied._plan = wanted, plan
+            copied._wanted, copied._plan, copied.idle = wanted, plan, self.idle
             copied._digests = self._digests.copied(copied.stages)
         return copied
 
@@ -118,7 +120,7 @@ class Runtime:
         return Plan({**self._plan, **latest})
 
     def __getitem__(self, stage: str) -> Runner:
-        """The stage as a callable that follows the plan, also when it changes later."""
+        """Return the stage as a callable that follows the plan, also when it changes later."""
         if stage not in self.stages:
             raise ConfigError(f"there is no stage {stage!r}: this runtime serves {', '.join(self.stages)}")
         return _PlannedRunner(self, stage)
@@ -143,9 +145,9 @@ class Runtime:
                 self._wanted |= {name: wanted for name, (_, wanted) in before.items()}
 
     def check_engines(self) -> set[tuple[str, str]]:
-        """Hold the engines that the plan counts on against signatures and hashes, before any of them is loaded.
+        """Check signatures and hashes of all engines in the plan, before any of them is loaded.
 
-        One that is refused gives way as it would where it is loaded. Returns stage and backend of each.
+        An engine that is refused is replaced, as it would be on loading. Return stage and backend of each.
         """
         refused = set()
         for name, choice in [*self._plan.items()]:
@@ -157,22 +159,25 @@ class Runtime:
                     refused.add((name, backend))
         return refused
 
-    def release_weights(self, *stages: str) -> None:
-        """Give back the memory of PyTorch weights that are not needed now; they are read again where they are.
+    def release_weights(self, *stages: str, engines: bool = False) -> None:
+        """Release PyTorch weights that are not needed now; they are read again on the next use.
 
         Args:
-            stages: for instance those whose outputs a cache holds; if none is named, those that an engine serves which
-                has weights of its own.
+            stages: for instance those with cached outputs; if none is named, those served by an engine that has its own
+                copy of the weights.
+            engines: give back the memory of the engines of `stages`, too.
         """
-        served = [name for name, choice in self._plan.items() if holds_weights(choice.backend)]
-        for name in stages or served:
+        for name in stages or [name for name, choice in self._plan.items() if holds_weights(choice.backend)]:
+            if engines:
+                with self._lock:
+                    self._engines.unload(name)
             if (weights := self.stages[name].weights) is not None:
                 weights.release()
 
     def pending_bytes(self) -> int:
-        """Of weights that are not in memory yet, and will be once every stage has run as planned."""
+        """Return the size of weights that are not in memory yet and will be once every stage has run as planned."""
         pending = 0
-        for name, choice in self._plan.items():
+        for name, choice in ((name, choice) for name, choice in self._plan.items() if name not in self.idle):
             stage = self.stages[name]
             if choice.backend == TORCH or not holds_weights(choice.backend):
                 away = stage.weights is not None and not stage.weights.resident
@@ -182,16 +187,16 @@ class Runtime:
         return pending
 
     def fingerprint(self, stage: str) -> str:
-        """What the stage's outputs depend on, beside its inputs: its weights and the backends that may serve it."""
+        """Return an id of what the outputs depend on besides the inputs: the weights and the possible backends."""
         weights = self._weights_of(stage)
         choice = self._plan[stage]
         backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend
         return f"{backends} {weights}"
 
     def admits(self, stage: str, inputs: Tensors) -> bool:
-        """Whether inputs of a stage that is one network, in one call, are of shapes that its backend serves.
+        """Return whether the backend of a stage with one network serves inputs of these shapes in one call.
 
-        The backend is the one that served the stage last: torch, which serves any, may have won at a shape.
+        The backend is the one that served the stage last, which is torch, for any shape, if it was the fastest.
         """
         latest = self._trials.latest(stage)
         choice = latest or self._plan[stage]
@@ -205,11 +210,11 @@ class Runtime:
     ) -> dict[str, Tensor]:
         """Run one stage as planned; a failing engine is replaced by torch, with one warning.
 
-        An engine that fails where PyTorch fails as well was given wrong inputs: it goes on serving.
+        If PyTorch fails on the same inputs, the inputs are at fault and the engine stays in use.
 
         Args:
             variant: one of the stage's variants; None runs the modules as they are.
-            use: what the clock is to call it; the stage's name if not given.
+            use: name of this use in the timings; by default the stage's name.
         Raises:
             EngineError: `strict`, and no engine computes this; or the weights are sharded over processes, and an
                 engine failed in this one: the others would wait for it.
@@ -221,10 +226,10 @@ class Runtime:
             return outputs
 
     def networks_at(self, stage: str, inputs: Tensors) -> tuple[str, dict[str, Runner]]:
-        """The backend that serves inputs of these shapes, and the stage's networks on it, by name.
+        """Return the backend that serves inputs of these shapes, and the stage's networks on it, by name.
 
-        For who puts the stage together in another way. They do not keep time. Where an engine fails, torch computes
-        that network and all that are called after it, with one warning.
+        For callers that combine the networks in another way. These calls are not timed. If an engine fails, torch
+        computes that network and all that are called after it, with one warning.
         """
         case = Case(inputs)
         backend = serving = self._backend_at(stage, case)
@@ -240,14 +245,12 @@ class Runtime:
         return backend, {network.name: partial(run, network.name) for network in self.stages[stage].networks}
 
     def agree_across_processes(self) -> None:
-        """Load the engines that the plan names, and drop in all processes what fails in any of them.
+        """Load the engines that the plan names; an engine that fails in one process is dropped in all of them.
 
-        To be called by all processes, before weights are sharded: from then on a process that falls back to torch by
-        itself would wait for the others, which do not, for ever. Where plans differ, torch serves.
+        A collective call, to be made before weights are sharded: afterwards a process that falls back to torch on its
+        own would deadlock waiting for the others. If the plans of the processes differ, torch serves the stage.
         """
-        if not several_processes():
-            return
-        for name in self.stages:
+        for name in [name for name in self.stages if name not in self.idle] if several_processes() else ():
             backend = self._plan[name].backend
             while reason := disagreement(backend, partial(self._load, name, backend) if backend != TORCH else None):
                 error = EngineError(reason)
@@ -269,7 +272,7 @@ class Runtime:
         return None if self._store is None else partial(self.record, name)
 
     def _backend_at(self, stage: str, case: Case) -> str:
-        """The backend that serves inputs of these shapes, the stage's modules being what they are now."""
+        """Return the backend that serves inputs of these shapes, the stage's modules being what they are now."""
         with self._lock:
             if self._wanted[stage] == TORCH or self._store is None:
                 return TORCH
@@ -287,7 +290,7 @@ class Runtime:
             return self._trials.choose(self.stages[stage], choice, case).backend
 
     def _conflict(self, stage: str) -> str | None:
-        """Why no engine computes what the stage's modules compute now, or None."""
+        """Return why engines cannot compute what the stage's modules compute now; None if they can."""
         if stage not in self._live_guards:
             self._live_guards[stage] = LiveGuard(self.stages[stage])
         guard = self._live_guards[stage]
@@ -297,7 +300,7 @@ class Runtime:
             return guard.conflict()  # another thread may have switched the LoRA off for as long as it held the lock
 
     def _drop_candidate(self, stage: str, backend: str, error: Exception) -> None:
-        """Serve a stage from now on with what is left: the other candidates, if there are any, and torch."""
+        """Drop a backend of a stage; from now on the remaining candidates serve it, or torch."""
         with self._lock:
             if backend in (self._plan[stage].backend, *self._plan[stage].candidates):  # or another thread was faster
                 self._drop(stage, backend, error)
@@ -310,13 +313,13 @@ class Runtime:
         self._trials.forget(stage)
 
     def record(self, stage: str, backend: str) -> EngineRecord | None:
-        """The engine of a stage on a backend, if one was built for these weights, shapes and this machine."""
+        """Return the engine of a stage on a backend, if one was built for these weights, shapes and this machine."""
         if self._store is None or get_backend(backend).unavailable():
             return None
         return find_engine(self._store, self.stages[stage], backend, self._weights_of(stage))
 
     def _weights_of(self, name: str) -> str:
-        """The digest of the weights that a stage's modules have now; where they have changed, its plan is made anew."""
+        """Return the digest of a stage's current weights; if they have changed, choose its backend again."""
         with self._lock:
             change = self._digests.update(name)
             if change != "none":
@@ -347,7 +350,7 @@ class Runtime:
     def _compute(
         self, stage: str, backend: str, compute: Callable[[LoadedStage], dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], str]:
-        """The outputs of a stage or of one of its networks, and the backend that they are from: torch on failure."""
+        """Return the outputs of a stage or of one of its networks, and the backend that computed them."""
 
         def on(backend: str) -> dict[str, Tensor]:
             loaded = self._load(stage, backend)

@@ -1,4 +1,4 @@
-"""What the runtime serves: stages, the networks they are made of, and the tensors that go in and out."""
+"""Stages, which the runtime serves: their networks, and the specs of their input and output tensors."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ class TensorSpec:
     fill: Fill | None = None
 
     def shape_at(self, size: Size) -> tuple[int, ...]:
-        """The shape with all open dimensions at their smallest, typical or largest extent."""
+        """Return the shape with all open dimensions at their smallest, typical or largest extent."""
         return tuple(d.at(size) if isinstance(d, Dimension) else d for d in self.shape)
 
     def admits(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this shape is in the range."""
+        """Return whether a tensor of this shape is in the range."""
         return len(shape) == len(self.shape) and all(
             wanted.admits(extent) if isinstance(wanted, Dimension) else wanted == extent
             for wanted, extent in zip(self.shape, shape, strict=True)
         )
 
     def sample(self, size: Size, generator: torch.Generator) -> Tensor:
-        """A random tensor of this spec."""
+        """Return a random tensor of this spec."""
         return self.random(self.shape_at(size), generator)
 
     def random(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -159,7 +159,7 @@ class Network:
 
     @torch.no_grad()
     def reference(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What PyTorch computes on the same inputs.
+        """Return what PyTorch computes on the same inputs.
 
         Raises:
             InputError: an input is missing or not known.
@@ -187,10 +187,10 @@ class Stage:
     A stage may have variants, by name: the same weights used in another way, such as a denoiser without its LoRA. The
     variant None is the module as it is.
 
-    networks: what backends compile.
-    tolerance: what an engine's outputs may differ by.
-    weights: of a stage that is always frozen, its weights, which need not be in memory while an engine serves it.
-    description: what it computes from what, for the users of its ONNX files.
+    networks: the parts that backends compile.
+    tolerance: maximum difference of an engine's outputs from PyTorch's.
+    weights: weights of a stage that is always frozen; they can be released while an engine serves it.
+    description: inputs and outputs in words, for the users of its ONNX files.
     license: SPDX identifier of the weights' licence, None where it is not known.
     """
 
@@ -229,7 +229,7 @@ class Stage:
 
 
 def in_torch(network: Network) -> Runner:
-    """One network in PyTorch."""
+    """Return one network in PyTorch."""
     return lambda **inputs: network.reference(inputs)
 
 

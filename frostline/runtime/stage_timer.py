@@ -15,9 +15,9 @@ import torch
 
 @dataclass(frozen=True)
 class StageTime:
-    """Time of one use of a stage while times were collected: so many calls, on `backend`.
+    """Total time of one use of a stage while times were collected.
 
-    Where several backends served it, they are all named, comma-separated.
+    backend: the backends that served it, comma-separated.
     """
 
     backend: str

@@ -1,7 +1,7 @@
-"""Small notes in the user's own folder for what can be computed again: digests of weights, latencies of engines.
+"""Small cache files in the user's cache folder: digests of weights, latencies of engines.
 
-What a note says is believed, so each is signed with the user's key: one that was altered, or is another user's, is as
-good as none.
+Their content is trusted, so each is signed with the user's key. A file that was altered, or that another user signed,
+is ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_BYTES = 2**20
 
 
 def cache_folder() -> Path:
-    """`FROSTLINE_CACHE_DIR`, or the user's own folder for what can be computed again."""
+    """Return `FROSTLINE_CACHE_DIR`, or the user's cache folder of the platform."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     import platformdirs  # only this default needs it
@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 
 def recall(note: Path) -> str | None:
-    """The text of a note, or None where there is none that this user wrote under this name."""
+    """Return the text of a note; None if there is no note of this name with this user's signature."""
     try:
         with open_regular(note) as file:
             text, _, signature = file.read(_MAX_BYTES).decode().rstrip("\n").rpartition("\n")
@@ -59,5 +59,5 @@ def remember(note: Path, text: str, *, keep: bool = False) -> None:
 
 
 def _signed(note: Path, text: str) -> bytes:
-    """What a signature is of: the note's name as well, so that no note can stand in for another."""
+    """Return the signed bytes: text and name of the note, so that no note can be passed off as another."""
     return f"frostline note {note.parent.name}/{note.name}\n{text}".encode()

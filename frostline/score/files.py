@@ -9,14 +9,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from frostline.atomic_io import atomic_write
 from frostline.errors import ConfigError, DataError
-from frostline.score.result import COLUMNS, VideoScore
+from frostline.score.result import FIELDS, VideoScore, columns
 
 SUFFIXES = (".jsonl", ".csv")
 
@@ -24,14 +24,21 @@ SUFFIXES = (".jsonl", ".csv")
 class ResultFile:
     """A `.jsonl` or `.csv` file of `VideoScore` rows.
 
+    Args:
+        labels: of the rewards but `face_identity`: each a column, with those of its metrics (`label_…`) behind it as
+            soon as a row has them.
+        faces: whether `face_identity` is among the rewards, and has its columns.
     Raises:
         ConfigError: the name ends in neither.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, labels: Sequence[str] = (), faces: bool = True) -> None:
         if path.suffix not in SUFFIXES:
             raise ConfigError(f"{path}: results are written as {' or '.join(SUFFIXES)}")
         self.path = path
+        self.labels = tuple(labels)
+        self.faces = faces
+        self._scores = self.labels
 
     def read(self) -> list[VideoScore]:
         """The rows that are there, of a file that is missing none.
@@ -47,18 +54,25 @@ class ResultFile:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
         lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
         first = 1 if self.path.suffix == ".csv" else 0
-        if first and lines and lines[0] != _header():
-            raise DataError(f"{self.path}: its first line is not the header of results")
-        return [self._parse(line, number) for number, line in enumerate(lines[first:], first + 1)]
+        if first and lines:
+            self._take_header(lines[0])
+        rows = [self._parse(line, number) for number, line in enumerate(lines[first:], first + 1)]
+        self._take_scores(rows)
+        return rows
 
     def rewrite(self, rows: Iterable[VideoScore]) -> None:
         """Put a file of these rows in the place of whatever is there."""
+        rows = list(rows)
+        self._take_scores(rows)
         with atomic_write(self.path) as part:
             lines = "".join([*self._head(), *map(self._line, rows)])
             part.write_text(lines, encoding="utf-8", errors="surrogateescape", newline="")
 
     def append(self, row: VideoScore) -> None:
-        """Add one row, in one call of the operating system."""
+        """Add one row, in one call of the operating system; a CSV file without one of its columns is written anew."""
+        if self._take_scores([row]) and self.path.suffix == ".csv":
+            self.rewrite([*self.read(), row])
+            return
         data = self._line(row).encode(errors="surrogateescape")
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
@@ -70,28 +84,69 @@ class ResultFile:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written: {error.strerror}") from error
 
+    def _take_scores(self, rows: Iterable[VideoScore]) -> bool:
+        """Have columns for all scores of `rows`; say whether there are more than before."""
+        new = {name for row in rows for name in row.scores} - {*self._scores}
+        # Behind their rewards, whose order they keep; `sorted` is stable.
+        self._scores = tuple(sorted((*self._scores, *sorted(new)), key=self._place))
+        return bool(new)
+
+    def _place(self, score: str) -> tuple[int, bool]:
+        owner = self._owner(score)
+        return self.labels.index(owner), score != owner
+
+    def _owner(self, score: str) -> str:
+        """The label of the reward that a column of scores is of.
+
+        Raises:
+            ValueError: it is of none.
+        """
+        owners = [label for label in self.labels if score == label or score.startswith(f"{label}_")]
+        if not owners:
+            raise ValueError(f"{score} is no column of these results")
+        return max(owners, key=len)
+
+    def _take_header(self, line: str) -> None:
+        try:
+            (names,) = csv.reader([line], strict=True)
+            self._scores = tuple(name for name in names if name not in FIELDS)
+            self._scores = tuple(sorted(self._scores, key=self._place))
+            known = tuple(names) == self._columns and {*self.labels} <= {*self._scores}
+        except (ValueError, csv.Error):
+            known = False
+        if not known:
+            raise DataError(f"{self.path}: its first line is not the header of results")
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return columns(self._scores, self.faces)
+
     def _head(self) -> list[str]:
-        return [f"{_header()}\n"] if self.path.suffix == ".csv" else []
+        return [f"{_csv_line(self._columns)}\n"] if self.path.suffix == ".csv" else []
 
     def _line(self, row: VideoScore) -> str:
         if self.path.suffix == ".jsonl":
-            return f"{row.json_line()}\n"
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(row.cells())
-        return buffer.getvalue()
+            return f"{row.json_line(self._columns)}\n"
+        return f"{_csv_line(row.cells(self._columns))}\n"
 
     def _parse(self, line: str, number: int) -> VideoScore:
         try:
             if self.path.suffix == ".jsonl":
-                return VideoScore.of_json_line(line)
-            (cells,) = csv.reader([line], strict=True)
-            return VideoScore.of_cells(dict(zip(COLUMNS, cells, strict=True)))
+                row = VideoScore.of_json_line(line)
+            else:
+                (cells,) = csv.reader([line], strict=True)
+                row = VideoScore.of_cells(dict(zip(self._columns, cells, strict=True)))
+            for name in row.scores:
+                self._owner(name)
+            return row
         except (ValidationError, ValueError, RecursionError, csv.Error) as error:
             raise DataError(f"{self.path}, line {number}: is not a row of results ({_first_line(error)})") from error
 
 
-def _header() -> str:
-    return ",".join(COLUMNS)
+def _csv_line(cells: Sequence[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="").writerow(cells)
+    return buffer.getvalue()
 
 
 def _first_line(error: Exception) -> str:

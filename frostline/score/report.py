@@ -13,6 +13,7 @@ from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot, histogram, line_plot
 from frostline.runtime.backends import engine_packages
 from frostline.score.pictures import extreme_pictures
+from frostline.score.report_scores import score_cells, score_distributions, score_tiles
 from frostline.score.result import VideoScore
 from frostline.score.run import ScoreOutcome
 from frostline.score.settings import ScoreSettings
@@ -20,27 +21,31 @@ from frostline.score.summary import Summary
 
 _DETAILED = 60
 _POINTS = 600
-_COLUMNS = (
-    Column("Video"),
+_VIDEO = Column("Video")
+_FACE_COLUMNS = (
     Column("Face score", "right"),
     Column("Missing as 0", "right"),
     Column("Faces found", "right"),
     Column("Worst frame", "right"),
-    Column("Frames", "right"),
-    Column("Remark"),
 )
+_COLUMNS = (Column("Frames", "right"), Column("Remark"))
 
 
 def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSettings) -> None:
     """Write the page; of many videos, those with the lowest scores are shown frame by frame."""
     summary, rows = outcome.summary, outcome.rows
-    page = Page("Is it the same person?", _subtitle(rows, settings))
-    page.paragraph(_outcome(summary), lead=True)
-    page.tiles(_tiles(summary))
+    faces = settings.faces
+    title = "Is it the same person?" if settings.rewards_are_faces() else "How good are the videos?"
+    page = Page(title, _subtitle(rows, settings))
+    page.paragraph(_outcome(summary, faces is not None), lead=True)
+    page.tiles([*(_face_tiles(summary) if faces else ()), *score_tiles(summary), *_tiles(summary)])
     page.heading("All scores")
-    page.figures(*_distribution(summary, rows), columns=2)
-    page.table(_COLUMNS, [_row(row) for row in rows], caption=_CAPTION)
-    _frames(page, rows, settings)
+    page.figures(*(_face_distribution(summary, rows) if faces else ()), *score_distributions(summary, rows), columns=2)
+    scores = tuple(summary.scores)
+    columns = [_VIDEO, *(_FACE_COLUMNS if faces else ()), *(Column(name, "right") for name in scores), *_COLUMNS]
+    page.table(columns, [_row(row, scores, faces is not None) for row in rows], caption=_FACE_CAPTION if faces else "")
+    if faces:
+        _frames(page, rows, settings)
     page.heading("The run")
     if summary.stage_seconds:
         seconds = {name: {"seconds": spent} for name, spent in summary.stage_seconds.items()}
@@ -49,21 +54,30 @@ def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSetting
     page.write(path)
 
 
-_CAPTION = (
+_FACE_CAPTION = (
     "Face score is the mean cosine of the face in each frame with the reference's faces, over the frames that show a "
     "face; with missing faces as 0 it is the mean over all frames. Press a heading to sort."
 )
 
 
 def _subtitle(rows: Sequence[VideoScore], settings: ScoreSettings) -> str:
-    references = {row.reference for row in rows}
-    against = f"against {Path(next(iter(references))).name}" if len(references) == 1 else "each against its reference"
-    return f"{_count(len(rows), 'video')} {against} · {settings.detector.partition(':')[0]} and {rows[0].face_embedder}"
+    references, text = {row.reference for row in rows}, _count(len(rows), "video")
+    if len(references) > 1:
+        text += " each against its reference"
+    elif reference := next(iter(references)):
+        text += f" against {Path(reference).name}"
+    if settings.faces is None:
+        return f"{text} · {', '.join(entry.type for entry in settings.rewards)}"
+    return f"{text} · {settings.faces.detector.partition(':')[0]} and {rows[0].face_embedder}"
 
 
-def _outcome(summary: Summary) -> str:
+def _outcome(summary: Summary, faces: bool) -> str:
+    if not faces:
+        scored = [f"{name} is {of.mean:.3f}" for name, of in summary.scores.items() if of.mean is not None]
+        text = f"The mean of {', of '.join(scored)}." if scored else "No video could be given a score."
+        return f"{text} {_count(summary.failed, 'video')} could not be scored." if summary.failed else text
     if summary.mean is None or summary.median is None:
-        return "No video could be given a score."
+        return "No video could be given a face score." if summary.scores else "No video could be given a score."
     text = f"The mean face score is {summary.mean:.3f}, the median {summary.median:.3f}."
     if summary.detection_rate is not None:
         text += f" A face was found in {100 * summary.detection_rate:.1f} % of a video's frames."
@@ -72,9 +86,9 @@ def _outcome(summary: Summary) -> str:
     return text
 
 
-def _tiles(summary: Summary) -> list[Tile]:
+def _face_tiles(summary: Summary) -> list[Tile]:
     rate = None if summary.detection_rate is None else 100 * summary.detection_rate
-    tiles = [
+    return [
         Tile("Face score, mean", fixed(summary.mean, 3), note="1 is the same picture, about 0.2 a stranger."),
         Tile(
             "Missing faces as 0",
@@ -88,14 +102,17 @@ def _tiles(summary: Summary) -> list[Tile]:
             note="Share of the frames in which a face was found, the mean over the videos.",
         ),
         Tile("Lowest and highest", fixed(summary.lowest, 3), unit=f"to {fixed(summary.highest, 3)}"),
-        Tile("Videos scored", str(summary.videos - summary.failed), unit=f"of {summary.videos}"),
     ]
+
+
+def _tiles(summary: Summary) -> list[Tile]:
+    tiles = [Tile("Videos scored", str(summary.videos - summary.failed), unit=f"of {summary.videos}")]
     if summary.frames_per_second is not None:
         tiles.append(Tile("Speed", f"{summary.frames_per_second:.0f}", unit="frames/s"))
     return tiles
 
 
-def _distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
+def _face_distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
     scores = [row.face_score for row in rows if row.face_score is not None]
     frames = [score for row in rows for score in row.frame_scores or () if score is not None]
     return [
@@ -113,19 +130,26 @@ def _distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
     ]
 
 
-def _row(row: VideoScore) -> list[str | Cell]:
-    rate = NONE if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
+def _row(row: VideoScore, scores: Sequence[str], faces: bool) -> list[str | Cell]:
     remark = row.error.removeprefix(f"{row.video}: ") or row.note
-    if row.status == "ok" and row.face_score is None:
+    if row.status == "ok" and row.face_score is None and row.detection_rate is not None:
         remark = f"no face was found. {remark}".strip()
     return [
         row.video,
+        *(_face_cells(row) if faces else ()),
+        *score_cells(row, scores),
+        NONE if row.frames is None else str(row.frames),
+        Cell(remark, muted=True),
+    ]
+
+
+def _face_cells(row: VideoScore) -> list[Cell]:
+    rate = NONE if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
+    return [
         Cell(fixed(row.face_score, 3), row.face_score),
         Cell(fixed(row.face_score_missing_zero, 3), row.face_score_missing_zero),
         Cell(rate, row.detection_rate),
         _extreme(row.worst_frame, row.worst_frame_score),
-        NONE if row.frames is None else str(row.frames),
-        Cell(remark, muted=True),
     ]
 
 
@@ -186,13 +210,25 @@ def _facts(outcome: ScoreOutcome, settings: ScoreSettings) -> dict[str, str]:
     first, summary = outcome.rows[0], outcome.summary
     facts = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "face_detector": f"{first.face_detector} on {first.face_detector_backend}",
-        "face_embedder": f"{first.face_embedder} on {first.face_embedder_backend}",
+        **_backends(first, settings.faces is not None),
         "seconds": f"{summary.seconds:.1f}",
         "frames": str(summary.frames),
     }
-    facts |= {name: str(value) for name, value in settings if value is not None}
+    if settings.rewards_are_faces():
+        facts |= {name: str(value) for name, value in settings if value is not None and name != "rewards"}
+    else:
+        facts["settings"] = str(settings)
     return facts | installed_versions(("frostline", "torch", *engine_packages(), "av"))
+
+
+def _backends(row: VideoScore, faces: bool) -> dict[str, str]:
+    found = {}
+    if faces:
+        found["face_detector"] = f"{row.face_detector} on {row.face_detector_backend}"
+        found["face_embedder"] = f"{row.face_embedder} on {row.face_embedder_backend}"
+    for stage, _, backend in (part.partition("=") for part in row.backends.split()):
+        found[stage] = f"on {backend}"
+    return found
 
 
 def _count(number: int, what: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,15 @@ from frostline.csvfile import csv_columns, csv_records
 from frostline.errors import ConfigError, DataError
 from frostline.escaping import text_of_csv_cell
 from frostline.paths import check_inside
+from frostline.rewards.inputs import Need
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One video to score. `index` is its place in the input, `fault` why it cannot be scored, if that is known."""
+    """One video to score. `index` is its place in the input, `fault` why it cannot be scored, if that is known.
+
+    reference: empty where no reward needs one. prompt: empty where there is none.
+    """
 
     index: int
     video: str
@@ -26,45 +30,75 @@ class Pair:
 
 
 def gather_pairs(
-    videos: Sequence[str], reference: str | None, file: Path | None, allow_outside: bool = False
+    videos: Sequence[str],
+    reference: str | None,
+    file: Path | None,
+    allow_outside: bool = False,
+    prompt: str | None = None,
+    needs: Collection[Need] = ("reference",),
 ) -> list[Pair]:
     """The videos that the command line names, or a file of pairs.
 
+    Args:
+        prompt: of the videos that have none of their own.
+        needs: what the rewards need beside a video.
     Raises:
-        ConfigError: there is nothing to score, or both were given.
+        ConfigError: there is nothing to score, both were given, or what the rewards need is missing.
     """
     if file is None:
-        return pairs_of_arguments(videos, reference)
-    if videos:
+        pairs = pairs_of_arguments(videos, reference, prompt, needs)
+    elif videos:
         raise ConfigError("name videos or give --pairs, not both")
-    return pairs_of_file(file, reference, allow_outside)
+    else:
+        pairs = pairs_of_file(file, reference, allow_outside, prompt, needs)
+    if "prompt" in needs and not any(pair.prompt for pair in pairs):
+        raise ConfigError(
+            "the rewards need prompts, and there are none: give one for all videos by --prompt, or each its own in the "
+            "column 'prompt' of --pairs"
+        )
+    return pairs
 
 
-def pairs_of_arguments(videos: Sequence[str], reference: str | None) -> list[Pair]:
+def pairs_of_arguments(
+    videos: Sequence[str],
+    reference: str | None,
+    prompt: str | None = None,
+    needs: Collection[Need] = ("reference",),
+) -> list[Pair]:
     """Every video against one reference.
 
     Raises:
-        ConfigError: there is no video, or no reference.
+        ConfigError: there is no video, or no reference where one is needed.
     """
     if not videos:
         raise ConfigError("nothing to score: name videos, or a file of them with --pairs")
-    if reference is None:
-        raise ConfigError("--reference is missing: a picture or video of the person that the videos should show")
-    return [Pair(index, video, reference) for index, video in enumerate(videos)]
+    if reference is None and "reference" in needs:
+        raise ConfigError("--reference is missing: a picture or video of who or what the videos should show")
+    return [Pair(index, video, reference or "", prompt or "") for index, video in enumerate(videos)]
 
 
-def pairs_of_file(file: Path, reference: str | None = None, allow_outside: bool = False) -> list[Pair]:
+def pairs_of_file(
+    file: Path,
+    reference: str | None = None,
+    allow_outside: bool = False,
+    prompt: str | None = None,
+    needs: Collection[Need] = ("reference",),
+) -> list[Pair]:
     """The rows of a CSV file with the column `video` and, if they are there, `reference` and `prompt`.
 
-    Paths are relative to the file and must stay inside its folder. A row without a reference is scored against
-    `reference`, and where that is not given against itself: how well the video keeps its own face.
+    Paths are relative to the file and must stay inside its folder. Where the rewards need a reference, a row without
+    one is scored against `reference`, and where that is not given against itself: how well the video keeps its own
+    face.
 
     Args:
         allow_outside: let the file name others outside of its own folder.
+        prompt: of the rows that have none of their own.
+        needs: what the rewards need beside a video.
     Raises:
         ConfigError: the file is missing or no such CSV file. What is wrong with one row is its pair's `fault`.
     """
-    pairs = [_pair(index, row, file.parent, reference, allow_outside) for index, row in enumerate(_rows(file))]
+    default = Pair(0, "", reference or "", prompt or "")
+    pairs = [_pair(index, row, file.parent, default, allow_outside, needs) for index, row in enumerate(_rows(file))]
     if not pairs:
         raise ConfigError(f"{file}: holds no rows")
     return pairs
@@ -92,7 +126,14 @@ def _rows(file: Path) -> Iterator[dict[str | None, Any]]:
         raise ConfigError(f"{file}, {error}") from error
 
 
-def _pair(index: int, row: dict[str | None, Any], folder: Path, reference: str | None, allow_outside: bool) -> Pair:
+def _pair(
+    index: int,
+    row: dict[str | None, Any],
+    folder: Path,
+    default: Pair,
+    allow_outside: bool,
+    needs: Collection[Need],
+) -> Pair:
     cells = {name: (row.get(name) or "").strip() for name in ("video", "reference", "prompt")}
     faults = []
     if None in row:  # where csv.DictReader puts what is beyond the header
@@ -108,5 +149,6 @@ def _pair(index: int, row: dict[str | None, Any], folder: Path, reference: str |
         except DataError as error:
             paths[name] = cells[name]
             faults.append(str(error))
-    own = paths["reference"] or reference or paths["video"]
-    return Pair(index, paths["video"], own, text_of_csv_cell(cells["prompt"]), "; ".join(faults))
+    reference = paths["reference"] or default.reference or (paths["video"] if "reference" in needs else "")
+    prompt = text_of_csv_cell(cells["prompt"]) or default.prompt
+    return Pair(index, paths["video"], reference, prompt, "; ".join(faults))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import glob
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from frostline.atomic_io import atomic_write, check_writable
 from frostline.errors import ConfigError, DataError
 from frostline.progress import Bar, Progress
 from frostline.runtime.stage_timer import StageTimes
-from frostline.score.engines import FaceNetworks, check_backend, load_networks
 from frostline.score.files import ResultFile
 from frostline.score.processes import Processes
 from frostline.score.request import Pair
-from frostline.score.result import VideoScore, one_line
+from frostline.score.result import FACE_SCORE, VideoScore, one_line
+from frostline.score.rewards.base import ScoredReward
+from frostline.score.rewards.loading import check_backend, load_rewards
 from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary, summarize
@@ -32,7 +34,7 @@ class RunOptions:
     """How to run, on which the results do not depend.
 
     out: `.jsonl` or `.csv`; None keeps the results in memory. resume: keep the results that are there. overwrite: let
-    others take their place. batch: frames of one call of the detector.
+    others take their place. batch: frames that a reward looks at in one call.
     """
 
     out: Path | None = None
@@ -46,10 +48,27 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ScoreOutcome:
-    """All rows in the order of the input, and what they come to; None in all processes but the main one."""
+    """All rows in the order of the input, and what they come to; None in all processes but the main one.
+
+    labels: columns of the scores, that of the first reward first.
+    """
 
     rows: tuple[VideoScore, ...]
     summary: Summary
+    labels: tuple[str, ...] = (FACE_SCORE,)
+
+    def reaches(self, bar: float, column: str = "") -> bool:
+        """Whether the mean of a column of scores, that of the first reward if none is named, is at least `bar`.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
+        column = column or self.labels[0]
+        if column not in (known := (*self.labels, *self.summary.scores)):
+            raise ConfigError(
+                f"--fail-under: there is no score {column!r}, there are {', '.join(dict.fromkeys(known))}"
+            )
+        return self.summary.reaches(bar, column)
 
 
 @dataclass
@@ -72,31 +91,37 @@ def run_score(
 
     Raises:
         ConfigError: the options contradict each other, `out` is there already, the results to go on from are of other
-            videos or settings, or the reference of all videos cannot be read.
+            videos or settings, a reward cannot be had, or the reference of all videos cannot be read.
         DataError: the file of results cannot be read or written.
         EngineError: the engines that were asked for cannot be built.
     """
     check_backend(options.backend)
-    file = None if options.out is None else _open_results(options.out, options)
-    _check_reference(pairs)
+    needs, labels = settings.needs(), settings.labels()
+    file = None if options.out is None else _open_results(options.out, options, labels)
+    if "reference" in needs:
+        _check_reference(pairs)
     processes = Processes.join(options.device)
     if processes.count > 1 and file is None:
         raise ConfigError("several processes need --out, where their results come together")
     if not processes.is_main:
         progress = Progress(quiet=True)
-    done = _finished(file, pairs, settings) if file is not None and options.resume else {}
+    done = _finished(file, pairs, settings, "prompt" in needs) if file is not None and options.resume else {}
     with progress.task("load the networks") as task:
-        networks = load_networks(settings, options.backend, options.engines, processes.device, task.describe)
+        rewards = load_rewards(
+            settings, options.backend, options.engines, processes.device, options.batch, task.describe
+        )
     clock = _Clock()
     left = processes.share([pair for pair in pairs if pair.index not in done])
-    fresh = _scored(left, networks, settings, options.batch, progress, clock)
+    fresh = _scored(left, rewards, settings, options.batch, progress, clock)
     rows = _collect(fresh, done, file, len(pairs), processes)
     if not processes.is_main:
         return None
-    summary = summarize(rows, clock.seconds, clock.frames, clock.stages)
+    summary = summarize(
+        rows, clock.seconds, clock.frames, clock.stages, [label for label in labels if label != FACE_SCORE]
+    )
     if file is not None:
         _write_summary(file.path, summary)
-    return ScoreOutcome(tuple(rows), summary)
+    return ScoreOutcome(tuple(rows), summary, labels)
 
 
 def summary_path(out: Path) -> Path:
@@ -104,11 +129,11 @@ def summary_path(out: Path) -> Path:
     return out.with_suffix(".summary.json")
 
 
-def _open_results(out: Path, options: RunOptions) -> ResultFile:
+def _open_results(out: Path, options: RunOptions, labels: Sequence[str]) -> ResultFile:
     """The file of results, in which there may be some only if the options say what becomes of them."""
     if options.resume and options.overwrite:
         raise ConfigError("--resume keeps the results in --out, --overwrite does not: give one of them")
-    file = ResultFile(out)
+    file = ResultFile(out, [label for label in labels if label != FACE_SCORE], FACE_SCORE in labels)
     if out.exists() and not (options.resume or options.overwrite):
         raise ConfigError(f"{out} is there already: go on from its results (--resume), or replace it (--overwrite)")
     check_writable(out)
@@ -127,25 +152,30 @@ def _check_reference(pairs: Sequence[Pair]) -> None:
 
 def _scored(
     pairs: Sequence[Pair],
-    networks: FaceNetworks,
+    rewards: Sequence[ScoredReward],
     settings: ScoreSettings,
     batch: int,
     progress: Progress,
     clock: _Clock,
 ) -> Iterator[VideoScore]:
     """The results of `pairs`, with a bar that tells videos and frames per second."""
-    scorer = Scorer(networks.identity, settings, batch, networks.device, networks.names, networks.backends)
-    with progress.bar("score", len(pairs)) as bar, networks.runtime.clock.collect() as times:
+    scorer = Scorer(rewards, settings, batch)
+    with progress.bar("score", len(pairs)) as bar, ExitStack() as stack:
+        times = {reward: stack.enter_context(reward.runtime.clock.collect()) for reward in rewards}
         for row in scorer.score(pairs, _watch(times, clock, bar)):
             yield row
             bar.advance(1)
 
 
-def _watch(times: StageTimes, clock: _Clock, bar: Bar) -> Callable[[int], None]:
+def _watch(times: Mapping[ScoredReward, StageTimes], clock: _Clock, bar: Bar) -> Callable[[int], None]:
+    owners = Counter(name for reward in times for name in reward.active.stage_names)
+
     def on_frames(frames: int) -> None:
         clock.frames += frames
-        for name, spent in times.read().items():
-            clock.stages[f"{name} ({spent.backend})"] += spent.milliseconds / 1000
+        for reward, of_reward in times.items():
+            for name, spent in of_reward.read().items():
+                stage = name if owners[name] == 1 else f"{reward.label}.{name}"
+                clock.stages[f"{stage} ({spent.backend})"] += spent.milliseconds / 1000
         bar.describe(f"{clock.frames / clock.seconds:.1f} frames/s")
 
     return on_frames
@@ -175,7 +205,8 @@ def _collect(
             file.append(row)
             rows.append(row)
         return rows
-    own = ResultFile(file.path.with_name(f".{file.path.name}.{processes.rank}-of-{processes.count}.part.jsonl"))
+    name = f".{file.path.name}.{processes.rank}-of-{processes.count}.part.jsonl"
+    own = ResultFile(file.path.with_name(name), file.labels, file.faces)
     own.rewrite([])
     for row in fresh:
         own.append(row)
@@ -190,9 +221,11 @@ def _collect(
     return rows
 
 
-def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings) -> Done:
+def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings, by_prompt: bool) -> Done:
     """The rows that an earlier run left, by index.
 
+    Args:
+        by_prompt: whether scores depend on prompts.
     Raises:
         ConfigError: they are of other videos or settings.
     """
@@ -202,6 +235,11 @@ def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings) 
         pair = by_index.get(row.index)
         if pair is None or not _is_of(row, pair):
             raise ConfigError(f"{file.path} holds results of other videos ({row.video}): --overwrite replaces them")
+        if by_prompt and one_line(row.prompt) != one_line(pair.prompt):
+            raise ConfigError(
+                f"{file.path} holds results of other prompts ({row.prompt!r} of {row.video}, now {pair.prompt!r}): "
+                "--overwrite replaces them"
+            )
         if row.settings != str(settings):
             raise ConfigError(
                 f"{file.path} holds results of other settings ({row.settings}, now {settings}): --overwrite replaces "
@@ -219,7 +257,7 @@ def _is_of(row: VideoScore, pair: Pair) -> bool:
 
 
 def _rows_of_parts(file: ResultFile) -> list[VideoScore]:
-    return [row for part in _parts(file) for row in ResultFile(part).read()]
+    return [row for part in _parts(file) for row in ResultFile(part, file.labels, file.faces).read()]
 
 
 def _parts(file: ResultFile) -> list[Path]:
@@ -228,4 +266,4 @@ def _parts(file: ResultFile) -> list[Path]:
 
 def _write_summary(out: Path, summary: Summary) -> None:
     with atomic_write(summary_path(out)) as part:
-        part.write_text(json.dumps(asdict(summary), indent=2) + "\n")
+        part.write_text(json.dumps(summary.json_values(), indent=2) + "\n")

@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from frostline.allocation import is_out_of_memory
-from frostline.models.faces.identity import FaceChoice, FaceIdentity, FrameFaces
-from frostline.score.accumulate import ReferenceSum, VideoFrames
-from frostline.score.decoding import Chunk, End, Event, Source, decoded
+from frostline.score.decoding import Chunk, End, Event, decoded
+from frostline.score.faults import Fault, fault_of
 from frostline.score.request import Pair
 from frostline.score.result import REFERENCE_NOTE, VideoScore
+from frostline.score.rewards.base import RewardResult, ScoredReward
 from frostline.score.settings import ScoreSettings
+from frostline.score.under_way import ReferenceUnderWay, UnderWay, VideoUnderWay
 
 _BATCH_BYTES = 64 * 2**20  # of pixels: fewer frames go together where they are large
+_NO_PROMPT = "needs a prompt, which the video does not have (--prompt, or a column 'prompt' of --pairs)"
 
 
 class Scorer:
-    """Scores videos as the reward of training does, with the networks that the identity reward was given.
+    """Scores videos by rewards, each frame decoded once for all of them.
 
     Args:
-        identity: its detector and reference embedder do the work.
+        rewards: with the networks that they need.
         settings: what the results depend on.
-        batch: frames of one call of the detector.
-        device: where the networks are.
-        backends: tells what served `face_detector` and `face_embedder`, as results name it.
-        names: of detector and embedder.
+        batch: frames that are looked at together, at least.
     """
 
-    def __init__(
-        self,
-        identity: FaceIdentity,
-        settings: ScoreSettings,
-        batch: int,
-        device: torch.device,
-        names: tuple[str, str],
-        backends: Callable[[], tuple[str, str]] = lambda: ("torch", "torch"),
-    ) -> None:
-        self.identity = identity
+    def __init__(self, rewards: Sequence[ScoredReward], settings: ScoreSettings, batch: int) -> None:
+        self.rewards = rewards
         self.settings = settings
         self.batch = batch
-        self.device = device
-        self.names = names
-        self.backends = backends
 
     def score(self, pairs: Sequence[Pair], on_frames: Callable[[int], None] = lambda n: None) -> Iterator[VideoScore]:
         """One result for each pair, in their order, as soon as it is known; no fault of a video stops the others.
@@ -55,38 +40,42 @@ class Scorer:
         Args:
             on_frames: told how many more frames were scored.
         """
-        state = _State(pairs, self.settings.face)
+        state = UnderWay(pairs, self.rewards)
         with decoded(state.sources(), self.settings.every, self.settings.max_frames) as events:
             for group in _groups(events, self.batch):
                 start = time.perf_counter()
-                seen = iter(self._see([event.frames for event in group if isinstance(event, Chunk)]))
+                chunks = [event for event in group if isinstance(event, Chunk)]
+                seen = [(reward, iter(self._see(reward, state, chunks))) for reward in self.rewards]
                 seconds = time.perf_counter() - start
-                frames = sum(len(event.numbers) for event in group if isinstance(event, Chunk))
+                frames = sum(len(chunk.numbers) for chunk in chunks)
                 for event in group:
                     if isinstance(event, Chunk):
-                        state.add(event, next(seen), seconds * len(event.numbers) / frames)
+                        state.add(event, [(reward, next(parts)) for reward, parts in seen])
+                        state.spend(event, seconds * len(event.numbers) / frames)
                     elif (ended := state.end(event)) is not None:
-                        yield self._result(*ended)
+                        yield self._row(*ended)
                 on_frames(frames)
 
-    def _see(self, chunks: Sequence[Tensor]) -> list[FrameFaces | None]:
-        """What is in each chunk of a group; None where the memory does not suffice for it."""
-        if not chunks:
-            return []
-        try:
-            frames = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
-            seen = FrameFaces.join([self.identity.observe(part.to(self.device)) for part in frames.split(self.batch)])
-            return [*seen.split([len(chunk) for chunk in chunks])]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # Out of the block above, in which the error keeps what it had allocated. Each by itself: one file is at fault.
-        return [None] if len(chunks) == 1 else [seen for chunk in chunks for seen in self._see([chunk])]
+    def _see(self, reward: ScoredReward, state: UnderWay, chunks: Sequence[Chunk]) -> list[Any]:
+        """What a reward sees in each chunk of a group; a `Fault` where it cannot look, None where it need not."""
+        tracks = [state.track(reward, chunk) for chunk in chunks]
+        wanted = [(track, chunk) for track, chunk in zip(tracks, chunks, strict=True) if track and not track.fault]
+        parts = [(track.take(chunk), chunk) for track, chunk in wanted]
+        seen = iter(_observe(reward, parts))
+        return [next(seen) if track and not track.fault else None for track in tracks]
 
-    def _result(self, video: VideoFrames, end: End, reference: ReferenceSum) -> VideoScore:
-        detector, embedder = self.backends()
-        error = end.error or reference.error
-        of_reference = f"{REFERENCE_NOTE}{reference.note}" if reference.note else ""
+    def _row(self, video: VideoUnderWay, end: End, reference: ReferenceUnderWay | None) -> VideoScore:
+        results = {} if end.error else {reward: self._result(reward, video, reference) for reward in self.rewards}
+        faults = {reward.label: result.fault for reward, result in results.items() if result.fault}
+        error = end.error
+        if results and len(faults) == len(results):
+            error = "; ".join(dict.fromkeys(faults.values())) if len({*faults.values()}) == 1 else _listed(faults)
+        notes, scored = [end.note], {}
+        if not error:
+            notes.append(_listed({reward.label: result.fault or result.note for reward, result in results.items()}))
+            scored = _columns(video, list(results.values()))
+        if reference is not None and reference.note:
+            notes.append(f"{REFERENCE_NOTE}{reference.note}")
         return VideoScore(
             index=video.pair.index,
             video=video.pair.video,
@@ -94,67 +83,66 @@ class Scorer:
             prompt=video.pair.prompt,
             status="error" if error else "ok",
             error=error,
-            note="; ".join(filter(None, (end.note, of_reference))),
+            note="; ".join(filter(None, notes)),
             seconds=round(video.seconds + end.seconds, 4),
-            face_detector=self.names[0],
-            face_detector_backend=detector,
-            face_embedder=self.names[1],
-            face_embedder_backend=embedder,
             settings=str(self.settings),
-            **({} if error else video.columns(self.settings.missing_face)),
+            backends=self._backends(),
+            **{name: value for reward in self.rewards for name, value in reward.provenance().items()},
+            **scored,
+        )
+
+    def _result(self, reward: ScoredReward, video: VideoUnderWay, reference: ReferenceUnderWay | None) -> RewardResult:
+        """What a reward says of a video all of whose frames it has seen."""
+        track = video.tracks.get(reward.label)
+        if "prompt" in reward.active.config.needs and not video.pair.prompt:
+            return RewardResult(fault=_NO_PROMPT)
+        if reward.needs_reference and reference is not None and (fault := reference.fault(reward)):
+            return RewardResult(fault=fault)
+        if track is None or track.fault:
+            return RewardResult(fault=track.fault if track else "was shown no frames")
+        try:
+            return track.result()
+        except Exception as error:
+            return RewardResult(fault=fault_of(reward, error))
+
+    def _backends(self) -> str:
+        """What computes the scores of rewards that have no columns of their own for it."""
+        return " ".join(
+            f"{reward.label}.{stage}={backend}"
+            for reward in self.rewards
+            if not reward.provenance()
+            for stage, backend in reward.backends().items()
         )
 
 
-class _State:
-    """Videos and references under way. Keys count upwards in the order in which things are decoded."""
+def _observe(reward: ScoredReward, parts: Sequence[tuple[Tensor, Chunk]]) -> Sequence[Any]:
+    """What a reward sees in each part; where it fails at all of them together, each by itself: one file is at fault."""
+    if not parts:
+        return []
+    try:
+        return reward.observe([part for part, _ in parts])
+    except Exception as error:
+        if len(parts) == 1:
+            chunk = parts[0][1]
+            return [Fault(fault_of(reward, error, f"{chunk.frames.shape[-1]}x{chunk.frames.shape[-2]}"))]
+        fault_of(reward, error)
+    # Out of the block above, in which the error keeps what it had allocated.
+    return [seen for part in parts for seen in _observe(reward, [part])]
 
-    def __init__(self, pairs: Sequence[Pair], face: FaceChoice) -> None:
-        self._pairs = pairs
-        self._face: FaceChoice = face
-        self._jobs: dict[int, Pair | str] = {}
-        self._references: dict[str, ReferenceSum] = {}
-        self._videos: dict[int, VideoFrames] = {}
-        self._faults: dict[int, str] = {}
 
-    def sources(self) -> Iterator[Source]:
-        """All that is to be decoded: each reference before the first video that needs it. Runs in another thread."""
-        keys = itertools.count()
-        for pair in self._pairs:
-            if not pair.fault and pair.reference not in self._references:
-                self._references[pair.reference] = ReferenceSum()
-                self._jobs[key := next(keys)] = pair.reference
-                yield Source(key, pair.reference)
-            self._jobs[key := next(keys)] = pair
-            yield Source(key, pair.video, pair.fault)
+def _columns(video: VideoUnderWay, results: Sequence[RewardResult]) -> dict[str, Any]:
+    """Fields of `VideoScore`: what the rewards say of a video, and what it is."""
+    return {
+        **{name: value for result in results for name, value in result.columns.items()},
+        "scores": {name: value for result in results for name, value in result.scores.items()},
+        "frames": video.frames,
+        "width": video.size[0],
+        "height": video.size[1],
+    }
 
-    def add(self, chunk: Chunk, seen: FrameFaces | None, seconds: float) -> None:
-        """What was seen in the frames of a chunk, and what that took; None where it was too much for the memory."""
-        job = self._jobs[chunk.key]
-        if seen is None:
-            path = job if isinstance(job, str) else job.video
-            width, height = chunk.frames.shape[-1], chunk.frames.shape[-2]
-            self._faults[chunk.key] = f"{path}: frames of {width}x{height} need more memory than there is"
-        if chunk.key in self._faults or seen is None:
-            return
-        if isinstance(job, str):
-            self._references[job].add(seen)
-            return
-        reference = self._references[job.reference]
-        video = self._videos.setdefault(chunk.key, VideoFrames(job))
-        video.seconds += seconds
-        if not reference.error:
-            video.add(chunk, seen, reference.mean, self._face)
 
-    def end(self, end: End) -> tuple[VideoFrames, End, ReferenceSum] | None:
-        """A video that can be given its result, with its reference; None where a reference ends."""
-        job = self._jobs.pop(end.key)
-        if fault := self._faults.pop(end.key, ""):
-            end = replace(end, error=fault)
-        if isinstance(job, str):
-            self._references[job].end(end.error, end.note, job)
-            return None
-        reference = ReferenceSum() if job.fault else self._references[job.reference]
-        return self._videos.pop(end.key, VideoFrames(job)), end, reference
+def _listed(texts: Mapping[str, str]) -> str:
+    return "; ".join(f"{label}: {text}" for label, text in texts.items() if text)
 
 
 def _groups(events: Iterable[Event], batch: int) -> Iterator[list[Event]]:

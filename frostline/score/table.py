@@ -7,24 +7,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from frostline.escaping import printable_name
-from frostline.score.result import REFERENCE_NOTE, VideoScore
+from frostline.score.result import FACE_SCORE, REFERENCE_NOTE, VideoScore
 from frostline.score.run import ScoreOutcome
-from frostline.score.summary import HISTOGRAM_EDGES, Summary
+from frostline.score.summary import HISTOGRAM_EDGES, ScoreStatistics, Summary
 
+_FACE_TITLES = ("face score", "missing as 0", "faces found", "worst frame")
 _SHOWN = 40
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def print_outcome(outcome: ScoreOutcome, console: Console) -> None:
     """The rows of the first videos, all that failed, and the summary."""
-    rows = outcome.rows
+    rows, scores = outcome.rows, tuple(outcome.summary.scores)
+    faces = FACE_SCORE in outcome.labels
     shown = rows[:_SHOWN]
     table = Table()
-    for title in ("video", "face score", "missing as 0", "faces found", "worst frame", "frames"):
-        table.add_column(title, justify="left" if title == "video" else "right")
+    for title in ("video", *(_FACE_TITLES if faces else ()), *scores, "frames"):
+        table.add_column(escape(title), justify="left" if title == "video" else "right")
     for row in shown:
         if row.status == "ok":
-            table.add_row(*_cells(row))
+            numbers = [*(_face_cells(row) if faces else ()), *(_number(row.scores.get(name)) for name in scores)]
+            table.add_row(escape(printable_name(row.video)), *numbers, str(row.frames))
     if table.row_count:
         console.print(table)
     if len(rows) > len(shown):
@@ -49,6 +52,8 @@ def summary_lines(summary: Summary) -> list[str]:
     if summary.mean is not None and summary.median is not None:
         lines.append(f"face score: mean {summary.mean:.3f}, median {summary.median:.3f}  {_sparkline(summary)}")
     scored = summary.videos - summary.failed
+    for name, of_score in summary.scores.items():
+        lines.append(f"{name}: {_statistics(of_score, scored)}")
     counted = f"{scored} of {summary.videos} videos scored"
     if summary.without_face:
         counted += f", {summary.without_face} of them without any face"
@@ -64,17 +69,17 @@ def _remark(kind: str, name: str, text: str) -> str:
     return f"{kind} {escape(f'{printable_name(name)}: {text}')}"
 
 
-def _cells(row: VideoScore) -> list[str]:
+def _statistics(scores: ScoreStatistics, videos: int) -> str:
+    if scores.mean is None:
+        return "no video has this score"
+    text = f"mean {scores.mean:.3f}, median {scores.median:.3f}, {scores.lowest:.3f} to {scores.highest:.3f}"
+    return text if scores.videos == videos else f"{text} ({scores.videos} videos)"
+
+
+def _face_cells(row: VideoScore) -> list[str]:
     rate = "-" if row.detection_rate is None else f"{100 * row.detection_rate:.1f} %"
     worst = "-" if row.worst_frame is None else f"{row.worst_frame} ({row.worst_frame_score:.3f})"
-    return [
-        escape(printable_name(row.video)),
-        _number(row.face_score),
-        _number(row.face_score_missing_zero),
-        rate,
-        worst,
-        str(row.frames),
-    ]
+    return [_number(row.face_score), _number(row.face_score_missing_zero), rate, worst]
 
 
 def _number(value: float | None) -> str:

@@ -27,10 +27,10 @@ class ConditionInputs:
 
 @dataclass(frozen=True)
 class Condition:
-    """A frozen input of the denoiser for B samples, which is computed once for a sample and then cached.
+    """What is computed frozen of B samples, once for each, and then cached: an input of the denoiser, for instance.
 
-    name: of the tensor. stages: that compute it. keys: content key of each row. compute: takes indices of rows, returns
-    the tensor by its name, with one row for each.
+    name: of the tensor, or of the result where that is several. stages: that compute it. keys: content key of each row.
+    compute: takes indices of rows, returns the tensors by name, with one row for each.
     """
 
     name: str

@@ -172,7 +172,7 @@ def _scale_spec(scale: float) -> TensorSpec:
 
 
 def _adapter_spec(parameter_name: str, matrix: Tensor, rank: Dimension, scale: float) -> TensorSpec:
-    """The graph input of one adapter matrix: A is (rank, in), B is (out, rank)."""
+    """Return the graph input of one adapter matrix: A is (rank, in), B is (out, rank)."""
     name = "lora." + parameter_name.replace(".default.weight", "")
     first = ".lora_A." in parameter_name
     shape = (rank, matrix.shape[1]) if first else (matrix.shape[0], rank)

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import frostline.stages
+from frostline.errors import ConfigError
 from frostline.models.video_shape import Geometry
 from frostline.models.wan.video_shape import GEOMETRY as DEFAULT_GEOMETRY
 
 if TYPE_CHECKING:
     import torch
 
-    from frostline.config import LoraSettings
+    from frostline.config import BaseAdapter, LoraSettings
+    from frostline.experts import ExpertName
     from frostline.models.lora import Adapter
     from frostline.stages.video_model import VideoModel
 
-# The family that says what is wrong with files that none recognises; its demands on videos are `DEFAULT_GEOMETRY`.
+# The family of models that no other family recognises: it reports their errors. Its geometry is `DEFAULT_GEOMETRY`.
 _DEFAULT = "wan"
 
 
 class ModelSpec(Protocol):
     """A model without its weights.
 
-    two_experts: whether it has a denoiser for high noise levels of its own. from_files: whether the sizes are those of
-    files; False where they are of the release that the model is named after.
+    two_experts: whether it has a denoiser for high noise levels of its own. needs_image: whether it generates from a
+    first frame. from_files: whether the sizes are those of files; False where they are of the release that the model
+    is named after.
     """
 
     @property
@@ -39,6 +42,8 @@ class ModelSpec(Protocol):
     @property
     def two_experts(self) -> bool: ...
     @property
+    def needs_image(self) -> bool: ...
+    @property
     def from_files(self) -> bool: ...
 
 
@@ -46,7 +51,7 @@ class Family(Protocol):
     """What a family's module `family` contains; importing it imports no torch.
 
     GEOMETRY: the weakest demands on videos that any of its models has. STAGES: names of all stages that one may have.
-    FROZEN_STAGES: of those, the stages that never carry a gradient.
+    FROZEN_STAGES: of those, the stages that carry no gradient, unless it is an expert that has a LoRA.
     LORA_TARGETS: names of the layers that a LoRA adapts unless it is told otherwise. PACKAGES: whose code its networks
     are, other than torch.
     """
@@ -90,15 +95,51 @@ class Family(Protocol):
         """Return the path of a layer in the denoiser by its name in adapter files; see `LayerPath`."""
         ...
 
-    def check_adapter(self, model: str | Path, adapter: Adapter) -> None:
-        """Raise a ConfigError where an adapter is of another model."""
+    def diffusers_path(self, layer: str) -> str | None:
+        """Return the path in diffusers of a layer of the denoiser; None if diffusers does not have it."""
         ...
 
-    def load(self, model: Any, dtype: torch.dtype, device: torch.device, defer: bool) -> Any:
+    def check_adapter(self, model: str | Path, adapter: Adapter, expert: ExpertName) -> None:
+        """Raise a ConfigError where an adapter is of another model.
+
+        Args:
+            expert: of two, one that the model has; `low` is also the only denoiser of a model with one.
+        """
+        ...
+
+    def merge_adapter(
+        self, model: str | Path, adapter: Adapter, expert: ExpertName, lora_scale: float, dtype: torch.dtype | None
+    ) -> Mapping[str, torch.Tensor]:
+        """Return the weights of a denoiser, with an adapter merged, by their names there.
+
+        Args:
+            expert: as for `check_adapter`.
+            dtype: type of the weights; None keeps their types, and computes weights of 8 bits in that of the others.
+        Raises:
+            ConfigError: the adapter is of another model, or a merged weight is not finite.
+        """
+        ...
+
+    def check_base_adapters(self, model: str | Path, adapters: Sequence[BaseAdapter]) -> None:
+        """Raise a ConfigError where an adapter cannot be read, is of another model, or names no expert of it."""
+        ...
+
+    def load(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        defer: bool,
+        base_adapters: Sequence[BaseAdapter] = (),
+        live: bool = True,
+    ) -> Any:
         """Load a model, frozen, in eval mode: its components.
 
         Args:
             defer: leave on disk until they are needed the weights that an engine may serve.
+            base_adapters: merged into the denoisers whenever these are read, as `merge_adapter` does.
+            live: whether parts that training computes with a gradient are needed, too; where they are not, a family may
+                leave them without weights.
         Raises:
             ConfigError: says which file does not fit.
         """
@@ -113,7 +154,7 @@ class Family(Protocol):
         ...
 
 
-__all__ = ["DEFAULT_GEOMETRY", "Family", "ModelSpec", "all_stages", "family_of"]
+__all__ = ["DEFAULT_GEOMETRY", "Family", "ModelSpec", "all_stages", "check_adapters", "default_family", "family_of"]
 
 
 def family_of(model: str | Path | Sequence[object] | object) -> Family:
@@ -122,12 +163,30 @@ def family_of(model: str | Path | Sequence[object] | object) -> Family:
     Args:
         model: the name of a built-in model, a folder, a list of files, or what `Family.load` returned.
     """
-    return next((family for family in _families() if family.recognises(model)), _family(_DEFAULT))
+    return next((family for family in _families() if family.recognises(model)), default_family())
+
+
+def check_adapters(model: str | Path, adapters: Mapping[ExpertName, Adapter]) -> None:
+    """Check that a model has the experts that adapters are for, and that these are of the model.
+
+    Raises:
+        ConfigError: it has not, or one is of another model.
+    """
+    family = family_of(model)
+    if "high" in adapters and not family.read_spec(model).two_experts:
+        raise ConfigError(f"{adapters['high'].path} is for the high-noise expert of two, and {model} has one expert")
+    for expert, adapter in adapters.items():
+        family.check_adapter(model, adapter, expert)
+
+
+def default_family() -> Family:
+    """Return the family of a model that no other family recognises."""
+    return _family(_DEFAULT)
 
 
 def all_stages() -> tuple[str, ...]:
     """Return the names of the stages of all families, each once."""
-    return tuple(dict.fromkeys(stage for family in (_family(_DEFAULT), *_families()) for stage in family.STAGES))
+    return tuple(dict.fromkeys(stage for family in (default_family(), *_families()) for stage in family.STAGES))
 
 
 def _families() -> Iterator[Family]:

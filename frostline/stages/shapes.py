@@ -18,6 +18,7 @@ _LAYOUTS: dict[str, tuple[str | int, ...]] = {
     "video": ("batch", "frames", 3, "height", "width"),
     "faces": ("faces", 3, "side", "side"),
     "frames": ("faces", 3, "face_height", "face_width"),
+    "images": ("images", 3, "side", "side"),
 }
 
 
@@ -27,7 +28,8 @@ class ShapeRange:
 
     batch: samples. latent_frames: of a video's latents. height, width: pixels, multiples of what the model takes.
     rank: of the LoRA. faces: crops or frames in one call of a face network. face_height, face_width:
-    pixels of the images that the first network of the face detector scans.
+    pixels of the images that the first network of the face detector scans. images: pictures in one call of a network
+    that sees each as a whole, such as CLIP; more than the largest extent are computed in several calls.
     """
 
     batch: Range = (1, 2, 32)
@@ -38,6 +40,7 @@ class ShapeRange:
     faces: Range = (1, 18, 2048)
     face_height: Range = (12, 64, 4096)
     face_width: Range = (12, 64, 4096)
+    images: Range = (1, 16, 32)
 
     def __post_init__(self) -> None:
         for dimension in fields(self):
@@ -48,12 +51,12 @@ class ShapeRange:
                 )
 
     def dimension(self, name: str) -> Dimension:
-        """The open dimension `name` of this class."""
+        """Return the open dimension `name` of this class."""
         low, typical, high = getattr(self, name)
         return Dimension(name, low, typical, high)
 
     def pixels(self, name: str, per_block: int, multiple: int) -> Dimension:
-        """`height` or `width` of a tensor that has `per_block` entries for every `multiple` pixels.
+        """Return `height` or `width` of a tensor that has `per_block` entries for every `multiple` pixels.
 
         Raises:
             ConfigError: an extent is no multiple of what the model takes.
@@ -69,10 +72,11 @@ class ShapeRange:
 def parse_shapes(
     min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "", geometry: Geometry = DEFAULT_GEOMETRY
 ) -> ShapeRange:
-    """A range from trtexec's spelling, `name:1x5x3x64x64,…`; what is not named keeps its default.
+    """Return a range from trtexec's spelling, `name:1x5x3x64x64,…`; what is not named keeps its default.
 
     Names are `video` (batch, frames, 3, height, width), `faces` (count, 3, side, side) and `frames` (count, 3, height,
-    width) of the face stages. Defaults give way where a given shape would not fit them.
+    width) of the face stages, and `images` (count, 3, side, side) of stages that see pictures as a whole. Defaults give
+    way where a given shape would not fit them.
 
     Args:
         geometry: the videos that the model takes.
@@ -96,7 +100,7 @@ def parse_shapes(
 
 
 def asked_maximum(max_shapes: str, geometry: Geometry = DEFAULT_GEOMETRY) -> frozenset[str]:
-    """The dimensions of `ShapeRange` whose largest extent `--max-shapes` names.
+    """Return the dimensions of `ShapeRange` whose largest extent `--max-shapes` names.
 
     Raises:
         ConfigError: as `parse_shapes`.
@@ -105,7 +109,7 @@ def asked_maximum(max_shapes: str, geometry: Geometry = DEFAULT_GEOMETRY) -> fro
 
 
 def _extents(flag: str, text: str, geometry: Geometry) -> dict[str, int]:
-    """The extents of dimensions of `ShapeRange` that one flag names."""
+    """Return the extents of dimensions of `ShapeRange` that one flag names."""
     extents: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, shape = part.partition(":")

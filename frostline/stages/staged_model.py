@@ -1,4 +1,4 @@
-"""A loaded model with its LoRA and its stages: what training and export both start from."""
+"""Loaded stages: those of a model with its LoRA, which training and export start from, or those of rewards alone."""
 
 from __future__ import annotations
 
@@ -16,21 +16,32 @@ from .video_model import VideoModel
 
 
 @dataclass(frozen=True)
-class StagedModel:
+class LoadedStages:
+    """Stages by name, on one device."""
+
+    stages: dict[str, Stage]
+
+    @property
+    def device(self) -> torch.device:
+        """Where their networks are."""
+        return next(iter(self.stages.values())).networks[0].device
+
+    def weights(self) -> list[Tensor]:
+        """Return the parameters of all stages, each once."""
+        networks = (network for stage in self.stages.values() for network in stage.networks)
+        return [*{id(weight): weight for network in networks for weight in network.module.parameters()}.values()]
+
+
+@dataclass(frozen=True)
+class StagedModel(LoadedStages):
     """A video model with its LoRA and its stages, those of rewards among them."""
 
     model: VideoModel
-    stages: dict[str, Stage]
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
-
-    def weights(self) -> list[Tensor]:
-        """The parameters of all stages, each once."""
-        networks = (network for stage in self.stages.values() for network in stage.networks)
-        return [*{id(weight): weight for network in networks for weight in network.module.parameters()}.values()]
 
 
 def stage_model(model: VideoModel, of_rewards: Iterable[Stage], shapes: ShapeRange) -> StagedModel:
@@ -46,4 +57,4 @@ def stage_model(model: VideoModel, of_rewards: Iterable[Stage], shapes: ShapeRan
         if stage.name in stages:
             raise ConfigError(f"rewards: the stage {stage.name} is there already: call that of the reward otherwise")
         stages[stage.name] = stage
-    return StagedModel(model, stages)
+    return StagedModel(stages, model)

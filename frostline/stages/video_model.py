@@ -49,7 +49,7 @@ class DenoiserModule(Protocol):
         ...
 
     def first_blocks(self, count: int) -> AbstractContextManager[None]:
-        """Within the block of code, run the first `count` blocks alone."""
+        """Run only the first `count` transformer blocks inside the context."""
         ...
 
 
@@ -73,14 +73,20 @@ class Decoder:
 
     stage: name of the stage of its frozen uses. dtype: of the latents that it takes.
     whole: decodes (B, C, F, h, w) to (B, 3, T, H, W) in [-1, 1] at once.
-    networks: computes of the stage's networks, in PyTorch, for backward. assemble: decodes with such networks.
+    networks: computes of the stage's networks, in PyTorch, for backward.
+    assemble: decodes with such networks; behind frames whose caches are given, or else from the first frame on.
+    caches: from such networks and the leading latent frames of a clip, (B, C, F, h, w) with F of at least 1, what the
+        decoder has to know of them to decode the frames behind them.
+    go_on: decodes the latent frames behind those at once: (B, C, n, h, w) to (B, 3, n * temporal stride, H, W).
     """
 
     stage: str
     dtype: torch.dtype
     whole: Callable[[Tensor], Tensor]
     networks: Mapping[str, Compute]
-    assemble: Callable[[Mapping[str, Compute], Tensor], Tensor]
+    assemble: Callable[[Mapping[str, Compute], Tensor, Tensors | None], Tensor]
+    caches: Callable[[Mapping[str, Compute], Tensor], Tensors]
+    go_on: Callable[[Tensor, Tensors], Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,14 +135,18 @@ class VideoModel(StageProvider, Protocol):
         """Return the frozen inputs of the denoiser, computed by the stages of `run`."""
         ...
 
+    def clip_latents(self, video: Tensor, run: Stages) -> Condition:
+        """Return the latents (B, C, F, h, w) of whole clips, (B, T, 3, H, W) in [0, 1] on the CPU, as a condition."""
+        ...
+
     def denoiser_inputs(self, conditions: Tensors) -> Tensors:
         """Return those conditions that the denoiser takes as inputs."""
         ...
 
     def constrain(self, latents: Tensor, conditions: Tensors) -> Tensor:
-        """Put into (B, C, F, h, w) latents what is given, such as those of a first frame; after each step but the last.
+        """Replace the given part of (B, C, F, h, w) latents, such as the first frame; after all steps but the last.
 
-        Without anything given it returns `latents`.
+        Return `latents` unchanged if the model has no given part.
         """
         ...
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,22 +16,28 @@ from frostline.config import CHECKPOINTING
 from frostline.errors import DataError
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.progress import Progress
+from frostline.rewards.build import JUDGES, resolve
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device
 from frostline.runtime.malloc import keep_freed_memory
 from frostline.stages.families import DEFAULT_GEOMETRY, family_of
-from frostline.stages.shapes import parse_shapes
 from frostline.train.config_file import dump_settings
 from frostline.train.data.dataset import BadRow, DataCheck, Sample, VideoPromptDataset
-from frostline.train.loop.checkpoint import Checkpoint
+from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
+from frostline.train.judging.judge import Judge, build_judges
+from frostline.train.loop.checkpoint import Checkpoint, samples_dealt
+from frostline.train.loop.evaluation import PSNR, PSNR_ABOUT
+from frostline.train.loop.output_dir import check_writable
 from frostline.train.loop.resume import changed_settings
 from frostline.train.loop.saving import package_versions
 from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
-from frostline.train.loop.validation import Validation, validate
+from frostline.train.loop.validation import Validation, starts_of, validate
+from frostline.train.precompute.prepare import Place, Precomputed, precompute
 from frostline.train.processes import gather_from_processes
 from frostline.train.report.page import write_report
-from frostline.train.settings import RunSettings, TrainingModuleSettings
+from frostline.train.settings import RunSettings
 from frostline.train.step.module import TrainingModule
+from frostline.train.step_settings import TrainingModuleSettings
 from frostline.train.validate_settings import check_output, problems
 
 log = logging.getLogger(__name__)
@@ -52,13 +59,18 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
-    geometry = family_of(settings.model).read_spec(settings.model).geometry
-    dataset = _training_data(settings, accelerator, progress, geometry)
-    validation = open_validation(settings, geometry)
+    dataset, validation = _open_data(settings, accelerator, progress)
+    device = _device_of(accelerator)
+    place = _place_of(checkpoint, accelerator.num_processes)
+    prepared = precompute(settings, dataset, validation, device, progress, place)
     with progress.task(f"load {settings.model}"):
-        # The loader knows "cpu", not the "cpu:1" of a second process.
-        module = build_module(settings, torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device)
-    _settle_checkpointing(module, settings.video_shape(geometry))
+        module = build_module(settings, device)
+        module.runtime.idle = prepared.stages
+        if validation is not None:
+            validation = replace(validation, judges=load_judges(settings, module))
+    if checkpoint is None and settings.init_adapter is not None:
+        module.load_adapter(settings.init_adapter)
+    _settle_checkpointing(module, settings.video_shape(module.model.geometry))
     _log_start(settings, accelerator, len(dataset), checkpoint)  # type: ignore[arg-type]
     with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
         bar.advance(checkpoint.step if checkpoint else 0)
@@ -85,7 +97,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
             restart=resume is not None,
             num_workers=settings.data.num_workers,
             config=dump_settings(settings),
-            facts=run_facts(module),
+            facts=run_facts(module, () if validation is None else validation.judges),
             validate=None if validation is None else validate_at,
             validation_steps=settings.validation.steps,
             on_step=on_step,
@@ -95,6 +107,58 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
         write_report(settings.output_dir)
     accelerator.state.destroy_process_group()
     return outcome
+
+
+def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | None = None) -> Precomputed:
+    """Compute what is frozen of the samples of a run into its cache, whatever `settings.precompute` says.
+
+    Args:
+        batch_size: samples that are computed together; the run's own batches if None.
+    Raises:
+        FrostlineError: says what is wrong and what to do; what was computed before is kept.
+    """
+    settings = settings.model_copy(update={"precompute": "always"})
+    without_trackers = settings.train.model_copy(update={"report_to": ()})
+    wants_cpu = resolve_device(settings.device).type == "cpu"
+    accelerator = make_accelerator(without_trackers, settings.output_dir, wants_cpu)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+
+    def check() -> None:
+        for problem in problems(settings, runs=True):
+            raise problem
+        check_writable(settings.frozen_cache_dir)
+        family_of(settings.model).check_files(settings.model)
+
+    _from_first_process(accelerator, check)
+    dataset, validation = _open_data(settings, accelerator, progress)
+    place = _place_of(None, max(accelerator.num_processes, settings.memory.num_processes))
+    done = precompute(settings, dataset, validation, _device_of(accelerator), progress, place, batch_size)
+    accelerator.state.destroy_process_group()
+    return done
+
+
+def _open_data(
+    settings: RunSettings, accelerator: Accelerator, progress: Progress
+) -> tuple[Dataset[Sample], Validation | None]:
+    """The samples to train on, and the held-out starts."""
+    spec = family_of(settings.model).read_spec(settings.model)
+    rewards, judges = resolve(settings.rewards), resolve(settings.validation.judges, JUDGES)
+    needs = SampleNeeds.of(spec.name, spec.needs_image, rewards, settings.sft_weight > 0)
+    dataset = _training_data(settings, accelerator, progress, spec.geometry, needs)
+    needs = SampleNeeds.of(spec.name, spec.needs_image, (*rewards, *judges))
+    return dataset, open_validation(settings, spec.geometry, needs)
+
+
+def _device_of(accelerator: Accelerator) -> torch.device:
+    """The device as the loader knows it: "cpu", not the "cpu:1" of a second process."""
+    return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+
+
+def _place_of(checkpoint: Checkpoint | None, processes: int) -> Place:
+    if checkpoint is None:
+        return Place(processes=processes)
+    return Place(checkpoint.step, samples_dealt(checkpoint), processes)
 
 
 def _check(settings: RunSettings, resume: str | None) -> Checkpoint | None:
@@ -117,19 +181,31 @@ def build_module(settings: RunSettings, device: torch.device) -> TrainingModule:
     """The training module that the settings describe; its LoRA follows from the seed."""
     torch.manual_seed(settings.train.seed)
     step = settings.model_dump(include=set(TrainingModuleSettings.model_fields))
-    if settings.cache_dir is None:
-        # On disk: a run that goes on recalls what the run before computed, and every process what the others did.
-        step["cache_dir"] = settings.output_dir / "cache"
+    step["cache_dir"] = settings.frozen_cache_dir
     plan = settings.plan
     return TrainingModule.from_pretrained(
         settings.model,
         engines=plan.engines,
         plan=plan.as_plan(),
         strict=plan.strict,
-        shapes=parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes, family_of(settings.model).GEOMETRY),
+        shapes=plan.shape_range(family_of(settings.model).GEOMETRY),
         dtype=settings.train.weight_dtype,
         device=device,
+        base_adapters=settings.base_adapters,
         **step,
+    )
+
+
+def load_judges(settings: RunSettings, module: TrainingModule) -> tuple[Judge, ...]:
+    """The judges of a run, on the device of its module."""
+    plan = settings.plan
+    return build_judges(
+        settings.validation.judges,
+        module,
+        plan=plan.as_plan(),
+        engines=plan.engines,
+        strict=plan.strict,
+        shapes=plan.shape_range(family_of(settings.model).GEOMETRY),
     )
 
 
@@ -154,20 +230,22 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
     return Subset(dataset, good)
 
 
-def open_validation(settings: RunSettings, geometry: Geometry = DEFAULT_GEOMETRY) -> Validation | None:
+def open_validation(
+    settings: RunSettings, geometry: Geometry = DEFAULT_GEOMETRY, needs: SampleNeeds = DEFAULT_NEEDS
+) -> Validation | None:
     """The held-out starts, if the settings name some."""
     validation = settings.validation
     if validation.source is None:
         return None
-    dataset = validation.open(geometry)
-    starts = range(min(validation.num_videos, len(dataset)))
-    unusable = [row for row in dataset.validate() if row.sample_id in dataset.sample_ids[: len(starts)]]
+    dataset = validation.open(geometry, needs)
+    made = starts_of(validation, dataset)
+    unusable = [row for row in dataset.validate() if row.sample_id in dataset.sample_ids[: len(made.starts)]]
     if unusable:
         raise DataError(f"validation: {unusable[0]}")
-    return Validation(dataset, starts, validation.batch_size, validation.noise_seed, validation.lossless)
+    return made
 
 
-def run_facts(module: TrainingModule) -> dict[str, Any]:
+def run_facts(module: TrainingModule, judges: Sequence[Judge] = ()) -> dict[str, Any]:
     """What the report says of a run beside its settings."""
     runtime, plan = module.runtime, {}
     for name, choice in runtime.plan.items():
@@ -175,13 +253,20 @@ def run_facts(module: TrainingModule) -> dict[str, Any]:
         manifest = None if record is None else record.manifest
         errors = [] if manifest is None else [parity.max_abs for parity in manifest.parity]
         plan[name] = {"backend": choice.backend, "reason": choice.reason, "parity_max_abs": max(errors, default=None)}
-    return {"plan": plan, "versions": package_versions(module)}
+    scored = {active.name: active for active in module.rewards} | {judge.name: judge.active for judge in judges}
+    return {
+        "plan": plan,
+        "rewards": [active.name for active in module.rewards],
+        "judges": [judge.name for judge in judges],
+        "about": {name: active.about for name, active in scored.items()} | {PSNR: PSNR_ABOUT},
+        "versions": package_versions(module),
+    }
 
 
 def _training_data(
-    settings: RunSettings, accelerator: Accelerator, progress: Progress, geometry: Geometry
+    settings: RunSettings, accelerator: Accelerator, progress: Progress, geometry: Geometry, needs: SampleNeeds
 ) -> Dataset[Sample]:
-    dataset = settings.data.open(geometry)
+    dataset = settings.data.open(geometry, needs)
 
     def look() -> DataCheck:
         with progress.task("look at the data"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from torch import Tensor
 from frostline.atomic_io import check_writable
 from frostline.config import LoraSettings
 from frostline.errors import ConfigError
-from frostline.models.lora import UniformLora, read_adapter
-from frostline.models.lora.inject import copy_adapter
+from frostline.experts import ExpertName, Experts
+from frostline.models.lora import UniformLora, read_adapters, uniform_loras
+from frostline.models.lora.inject import copy_adapter, fill_up
 from frostline.models.precision import parse_precision
 from frostline.runtime.device import resolve_device
 from frostline.runtime.planning.plan import Plan, parse_plan
-from frostline.stages.families import family_of
-from frostline.train.data.dataset import crop_to, size_within
+from frostline.stages.families import check_adapters, family_of
+from frostline.train.data.cutting import crop_to, size_within
 from frostline.train.sample_settings import SampleSettings
 from frostline.train.step.module import TrainingModule
 from frostline.video import read_video, write_video
@@ -47,36 +49,46 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
         raise ConfigError(f"--out {out}: clips are written as .mp4")
     check_writable(out)
     # What is quick to refuse comes before the model, which takes minutes to load.
-    lora = None if settings.adapter is None else _read_lora(settings.adapter, settings)
+    loras = {} if settings.adapter is None else _read_loras(settings.adapter, settings)
+    family_of(settings.model).check_base_adapters(settings.model, settings.base_adapters)
     picture = None if settings.image is None else read_video(settings.image, max_frames=1)
-    module = load_for_sampling(settings, lora)
+    module = load_for_sampling(settings, loras)
     clip = _sample(module, settings, picture)
     write_video(out, clip.video, fps=settings.fps)
     return clip
 
 
-def _read_lora(path: Path, settings: SampleSettings) -> UniformLora:
-    """The adapter at `lora_scale`, which is multiplied into B: the scale is part of no engine, its matrices are inputs.
+def _read_loras(path: Path, settings: SampleSettings) -> dict[ExpertName, UniformLora]:
+    """The adapters at `lora_scale`, by expert, all of one rank and alpha.
+
+    The scale is multiplied into B: it is part of no engine, whose inputs the matrices are.
 
     Raises:
-        ConfigError: it cannot be read, is of another model or more than a LoRA, or the scale is too large for it.
+        ConfigError: one cannot be read, is of another model or more than a LoRA, or the scale is too large for it.
     """
-    family = family_of(settings.model)
-    adapter = read_adapter(path, family.layer_path)
-    family.check_adapter(settings.model, adapter)
-    lora = adapter.uniform()
+    adapters = read_adapters(path, family_of(settings.model).layer_path, settings.expert)
+    check_adapters(settings.model, adapters)
+    return {expert: _scaled(lora, settings) for expert, lora in uniform_loras(adapters).items()}
+
+
+def _scaled(lora: UniformLora, settings: SampleSettings) -> UniformLora:
     scaled = {layer: (down, settings.lora_scale * up.float()) for layer, (down, up) in lora.layers.items()}
     for layer, (_, up) in scaled.items():
         if not bool(up.isfinite().all()):
-            raise ConfigError(f"{path}: at a lora_scale of {settings.lora_scale:g} the LoRA of {layer} is not finite")
+            raise ConfigError(
+                f"{settings.adapter}: at a lora_scale of {settings.lora_scale:g} the LoRA of {layer} is not finite"
+            )
     return replace(lora, layers=scaled)
 
 
-def load_for_sampling(settings: SampleSettings, adapter: UniformLora | None) -> TrainingModule:
-    """The model with `adapter` on it, or with a LoRA that changes nothing."""
+def load_for_sampling(settings: SampleSettings, adapters: Mapping[ExpertName, UniformLora]) -> TrainingModule:
+    """The model with adapters on its experts, of one rank and alpha, or with a LoRA that changes nothing."""
     lora = LoraSettings(rank=2)
-    if adapter is not None:
-        lora = LoraSettings(rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.target_modules)
+    if adapters:
+        one = next(iter(adapters.values()))
+        targets = sorted({layer for adapter in adapters.values() for layer in adapter.target_modules})
+        experts: Experts = "both" if len(adapters) > 1 else next(iter(adapters))
+        lora = LoraSettings(rank=one.rank, alpha=one.alpha, target_modules=tuple(targets), experts=experts)
     module = TrainingModule.from_pretrained(
         settings.model,
         engines=settings.engines,
@@ -84,6 +96,7 @@ def load_for_sampling(settings: SampleSettings, adapter: UniformLora | None) -> 
         strict=settings.strict,
         dtype=parse_precision(settings.precision),
         device=resolve_device(settings.device),
+        base_adapters=settings.base_adapters,
         num_inference_steps=settings.num_inference_steps,
         grad_start_step=0,
         grad_end_step=settings.num_inference_steps - 1,
@@ -91,8 +104,8 @@ def load_for_sampling(settings: SampleSettings, adapter: UniformLora | None) -> 
         cache_bytes=0,
         lora=lora.model_dump(),
     )
-    if adapter is not None:
-        copy_adapter(module.trained.network, adapter)
+    for adapter, expert in zip(adapters.values(), module.trained_experts if adapters else (), strict=True):
+        copy_adapter(expert.network, fill_up(adapter, expert.network))
     return module
 
 

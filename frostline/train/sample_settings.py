@@ -7,8 +7,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from frostline.config import Precision, Settings
+from frostline.config import BaseAdapter, Precision, Settings
 from frostline.errors import ConfigError
+from frostline.experts import Experts
 from frostline.stages.families import family_of
 
 
@@ -22,9 +23,18 @@ class SampleSettings(Settings):
     )
     adapter: Path | None = Field(
         default=None,
-        description="LoRA adapter: a PEFT folder or a .safetensors file; without it the base model is sampled",
+        description="LoRA adapter: a PEFT folder, a .safetensors file, or for two experts a folder with high_noise and "
+        "low_noise, each one of these; without it the base model is sampled",
+    )
+    expert: Experts | None = Field(
+        default=None,
+        description="of two experts, whose adapter it is: low, high, or both; by default both of a folder that has "
+        "both, else low",
     )
     lora_scale: float = Field(default=1.0, description="strength of the adapter; 1 is as trained")
+    base_adapters: tuple[BaseAdapter, ...] = Field(
+        default=(), description="adapters that are merged into the denoiser as the model is loaded, as in training"
+    )
     seed: int = Field(default=0, ge=0, description="seed of the start noise")
     num_inference_steps: int = Field(default=8, ge=1, description="Euler steps from noise to video")
     shift: float = Field(default=5.0, gt=0, description="shift of the sigma schedule")
@@ -54,6 +64,8 @@ class SampleSettings(Settings):
             raise ValueError(str(error)) from None
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together: set both or neither")
+        if self.expert is not None and self.adapter is None:
+            raise ValueError("expert: says whose adapter it is, and none is given")
         if self.image is None and self.height is None:
             raise ValueError("without an image, height and width are needed")
         return self

@@ -1,19 +1,21 @@
-"""Settings of a training step and of a run: what `TrainingModule.from_pretrained` takes, and what files say."""
+"""Settings of a training run: what its file says."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import OTHERS, GradientCheckpointing, LoraSettings, Settings, Sharding
+from frostline.config import OTHERS, BaseAdapter, Settings, Sharding
 from frostline.errors import ConfigError
 from frostline.models.video_shape import Geometry, VideoShape
-from frostline.rewards.config import RewardEntry, default_rewards
+from frostline.rewards.config import RewardEntry
 from frostline.runtime.backends import TORCH, backend_names
 from frostline.stages.families import DEFAULT_GEOMETRY, family_of
+from frostline.stages.shapes import ShapeRange, parse_shapes
+from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
+from frostline.train.step_settings import TrainingModuleSettings
 
 # torch takes seconds to import: a mistake in a configuration file is to be told before.
 if TYPE_CHECKING:
@@ -22,69 +24,7 @@ if TYPE_CHECKING:
     from frostline.train.data.dataset import VideoPromptDataset
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-# What the reference calls two settings (arXiv 2510.14255): accepted wherever these are.
-_NAMES_OF_THE_REFERENCE = {"mid_timestep": "grad_start_step", "final_timestep": "grad_end_step"}
 LrSchedulerType = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-
-
-class TrainingModuleSettings(Settings):
-    """One training step; the defaults are those of the reference (IPRO, arXiv 2510.14255)."""
-
-    num_inference_steps: int = Field(default=8, ge=1, description="N, Euler steps from noise to video")
-    grad_start_step: int = Field(default=4, ge=0, description="first step with gradient")
-    grad_end_step: int = Field(default=7, ge=0, description="last step with gradient")
-    shift: float = Field(default=5.0, gt=0, description="s of the sigma schedule")
-    boundary: float | None = Field(default=None, ge=0, le=1, description="of two experts; the model's own if not given")
-    noise_seed: int | None = Field(default=24, description="seed of the start noise; null draws fresh noise every step")
-    kl_weight: float = Field(default=1.0, ge=0, description="weight of the KL term in the loss")
-    gradient_checkpointing: GradientCheckpointing | Literal["auto"] = Field(
-        default="auto",
-        description="recompute nothing (none), every block, or the whole denoiser and VAE decode (full) in backward; "
-        "auto: the first of these that fits the memory",
-    )
-    engine_forward: bool = Field(
-        default=True,
-        description="let the plan's engines compute what backward recomputes: the VAE decode under block and full, the "
-        "denoise tail under full; the gradient is PyTorch's",
-    )
-    torch_compile: bool = Field(
-        default=False, description="compile the denoiser's blocks in the first step: worth its minute on a GPU"
-    )
-    offload_saved_tensors: bool = Field(
-        default=False, description="keep what backward needs in main memory instead of the GPU's: slower, smaller"
-    )
-    lora: LoraSettings = LoraSettings()
-    rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
-        default_factory=default_rewards, description="what is rewarded, each by its type; the sum joins the loss"
-    )
-    cache_dir: Path | None = Field(default=None, description="where frozen outputs are kept; memory if not given")
-    cache_bytes: int = Field(default=8 * 2**30, ge=0, description="bound of the frozen-output cache; 0 switches it off")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_the_names_of_the_reference(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        for theirs, ours in _NAMES_OF_THE_REFERENCE.items():
-            if theirs in values and ours in values:
-                raise ValueError(f"{theirs} is another name of {ours}: set one of them")
-        return {_NAMES_OF_THE_REFERENCE.get(name, name): value for name, value in values.items()}
-
-    @field_validator("rewards")
-    @classmethod
-    def _something_is_rewarded(cls, value: tuple[RewardEntry, ...]) -> tuple[RewardEntry, ...]:
-        if not value:
-            raise ValueError("names none: nothing would be rewarded")
-        return value
-
-    @model_validator(mode="after")
-    def _steps_are_ordered(self) -> Self:
-        if not self.grad_start_step <= self.grad_end_step < self.num_inference_steps:
-            raise ValueError(
-                f"grad_start_step <= grad_end_step < num_inference_steps must hold, not {self.grad_start_step}, "
-                f"{self.grad_end_step}, {self.num_inference_steps}"
-            )
-        return self
 
 
 class TrainerSettings(Settings):
@@ -117,6 +57,18 @@ class TrainerSettings(Settings):
     )
     checkpointing_steps: int = Field(default=50, ge=1, description="write checkpoint-N every so many steps")
     save_total_limit: int | None = Field(default=None, ge=1, description="keep only the newest so many checkpoints")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="also keep an exponential moving average of the adapter, which validation looks at, and save it as "
+        "adapter_ema/",
+    )
+    stop_when_judge_falls: int | None = Field(
+        default=None,
+        ge=1,
+        description="end the run after so many validations in a row at which a judge of validation.judges falls",
+    )
     report_to: tuple[Tracker, ...] = Field(
         default=(), description="trackers beside metrics.jsonl: tensorboard, wandb, trackio, or none"
     )
@@ -146,7 +98,9 @@ class VideoSettings(Settings):
     """Where videos with prompts lie, and what is cut from them."""
 
     source: Path | None = Field(
-        default=None, description="metadata.csv, .json or .jsonl with video and prompt, or a folder of captioned videos"
+        default=None,
+        description="metadata.csv, .json or .jsonl with prompt, video and, optionally, reference; a folder of "
+        "captioned videos; or a .txt file of prompts",
     )
     num_frames: int = Field(default=17, ge=5, description="frames of every sample; most models take 4k+1")
     height: int | None = Field(
@@ -158,18 +112,26 @@ class VideoSettings(Settings):
     frame_stride: int = Field(default=1, ge=1, description="take every so manieth frame")
     allow_outside: bool = Field(
         default=False,
-        description="let metadata name videos, and captions link to files, outside the source's folder",
+        description="let metadata name videos and references, and captions link to files, outside the source's folder",
     )
 
     def check_cut(self, geometry: Geometry) -> None:
         """Raise a ConfigError where a model of this geometry takes no such videos."""
         geometry.check_cut(self.num_frames, self.height, self.width, self.max_pixels, self.frame_stride)
 
-    def open(self, geometry: Geometry = DEFAULT_GEOMETRY) -> VideoPromptDataset:
+    def shape(self, geometry: Geometry, batch_size: int) -> VideoShape:
+        """Return the extents of a batch; where videos keep their proportions, the square of so many pixels."""
+        height, width = self.height, self.width
+        if height is None or width is None:
+            height = width = geometry.square_side(self.max_pixels)
+        return VideoShape(batch_size, self.num_frames, height, width)
+
+    def open(self, geometry: Geometry = DEFAULT_GEOMETRY, needs: SampleNeeds = DEFAULT_NEEDS) -> VideoPromptDataset:
         """The dataset that these settings describe.
 
         Args:
             geometry: the videos that the model takes.
+            needs: what model and rewards need of samples.
         Raises:
             ConfigError: it takes no such videos, or there is no source.
             DataError: the source cannot be read, or none of its rows is usable.
@@ -178,9 +140,11 @@ class VideoSettings(Settings):
 
         if self.source is None:
             # Without one there is no validation; training needs it.
-            raise ConfigError("data.source: is needed: a metadata file, or a folder of captioned videos")
+            raise ConfigError(
+                "data.source: is needed: a metadata file, a folder of captioned videos, or prompts (.txt)"
+            )
         cut = self.model_dump(include={"num_frames", "height", "width", "max_pixels", "frame_stride", "allow_outside"})
-        return VideoPromptDataset(self.source, **cut, geometry=geometry)
+        return VideoPromptDataset(self.source, **cut, geometry=geometry, needs=needs)
 
 
 class DataSettings(VideoSettings):
@@ -202,6 +166,11 @@ class ValidationSettings(VideoSettings):
     lossless: bool = Field(
         default=False, description="write the clips without loss as well, so that `frostline score` finds the same"
     )
+    judges: tuple[SerializeAsAny[RewardEntry], ...] = Field(
+        default=(),
+        description="rewards that score held-out starts and training never sees, each by its type; their weight, "
+        "baseline, scale and cap count for nothing",
+    )
 
 
 class PlanSettings(Settings):
@@ -217,6 +186,14 @@ class PlanSettings(Settings):
     min_shapes: str = Field(default="", description="of the engines, as `frostline export --min-shapes`")
     opt_shapes: str = Field(default="", description="of the engines, as `frostline export --opt-shapes`")
     max_shapes: str = Field(default="", description="of the engines, as `frostline export --max-shapes`")
+
+    def shape_range(self, geometry: Geometry) -> ShapeRange:
+        """Return the range of shapes that the engines serve.
+
+        Raises:
+            ConfigError: the texts name none.
+        """
+        return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes, geometry)
 
     def as_plan(self) -> str | dict[str, str]:
         """As a `Runtime` takes it."""
@@ -235,6 +212,22 @@ class RunSettings(TrainingModuleSettings):
     """A training run: the step (`num_inference_steps` … `rewards`), and what is around it."""
 
     model: str = Field(default="tiny", description="tiny, tiny-moe, tiny-ti2v, or the folder of a checkpoint")
+    base_adapters: tuple[BaseAdapter, ...] = Field(
+        default=(),
+        description="adapters that are merged into the denoiser as the model is loaded, each with a path, a scale (1 "
+        "if not given) and, of two experts, expert (low or high): the LoRA is trained on top of them",
+    )
+    init_adapter: Path | None = Field(
+        default=None,
+        description="LoRA to begin with, a PEFT folder or a .safetensors file, of the rank, scale and layers of lora; "
+        "what goes on from a checkpoint does not read it",
+    )
+    precompute: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="compute what is frozen of all samples before the first step, stage by stage, each alone in "
+        "memory: always, never, or auto: if training then does without weights of more than a tenth of the device's "
+        "memory, and cache_bytes are enough",
+    )
     output_dir: Path = Field(default=Path("runs/train"), description="everything that the run writes")
     overwrite_output_dir: bool = Field(default=False, description="delete the run that output_dir holds")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
@@ -243,6 +236,16 @@ class RunSettings(TrainingModuleSettings):
     train: TrainerSettings = TrainerSettings()
     plan: PlanSettings = PlanSettings()
     memory: MemorySettings = MemorySettings()
+
+    @model_validator(mode="after")
+    def _who_is_to_stop_the_run_is_there(self) -> Self:
+        judges = () if self.validation.source is None else self.validation.judges
+        if self.train.stop_when_judge_falls is not None and not judges:
+            raise ValueError(
+                "train.stop_when_judge_falls: nobody judges: name a judge in validation.judges, and held-out starts in "
+                "validation.source"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_model_takes_such_cuts(self) -> Self:
@@ -259,8 +262,9 @@ class RunSettings(TrainingModuleSettings):
 
         Where videos keep their proportions, the square of so many pixels stands for all of them.
         """
-        data = self.data
-        height, width = data.height, data.width
-        if height is None or width is None:
-            height = width = geometry.nearest_side(math.isqrt(data.max_pixels))
-        return VideoShape(self.train.per_device_train_batch_size, data.num_frames, height, width)
+        return self.data.shape(geometry, self.train.per_device_train_batch_size)
+
+    @property
+    def frozen_cache_dir(self) -> Path:
+        """Where the run keeps frozen outputs: on disk, so that every process and a resumed run find them."""
+        return self.output_dir / "cache" if self.cache_dir is None else self.cache_dir

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 
 from frostline.config import AUTO
 from frostline.errors import ConfigError, FrostlineError
-from frostline.rewards.build import check_rewards, resolve
+from frostline.rewards.build import JUDGES, check_rewards, resolve
 from frostline.rewards.config import stage_names
 from frostline.runtime.backends import TORCH, check_backend
-from frostline.stages.families import family_of
-from frostline.stages.shapes import parse_shapes
+from frostline.stages.families import check_adapters, family_of
 from frostline.train.loop.checkpoint import Checkpoint
 from frostline.train.loop.output_dir import begins_in, check_start, check_writable
-from frostline.train.loop.resume import check_fits, find_resume
+from frostline.train.loop.resume import check_fits, find_resume, read_trained
 from frostline.train.loop.trackers import check_trackers
 from frostline.train.settings import RunSettings
 
@@ -26,9 +25,12 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
     """
     checks: list[Callable[[], object]] = [
         lambda: check_rewards(settings.rewards, runs),
+        lambda: check_rewards(settings.validation.judges, runs, JUDGES),
         lambda: _check_plan(settings, runs),
         lambda: check_trackers(settings.train.report_to),
-        lambda: family_of(settings.model).check_lora(settings.model, settings.lora),
+        lambda: _check_lora(settings),
+        lambda: _check_cache(settings),
+        lambda: family_of(settings.model).check_base_adapters(settings.model, settings.base_adapters),
     ]
     for check in checks:
         try:
@@ -43,7 +45,7 @@ def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None
     Args:
         resume: as `find_resume` takes it.
     Raises:
-        ConfigError: the folder holds another run, or the checkpoint is of another adapter.
+        ConfigError: the folder holds another run, or the adapter to begin with or to go on from is another.
         CheckpointError: the folder cannot be written to, or there is no such checkpoint, or it is damaged.
     """
     folder = settings.output_dir
@@ -53,19 +55,37 @@ def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None
         check_start(folder, checkpoint, settings.overwrite_output_dir, restart=resume is not None)
     if checkpoint is not None:
         check_fits(checkpoint, settings)
+    elif settings.init_adapter is not None:
+        adapters = read_trained(settings.init_adapter, settings)
+        if family_of(settings.model).read_spec(settings.model).from_files:
+            check_adapters(settings.model, adapters)
     return checkpoint
+
+
+def _check_lora(settings: RunSettings) -> None:
+    family = family_of(settings.model)
+    settings.lora.check_experts(family.read_spec(settings.model).two_experts)
+    family.check_lora(settings.model, settings.lora)
+
+
+def _check_cache(settings: RunSettings) -> None:
+    if settings.precompute == "always" and settings.cache_bytes == 0:
+        raise ConfigError("precompute: always needs the cache, and cache_bytes 0 switches it off")
 
 
 def _check_plan(settings: RunSettings, runs: bool) -> None:
     plan = settings.plan
     family = family_of(settings.model)
-    of_rewards = stage_names(resolve(settings.rewards) if runs else settings.rewards)
+    rewards, judges = settings.rewards, settings.validation.judges
+    if runs:
+        rewards, judges = resolve(rewards), resolve(judges, JUDGES)
+    of_rewards = stage_names((*rewards, *judges))
     # Which stages a reward of the user's brings only importing it would tell.
     if of_rewards is not None:
-        known = (*family.STAGES, *of_rewards)
+        known = tuple(dict.fromkeys((*family.STAGES, *of_rewards)))
         for stage in plan.stages:
             if stage not in known:
                 raise ConfigError(f"plan.stages: there is no stage {stage!r}, only {', '.join(known)}")
     for backend in {plan.backend, *plan.stages.values()} - {AUTO, TORCH}:
         check_backend(backend)
-    parse_shapes(plan.min_shapes, plan.opt_shapes, plan.max_shapes, family.GEOMETRY)
+    plan.shape_range(family.GEOMETRY)

@@ -33,17 +33,27 @@ def test_summary_holds_every_number(demo: Path) -> None:
     for name in (
         "face_score_before",
         "face_score_after",
+        "judge_face_dlib_before",
+        "judge_face_dlib_after",
         "detection_rate_before",
         "detection_rate_after",
         "psnr_before",
         "psnr_after",
-        "step_ms_warm",
+        "step_ms_cached",
+        "step_ms_uncached",
         "step_ms_torch",
         "seconds",
     ):
         assert math.isfinite(summary[name]), name
     assert summary["starts"] == 2
     assert 0 <= summary["starts_up"] <= 2
+    # The reward and who judges it, each by the frames of both looks that show a face.
+    assert {*summary["paired"]} == {"face_score", "judge_face_dlib"}
+    for change in summary["paired"].values():
+        assert (change["since"], change["starts"]) == (0, 2)
+        assert 0 < change["frames"] <= 2 * 9
+        assert math.isfinite(change["gain"]) and math.isfinite(change["gain_missing_zero"])
+    assert "judge_face_dlib" in summary["verdict"]
 
 
 def test_it_leaves_what_every_run_leaves(demo: Path) -> None:
@@ -65,7 +75,7 @@ def test_it_leaves_what_every_run_leaves(demo: Path) -> None:
 
 def test_the_trainer_makes_its_page_again(demo: Path) -> None:
     page = (demo / "report.html").read_text()
-    for words in ("Held-out starts", "vae_encoder", "One training step, in turns", "step 2"):
+    for words in ("Rewarded and judged", "Held-out starts", "vae_encoder", "One training step, in turns", "step 2"):
         assert words in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     (demo / "report.html").unlink()

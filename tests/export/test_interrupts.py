@@ -2,21 +2,20 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from forked import Python
 
 from frostline.runtime.engines.store import EngineStore
 
 pytestmark = pytest.mark.timeout(600)
 pytest.importorskip("tensorrt_rtx")
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Python]
 
 
 @pytest.fixture
@@ -24,16 +23,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """`start(*arguments)`: an export of tiny in a process group of its own, as in a terminal."""
     started = []
 
-    def run(*arguments: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "frostline", "-v", "export", "tiny", "--backend", "tensorrt-rtx", *arguments]
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(
-                [*command, "--engines-dir", str(tmp_path / "engines")],
-                stdout=log,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
+    def run(*arguments: str) -> Python:
+        command = ["-m", "frostline", "-v", "export", "tiny", "--backend", "tensorrt-rtx", *arguments]
+        process = Python(*command, "--engines-dir", str(tmp_path / "engines"), output=tmp_path / "log")
+        (tmp_path / "log").touch()
         started.append(process)
         return process
 
@@ -44,13 +37,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.wait()
 
 
-def wait_until(reached: Callable[[], object], process: "subprocess.Popen[str]", folder: Path) -> None:
+def wait_until(reached: Callable[[], object], process: Python, folder: Path) -> None:
     while not reached():
         assert process.poll() is None, (folder / "log").read_text()[-2000:]
         time.sleep(0.01)
 
 
-def assert_ended_with_nothing_left(process: "subprocess.Popen[str]", folder: Path) -> None:
+def assert_ended_with_nothing_left(process: Python, folder: Path) -> None:
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     process.wait()

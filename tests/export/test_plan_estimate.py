@@ -16,7 +16,7 @@ from frostline.rewards.face_identity import Config
 from frostline.runtime.planning.plan import Choice, Plan
 from frostline.stages.provider import Use
 from frostline.stages.wan.uses import step_uses
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector": 2, "face_embedder": 1}
 
@@ -33,7 +33,7 @@ def counts(steps: DenoiseSteps, live: bool) -> Counter[str]:
 def test_the_reference_step_with_one_expert() -> None:
     """Four rollout steps, and the KL reference of four tail steps."""
     uses = counts(DenoiseSteps(4, 7), live=False)
-    assert uses == {**ONCE, "denoiser": 8, "denoiser_high_noise": 0}
+    assert uses == {**ONCE, "denoiser": 8}
 
 
 def test_the_reference_step_with_two_experts() -> None:
@@ -43,21 +43,27 @@ def test_the_reference_step_with_two_experts() -> None:
 
 @given(st.integers(1, 30), st.data())
 def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> None:
-    """As `Sampler` walks: head steps run one expert or the other, tail steps of the low-noise one its reference."""
-    final = data.draw(st.integers(0, N - 1))
-    mid, high = data.draw(st.integers(0, final)), data.draw(st.integers(0, N))
-    low_noise = high_noise = live_low = live_high = 0
-    for index in range(final + 1):
-        in_tail, by_high = index >= mid, index < high
-        high_noise += by_high and not in_tail
-        low_noise += not by_high
-        live_high += by_high and in_tail
-        live_low += not by_high and in_tail
-    steps = DenoiseSteps(mid, final, high)
-    assert steps.tail_with_lora == live_low
-    uses, live = counts(steps, live=False), counts(steps, live=True)
-    assert (uses["denoiser"], uses["denoiser_high_noise"]) == (low_noise, high_noise)
-    assert live == {"denoiser": live_low, "denoiser_high_noise": live_high, "vae_decoder": 1, "face_embedder": 1}
+    """As `Sampler` walks: a live step has a graph with a LoRA or behind one, and with a LoRA a reference."""
+    end = data.draw(st.integers(0, N - 1))
+    start, high = data.draw(st.integers(0, end)), data.draw(st.integers(0, N))
+    strategy = data.draw(st.sampled_from(["tail", "last", "random", "uniform", "steps"]))
+    count = data.draw(st.integers(1, end - start + 1)) if strategy in ("random", "uniform") else 0
+    window = range(start, end + 1)
+    listed = tuple(sorted(data.draw(st.sets(st.sampled_from(window), min_size=1)))) if strategy == "steps" else ()
+    experts, stop = data.draw(st.sampled_from(["low", "high", "both"])), data.draw(st.booleans())
+    steps = DenoiseSteps(start, end, high, strategy, count, listed, experts, stop)
+    frozen, live, behind_a_lora, with_lora = Counter[str](), Counter[str](), False, 0
+    for index in range(end + 1):
+        stage, expert = ("denoiser_high_noise", "high") if index < high else ("denoiser", "low")
+        adapted = index in steps.most_live and experts in (expert, "both")
+        behind_a_lora |= adapted
+        passes_on = index in steps.most_live and behind_a_lora and not stop
+        live[stage] += adapted or passes_on
+        frozen[stage] += adapted or not passes_on
+        with_lora += adapted
+    assert steps.live_with_lora == with_lora
+    assert counts(steps, live=False) == Counter(ONCE) + frozen
+    assert counts(steps, live=True) == live + Counter(vae_decoder=1, face_embedder=1)
 
 
 def runtime(**choices: Choice) -> Any:

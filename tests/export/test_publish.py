@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,17 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError, EngineError, FrostlineError
-from frostline.export.exporter import build_stage
 from frostline.export.publish import publish
 from frostline.models.lora.inject import live_scale
-from frostline.runtime.engines.store import EngineStore, VerifiedEngine
+from frostline.runtime.engines.store import VerifiedEngine
 from frostline.stages.denoiser import REFERENCE
+
+SmallEngine = Callable[[str], VerifiedEngine]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> VerifiedEngine:
-    store = EngineStore(tmp_path_factory.mktemp("engines"))
-    return build_stage(small_stages()["denoiser"], "onnxruntime", store)[0]
+def engine(small_engine: SmallEngine) -> VerifiedEngine:
+    return small_engine("denoiser")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,8 @@ def test_a_lora_that_the_script_cannot_apply_is_refused(published: Path, tmp_pat
     assert "Traceback" not in result.stderr
 
 
-def test_a_stage_of_several_networks_runs_whole(tmp_path: Path) -> None:
-    store = EngineStore(tmp_path / "engines")
-    publish(build_stage(small_stages()["face_detector"], "onnxruntime", store)[0], tmp_path / "detector")
+def test_a_stage_of_several_networks_runs_whole(small_engine: SmallEngine, tmp_path: Path) -> None:
+    publish(small_engine("face_detector"), tmp_path / "detector")
     result = run(tmp_path / "detector")
     assert result.returncode == 0, result.stderr
     assert [name for name in ("pnet:", "rnet:", "onet:") if name in result.stdout] == ["pnet:", "rnet:", "onet:"]

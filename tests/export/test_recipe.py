@@ -178,7 +178,7 @@ def test_shapes_are_parsed(tmp_path: Path) -> None:
         ),
         (
             "model: tiny\nrewards: [{weight: 1}]\n",
-            r"rewards\.0\.type: must name a reward, known are face_identity",
+            r"rewards\.0\.type: must name a reward, known are aesthetic",
         ),
         ("model: tiny\nreward: {scale: 8}\n", "reward: unknown setting, is rewards meant"),
         (

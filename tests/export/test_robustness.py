@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import fork_server
 
 from frostline.errors import EngineError, EngineMemoryError, ParityError, ShapeError
 from frostline.export import exporter
@@ -76,12 +77,10 @@ class Nursery:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        with pytest.MonkeyPatch.context() as patch:  # a thread pool in the nursery would harm its children, too
-            patch.setenv("OMP_NUM_THREADS", "1")
-            self._process = spawn.Process(target=_serve, args=(theirs, scratch))
-            self._process.start()
+        server = fork_server()
+        self._connection, theirs = server.Pipe()
+        self._process = server.Process(target=_serve, args=(theirs, scratch, dict(os.environ)))
+        self._process.start()
         theirs.close()
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -103,11 +102,12 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     nursery.close()
 
 
-def _serve(connection: Connection, scratch: Path) -> None:
+def _serve(connection: Connection, scratch: Path, environment: dict[str, str]) -> None:
     """In the nursery: answer until the other end closes."""
     import torch
 
-    torch.set_num_threads(1)
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # a thread pool in the nursery would harm its children, too
     exporter._LATENCY_SECONDS = 0.2  # as in all tests; this process has no fixtures
     stage = load_stage()
     export(stage, scratch)  # the first one imports what the others need

@@ -11,6 +11,7 @@ import pytest
 
 from frostline.escaping import printable
 from frostline.report.plots import COLOURS, bar_plot, histogram, line_plot, moving_average, paired_plot
+from frostline.report.stacked import Row, stacked_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -30,11 +31,17 @@ def paths(svg: str, variable: str = "--plot-1") -> list[str]:
     ]
 
 
+STACKED = [
+    Row("reward", [0, 10, 20], [0.0, 0.1, 0.2], [0.0, 0.0, 0.1], [0.0, 0.2, 0.3], rule=0.0, dots=True),
+    Row("nothing", [0, 10], [None, None], colour=1),
+    Row("KL", list(range(20)), [0.1 * step if step != 7 else None for step in range(20)], smooth=3, colour=2),
+]
 PLOTS: dict[str, Callable[[], str]] = {
     "line": lambda: line_plot({"a": [1, 2, 3, None, 5], "b": [3, 2, 1, 1, 1]}, xlabel="step", ylabel="y", smooth=3),
     "bar": lambda: bar_plot({"first": {"hybrid": 1.0, "torch": 2.0}, "second": {"torch": None}}, unit="ms"),
     "histogram": lambda: histogram([0.1, 0.2, 0.2, 0.4], xlabel="score", marks={"median": 0.2}),
     "paired": lambda: paired_plot([0.5, 0.6], [0.7, 0.5]),
+    "stacked": lambda: stacked_plot(STACKED, "step"),
 }
 
 
@@ -168,3 +175,16 @@ def test_the_users_matplotlib_settings_neither_matter_nor_change() -> None:
     with matplotlib.rc_context({"axes.grid": True, "font.size": 30, "svg.fonttype": "path", "lines.linewidth": 9}):
         assert line_plot({"a": [1, 2]}) == expected
         assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_stacked_plots_share_their_axis() -> None:
+    svg = stacked_plot(STACKED, "training step")
+    said = texts(svg)
+    assert [said.count(label) for label in ("reward", "nothing", "KL", "no values", "training step")] == [1] * 5
+    assert "0.200" in said and "1.85" in said
+    # Step 0 of the first and of the last are at one place, and step 10 of the first is half way to its end.
+    reward, kl = (next(path for path in paths(svg, colour) if "L" in path) for colour in ("--plot-1", "--plot-3"))
+    places = [[float(point.split()[0]) for point in re.split("[ML] ?", path)[1:]] for path in (reward, kl)]
+    assert places[0][0] == pytest.approx(places[1][0])
+    assert places[0][1] == pytest.approx((places[0][0] + places[0][2]) / 2)
+    assert "no values" in texts(stacked_plot([Row("empty", [], [])]))

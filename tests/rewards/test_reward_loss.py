@@ -45,3 +45,13 @@ def test_the_parts_of_two_processes_average_to_the_whole(on_unscored: str) -> No
     ]
     assert sum(part.loss.item() for part in parts) / 2 == pytest.approx(whole.loss.item())
     assert sum(part.scores["one"].item() for part in parts) / 2 == pytest.approx(whole.scores["one"].item())
+
+
+def test_above_its_cap_a_score_gains_nothing_more() -> None:
+    values = torch.tensor([0.9, 0.3, 0.8], requires_grad=True)
+    scored = RewardScore(values, torch.tensor([True, True, False]))
+    outcome = reward_loss([(active(baseline=0.1, scale=0.5, weight=2.0, cap=0.6), scored)])
+    assert outcome.loss.item() == pytest.approx(-((0.6 + 0.3) / 2 - 0.1) / 0.5 * 2)
+    assert outcome.scores["one"].item() == pytest.approx(0.6), "what is reported is the score itself"
+    (gradient,) = torch.autograd.grad(outcome.loss, values)
+    assert gradient.tolist() == pytest.approx([0, -2 / 0.5 / 2, 0])

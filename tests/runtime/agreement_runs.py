@@ -1,4 +1,4 @@
-"""One of two processes: `agreement_runs.py RANK PORT ENGINES OUT`; writes what serves here, and how it failed."""
+"""One of two processes: `agreement_runs.py ENGINES OUT`; writes what serves here, and how it failed."""
 
 import json
 import os
@@ -17,9 +17,8 @@ from frostline.runtime.runtime import Runtime
 
 
 def main() -> None:
-    rank, port, engines, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rank, engines, out = int(os.environ["RANK"]), Path(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo")
     found = {}
     for case, own in {"alike": engines, "apart": engines if rank == 0 else out / "nothing"}.items():
         runtime = Runtime({"scaled": scaled_stage()}, ORT, own)

@@ -1,13 +1,11 @@
 """Two processes serve a stage from the same backend, or one stops with an error: they never wait for each other."""
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_ranks
 from test_guard import ORT, scaled_stage
 
 from frostline.export.exporter import export_stage
@@ -20,20 +18,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_SIGNING_KEY_FILE", str(session_signing_key))
         export_stage(scaled_stage(), ORT, EngineStore(out / "engines"))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        script = [sys.executable, str(Path(__file__).with_name("agreement_runs.py"))]
-        processes = [
-            subprocess.Popen(
-                [*script, str(rank), port, str(out / "engines"), str(out)],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+        script = str(Path(__file__).with_name("agreement_runs.py"))
+        run_ranks(script, str(out / "engines"), str(out), timeout=240)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

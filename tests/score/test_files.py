@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Python, run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,9 +136,9 @@ def test_a_run_that_is_killed_leaves_a_valid_file(people: Path, tmp_path: Path) 
     """A real process, a real SIGKILL while it works, and --resume in another."""
     out = tmp_path / "scores.jsonl"
     videos = [str(people / f"{name}.mp4") for name in ("astronaut", "half", "hopper", "nobody")] * 10
-    command = [sys.executable, "-m", "frostline", "score", *videos, "--reference", str(people / "face.png")]
+    command = ["-m", "frostline", "score", *videos, "--reference", str(people / "face.png")]
     command += ["--detector", "yunet", "--backend", "torch", "--batch", "4", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    process = Python(*command, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while (not out.exists() or out.read_bytes().count(b"\n") < 5) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -147,7 +148,7 @@ def test_a_run_that_is_killed_leaves_a_valid_file(people: Path, tmp_path: Path) 
     finished = before[: before.rfind(b"\n") + 1]
     assert 5 <= finished.count(b"\n") < len(videos)
     assert [json.loads(line)["index"] for line in finished.splitlines()] == list(range(finished.count(b"\n")))
-    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    result = run_python(*command, "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     after = out.read_bytes()
     assert after.startswith(finished)

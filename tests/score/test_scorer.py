@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +26,20 @@ MakeModule = Callable[..., WanTrainingModule]
 
 
 @pytest.mark.parametrize("detector", ["mtcnn", "yunet"])
-@pytest.mark.parametrize(("missing_face", "face"), [("exclude", "largest"), ("zero", "largest"), ("exclude", "best")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"upscale": 2},
+        {"upscale": 2, "missing_face": "zero"},
+        {"detection_size": 384, "face": "best"},
+    ],
+    ids=str,
+)
 def test_agrees_with_the_reward_of_training(
-    detector: str, missing_face: str, face: str, make_module: MakeModule, score_files: ScoreFiles, tmp_path: Path
+    detector: str, options: dict[str, Any], make_module: MakeModule, score_files: ScoreFiles, tmp_path: Path
 ) -> None:
     """On the same frames, through the very objects that training uses, with graph and all."""
-    settings = {"detector": detector, "missing_face": missing_face, "face": face, "upscale": 2}
+    settings = {"detector": detector, **options}
     module = make_module(rewards=[{"type": "face_identity", **settings}])
     video = held_out_clips(2, seed=3).video
     # Two faces in each frame of the second video, one of them smaller; in the first, there is none for some frames.
@@ -45,7 +54,7 @@ def test_agrees_with_the_reward_of_training(
     run = RewardStages(module.runtime, module.rewards[0].stage_names)
     references = reward.references(RewardInputs(("", ""), frames[[1, 1]], (len(frames[0]),) * 2), run)
     expected = reward.identity_score(frames.requires_grad_(), references, run)
-    rows = score_files(paths, paths[1], detector=detector, upscale=2, missing_face=missing_face, face=face)
+    rows = score_files(paths, paths[1], **settings)
     assert 0 < expected.detection_rate[0] < 1
     for b, row in enumerate(rows):
         assert row.face_score == pytest.approx(expected.face_score[b].item(), abs=1e-6)

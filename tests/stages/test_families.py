@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import frostline.stages
 from frostline.cli import app
 from frostline.errors import ConfigError
+from frostline.models.lora import read_adapter
 from frostline.models.video_shape import VideoShape
 from frostline.progress import Progress
 from frostline.stages.families import family_of
@@ -179,6 +181,64 @@ def test_a_clip_is_sampled(toy: Path, tmp_path: Path) -> None:
     assert clip.video.shape == (17, 3, 32, 48)
     with pytest.raises(ConfigError, match=r"num_frames must be 8k\+1 \(1, 9, 17, …\), not 13"):
         SampleSettings.parse({**settings, "num_frames": 13})
+
+
+@pytest.fixture
+def adapter(toy: Path, tmp_path: Path) -> Path:
+    """The folder of a LoRA of a toy model, as training saves it."""
+    module_of(toy, plan="torch", engines=None).save_adapter(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["adapter", *map(str, arguments)])
+
+
+def test_its_adapter_is_converted(toy: Path, adapter: Path, tmp_path: Path) -> None:
+    family, out = family_of(toy), tmp_path / "lora.safetensors"
+    result = invoke("convert", adapter, "--to", "comfyui", "--out", out, "--model", toy)
+    assert result.exit_code == 0, result.output
+    expected = read_adapter(adapter, family.layer_path)
+    converted = read_adapter(out, family.layer_path)
+    assert converted.layers.keys() == expected.layers.keys() == {f"blocks.{index}.proj" for index in range(6)}
+    for layer, pair in expected.layers.items():
+        torch.testing.assert_close(converted.layers[layer].delta(), pair.delta(), atol=1e-6, rtol=1e-5)
+
+
+def test_its_adapter_is_merged(toy: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged.safetensors"
+    result = invoke("merge", toy, adapter, "--lora-scale", "0.5", "--out", out)
+    assert result.exit_code == 0, result.output
+    merged = load_file(out)
+    base = family_of(toy).load(toy, torch.float32, torch.device("cpu"), False).denoiser.state_dict()
+    assert merged.keys() == base.keys()
+    pairs = read_adapter(adapter, family_of(toy).layer_path).layers
+    for name, weight in base.items():
+        pair = pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        expected = weight if pair is None else weight + 0.5 * pair.delta()
+        torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "{adapter}", "--to", "peft", "--out", "{out}"], "layers that the denoiser does not have"),
+        (["convert", "{adapter}", "--to", "peft", "--out", "{out}", "--model", "tiny"], "does not have"),
+        (["merge", "tiny", "{adapter}", "--out", "{out}.safetensors"], "layers that the denoiser does not have"),
+        (
+            ["convert", "{adapter}", "--to", "diffusers", "--out", "{out}.safetensors", "--model", "{toy}"],
+            "blocks.0.proj has no name in diffusers",
+        ),
+    ],
+    ids=["no model", "a model of another family", "merged into another family", "unknown to diffusers"],
+)
+def test_an_adapter_of_another_family_is_refused(
+    arguments: list[str], said: str, toy: Path, adapter: Path, tmp_path: Path
+) -> None:
+    result = invoke(*(part.format(adapter=adapter, out=tmp_path / "out", toy=toy) for part in arguments))
+    assert isinstance(result.exception, ConfigError)
+    assert said in str(result.exception)
+    assert not [*tmp_path.glob("out*")]
 
 
 def test_other_families_are_what_they_were(toy: Path) -> None:

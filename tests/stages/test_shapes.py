@@ -43,6 +43,7 @@ NAMES = [dimension.name for dimension in fields(ShapeRange)]
         ),
         ("video:40x5x3x2048x64", "", "", {"batch": (40, 40, 40), "latent_frames": (2, 3, 32), "height": (2048,) * 3}),
         ("", "", "faces:9x3x112x112", {"faces": (1, 9, 9)}),
+        ("", "images:18x3x224x224", "", {"images": (1, 18, 32)}),
         (
             "",
             "frames:9x3x70x50",
@@ -70,7 +71,7 @@ def test_shapes_are_read(low: str, typical: str, high: str, expected: dict[str, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"min_shapes": "clip:1x5x3x64x64"}, "--min-shapes: unknown tensor 'clip', known are video, faces, frames"),
+        ({"min_shapes": "clip:1x5x3x64x64"}, "--min-shapes: unknown tensor 'clip', known are video, faces, frames, im"),
         ({"opt_shapes": "1x5x3x64x64"}, "--opt-shapes: unknown tensor '1x5x3x64x64'"),
         ({"max_shapes": "video"}, "--max-shapes: 'video' is not of the form video:batchxframesx3xheightxwidth"),
         ({"max_shapes": "video:1x5x3x64"}, "--max-shapes: video has 5 dimensions"),

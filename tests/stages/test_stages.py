@@ -119,7 +119,7 @@ def test_one_engine_serves_every_rank_and_follows_the_trainer(
     optimizer = torch.optim.AdamW(policy, lr=1e-2)
     before = module.runtime["denoiser"](**inputs)["velocity"]
     for _ in range(3):
-        module.trained.module(**inputs).square().mean().backward()
+        module.trained_experts[-1].module(**inputs).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         assert_parity(stage, module, inputs)

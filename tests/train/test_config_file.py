@@ -13,7 +13,8 @@ from frostline.errors import ConfigError
 from frostline.rewards.config import RewardEntry, builtin_names, entry_class
 from frostline.rewards.face_identity import Config as FaceIdentity
 from frostline.train.config_file import commented_yaml, load_run_settings
-from frostline.train.settings import RunSettings, TrainingModuleSettings
+from frostline.train.settings import RunSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 FACES = "{type: face_identity, embedder: 'arcface:~/a.onnx', detector: yunet}"
 EXAMPLES = Path(recipes.__file__).parent / "train"
@@ -82,7 +83,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "of the entry before": (
         "rewards: [{type: face_identity}, {type: sharpness, detector: yunet}]",
         [],
-        "rewards.1.detector: unknown setting, known are type, weight, baseline, scale, on_unscored, floor",
+        "rewards.1.detector: unknown setting, known are type, weight, baseline, scale, cap, frames, on_unscored, floor",
     ),
     "out of the list": ("weight: 2", [], "weight: unknown setting, is rewards.0.weight meant?"),
     "one reward": ("reward: {type: sharpness}", [], "reward: unknown setting, is rewards meant?"),
@@ -96,7 +97,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "no type": (
         "rewards: [{weight: 1}]",
         [],
-        "rewards.0.type: must name a reward, known are face_identity, sharp",
+        "rewards.0.type: must name a reward, known are aesthetic, clip, face_identity, ",
     ),
     "a name alone": (
         "rewards: [sharpness]",
@@ -111,12 +112,12 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "no reward's file": (
         "rewards: [{type: loss}]",
         [],
-        "rewards.0.type: there is no reward 'loss', known are face",
+        "rewards.0.type: there is no reward 'loss', known are aesthetic, clip",
     ),
     "a path": (
         "rewards: [{type: ../x}]",
         [],
-        "rewards.0.type: there is no reward '../x', known are face_identity",
+        "rewards.0.type: there is no reward '../x', known are aesthetic, clip",
     ),
     "two of a reward": (
         "rewards: [{type: face_identity, upscale: 0, weight: -1}]",

@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import make_adapter
+from raft_file import raft_file
 from rich.console import Console
 from safetensors.torch import load_file
+from vision_files import write_aesthetic, write_clip, write_dinov2
 
 from frostline.config import dotted_names
 from frostline.errors import FrostlineError
@@ -30,10 +34,12 @@ from frostline.train import WanTrainingModule
 from frostline.train.data.dataset import collate
 from frostline.train.data.loader import Batches
 from frostline.train.dry_run import print_dry_run
-from frostline.train.launch import build_module, open_validation, run_training
+from frostline.train.launch import build_module, load_judges, open_validation, run_training
 from frostline.train.settings import RunSettings
 from frostline.video import write_video
 
+# Fields of rewards that are not among the rewards by default.
+OF_OTHER_REWARDS = tuple(f"rewards.0.{name}" for name in ("floor", "flow", "updates", "size", "options"))
 OF_ONES_OWN = "frostline.rewards.sharpness:SharpnessReward"
 BASE: dict[str, Any] = {
     "model": "tiny",
@@ -50,7 +56,15 @@ BASE: dict[str, Any] = {
     "train": {"learning_rate": 1e-3, "max_train_steps": 2, "checkpointing_steps": 1},
 }
 FACES = {"rewards": [{"type": "face_identity", "baseline": 0.54, "scale": 0.16}]}
+MOTION = {"rewards": [{"type": "motion"}]}
+RAFT = {"rewards": [{"type": "motion", "flow": "raft", "weights": "raft.pth", "updates": 1}]}
 NO_VALIDATION = {"validation": {"source": None}}
+HACKING = {
+    "kl_weight": 0.0,
+    "rewards": [{"type": "own_rewards:Brightness", "weight": 1.0}],
+    "validation": {"steps": 1, "judges": [{"type": "sharpness"}]},
+    "train": {"learning_rate": 3e-2},
+}
 SHARDED = {"memory": {"num_processes": 2, "sharding": "fsdp"}}
 Observe = Callable[[RunSettings], Any]
 
@@ -175,6 +189,12 @@ def held_out(settings: RunSettings) -> Any:
     return None if validation is None else (list(validation.starts), validation.batch_size, validation.noise_seed)
 
 
+def judging(settings: RunSettings) -> Any:
+    """Who judges what is generated."""
+    module = build_module(settings, torch.device("cpu"))
+    return [(judge.name, type(judge.active.reward).__name__) for judge in load_judges(settings, module)]
+
+
 def a_run(settings: RunSettings) -> Any:
     """All that a run leaves, but for times."""
     run_training(settings, None, Progress(quiet=True))
@@ -189,6 +209,21 @@ def a_run(settings: RunSettings) -> Any:
             left[name] = {key: _numbers(tensor) for key, tensor in load_file(path).items()}
     left.update(dict.fromkeys(("trackers",), (out / "trackers").exists()))
     return left
+
+
+def precomputed(settings: RunSettings) -> Any:
+    """How much of the cache is there before the first step."""
+    there = []
+    forward = WanTrainingModule.forward
+
+    def counted(module: WanTrainingModule, data: Any) -> Any:
+        there.append(len([*settings.frozen_cache_dir.glob("*.safetensors")]))
+        return forward(module, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WanTrainingModule, "forward", counted)
+        a_run(settings)
+    return there[0]
 
 
 def folders(settings: RunSettings) -> Any:
@@ -263,6 +298,17 @@ CASES: dict[str, Case] = {
     "boundary": Case(0.99, a_step, {"model": "tiny-moe"}),
     "noise_seed": Case(25, a_step),
     "kl_weight": Case(0.5, a_step),
+    "kl_target": Case(1e-3, a_run, NO_VALIDATION),
+    "sft_weight": Case(0.5, a_step),
+    "backprop.strategy": Case("last", a_step),
+    "backprop.num_steps": Case(2, a_step, {"backprop": {"strategy": "random", "num_steps": 1}}),
+    "backprop.steps": Case([2], a_step, {"backprop": {"strategy": "steps", "steps": [1, 2]}}),
+    "backprop.stop_latent_gradient": Case(True, a_step),
+    "backprop.lv_samples": Case(1, a_step, {"backprop": {"strategy": "last"}}),
+    "backprop.kl_steps": Case("random:1", a_step),
+    "decode.num_latent_frames": Case(1, a_step),
+    "decode.position": Case("last", a_step, {"decode": {"num_latent_frames": 1, "position": "first"}}),
+    "rollout.policy": Case("base", a_step),
     "gradient_checkpointing": Case("block", a_step),
     "engine_forward": Case(False, a_step, {"gradient_checkpointing": "full"}),
     "torch_compile": Case(True, compiled),
@@ -270,16 +316,24 @@ CASES: dict[str, Case] = {
     "lora.rank": Case(3, a_start),
     "lora.alpha": Case(4.0, a_step),
     "lora.target_modules": Case(["q"], a_start),
+    "lora.experts": Case("both", a_start, {"model": "tiny-moe"}),
     "rewards": Case([*BASE["rewards"], {"type": "face_identity"}], a_step),
     "rewards.0.type": Case("face_identity", a_step),
     "rewards.0.baseline": Case(0.1, a_step),
     "rewards.0.scale": Case(0.5, a_step),
     "rewards.0.weight": Case(0.3, a_step),
+    "rewards.0.cap": Case(-100.0, a_step),
+    "rewards.0.frames": Case("first", a_step),
     "rewards.0.floor": Case(0.1, a_step),
+    "rewards.0.flow": Case("raft", a_step, MOTION, refused="flow: raft needs weights"),
+    "rewards.0.updates": Case(2, a_step, RAFT),
+    "rewards.0.size": Case(136, a_step, RAFT),
     "rewards.0.options": Case({"floor": 0.1}, a_step, {"rewards": [{"type": OF_ONES_OWN}]}),
     "rewards.0.detector": Case("yunet", faces, FACES),
     "rewards.0.embedder": Case("facenet:gone.pt", faces, FACES, refused="gone.pt"),
+    "rewards.0.channels": Case("bgr", faces, FACES, refused="bgr is for arcface:PATH.onnx alone"),
     "rewards.0.upscale": Case(2, faces, FACES),
+    "rewards.0.detection_size": Case(200, faces, FACES),
     "rewards.0.min_face_size": Case(90, faces, FACES),
     "rewards.0.face": Case("best", two_faces, FACES),
     "rewards.0.missing_face": Case("zero", faces, FACES),
@@ -287,6 +341,9 @@ CASES: dict[str, Case] = {
     "cache_dir": Case("elsewhere", a_step),
     "cache_bytes": Case(0, a_step),
     "model": Case("tiny-ti2v", a_start),
+    "base_adapters": Case([{"path": "lora"}], a_step),
+    "init_adapter": Case("lora", a_run, NO_VALIDATION),
+    "precompute": Case("always", precomputed, NO_VALIDATION),
     "output_dir": Case("elsewhere", folders, NO_VALIDATION),
     "overwrite_output_dir": Case(True, twice, NO_VALIDATION),
     "device": Case("cuda", a_run, refused="torch finds no GPU here"),
@@ -311,6 +368,7 @@ CASES: dict[str, Case] = {
     "validation.batch_size": Case(2, held_out),
     "validation.noise_seed": Case(1, held_out),
     "validation.lossless": Case(True, a_run),
+    "validation.judges": Case([{"type": "sharpness"}], judging),
     "train.learning_rate": Case(2e-3, a_run, NO_VALIDATION),
     "train.weight_decay": Case(0.5, a_run, NO_VALIDATION),
     "train.adam_beta1": Case(0.5, a_run, NO_VALIDATION),
@@ -327,6 +385,8 @@ CASES: dict[str, Case] = {
     "train.max_skipped_steps": Case(1, never_finite, NO_VALIDATION, refused="1 steps in a row"),
     "train.checkpointing_steps": Case(2, a_run, NO_VALIDATION),
     "train.save_total_limit": Case(1, a_run, NO_VALIDATION),
+    "train.ema_decay": Case(0.5, a_run, NO_VALIDATION),
+    "train.stop_when_judge_falls": Case(1, a_run, HACKING),
     "train.report_to": Case("tensorboard", a_run, NO_VALIDATION),
     "plan.backend": Case("onnxruntime", a_start),
     "plan.stages": Case({"denoiser": "onnxruntime"}, a_start),
@@ -341,9 +401,23 @@ CASES: dict[str, Case] = {
 }
 
 
+# Of rewards on vision networks, whose weights `write_data` makes.
+CLIP = {"rewards": [{"type": "clip", "weights": "clip"}]}
+AESTHETIC = {"rewards": [{"type": "aesthetic", "weights": "clip", "predictor": "one.pth"}]}
+SUBJECT = {"rewards": [{"type": "subject_consistency", "weights": "dinov2"}]}
+VISION_CASES: dict[str, Case] = {
+    "rewards.0.weights": Case("other_clip", a_step, CLIP),
+    "rewards.0.processor": Case("other_processor", a_step, CLIP),
+    "rewards.0.precision": Case("bf16", a_step, CLIP),
+    "rewards.0.predictor": Case("other.pth", a_step, AESTHETIC),
+    "rewards.0.anchor": Case("reference", a_step, SUBJECT),
+}
+CASES |= VISION_CASES
+
+
 def test_no_setting_is_forgotten() -> None:
     """Of rewards, those that there are by default are among them, and these are of others."""
-    assert CASES.keys() == {*dotted_names(RunSettings), "rewards.0.floor", "rewards.0.options"}
+    assert CASES.keys() - VISION_CASES.keys() == {*dotted_names(RunSettings), *OF_OTHER_REWARDS}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -385,18 +459,26 @@ def observe(
                     known[key] = error
         return known[key]
 
-    loaded = functools.cache(load_components)
+    load = load_components
+    loaded = functools.cache(load)
     with pytest.MonkeyPatch.context() as patch:
         # Each module has its own, but they are read once.
         patch.setattr(
             "frostline.models.checkpoints.loading.load_components",
-            lambda model, dtype, device, defer: copy.deepcopy(loaded(model, dtype, str(device))),
+            lambda model, dtype, device, defer, reads=None: (
+                copy.deepcopy(loaded(model, dtype, str(device)))
+                if reads is None
+                else load(model, dtype, device, defer, reads)
+            ),
         )
         yield look
 
 
 def write_data(folder: Path) -> None:
-    """`data`, with an `other` source, one that is `half` broken, and one `reaching` out of its folder."""
+    """`data`, with an `other` source, one that is `half` broken, and one `reaching` out of its folder; and weights."""
+    write_vision_files(folder)
+    make_adapter(folder / "lora", 2, rank=2)
+    raft_file(folder / "raft.pth")
     clips = held_out_clips(3, seed=2, num_frames=9, size=32)
     for index, video in enumerate(clips.video):
         write_video(folder / "data" / f"{index}.mp4", video, lossless=True)
@@ -406,6 +488,18 @@ def write_data(folder: Path) -> None:
     for name, videos in {**sources, "reaching": ["0.mp4", "../data/1.mp4"]}.items():
         with (folder / name / "metadata.csv").open("w", newline="") as file:
             csv.writer(file).writerows([["video", "prompt"], *([video, "a person nods"] for video in videos)])
+
+
+def write_vision_files(folder: Path) -> None:
+    """Two models of CLIP, another processor of it, two aesthetic predictors, DINOv2."""
+    write_clip(folder / "clip")
+    write_clip(folder / "other_clip", seed=1)
+    write_dinov2(folder / "dinov2")
+    write_aesthetic(folder / "one.pth")
+    write_aesthetic(folder / "other.pth", seed=1)
+    shutil.copytree(folder / "clip", folder / "other_processor")
+    path = folder / "other_processor" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.5, 0.5, 0.5]}))
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:

@@ -100,6 +100,30 @@ def test_differences_of_whole_parameters_are_refused(face: Path, adapter: Path, 
     assert not (tmp_path / "clip.mp4").exists()
 
 
+def test_adapters_of_both_experts(face: Path, make_module: Callable[..., WanTrainingModule], tmp_path: Path) -> None:
+    """Each changes the steps of its expert; the two need be neither of one rank and scale nor on alike layers."""
+    for experts, part, lora in (("high", "high_noise", {"rank": 2}), ("low", "low_noise", {"rank": 4, "alpha": 2})):
+        make_module("tiny-moe", lora={**lora, "experts": experts}, lora_spread=0.1).save_adapter(tmp_path / "a" / part)
+
+    def video(**changes: Any) -> Any:
+        return clip(face, tmp_path / "clip.mp4", model="tiny-moe", num_frames=5, **changes).video
+
+    base, both = video(), video(adapter=tmp_path / "a")
+    assert torch.equal(both, video(adapter=tmp_path / "a", expert="both"))
+    high, low = (video(adapter=tmp_path / "a", expert=expert) for expert in ("high", "low"))
+    torch.testing.assert_close(high, video(adapter=tmp_path / "a" / "high_noise", expert="high"))
+    torch.testing.assert_close(low, video(adapter=tmp_path / "a" / "low_noise"))
+    for one, other in ((both, base), (both, high), (both, low), (high, low), (high, base), (low, base)):
+        assert (one - other).abs().max() > 1e-3
+    module = make_module("tiny-moe", lora={"rank": 4, "experts": "both"}, lora_spread=0)
+    with pytest.raises(ConfigError, match="rank 2, not 4"):
+        module.load_adapter(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"is for the high-noise expert of two, and tiny has one expert"):
+        clip(face, tmp_path / "clip.mp4", adapter=tmp_path / "a")
+    with pytest.raises(ConfigError, match="expert: says whose adapter it is, and none is given"):
+        clip(face, tmp_path / "clip.mp4", expert="high")
+
+
 @pytest.mark.parametrize("model", ["tiny-moe", "tiny-ti2v"])
 def test_every_variant(model: str, face: Path, tmp_path: Path) -> None:
     assert clip(face, tmp_path / "clip.mp4", model=model, num_frames=5).video.isfinite().all()

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from folders import content
+from forked import Python
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -70,34 +70,25 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "frostline", "train", *arguments]
-
-
 def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     metrics = workplace / "run" / "metrics.jsonl"
-    arguments = command("config.yaml", "output_dir=run", "train.max_train_steps=1000", "train.checkpointing_steps=500")
+    settings = ["output_dir=run", "train.max_train_steps=1000", "train.checkpointing_steps=500"]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = len(lines(metrics))
         # A worker takes seconds to start; one run with one is enough.
         workers = f"data.num_workers={int(number == signal.SIGINT)}"
-        with subprocess.Popen(
-            [*arguments, workers, "--resume", "latest"],
-            cwd=workplace,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            while len(lines(metrics)) <= before and process.poll() is None:
-                time.sleep(0.05)
-            process.send_signal(number)
-            _, errors = process.communicate(timeout=120)
-        assert process.returncode == code, errors
+        arguments = ["train", "config.yaml", *settings, workers, "--resume", "latest"]
+        process = Python("-m", "frostline", *arguments, cwd=workplace)
+        while len(lines(metrics)) <= before and process.poll() is None:
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        ended = process.wait(timeout=120)
+        _, errors = process.said()
+        assert ended == code, errors
         assert "Traceback" not in errors
         steps = [line["step"] for line in lines(metrics)]
         assert steps == list(range(1, len(steps) + 1))
@@ -250,7 +241,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no place": (_nothing, ["CONFIG", "output_dir=config.yaml/run"], 1, "cannot be written to: Not a directory"),
     "dry run, no memory": (
         _nothing,
-        ["CONFIG", "--dry-run", "memory.device_gb=0.03"],
+        ["CONFIG", "--dry-run", "memory.device_gb=0.03", "precompute=never"],
         1,
         "GB of each device are needed, and 0.03 are there; settings that need less: ",
     ),
@@ -445,7 +436,7 @@ def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypat
     """14 B parameters, twice, on eight cards of 80 GB: what runs at each step, and the memory of each stage."""
     monkeypatch.chdir(workplace)
     reference = str(training_config("Wan2.2-I2V-A14B"))
-    machine = ["memory.num_processes=8", "memory.sharding=fsdp", "memory.device_gb=80"]
+    machine = ["memory.num_processes=8", "memory.sharding=fsdp", "memory.device_gb=80", "precompute=never"]
     sources = ["data.source=data", "validation.source=data"]
     result = CliRunner().invoke(app, ["train", reference, "--dry-run", *machine, *sources])
     assert result.exit_code == 0, result.output

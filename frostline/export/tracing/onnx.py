@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import torch
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.node import Argument
 from torch.onnx import ONNXProgram
 from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -26,8 +26,7 @@ from frostline.runtime.stage import Network
 aten = torch.ops.aten
 # Larger weights than this cannot be inside the protobuf: they go to `<file>.data`.
 _EMBEDDED_BYTES = 1_500_000_000
-# Casts, and which of their arguments is the type, unless it is named.
-_CASTS: Mapping[Any, int | None] = {aten.to.dtype: 1, aten.to.device: 2, aten.to.dtype_layout: None}
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
 # What torch.onnx leaves out by itself.
 _DROPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
 
@@ -42,7 +41,7 @@ def trace_onnx(network: Network, path: Path, opset: int = OPSET) -> None:
 
 
 def translate(network: Network, program: ExportedProgram, opset: int) -> ONNXProgram:
-    """What `trace_program` gave for `network`, in ONNX; it reads the weights where the network has them.
+    """Translate a program of `trace_program` to ONNX; it shares the weights of the network.
 
     Raises:
         EngineError: the exporter cannot express the network.
@@ -66,7 +65,7 @@ def translate(network: Network, program: ExportedProgram, opset: int) -> ONNXPro
 
 
 def _decomposed_where_needed(program: ExportedProgram) -> ExportedProgram:
-    """Return a copy that torch.onnx may change, and that it does not trace anew where ONNX has all of its operators.
+    """Return a copy that torch.onnx may change, and does not trace again if ONNX has all of its operators.
 
     To decompose operators, `run_decompositions` traces the whole graph a second time with its open dimensions, which
     takes most of an export. In the networks here there is hardly ever an operator to decompose.
@@ -89,17 +88,27 @@ def _translated() -> frozenset[Any]:
 
 
 def _respell(node: Node) -> None:
-    """Give an operator that ONNX has under another name alone that name, where it computes the same."""
+    """Replace an operator that torch.onnx lacks by an equivalent one that it has."""
     if node.target in _CASTS:
-        at = _CASTS[node.target]
-        dtype = node.args[at] if at is not None and len(node.args) > at else node.kwargs.get("dtype")
-        # Without a type, where it lies alone is changed.
-        node.kwargs = {} if dtype is None else {"dtype": dtype}
-        node.target, node.args = aten._to_copy.default, node.args[:1]
-    elif node.target is aten._upsample_nearest_exact2d.vec and all(
-        float(cast(float, factor)).is_integer() for factor in cast("list[float]", node.args[2] or (0.5,))
-    ):
-        node.target = aten.upsample_nearest2d.vec
+        tensor, dtype = _argument(node, "self"), _argument(node, "dtype")
+        # Without a type, only the device changes.
+        node.target, node.args, node.kwargs = (
+            aten._to_copy.default,
+            (tensor,),
+            {} if dtype is None else {"dtype": dtype},
+        )
+    elif node.target is aten._upsample_nearest_exact2d.vec:
+        factors = cast("list[float] | None", _argument(node, "scale_factors"))
+        # At whole factors both variants take the same pixels.
+        if factors and all(float(factor).is_integer() for factor in factors):
+            node.target = aten.upsample_nearest2d.vec
+
+
+def _argument(node: Node, name: str) -> Argument:
+    """Return an argument of an operator by its name in the schema; None where it is not given."""
+    names = [argument.name for argument in cast(OpOverload, node.target)._schema.arguments]
+    # Arguments that the schema makes keyword-only come last, so positions and names agree.
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(name)
 
 
 def _changes_its_input(target: object) -> bool:
@@ -107,7 +116,7 @@ def _changes_its_input(target: object) -> bool:
 
 
 def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
-    """Write what `translate` gave, large weights into one file beside it.
+    """Write the result of `translate`; large weights go to one separate file.
 
     Raises:
         EngineError: the exporter cannot write it.

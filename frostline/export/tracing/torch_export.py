@@ -23,12 +23,12 @@ from frostline.errors import EngineError
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
-# With open dimensions, an entry of this cache takes longer to make than what it stands for.
+# With open dimensions, making an entry of this cache takes longer than computing it.
 WITHOUT_FAKE_CACHE = functools.partial(dynamo_config.patch, fake_tensor_cache_enabled=False)
 
 
 def trace_program(network: Network) -> ExportedProgram:
-    """`network` with its open dimensions dynamic and its live tensors as inputs; its weights stay where they are.
+    """Trace `network` with dynamic open dimensions and its live tensors as inputs; the weights are not copied.
 
     Raises:
         EngineError: the tracer cannot express the network.
@@ -53,7 +53,7 @@ def trace_program(network: Network) -> ExportedProgram:
 
 
 def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
-    """What `torch.export` wants to know of the open dimensions, per input; equal names share one symbol."""
+    """Return what `torch.export` wants to know of the open dimensions, per input; equal names share one symbol."""
     symbols: dict[str, Any] = {}
 
     def symbol(dimension: Dimension) -> Any:
@@ -66,7 +66,7 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
 
 
 def _dense(module: nn.Module) -> nn.Module:
-    """The module, or a copy where weights are channels last: for a tracer, images of few pixels are then special."""
+    """Return the module, or a dense copy: the tracer specialises small images if weights are channels last."""
     if all(tensor.is_contiguous() for tensor in itertools.chain(module.parameters(), module.buffers())):
         return module
     module = copy.deepcopy(module)
@@ -113,13 +113,13 @@ def _samples(network: Network) -> tuple[Tensor, ...]:
 
 
 def _without_extent_one(spec: TensorSpec) -> TensorSpec:
-    """The spec with typical extents of at least 2 where it is open: to the tracer, a 1 is a constant."""
+    """Return the spec with typical extents of at least 2 where it is open: to the tracer, a 1 is a constant."""
     shape = (replace(extent, opt=max(extent.opt, 2)) if _is_open(extent) else extent for extent in spec.shape)
     return replace(spec, shape=tuple(shape))
 
 
 def _is_open(extent: int | Dimension) -> TypeGuard[Dimension]:
-    """Whether engines leave it open: a range of one extent is fixed."""
+    """Return whether engines leave it open: a range of one extent is fixed."""
     return isinstance(extent, Dimension) and extent.min < extent.max
 
 
@@ -132,5 +132,5 @@ class _Positional(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         outputs = self.module(*inputs)
-        # What an engine gives out is dense, whatever views the network makes.
+        # Outputs of engines are dense, so those of the traced network have to be as well.
         return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(each.contiguous() for each in outputs)

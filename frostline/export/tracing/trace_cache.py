@@ -1,4 +1,4 @@
-"""Tracing takes seconds to minutes a network: what came of it is kept while several backends are built from it."""
+"""Traces of networks, each made once for all backends: tracing takes seconds to minutes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from frostline.runtime.stage import Network, Stage
 
-# What traces and translates takes seconds to import. Whoever only looks for engines is to do without.
+# The tracer takes seconds to import, and commands that only look up engines do not need it.
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.onnx import ONNXProgram
 
 
 class Traces:
-    """The graphs of one stage's networks, each made when it is first asked for. They hold no weights of their own."""
+    """The graphs of one stage's networks, each made on first use. They share the weights of the networks."""
 
     def __init__(self) -> None:
         self._programs: dict[str, ExportedProgram] = {}

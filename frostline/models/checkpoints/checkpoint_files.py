@@ -1,4 +1,4 @@
-"""Where the parts of a Wan model lie: embedded, a folder in Wan's or diffusers' layout, or single files."""
+"""Find the files of a Wan model: built-in, a folder in Wan's or diffusers' layout, or single files."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from .formats.shards import check_all_listed, shard_groups
 
 if TYPE_CHECKING:
     from diffsynth.core.loader.config import ModelConfig
+
+    from frostline.experts import ExpertName
 
 Entry: TypeAlias = "str | Path | ModelConfig | Sequence[str | Path]"
 
@@ -60,6 +62,10 @@ class WanFiles:
         """The files of the denoiser; of two experts, of the low-noise one."""
         return self.networks["denoiser"]
 
+    def expert(self, expert: ExpertName) -> NetworkFiles:
+        """Return the files of one of two experts; the only denoiser of a model counts as the low-noise one."""
+        return self.networks["denoiser_high_noise" if expert == "high" else "denoiser"]
+
     @property
     def variant(self) -> str:
         """What the model does, in words."""
@@ -81,7 +87,7 @@ class WanFiles:
 
 
 def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
-    """Where the parts of `model` lie; see `load_components`."""
+    """Find the files of the parts of `model`; see `load_components`."""
     if not isinstance(model, str | Path):
         return _from_list(model)
     if str(model) in EMBEDDED:
@@ -90,12 +96,12 @@ def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
     if path.is_file():
         return _from_list([path])
     if not path.is_dir():
-        raise ConfigError(f"{model} is no folder and none of the embedded models {', '.join(EMBEDDED)}")
+        raise ConfigError(f"{model} is neither a directory nor a built-in model ({', '.join(EMBEDDED)})")
     return _from_diffusers_folder(path) if (path / "model_index.json").is_file() else _from_folder(path)
 
 
 def released_boundary(denoiser: Mapping[str, Any]) -> float:
-    """The boundary of a released model with such a denoiser; see `ModelSpec`."""
+    """Return the boundary of a released model with such a denoiser; see `ModelSpec`."""
     return _BOUNDARY_IMAGE if denoiser["require_vae_embedding"] else _BOUNDARY_TEXT
 
 
@@ -122,7 +128,7 @@ def _denoiser_in(folder: Path) -> NetworkFiles:
 
 
 def _from_folder(folder: Path) -> WanFiles:
-    """Wan's own layout, or any single files side by side: what each holds is told by its tensors."""
+    """Read a folder in Wan's layout or with single files; the part of each is detected from tensor names."""
     config = read_json(folder / "config.json")
     groups = shard_groups(folder)
     parts: dict[str, list[NetworkFiles]] = {}
@@ -290,7 +296,7 @@ def _arguments(network: NetworkFiles) -> dict[str, Any]:
 
 
 def _variant(arguments: Mapping[str, Any]) -> str:
-    """What a denoiser does, in words.
+    """Return what a denoiser does, in words.
 
     Raises:
         ConfigError: it wants conditions that frostline does not make.

@@ -1,13 +1,13 @@
-"""Load a Wan model from local files, with diffsynth's classes and diffsynth's loader."""
+"""Load a Wan model from local files, with diffsynth's classes."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from frostline.errors import ConfigError
 from frostline.models.lazy_weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
 from frostline.models.precision import precision_name
 from frostline.models.wan.components import WanComponents
-from frostline.models.wan.networks import build_network
 
 from .checkpoint_files import WanFiles, find_files
 from .formats.foreign import stand_in_kind
@@ -33,10 +32,28 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Parts whose weights may stay on disk until they are needed: those that are a network of their own.
-DEFERRABLE = ("text_encoder", "image_encoder", "denoiser_high_noise")
-# What diffsynth's classes and loader raise where tensors make no network, or another one.
+# Parts whose weights may stay on disk until they are needed.
+DEFERRABLE = FROZEN_PARTS
+# Parts that are of no use without weights, but to those who only run the others.
+LIVE_PARTS = ("denoiser", "vae_decoder")
+# What diffsynth's classes and torch raise where tensors make no network, or another one.
 _MISFITS = (RuntimeError, ValueError, TypeError, OSError, LookupError, ArithmeticError, AssertionError)
+
+
+class NetworkRead(Protocol):
+    """A way to read a network in which its weights are not just those in its files.
+
+    files: those that it reads beside the network's. identity: what else the weights depend on.
+    """
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def identity(self) -> str: ...
+
+    def read(self, network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
+        """Return what `NetworkFiles.read` returns for the weights as they are to be."""
+        ...
 
 
 def load_components(
@@ -44,10 +61,11 @@ def load_components(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     defer: Collection[str] = (),
+    reads: Mapping[str, NetworkRead] | None = None,
 ) -> WanComponents:
     """Load a Wan model, frozen, in eval mode.
 
-    What each file holds is told by the names of its tensors, in Wan's own spelling or in that of diffusers; the sizes
+    The part in each file is detected from its tensor names, in Wan's format or that of diffusers; the sizes
     by their shapes. So folders need not follow a layout by heart:
 
     Args:
@@ -56,38 +74,44 @@ def load_components(
             where the denoiser takes it); a folder as diffusers has it (`model_index.json`, `transformer/`, …); or a
             list of files, of shards of one network, of diffsynth `ModelConfig`s with a `path`, and of the tokenizer's
             folder; of two experts in a list, `high` and `low` in their names tell which is which.
-        defer: which of `DEFERRABLE` to leave on disk until they are needed; see `WanComponents.weights`.
+        defer: which of `DEFERRABLE` to leave on disk until they are needed, see `WanComponents.weights`; and which of
+            `LIVE_PARTS` to leave there for good.
+        reads: how networks are read, by field, whenever they are; those that are not named, as their files have them.
     Raises:
         ConfigError: what was found and what is missing, which file does not fit, or that weights cannot be of `dtype`.
     """
     _ = precision_name(dtype)  # refuses another one
-    files = find_files(model)
+    files, reads = find_files(model), reads or {}
     log.info("%s", files)
     loaded: dict[str, Any] = {}
     for field in files.networks:
-        load = _without_weights if field in defer and field in DEFERRABLE else _load
-        loaded[field] = load(files, field, dtype, device)
+        if field == "vae" and "vae_encoder" in defer:
+            loaded[field] = _vae_without_encoder(files, dtype, device, with_decoder="vae_decoder" not in defer)
+        elif field in defer:
+            loaded[field] = _without_weights(files, field, dtype, device)
+        else:
+            loaded[field] = _load(files, field, dtype, device, reads.get(field))
     loaded["vae"].scale = [part.to(device) for part in loaded["vae"].scale]
     for module in loaded.values():
         module.eval().requires_grad_(False)
     return WanComponents(
         files.spec,
         tokenizer=_load_tokenizer(files.tokenizer, files.spec.text_length),
-        weights=_frozen_weights(files, loaded, dtype, device),
+        weights=_frozen_weights(files, loaded, dtype, device, reads),
         **loaded,
     )
 
 
-def _load(files: WanFiles, field: str, dtype: torch.dtype, device: str | torch.device) -> Any:
-    with deferred_init("diffsynth"):
-        from diffsynth.core.loader.model import load_model
-
-    network, build = files.networks[field], partial(build_network, field, files.spec.networks[field])
-    names = [str(path) for path in network.paths]
-    state_dict = _read(network, dtype, device)
+def _load(files: WanFiles, field: str, dtype: torch.dtype, device: str | torch.device, how: NetworkRead | None) -> Any:
+    network = files.networks[field]
+    state_dict = _read(network, dtype, device, how)
     try:
-        return load_model(build, names, torch_dtype=dtype, device=str(device), state_dict=state_dict)
+        # As diffsynth's `load_model`, importing which imports torch's compiler: several seconds.
+        module = files.spec.build(field)
+        module.load_state_dict(state_dict, assign=True)
+        return module.to(device, dtype)
     except _MISFITS as error:
+        names = map(str, network.paths)
         first_lines = " ".join(str(error).split("\n")[:3])
         raise ConfigError(f"{', '.join(names)} cannot be loaded: {first_lines}") from error
 
@@ -110,8 +134,19 @@ def _without_weights(files: WanFiles, field: str, dtype: torch.dtype, device: st
     return module
 
 
+def _vae_without_encoder(
+    files: WanFiles, dtype: torch.dtype, device: str | torch.device, with_decoder: bool
+) -> nn.Module:
+    module = _empty_network(files, "vae")
+    if with_decoder:
+        decoder = _read(files.networks["vae"], dtype, device, None, lambda name: not name.startswith(VAE_ENCODER))
+        module.load_state_dict(decoder, strict=False, assign=True)
+    empty_parameters(module, dtype, device)
+    return module
+
+
 def _empty_network(files: WanFiles, field: str) -> nn.Module:
-    """One of the networks, on the meta device.
+    """Return one of the networks, on the meta device.
 
     Raises:
         ConfigError: its tensors are not those of the files.
@@ -133,18 +168,39 @@ def _empty_network(files: WanFiles, field: str) -> nn.Module:
     return module
 
 
-def _read(network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-    return _named_as_in_module(network, network.read(dtype, device))
+def _read(
+    network: NetworkFiles,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    how: NetworkRead | None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Tensor]:
+    """Read weights by their names in the module.
+
+    Args:
+        wanted: which of them, where no `how` has to see them all.
+    """
+    if how is not None:
+        return _named_as_in_module(network, how.read(network, dtype, device))
+    return _named_as_in_module(network, network.read(dtype, device, lambda name: wanted(_wrapper(network) + name)))
+
+
+def _wrapper(network: NetworkFiles) -> str:
+    return "model." if network.part in ("vae", "image_encoder") else ""
 
 
 def _named_as_in_module(network: NetworkFiles, values: Mapping[str, _T]) -> dict[str, _T]:
     """By the names that diffsynth's class has for them, without the text tower of CLIP, which plays no part."""
-    wrapper = "model." if network.part in ("vae", "image_encoder") else ""
+    wrapper = _wrapper(network)
     return {wrapper + name: value for name, value in values.items() if not name.startswith("textual.")}
 
 
 def _frozen_weights(
-    files: WanFiles, loaded: dict[str, Any], dtype: torch.dtype, device: str | torch.device
+    files: WanFiles,
+    loaded: dict[str, Any],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    reads: Mapping[str, NetworkRead],
 ) -> dict[str, PartWeights]:
     weights = {}
     sources = {**files.networks, "vae_encoder": files.networks["vae"]}
@@ -158,8 +214,14 @@ def _frozen_weights(
             parameters = {name: p for name, p in parameters.items() if name.startswith(VAE_ENCODER)}
         shapes = _named_as_in_module(network, network.shapes)
         nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in parameters)
-        read = partial(_read, network, dtype, device)
-        weights[part] = PartWeights(parameters, read, network.paths, nbytes)
+        how = reads.get(part)
+        # Of a file with the decoder's weights, the encoder's alone.
+        read = partial(_read, network, dtype, device, how, parameters.__contains__)
+        if how is None:
+            weights[part] = PartWeights(parameters, read, network.paths, nbytes)
+        else:
+            read_from, code = (*network.paths, *how.files), (type(how).__module__,)
+            weights[part] = PartWeights(parameters, read, read_from, nbytes, how.identity, code)
     return weights
 
 

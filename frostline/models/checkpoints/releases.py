@@ -1,4 +1,4 @@
-"""What a Wan model is, told from its files or, where there are none, from the release that it is named after."""
+"""The spec of a Wan model, from its files or, if there are none, from the release that it is named after."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RELEASED: Mapping[str, Mapping[str, Arguments]] = {
 
 
 def read_spec(model: str | Path) -> ModelSpec:
-    """What `model` is, by the shapes in its files; no weights are read.
+    """Return what `model` is, by the shapes in its files; no weights are read.
 
     Where there is no such folder, its name may be that of a release, with or without `-Diffusers`.
 
@@ -60,6 +60,6 @@ def read_spec(model: str | Path) -> ModelSpec:
         return find_files(model).spec
     name = Path(model).name.removesuffix("-Diffusers")
     if name not in RELEASED:
-        raise ConfigError(f"{model} is no folder and named after none of the releases {', '.join(RELEASED)}")
+        raise ConfigError(f"{model} is neither a directory nor named after a release ({', '.join(RELEASED)})")
     networks = RELEASED[name]
     return ModelSpec(name, networks, TEXT_LENGTH, released_boundary(networks["denoiser"]), from_files=False)

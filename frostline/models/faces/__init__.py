@@ -1,10 +1,11 @@
-"""Faces: detect (MTCNN, YuNet, SCRFD), align (five points), embed (SFace, ArcFace, FaceNet), compare."""
+"""Faces: detect (MTCNN, YuNet, SCRFD), align (five points), embed (SFace, ArcFace, FaceNet, dlib), compare."""
 
 from frostline.models.onnx.module import OnnxGraph, OnnxModule
 
 from .alignment import ARCFACE_TEMPLATE, align_faces, similarity_transform
-from .detections import ChosenFaces, Detections, FaceDetector, quantize_frames, upscale_frames
+from .detections import ChosenFaces, Detections, FaceDetector, quantize_frames, resize_frames, upscale_frames
 from .detectors import DetectorModel, DetectorNetwork, load_detector
+from .dlib_embedder import DlibEmbedder
 from .embedders import ArcFaceEmbedder, FaceEmbedder, FacenetEmbedder, SFaceEmbedder, load_embedder
 from .identity import FaceIdentity, IdentityScore, MissingFace, ReferenceFaces, identity_score
 from .mtcnn import BatchedMTCNN
@@ -23,6 +24,7 @@ __all__ = [
     "Detections",
     "DetectorModel",
     "DetectorNetwork",
+    "DlibEmbedder",
     "FaceDetector",
     "FaceEmbedder",
     "FaceIdentity",
@@ -45,6 +47,7 @@ __all__ = [
     "load_embedder",
     "load_mtcnn_networks",
     "quantize_frames",
+    "resize_frames",
     "similarity_transform",
     "upscale_frames",
 ]

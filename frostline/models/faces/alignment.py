@@ -1,4 +1,4 @@
-"""Five-point face alignment: landmarks to the ArcFace template, differentiable to the pixels.
+"""Five-point face alignment: landmarks to the template of an embedder, differentiable to the pixels.
 
 Pixel centres lie at integers everywhere here, as in OpenCV and insightface: the top left pixel is at (0, 0).
 """
@@ -57,8 +57,8 @@ def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
     return torch.cat([linear, shift[:, :, None]], dim=2)
 
 
-def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE) -> Tensor:
-    """Crop one face per image so that its landmarks lie on the ArcFace template scaled to `size`.
+def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE, template: Tensor | None = None) -> Tensor:
+    """Crop one face per image so that its landmarks lie on a template.
 
     The landmarks are constants here, as detection carries no gradient; the pixels are not. Outside the
     image the crop is 0: give images whose 0 is black to match `cv2.warpAffine`.
@@ -67,6 +67,7 @@ def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE) -> 
         images: (N, 3, H, W), any float dtype, any range. Half precision is sampled in float32.
         landmarks: (N, 5, 2) pixels, one face per image.
         size: side of the crop in pixels.
+        template: (5, 2) pixels of the crop: where the landmarks go; the ArcFace template scaled to `size` by default.
 
     Returns:
         (N, 3, size, size), float64 for float64 images and float32 otherwise, bilinear, differentiable to
@@ -77,13 +78,14 @@ def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE) -> 
     if len(images) == 0:  # grid_sample refuses an empty batch
         return images.new_zeros(0, images.shape[1], size, size)
     with torch.no_grad():
-        template = scaled_template(size, size).to(images.device)
-        grid = _sampling_grid(similarity_transform(landmarks, template), size, height, width)
+        template = scaled_template(size, size) if template is None else template
+        transform = similarity_transform(landmarks, template.to(images.device))
+        grid = _sampling_grid(transform, size, height, width)
     return F.grid_sample(images, grid.to(images.dtype), "bilinear", "zeros", align_corners=False)
 
 
 def scaled_template(height: int, width: int) -> Tensor:
-    """(5, 2) float64 the ArcFace template stretched from 112×112 over a `height`×`width` image.
+    """Return the (5, 2) float64 ArcFace template, stretched from 112×112 over a `height`×`width` image.
 
     insightface's scaling, a plain factor without the half-pixel shift, because that is what embedders were
     trained on.
@@ -92,7 +94,7 @@ def scaled_template(height: int, width: int) -> Tensor:
 
 
 def _sampling_grid(transform: Tensor, size: int, height: int, width: int) -> Tensor:
-    """(N, size, size, 2) where `grid_sample` finds the crop pixels of (N, 2, 3) transforms in an image."""
+    """Return the (N, size, size, 2) grid for `grid_sample` of crops by (N, 2, 3) transforms."""
     a, b = transform[:, 0, 0, None, None], transform[:, 1, 0, None, None]
     steps = torch.arange(size, dtype=transform.dtype, device=transform.device)
     dx = steps[None, None, :] - transform[:, 0, 2, None, None]

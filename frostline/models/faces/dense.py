@@ -35,7 +35,7 @@ class Candidates:
     rivals: Tensor
 
     def best(self, overlap: float, num_frames: int, frame_size: tuple[int, int]) -> Detections:
-        """The candidates that no better one of their frame overlaps by more than `overlap`, as IoU."""
+        """Return the candidates that no better one of their frame overlaps by more than `overlap`, as IoU."""
         # All frames in one call, shifted apart; in double precision, where the shift rounds nothing that matters.
         rivals = self.rivals.double()
         reach = (rivals.abs().amax() + 1).ceil() if len(rivals) else rivals.new_ones(())
@@ -75,7 +75,7 @@ def detect_in_parts(frames: Tensor, upscale: int, find: Callable[[Tensor], Candi
 
 
 def padded(height: int, width: int) -> tuple[int, int]:
-    """The sides rounded up to what the strides divide."""
+    """Return the sides rounded up to what the strides divide."""
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
 
 

@@ -12,6 +12,8 @@ from frostline.errors import DataError
 
 from .alignment import scaled_template
 
+_PIXELS_AT_ONCE = 4_000_000  # frame pixels resized at once: bounds their float copies at about 100 MB
+
 
 @dataclass(frozen=True, eq=False)
 class ChosenFaces:
@@ -31,7 +33,7 @@ class ChosenFaces:
     probability: Tensor
 
     def reshape(self, *leading: int) -> "ChosenFaces":
-        """The same faces with another leading shape, for instance `faces.reshape(B, T)`."""
+        """Return the same faces with another leading shape, for instance `faces.reshape(B, T)`."""
         return ChosenFaces(
             found=self.found.reshape(leading),
             boxes=self.boxes.reshape(*leading, 4),
@@ -64,7 +66,7 @@ class Detections:
         return len(self.boxes)
 
     def numbers(self) -> Tensor:
-        """(N,) int64, how many faces are in each frame."""
+        """Return (N,) int64, how many faces are in each frame."""
         return torch.bincount(self.frame_index, minlength=self.num_frames)
 
     def largest_rows(self) -> Tensor:
@@ -99,6 +101,13 @@ class Detections:
             frame_size=(height // factor, width // factor),
         )
 
+    def resized(self, height: int, width: int) -> "Detections":
+        """These detections in the pixels of frames of another size, of which these were made by resizing."""
+        scale = self.boxes.new_tensor([width / self.frame_size[1], height / self.frame_size[0]])
+        corners = (self.boxes.unflatten(1, (2, 2)) + 0.5) * scale - 0.5
+        landmarks = (self.landmarks + 0.5) * scale - 0.5
+        return replace(self, boxes=corners.flatten(1), landmarks=landmarks, frame_size=(height, width))
+
 
 class FaceDetector(Protocol):
     """Finds faces in frames; `BatchedMTCNN` is one."""
@@ -120,7 +129,7 @@ def check_frames(frames: Tensor) -> None:
 
 
 def no_detections(num_frames: int, frame_size: tuple[int, int], device: torch.device) -> Detections:
-    """The answer for frames in which nothing was found."""
+    """Return the detections of frames without any face."""
     return Detections(
         boxes=torch.zeros(0, 4, device=device),
         probabilities=torch.zeros(0, device=device),
@@ -168,3 +177,25 @@ def upscale_frames(frames: Tensor, factor: int) -> Tensor:
         return frames
     enlarged = F.interpolate(frames.float(), scale_factor=factor, mode="bicubic", align_corners=False)
     return enlarged.round().clamp(0, 255).to(torch.uint8)
+
+
+def resize_frames(frames: Tensor, longest_side: int) -> Tensor:
+    """(N, 3, H, W) uint8 frames with their longest side resized to this many pixels, rounded to uint8.
+
+    Bicubic both ways: where it enlarges a whole number of times, it is `upscale_frames`; where it shrinks, pixels are
+    averaged first, as Pillow does.
+    """
+    height, width = frames.shape[-2:]
+    longest = max(height, width)
+    if longest == longest_side or len(frames) == 0:
+        return frames
+    size = tuple(max(1, round(side * longest_side / longest)) for side in (height, width))
+    run_length = max(1, _PIXELS_AT_ONCE // max(height * width, size[0] * size[1]))
+    parts = [
+        F.interpolate(part.float(), size, mode="bicubic", align_corners=False, antialias=longest > longest_side)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        for part in frames.split(run_length)
+    ]
+    return torch.cat(parts)

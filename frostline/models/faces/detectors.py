@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .detections import FaceDetector
 from .mtcnn import BatchedMTCNN
 from .mtcnn_networks import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, load_mtcnn_networks
 from .networks import Network, as_network
-from .scrfd import SCRFD_OUTPUTS, Scrfd, ScrfdNetwork
+from .scrfd import SCRFD_OUTPUTS, SCRFD_SIDE, Scrfd, ScrfdNetwork
 from .yunet import YUNET_OUTPUTS, YuNet, YuNetNetwork
 
 
@@ -47,19 +48,21 @@ class DetectorModel:
     license: str | None = None
 
     def modules(self) -> nn.ModuleDict:
-        """The networks' modules by name, to move them about."""
+        """Return the networks' modules by name, to move them about."""
         return nn.ModuleDict({name: network.module for name, network in self.networks.items()})
 
     def in_torch(self) -> FaceDetector:
-        """The detector with its networks in PyTorch."""
+        """Return the detector with its networks in PyTorch."""
         return self.make({name: as_network(n.module, n.outputs) for name, n in self.networks.items()})
 
 
-def load_detector(spec: str, min_face_size: int = 20) -> DetectorModel:
-    """A detector by its setting: `mtcnn`, `yunet` or `scrfd:PATH.onnx`.
+def load_detector(spec: str, min_face_size: int = 20, detection_size: int | None = None) -> DetectorModel:
+    """Return a detector by its setting: `mtcnn`, `yunet` or `scrfd:PATH.onnx`.
 
     Args:
         min_face_size: side in pixels of the smallest face that MTCNN looks for; the others find what they find.
+        detection_size: longest side of the frames that it is given, where they are resized: SCRFD, which shrinks those
+            of more than 640 pixels, then leaves them as they are.
     Raises:
         ConfigError: there is no such detector, or its weights cannot be had.
     """
@@ -69,7 +72,12 @@ def load_detector(spec: str, min_face_size: int = 20) -> DetectorModel:
     if spec == "yunet":
         return _single("yunet", YuNetNetwork(), YUNET_OUTPUTS, YuNet, "MIT")
     if kind == "scrfd" and argument:
-        return _single(f"scrfd-{Path(argument).stem}", ScrfdNetwork(argument), SCRFD_OUTPUTS, Scrfd)
+        return _single(
+            f"scrfd-{Path(argument).stem}",
+            ScrfdNetwork(argument),
+            SCRFD_OUTPUTS,
+            partial(Scrfd, longest_side=max(SCRFD_SIDE, detection_size or 0)),
+        )
     raise ConfigError(f"unknown face detector {spec!r}: use mtcnn, yunet or scrfd:PATH.onnx")
 
 
@@ -88,7 +96,7 @@ def _single(
     detector: Callable[[Network], FaceDetector],
     license: str | None = None,
 ) -> DetectorModel:
-    """A detector of one fully convolutional network."""
+    """Return a detector of one fully convolutional network."""
     network = DetectorNetwork(module.eval().requires_grad_(False), outputs, multiple=MULTIPLE)
     key = name.partition("-")[0]
     return DetectorModel(name, {key: network}, lambda running: detector(running[key]), license)

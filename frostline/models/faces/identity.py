@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .alignment import align_faces
-from .detections import ChosenFaces, Detections, FaceDetector, best_rows, quantize_frames
+from .detections import ChosenFaces, Detections, FaceDetector, best_rows, quantize_frames, resize_frames
 from .embedders import FaceEmbedder
 
 _PIXELS_AT_ONCE = 4_000_000  # frame pixels aligned at once: bounds their float copies at about 100 MB
@@ -34,6 +34,7 @@ class IdentityScore:
         face_score_missing_zero: (B,) the score when missing faces count as 0, whatever the reward uses.
         valid: (B,) bool, False where the reference video has no face at all, or, where missing faces are excluded, the
             generated one.
+        compared: (B, T) bool, the frames that have a face, of videos whose reference has one.
     """
 
     face_score: Tensor
@@ -41,6 +42,7 @@ class IdentityScore:
     detection_rate: Tensor
     face_score_missing_zero: Tensor
     valid: Tensor
+    compared: Tensor
 
 
 class ReferenceFaces(NamedTuple):
@@ -62,7 +64,7 @@ def identity_score(
     reference_found: Tensor,
     missing_face: MissingFace = "exclude",
 ) -> IdentityScore:
-    """The pooled identity reward: every generated face against every reference face.
+    """Compute the pooled identity reward: every generated face against every reference face.
 
     With e_i the generated and g_j the reference embeddings of frames that have a face, a frame scores
     `mean_j cos(e_i, g_j)`, and a video scores the mean over its frames with a face (`exclude`) or over all
@@ -81,13 +83,13 @@ def identity_score(
 
 
 def mean_reference(reference: Tensor, reference_found: Tensor) -> Tensor:
-    """(B, D) mean of the (B, R, D) reference embeddings that (B, R) says are faces; 0 where none is."""
+    """Return (B, D) mean of the (B, R, D) reference embeddings that (B, R) says are faces; 0 where none is."""
     total = torch.where(reference_found[..., None], reference, 0).sum(dim=1)
     return total / reference_found.sum(dim=1).clamp(min=1)[:, None]
 
 
 def frame_cosines(embeddings: Tensor, reference_mean: Tensor) -> Tensor:
-    """(…) mean cosine of each of (…, D) embeddings with the reference embeddings that have this mean (…, D).
+    """Return (…) mean cosine of each of (…, D) embeddings with the reference embeddings that have this mean (…, D).
 
     All being of unit norm, it is the dot product with their mean.
     """
@@ -97,7 +99,7 @@ def frame_cosines(embeddings: Tensor, reference_mean: Tensor) -> Tensor:
 def pool_frames(
     cosines: Tensor, found: Tensor, has_reference: Tensor, missing_face: MissingFace = "exclude"
 ) -> IdentityScore:
-    """The scores of B videos from the (B, T) cosines of their frames, which are ignored where no face was found.
+    """Return the scores of B videos from the (B, T) cosines of their frames, which are ignored where no face was found.
 
     Args:
         found: (B, T) bool.
@@ -115,6 +117,7 @@ def pool_frames(
         detection_rate=found.float().mean(dim=1),
         face_score_missing_zero=missing_zero,
         valid=has_reference if missing_face == "zero" else frame_count > 0,
+        compared=counted,
     )
 
 
@@ -136,7 +139,7 @@ class FrameFaces(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence["FrameFaces"]) -> "FrameFaces":
-        """Of one or more consecutive runs of frames, what was seen in all of them."""
+        """Join the faces of one or more consecutive runs of frames."""
         moved, start = [], 0
         for part in parts:
             moved.append(part._replace(frame_index=part.frame_index + start))
@@ -144,7 +147,7 @@ class FrameFaces(NamedTuple):
         return cls(*(torch.cat(column) for column in zip(*moved, strict=True)))
 
     def split(self, lengths: Sequence[int]) -> list["FrameFaces"]:
-        """The inverse of `join`: runs of so many frames."""
+        """Split into runs of these numbers of frames: the inverse of `join`."""
         runs, start = [], 0
         for length in lengths:
             own = (self.frame_index >= start) & (self.frame_index < start + length)
@@ -154,7 +157,7 @@ class FrameFaces(NamedTuple):
         return runs
 
     def chosen(self, reference_mean: Tensor | None = None) -> "FrameFaces":
-        """One face of each frame that has any: the nearest to the reference, or the largest where there is none.
+        """Return one face of each frame that has any: the nearest to the reference, or the largest where there is none.
 
         reference_mean: (D,).
         """
@@ -168,7 +171,8 @@ class FaceIdentity:
     """Scores videos against references: detect (no gradient), align, embed (gradient to the pixels), compare.
 
     `detector`, `embedder` and `reference_embedder` are plain attributes: assign engine-backed ones to swap
-    them. An embedder takes faces (N, 3, S, S) RGB in [-1, 1] and returns (N, D) unit-norm embeddings.
+    them. An embedder takes faces (N, 3, S, S) RGB in [-1, 1] and returns (N, D) unit-norm embeddings; faces are aligned
+    to the template of `embedder`.
 
     Args:
         detector: finds the faces; no gradient flows through it.
@@ -176,6 +180,8 @@ class FaceIdentity:
         upscale: how many times larger the detector sees the frames; frames of 64–96 px need 2.
         missing_face: what frames without a face do to `face_score`.
         face: which face of a generated frame counts. Of a reference it is the largest.
+        detection_size: longest side in pixels of the frames that the detector sees, enlarged or shrunk to it, in place
+            of `upscale`.
     """
 
     def __init__(
@@ -185,18 +191,21 @@ class FaceIdentity:
         upscale: int = 1,
         missing_face: MissingFace = "exclude",
         face: FaceChoice = "largest",
+        detection_size: int | None = None,
     ) -> None:
         self.detector = detector
         self.embedder: Callable[[Tensor], Tensor] = embedder
         self.reference_embedder: Callable[[Tensor], Tensor] = embedder  # no gradient: may be a frozen engine
         self.image_size = embedder.image_size
+        self.template = embedder.template
         self.upscale = upscale
         self.missing_face: MissingFace = missing_face
         self.face: FaceChoice = face
+        self.detection_size = detection_size
 
     @torch.no_grad()
     def detect(self, frames: Tensor, reference_mean: Tensor | None = None) -> ChosenFaces:
-        """The face that counts in each frame of (B, T, 3, H, W) videos in [0, 1], searched in their 8-bit pixels.
+        """Detect the scored face in each frame of (B, T, 3, H, W) videos in [0, 1], on their 8-bit pixels.
 
         Args:
             reference_mean: (B, D), to which the best face is the nearest; without it, or where the largest face counts,
@@ -206,7 +215,7 @@ class FaceIdentity:
         """
         B, T = frames.shape[:2]
         frames = frames.flatten(0, 1)
-        detections = self.detector.detect(quantize_frames(frames), upscale=self.upscale)
+        detections = self._detections(quantize_frames(frames))
         rows = detections.largest_rows()
         if self.face == "best" and reference_mean is not None:
             embeddings = self._embed_detections(frames.float(), detections, slice(None))
@@ -229,7 +238,11 @@ class FaceIdentity:
 
         Frame 0 is left out: it is the start frame that the generated video is given.
         """
-        frames = videos[:, 1:]
+        return self.faces_of(videos[:, 1:])
+
+    @torch.no_grad()
+    def faces_of(self, frames: Tensor) -> ReferenceFaces:
+        """Faces of all of (B, R, 3, H, W) reference pictures in [0, 1], the largest of each."""
         faces = self.detect(frames)
         return ReferenceFaces(self._embed(self.reference_embedder, frames, faces), faces.found)
 
@@ -249,15 +262,22 @@ class FaceIdentity:
 
     @torch.no_grad()
     def observe(self, pixels: Tensor) -> FrameFaces:
-        """The frozen use on (N, 3, H, W) uint8 frames: what `detect` and `embed` give for them as floats, at once."""
-        detections = self.detector.detect(pixels, upscale=self.upscale)
+        """Detect and embed faces in (N, 3, H, W) uint8 frames without gradient, equal to `detect` and `embed`."""
+        detections = self._detections(pixels)
         rows = slice(None) if self.face == "best" else detections.largest_rows()
         embeddings = self._embed_detections(pixels, detections, rows)
         places, boxes, landmarks = detections.frame_index[rows], detections.boxes[rows], detections.landmarks[rows]
         return FrameFaces(detections.numbers(), places, boxes, landmarks, embeddings)
 
+    def _detections(self, pixels: Tensor) -> Detections:
+        """All faces of (N, 3, H, W) uint8 frames, in their pixels."""
+        if self.detection_size is None:
+            return self.detector.detect(pixels, upscale=self.upscale)
+        found = self.detector.detect(resize_frames(pixels, self.detection_size))
+        return found.resized(pixels.shape[-2], pixels.shape[-1])
+
     def _embed_detections(self, frames: Tensor, detections: Detections, rows: Tensor | slice) -> Tensor:
-        """(K, D) embeddings, without gradient, of some faces in (N, 3, H, W) frames, uint8 or in [0, 1]."""
+        """Return (K, D) embeddings, without gradient, of some faces in (N, 3, H, W) frames, uint8 or in [0, 1]."""
         places, landmarks = detections.frame_index[rows], detections.landmarks[rows]
         run_length = max(1, _PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
         crops = []
@@ -265,7 +285,7 @@ class FaceIdentity:
         for place, points in zip(places.split(run_length), landmarks.split(run_length), strict=True):
             pictures = frames[place]
             pictures = pictures if pictures.is_floating_point() else pictures.float() / 255
-            crops.append(align_faces(pictures, points, self.image_size))
+            crops.append(align_faces(pictures, points, self.image_size, self.template))
         embedded = [self.reference_embedder(part * 2 - 1) for part in torch.cat(crops).split(_FACES_AT_ONCE)]
         return torch.cat(embedded)
 
@@ -273,5 +293,6 @@ class FaceIdentity:
         B, T = frames.shape[:2]
         # The reward is measured in float32 whatever autocast the trainer runs its model in.
         with torch.autocast(frames.device.type, enabled=False):
-            crops = align_faces(frames.flatten(0, 1).float(), faces.landmarks.flatten(0, 1), self.image_size)
+            pictures, landmarks = frames.flatten(0, 1).float(), faces.landmarks.flatten(0, 1)
+            crops = align_faces(pictures, landmarks, self.image_size, self.template)
             return embedder(crops * 2 - 1).unflatten(0, (B, T))

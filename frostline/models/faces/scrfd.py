@@ -22,6 +22,9 @@ from .networks import Network
 SCRFD_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES)
 """Names of what `ScrfdNetwork` returns, in its order: scores (N, anchors), the others (N, anchors, 4 and 10)."""
 
+SCRFD_SIDE = 640
+"""Longest side in pixels of the frames that insightface searches."""
+
 ANCHORS = 2
 _CHANNELS = (1, 4, 10)
 
@@ -45,7 +48,7 @@ class ScrfdNetwork(nn.Module):
         self._check()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The outputs in the order of `SCRFD_OUTPUTS`."""
+        """Return the outputs in the order of `SCRFD_OUTPUTS`."""
         count = images.shape[0]
         outputs = self.network(images)
         shaped = [output.reshape(count, -1, _CHANNELS[index // len(STRIDES)]) for index, output in enumerate(outputs)]
@@ -79,7 +82,7 @@ class Scrfd:
     """
 
     def __init__(
-        self, network: Network, score_threshold: float = 0.5, overlap: float = 0.4, longest_side: int = 640
+        self, network: Network, score_threshold: float = 0.5, overlap: float = 0.4, longest_side: int = SCRFD_SIDE
     ) -> None:
         self.network = network
         self.score_threshold = score_threshold

@@ -45,7 +45,7 @@ class YuNetNetwork(nn.Module):
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The outputs in the order of `YUNET_OUTPUTS`."""
+        """Return the outputs in the order of `YUNET_OUTPUTS`."""
         return self.network(images)
 
 
@@ -92,12 +92,12 @@ class YuNet:
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """(K, 4) left, top, width, height as left, top, right, bottom."""
+    """Return (K, 4) left, top, width, height as left, top, right, bottom."""
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
 
 
 def _as_input(frames: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 RGB frames as the network takes them, padded with black."""
+    """Return (N, 3, H, W) uint8 RGB frames as the network takes them, padded with black."""
     count, _, height, width = frames.shape
     images = torch.zeros(count, 3, *padded(height, width), device=frames.device)
     for channel in range(3):

@@ -39,7 +39,7 @@ class LoraPair:
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self) -> Tensor:
-        """The update in fp32, of the weight's shape."""
+        """Return the update in fp32, of the weight's shape."""
         product = self.up.flatten(1).float() @ self.down.flatten(1).float()
         return (self.scale * product).reshape(self.weight_shape)
 
@@ -80,7 +80,7 @@ class Adapter:
     differences: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def uniform(self) -> UniformLora:
-        """The same update with one rank and one alpha for all layers, as sampling and training need it.
+        """Return the same update with one rank and one alpha for all layers, as sampling and training need it.
 
         Lower ranks are filled up with zeros; where the scales differ, they are multiplied into B, in fp32.
 
@@ -90,13 +90,14 @@ class Adapter:
         if self.differences:
             raise ConfigError(
                 f"{self.path} has differences of {len(self.differences)} whole parameters beside its LoRA, the first "
-                f"of {min(self.differences)}: merge it into the model (frostline adapter merge), and take that model"
+                f"of {min(self.differences)}: name it in base_adapters, or merge it into the model (frostline adapter "
+                "merge), and take that model"
             )
         for layer, pair in self.layers.items():
             if pair.down.ndim != 2:
                 raise ConfigError(
-                    f"{self.path} changes {layer}, a convolution: merge it into the model (frostline adapter merge), "
-                    f"and take that model"
+                    f"{self.path} changes {layer}, a convolution: name it in base_adapters, or merge it into the model "
+                    f"(frostline adapter merge), and take that model"
                 )
         rank, scales = max(pair.rank for pair in self.layers.values()), {pair.scale for pair in self.layers.values()}
         fold = len(scales) > 1
@@ -114,6 +115,6 @@ def _of_rank(pair: LoraPair, rank: int, *, fold: bool) -> tuple[Tensor, Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, of any floating-point type."""
+    """Return whether no element is NaN or infinite, of any floating-point type."""
     # There is no such function on 8 bits.
     return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())

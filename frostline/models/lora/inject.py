@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,36 @@ def inject_lora(
     return config
 
 
+def inject_loras(
+    models: Sequence[nn.Module], rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None
+) -> LoraConfig:
+    """Give each expert a LoRA of its own, as `inject_lora` does; return the config that fits each of them.
+
+    Args:
+        target_modules: a name may be that of a layer of one expert alone, where one has more blocks than the other.
+    Raises:
+        ConfigError: as `inject_lora` does, or an expert has none of the layers.
+    """
+    targets = targets_of(models, target_modules)
+    # All before one is changed.
+    for model, each in zip(models, targets, strict=True):
+        check_targets(model, each)
+    configs = [inject_lora(model, rank, alpha, each) for model, each in zip(models, targets, strict=True)]
+    configs[0].target_modules = {*(target_modules or LORA_TARGETS)}  # type: ignore[assignment]
+    return configs[0]
+
+
+def targets_of(models: Sequence[nn.Module], target_modules: Sequence[str] | None) -> list[Sequence[str]]:
+    """Return the targets of each expert: those that it has, and those that no expert has, which none may be.
+
+    All of them where it has none.
+    """
+    names = tuple(target_modules or LORA_TARGETS)
+    known = [[name for name in names if _named(model, name)] for model in models]
+    missing = [name for name in names if not any(name in each for each in known)]
+    return [[*each, *missing] or names for each in known]
+
+
 def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
     """Each target names linear layers of `model`, by their whole path or its end, and nothing else.
 
@@ -61,7 +92,7 @@ def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
         ConfigError: names the target, and the module with its class.
     """
     for target in target_modules:
-        found = [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+        found = _named(model, target)
         if not found:
             raise ConfigError(f"lora.target_modules: {target!r} is the name of no module of the denoiser")
         for name, module in found:
@@ -72,15 +103,20 @@ def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
                 )
 
 
+def _named(model: nn.Module, target: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules that a target names, by their paths."""
+    return [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+
+
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """All LoRA layers in module order."""
+    """Return all LoRA layers in module order."""
     from peft.tuners.lora import LoraLayer
 
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter matrices by their name in `model`."""
+    """Return the adapter matrices by their name in `model`."""
     return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
@@ -127,7 +163,7 @@ def _disabled(layer: LoraLayer) -> bool:
 
 
 class LoraSwitches:
-    """What PEFT lets users switch at any time on the LoRA layers of a model, read anew at each look.
+    """The state of LoRA layers that PEFT lets users switch at any time, read again at each access.
 
     Args:
         model: its LoRA layers are looked up once.
@@ -160,9 +196,9 @@ class LoraSwitches:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the block `model` computes what it computed before the adapters came, exactly."""
+    """Disable the adapters of `model` inside the context: it computes exactly what the base model does."""
     layers = lora_layers(model)
-    # Not `enable_adapters`, which also sets `requires_grad` of every matrix: what was frozen would thaw.
+    # Not `enable_adapters`, which also sets `requires_grad` of every matrix: which would unfreeze frozen ones.
     saved = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = _SwitchedOff(_disabled(layer))  # type: ignore[assignment]
@@ -217,17 +253,35 @@ def copy_adapter(model: nn.Module, adapter: UniformLora) -> None:
     Raises:
         ConfigError: they are others than those of `adapter`; none is changed then.
     """
-    parameters = lora_parameters(model)
-    shapes = {_plain(name): tuple(parameter.shape) for name, parameter in parameters.items()}
+    check_same_layers(model, adapter)
     tensors = _tensors(adapter)
-    _compare(tensors, shapes, adapter.path)
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in lora_parameters(model).items():
             parameter.copy_(tensors[_plain(name)])
 
 
+def check_same_layers(model: nn.Module, adapter: UniformLora) -> None:
+    """Check that `model` has LoRA layers as those of `adapter`, and no others.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    shapes = {_plain(name): tuple(parameter.shape) for name, parameter in lora_parameters(model).items()}
+    _compare(_tensors(adapter), shapes, adapter.path)
+
+
+def fill_up(adapter: UniformLora, model: nn.Module) -> UniformLora:
+    """Return the adapter with matrices of zeros for those LoRA layers of `model` that it does not have."""
+    added: dict[str, list[Tensor]] = {}
+    for name, parameter in lora_parameters(model).items():
+        layer, _, _ = name.partition(".lora_")
+        if layer not in adapter.layers:
+            added.setdefault(layer, []).append(torch.zeros(parameter.shape))
+    return replace(adapter, layers={**adapter.layers, **{layer: (down, up) for layer, (down, up) in added.items()}})
+
+
 def _plain(name: str) -> str:
-    """The name of an adapter matrix on disk: without the name of the adapter."""
+    """Return the name of an adapter matrix on disk: without the name of the adapter."""
     return name.replace(f".{ADAPTER}.", ".")
 
 

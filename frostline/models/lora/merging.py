@@ -16,7 +16,7 @@ from .writing import write_tensors
 
 
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A denoiser whose weights have these shapes, in Wan's own spelling, has all that the adapter changes.
+    """Check that a denoiser with weights of these shapes, by official name, has all layers of the adapter.
 
     Raises:
         ConfigError: a layer or a parameter is not there, or has another shape.
@@ -28,7 +28,7 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
 def merge_adapter(
     tensors: Mapping[str, Tensor], adapter: Adapter, lora_scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The weights of a denoiser with the adapter in them, `W + lora_scale * (alpha / rank * B A + difference)`.
+    """Return the weights of a denoiser with the adapter in them, `W + lora_scale * (alpha / rank * B A + difference)`.
 
     Computed in fp32, one weight at a time, and rounded once.
 
@@ -43,13 +43,25 @@ def merge_adapter(
         _check_shape(adapter, name, None, changed[name])
     merged: dict[str, Tensor] = {}
     for name, weight in tensors.items():
-        wanted = dtype or weight.dtype
         if name in changed:
             _check_shape(adapter, name, tuple(weight.shape), changed[name])
-            weight = weight.float() + lora_scale * _update(adapter, name)
-        merged[name] = weight.to(wanted)
-        if not is_finite(merged[name]):
-            raise ConfigError(_not_finite(name, weight, wanted))
+        merged[name] = merged_weight(adapter, name, weight, lora_scale, dtype or weight.dtype)
+    return merged
+
+
+def merged_weight(adapter: Adapter, name: str, weight: Tensor, lora_scale: float, dtype: torch.dtype) -> Tensor:
+    """Return a weight with an adapter that fits it merged, computed in fp32 and rounded once; see `merge_adapter`.
+
+    Args:
+        name: in Wan's own spelling; of a weight that the adapter does not change, too.
+    Raises:
+        ConfigError: the result is not finite.
+    """
+    if name in adapter.differences or name.removesuffix(".weight") in adapter.layers:
+        weight = weight.float() + lora_scale * _update(adapter, name)
+    merged = weight.to(dtype)
+    if not is_finite(merged):
+        raise ConfigError(_not_finite(name, weight, dtype))
     return merged
 
 
@@ -77,7 +89,7 @@ def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
 
 
 def _changed(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """The shapes of all parameters that the adapter changes."""
+    """Return the shapes of all parameters that the adapter changes."""
     weights = {f"{layer}.weight": pair.weight_shape for layer, pair in adapter.layers.items()}
     return weights | {name: tuple(difference.shape) for name, difference in adapter.differences.items()}
 
@@ -89,7 +101,7 @@ def _check_shape(adapter: Adapter, name: str, found: tuple[int, ...] | None, wan
 
 
 def _update(adapter: Adapter, name: str) -> Tensor:
-    """What the adapter adds to a parameter, in fp32."""
+    """Return what the adapter adds to a parameter, in fp32."""
     difference = adapter.differences.get(name)
     return adapter.layers[name.removesuffix(".weight")].delta() if difference is None else difference.float()
 

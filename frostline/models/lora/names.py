@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, Protocol
 
-from frostline.models.checkpoints.formats.names import DENOISER
+from frostline.models.checkpoints.formats.names import DENOISER, rename
 
 
 class LayerPath(Protocol):
@@ -22,6 +22,12 @@ class LayerPath(Protocol):
     """
 
     def __call__(self, name: str, *, flat: bool = False) -> str | None: ...
+
+
+class DiffusersPath(Protocol):
+    """The path in diffusers of a module of a family's denoiser; None if diffusers does not have it."""
+
+    def __call__(self, layer: str) -> str | None: ...
 
 
 Kind = Literal["down", "up", "up_bias", "alpha", "weight_difference", "bias_difference", "modulation_difference"]
@@ -63,7 +69,7 @@ _NO_MATRIX = re.compile(r".*\.(norm\w*|modulation|emb_pos)|img_emb\.proj\.[04]")
 
 @dataclass(frozen=True)
 class TensorName:
-    """The name of one tensor, taken apart.
+    """The parsed name of one tensor.
 
     prefix: what stands before the layer. plain: the layer as the file spells it. kind: what the tensor is of the layer.
     layer: the module path in `WanModel`, of differences the name of the parameter; None if there is no such layer.
@@ -76,17 +82,17 @@ class TensorName:
 
 
 def is_of_text_encoder(name: str) -> bool:
-    """Whether a tensor belongs to a text encoder, which some programs adapt along with the denoiser."""
+    """Return whether a tensor belongs to a text encoder, which some programs adapt along with the denoiser."""
     return _TEXT_ENCODER.fullmatch(name) is not None
 
 
 def other_way(name: str) -> str | None:
-    """The way of adapting that only has tensors of this name; None if it is none that is known."""
+    """Return the kind of adapter, other than LoRA, that has tensors of this name; None if unknown."""
     return next((way for pattern, way in _OTHER_WAYS if pattern.fullmatch(name)), None)
 
 
 def parse_name(name: str, layer_path: LayerPath) -> TensorName | None:
-    """Take the name of a tensor apart; None if it is none of a LoRA."""
+    """Parse the name of a tensor; None if it is not a LoRA's."""
     for pattern, kind in _TENSORS:
         if match := pattern.fullmatch(name):
             prefix, plain, flat = _without_prefix(match[1])
@@ -95,7 +101,7 @@ def parse_name(name: str, layer_path: LayerPath) -> TensorName | None:
 
 
 def denoiser_path(name: str, *, flat: bool = False) -> str | None:
-    """The path in `WanModel` of a module or bare parameter, named as there or in diffusers; None if there is none.
+    """Return the path in `WanModel` of a module or bare parameter, by its name there or in diffusers; None if unknown.
 
     Args:
         flat: whether the name has underscores for dots.
@@ -106,8 +112,13 @@ def denoiser_path(name: str, *, flat: bool = False) -> str | None:
     return None
 
 
+def diffusers_path(layer: str) -> str | None:
+    """Return the path in diffusers of a module of `WanModel`; None if there is none."""
+    return rename([layer], DENOISER, to_diffusers=True).get(layer)
+
+
 def _official(layer: str, kind: Kind, flat: bool, layer_path: LayerPath) -> str | None:
-    """What a tensor of this kind is of, by its name in the denoiser."""
+    """Return the layer or parameter that a tensor of this kind belongs to, by its name in the denoiser."""
     if kind == "modulation_difference":
         layer += "_modulation" if flat else ".modulation"
     official = layer_path(layer, flat=flat)

@@ -49,6 +49,14 @@ def read_adapter(path: Path, layer_path: LayerPath = denoiser_path) -> Adapter:
     )
 
 
+def adapter_files(path: Path) -> tuple[Path, ...]:
+    """Return the files that `read_adapter` reads for `path`, whether or not they are there."""
+    folder = path.parent if path.name == WEIGHTS_FILE else path
+    if path.suffix == ".safetensors" and not (path.name == WEIGHTS_FILE and (folder / CONFIG_FILE).is_file()):
+        return (path,)
+    return (folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+
 @dataclass
 class _Parts:
     """The tensors of an adapter by what they are. plain: the name of each layer in the file."""

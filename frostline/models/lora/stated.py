@@ -1,4 +1,4 @@
-"""What PEFT's config says of the matrices of an adapter: in a file beside them, or in their file's header."""
+"""PEFT's config of an adapter: in a separate file, or in the header of the weights file."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Stated:
     where: str
 
     def alpha(self, layer: str) -> float:
-        """Of a layer, by its name in the file."""
+        """Return the alpha of a layer, by its name in the file."""
         return self._of(layer, self.config.alpha_pattern, self.config.lora_alpha)
 
     def check(self, ranks: Mapping[str, int], path: Path) -> None:
-        """PEFT, which goes by the config, would load all the matrices of `path`.
+        """Check that PEFT, which follows the config, would load all matrices of `path`.
 
         Args:
             ranks: by the names of the layers in the file.
@@ -72,7 +72,7 @@ class Stated:
 
 
 def read_alpha(value: object, where: str) -> float:
-    """The alpha of a layer, or of all.
+    """Return the alpha of a layer, or of all.
 
     Args:
         where: for messages, to stand before the value.
@@ -90,7 +90,7 @@ def read_alpha(value: object, where: str) -> float:
 
 
 def stated_in_header(metadata: Mapping[str, str], path: Path) -> Stated | None:
-    """What diffusers says in a file: under the name of the denoiser, or, of a model alone, under none.
+    """Return what diffusers says in a file: under the name of the denoiser, or, of a model alone, under none.
 
     What kohya's programs say there (`ss_network_alpha`) does not count: it is of the training, and their converter
     leaves it as it was when it multiplies alpha into the matrices.
@@ -108,7 +108,7 @@ def stated_in_header(metadata: Mapping[str, str], path: Path) -> Stated | None:
 
 
 def state(settings: Mapping[str, Any], where: str) -> Stated:
-    """What these fields of PEFT's `LoraConfig` say.
+    """Return what these fields of PEFT's `LoraConfig` say.
 
     Raises:
         ConfigError: they are none, are of more than two matrices a layer on the base weights as they are, or have a

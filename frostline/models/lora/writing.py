@@ -13,10 +13,9 @@ from torch import Tensor
 
 from frostline.atomic_io import atomic_write
 from frostline.errors import ConfigError, DataError
-from frostline.models.checkpoints.formats.names import DENOISER, rename
 
 from .adapter import Adapter, LoraPair, is_finite
-from .names import denoiser_path
+from .names import DiffusersPath, LayerPath, denoiser_path, diffusers_path
 from .reading import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Format:
     prefix: before the layer's path. down, up: of the matrices A and B, after it.
     stores_alpha: whether a tensor `.alpha` beside them gives the scale; else, but in PEFT's config, it is multiplied
         into B.
-    diffusers: whether layers go by diffusers' names.
+    diffusers: whether layers go by diffusers' names. flat: whether these have underscores for dots.
     convolutions, differences: whether the program applies these.
     """
 
@@ -41,6 +40,7 @@ class Format:
     up: str
     stores_alpha: bool = False
     diffusers: bool = False
+    flat: bool = False
     convolutions: bool = True
     differences: bool = False
 
@@ -51,17 +51,30 @@ FORMATS: Mapping[str, Format] = {
     "diffsynth": Format("", ".lora_A.default.weight", ".lora_B.default.weight", convolutions=False),
     "comfyui": Format("diffusion_model.", ".lora_down.weight", ".lora_up.weight", stores_alpha=True, differences=True),
     "diffusers": Format("transformer.", ".lora_A.weight", ".lora_B.weight", diffusers=True),
+    "musubi": Format(
+        "lora_unet_", ".lora_down.weight", ".lora_up.weight", stores_alpha=True, flat=True, convolutions=False
+    ),
 }
 
 
-def write_adapter(adapter: Adapter, name: str, out: Path, dtype: torch.dtype | None = None) -> None:
+def write_adapter(
+    adapter: Adapter,
+    name: str,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    layer_path: LayerPath = denoiser_path,
+    in_diffusers: DiffusersPath = diffusers_path,
+) -> None:
     """Write `adapter` in one of `FORMATS`: a folder for PEFT, else one safetensors file.
 
     Args:
         dtype: of all tensors but alphas; as they are if not given.
+        layer_path: the names of the layers that the denoiser has.
+        in_diffusers: their names in diffusers.
     Raises:
         ConfigError: the format is unknown, goes into another kind of file, or cannot say what the adapter does; a layer
-            is none of Wan's denoiser; a value is too large for `dtype`.
+            is not in the denoiser, or not in diffusers; a value is too large for `dtype`.
         DataError: `out` cannot be written.
     """
     if name not in FORMATS:
@@ -69,8 +82,11 @@ def write_adapter(adapter: Adapter, name: str, out: Path, dtype: torch.dtype | N
     if name != PEFT and out.suffix != ".safetensors":
         raise ConfigError(f"{out}: adapters in the format of {name} are one .safetensors file")
     style = FORMATS[name]
-    _check_expressible(adapter, name)
-    tensors = _pairs(adapter, style, folded=not style.stores_alpha and name != PEFT, dtype=dtype)
+    _check_expressible(adapter, name, layer_path)
+    names = (
+        _names_in_diffusers(adapter, in_diffusers) if style.diffusers else {layer: layer for layer in adapter.layers}
+    )
+    tensors = _pairs(adapter, style, names, folded=not style.stores_alpha and name != PEFT, dtype=dtype)
     for parameter, difference in adapter.differences.items():
         tensors[style.prefix + _difference_name(parameter)] = difference.to(dtype or difference.dtype)
     for tensor_name, tensor in tensors.items():
@@ -114,10 +130,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise DataError(f"{path}: cannot be written: {error}") from error
 
 
-def _check_expressible(adapter: Adapter, name: str) -> None:
+def _check_expressible(adapter: Adapter, name: str, layer_path: LayerPath) -> None:
     style = FORMATS[name]
-    if unknown := next((layer for layer in sorted(adapter.layers) if denoiser_path(layer) != layer), None):
-        raise ConfigError(f"the adapter has the layer {unknown}, which Wan's denoiser does not have")
+    if unknown := next((layer for layer in sorted(adapter.layers) if layer_path(layer) != layer), None):
+        raise ConfigError(f"the adapter has the layer {unknown}, which the denoiser does not have")
     if adapter.differences and not style.differences:
         raise ConfigError(
             f"{adapter.path} has differences of {len(adapter.differences)} whole parameters beside its LoRA, the "
@@ -129,13 +145,23 @@ def _check_expressible(adapter: Adapter, name: str) -> None:
         raise ConfigError(f"{adapter.path} changes {convolution}, a convolution, which {name} does not read")
 
 
-def _pairs(adapter: Adapter, style: Format, *, folded: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    names = {layer: layer for layer in adapter.layers}
-    if style.diffusers:
-        names = rename(adapter.layers, DENOISER, to_diffusers=True)
+def _names_in_diffusers(adapter: Adapter, in_diffusers: DiffusersPath) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for layer in adapter.layers:
+        name = in_diffusers(layer)
+        if name is None:
+            raise ConfigError(f"{adapter.path}: the layer {layer} has no name in diffusers: choose another format")
+        names[layer] = name
+    return names
+
+
+def _pairs(
+    adapter: Adapter, style: Format, names: Mapping[str, str], *, folded: bool, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return the matrices of all layers. names: name of each layer in the format."""
     tensors: dict[str, Tensor] = {}
     for layer, pair in adapter.layers.items():
-        name = style.prefix + names[layer]
+        name = style.prefix + (names[layer].replace(".", "_") if style.flat else names[layer])
         up = pair.scale * pair.up.float() if folded else pair.up
         tensors[name + style.down] = pair.down.to(dtype or pair.down.dtype)
         tensors[name + style.up] = up.to(dtype or pair.up.dtype)
@@ -145,13 +171,13 @@ def _pairs(adapter: Adapter, style: Format, *, folded: bool, dtype: torch.dtype 
 
 
 def _difference_name(parameter: str) -> str:
-    """What ComfyUI calls the difference of a parameter."""
+    """Return what ComfyUI calls the difference of a parameter."""
     layer, _, leaf = parameter.rpartition(".")
     return {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}.get(leaf, f"{parameter}.diff")
 
 
 def _peft_config(adapter: Adapter) -> LoraConfig:
-    """The most common rank and alpha, and by their whole paths the layers that have others."""
+    """Return the most common rank and alpha, and by their whole paths the layers that have others."""
     from peft import LoraConfig
 
     pairs: Mapping[str, LoraPair] = adapter.layers

@@ -26,7 +26,7 @@ from .ops import OPERATIONS, Argument
 
 @dataclass(frozen=True)
 class _Step:
-    """One node: an operation, the values it reads and gives, and the values that nobody reads after it."""
+    """One node: an operation, its inputs and outputs, and the values that no later node reads."""
 
     name: str
     op: str
@@ -86,7 +86,7 @@ class OnnxGraph(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Any:
-        """The graph's outputs for its input `x` (float32, batch first), a tuple in the order of `output_names`."""
+        """Compute the outputs for the input `x` (float32, batch first): a tuple in the order of `output_names`."""
         values: dict[str, Argument] = {self._input: x, "": None, **self._arguments}
         values |= {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
         for step in self._steps:
@@ -97,7 +97,7 @@ class OnnxGraph(nn.Module):
         return tuple(values[name] for name in self.output_names)
 
     def extra_repr(self) -> str:
-        """A digest of all that is no tensor of the module's: it tells apart graphs of equal weights."""
+        """Return a digest of the graph without its tensors: it distinguishes graphs with equal weights."""
         # Only constants have tensors for attributes, and those were computed at load.
         nodes = [(step.op, step.inputs, step.output, sorted(step.attributes.items())) for step in self._steps]
         graph = repr((self._input, self.output_names, nodes, self._arguments, self._buffer_names))
@@ -143,13 +143,13 @@ class OnnxModule(OnnxGraph):
         self._only("output", list(self.output_names))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The graph's output for its input `x`, float32, batch first."""
+        """Compute the output for the input `x`, float32, batch first."""
         (result,) = super().forward(x)
         return result
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """An ONNX model with its external data, read only from inside the model's own folder.
+    """Return an ONNX model with its external data, read only from inside the model's own folder.
 
     Raises:
         ConfigError: the file is missing or no ONNX model, or its external data lies elsewhere.
@@ -189,7 +189,7 @@ def _load_external(tensor: onnx.TensorProto, path: Path, folder: Path) -> None:
 
 
 def _steps(graph: onnx.GraphProto) -> list[_Step]:
-    """The nodes of a graph in their order, which ONNX requires to be topological."""
+    """Return the nodes of a graph in their order, which ONNX requires to be topological."""
     return [
         _Step(
             name=node.name,
@@ -203,7 +203,7 @@ def _steps(graph: onnx.GraphProto) -> list[_Step]:
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """A node's attributes as python values and tensors, less those that say what is the case anyway."""
+    """Return a node's attributes as Python values and tensors, without those that are at their defaults."""
     attributes = {}
     for attribute in node.attribute:
         value = helper.get_attribute_value(attribute)
@@ -215,7 +215,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _to_torch(array: np.ndarray) -> Tensor:
-    """A tensor of its own memory; every float type becomes float32, as do types that numpy does not know."""
+    """Return a tensor of its own memory; every float type becomes float32, as do types that numpy does not know."""
     known = array.dtype.kind in "biu"
     return torch.from_numpy(array.copy() if known else array.astype(np.float32))
 
@@ -253,7 +253,7 @@ def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], outputs:
 
 
 def _foldable(step: _Step, constants: Mapping[str, Tensor]) -> bool:
-    """Whether a per-channel affine map of the step's result can be moved into its weights exactly."""
+    """Return whether a per-channel affine map of the step's result can be moved into its weights exactly."""
     weighted = step.op == "Conv" or (step.op == "Gemm" and step.attributes.get("beta", 1.0) == 1.0)
     return weighted and all(name in constants for name in step.inputs[1:] if name)
 
@@ -271,7 +271,7 @@ def _scaled_weights(step: _Step, norm: _Step, constants: Mapping[str, Tensor]) -
 
 
 def _with_releases(steps: list[_Step], outputs: tuple[str, ...]) -> list[_Step]:
-    """The steps, each with the results that it is the last to read, so that memory is freed on the way."""
+    """Return the steps, each with the results that it is the last to read, so that memory is freed on the way."""
     seen = set(outputs)
     results = {step.output for step in steps}
     reversed_steps = []

@@ -50,7 +50,7 @@ def dropout(x: Tensor, ratio: Tensor | float = 0.5, training_mode: Tensor | None
 def dequantize_linear(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int = 1, block_size: int = 0
 ) -> Tensor:
-    """`(x - zero_point) * scale` with scales per tensor, per slice of `axis`, or per block of it."""
+    """Compute `(x - zero_point) * scale` with scales per tensor, per slice of `axis`, or per block of it."""
 
     def spread(parameter: Tensor) -> Tensor:
         if block_size:
@@ -311,7 +311,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
 
 
 def _live(x: Tensor) -> bool:
-    """Whether a gradient flows through `x`; the weights are frozen."""
+    """Return whether a gradient flows through `x`; the weights are frozen."""
     return x.requires_grad and torch.is_grad_enabled()
 
 

@@ -54,7 +54,7 @@ class Clips:
 
 @functools.cache
 def portraits() -> Tensor:
-    """The two people, (2, 3, 256, 256) in [0, 1], the face 0.48 of the height, centred."""
+    """Return the two people, (2, 3, 256, 256) in [0, 1], the face 0.48 of the height, centred."""
     return torch.stack([_portrait(person) for person in PEOPLE])
 
 

@@ -35,7 +35,7 @@ class Pool:
     prompt: Tensor
 
     def y(self, rows: Tensor) -> Tensor:
-        """(len(rows), 4 + C, F, h, w): the mask and the first frame's latents."""
+        """Return (len(rows), 4 + C, F, h, w): the mask and the first frame's latents."""
         image = self.image[rows]
         mask = image.new_zeros(len(rows), MASK_CHANNELS, *image.shape[2:])
         mask[:, :, 0] = 1

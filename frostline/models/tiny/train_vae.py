@@ -17,7 +17,7 @@ _IMAGES, _CLIPS = 8, 2
 
 
 def build_vae() -> VideoVAE_:
-    """A VAE whose convolutions keep the variance of their input; the default init sticks at the mean image."""
+    """Return a VAE whose convolutions keep the variance of their input; the default init sticks at the mean image."""
     vae = VideoVAE_(**VAE)
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and not name.endswith("proj"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from frostline.models.precision import autocast_dtype
 
 from .rope import apply_rope, grid_table, rope_table, sinusoid_frequencies, timestep_sinusoid
 
@@ -111,8 +114,7 @@ class Denoiser(nn.Module):
         grid = (x.shape[2], x.shape[3], x.shape[4])
         # Dense: of transposed tokens Inductor computes a wrong gradient where their number leaves a rest in a register.
         x = x.flatten(2).transpose(1, 2).contiguous()
-        time = self._time_embedding(timestep, grid, x.dtype)
-        modulation = model.time_projection(time).unflatten(-1, (6, model.dim))
+        time, modulation = self._time_embedding(timestep, grid, x.dtype)
         context = model.text_embedding(context)
         if clip_feature is not None:
             context = torch.cat([model.img_emb(clip_feature), context], dim=1)
@@ -128,18 +130,40 @@ class Denoiser(nn.Module):
                 x = run_block(block, x, context, modulation, cos, sin)
         return model.unpatchify(model.head(x, time), grid)  # type: ignore[arg-type]
 
-    def _time_embedding(self, timestep: Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        """(B, dim), or (B, tokens, dim) where the first frame is pinned at timestep 0."""
+    def _time_embedding(
+        self, timestep: Tensor, grid: tuple[int, int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the embedding of the timestep and the modulation of the blocks, computed in fp32 and rounded once.
+
+        As Wan computes them: in bf16, the sinusoid alone would be off by up to 4e-3.
+
+        Returns:
+            (B, dim) and (B, 6, dim), both of `dtype`; (B, tokens, dim) and (B, tokens, 6, dim) where the first frame is
+            pinned at timestep 0.
+        """
         if self.pins_first_frame:
             frames, tokens = grid[0], grid[1] * grid[2]
             later = torch.arange(frames, device=timestep.device) > 0
             timestep = (timestep[:, None] * later)[:, :, None].expand(-1, -1, tokens).flatten(1)
         sinusoid = timestep_sinusoid(timestep, self.frequency_coarse, self.frequency_fine)
-        return self.model.time_embedding(sinusoid.to(dtype))
+        device = sinusoid.device.type
+        # Autocast would round the layers' inputs. Where it is off, a trace is to have no part of it.
+        with torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext():
+            time = _in_fp32(self.model.time_embedding, sinusoid)
+            modulation = _in_fp32(self.model.time_projection, time)
+        return time.to(dtype), modulation.to(dtype).unflatten(-1, (6, self.model.dim))
+
+
+def _in_fp32(network: nn.Module, x: Tensor) -> Tensor:
+    """Return what `network` computes of fp32 `x` with fp32 copies of its weights, of whatever type these are."""
+    parameters = dict(network.named_parameters())
+    if all(parameter.dtype == torch.float32 for parameter in parameters.values()):
+        return network(x)
+    return functional_call(network, {name: parameter.float() for name, parameter in parameters.items()}, (x,))
 
 
 def _block(block: DiTBlock, x: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`DiTBlock.forward`; `modulation` is (B, 6, dim) or (B, tokens, 6, dim)."""
+    """Compute `DiTBlock.forward`; `modulation` is (B, 6, dim) or (B, tokens, 6, dim)."""
     parts = (block.modulation.to(modulation.dtype) + modulation).unbind(-2)
     if modulation.ndim == 3:
         parts = tuple(part[:, None] for part in parts)

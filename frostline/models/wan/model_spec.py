@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from frostline.deferred_init import deferred_init
 from frostline.models.video_shape import Geometry
 
 from .networks import build_network
@@ -38,11 +37,10 @@ class ModelSpec:
     from_files: bool = field(default=True, compare=False)
 
     def build(self, field: str) -> nn.Module:
-        """One of the networks, its parameters on the meta device."""
-        with deferred_init("diffsynth"):
-            from diffsynth.core.vram.initialization import skip_model_initialization
+        """Return one of the networks, its parameters on the meta device."""
+        from frostline.models.meta_tensors import meta_parameters
 
-        with skip_model_initialization():
+        with meta_parameters():
             return build_network(field, self.networks[field])
 
     @property
@@ -67,6 +65,11 @@ class ModelSpec:
         """Whether the first frame's latents are given and kept through sampling (Wan2.2 TI2V)."""
         denoiser = self.networks["denoiser"]
         return denoiser["seperated_timestep"] and denoiser["fuse_vae_embedding_in_latents"]
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether it generates from a first frame."""
+        return self.takes_image_latents or self.pins_first_frame
 
     @property
     def latent_channels(self) -> int:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def build_network(field: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A network of this size, with whatever weights its constructor gives it.
+    """Return a network of this size, with whatever weights its constructor gives it.
 
     Args:
         field: its name in `WanComponents`.

@@ -16,7 +16,7 @@ def rope_table(frequencies: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grid_table(tables: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int]) -> Tensor:
-    """One table for a (frames, height, width) token grid from the three axes' tables.
+    """Return one table for a (frames, height, width) token grid from the three axes' tables.
 
     Args:
         tables: per axis (positions, half of the axis).
@@ -38,7 +38,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
 
 
 def sinusoid_frequencies(freq_dim: int) -> tuple[Tensor, Tensor]:
-    """`10000^(-k / half)` split into a part of few mantissa bits and the rest, each (freq_dim / 2,) float32."""
+    """Return `10000^(-k / half)` split into a part of few mantissa bits and the rest, each (freq_dim / 2,) float32."""
     half = freq_dim // 2
     exact = torch.pow(10000, -torch.arange(half, dtype=torch.float64).div(half))
     mantissa, exponent = torch.frexp(exact)
@@ -47,7 +47,7 @@ def sinusoid_frequencies(freq_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def timestep_sinusoid(timestep: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
-    """`[cos(t f), sin(t f)]` in fp32, within 1e-6 of float64 for t in [0, 1000].
+    """Return `[cos(t f), sin(t f)]` in fp32, within 1e-6 of float64 for t in [0, 1000].
 
     A plain fp32 product `t f` is off by up to 6e-5 rad at t = 1000. Here the bulk of the angle,
     `round(t) * coarse`, is exact, and the small rest joins by the angle-addition formulas.

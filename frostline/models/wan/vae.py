@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -28,8 +28,20 @@ def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
     return decode_in_chunks(decoder_chunks(vae), latents)
 
 
+def decode_from(vae: WanVideoVAE, latents: Tensor, caches: Mapping[str, Tensor]) -> Tensor:
+    """Decode latent frames that are not the first of their clip, all at once, differentiable to them.
+
+    Args:
+        latents: (B, C, n, h, w), normalised.
+        caches: of the frames before, as `decoder_caches` returns them.
+    Returns:
+        (B, 3, 4n, 8h, 8w) in [-1, 1], equal to that part of the whole clip decoded.
+    """
+    return decode_chunk(vae, latents, [*caches.values()])[0].clamp(-1, 1)
+
+
 def decoder_chunks(vae: WanVideoVAE) -> dict[str, Callable[..., dict[str, Tensor]]]:
-    """The networks `first` and `next` of `decode_in_chunks`, with the operations of the live decoder."""
+    """Return the networks `first` and `next` of `decode_in_chunks`, with the operations of the live decoder."""
 
     def chunk(latents: Tensor, **caches: Tensor) -> dict[str, Tensor]:
         video, *seen = decode_chunk(vae, latents, [*caches.values()])

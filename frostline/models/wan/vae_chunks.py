@@ -57,6 +57,10 @@ class _VaeChunk(nn.Module):
         # Channels, frames, and how many entries there are for each one of the chunk's height (a fraction if fewer).
         self.cache_shapes = [(cache.shape[1], cache.shape[2], cache.shape[3] / first.shape[3]) for _, cache in caches]
 
+    def _probed_on(self, other: _VaeChunk) -> None:
+        """Take from a chunk of the same sizes what `_probe` would learn."""
+        self._in_use, self.cache_shapes = other._in_use, other.cache_shapes
+
     def _first(self, chunk: Tensor) -> tuple[Tensor, ...]:
         slots: list[_Slot] = [None] * self._slots
         output = self._run(chunk, slots)
@@ -82,14 +86,21 @@ class _VaeChunk(nn.Module):
 
 
 class VaeEncoderFirst(_VaeChunk):
-    """Encode the first frame of a video; the caches let `VaeEncoderNext` go on from it."""
+    """Encode the first frame of a video; the caches let `VaeEncoderNext` go on from it.
 
-    def __init__(self, vae: WanVideoVAE) -> None:
+    Args:
+        sizes: a VAE of the same sizes, on the meta device, where the encoder's weights are not in memory.
+    """
+
+    def __init__(self, vae: WanVideoVAE, sizes: WanVideoVAE | None = None) -> None:
         super().__init__(vae, vae.model.encoder)
         self.encoder = vae.model.encoder
         self.to_moments = vae.model.conv1
         # 2 for the Wan2.2 TI2V VAE, which folds 2×2 pixels into channels, else 1.
         self.spatial_patch = math.isqrt(self.encoder.conv1.in_channels // 3)
+        if sizes is not None:
+            self._probed_on(type(self)(sizes))
+            return
         frame = self.to_moments.weight.new_zeros(1, 3, 1, 32, 32)
         self._probe(frame, frame.expand(-1, -1, TEMPORAL_STRIDE, -1, -1))
 
@@ -124,9 +135,13 @@ class VaeEncoderNext(VaeEncoderFirst):
 
 
 class VaeDecoderFirst(_VaeChunk):
-    """Decode the first latent frame of a video; the caches let `VaeDecoderNext` go on from it."""
+    """Decode the first latent frame of a video; the caches let `VaeDecoderNext` go on from it.
 
-    def __init__(self, vae: WanVideoVAE) -> None:
+    Args:
+        sizes: as for `VaeEncoderFirst`.
+    """
+
+    def __init__(self, vae: WanVideoVAE, sizes: WanVideoVAE | None = None) -> None:
         super().__init__(vae, vae.model.decoder)
         self.decoder = vae.model.decoder
         self.from_latents = vae.model.conv2
@@ -134,6 +149,9 @@ class VaeDecoderFirst(_VaeChunk):
         last = self.decoder.head[-1]
         assert isinstance(last, nn.Conv3d)
         self.spatial_patch = math.isqrt(last.out_channels // 3)
+        if sizes is not None:
+            self._probed_on(type(self)(sizes))
+            return
         weight = self.from_latents.weight
         latents = weight.new_zeros(1, weight.shape[1], 1, 4, 4)
         self._probe(latents, latents)
@@ -183,24 +201,61 @@ def encode_in_chunks(networks: ChunkNetworks, video: Tensor) -> Tensor:
     return _in_chunks(networks, "video", (first, *(() if video.shape[2] == 1 else following)), "latents")
 
 
-def decode_in_chunks(networks: ChunkNetworks, latents: Tensor) -> Tensor:
+def decode_in_chunks(networks: ChunkNetworks, latents: Tensor, caches: Mapping[str, Tensor] | None = None) -> Tensor:
     """Decode whole latents; equal to `VideoVAE_.decode` of diffsynth, clamped.
 
     Args:
         networks: "first" and "next", taking `latents=`, "next" also `cache_NN=`; both return `video` and
             `next_cache_NN`.
         latents: (B, C, F, h, w), normalised.
+        caches: of the frames before these latents, as `decoder_caches` returns them; None where these are the first.
     Returns:
-        (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
+        (B, 3, 4F - 3, 8h, 8w) in [-1, 1]; 4F frames where there are frames before.
     """
-    return _in_chunks(networks, "latents", latents.split(1, dim=2), "video")
+    return _in_chunks(networks, "latents", latents.split(1, dim=2), "video", caches)
 
 
-def _in_chunks(networks: ChunkNetworks, takes: str, chunks: tuple[Tensor, ...], gives: str) -> Tensor:
-    outputs = networks["first"](**{takes: chunks[0].contiguous()})
-    results = [outputs.pop(gives)]
-    for chunk in chunks[1:]:
-        caches = {name.removeprefix("next_"): cache for name, cache in outputs.items()}
-        outputs = networks["next"](**{takes: chunk.contiguous()}, **caches)
+def decoder_caches(networks: ChunkNetworks, latents: Tensor) -> dict[str, Tensor]:
+    """Decode the leading latent frames of a clip for the caches alone, with which the next ones can be decoded.
+
+    Args:
+        networks: as for `decode_in_chunks`.
+        latents: (B, C, F, h, w), normalised, F of at least 1.
+    Returns:
+        `cache_NN`, as the network "next" takes them.
+    """
+    caches: dict[str, Tensor] | None = None
+    for chunk in latents.split(1, dim=2):
+        outputs = _one_chunk(networks, "latents", chunk, caches)
+        del outputs["video"]
+        caches = _as_inputs(outputs)
+    assert caches is not None
+    return caches
+
+
+def _in_chunks(
+    networks: ChunkNetworks,
+    takes: str,
+    chunks: tuple[Tensor, ...],
+    gives: str,
+    caches: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    results = []
+    for chunk in chunks:
+        outputs = _one_chunk(networks, takes, chunk, caches)
         results.append(outputs.pop(gives))
+        caches = _as_inputs(outputs)
     return torch.cat(results, dim=2)
+
+
+def _one_chunk(
+    networks: ChunkNetworks, takes: str, chunk: Tensor, caches: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    if caches is None:
+        return networks["first"](**{takes: chunk.contiguous()})
+    return networks["next"](**{takes: chunk.contiguous()}, **caches)
+
+
+def _as_inputs(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The caches that a chunk returned, by the names that the next chunk takes them by."""
+    return {name.removeprefix("next_"): cache for name, cache in outputs.items()}

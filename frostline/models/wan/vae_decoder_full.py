@@ -1,8 +1,8 @@
 """The decoder of the Wan VAE with a gradient to the latents: over all frames of a clip at once, or a chunk at a time.
 
-diffsynth decodes one latent frame after another and hands each causal convolution what it saw last. With the whole clip
-at hand, the frames before are simply there: one convolution a layer, and no copies of caches in forward or backward. By
-chunks, with the caches as tensors, less has to be held at once.
+diffsynth decodes one latent frame after another and passes each causal convolution its previous input frames. With the
+whole clip in memory, these frames are part of the input: one convolution a layer, and no copies of caches in forward or
+backward. Decoding in chunks, with the caches as tensors, needs less memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def decode_clip(vae: WanVideoVAE, latents: Tensor) -> Tensor:
-    """`VideoVAE_.decode` of diffsynth, for both of its decoders.
+    """Decode as `VideoVAE_.decode` of diffsynth does, for both of its decoders.
 
     Args:
         latents: (B, C, F, h, w), normalised.
@@ -34,13 +34,13 @@ def decode_clip(vae: WanVideoVAE, latents: Tensor) -> Tensor:
 
 
 def decode_chunk(vae: WanVideoVAE, latents: Tensor, caches: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """The next latent frame of a clip; chunk after chunk is `decode_clip`.
+    """Decode the next latent frames of a clip; all chunks together equal `decode_clip`.
 
     Args:
-        latents: (B, C, 1, h, w), normalised.
-        caches: what the call for the frame before returned behind its video; nothing for the first frame.
+        latents: (B, C, n, h, w), normalised; n is 1 for the first frame, and any number after it.
+        caches: what the call for the frames before returned behind its video; nothing for the first frame.
     Returns:
-        video, (B, 3, 1, H, W) of the first frame and (B, 3, 4, H, W) of any other, not clamped; then what every causal
+        video, (B, 3, 1, H, W) of the first frame and (B, 3, 4n, H, W) of others, not clamped; then what every causal
         convolution saw last, in the order of `VaeDecoderFirst`.
     """
     before = _Caches(caches)
@@ -54,11 +54,11 @@ class _Before:
     first = True
 
     def frames(self, layer: CausalConv3d, like: Tensor) -> int | Tensor:
-        """What to put in front of frames like these: so many empty ones, or the last of those before."""
+        """Return the frames that precede these: a number of zero frames, or the last frames of the previous chunk."""
         return _frames_in_front(layer)
 
     def saw(self, layer: CausalConv3d, x: Tensor) -> None:
-        """Take note of frames that a convolution was given, with what was put in front of them."""
+        """Record the input frames of a convolution, with the preceding ones."""
 
 
 class _Caches(_Before):
@@ -130,7 +130,7 @@ def _upsampled(layer: Resample, x: Tensor, before: _Before) -> Tensor:
 
 
 def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The 3×3 convolution of (N, C, H, W) frames enlarged twice (nearest), without the enlarged frames.
+    """Convolve (N, C, H, W) frames, enlarged twice (nearest), with a 3×3 kernel, without making the enlarged frames.
 
     Where two rows are equal, the kernel's weights for them add up. So each of the four pixels that one becomes is a
     convolution with a 2×2 kernel of its own: four products of nine.
@@ -223,6 +223,6 @@ def _frames_in_front(layer: CausalConv3d) -> int:
 
 
 def _convolved_within(layer: CausalConv3d, x: Tensor) -> Tensor:
-    """The convolution of frames that have what comes before them already."""
+    """Convolve frames that already include the preceding ones."""
     padding = (0, int(layer._padding[2]), int(layer._padding[0]))
     return convolution(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation)

@@ -30,7 +30,8 @@ class FaceIdentityReward(Reward):
 
     def __init__(self, config: FaceIdentityConfig) -> None:
         self.config = config
-        self.faces = load_faces(config.detector, config.embedder, config.min_face_size)
+        size, channels = config.detection_size, config.channels
+        self.faces = load_faces(config.detector, config.embedder, config.min_face_size, size, channels)
         self.networks = nn.ModuleDict({"detector": self.faces.detector.modules(), "embedder": self.faces.embedder})
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
@@ -47,16 +48,23 @@ class FaceIdentityReward(Reward):
     def identity(self, run: RewardStages) -> FaceIdentity:
         """What compares faces: detector and frozen embedder as the plan serves them, the live embedder in PyTorch."""
         live, config = cast(FaceEmbedder, self.faces.embedder), self.config
-        identity = FaceIdentity(ServedDetector(run), live, config.upscale, config.missing_face, config.face)
+        identity = FaceIdentity(
+            *(ServedDetector(run), live, config.upscale, config.missing_face, config.face, config.detection_size)
+        )
         identity.reference_embedder = ServedEmbedder.of(live, run)
         return identity
 
     def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
-        """The mean embedding (B, D) of the faces in frames 1…T-1.
+        """The mean embedding (B, D) of the faces in the reference pictures, or else in frames 1…T-1 of the clips.
+
+        Of the faces in a picture the largest counts. A clip whose sample has pictures is not looked at.
 
         found: (B,) whether there is any face, without which the mean means nothing.
         """
-        faces = self.identity(run).references(sample.video)
+        pictures = sample.reference[0] if sample.reference else None
+        identity = self.identity(run)
+        # Samples with pictures of their own come one by one.
+        faces = identity.references(sample.video) if pictures is None else identity.faces_of(pictures[None])
         return {"mean": mean_reference(*faces), "found": faces.found.any(dim=1)}
 
     def identity_score(self, frames: Tensor, references: Mapping[str, Tensor], run: RewardStages) -> IdentityScore:
@@ -71,10 +79,11 @@ class FaceIdentityReward(Reward):
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
     ) -> RewardScore:
-        """The face score, with the detection rate beside it."""
+        """The face score, with the detection rate and the cosine of each frame beside it."""
         score = self.identity_score(frames, references, run)
         metrics = {
             "detection_rate": score.detection_rate,
             "face_score_missing_zero": score.face_score_missing_zero.detach(),
         }
-        return RewardScore(score.face_score, score.valid, metrics)
+        cosines = torch.where(score.compared, score.frame_scores.detach(), torch.nan)
+        return RewardScore(score.face_score, score.valid, metrics, cosines)

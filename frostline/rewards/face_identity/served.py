@@ -34,11 +34,12 @@ class ServedEmbedder:
     name: str
     image_size: int
     embedding_dim: int
+    template: Tensor
 
     @classmethod
     def of(cls, embedder: FaceEmbedder, run: Stages) -> ServedEmbedder:
         """The stage that was made from `embedder`."""
-        return cls(run, embedder.name, embedder.image_size, embedder.embedding_dim)
+        return cls(run, embedder.name, embedder.image_size, embedder.embedding_dim, embedder.template)
 
     @torch.no_grad()
     def __call__(self, faces: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from frostline.models.faces.detectors import DetectorModel, load_detector
-from frostline.models.faces.embedders import load_embedder
+from frostline.models.faces.embedders import Channels, load_embedder
 from frostline.rewards.face_identity import detector as face_detector
 from frostline.rewards.face_identity import embedder as face_embedder
 from frostline.runtime.stage import Stage
@@ -29,15 +29,17 @@ class FaceModels:
         return next(itertools.chain(self.embedder.parameters(), self.embedder.buffers())).device
 
 
-def load_faces(detector: str, embedder: str, min_face_size: int) -> FaceModels:
+def load_faces(
+    detector: str, embedder: str, min_face_size: int, detection_size: int | None = None, channels: Channels = "rgb"
+) -> FaceModels:
     """The networks by their settings.
 
     Raises:
         ConfigError: there is no such network, or its weights cannot be had.
     """
-    loaded = load_embedder(embedder)
+    loaded = load_embedder(embedder, channels)
     assert isinstance(loaded, nn.Module)
-    return FaceModels(load_detector(detector, min_face_size), loaded)
+    return FaceModels(load_detector(detector, min_face_size, detection_size), loaded)
 
 
 def build_face_stages(faces: FaceModels, shapes: ShapeRange) -> tuple[Stage, Stage]:

@@ -122,7 +122,7 @@ class AOTInductorRunner(EngineRunner):
 
 
 def _compiler() -> str:
-    """What compiles and links a package.
+    """Return what compiles and links a package.
 
     Not g++, which may link its own copy of libstdc++ into a package: beside torch's that ends in a crash on load.
     """

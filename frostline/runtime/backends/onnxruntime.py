@@ -94,7 +94,7 @@ class OnnxRuntimeRunner(EngineRunner):
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         network = self._network
         binding = self._session.io_binding()
-        # Kept until the run is over: a binding does not own what is bound.
+        # Referenced until the run ends: a binding does not own its tensors.
         kept = {name: tensor.contiguous() for name, tensor in {**network.live, **inputs}.items()}
         for name, tensor in kept.items():
             _bind(binding, name, tensor)
@@ -121,7 +121,7 @@ def _bind(binding: onnxruntime.IOBinding, name: str, tensor: Tensor) -> None:
 def _open_session(model: bytes | Path, name: str, device: torch.device) -> onnxruntime.InferenceSession:
     import onnxruntime
 
-    # Errors only. Those end in exceptions, and its warnings (of providers that are no plug-ins) help nobody.
+    # Errors only. Those end in exceptions, and its warnings about providers are of no use to the user.
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -145,7 +145,7 @@ def _open_session(model: bytes | Path, name: str, device: torch.device) -> onnxr
 
 
 def _left_to_the_cpu(session: onnxruntime.InferenceSession) -> str:
-    """The nodes that the provider asked for lacks, by operation; ONNX Runtime would move them without a word."""
+    """Return operations the requested provider does not implement: ONNX Runtime silently runs them on the CPU."""
     counts = Counter(
         node.op_type
         for part in session.get_provider_graph_assignment_info()

@@ -1,6 +1,6 @@
 """OpenVINO: the fastest of the engines on most CPUs, in fp32 because it is told so.
 
-Inputs and outputs share memory with torch. Live tensors are bound again where they lie elsewhere. A runner has one
+Inputs and outputs share memory with torch. Live tensors are bound again when their address changes. A runner has one
 infer request, which one thread uses at a time: it takes all cores anyway.
 """
 
@@ -91,9 +91,9 @@ class OpenVinoRunner(EngineRunner):
         return {name: _to_torch(output) for name, output in outputs.items()}
 
     def _bind_live(self) -> None:
-        """Bind the live tensors that are not bound yet, or lie elsewhere than before.
+        """Bind the live tensors that are not bound yet, or whose address has changed.
 
-        What is bound is kept, so that no other tensor can come to lie at its address.
+        Bound tensors are referenced, so that no other tensor can be allocated at their address.
         """
         for name, tensor in self._network.live.items():
             bound = self._bound.get(name)
@@ -105,7 +105,7 @@ class OpenVinoRunner(EngineRunner):
             self._request.set_tensor(name, _share(tensor))
 
     def _fresh_output(self, name: str) -> Any:
-        """An empty tensor, which OpenVINO grows to the output's shape."""
+        """Return an empty tensor, which OpenVINO grows to the output's shape."""
         import openvino
 
         port = self._request.model_outputs[self._network.outputs.index(name)]
@@ -129,7 +129,7 @@ def _compile(model: bytes | Path) -> Any:
 
 
 def _share(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor as an OpenVINO tensor, which does not keep it alive."""
+    """Return the memory of a contiguous tensor as an OpenVINO tensor, which does not keep it alive."""
     import openvino
 
     tensor = tensor.detach()

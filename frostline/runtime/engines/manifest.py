@@ -31,7 +31,7 @@ Shape = tuple[NonNegativeInt, ...]
 
 
 def canonical_json(value: object) -> bytes:
-    """The one spelling of a JSON value, for hashing and signing: sorted keys, ASCII, two spaces."""
+    """Return the one spelling of a JSON value, for hashing and signing: sorted keys, ASCII, two spaces."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 
@@ -97,7 +97,7 @@ class Parity(_Part):
     passed: bool
 
     def keeps(self, bounds: Tolerance) -> bool:
-        """Whether it is within bounds, which may be others than those that it was held against."""
+        """Return whether it is within bounds, which may be others than those that it was held against."""
         scale = self.max_abs / self.max_rel if self.max_rel else 0.0
         return self.max_abs <= bounds.atol + bounds.rtol * scale and self.cosine >= bounds.cosine
 
@@ -120,12 +120,12 @@ class EngineId:
                 )
 
     def path(self, root: Path) -> Path:
-        """`root/<model>/<stage>/<backend>-<key>`."""
+        """Return `root/<model>/<stage>/<backend>-<key>`."""
         return root / self.model / self.stage / f"{self.backend}-{self.key}"
 
     @classmethod
     def of_path(cls, path: Path) -> "EngineId | None":
-        """The inverse of `path`; None for a path that no engine can have."""
+        """Return the inverse of `path`; None for a path that no engine can have."""
         backend, _, key = path.name.rpartition("-")
         try:
             return cls(path.parents[1].name, path.parent.name, backend, key)
@@ -163,15 +163,15 @@ class Manifest(_Part):
         return EngineId(self.model, self.stage, self.backend, self.key)
 
     def fields(self) -> dict[str, object]:
-        """The plain JSON value of this manifest."""
+        """Return the plain JSON value of this manifest."""
         return json.loads(self.model_dump_json())
 
     def updated(self, **changes: object) -> Self:
-        """A copy with some fields replaced, validated as a whole (which `model_copy` is not)."""
+        """Return a copy with some fields replaced, validated as a whole (which `model_copy` is not)."""
         return self.model_validate({**dict(self), **changes})
 
     def keeps(self, bounds: Tolerance) -> bool:
-        """Whether the engine was compared with PyTorch, and what was measured is within bounds."""
+        """Return whether the engine was compared with PyTorch, and what was measured is within bounds."""
         if not self.verified:
             return False
         if self.tolerance is not None and bounds.permits(self.tolerance):
@@ -179,5 +179,5 @@ class Manifest(_Part):
         return bool(self.parity) and all(measured.keeps(bounds) for measured in self.parity)
 
     def same_engine(self, other: "Manifest") -> bool:
-        """Whether both describe the same files of the same engine; measurements may differ."""
+        """Return whether both describe the same files of the same engine; measurements may differ."""
         return self.id == other.id and self.artifacts == other.artifacts

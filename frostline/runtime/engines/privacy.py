@@ -1,4 +1,4 @@
-"""Whether somebody else could exchange a file between the moment it is checked and the moment it is opened."""
+"""Checks that no other user can replace a file between its verification and its opening."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _GROUP_AND_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def check_private(root: Path, files: Iterable[Path]) -> None:
-    """Refuse files that others than this user and root may write to, or put something else in the place of.
+    """Refuse files that users other than this one and root can write to or replace.
 
     Args:
-        root: below it, everything must belong to this user or root; the folders that it is in may be others', who
-            could then exchange it as a whole, but nobody may come in by their permissions.
+        root: everything below it must belong to this user or root. Its parent folders may belong to other users, who
+            could then replace it as a whole, but must not be writable by anyone else.
     Raises:
-        SharedFolderError: names what is open to whom, and what to do.
+        SharedFolderError: names the path, who can write to it, and the command that fixes it.
     """
     root = root.resolve()
     paths = dict.fromkeys(path for file in files for path in (file.resolve(), *file.resolve().parents))
@@ -40,7 +40,7 @@ def check_private(root: Path, files: Iterable[Path]) -> None:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder and those that it is in, as far as they are missing, which only this user can write to.
+    """Make a folder, and its missing parents, that only this user can write to.
 
     Raises:
         OSError: that is not possible.
@@ -62,9 +62,9 @@ def make_private(file: Path) -> None:
 
 
 def _open_to(status: os.stat_result) -> str | None:
-    """Who else may change a file, or what a folder holds."""
+    """Return who else can change a file or the entries of a folder; None if nobody can."""
     if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
-        return None  # as /tmp: what is in there can only be changed by whom it belongs to
+        return None  # sticky, such as /tmp: only its owner can change an entry
     if status.st_mode & stat.S_IWOTH:
         return "everybody"
     if status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid):
@@ -73,7 +73,7 @@ def _open_to(status: os.stat_result) -> str | None:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether a group is the user's alone, as many systems give one to each."""
+    """Return whether a group has this user as its only member, as private user groups have."""
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:

@@ -18,7 +18,7 @@ KEY_FILE_VARIABLE = "FROSTLINE_SIGNING_KEY_FILE"
 
 
 def key_path() -> Path:
-    """`$FROSTLINE_SIGNING_KEY_FILE`, or `signing.key` in the user's configuration folder."""
+    """Return `$FROSTLINE_SIGNING_KEY_FILE`, or `signing.key` in the user's configuration folder."""
     override = os.environ.get(KEY_FILE_VARIABLE)
     if override:
         return Path(override)
@@ -33,7 +33,7 @@ def sign(data: bytes) -> str:
 
 
 def verify(data: bytes, signature: str) -> bool:
-    """Whether `signature` is this user's signature of `data`, in constant time."""
+    """Return whether `signature` is this user's signature of `data`, in constant time."""
     # A file may state any text for a signature, half of a surrogate pair too.
     return hmac.compare_digest(sign(data).encode(), signature.encode(errors="surrogatepass"))
 

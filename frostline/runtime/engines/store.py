@@ -2,9 +2,9 @@
 
     root/<model>/<stage>/<backend>-<key>/{model.onnx, …, manifest.json}
 
-Beside the engine folders lie hidden names, `.<backend>-<key>.<what>`: `lock` serialises all who change the
-engine, and stays for ever (deleting a lock file is a race); `building`, `old` and `manifest` are work in
-progress. Whoever takes the lock may delete those three, because their owner is dead.
+Next to each engine folder are hidden files `.<backend>-<key>.<what>`. `lock` serialises all changes to the engine and
+is never deleted, because deleting a lock file is a race. `building`, `old` and `manifest` are work in progress; a
+process that holds the lock may delete them, because the process that made them has ended.
 """
 
 import errno
@@ -55,7 +55,7 @@ def engine_key(
     device: str,
     extra: Mapping[str, object] | None = None,
 ) -> str:
-    """The content key of an engine: 16 hexadecimal digits over everything that a rebuild would depend on."""
+    """Return the content key of an engine: 16 hexadecimal digits over everything that a rebuild would depend on."""
     content = {
         "weights_sha256": weights_sha256,
         "computation": computation,
@@ -103,7 +103,7 @@ class Build:
     _store: "EngineStore"
 
     def commit(self, manifest: Manifest) -> VerifiedEngine:
-        """Sign the files in `folder` and put the engine in its place, instead of whatever lay there."""
+        """Sign the files in `folder` and move the engine to its path, replacing any previous one."""
         if manifest.id != self.id:
             raise EngineError(f"the manifest describes {manifest.id}, and {self.id} is being built")
         path = self.id.path(self._store.root)
@@ -132,10 +132,10 @@ class EngineStore:
 
     @classmethod
     def of_engine(cls, path: Path) -> "EngineStore":
-        """The store that the engine in the folder `path` lies in, by its place.
+        """Return the store that contains the engine folder `path`.
 
         Raises:
-            EngineError: no engine lies there.
+            EngineError: there is no engine at `path`.
         """
         folder = path.resolve()
         if EngineId.of_path(folder) is None or not folder.is_dir():
@@ -145,7 +145,7 @@ class EngineStore:
     def find(
         self, model: str | None = None, stage: str | None = None, backend: str | None = None
     ) -> list[EngineRecord]:
-        """The engines that match, damaged ones included, sorted by name. Reads manifests only."""
+        """Return the engines that match, damaged ones included, sorted by name. Reads manifests only."""
         records = []
         for folder in self._stage_folders():
             if model not in (None, folder.parent.name) or stage not in (None, folder.name):
@@ -157,11 +157,11 @@ class EngineStore:
         return sorted(records, key=lambda record: record.id)
 
     def get(self, engine: EngineId) -> EngineRecord | None:
-        """One engine, unverified, or None."""
+        """Return one engine, unverified, or None."""
         return self._record(engine)
 
     def by_key(self, key: str) -> EngineRecord:
-        """The one engine whose key begins with `key`, unverified.
+        """Return the one engine whose key begins with `key`, unverified.
 
         Raises:
             EngineError: there is none, or more than one.
@@ -176,14 +176,14 @@ class EngineStore:
         raise EngineError(f"{len(found)} engines have keys that begin with {key!r}: give more of it")
 
     def verify(self, record: EngineRecord) -> VerifiedEngine:
-        """The only way to files to load: signature, key, files and ONNX locations must all hold."""
+        """Check signature, key, files and ONNX locations; the result is the only access to files for loading."""
         return verify_engine(self.root, record.id)
 
     @contextmanager
     def building(self, engine: EngineId) -> Iterator[Build]:
-        """Hold the right to build one engine, alone; leaving without `commit` leaves nothing behind.
+        """Lock an engine for building; exiting without `commit` removes all files of the build.
 
-        Whoever comes second waits here, and finds the first one's engine in `Build.existing`.
+        A second process waits for the lock and finds the finished engine in `Build.existing`.
         """
         path = engine.path(self.root)
         with self._locked(path):
@@ -222,7 +222,7 @@ class EngineStore:
             _remove(_set_aside(record.path))
 
     def prune(self, older_than: timedelta | None = None, max_bytes: int | None = None) -> list[EngineRecord]:
-        """Remove what is too old, then the oldest until the rest fits; and what dead builders left behind."""
+        """Remove engines that are too old, then the oldest until the rest fits, and files of interrupted builds."""
         self._sweep()
         sizes = [(record, record.bytes) for record in sorted(self.find(), key=lambda record: record.created)]
         total = sum(size for _, size in sizes)
@@ -303,7 +303,7 @@ def _hidden(path: Path, what: str) -> Path:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder; nothing if it is missing, not a folder, or not ours to read."""
+    """Return the entries of a folder; none if it is missing, not a folder, or not readable."""
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -314,7 +314,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder, but none that would lead elsewhere."""
+    """Return the folders in a folder, except symbolic links."""
     return [entry for entry in _entries(folder) if entry.is_dir() and not entry.is_symlink()]
 
 
@@ -327,7 +327,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Take a folder out of sight in one step, so that no half of it is ever seen; returns where it went."""
+    """Rename a folder to a hidden name in one step, so that it never appears half deleted; return the new path."""
     old = _hidden(path, "old")
     with suppress(FileNotFoundError):
         path.rename(old)
@@ -340,7 +340,7 @@ def _remove_debris(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Best effort: what stays is hidden, and the next holder of the lock tries again."""
+    """Delete as far as possible: remaining files are hidden, and the next holder of the lock deletes them."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -385,7 +385,7 @@ def _disk_errors(doing: str) -> Iterator[None]:
 
 @contextmanager
 def _full_disk_errors(doing: str) -> Iterator[None]:
-    """For code that is not ours: only a full disk is the store's affair."""
+    """Convert a full disk to an EngineError and pass on all other errors, which are the builder's."""
     try:
         yield
     except OSError as error:

@@ -1,11 +1,11 @@
-"""Decides whether an engine on disk is what its builder signed; nothing here runs or deserialises an engine.
+"""Verify that an engine on disk is the one that its builder signed; nothing here runs or deserialises an engine.
 
 `manifest.json` is the canonical JSON of the manifest plus one more field, `signature`: the HMAC-SHA256 of the
 canonical JSON of all the others. One file, so that a manifest and its signature are always replaced together.
 
-Between the check and the load, whoever may write to the engine folder could still exchange a file. So loaders get the
-very bytes that were hashed (`VerifiedEngine.read`); and where they have to open files themselves, which large weights
-outside of the graph make them do, only this user and root may be able to write there (`VerifiedEngine.onnx`).
+A user who can write to the engine folder could replace a file between verification and loading. Loaders therefore get
+the bytes that were hashed (`VerifiedEngine.read`). If a loader has to open files itself, as for large weights outside
+the graph, only this user and root may have write access to them (`VerifiedEngine.onnx`).
 """
 
 import hashlib
@@ -40,16 +40,16 @@ class _UnsignedError(_RefusedError):
 
 @dataclass(frozen=True)
 class VerifiedEngine:
-    """An engine whose signature and hashes held: the only thing that gives out files to load."""
+    """An engine with a valid signature and valid hashes: the only access to files for loading."""
 
     path: Path
     manifest: Manifest
 
     def onnx(self, name: str) -> bytes | Path:
-        """An ONNX file for loaders: its content, or its path where it has weights in other files beside it.
+        """Return an ONNX file for loaders: its content, or its path if its weights are in files of their own.
 
         Raises:
-            EngineError: the content has changed; a SharedFolderError where others could exchange what is at the path.
+            EngineError: the content has changed; a SharedFolderError if other users could replace the file.
         """
         if self.manifest.artifacts.keys() <= {network.artifact for network in self.manifest.networks}:
             return self.read(name)
@@ -61,7 +61,7 @@ class VerifiedEngine:
         return self.path / name
 
     def read(self, name: str) -> bytes:
-        """The content of one file, hashed again as it is read, so that nothing can come in between."""
+        """Return the content of one file, hashed again as it is read, so that it cannot be replaced in between."""
         try:
             return _read_artifact(self.path / name, self._expected(name))
         except (OSError, _RefusedError) as error:
@@ -74,13 +74,13 @@ class VerifiedEngine:
 
 
 def seal(manifest: Manifest) -> bytes:
-    """The content of `manifest.json`: the manifest with this user's signature."""
+    """Return the content of `manifest.json`: the manifest with this user's signature."""
     fields = manifest.fields()
     return canonical_json({**fields, "signature": signing.sign(canonical_json(fields))})
 
 
 def peek(path: Path) -> Manifest:
-    """The manifest of the engine at `path` as it says of itself: good for listing, never for loading."""
+    """Return the manifest of the engine at `path` without verification: for listing, never for loading."""
     try:
         return _parse(_read_sealed(path))
     except (OSError, _RefusedError) as error:
@@ -162,7 +162,7 @@ def _read_sealed(path: Path) -> bytes:
 
 
 def _fields(sealed: bytes) -> tuple[dict[str, object], str]:
-    """The manifest's fields and the signature."""
+    """Return the manifest's fields and the signature."""
     try:
         fields = json.loads(sealed)
         signature = fields.pop("signature")

@@ -1,4 +1,4 @@
-"""A network as text: all that decides what it computes, but for its code and the numbers in its weights."""
+"""A network as text: everything that affects its outputs except its code and the values of its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from frostline.runtime.identity.tensor_bytes import tensor_bytes
 
 # What every module has, and how it was called or compiled.
 _BOOKKEEPING = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
-# What PEFT leaves on a model beside its layers.
+# Attributes that PEFT adds to a model, in addition to its layers.
 _OF_ADAPTERS = frozenset({"peft_config"})
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, type(None), type(...))
 
@@ -58,7 +58,7 @@ class _Description:
         self._paths: dict[int, str] = {}
 
     def of(self, module: nn.Module, path: str) -> str:
-        """A line for each module."""
+        """Return a line for each module."""
         return "\n".join(self._lines(module, path))
 
     def _lines(self, module: nn.Module, path: str) -> Iterator[str]:
@@ -85,7 +85,7 @@ class _Description:
         return " ".join(f"{name}={text}" for name, text in texts.items() if text)
 
     def _text(self, value: object, path: str) -> str:
-        """A value in words that mean the same in another process; nothing for what must not count."""
+        """Return a description of a value that is the same in every process; empty for values that are ignored."""
         match value:
             case Enum():
                 return f"{_qualified(type(value))}.{value.name}"

@@ -1,8 +1,8 @@
-"""One word for what is computed: a hash of the code that defines it and of the versions of the packages that it calls.
+"""The id of a computation: a hash of the code that defines it and of the versions of the packages that it calls.
 
-Whatever is kept because it need not be computed again (engines, cached outputs, latencies, receipts, reference faces)
-is kept under it, so that no number has to follow the code by hand. Sources are read, never imported: commands that
-only look for something can ask for it without torch.
+Everything that is stored for reuse (engines, cached outputs, latencies, receipts, reference faces) is stored under this
+id, so that no version number has to be maintained by hand. Sources are read, never imported: commands that only look
+something up can compute the id without importing torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from frostline.runtime.identity.syntax import Import, read_syntax
 log = logging.getLogger(__name__)
 
 _OWN = "frostline"
-# Settings, messages and files; what serves a stage, or keeps what it gave; and what renders clips for the tiny model,
-# whose weights count by themselves. None of it changes what a stage computes.
+# Modules that do not change the outputs of a stage: settings, messages and files; serving and caching; and the renderer
+# of the tiny model's clips, because its weights are hashed separately.
 _PLUMBING = (
     *(
         f"{_OWN}.{leaf}"
@@ -33,11 +33,11 @@ _PLUMBING = (
     *(f"{_OWN}.runtime", f"{_OWN}.runtime.backends.base"),
     f"{_OWN}.models.tiny",
 )
-# What does, within these: the longest of the names in both lists decides.
+# Modules inside these packages that do. The longest matching name in both lists decides.
 _COMPUTES = (f"{_OWN}.runtime.backends",)
 # Where packages are installed, whether or not they came with a list of their files.
 _SITES = ("site-packages", "dist-packages")
-# Of code that cannot be read nothing is known: what it gives is good for this process alone.
+# Stands for code that cannot be read: results that depend on it are valid in this process only.
 _THIS_PROCESS = secrets.token_hex(16)
 
 
@@ -77,7 +77,7 @@ def _is_plumbing(name: str) -> bool:
 
 
 def _depth(name: str, packages: Iterable[str]) -> int:
-    """The length of the longest of `packages` that a module is in; 0 where it is in none."""
+    """Return the length of the longest of `packages` that a module is in; 0 where it is in none."""
     within = (package for package in packages if name == package or name.startswith(f"{package}."))
     return max(map(len, within), default=0)
 
@@ -88,7 +88,7 @@ def _module_name(wanted: Import) -> str:
 
 
 def _read(name: str) -> tuple[str, tuple[Import, ...]]:
-    """What a module is, and what it imports."""
+    """Return the id of a module's own code, and its imports."""
     spec = _find(name)
     path = _file(name, spec)
     if path is None:
@@ -122,7 +122,7 @@ def _warn_unreadable(name: str) -> None:
 
 
 def _file(name: str, spec: ModuleSpec | None) -> Path | None:
-    """The file of a module; of one that was not found by its name, as a script is not, the one that it is from."""
+    """Return the file of a module; of a module without a spec, such as a script, the file that it was run from."""
     if spec is not None:
         return Path(spec.origin) if spec.has_location and spec.origin else None
     origin = getattr(sys.modules.get(name), "__file__", None)
@@ -131,7 +131,7 @@ def _file(name: str, spec: ModuleSpec | None) -> Path | None:
 
 @lru_cache(maxsize=4096)
 def _find(name: str) -> ModuleSpec | None:
-    """Where a module is; unlike `importlib.util.find_spec` without importing the packages that it is in."""
+    """Return the spec of a module. Unlike `importlib.util.find_spec`, this does not import its parent packages."""
     top, *parts = name.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -158,7 +158,7 @@ def _installed(top: str) -> str | None:
 
 
 def _providers(top: str, folder: Path) -> list[Distribution]:
-    """Those in a folder that brought a package of another name."""
+    """Return the distributions in a folder that provide a package under a name other than their own."""
     everything = [*distributions(path=[str(folder)])]
     stated = [each for each in everything if top in (each.read_text("top_level.txt") or "").split()]
     return stated or [each for each in everything if f"\n{top}/" in f"\n{each.read_text('RECORD') or ''}"]

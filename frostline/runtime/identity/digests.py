@@ -16,7 +16,7 @@ Change = Literal["none", "moved", "changed"]
 
 
 class WeightDigests:
-    """What `weights_sha256` says of each stage, as its modules are now. Not for several threads at once.
+    """The `weights_sha256` of each stage for the current state of its modules. Not thread-safe.
 
     Args:
         stages: by name.
@@ -26,20 +26,20 @@ class WeightDigests:
         self._stages = stages
         self._digests: dict[str, str] = {}
         self._guards: dict[str, WeightGuard] = {}
-        # Their weights were spread over processes: what swaps their tensors from then on is FSDP.
+        # Stages whose weights were sharded: from then on FSDP replaces their tensors at each use.
         self._sharded: set[str] = set()
 
     def __getitem__(self, name: str) -> str:
-        """The digest, as of the last `update`."""
+        """Return the digest, as of the last `update`."""
         return self._digests[name]
 
     def sharded(self, name: str) -> bool:
-        """Whether the weights of a stage were seen to be spread over several processes."""
+        """Return whether the weights of a stage are known to be sharded over several processes."""
         guard = self._guards.get(name)
         return name in self._sharded or (guard is not None and guard.sharded)
 
     def update(self, name: str) -> Change:
-        """Bring a digest up to date, and return what became of the weights since: `moved` where values are equal."""
+        """Update a digest and return how the weights changed since the last call: `moved` if their values are equal."""
         guard = self._guards.get(name)
         if guard is None:
             self._hash(name)
@@ -58,12 +58,12 @@ class WeightDigests:
         return "moved" if self._digests[name] == before else "changed"
 
     def forget(self) -> None:
-        """Take all of them anew, but of weights that are no longer whole."""
+        """Compute all digests again, except those of sharded weights."""
         for name in self._digests.keys() - self._sharded:
             del self._digests[name], self._guards[name]
 
     def copied(self, stages: Mapping[str, Stage]) -> WeightDigests:
-        """The same for copies of the stages."""
+        """Return the same for copies of the stages."""
         copied = WeightDigests(stages)
         for name, guard in self._guards.items():
             if name not in self._sharded and guard.holds():

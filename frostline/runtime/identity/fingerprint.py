@@ -1,4 +1,4 @@
-"""What identifies a stage's engine: its weights, its code, its graph, its shapes."""
+"""The identity of a stage's engine: a hash of its weights, code, graph and shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from frostline.runtime.identity.tensor_bytes import tensor_bytes
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.user_cache import cache_folder, recall, remember
 
-# What makes an engine's source of a network, by name alone: nothing above the runtime is imported here.
+# The modules that trace a network for an engine. Named, not imported: they are in a layer above the runtime.
 _TRACERS = {
     "onnx": ("frostline.export.tracing.onnx", "onnxscript"),
     "exported_program": ("frostline.export.tracing.torch_export",),
@@ -33,11 +33,11 @@ _DEFAULT_OPTIONS = BuildOptions()
 
 
 def weights_sha256(stage: Stage) -> str:
-    """SHA-256 over the stage's networks, and names, dtypes, shapes and bytes of all their frozen tensors.
+    """Return the SHA-256 over the stage's networks and the names, dtypes, shapes and bytes of their frozen tensors.
 
-    The networks as well, because it is what frozen outputs are cached by: an operation's attributes are no tensors.
-    Where the weights are away it is recalled by their files' sizes and times of change; if it was never computed, they
-    are read for it.
+    The networks are included because frozen outputs are cached under this digest, and attributes of operations are not
+    tensors. For released weights the digest is looked up by the size and modification time of their files; if there is
+    no such entry, the weights are read.
     """
     weights = stage.weights
     if weights is None or weights.resident:
@@ -48,7 +48,7 @@ def weights_sha256(stage: Stage) -> str:
         return known
     weights.restore()
     computed = _sha256(stage)
-    # Of what was read a moment ago, and not of tensors that someone may have changed since.
+    # Stored only for weights that were just read: those that were in memory before may have been changed.
     remember(memo, computed)
     return computed
 
@@ -56,7 +56,7 @@ def weights_sha256(stage: Stage) -> str:
 def digest_memo(stage: Stage, weights: PartWeights) -> Path:
     """Where the digest of weights that can be away is noted."""
     graph = [_describe(network) for network in stage.networks]
-    code = computation_id([__name__, describe.__module__, weights.reader])
+    code = computation_id([__name__, describe.__module__, *weights.readers])
     key = hashlib.sha256("\n".join([code, stage.name, weights.source, *graph]).encode()).hexdigest()
     return cache_folder() / "weights" / f"{key}.sha256"
 
@@ -86,12 +86,12 @@ def stage_computation(stage: Stage) -> str:
 def stage_key(
     stage: Stage, backend: str, precision: str, weights: str, options: BuildOptions = _DEFAULT_OPTIONS
 ) -> str:
-    """The content key of the engine of `stage` that `backend` builds with `options`."""
+    """Return the content key of the engine of `stage` that `backend` builds with `options`."""
     return _EngineKeys(stage, backend, precision, weights).key(options)
 
 
 def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) -> EngineRecord | None:
-    """The engine in the store that computes `stage`, whatever it was built for; the one that serves best here.
+    """Return the engine in the store that computes `stage`, whatever it was built for; the one that serves best here.
 
     An engine's manifest says with which options it was built, and so which key it must have.
     """
@@ -110,7 +110,7 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
 
 
 def precision_of(stage: Stage) -> str:
-    """The floating-point type that the stage's weights have: fp32, fp16 or bf16.
+    """Return the floating-point type that the stage's weights have: fp32, fp16 or bf16.
 
     Raises:
         ConfigError: they have another one.
@@ -119,7 +119,7 @@ def precision_of(stage: Stage) -> str:
 
 
 class _EngineKeys:
-    """The keys of a stage's engines on one backend, by what they are built with."""
+    """The keys of a stage's engines on one backend, by their build options."""
 
     def __init__(self, stage: Stage, backend: str, precision: str, weights: str) -> None:
         self._backend = get_backend(backend)
@@ -138,13 +138,13 @@ class _EngineKeys:
         )
 
     def key(self, options: BuildOptions) -> str:
-        """That of an engine that is built with `options`."""
+        """Return the key of an engine that is built with `options`."""
         target = self._backend.target(self._device, options)
         return self._key(device=target, extra={"opset": options.opset} if self._backend.source == "onnx" else {})
 
 
 def _frozen_tensors(network: Network) -> Iterator[tuple[str, Tensor]]:
-    """Those that an engine may keep a copy of."""
+    """Return the tensors that an engine may copy: all but the live ones."""
     # By storage, because a live tensor may go by another name inside the module; and by the layer that it belongs to,
     # because others may have been put in the places of those that the stage was made with.
     storages = {tensor.data_ptr() for tensor in network.live.values()} - {0}
@@ -160,13 +160,13 @@ def _describe(network: Network) -> str:
 
 
 def _shape(spec: TensorSpec) -> list[object]:
-    """All of a spec but what samples look like; dimensions of one name are one."""
+    """Return the name, type and shape of a spec, without its sample values; dimensions of one name are shared."""
     extents = (list(vars(e).values()) if isinstance(e, Dimension) else e for e in spec.shape)
     return [spec.name, str(spec.dtype), *extents]
 
 
 def _modules_of(value: object) -> set[str]:
-    """The modules that define an object, and if it is a network, all parts of it and what was put into them."""
+    """Return the Python modules that define an object; of a network, also those of its submodules and attributes."""
     if not isinstance(value, nn.Module):
         return _modules_of_one(value)
     attributes = (attribute for part in value.modules() for attribute in vars(part).values())

@@ -88,7 +88,7 @@ class _Writer:
 
 
 def _does_nothing(node: object, in_class: bool) -> bool:
-    """Whether it is `pass`, a string that stands alone, as docstrings do, or for type checkers only."""
+    """Return whether it is `pass`, a string that stands alone, as docstrings do, or for type checkers only."""
     match node:
         case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
             return True

@@ -1,4 +1,4 @@
-"""Latencies of a stage's backends at one shape: measured once on a machine, in turns, and noted for the next run."""
+"""Latencies of a stage's backends at one shape: measured once on a machine, interleaved, and cached."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from frostline.documents import parse_json
 from frostline.runtime.identity.computation import computation_id
 from frostline.runtime.user_cache import cache_folder, recall, remember
 
-# How threads wait for work makes torch a sixth faster or slower.
+# The wait policy of threads changes the latency of torch by a sixth.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def machine_id(device: torch.device) -> str:
-    """What a latency depends on beside engine and shape: the GPU, or processor, torch's threads and how they wait."""
+    """Return what a latency depends on besides engine and shape: GPU or CPU, threads and their wait policy."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     waiting = [f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ]
@@ -33,7 +33,7 @@ def machine_id(device: torch.device) -> str:
 
 @cache
 def _processor() -> str:
-    """The model of the CPU; its name alone says little on rented machines, where many models go by one."""
+    """Return the model of the CPU: name, family and stepping, because clouds use one name for many models."""
     known = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
     try:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
@@ -44,7 +44,7 @@ def _processor() -> str:
 
 
 def shape_class(inputs: Mapping[str, Tensor]) -> str:
-    """Names and shapes, every extent rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, …: who is faster changes slowly."""
+    """Return names and shapes, with extents rounded up to 1, 2, 3, 4, 6, 8, 12, 16, …, to limit measurements."""
     shapes = (f"{name}:{'x'.join(str(_rounded(extent)) for extent in inputs[name].shape)}" for name in sorted(inputs))
     return " ".join(shapes)
 
@@ -57,7 +57,7 @@ def _rounded(extent: int) -> int:
 
 
 def take_turns(runs_of: Mapping[str, Callable[[], object]], runs: int, seconds: float) -> dict[str, float]:
-    """Return median milliseconds by name; they take turns, so that a busy moment hits all of them.
+    """Return median milliseconds by name; the runs are interleaved, so that other load affects all of them.
 
     Args:
         runs: of each, after one that warms up.
@@ -104,7 +104,7 @@ class LatencyNote:
         self._backends = set(contenders)
 
     def read(self) -> dict[str, float] | None:
-        """Milliseconds by backend."""
+        """Return milliseconds by backend; None if they were not measured yet."""
         try:
             noted = parse_json(recall(self._path) or "null")
         except ValueError:
@@ -115,9 +115,9 @@ class LatencyNote:
         return noted
 
     def write(self, latency_ms: Mapping[str, float]) -> dict[str, float]:
-        """Note what was measured; returns what is noted: where another process was faster, what that one measured.
+        """Store latencies unless another process already has, and return the stored ones.
 
-        So that all processes on a machine, and a run that is taken up again, choose alike.
+        All processes on a machine, and a resumed run, then choose the same backends.
         """
         if self.read() is None:
             damaged = os.path.lexists(self._path)

@@ -65,7 +65,7 @@ def _fastest(stage: Stage, find: FindRecord) -> Choice:
 
 
 def fastest_of(latency_ms: Mapping[str, float]) -> Choice:
-    """The backend with the lowest latency of those that were timed at one shape, torch among them."""
+    """Return the backend with the lowest latency of those that were timed at one shape, torch among them."""
     best = min(latency_ms, key=lambda backend: latency_ms[backend])
     if best == TORCH:
         rival = min(latency_ms.keys() - {TORCH}, key=lambda backend: latency_ms[backend])

@@ -13,7 +13,7 @@ PlanSetting = str | Mapping[str, str]
 
 
 def parse_plan(text: str) -> str | dict[str, str]:
-    """A plan as the command line spells it: `auto`, a backend for all stages, or `stage=backend,…`, `*` for the others.
+    """Parse a plan of the command line: `auto`, one backend for all stages, or `stage=backend,…` (`*`: all others).
 
     Raises:
         ConfigError: it is neither.
@@ -28,7 +28,7 @@ def parse_plan(text: str) -> str | dict[str, str]:
 
 
 def expand_plan(plan: PlanSetting, stages: Collection[str]) -> dict[str, str]:
-    """What a plan says of each stage.
+    """Return the backend setting of each stage.
 
     Raises:
         ConfigError: it names another stage.

@@ -20,7 +20,7 @@ from frostline.runtime.stage import Case, Stage
 
 log = logging.getLogger(__name__)
 
-# What is spent on a comparison at a new shape, beside a first run of each.
+# Limits of a comparison at a new shape, after one warm-up run of each backend.
 _TRIAL_RUNS, _TRIAL_SECONDS = 5, 0.5
 
 
@@ -49,11 +49,11 @@ class Trials:
         self._latest: dict[str, Choice] = {}
 
     def latest(self, name: str) -> Choice | None:
-        """What served a stage last, or None where nothing was decided yet."""
+        """Return the backend that served a stage last; None before the first choice."""
         return self._latest.get(name)
 
     def choose(self, stage: Stage, planned: Choice, case: Case) -> Choice:
-        """What serves inputs of these shapes, of the candidates that a plan has."""
+        """Return the backend for inputs of these shapes: the fastest of the planned candidates."""
         shape = shape_class(case.inputs)
         if (stage.name, shape) not in self._at_shape:
             self._at_shape[stage.name, shape] = self._fastest(stage, planned, shape, case)
@@ -91,7 +91,7 @@ class Trials:
         return fastest
 
     def _runnable(self, stage: Stage, planned: Choice, case: Case) -> dict[str, Callable[[], object]]:
-        """Those of the engines that load, and run on these inputs."""
+        """Return the engines that load and run on these inputs."""
         runnable: dict[str, Callable[[], object]] = {}
         for backend in planned.candidates:
             try:

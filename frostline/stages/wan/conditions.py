@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from frostline.stages.provider import Stages
 
 CONTEXT, IMAGE_LATENTS, FIRST_FRAME, CLIP = "context", "y", "first_frame_latents", "clip_feature"
+CLIP_LATENTS = "clip_latents"
 
 
 def condition_names(components: WanComponents) -> tuple[str, ...]:
@@ -36,7 +37,7 @@ def condition_names(components: WanComponents) -> tuple[str, ...]:
 
 
 def conditions(components: WanComponents, inputs: ConditionInputs, run: Stages) -> list[Condition]:
-    """Return the conditions of a batch; each is computed for the rows that are asked for."""
+    """Return the conditions of a batch; each is computed for the requested rows."""
     device, dtype = components.device, components.dtype
     ids, mask = tokenize(components.tokenizer, inputs.prompts)
     image_keys = tuple(content_key(frame=frame, frames=inputs.num_frames) for frame in inputs.first_frame)
@@ -46,7 +47,7 @@ def conditions(components: WanComponents, inputs: ConditionInputs, run: Stages) 
         return run["text_encoder"](ids=ids[rows].to(device), mask=mask[rows].to(device))
 
     def image_latents(rows: list[int]) -> dict[str, Tensor]:
-        """The mask, and the latents of a video that is the first frame and then zeros."""
+        """Return the mask, and the latents of a video that is the first frame and then zeros."""
         image = first_frame[rows][:, :, None].to(dtype)
         later = image.new_zeros(len(rows), 3, inputs.num_frames - 1, *image.shape[-2:])
         latents = run["vae_encoder"](video=torch.cat([image, later], dim=2))["latents"]
@@ -68,6 +69,16 @@ def conditions(components: WanComponents, inputs: ConditionInputs, run: Stages) 
         CLIP: Condition(CLIP, ("image_encoder",), image_keys, clip_feature),
     }
     return [made[name] for name in condition_names(components)]
+
+
+def clip_latents(components: WanComponents, video: Tensor, run: Stages) -> Condition:
+    """Return the latents (B, C, F, h, w) of clips, (B, T, 3, H, W) in [0, 1]."""
+
+    def encode(rows: list[int]) -> dict[str, Tensor]:
+        pixels = video[rows].to(components.device).transpose(1, 2) * 2 - 1
+        return {CLIP_LATENTS: run["vae_encoder"](video=pixels.to(components.dtype))["latents"]}
+
+    return Condition(CLIP_LATENTS, ("vae_encoder",), tuple(content_key(clip=clip) for clip in video), encode)
 
 
 def cut_prompt(components: WanComponents, inputs: ConditionInputs) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from frostline.models.lora.inject import lora_parameters
 from frostline.models.wan.denoiser import Denoiser
 from frostline.models.wan.video_shape import CLIP_FEATURE
 from frostline.runtime.dynamic_dim import Dimension
@@ -13,18 +14,18 @@ from .inputs import StageInputs
 
 
 def build(inputs: StageInputs) -> Stage:
-    """The denoiser, or the low-noise expert of two."""
+    """Return the denoiser, or the low-noise expert of two."""
     return _build("denoiser", inputs.denoiser, inputs)
 
 
 def build_high_noise(inputs: StageInputs) -> Stage | None:
-    """The high-noise expert, for models that have one."""
+    """Return the high-noise expert, for models that have one."""
     expert = inputs.denoiser_high_noise
     return None if expert is None else _build("denoiser_high_noise", expert, inputs)
 
 
 def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
-    components, dtype = inputs.components, inputs.dtype
+    components, dtype = inputs.components, inputs.components.dtype
     batch, grid = inputs.shapes.dimension("batch"), _latent_grid(inputs)
     channels = components.vae.model.z_dim
     specs = [
@@ -45,7 +46,8 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
         model=components.name,
         tolerance=tolerance(dtype),
         license=components.license,
-        weights=components.weights.get(name),
+        # Of an expert that is trained they stay in memory.
+        weights=None if lora_parameters(denoiser.model) else components.weights.get(name),
     )
 
 

@@ -14,7 +14,8 @@ from frostline.models.wan.video_shape import GEOMETRY
 if TYPE_CHECKING:
     import torch
 
-    from frostline.config import LoraSettings
+    from frostline.config import BaseAdapter, LoraSettings
+    from frostline.experts import ExpertName
     from frostline.models.checkpoints.checkpoint_files import Entry
     from frostline.models.lora import Adapter
     from frostline.models.wan.components import WanComponents
@@ -60,10 +61,14 @@ def check_files(model: str | Path) -> None:
 
 
 def check_lora(model: str | Path, lora: LoraSettings) -> None:
-    """Raise a ConfigError where the target modules are not those of linear layers."""
-    from frostline.models.lora.inject import check_targets
+    """Raise a ConfigError where the target modules are not those of linear layers of the experts with a LoRA."""
+    from frostline.models.lora.inject import check_targets, targets_of
 
-    check_targets(read_spec(model).build("denoiser"), lora.target_modules or LORA_TARGETS)
+    spec = read_spec(model)
+    experts = {"denoiser": lora.has_lora("low"), "denoiser_high_noise": lora.has_lora("high") and spec.two_experts}
+    networks = [spec.build(name) for name, adapted in experts.items() if adapted]
+    for network, targets in zip(networks, targets_of(networks, lora.target_modules), strict=True):
+        check_targets(network, targets)
 
 
 def layer_path(name: str, *, flat: bool = False) -> str | None:
@@ -73,19 +78,67 @@ def layer_path(name: str, *, flat: bool = False) -> str | None:
     return denoiser_path(name, flat=flat)
 
 
-def check_adapter(model: str | Path, adapter: Adapter) -> None:
+def diffusers_path(layer: str) -> str | None:
+    """Return the path in diffusers of a layer of the denoiser."""
+    from frostline.models.lora import names
+
+    return names.diffusers_path(layer)
+
+
+def check_adapter(model: str | Path, adapter: Adapter, expert: ExpertName) -> None:
     """Raise a ConfigError where the adapter is of another model."""
     from frostline.models.checkpoints.checkpoint_files import find_files
     from frostline.models.lora import check_fits
 
-    check_fits(adapter, find_files(model).denoiser.shapes)
+    check_fits(adapter, find_files(model).expert(expert).shapes)
 
 
-def load(model: str | Path | Sequence[Entry], dtype: torch.dtype, device: torch.device, defer: bool) -> WanComponents:
-    """Load a model, frozen, in eval mode; see `load_components`."""
-    from frostline.models.checkpoints.loading import DEFERRABLE, load_components
+def merge_adapter(
+    model: str | Path, adapter: Adapter, expert: ExpertName, lora_scale: float, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return the weights of an expert, or of the only denoiser, with an adapter merged.
 
-    return load_components(model, dtype, device, defer=DEFERRABLE if defer else ())
+    Their names are those of the official release, in whatever format the model is.
+    """
+    from frostline.models import lora
+    from frostline.models.checkpoints.checkpoint_files import find_files
+
+    denoiser = find_files(model).expert(expert)
+    lora.check_fits(adapter, denoiser.shapes)
+    return lora.merge_adapter(denoiser.read_exact(), adapter, lora_scale, dtype or denoiser.compute_dtype)
+
+
+def check_base_adapters(model: str | Path, adapters: Sequence[BaseAdapter]) -> None:
+    """Raise a ConfigError where an adapter cannot be read, is of another model, or names no expert of it."""
+    if adapters:
+        from .base_adapters import check
+
+        check(read_spec(model), adapters)
+
+
+def load(
+    model: str | Path | Sequence[Entry],
+    dtype: torch.dtype,
+    device: torch.device,
+    defer: bool,
+    base_adapters: Sequence[BaseAdapter] = (),
+    live: bool = True,
+) -> WanComponents:
+    """Load a model, frozen, in eval mode, with adapters merged into its denoisers; see `load_components`."""
+    from frostline.models.checkpoints.checkpoint_files import find_files
+    from frostline.models.checkpoints.loading import DEFERRABLE, LIVE_PARTS, load_components
+
+    deferred = (*(DEFERRABLE if defer else ()), *(() if live else LIVE_PARTS))
+    if not base_adapters:
+        return load_components(model, dtype, device, defer=deferred)
+    from .base_adapters import merged_reads
+
+    files = find_files(model)
+    reads = merged_reads(files.spec, base_adapters)
+    for network, read in reads.items():
+        # Of weights that stay on disk, merging them would find a misfit only later.
+        read.check(files.networks[network].shapes)
+    return load_components(model, dtype, device, defer=deferred, reads=reads)
 
 
 def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:

@@ -10,19 +10,20 @@ from .inputs import StageInputs
 
 
 def build(inputs: StageInputs) -> Stage | None:
-    """The stage, for models that have an image encoder."""
-    encoder = inputs.components.image_encoder
+    """Return the stage, for models that have an image encoder."""
+    components = inputs.components
+    encoder = components.image_encoder
     if encoder is None:
         return None
     shape = (inputs.shapes.dimension("batch"), 3, inputs.pixels("height"), inputs.pixels("width"))
-    module = ImageEncoder(encoder).to(inputs.device, inputs.dtype).eval()
-    network = Network("image_encoder", module, (TensorSpec("image", shape, inputs.dtype),), ("clip_feature",))
+    module = ImageEncoder(encoder).to(components.device, components.dtype).eval()
+    network = Network("image_encoder", module, (TensorSpec("image", shape, components.dtype),), ("clip_feature",))
     return Stage(
         name="image_encoder",
-        model=inputs.components.name,
+        model=components.name,
         description="Encode the first frame, RGB in [-1, 1], to the CLIP feature of the denoiser.",
-        license=inputs.components.license,
+        license=components.license,
         networks=(network,),
-        tolerance=tolerance(inputs.dtype),
-        weights=inputs.components.weights.get("image_encoder"),
+        tolerance=tolerance(components.dtype),
+        weights=components.weights.get("image_encoder"),
     )

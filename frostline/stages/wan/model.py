@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from frostline.models.lazy_weights import VAE_ENCODER
-from frostline.models.lora.inject import inject_lora
+from frostline.models.lora.inject import inject_loras
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.models.wan.denoiser import Denoiser
 from frostline.models.wan.image import ImageEncoder
 from frostline.models.wan.text import TextEncoder
-from frostline.models.wan.vae import decode_latents, decoder_chunks
-from frostline.models.wan.vae_chunks import decode_in_chunks
+from frostline.models.wan.vae import decode_from, decode_latents, decoder_chunks
+from frostline.models.wan.vae_chunks import decode_in_chunks, decoder_caches
 from frostline.models.wan.video_shape import CLIP_FEATURE, MASK_CHANNELS
 from frostline.stages.video_model import Decoder, Expert, FrozenCall
 
 from . import denoiser, image_encoder, text_encoder, vae_decoder, vae_encoder
-from .conditions import CLIP, CONTEXT, FIRST_FRAME, IMAGE_LATENTS, condition_names, conditions, cut_prompt
+from .conditions import CLIP, CONTEXT, FIRST_FRAME, IMAGE_LATENTS, clip_latents, condition_names, conditions, cut_prompt
 from .inputs import StageInputs
 from .uses import step_uses
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The stages of the denoisers; a model with one expert has the first alone.
+_LOW, _HIGH = "denoiser", "denoiser_high_noise"
 # One line for each stage, which is a module with a function `build`.
 _BUILDERS = (
     text_encoder.build,
@@ -54,13 +56,15 @@ _BUILDERS = (
 class WanVideoModel:
     """A Wan model with its LoRA; see `VideoModel` for what each method is for.
 
-    denoiser: carries the LoRA of `lora_config`, or none where that is None; of two experts, that of low noise levels.
+    denoiser: of two experts, that of low noise levels. lora_config: of each LoRA, or None where there is none.
+    trained: the names of the stages whose denoisers have one.
     """
 
     components: WanComponents
     denoiser: Denoiser
     denoiser_high_noise: Denoiser | None
     lora_config: LoraConfig | None
+    trained: tuple[str, ...] = ()
     _told_of_a_cut_prompt: bool = field(default=False, init=False)
 
     @classmethod
@@ -68,11 +72,22 @@ class WanVideoModel:
         """Inject a LoRA into `components`, in place, or none.
 
         Raises:
-            ConfigError: the model does not have the layers that the LoRA adapts.
+            ConfigError: the model does not have the experts, or the layers, that the LoRA adapts.
         """
-        model, high_noise = components.denoiser, components.denoiser_high_noise
-        config = None if lora is None else inject_lora(model, lora.rank, lora.alpha, lora.target_modules)
-        return cls(components, Denoiser(model), None if high_noise is None else Denoiser(high_noise), config)
+        high_noise = components.denoiser_high_noise
+        config, trained = None, ()
+        if lora is not None:
+            lora.check_experts(high_noise is not None)
+            # The low-noise expert first: its LoRA does not depend on whether the other one has one.
+            adapted = {_LOW: components.denoiser} if lora.has_lora("low") else {}
+            if high_noise is not None and lora.has_lora("high"):
+                adapted[_HIGH] = high_noise
+                if _HIGH in components.weights:
+                    components.weights[_HIGH].restore()
+            config = inject_loras([*adapted.values()], lora.rank, lora.alpha, lora.target_modules)
+            trained = tuple(adapted)
+        high = None if high_noise is None else Denoiser(high_noise)
+        return cls(components, Denoiser(components.denoiser), high, config, trained)
 
     @property
     def name(self) -> str:
@@ -100,15 +115,15 @@ class WanVideoModel:
 
     @property
     def needs_image(self) -> bool:
-        return self.components.takes_image_latents or self.components.pins_first_frame
+        return self.components.spec.needs_image
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        low = Expert("denoiser", self.denoiser, self.components.denoiser, trained=self.lora_config is not None)
+        low = Expert(_LOW, self.denoiser, self.components.denoiser, trained=_LOW in self.trained)
         high, network = self.denoiser_high_noise, self.components.denoiser_high_noise
         if high is None or network is None:
             return (low,)
-        return Expert("denoiser_high_noise", high, network, trained=False), low
+        return Expert(_HIGH, high, network, trained=_HIGH in self.trained), low
 
     @property
     def condition_names(self) -> tuple[str, ...]:
@@ -126,8 +141,12 @@ class WanVideoModel:
             log.warning("%s; said once, whatever other prompts are too long", message)
         return conditions(self.components, inputs, run)
 
+    def clip_latents(self, video: Tensor, run: Stages) -> Condition:
+        """Return the latents of clips."""
+        return clip_latents(self.components, video, run)
+
     def denoiser_inputs(self, conditions: Tensors) -> dict[str, Tensor]:
-        """Return all but what is kept through sampling."""
+        """Return all conditions but the first-frame latents, which `constrain` uses."""
         return {name: tensor for name, tensor in conditions.items() if name != FIRST_FRAME}
 
     def constrain(self, latents: Tensor, conditions: Tensors) -> Tensor:
@@ -145,6 +164,8 @@ class WanVideoModel:
             whole=partial(decode_latents, vae),
             networks=decoder_chunks(vae),
             assemble=decode_in_chunks,
+            caches=decoder_caches,
+            go_on=partial(decode_from, vae),
         )
 
     def uses(self, steps: DenoiseSteps) -> list[Use]:
@@ -165,10 +186,10 @@ class WanVideoModel:
         parameters = {"text_encoder": [*components.text_encoder.parameters()], "vae_encoder": [*encoder.values()]}
         if components.image_encoder is not None:
             parameters["image_encoder"] = [*components.image_encoder.parameters()]
-        parameters["denoiser"] = [p for p in components.denoiser.parameters() if not p.requires_grad]
+        parameters[_LOW] = [p for p in components.denoiser.parameters() if not p.requires_grad]
         parameters["vae_decoder"] = [parameter for name, parameter in vae.items() if name not in encoder]
         if components.denoiser_high_noise is not None:
-            parameters["denoiser_high_noise"] = [*components.denoiser_high_noise.parameters()]
+            parameters[_HIGH] = [p for p in components.denoiser_high_noise.parameters() if not p.requires_grad]
         return parameters
 
     def frozen_calls(self, shape: VideoShape) -> dict[str, FrozenCall]:

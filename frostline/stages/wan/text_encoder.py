@@ -32,7 +32,7 @@ class TextEncoderStage(Stage):
 
 
 def build(inputs: StageInputs) -> Stage:
-    """The stage; L is fixed by the tokenizer, which pads."""
+    """Return the stage; L is fixed by the tokenizer, which pads."""
     components = inputs.components
     vocabulary = components.text_encoder.token_embedding.num_embeddings
     shape = (inputs.shapes.dimension("batch"), components.text_length)
@@ -58,7 +58,7 @@ def build(inputs: StageInputs) -> Stage:
         ),
         license=components.license,
         networks=(network,),
-        tolerance=tolerance(inputs.dtype),
+        tolerance=tolerance(components.dtype),
         weights=components.weights.get("text_encoder"),
         components=components,
     )

@@ -11,19 +11,33 @@ if TYPE_CHECKING:
 
 
 def step_uses(steps: DenoiseSteps, *, clip: bool) -> list[Use]:
-    """Return the uses of a step; the rollout head and the KL reference run the denoiser frozen.
+    """Return the uses of a step, all that occur; the rollout head and the KL reference run a denoiser frozen.
 
     Args:
         clip: whether the model is conditioned on the CLIP feature of the first frame.
     """
-    trained = steps.tail_with_lora
-    once = ("text_encoder", *(("image_encoder",) if clip else ()), "vae_encoder")
+    high = min(steps.high_noise, steps.end + 1)
+    once = ("text_encoder", *(("image_encoder",) if clip else ()))
     return [
         *(Use(stage, live=False, count=1, phase="conditioning") for stage in once),
-        Use("denoiser_high_noise", live=False, count=min(steps.high_noise, steps.mid), phase="rollout"),
-        Use("denoiser", live=False, count=max(0, steps.mid - steps.high_noise), phase="rollout"),
-        Use("denoiser_high_noise", live=True, count=steps.final + 1 - steps.mid - trained, phase="tail"),
-        Use("denoiser", live=True, count=trained, phase="tail"),
-        Use("denoiser", live=False, count=trained, phase="tail"),
-        Use("vae_decoder", live=True, count=1, phase="decode"),
+        Use("vae_encoder", live=False, count=1 + steps.on_data, phase="conditioning"),
+        *_expert_uses("denoiser_high_noise", range(high), steps, steps.on_data and steps.experts == "high"),
+        *_expert_uses("denoiser", range(high, steps.end + 1), steps, steps.on_data and steps.experts != "high"),
+        Use("vae_decoder", live=True, count=steps.clips, phase="decode"),
     ]
+
+
+def _expert_uses(stage: str, served: range, steps: DenoiseSteps, on_data: bool) -> list[Use]:
+    """Return the uses of the denoiser that serves these steps, and, or not, the data's own clips.
+
+    Of two trained experts one at a time is used on clips: the plan counts it as that of low noise levels.
+    """
+    live, adapted = steps.with_graph(steps.most_live), steps.with_lora(steps.most_live)
+    with_graph, with_lora = sum(step in live for step in served), sum(step in adapted for step in served)
+    again = steps.lv_samples if steps.end in served else 0
+    uses = (
+        Use(stage, live=False, count=len(served) - with_graph, phase="rollout"),
+        Use(stage, live=True, count=with_graph + again + on_data, phase="tail"),
+        Use(stage, live=False, count=min(with_lora, steps.kl_uses), phase="tail"),
+    )
+    return [use for use in uses if use.count]

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
 from frostline.models.wan.vae_chunks import VaeDecoderFirst, VaeEncoderFirst
 from frostline.runtime.stage import Network, TensorSpec
 
 from .inputs import StageInputs
+
+if TYPE_CHECKING:
+    from diffsynth.models.wan_video_vae import WanVideoVAE
+
+
+def sizes_without_weights(inputs: StageInputs, layer: nn.Conv3d) -> WanVideoVAE | None:
+    """Return the VAE on the meta device where the weights of one half are not in memory, and None where they are.
+
+    Args:
+        layer: of that half.
+    """
+    if layer.weight.numel():
+        return None
+    sizes: Any = inputs.components.spec.build("vae")
+    sizes.scale = [statistics.to("meta") for statistics in sizes.scale]
+    return sizes
 
 
 def chunk_networks(
@@ -15,7 +35,7 @@ def chunk_networks(
     gives: str,
     chunk_entries: int,
 ) -> tuple[Network, Network]:
-    """The networks `first` and `next`.
+    """Return the networks `first` and `next`.
 
     Args:
         modules: for the first chunk and for the next.
@@ -33,7 +53,7 @@ def chunk_networks(
                 inputs.pixels("height", round(per_entry * chunk_entries)),
                 inputs.pixels("width", round(per_entry * chunk_entries)),
             ),
-            inputs.dtype,
+            inputs.components.dtype,
         )
         for index, (channels, frames, per_entry) in enumerate(modules[0].cache_shapes)
     )

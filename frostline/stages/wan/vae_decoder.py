@@ -19,7 +19,7 @@ from frostline.runtime.stage import Case, Runner, Stage, Tensors, TensorSpec
 from frostline.stages.tolerances import tolerance
 
 from .inputs import StageInputs
-from .vae_chunks import chunk_networks
+from .vae_chunks import chunk_networks, sizes_without_weights
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -51,13 +51,14 @@ class VaeDecoderStage(Stage):
 
 
 def build(inputs: StageInputs) -> Stage:
-    """The stage, for any number of latent frames."""
+    """Return the stage, for any number of latent frames."""
     vae, shapes = inputs.components.vae, inputs.shapes
-    modules = tuple(kind(vae).to(inputs.device).eval() for kind in (VaeDecoderFirst, VaeDecoderNext))
+    sizes = sizes_without_weights(inputs, vae.model.conv2)
+    modules = tuple(kind(vae, sizes).to(inputs.components.device).eval() for kind in (VaeDecoderFirst, VaeDecoderNext))
     per_block = inputs.components.spec.geometry.spatial_multiple // inputs.components.spec.geometry.spatial_stride
     channels = vae.model.conv2.in_channels
     height, width = inputs.pixels("height", per_block), inputs.pixels("width", per_block)
-    latents = TensorSpec("latents", (shapes.dimension("batch"), channels, 1, height, width), inputs.dtype)
+    latents = TensorSpec("latents", (shapes.dimension("batch"), channels, 1, height, width), inputs.components.dtype)
 
     batch, _, _, *size = latents.shape_at("opt")
     return VaeDecoderStage(
@@ -69,7 +70,7 @@ def build(inputs: StageInputs) -> Stage:
         ),
         license=inputs.components.license,
         networks=chunk_networks(inputs, (modules[0], modules[1]), (latents, latents), "video", per_block),
-        tolerance=tolerance(inputs.dtype),
+        tolerance=tolerance(inputs.components.dtype),
         vae=vae,
         sample_shape=(batch, channels, shapes.latent_frames[1], *size),
     )

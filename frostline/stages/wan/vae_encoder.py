@@ -18,7 +18,7 @@ from frostline.runtime.stage import Case, Runner, Stage, Tensors, TensorSpec
 from frostline.stages.tolerances import tolerance
 
 from .inputs import StageInputs
-from .vae_chunks import chunk_networks
+from .vae_chunks import chunk_networks, sizes_without_weights
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -50,12 +50,14 @@ class VaeEncoderStage(Stage):
 
 
 def build(inputs: StageInputs) -> Stage:
-    """The stage, for any number of frames."""
+    """Return the stage, for any number of frames."""
     vae, shapes = inputs.components.vae, inputs.shapes
-    modules = tuple(kind(vae).to(inputs.device).eval() for kind in (VaeEncoderFirst, VaeEncoderNext))
+    sizes = sizes_without_weights(inputs, vae.model.conv1)
+    modules = tuple(kind(vae, sizes).to(inputs.components.device).eval() for kind in (VaeEncoderFirst, VaeEncoderNext))
     batch, height, width = shapes.dimension("batch"), inputs.pixels("height"), inputs.pixels("width")
     first, following = (
-        TensorSpec("video", (batch, 3, frames, height, width), inputs.dtype) for frames in (1, TEMPORAL_STRIDE)
+        TensorSpec("video", (batch, 3, frames, height, width), inputs.components.dtype)
+        for frames in (1, TEMPORAL_STRIDE)
     )
 
     frames = TEMPORAL_STRIDE * (shapes.latent_frames[1] - 1) + 1
@@ -76,7 +78,7 @@ def build(inputs: StageInputs) -> Stage:
             "latents",
             multiple,
         ),
-        tolerance=tolerance(inputs.dtype),
+        tolerance=tolerance(inputs.components.dtype),
         weights=inputs.components.weights.get("vae_encoder"),
         vae=vae,
         sample_shape=(shapes.batch[1], 3, frames, shapes.height[1], shapes.width[1]),

@@ -19,8 +19,8 @@ from frostline.stages.families import DEFAULT_GEOMETRY
 
 logger = logging.getLogger(__name__)
 
-# Pixels of height and width.
-_SMALLEST_SIDE = 16
+SMALLEST_SIDE = 16
+"""Pixels of height and width."""
 
 RANGE_TOLERANCE = 1e-4
 """How far outside [0, 1] a pixel may stray (resampling, half precision) before it counts as a fault."""
@@ -31,21 +31,26 @@ class Batch:
     """A checked batch of B samples.
 
     prompt: B strings, none blank. video: float32 `(B, T, 3, H, W)` in [0, 1]. sample_id: B names. valid_frames: B
-    numbers, 1 to T; the frames from there on are padding.
+    numbers, 0 to T; the frames from there on are padding, and 0 is a sample without a video. reference: of each sample
+    float32 pictures `(R, 3, h, w)` in [0, 1] that show its subject, or None. fps: of each clip, or None.
     """
 
     prompt: tuple[str, ...]
     video: torch.Tensor
     sample_id: tuple[str, ...]
     valid_frames: tuple[int, ...]
+    reference: tuple[torch.Tensor | None, ...]
+    fps: tuple[float | None, ...]
 
 
 def check_batch(data: Any) -> Batch:
     """Hold `data` against the contract; a `DataError` names the sample, the field and what to do.
 
     data: `{"prompt": list[str] of length B, "video": float (B, T, C, H, W) in [0, 1]}`, optionally with
-    `"sample_id": list[str]` and `"valid_frames": list[int]`: how many frames of each video are its own; those after
-    them are padding, which no reward refers to. Other keys are left alone. Half and double precision are cast to
+    `"sample_id": list[str]`, `"valid_frames": list[int]`: how many frames of each video are its own; those after
+    them are padding, which no reward refers to, and a sample with 0 has no video, only its size;
+    `"reference": list[float (R, 3, h, w) in [0, 1] | None]`: pictures of the subject, which rewards refer to instead of
+    the video; and `"fps": list[float | None]`. Other keys are left alone. Half and double precision are cast to
     float32.
     """
     if not isinstance(data, dict):
@@ -58,7 +63,9 @@ def check_batch(data: Any) -> Batch:
     sample_id = _check_sample_ids(data.get("sample_id"), count)
     prompt = _check_prompts(data["prompt"], count, sample_id)
     valid_frames = _check_valid_frames(data.get("valid_frames"), video.shape[1], sample_id)
-    return Batch(prompt, _check_pixels(video, sample_id), sample_id, valid_frames)
+    reference = _check_references(data.get("reference"), sample_id)
+    fps = _check_fps(data.get("fps"), sample_id)
+    return Batch(prompt, _check_pixels(video, sample_id), sample_id, valid_frames, reference, fps)
 
 
 def fit_to_model(video: torch.Tensor, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -134,9 +141,57 @@ def _check_valid_frames(valid_frames: Any, frames: int, sample_id: tuple[str, ..
     if not isinstance(valid_frames, list | tuple) or len(valid_frames) != len(sample_id):
         raise DataError(f"field 'valid_frames': must be a list of {len(sample_id)} int, one a sample")
     for name, count in zip(sample_id, valid_frames, strict=True):
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= frames:
-            raise DataError(f"sample {name}, field 'valid_frames': must be 1 to {frames}, not {count!r}")
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= frames:
+            raise DataError(f"sample {name}, field 'valid_frames': must be 0 to {frames}, not {count!r}")
     return tuple(valid_frames)
+
+
+def _check_references(references: Any, sample_id: tuple[str, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Of each sample float32 pictures (R, 3, h, w) in [0, 1], or None."""
+    if references is None:
+        return (None,) * len(sample_id)
+    if not isinstance(references, list | tuple) or len(references) != len(sample_id):
+        raise DataError(
+            f"field 'reference': must be a list of {len(sample_id)} entries, one for each sample: pictures "
+            "(R, 3, h, w) or None"
+        )
+    return tuple(
+        None if pictures is None else _check_pictures(pictures, name)
+        for name, pictures in zip(sample_id, references, strict=True)
+    )
+
+
+def _check_pictures(pictures: Any, name: str) -> torch.Tensor:
+    where = f"sample {name}, field 'reference'"
+    if not isinstance(pictures, torch.Tensor):
+        raise DataError(f"{where}: must be a tensor (R, 3, h, w) or None, not {type(pictures).__name__}")
+    shape = tuple(pictures.shape)
+    if pictures.ndim != 4 or shape[1] != 3 or shape[0] == 0:
+        hint = "; for a single picture use picture.unsqueeze(0)" if pictures.ndim == 3 else ""
+        raise DataError(f"{where}: must be one or more pictures (R, 3, h, w), not shape {shape}{hint}")
+    if min(shape[2:]) < SMALLEST_SIDE:
+        raise DataError(
+            f"{where}: pictures of {shape[3]}x{shape[2]} are too small; height and width must be at least "
+            f"{SMALLEST_SIDE}"
+        )
+    if not pictures.is_floating_point():
+        raise DataError(f"{where}: must be float in [0, 1], not {pictures.dtype}; if 0 to 255, divide by 255")
+    pictures = pictures.to(torch.float32)
+    low, high = torch.stack(pictures.aminmax()).tolist()
+    _check_range(pictures, low, high, where)
+    return pictures.clamp(0, 1) if low < 0 or high > 1 else pictures
+
+
+def _check_fps(rates: Any, sample_id: tuple[str, ...]) -> tuple[float | None, ...]:
+    if rates is None:
+        return (None,) * len(sample_id)
+    if not isinstance(rates, list | tuple) or len(rates) != len(sample_id):
+        raise DataError(f"field 'fps': must be a list of {len(sample_id)} entries, a number or None for each sample")
+    for name, rate in zip(sample_id, rates, strict=True):
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 < rate < math.inf):
+            raise DataError(f"sample {name}, field 'fps': must be a positive number or None, not {rate!r}")
+    return tuple(None if rate is None else float(rate) for rate in rates)
 
 
 def _check_prompts(prompt: Any, count: int, sample_id: tuple[str, ...]) -> tuple[str, ...]:
@@ -178,10 +233,10 @@ def _check_layout(video: Any) -> torch.Tensor:
         raise DataError(f"field 'video': has shape {shape}, where (B, T, C, H, W) needs C = 3{_channel_hint(shape)}")
     if 0 in shape[:2]:
         raise DataError(f"field 'video': has shape {shape}: no {'samples' if shape[0] == 0 else 'frames'} in it")
-    if min(shape[3:]) < _SMALLEST_SIDE:
+    if min(shape[3:]) < SMALLEST_SIDE:
         raise DataError(
             f"field 'video': frames of {shape[4]}x{shape[3]} are too small; "
-            f"height and width must be at least {_SMALLEST_SIDE}"
+            f"height and width must be at least {SMALLEST_SIDE}"
         )
     if video.dtype == torch.uint8:
         raise DataError("field 'video': is uint8, 0 to 255; divide it: video.float() / 255")
@@ -221,15 +276,17 @@ def _check_pixels(video: torch.Tensor, sample_id: tuple[str, ...]) -> torch.Tens
     # One pass and one wait for the device when all is well: NaN spreads into both ends of its sample's range.
     low, high = torch.stack(video.flatten(1).aminmax(dim=1)).tolist()
     for index, name in enumerate(sample_id):
-        if not (math.isfinite(low[index]) and math.isfinite(high[index])):
-            frame = int((~torch.isfinite(video[index].flatten(1))).any(dim=1).nonzero()[0])
-            raise DataError(f"sample {name}, field 'video': NaN or infinite pixels, first in frame {frame}")
-        if low[index] < -RANGE_TOLERANCE or high[index] > 1 + RANGE_TOLERANCE:
-            raise DataError(
-                f"sample {name}, field 'video': values from {low[index]:.4g} to {high[index]:.4g}, "
-                f"where [0, 1] is needed{_range_hint(low[index], high[index])}"
-            )
+        _check_range(video[index], low[index], high[index], f"sample {name}, field 'video'")
     return video.clamp(0, 1) if min(low) < 0 or max(high) > 1 else video
+
+
+def _check_range(frames: torch.Tensor, low: float, high: float, where: str) -> None:
+    """Refuse (T, C, H, W) frames whose values, from `low` to `high`, are not finite or not in [0, 1]."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        frame = int((~torch.isfinite(frames.flatten(1))).any(dim=1).nonzero()[0])
+        raise DataError(f"{where}: NaN or infinite pixels, first in frame {frame}")
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise DataError(f"{where}: values from {low:.4g} to {high:.4g}, where [0, 1] is needed{_range_hint(low, high)}")
 
 
 def _range_hint(low: float, high: float) -> str:

@@ -1,10 +1,10 @@
-"""Training data: rows of a metadata file, or a folder of captioned videos, as samples for the module."""
+"""Training data: rows of a metadata file, prompts, or a folder of captioned videos, as samples for the module."""
 
 import functools
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -16,21 +16,23 @@ from frostline.allocation import is_out_of_memory
 from frostline.errors import DataError
 from frostline.models.video_shape import Geometry
 from frostline.stages.families import DEFAULT_GEOMETRY
-from frostline.train.data.batch import pad_frames, resize
-from frostline.train.data.rows import Row, read_rows, resolve_source
+from frostline.train.data.batch import pad_frames
+from frostline.train.data.cutting import crop_to, frames_at_once, size_within
+from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
+from frostline.train.data.references import check_references, read_references
+from frostline.train.data.rows import REFERENCE, Row, read_rows, resolve_source
 from frostline.video import count_frames, equal_frames, probe_video
 
 logger = logging.getLogger(__name__)
-
-_FRAMES_AT_ONCE = 8
-_PIXELS_AT_ONCE = 2**24
-"""Resized together: enough to be quick, few enough that no clip is ever whole in float32 at its own size."""
 
 
 class Sample(TypedDict):
     """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], of a size that the model takes.
 
-    valid_frames: so many are the video's own, all if not given; what follows repeats the last of them.
+    valid_frames: so many are the video's own, all if not given; what follows repeats the last of them. Of a sample
+        without a video it is 0, and `video` is black.
+    reference: pictures of the subject, float32 `(R, 3, h, w)` in [0, 1], where the row names some.
+    fps: frames per second of `video`; None where that is not known, as of a picture.
     notes: what there is to tell of it, where it was read by a worker process; otherwise it was logged.
     """
 
@@ -38,16 +40,23 @@ class Sample(TypedDict):
     prompt: str
     video: torch.Tensor
     valid_frames: NotRequired[int]
+    reference: NotRequired[torch.Tensor | None]
+    fps: NotRequired[float | None]
     notes: NotRequired[tuple[str, ...]]
 
 
 class CollatedBatch(TypedDict):
-    """A batch as `module.forward` takes it; `video` is float32 `(B, T, 3, H, W)` in [0, 1]. notes: of all samples."""
+    """A batch as `module.forward` takes it; `video` is float32 `(B, T, 3, H, W)` in [0, 1]. notes: of all samples.
+
+    reference: of each sample pictures `(R, 3, h, w)`, or None.
+    """
 
     sample_id: list[str]
     prompt: list[str]
     video: torch.Tensor
     valid_frames: list[int]
+    reference: list[torch.Tensor | None]
+    fps: list[float | None]
     notes: list[str]
 
 
@@ -55,8 +64,8 @@ class CollatedBatch(TypedDict):
 class BadRow:
     """A row that cannot be trained on.
 
-    `row` is the line in a csv or jsonl file (a csv header is line 1), the item's place from 1 in a json list,
-    or the video's place from 1 in a folder. `field` is `video`, `prompt`, or `row` for the row as a whole.
+    `row` is the line in a csv, jsonl or txt file (a csv header is line 1), the item's place from 1 in a json list,
+    or the video's place from 1 in a folder. `field` is `video`, `prompt`, `reference`, or `row` for the row as a whole.
     """
 
     file: Path
@@ -80,16 +89,18 @@ class DataCheck:
 class VideoPromptDataset(Dataset[Sample]):
     """Videos with prompts, cut and resized to what a model takes.
 
-    source: a `metadata.csv`, `.jsonl` or `.json` file with the columns `video` and `prompt` (UTF-8, BOM
-    allowed, paths relative to the file), a folder that holds one, or a folder of videos with .txt captions of
-    the same name.
+    source: a `metadata.csv`, `.jsonl` or `.json` file with the columns `video`, `prompt` and, optionally, `reference`
+    (UTF-8, BOM allowed, paths relative to the file), a folder that contains one, a `.txt` file with a prompt in each
+    line, or a folder of videos with .txt captions of the same name. See docs/data.md.
     num_frames: frames of every sample, taken from the video's start, `frame_stride` apart; where it has
     fewer, the last is repeated.
     height, width: the size of every sample; left out, each video keeps its own, shrunk to at most `max_pixels` and
     rounded down to the multiples that the model takes. Videos are resized to cover the size and cropped at the centre.
-    allow_outside: let the metadata name videos, and captions be links to files, outside of the source's folder; only
-    for data you trust.
+    A sample without a video is then the square of about `max_pixels`.
+    allow_outside: let the metadata name videos and references, and captions be links to files, outside of the source's
+    folder; only for data you trust.
     geometry: the videos that the model takes.
+    needs: what model and rewards need: whether a row may do without a video, and whether references are read.
 
     A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
     """
@@ -105,6 +116,7 @@ class VideoPromptDataset(Dataset[Sample]):
         frame_stride: int = 1,
         allow_outside: bool = False,
         geometry: Geometry = DEFAULT_GEOMETRY,
+        needs: SampleNeeds = DEFAULT_NEEDS,
     ) -> None:
         geometry.check_cut(num_frames, height, width, max_pixels, frame_stride)
         self.num_frames = num_frames
@@ -112,14 +124,16 @@ class VideoPromptDataset(Dataset[Sample]):
         self.max_pixels = max_pixels
         self.frame_stride = frame_stride
         self.geometry = geometry
+        self.needs = needs
         self.source = resolve_source(Path(source))
-        self._rows = read_rows(self.source, allow_outside)
+        self._rows = tuple(self._refused_without_video(row) for row in read_rows(self.source, allow_outside))
         if not self._rows:
             raise DataError(f"{self.source}: holds no rows")
         faults = [self._bad_row(row, *row.fault) for row in self._rows if row.fault is not None]
         if len(faults) == len(self._rows):
             raise DataError(f"{faults[0]} (none of the {len(faults)} rows is usable)")
-        self._states = {row.video: _state_of(row.video) for row in self._rows if row.fault is None}
+        self._states = {path: _state_of(path) for row in self._rows for path in self._paths(row)}
+        self._rates: dict[Path, float | None] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -129,14 +143,25 @@ class VideoPromptDataset(Dataset[Sample]):
         if row.fault is not None:
             raise DataError(str(self._bad_row(row, *row.fault)))
         notes: list[str] = []
-        if _state_of(row.video) != self._states[row.video]:
-            notes.append(f"{row.video}: replaced or changed since the run began; what it shows now is used")
+        for path in self._paths(row):
+            if _state_of(path) != self._states[path]:
+                notes.append(f"{path}: replaced or changed since the run began; what it shows now is used")
+        reference, fps = None, None
+        field = "video"
         try:
-            video = self._read(row.video, notes)
+            if row.video is None:
+                video, valid_frames = torch.zeros(self.num_frames, 3, *self._size_without_video()), 0
+            else:
+                video = self._read(row.video, notes)
+                valid_frames = len(video)
+                fps = self._fps(row.video)
+            field = REFERENCE
+            if row.reference and self.needs.references:
+                warn = functools.partial(_add_note, notes, f"sample {row.sample_id}")
+                reference = read_references(row.reference, warn)
         except DataError as error:
-            raise DataError(str(self._bad_row(row, "video", str(error)))) from error
-        valid_frames = len(video)
-        if valid_frames < self.num_frames:
+            raise DataError(str(self._bad_row(row, field, str(error)))) from error
+        if len(video) < self.num_frames:
             padded = f"{valid_frames} frames, padded to {self.num_frames} by repeating the last"
             notes.append(f"sample {row.sample_id}: {padded}")
             video = pad_frames(video, self.num_frames, dim=0)
@@ -148,30 +173,43 @@ class VideoPromptDataset(Dataset[Sample]):
             "prompt": row.prompt,
             "video": video,
             "valid_frames": valid_frames,
+            "reference": reference,
+            "fps": fps,
             "notes": tuple(notes),
         }
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
-        """The samples' names, in order: the video as the metadata writes it, with `#row` where that repeats."""
+        """The samples' names, in order: the video as the metadata writes it, with `#row` where that repeats.
+
+        Rows without a video are called `row-N`.
+        """
         return tuple(row.sample_id for row in self._rows)
 
     def validate(self, deep: bool = False) -> list[BadRow]:
         """Return all rows that cannot be trained on.
 
-        Opens every video and decodes its first frame, or, with `deep`, every frame that training would use.
+        Opens every video and reference and decodes its first frame, or, with `deep`, every frame that training would
+        use.
         """
         return self.check(deep).bad
 
     def check(self, deep: bool = False) -> DataCheck:
         """Look at all rows as `validate` does, and count the frames of each video."""
         bad, short = [], []
+        # Many samples may show one person.
+        look_at_references = functools.cache(check_references)
         for row in self._rows:
+            field = "video"
             try:
-                if self._available_frames(row, deep) < self.num_frames:
+                frames = self._available_frames(row, deep)
+                field = REFERENCE
+                if row.reference and self.needs.references:
+                    look_at_references(row.reference, deep)
+                if frames < self.num_frames:
                     short.append(row.sample_id)
             except DataError as error:
-                bad.append(self._bad_row(row, *(row.fault or ("video", str(error)))))
+                bad.append(self._bad_row(row, *(row.fault or (field, str(error)))))
         return DataCheck(bad, short)
 
     def describe_padding(self, short: Sequence[str]) -> str:
@@ -187,6 +225,8 @@ class VideoPromptDataset(Dataset[Sample]):
         """
         if row.fault is not None:
             raise DataError(row.fault[1])
+        if row.video is None:
+            return self.num_frames
         if deep:
             return sum(1 for _ in equal_frames(row.video, self.num_frames, self.frame_stride))
         probe_video(row.video)
@@ -200,11 +240,11 @@ class VideoPromptDataset(Dataset[Sample]):
         """
         pieces: list[torch.Tensor] = []
         waiting: list[np.ndarray] = []
-        warn = functools.partial(_add_note, notes, path)
+        warn = functools.partial(_add_note, notes, str(path))
         try:
             for _, picture in equal_frames(path, self.num_frames, self.frame_stride, warn):
                 waiting.append(picture)
-                if len(waiting) == _frames_at_once(*picture.shape[:2]):
+                if len(waiting) == frames_at_once(*picture.shape[:2]):
                     pieces.append(self._cut(waiting))
                     waiting = []
             if waiting:
@@ -219,6 +259,31 @@ class VideoPromptDataset(Dataset[Sample]):
         height, width = pictures[0].shape[:2]
         frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         return crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.geometry.spatial_multiple))
+
+    def _refused_without_video(self, row: Row) -> Row:
+        """The row, at fault where it names no video and one is needed."""
+        if row.video is not None or row.fault is not None:
+            return row
+        reason = self.needs.refuses_without_video(has_reference=bool(row.reference))
+        return replace(row, fault=("video", f"{row.no_video}, and {reason}")) if reason else row
+
+    def _size_without_video(self) -> tuple[int, int]:
+        """(height, width) of a sample that has no video."""
+        side = self.geometry.square_side(self.max_pixels)
+        return self.size or (side, side)
+
+    def _paths(self, row: Row) -> list[Path]:
+        """The files and folders that a sample is read from."""
+        if row.fault is not None:
+            return []
+        videos = [] if row.video is None else [row.video]
+        return [*videos, *(row.reference if self.needs.references else ())]
+
+    def _fps(self, path: Path) -> float | None:
+        """Frames per second of a sample's clip; asked of each file once."""
+        if path not in self._rates:
+            self._rates[path] = probe_video(path).fps / self.frame_stride or None
+        return self._rates[path]
 
     def _bad_row(self, row: Row, field: str, reason: str) -> BadRow:
         return BadRow(self.source, row.number, row.sample_id, field, reason)
@@ -239,6 +304,8 @@ def collate(samples: Sequence[Sample]) -> CollatedBatch:
         "prompt": [sample["prompt"] for sample in samples],
         "video": torch.stack([sample["video"] for sample in samples]),
         "valid_frames": [sample.get("valid_frames", len(sample["video"])) for sample in samples],
+        "reference": [sample.get("reference") for sample in samples],
+        "fps": [sample.get("fps") for sample in samples],
         "notes": [note for sample in samples for note in sample.get("notes", ())],
     }
 
@@ -247,39 +314,6 @@ def tell_once(notes: Iterable[str]) -> None:
     """Log each of these, once a process."""
     for note in notes:
         _log_once(note)
-
-
-def size_within(
-    height: int, width: int, max_pixels: int, multiple: int = DEFAULT_GEOMETRY.spatial_multiple
-) -> tuple[int, int]:
-    """(height, width) shrunk to at most `max_pixels`, in multiples rounded down, at least one of them each."""
-    scale = min(1.0, math.sqrt(max_pixels / (height * width)))
-    # The small term keeps a size that is already a multiple from falling to the next through rounding.
-    fitted = [max(1, math.floor(side * scale / multiple + 1e-9)) for side in (height, width)]
-    return fitted[0] * multiple, fitted[1] * multiple
-
-
-def crop_to(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 `(T, 3, H, W)` as float32 in [0, 1], cut to `size` (height, width)."""
-    height, width = size
-    scale = max(height / frames.shape[-2], width / frames.shape[-1])
-    covering = max(height, round(frames.shape[-2] * scale)), max(width, round(frames.shape[-1] * scale))
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    pieces: list[torch.Tensor] = []
-    for piece in frames.split(_frames_at_once(*frames.shape[-2:])):
-        # Channel by channel: of one large picture, that is all that can be done by halves.
-        channels = []
-        for channel in piece.split(1, dim=1):
-            pixels = channel.float().div_(255)
-            if covering != tuple(pixels.shape[-2:]):
-                pixels = resize(pixels, covering)
-            channels.append(pixels[..., top : top + height, left : left + width])
-        pieces.append(torch.cat(channels, dim=1))
-    return torch.cat(pieces)
-
-
-def _frames_at_once(height: int, width: int) -> int:
-    return max(1, min(_FRAMES_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
 
 
 def _state_of(path: Path) -> tuple[int, int] | None:
@@ -291,8 +325,8 @@ def _state_of(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _add_note(notes: list[str], path: Path, note: str) -> None:
-    notes.append(f"{path}: {note}")
+def _add_note(notes: list[str], where: str, note: str) -> None:
+    notes.append(f"{where}: {note}")
 
 
 @functools.cache

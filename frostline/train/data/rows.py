@@ -1,4 +1,4 @@
-"""The rows of a dataset: of a metadata file, or the captioned videos of a folder."""
+"""The rows of a dataset: of a metadata file, a list of prompts, or the captioned videos of a folder."""
 
 import json
 import logging
@@ -19,27 +19,34 @@ from frostline.video import MEDIA_SUFFIXES
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("video", "prompt")
+REFERENCE = "reference"
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.json")
 _PERMISSION = "allow_outside=True"
+_PROMPTS = ".txt"
+_BESIDE = ".reference"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row that names a video and a prompt, or the fault (field, reason) that keeps it from doing so.
+    """A row that names a prompt and, mostly, a video, or the fault (field, reason) that keeps it from doing so.
 
-    number: the line in a csv or jsonl file (a csv header is line 1), the item's place from 1 in a json list, or the
-    video's place from 1 in a folder.
+    number: the line in a csv, jsonl or txt file (a csv header is line 1), the item's place from 1 in a json list, or
+    the video's place from 1 in a folder.
+    video: None where it names none; `no_video` then says in which way.
+    reference: files and folders of pictures that show the subject, apart from the video.
     """
 
     number: int
     sample_id: str
-    video: Path = Path()
+    video: Path | None = None
     prompt: str = ""
+    reference: tuple[Path, ...] = ()
+    no_video: str = ""
     fault: tuple[str, str] | None = None
 
 
 def resolve_source(source: Path) -> Path:
-    """Return the metadata file, or the folder of captioned videos, that `source` means.
+    """Return the metadata file, the list of prompts, or the folder of captioned videos, that `source` means.
 
     Raises:
         DataError: it is neither, or a folder with several metadata files.
@@ -48,7 +55,7 @@ def resolve_source(source: Path) -> Path:
         raise DataError(f"{source}: no such file or folder")
     if not source.is_dir():
         if source.suffix.lower() not in _READERS:
-            raise DataError(f"{source}: metadata must be a .csv, .jsonl or .json file")
+            raise DataError(f"{source}: must be metadata (.csv, .jsonl or .json) or a list of prompts (.txt)")
         return source
     found = [source / name for name in METADATA_NAMES if (source / name).is_file()]
     if len(found) > 1:
@@ -60,7 +67,7 @@ def read_rows(source: Path, allow_outside: bool) -> tuple[Row, ...]:
     """Read all rows of what `resolve_source` returned, each with a name of its own.
 
     Args:
-        allow_outside: let metadata name videos, and captions be links to files, outside of the folder.
+        allow_outside: let metadata name videos and references, and captions be links to files, outside of the folder.
     Raises:
         DataError: the source as a whole cannot be read. What is wrong with a row is its fault.
     """
@@ -69,9 +76,9 @@ def read_rows(source: Path, allow_outside: bool) -> tuple[Row, ...]:
 
 
 def _rows_of_folder(folder: Path, allow_outside: bool) -> Iterator[Row]:
-    """The videos under a folder in the order of their names, with the captions beside them."""
+    """The videos under a folder in the order of their names, with the captions and references beside them."""
     files = sorted(_files_under(folder))
-    videos = [path for path in files if path.suffix.lower() in MEDIA_SUFFIXES]
+    videos, references = _references_apart(folder, [path for path in files if path.suffix.lower() in MEDIA_SUFFIXES])
     others = Counter(path.suffix.lower() or path.name for path in files)
     for suffix in (*MEDIA_SUFFIXES, ".txt"):
         del others[suffix]
@@ -91,7 +98,24 @@ def _rows_of_folder(folder: Path, allow_outside: bool) -> Iterator[Row]:
             if not os.path.lexists(caption):
                 reason = f"no caption file {caption.name} beside the video"
         sample_id = video.relative_to(folder).as_posix()
-        yield Row(number, sample_id, video, prompt, fault=None if prompt else ("prompt", reason))
+        beside = references.get(video.with_suffix(""), ())
+        yield Row(number, sample_id, video, prompt, beside, fault=None if prompt else ("prompt", reason))
+
+
+def _references_apart(folder: Path, media: list[Path]) -> tuple[list[Path], dict[Path, tuple[Path, ...]]]:
+    """Samples of a folder, and the files `NAME.reference.SUFFIX` and folders `NAME.reference/` of those named NAME."""
+    names = {path.with_suffix("") for path in media}
+    videos: list[Path] = []
+    references: dict[Path, dict[Path, None]] = {}
+    for path in media:
+        within = [place for place in (path.with_suffix(""), *path.parents) if place.is_relative_to(folder)]
+        owned = [(place.with_suffix(""), place) for place in within if place.suffix == _BESIDE]
+        name, place = next(((name, place) for name, place in owned if name in names), (None, path))
+        if name is None:
+            videos.append(path)
+        else:
+            references.setdefault(name, {})[path if place == path.with_suffix("") else place] = None
+    return videos, {name: tuple(files) for name, files in references.items()}
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
@@ -122,7 +146,11 @@ def _rows_of_metadata(file: Path, allow_outside: bool) -> Iterator[Row]:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     if not text.strip():
         raise DataError(f"{file}: is empty")
+    told = False
     for number, record in _READERS[file.suffix.lower()](file, text):
+        if not told and isinstance(record, dict) and (meant := _meant_as_reference(record)) is not None:
+            told = True
+            logger.warning("%s: the column %r is not read: is %r meant?", file, meant, REFERENCE)
         yield _parse_row(file.parent, number, record, allow_outside)
 
 
@@ -152,7 +180,13 @@ def _read_json(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(records, 1)
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}
+def _read_prompts(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, {"video": None, "prompt": line}
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json, _PROMPTS: _read_prompts}
 """By suffix: a function from the file and its text to (row number, record) pairs."""
 
 
@@ -169,24 +203,58 @@ def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> R
         sample_id = record["video"].strip()
     if None in record:  # where csv.DictReader puts what is beyond the header
         return bad("row", "has more fields than the header; quote a prompt that holds commas")
+    lacking, unusable = {}, {}
     for column in COLUMNS:
         if column not in record:
             near = nearest_name(column, [name for name in record if name not in COLUMNS])
             hint = f"is '{near}' meant?" if near else f"found {', '.join(map(repr, record)) or 'nothing'}"
-            return bad(column, f"the column is missing; {hint}")
-        value = record[column]
-        if value is not None and not isinstance(value, str):
-            return bad(column, f"must be text, not {type(value).__name__}")
-        if not (value or "").strip():
-            return bad(column, "is empty")
+            (unusable if near else lacking)[column] = f"the column is missing; {hint}"
+        elif not isinstance(record[column], str | None):
+            unusable[column] = f"must be text, not {type(record[column]).__name__}"
+        elif not (record[column] or "").strip():
+            lacking[column] = "is empty"
+    # A video may be lacking, but not of a row that lacks its prompt too, as where there is no header.
+    for column in COLUMNS:
+        if column in unusable or (column in lacking and "prompt" in (lacking | unusable)):
+            return bad(column, (unusable | lacking)[column])
+    no_video = lacking.get("video", "")
     if not is_text(record["prompt"]):
         return bad("prompt", "holds half of a character (a lone surrogate)")
-    video = record["video"].strip()
     try:
-        check_inside(folder, video, _PERMISSION, allow_outside)
+        video = None if no_video else _path(folder, record["video"], allow_outside)
     except DataError as error:
         return bad("video", str(error))
-    return Row(number, sample_id, Path(os.path.normpath((folder / video).absolute())), record["prompt"].strip())
+    try:
+        reference = tuple(_path(folder, name, allow_outside) for name in _reference_names(record.get(REFERENCE)))
+    except DataError as error:
+        return bad(REFERENCE, str(error))
+    return Row(number, sample_id, video, record["prompt"].strip(), reference, no_video)
+
+
+def _path(folder: Path, name: str, allow_outside: bool) -> Path:
+    """The path that a file in `folder` names."""
+    check_inside(folder, name.strip(), _PERMISSION, allow_outside)
+    return Path(os.path.normpath((folder / name.strip()).absolute()))
+
+
+def _reference_names(value: Any) -> list[str]:
+    """What the column names: one path, in JSON also a list of them, or nothing."""
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    for name in names:
+        if not isinstance(name, str):
+            raise DataError(f"must be text or a list of texts, not {type(name).__name__}")
+    if isinstance(value, list) and not all(name.strip() for name in names):
+        raise DataError("a name in the list is empty")
+    return [name for name in names if name.strip()]
+
+
+def _meant_as_reference(record: dict[Any, Any]) -> str | None:
+    """The column that is nearly called `reference`; unread, the clips themselves would be the references."""
+    if REFERENCE in record:
+        return None
+    names = [name for name in record if isinstance(name, str) and name not in COLUMNS]
+    near = nearest_name(REFERENCE, names)
+    return near if near is not None and near.strip().lower().startswith(REFERENCE[:3]) else None
 
 
 def _with_unique_ids(rows: Iterator[Row]) -> tuple[Row, ...]:

@@ -1,9 +1,12 @@
 """Checkpoints: folders `checkpoint-N` that are whole or not there, with the SHA-256 of every file in them.
 
     checkpoint-50/
-      adapter_config.json, adapter_model.safetensors   the adapter, as PEFT writes it
+      adapter_config.json, adapter_model.safetensors   the adapter, as PEFT writes it; those of two experts are in
+                                                       high_noise/ and low_noise/
       optimizer.safetensors                            AdamW's moments, by parameter
+      adapter_ema.safetensors                          the averaged adapter, with train.ema_decay
       random-0.safetensors …                           the generators of each process
+      rollout-0.safetensors …                          the latents of each process, with rollout.policy stale:K
       state.json                                       step, data position, schedule, versions
       config.yaml                                      the settings of the run
       manifest.json                                    size and SHA-256 of all the files above
@@ -27,12 +30,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from frostline.atomic_io import file_sha256, sync
+from frostline.config import LoraSettings
 from frostline.documents import parse_json
-from frostline.errors import CheckpointError, DataError
+from frostline.errors import CheckpointError, ConfigError, DataError, DocumentError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# The name in `state.json` of the experts whose LoRA it is; versions that trained the low-noise one alone wrote none.
+EXPERTS = "experts"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{8}\.partial")
@@ -60,7 +66,7 @@ class Checkpoint:
                 str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()
             }
             made_as = content["format"]
-            present = {path.name for path in self.path.iterdir()} - {MANIFEST}
+            present = {path.relative_to(self.path).as_posix() for path in _files(self.path)} - {MANIFEST}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is damaged: its {MANIFEST} cannot be read") from error
         if made_as != _FORMAT:
@@ -188,6 +194,38 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return parse_json((checkpoint.path / "state.json").read_bytes())
 
 
+def samples_dealt(checkpoint: Checkpoint) -> int:
+    """Return how many samples the run had dealt to all processes, by a checkpoint that verified.
+
+    Raises:
+        CheckpointError: its state cannot be read.
+    """
+    try:
+        return int(read_state(checkpoint)["samples"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read") from error
+
+
+def check_same_experts(checkpoint: Checkpoint, lora: LoraSettings) -> None:
+    """Check that the LoRA of a checkpoint that verified is that of the experts that the settings name.
+
+    The files of an adapter do not say whose it is.
+
+    Raises:
+        ConfigError: it is of another expert.
+        CheckpointError: the state cannot be read.
+    """
+    try:
+        saved = read_state(checkpoint).get(EXPERTS, "low")
+    except (OSError, DocumentError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read") from error
+    if saved != lora.experts:
+        raise ConfigError(
+            f"lora.experts: the LoRA in {checkpoint.path} is that of {saved}, not {lora.experts}, and a run goes on "
+            "with the experts that it began with"
+        )
+
+
 def _hidden(path: Path, why: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{why}")
 
@@ -203,8 +241,17 @@ def _settle_replaced(run: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    files = sorted(folder.iterdir())
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+    files = sorted(_files(folder))
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    }
     (folder / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": entries}, indent=2) + "\n")
-    for path in (*files, folder / MANIFEST, folder):
+    inner = sorted({path.parent for path in files} - {folder})
+    for path in (*files, folder / MANIFEST, *inner, folder):
         sync(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All that is in the folder and in those within it, but these themselves."""
+    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]

@@ -3,26 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from frostline.rewards.active import ActiveReward
+from frostline.rewards.config import OF_THE_LOSS
+from frostline.rewards.reward import RewardScore
+from frostline.runtime.cache import content_key
 from frostline.train.data.dataset import Sample, collate
+from frostline.train.judging.judge import Judge
+from frostline.train.loop.state import unchanged_random
+from frostline.train.step.conditioning import Conditioning
 from frostline.train.step.module import TrainingModule
+
+PSNR = "psnr"
+PSNR_ABOUT = (
+    "Peak signal-to-noise ratio: how near the pixels are to those of the true clip, in decibels; higher is nearer. A "
+    "clear fall would mean that the reward was won by spoiling the picture."
+)
+# Of a pairing key: enough to tell the few settings of a run's validations apart.
+_KEY_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """N generated videos (N, T, 3, H, W) in [0, 1], on the CPU, and how good they are.
 
-    measured: (N,) by name: every reward's score and further metrics (`face_score`, `detection_rate`, …), and `psnr`,
-    dB to the true clip as far as that goes. The score is NaN of a video that does not count.
+    measured: (N,) by name: every reward's score and further metrics (`face_score`, `detection_rate`, …), those of the
+    judges (`judge_<label>`, `judge_<label>_<metric>`), and `psnr`, dB to the true clip as far as that goes. A score is
+    NaN of a video that does not count, and so is the PSNR where the sample has no clip.
+    frames: (N, T) by name of a score, of rewards and judges that score single frames: NaN where one could not be.
+    rewards, judges: the names of the scores that training rewards, and of those that it never sees.
+    settings: by measure, a key of the settings of what measured it.
+    samples: the content keys of the starts.
     """
 
     measured: dict[str, Tensor]
     videos: Tensor
+    frames: dict[str, Tensor] = field(default_factory=dict)
+    rewards: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+    samples: tuple[str, ...] = ()
+
+    @classmethod
+    def join(cls, parts: Sequence[Evaluation], count: int | None = None) -> Evaluation:
+        """Of parts with the same measures, the first `count` videos in their order, or all."""
+        first = parts[0]
+        return cls(
+            measured={name: torch.cat([part.measured[name] for part in parts])[:count] for name in first.measured},
+            videos=torch.cat([part.videos for part in parts])[:count],
+            frames={name: torch.cat([part.frames[name] for part in parts])[:count] for name in first.frames},
+            rewards=first.rewards,
+            judges=first.judges,
+            settings=first.settings,
+            samples=tuple(key for part in parts for key in part.samples)[:count],
+        )
 
 
 @torch.no_grad()
@@ -33,37 +72,85 @@ def evaluate(
     *,
     noise_seed: int = 0,
     batch_size: int = 5,
+    judges: Sequence[Judge] = (),
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Generate from the samples `starts` of `dataset` and score against their videos.
+    """Generate from the samples `starts` of `dataset` and score against their references or videos.
 
-    Each start has its own noise, seeded by its index, so that runs before and after training compare.
+    Each start has its own noise, seeded by its index, so that runs before and after training compare. Random numbers
+    that rewards or judges draw are not missing in training: the generators are put back to where they stood.
 
     Args:
+        judges: score too.
         advance: called with the number of starts just finished.
     """
-    measured, videos = [], []
-    for first in range(0, len(starts), batch_size):
-        index = starts[first : first + batch_size]
-        batch = collate([dataset[i] for i in index])
-        conditioning = module.forward_preprocess(batch)
-        noise = torch.stack([_noise(conditioning.latent_shape, noise_seed, i) for i in index])
-        generated = module.generate(conditioning, noise.to(conditioning.device))
-        values = {"psnr": _psnr(generated, batch["video"].to(generated.device), batch["valid_frames"])}
-        for active, score in module.score(generated, conditioning):
-            counts = score.valid | (active.config.on_unscored == "zero")
-            values |= {active.name: torch.where(counts, score.score, torch.nan), **score.metrics}
-        measured.append({name: value.cpu() for name, value in values.items()})
-        videos.append(generated.cpu())
-        advance(len(index))
-    return Evaluation({name: torch.cat([part[name] for part in measured]) for name in measured[0]}, torch.cat(videos))
+    parts = []
+    with unchanged_random():
+        for first in range(0, len(starts), batch_size):
+            index = starts[first : first + batch_size]
+            batch = collate([dataset[i] for i in index])
+            conditioning = module.forward_preprocess(batch)
+            noise = start_noise(conditioning.latent_shape, noise_seed, index)
+            latents = module.generate_latents(conditioning, noise.to(conditioning.device), comes_again=True)
+            generated = module.decode(latents)
+            psnr = _psnr(generated, batch["video"].to(generated.device), batch["valid_frames"])
+            parts.append(_measured(module, generated, latents, conditioning, judges, psnr))
+            advance(len(index))
+    return Evaluation.join(parts)
 
 
-def _noise(shape: tuple[int, ...], seed: int, index: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1_000_003 * (seed + 1) + index))
+def _measured(
+    module: TrainingModule,
+    generated: Tensor,
+    latents: Tensor,
+    conditioning: Conditioning,
+    judges: Sequence[Judge],
+    psnr: Tensor,
+) -> Evaluation:
+    measured, frames, settings = {PSNR: psnr}, {}, {PSNR: ""}
+    rewarded = [(active.name, active, scored) for active, scored in module.score(generated, conditioning, latents)]
+    judged = [(judge.name, judge.active, judge.score(generated, conditioning, latents)) for judge in judges]
+    for name, active, scored in (*rewarded, *judged):
+        measured |= {name: _counting(active, scored), **scored.metrics}
+        settings |= dict.fromkeys((name, *scored.metrics), _settings_key(active))
+        if scored.frame_scores is not None:
+            frames[name] = scored.frame_scores
+    return Evaluation(
+        measured={name: values.cpu() for name, values in measured.items()},
+        videos=generated.cpu(),
+        frames={name: values.float().cpu() for name, values in frames.items()},
+        rewards=tuple(name for name, *_ in rewarded),
+        judges=tuple(name for name, *_ in judged),
+        settings=settings,
+        samples=conditioning.sample_keys,
+    )
+
+
+def _counting(active: ActiveReward, scored: RewardScore) -> Tensor:
+    """(B,) the scores, NaN of videos that do not count."""
+    counts = scored.valid | (active.config.on_unscored == "zero")
+    return torch.where(counts, scored.score, torch.nan)
+
+
+def _settings_key(active: ActiveReward) -> str:
+    return content_key(
+        config=active.config.model_dump(mode="json", exclude={*OF_THE_LOSS}), references=active.references_key
+    )
+
+
+def pairing_keys(evaluation: Evaluation, noise_seed: int) -> dict[str, str]:
+    """Return a key for each measure: where two validations have the same, they measured the same starts alike."""
+    starts = content_key(samples=list(evaluation.samples), noise_seed=noise_seed)
+    return {name: content_key(starts=starts, settings=key)[:_KEY_DIGITS] for name, key in evaluation.settings.items()}
+
+
+def start_noise(shape: tuple[int, ...], seed: int, starts: Sequence[int]) -> Tensor:
+    """Return the noise (B, C, F, h, w) that samples of a data set start from, on the CPU, the same every time."""
+    seeds = [1_000_003 * (seed + 1) + index for index in starts]
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
 
 
 def _psnr(video: Tensor, truth: Tensor, frames: Sequence[int]) -> Tensor:
-    """(B,) peak signal-to-noise ratio in dB of videos in [0, 1], each over its first so many frames."""
+    """Return the PSNR (B,) in dB of videos in [0, 1], each over its first `frames[b]` frames; NaN for 0 frames."""
     errors = [(sample - true)[:own].pow(2).mean() for sample, true, own in zip(video, truth, frames, strict=True)]
     return -10 * torch.log10(torch.stack(errors).clamp(min=1e-10))

@@ -17,9 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from frostline.runtime.backends import TORCH
 from frostline.runtime.stage_timer import StageTime
 from frostline.train.data.dataset import CollatedBatch
+from frostline.train.loop.average import AdapterAverage
 from frostline.train.loop.state import random_tensors
 from frostline.train.processes import any_process, average_gradients, gather_from_processes
 from frostline.train.settings import TrainerSettings
+from frostline.train.step.kl import adapted_weight
 from frostline.train.step.module import TrainingModule
 from frostline.train.step.result import StepMetrics
 
@@ -32,7 +34,7 @@ class Training:
     replicated: whether gradients have to be averaged by hand, because the wrapper leaves the LoRA alone.
     step: optimizer steps done. samples: dealt so far, to all processes together. skipped: steps without an update,
     in all and in a row. random: the states of the generators at the end of `step`. intact: False while the optimizer
-    is at work.
+    is at work. average: of the LoRA matrices over the steps, where `ema_decay` asks for one.
     """
 
     accelerator: Accelerator
@@ -43,6 +45,7 @@ class Training:
     parameters: dict[str, nn.Parameter]
     settings: TrainerSettings
     replicated: bool = False
+    average: AdapterAverage | None = None
     step: int = 0
     samples: int = 0
     skipped: int = 0
@@ -94,18 +97,32 @@ def optimizer_step(training: Training, batches: Iterator[CollatedBatch]) -> dict
                     training.intact = True
                 training.optimizer.zero_grad()
     training.step += 1
+    if (stale := training.module.parts.stale) is not None:
+        stale.step = training.step
     training.samples += training.samples_per_step
     training.skipped += not finite
     training.skipped_in_row = 0 if finite else training.skipped_in_row + 1
     training.random = random_tensors()
+    means = _means(gather_from_processes(measured))
+    if finite:
+        _after_update(training, means["kl_loss"])
     return {
         "step": training.step,
-        **_means(gather_from_processes(measured)),
+        **means,
         "grad_norm": grad_norm.item(),
         "learning_rate": learning_rate,
         "skipped": not finite,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _after_update(training: Training, kl_loss: float) -> None:
+    """Let what follows the weights follow them: their average, and the weight of the KL term."""
+    if training.average is not None:
+        training.average.follow(training.parameters)
+    target = training.module.settings.kl_target
+    if target is not None:
+        training.module.kl_weight = adapted_weight(training.module.kl_weight, kl_loss, target)
 
 
 @dataclass(frozen=True)
@@ -135,12 +152,18 @@ def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
     for forward in forwards:
         for name, values in forward.metrics.per_sample.items():
             per_sample[name] += values
+    kl: dict[int, list[float]] = defaultdict(list)
+    for forward in forwards:
+        for step, term in forward.metrics.kl.items():
+            kl[step].append(term)
     # A reward's own score is the mean of the samples that count, in whichever forward and process they were; there is
     # none where none counts.
     scores: dict[str, float] = {}
     for name in forwards[0].metrics.scores:
         sums, counts = zip(*(forward.metrics.scores[name] for forward in forwards), strict=True)
         scores[name] = sum(sums) / sum(counts) if sum(counts) else math.nan
+    of_clips = [forward.metrics.sft_loss for forward in forwards if forward.metrics.sft_loss is not None]
+    sft = _mean(of_clips) if of_clips else None
     return {
         "loss": _mean([forward.loss for forward in forwards]),
         "score": next(iter(scores.values())),
@@ -148,7 +171,9 @@ def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
         **{name: _mean(values) for name, values in per_sample.items()},
         **scores,
         "sample_id": [name for forward in forwards for name in forward.metrics.sample_id],
-        "kl": [_mean(list(values)) for values in zip(*(forward.metrics.kl for forward in forwards), strict=True)],
+        "kl_weight": forwards[0].metrics.kl_weight,
+        **({} if sft is None else {"sft_loss": sft}),
+        "kl": {str(step): _mean(values) for step, values in sorted(kl.items())},
         "stages": _stages(by_process[0]),
     }
 

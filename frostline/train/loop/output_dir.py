@@ -11,9 +11,11 @@ from typing import Any
 
 from frostline.documents import parse_json
 from frostline.errors import CheckpointError, ConfigError, DocumentError
+from frostline.models.lora import EXPERT_PARTS
 from frostline.train.loop.checkpoint import Checkpoint, discard, find_checkpoints
 from frostline.train.loop.run_dir import (
     ADAPTER,
+    ADAPTER_EMA,
     BEGAN_FROM,
     CLIPS,
     CONFIG,
@@ -28,18 +30,20 @@ from frostline.train.loop.run_dir import (
 )
 
 _FILES = (METRICS, VALIDATION, CONFIG, REPORT, SHEET, TIMING)
-_OWN_ADAPTER = r"adapter_config\.json|adapter_model\.safetensors"
+# Those of two experts are in a folder each.
+_EXPERTS = "|".join(EXPERT_PARTS.values())
+_OWN_ADAPTER = rf"(?:(?:{_EXPERTS})/)?(?:adapter_config\.json|adapter_model\.safetensors)"
 # What a run writes, by its place in the folder; nothing else is ever deleted.
 _OWN = re.compile(
     "|".join(
         (
             *map(re.escape, _FILES),
-            rf"{ADAPTER}/(?:{_OWN_ADAPTER})",
-            rf"{CLIPS}/(?:truth|step-\d{{6,}})/(?:(?:lossless/)?\d+\.mp4|{re.escape(SHEET)})",
+            rf"(?:{ADAPTER}|{ADAPTER_EMA})/{_OWN_ADAPTER}",
+            rf"{CLIPS}/(?:truth|reference|step-\d{{6,}})/(?:(?:lossless/)?\d+\.mp4|{re.escape(SHEET)})",
             rf"{CLIPS}/step-\d{{6,}}\.csv",
             rf"{TRACKERS}/.*",
-            rf"checkpoint-\d+/(?:{_OWN_ADAPTER}|optimizer\.safetensors|random-\d+\.safetensors|state\.json"
-            rf"|{re.escape(CONFIG)}|manifest\.json)",
+            rf"checkpoint-\d+/(?:{_OWN_ADAPTER}|(?:optimizer|adapter_ema|(?:random|rollout)-\d+)\.safetensors"
+            rf"|state\.json|{re.escape(CONFIG)}|manifest\.json)",
             r"\.checkpoint-\d+\.[0-9a-f]{8}\.(?:partial|replaced)/.*",
         )
     ),
@@ -47,8 +51,9 @@ _OWN = re.compile(
 )
 # The folders that it makes.
 _PLACE = re.compile(
-    rf"{ADAPTER}|{CLIPS}(?:/(?:truth|step-\d{{6,}})(?:/lossless)?)?|{TRACKERS}(?:/.*)?"
-    r"|checkpoint-\d+|\.checkpoint-\d+\.[0-9a-f]{8}\.(?:partial|replaced)",
+    rf"(?:{ADAPTER}|{ADAPTER_EMA})(?:/(?:{_EXPERTS}))?"
+    rf"|{CLIPS}(?:/(?:truth|reference|step-\d{{6,}})(?:/lossless)?)?|{TRACKERS}(?:/.*)?"
+    rf"|checkpoint-\d+(?:/(?:{_EXPERTS}))?|\.checkpoint-\d+\.[0-9a-f]{{8}}\.(?:partial|replaced)(?:/(?:{_EXPERTS}))?",
     re.DOTALL,
 )
 # As `atomic_write` calls a file until it is whole.
@@ -97,7 +102,7 @@ def check_start(folder: Path, resume: Checkpoint | None = None, overwrite: bool 
     """
     try:
         checkpoints = find_checkpoints(folder)
-        names = (*_FILES, RUN_FACTS, ADAPTER, CLIPS, TRACKERS)
+        names = (*_FILES, RUN_FACTS, ADAPTER, ADAPTER_EMA, CLIPS, TRACKERS)
         found = [checkpoint.path for checkpoint in checkpoints]
         found += [folder / name for name in names if _has_content(folder / name)]
         strange = _strange_files(folder, checkpoints)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+from frostline.config import LoraSettings
 from frostline.documents import read_yaml
 from frostline.errors import CheckpointError, ConfigError, DocumentError
-from frostline.models.lora import read_adapter
+from frostline.experts import ExpertName
+from frostline.models.lora import Adapter, UniformLora, read_adapters, read_one_adapter
 from frostline.stages.families import family_of
 from frostline.train.config_file import dump_settings
 from frostline.train.flatten import flatten
-from frostline.train.loop.checkpoint import Checkpoint, find_checkpoints, latest_intact
+from frostline.train.loop.checkpoint import Checkpoint, check_same_experts, find_checkpoints, latest_intact
 from frostline.train.loop.run_dir import CONFIG
 from frostline.train.settings import RunSettings
 
@@ -55,29 +58,66 @@ def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
 
 
 def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
-    """Hold the adapter of a checkpoint that verified against the settings of the run that is to go on from it.
+    """Hold a checkpoint that verified against the settings of the run that is to go on from it.
 
     Raises:
-        ConfigError: it has another rank, another scale, or is on other layers.
+        ConfigError: it is of other experts; its adapter has another rank, another scale, is on other layers, or was
+            trained on top of other base adapters; or the settings name an adapter to begin with that the run did not
+            begin with.
+        CheckpointError: its state or its settings cannot be read.
+    """
+    check_same_experts(checkpoint, settings.lora)
+    read_trained(checkpoint.path, settings)
+    before, now = _saved_settings(checkpoint), dump_settings(settings)
+    if now["init_adapter"] not in (None, before.get("init_adapter")):
+        raise ConfigError(
+            f"init_adapter: {settings.init_adapter} would not be read, as {checkpoint.path} has an adapter of its own: "
+            "leave it out, or begin anew"
+        )
+    if now["base_adapters"] != before.get("base_adapters", []):
+        raise ConfigError(
+            f"base_adapters: the adapter in {checkpoint.path} was trained on top of {_listed(before)}, not of "
+            f"{_listed(now)}"
+        )
+
+
+def read_trained(path: Path, settings: RunSettings) -> dict[ExpertName, Adapter]:
+    """Read the adapters in a folder or file that a run of these settings is to train further, by expert.
+
+    Raises:
+        ConfigError: one cannot be read, has another rank, another scale, or is on other layers, or there are those of
+            two experts where one is trained; names the path.
     """
     family, lora = family_of(settings.model), settings.lora
-    adapter = read_adapter(checkpoint.path, family.layer_path).uniform()
+    adapters: dict[ExpertName, Adapter]
+    if lora.experts == "both":
+        adapters = read_adapters(path, family.layer_path, lora.experts)
+    else:
+        adapters = {lora.experts: read_one_adapter(path, family.layer_path)}
+    loras = [adapter.uniform() for adapter in adapters.values()]
+    for adapter in loras:
+        _check_sizes(path, adapter, lora)
+    # A layer may be one of the expert with more blocks alone.
+    layers = {layer: None for adapter in loras for layer in adapter.layers}
+    names = lora.target_modules or family.LORA_TARGETS
+    targets = {target: re.compile(rf"(?:.*\.)?{re.escape(target)}") for target in names}
+    unused = [target for target, pattern in targets.items() if not any(map(pattern.fullmatch, layers))]
+    others = [name for name in layers if not any(pattern.fullmatch(name) for pattern in targets.values())]
+    if unused or others:
+        raise ConfigError(
+            f"lora.target_modules: the adapter in {path} is on other layers: "
+            + (f"there is none called {unused[0]}" if unused else f"{others[0]} is called none of these")
+        )
+    return adapters
+
+
+def _check_sizes(path: Path, adapter: UniformLora, lora: LoraSettings) -> None:
     if adapter.rank != lora.rank:
-        raise ConfigError(f"lora.rank: the adapter in {checkpoint.path} has rank {adapter.rank}, not {lora.rank}")
+        raise ConfigError(f"lora.rank: the adapter in {path} has rank {adapter.rank}, not {lora.rank}")
     scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
     if adapter.scale != scale:
         raise ConfigError(
-            f"lora.alpha: the adapter in {checkpoint.path} has a scale (alpha / rank) of {adapter.scale:g}, "
-            f"not {scale:g}"
-        )
-    names = lora.target_modules or family.LORA_TARGETS
-    targets = {target: re.compile(rf"(?:.*\.)?{re.escape(target)}") for target in names}
-    unused = [target for target, pattern in targets.items() if not any(map(pattern.fullmatch, adapter.layers))]
-    others = [name for name in adapter.layers if not any(pattern.fullmatch(name) for pattern in targets.values())]
-    if unused or others:
-        raise ConfigError(
-            f"lora.target_modules: the adapter in {checkpoint.path} is on other layers: "
-            + (f"there is none called {unused[0]}" if unused else f"{others[0]} is called none of these")
+            f"lora.alpha: the adapter in {path} has a scale (alpha / rank) of {adapter.scale:g}, not {scale:g}"
         )
 
 
@@ -87,15 +127,7 @@ def changed_settings(checkpoint: Checkpoint, settings: RunSettings) -> dict[str,
     Raises:
         CheckpointError: its settings cannot be read.
     """
-    try:
-        saved = read_yaml(checkpoint.path / CONFIG) or {}
-    except OSError as error:
-        raise CheckpointError(f"{checkpoint.path / CONFIG} cannot be read: {error.strerror}") from error
-    except DocumentError as error:
-        raise CheckpointError(f"{checkpoint.path / CONFIG} {error}") from error
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{checkpoint.path / CONFIG} is no mapping of settings")
-    before, now = flatten(saved), flatten(dump_settings(settings))
+    before, now = flatten(_saved_settings(checkpoint)), flatten(dump_settings(settings))
     names = dict.fromkeys((*now, *before))
     # A setting may be newer than the checkpoint; of a list, whole entries came or went, or are of another type.
     entries = {name: _ENTRY.match(name) for name in names}
@@ -106,6 +138,29 @@ def changed_settings(checkpoint: Checkpoint, settings: RunSettings) -> dict[str,
         if before.get(name) != now.get(name) and not name.startswith(_OF_NO_CONSEQUENCE)
         if (name in before and name in now) or ((place := entries[name]) and place[0] not in same)
     }
+
+
+def _saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint; none where it was not a run of settings.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        saved = read_yaml(checkpoint.path / CONFIG) or {}
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.path / CONFIG} cannot be read: {error.strerror}") from error
+    except DocumentError as error:
+        raise CheckpointError(f"{checkpoint.path / CONFIG} {error}") from error
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{checkpoint.path / CONFIG} is no mapping of settings")
+    return saved
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    """The base adapters that settings name, for a message."""
+    adapters = settings.get("base_adapters") or []
+    return json.dumps(adapters) if adapters else "the model alone"
 
 
 def _type(values: dict[str, Any], entry: str) -> object:

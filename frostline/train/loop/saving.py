@@ -18,7 +18,15 @@ from frostline.errors import CheckpointError
 from frostline.package_info import installed_versions
 from frostline.runtime.backends import engine_packages
 from frostline.stages.families import family_of
-from frostline.train.loop.checkpoint import Checkpoint, read_state, rotate, write_checkpoint
+from frostline.train.loop.average import AdapterAverage
+from frostline.train.loop.checkpoint import (
+    EXPERTS,
+    Checkpoint,
+    check_same_experts,
+    read_state,
+    rotate,
+    write_checkpoint,
+)
 from frostline.train.loop.optimizer_step import Training
 from frostline.train.loop.run_dir import CONFIG
 from frostline.train.loop.state import (
@@ -33,7 +41,7 @@ from frostline.train.step.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
-_OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
+_OPTIMIZER, _AVERAGE, _STATE = "optimizer.safetensors", "adapter_ema.safetensors", "state.json"
 # What the numbers depend on, beside what engines run on.
 _PACKAGES = ("frostline", "torch", "accelerate", "peft")
 
@@ -44,9 +52,11 @@ def save(training: Training, folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the disk does not take it; what was saved before stays.
     """
-    random = gather_from_processes(training.random)
+    stale = training.module.parts.stale
+    tensors = {"random": training.random, **({} if stale is None else {"rollout": stale.tensors()})}
+    of_processes = gather_from_processes(tensors)
     if training.accelerator.is_main_process:
-        write_checkpoint(folder, training.step, lambda partial: _write(training, random, config, partial))
+        write_checkpoint(folder, training.step, lambda partial: _write(training, of_processes, config, partial))
         rotate(folder, training.settings.save_total_limit)
 
 
@@ -54,13 +64,14 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     """Put back what `save` wrote; the checkpoint must have been verified.
 
     Raises:
-        ConfigError: it is of another adapter.
+        ConfigError: it is of another adapter, or that is of another expert.
         CheckpointError: it is of another version, or not what it is called.
     """
     try:
         state = read_state(checkpoint)
         if int(state["step"]) != checkpoint.step:
             raise ValueError(f"its state is of step {state['step']}: was it renamed?")
+        check_same_experts(checkpoint, training.module.settings.lora)
         training.module.load_adapter(checkpoint.path)
         tensors = safetensors.torch.load_file(checkpoint.path / _OPTIMIZER)
         restore_optimizer(training.optimizer, training.parameters, tensors)
@@ -70,7 +81,11 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         if training.module.settings.gradient_checkpointing == AUTO:
             # Whatever is free this time: another kind adds up in another order.
             training.module.checkpoint(CHECKPOINTING[CHECKPOINTING.index(state["gradient_checkpointing"])])
-        _restore_random(training, checkpoint, int(state["processes"]))
+        if training.module.settings.kl_target is not None:
+            training.module.kl_weight = float(state["kl_weight"])
+        if training.average is not None:
+            _restore_average(training.average, training, checkpoint, state["ema_updates"])
+        _restore_of_process(training, checkpoint, int(state["processes"]))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{checkpoint.path} cannot be restored: {what}") from error
@@ -81,18 +96,26 @@ def package_versions(module: TrainingModule) -> dict[str, str]:
     return installed_versions((*_PACKAGES, *family_of(module.components).PACKAGES, *engine_packages()))
 
 
-def _write(training: Training, random: list[dict[str, Tensor]], config: Mapping[str, Any], folder: Path) -> None:
+def _write(
+    training: Training, of_processes: list[dict[str, dict[str, Tensor]]], config: Mapping[str, Any], folder: Path
+) -> None:
     training.module.save_adapter(folder)
     names = {id(parameter): name for name, parameter in training.parameters.items()}
     _write_tensors(folder / _OPTIMIZER, optimizer_tensors(training.optimizer, names))
-    for process, tensors in enumerate(random):
-        _write_tensors(folder / _random_file(process), tensors)
+    if training.average is not None:
+        _write_tensors(folder / _AVERAGE, training.average.tensors())
+    for process, by_kind in enumerate(of_processes):
+        for kind, tensors in by_kind.items():
+            _write_tensors(folder / _file_of_process(kind, process), tensors)
     state = {
         "step": training.step,
         "samples": training.samples,
         "skipped": training.skipped,
         "skipped_in_row": training.skipped_in_row,
+        "ema_updates": None if training.average is None else training.average.updates,
+        "kl_weight": training.module.kl_weight,
         "processes": training.accelerator.num_processes,
+        EXPERTS: training.module.settings.lora.experts,
         "gradient_checkpointing": training.module.gradient_checkpointing,
         "versions": package_versions(training.module),
     }
@@ -105,8 +128,16 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(safetensors.torch.save(dict(tensors)))
 
 
-def _restore_random(training: Training, checkpoint: Checkpoint, processes: int) -> None:
-    """Each process takes up its own generators; those that are new keep their seed."""
+def _restore_average(average: AdapterAverage, training: Training, checkpoint: Checkpoint, updates: int | None) -> None:
+    """Restore the average after so many updates; a run that kept none so far begins one with the adapter as it is."""
+    if updates is None:
+        average.restore(training.parameters, 0)
+    else:
+        average.restore(safetensors.torch.load_file(checkpoint.path / _AVERAGE), updates)
+
+
+def _restore_of_process(training: Training, checkpoint: Checkpoint, processes: int) -> None:
+    """Each process takes up its own generators and latents; those that are new keep their seed."""
     process = training.accelerator.process_index
     if processes != training.accelerator.num_processes:
         log.warning(
@@ -116,9 +147,12 @@ def _restore_random(training: Training, checkpoint: Checkpoint, processes: int) 
             training.accelerator.num_processes,
         )
     if process < processes:
-        restore_random(safetensors.torch.load_file(checkpoint.path / _random_file(process)))
+        restore_random(safetensors.torch.load_file(checkpoint.path / _file_of_process("random", process)))
     training.random = random_tensors()
+    if (stale := training.module.parts.stale) is not None:
+        path = checkpoint.path / _file_of_process("rollout", process)
+        stale.restore(safetensors.torch.load_file(path) if path.exists() else {}, training.step)
 
 
-def _random_file(process: int) -> str:
-    return f"random-{process}.safetensors"
+def _file_of_process(kind: str, process: int) -> str:
+    return f"{kind}-{process}.safetensors"

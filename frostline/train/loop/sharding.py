@@ -34,7 +34,7 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
     from torch.distributed.fsdp import fully_shard
 
     for expert in module.model.experts:
-        if not expert.trained:
+        if not expert.trained and expert.stage not in module.runtime.idle:
             # Its outputs are cached by the hash of its weights, which is taken while they are whole.
             module.runtime.fingerprint(expert.stage)
     for layer in _frozen_layers(module):
@@ -50,10 +50,11 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
 
 
 def sample_through_shards(module: TrainingModule) -> None:
-    """Let `generate` gather weights as `forward` does; to be called after `accelerator.prepare`."""
+    """Let sampling gather weights as `forward` does; to be called after `accelerator.prepare`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    register_fsdp_forward_method(module, "generate")
+    # `generate` calls it; the decoder is never sharded.
+    register_fsdp_forward_method(module, "generate_latents")
 
 
 def _frozen_layers(module: TrainingModule) -> list[nn.Linear]:
@@ -61,6 +62,7 @@ def _frozen_layers(module: TrainingModule) -> list[nn.Linear]:
     return [
         layer
         for expert in module.model.experts
+        if expert.stage not in module.runtime.idle  # its weights are not in memory
         for block in expert.module.blocks
         for layer in block.modules()
         if isinstance(layer, nn.Linear) and not any(parameter.requires_grad for parameter in layer.parameters())

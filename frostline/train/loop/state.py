@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -65,6 +67,16 @@ def random_tensors() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         tensors |= {f"cuda_{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return tensors
+
+
+@contextmanager
+def unchanged_random() -> Iterator[None]:
+    """After the block the generators are where they were before it."""
+    before = random_tensors()
+    try:
+        yield
+    finally:
+        restore_random(before)
 
 
 def restore_random(tensors: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from frostline.errors import FrostlineError, TrainingError
 from frostline.train.data.data_order import DataOrder
 from frostline.train.data.dataset import Sample
 from frostline.train.data.loader import Batches
+from frostline.train.judging.verdict import with_verdict
+from frostline.train.loop.average import AdapterAverage
 from frostline.train.loop.checkpoint import Checkpoint, rotate, set_aside_after
 from frostline.train.loop.optimizer_step import Training, optimizer_step
 from frostline.train.loop.output_dir import began_from, begins_in, check_start, clear_run, clear_unfinished, origin
 from frostline.train.loop.run_dir import (
     ADAPTER,
+    ADAPTER_EMA,
     BEGAN_FROM,
     CONFIG,
     METRICS,
@@ -38,12 +41,13 @@ from frostline.train.loop.run_dir import (
     VALIDATION,
     JsonLines,
     claimed,
+    read_lines,
 )
 from frostline.train.loop.saving import restore, save
 from frostline.train.loop.sharding import sample_through_shards, shard_frozen_weights
 from frostline.train.loop.signals import StopSignals
 from frostline.train.loop.trackers import check_trackers, finish_trackers, start_trackers, track
-from frostline.train.processes import any_process
+from frostline.train.processes import any_process, gather_from_processes
 from frostline.train.settings import TrainerSettings
 from frostline.train.step.module import TrainingModule
 
@@ -52,11 +56,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """How a run ended. step: optimizer steps done, skipped: those without an update. stopped_by: a signal, if one."""
+    """How a run ended.
+
+    step: optimizer steps done, skipped: those without an update. stopped_by: a signal, if one. verdict: of the last
+    validation, in a sentence; empty where there was none, or nothing to compare. stopped_by_judge: whether it ended
+    because a judge fell (`train.stop_when_judge_falls`).
+    """
 
     step: int
     skipped: int
     stopped_by: signal.Signals | None
+    verdict: str = ""
+    stopped_by_judge: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class RunOptions:
     config: the settings of the run, kept beside its files and in every checkpoint, and told to the trackers.
     facts: what else to keep in `run.json`.
     validate, validation_steps: called with the step at the start, the end and every so many steps, on all processes;
-        what it returns becomes a line of `validation.jsonl`.
+        what it returns becomes a line of `validation.jsonl`, with the verdict on all lines so far.
     on_step: receives each line of `metrics.jsonl`.
     """
 
@@ -112,7 +123,11 @@ def train(
 ) -> TrainOutcome:
     """Train the LoRA of `module`; writes `metrics.jsonl` and `checkpoint-N/` as it goes, and `adapter/` at the end.
 
-    SIGTERM or SIGINT: the running step is finished and saved, then the run ends.
+    With `ema_decay`, validation looks at the averaged adapter, which becomes `adapter_ema/`.
+
+    SIGTERM or SIGINT: the running step is finished and saved, then the run ends. So it does, with the adapter, where
+    judges fell at as many validations in a row as `stop_when_judge_falls` says; who resumes it goes on to the next
+    validation, which may end it again.
 
     Raises:
         ConfigError: the folder holds another run, or the checkpoint is of another adapter. It is then as it was.
@@ -206,7 +221,9 @@ def _prepare(module: TrainingModule, settings: TrainerSettings, accelerator: Acc
         sample_through_shards(module)
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.lr_warmup_steps, settings.max_train_steps)
     assert isinstance(scheduler, LambdaLR)
-    return Training(accelerator, module, model, optimizer, scheduler, module.trainable_parameters(), settings, sharded)
+    parameters = module.trainable_parameters()
+    average = None if settings.ema_decay is None else AdapterAverage(settings.ema_decay, parameters)
+    return Training(accelerator, module, model, optimizer, scheduler, parameters, settings, sharded, average)
 
 
 class _Run:
@@ -220,6 +237,7 @@ class _Run:
         self.is_main = training.accelerator.is_main_process
         self.metrics, self.validation = JsonLines(output_dir / METRICS), JsonLines(output_dir / VALIDATION)
         self.saved_step = training.step if options.resume is not None else None
+        self.verdict, self.judged_out = "", False
 
     def go(self, dataset: Dataset[Sample]) -> TrainOutcome:
         training, settings = self.training, self.training.settings
@@ -243,9 +261,14 @@ class _Run:
         finally:
             batches.close()
         self._save()
-        if training.step >= settings.max_train_steps and self.is_main:
+        if (training.step >= settings.max_train_steps or self.judged_out) and self.is_main:
             training.module.save_adapter(self.output_dir / ADAPTER)
-        return TrainOutcome(training.step, training.skipped, self.stop.requested)
+            if training.average is not None:
+                with self._averaged():
+                    training.module.save_adapter(self.output_dir / ADAPTER_EMA)
+        # What the validations came to, the first process alone knows.
+        verdict, judged_out = gather_from_processes((self.verdict, self.judged_out))[0]
+        return TrainOutcome(training.step, training.skipped, self.stop.requested, verdict, judged_out)
 
     def _one_step(self, batches: Batches) -> None:
         training, settings = self.training, self.training.settings
@@ -269,10 +292,23 @@ class _Run:
     def _validate(self) -> None:
         if self.options.validate is None:
             return
-        line = {"step": self.training.step, **self.options.validate(self.training.step)}
+        with self._averaged():
+            line = {"step": self.training.step, **self.options.validate(self.training.step)}
         if self.is_main:
+            line, verdict = with_verdict(read_lines(self.validation.path), line)
+            self.verdict = verdict.sentence
+            if verdict.sentence:
+                log.log(logging.WARNING if verdict.is_bad else logging.INFO, "step %d: %s", line["step"], self.verdict)
+            limit, settings = self.training.settings.stop_when_judge_falls, self.training.settings
+            if limit is not None and verdict.falling_in_row >= limit and self.training.step < settings.max_train_steps:
+                self.judged_out = line["verdict"]["stops"] = True
             self.validation.append(line)
             track(self.training.accelerator, line, "validation")
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Where the module has the averaged adapter, if the run keeps one."""
+        average, parameters = self.training.average, self.training.parameters
+        return nullcontext() if average is None else average.in_place_of(parameters)
 
     def _save(self) -> None:
         if self.training.step in (0, self.saved_step):
@@ -294,4 +330,5 @@ class _Run:
             log.warning("%s", error)
 
     def _asked_to_stop(self) -> bool:
-        return any_process(self.stop.requested is not None, self.training.accelerator.device)
+        wanted = self.stop.requested is not None or self.judged_out
+        return any_process(wanted, self.training.accelerator.device)

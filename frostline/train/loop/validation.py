@@ -2,21 +2,23 @@
 
 A run folder then holds
 
-    validation/truth/0.mp4, 1.mp4, …            the true clips, without what padded them
+    validation/truth/0.mp4, 1.mp4, …            the true clips, without what padded them; of samples that have one
+    validation/reference/0.mp4, 1.mp4, …        the reference pictures as frames, of samples that have some
     validation/step-000040/0.mp4, 1.mp4, …      what was generated from their first frames at that step
     validation/step-000040/contact_sheet.png    both, one above the other
-    validation/step-000040.csv                  their paths and prompts, as `frostline score --pairs` takes them
+    validation/step-000040.csv                  their paths and prompts, as `frostline score --pairs` takes them, and
+                                                what was measured; the reference is the file of pictures, or else the
+                                                true clip, or none
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,15 +27,19 @@ from frostline.errors import TrainingError
 from frostline.escaping import csv_cell
 from frostline.report.contact_sheet import SheetRow, contact_sheet
 from frostline.train.data.dataset import Sample
-from frostline.train.loop.evaluation import Evaluation, evaluate
+from frostline.train.judging.judge import Judge
+from frostline.train.loop.evaluation import Evaluation, evaluate, pairing_keys
 from frostline.train.loop.run_dir import CLIPS, SHEET
 from frostline.train.processes import gather_from_processes, process_count, process_index
+from frostline.train.settings import ValidationSettings
 from frostline.train.step.module import TrainingModule
 from frostline.video import write_video
 
-TRUTH = "truth"
+TRUTH, REFERENCE = "truth", "reference"
 _LOSSLESS = "lossless"
 _FPS = 8
+# Of the scores of frames: far below what rewards differ by from one engine to another.
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Validation:
     """What is generated.
 
     starts: indices of the dataset. batch_size: per process. lossless: keep the clips to the bit as well, in folders of
-    their own, for few players show them; the csv file then names these.
+    their own, for few players show them; the csv file then names these. judges: score too.
     """
 
     dataset: Dataset[Sample]
@@ -49,6 +55,7 @@ class Validation:
     batch_size: int = 1
     noise_seed: int = 0
     lossless: bool = False
+    judges: tuple[Judge, ...] = ()
 
 
 def validate(
@@ -58,26 +65,25 @@ def validate(
     output_dir: Path,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Generate all starts, shared out over the processes; returns the means and each start's figures.
+    """Generate all starts, shared out over the processes; returns the means, and what `train.judging.verdict` reads.
 
     Args:
         advance: called with the number of starts that this process has just finished.
     Raises:
         TrainingError: what is generated is not finite.
     """
-    starts, processes = list(validation.starts), process_count()
-    share = -(-len(starts) // processes)
-    # All processes generate equally often, as sharded weights demand; who has none left repeats the last.
-    own = [starts[min(process_index() * share + i, len(starts) - 1)] for i in range(share)]
+    starts = list(validation.starts)
+    own = own_starts(starts, process_index(), process_count())
     part = evaluate(
         module,
         validation.dataset,
         own,
         noise_seed=validation.noise_seed,
         batch_size=validation.batch_size,
+        judges=validation.judges,
         advance=advance,
     )
-    evaluation = _joined(gather_from_processes(part), len(starts))
+    evaluation = Evaluation.join(gather_from_processes(part), len(starts))
     if not evaluation.videos.isfinite().all():
         raise TrainingError(
             f"validation at step {step}: the model makes frames that are NaN or infinite, it has diverged: go on from "
@@ -86,7 +92,27 @@ def validate(
     if process_index() == 0:
         _write(validation, evaluation, output_dir / CLIPS, step_name(step))
     means = {name: values.nanmean().item() for name, values in evaluation.measured.items()}
-    return {**means, "starts": {name: values.tolist() for name, values in evaluation.measured.items()}}
+    return {
+        **means,
+        "rewards": [*evaluation.rewards],
+        "judges": [*evaluation.judges],
+        "starts": {name: values.tolist() for name, values in evaluation.measured.items()},
+        "frames": {name: _rounded(values) for name, values in evaluation.frames.items()},
+        "pairing": pairing_keys(evaluation, validation.noise_seed),
+    }
+
+
+def starts_of(settings: ValidationSettings, dataset: Dataset[Sample]) -> Validation:
+    """Return the held-out starts that settings name, of their data set; without judges."""
+    starts = range(min(settings.num_videos, len(dataset)))  # type: ignore[arg-type]
+    return Validation(dataset, starts, settings.batch_size, settings.noise_seed, settings.lossless)
+
+
+def own_starts(starts: Sequence[int], process: int, processes: int) -> list[int]:
+    """Return the starts that one of several processes generates."""
+    share = -(-len(starts) // processes)
+    # All processes generate equally often, as sharded weights demand; who has none left repeats the last.
+    return [starts[min(process * share + i, len(starts) - 1)] for i in range(share)]
 
 
 def step_name(step: int) -> str:
@@ -94,24 +120,37 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _joined(parts: Sequence[Evaluation], count: int) -> Evaluation:
-    measured = {name: torch.cat([part.measured[name] for part in parts])[:count] for name in parts[0].measured}
-    return Evaluation(measured, torch.cat([part.videos for part in parts])[:count])
+def _rounded(frames: Tensor) -> list[list[float]]:
+    return [[float(f"{score:.{_DIGITS}g}") for score in video] for video in frames.tolist()]
 
 
 def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: str) -> None:
     strips, pairs = [], []
     for row, index in enumerate(validation.starts):
         sample, video = validation.dataset[index], evaluation.videos[row]
-        figures = ", ".join(f"{name} {values[row]:.3g}" for name, values in evaluation.measured.items())
-        strips.append(SheetRow(f"{sample['prompt']}\n{figures}", {"truth": sample["video"], "generated": video}))
-        true = sample["video"][: sample.get("valid_frames")]
-        truth = _write_clip(folder / TRUTH, row, true, validation.lossless)
+        figures = {name: values[row].item() for name, values in evaluation.measured.items()}
+        true, pictures = sample["video"][: sample.get("valid_frames")], sample.get("reference")
+        shown = {"truth": sample["video"], "generated": video} if len(true) else {"generated": video}
+        strips.append(SheetRow(f"{sample['prompt']}\n{_caption(figures, evaluation.judges)}", shown))
+        written = {REFERENCE: pictures, TRUTH: true if len(true) else None}
+        references = [
+            _write_clip(folder / kind, row, frames, validation.lossless).relative_to(folder)
+            for kind, frames in written.items()
+            if frames is not None
+        ]
         generated = _write_clip(folder / name, row, video, validation.lossless)
-        pairs.append([generated.relative_to(folder), truth.relative_to(folder), csv_cell(sample["prompt"])])
+        paths = (generated.relative_to(folder), *(references[:1] or [""]))
+        pairs.append([*paths, csv_cell(sample["prompt"]), *(f"{value:.6g}" for value in figures.values())])
     contact_sheet(strips, folder / name / SHEET)
     with atomic_write(folder / f"{name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["video", "reference", "prompt"], *pairs])
+        csv.writer(file).writerows([["video", "reference", "prompt", *evaluation.measured], *pairs])
+
+
+def _caption(figures: Mapping[str, float], judges: Sequence[str]) -> str:
+    """What was measured of a start; what judges say on a line of its own."""
+    of_judges = {name: value for name, value in figures.items() if name.startswith(tuple(judges))}
+    lines = ({name: value for name, value in figures.items() if name not in of_judges}, of_judges)
+    return "\n".join(", ".join(f"{name} {value:.3g}" for name, value in line.items()) for line in lines if line)
 
 
 def _write_clip(folder: Path, row: int, video: Tensor, lossless: bool) -> Path:

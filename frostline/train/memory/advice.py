@@ -25,9 +25,10 @@ def memory_problem(plan: MemoryPlan, settings: RunSettings) -> str | None:
 
 
 def needed_bytes(plan: MemoryPlan, settings: RunSettings) -> int:
-    """The peak; where what is kept for backward waits in main memory, at least that."""
+    """The peak of both phases; where what is kept for backward waits in main memory, at least that."""
     waiting = sum(stage.kept for stage in plan.stages) if settings.offload_saved_tensors else 0
-    return plan.peak - (waiting if settings.device != "cpu" else 0)
+    training = plan.peak - (waiting if settings.device != "cpu" else 0)
+    return max([training, *plan.precompute.values()])
 
 
 def smaller_settings(plan: MemoryPlan, settings: RunSettings) -> Iterator[str]:

@@ -16,7 +16,7 @@ from frostline.stages.provider import Use
 from frostline.stages.video_model import VideoModel
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.memory_profile import Footprint, live_uses, measure_live_stages, measure_rewards
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +91,9 @@ def fitting_checkpointing(
     steps = DenoiseSteps.of(settings, model.boundary, len(model.experts) > 1)
     choice = least_recomputation(
         AUTO,
-        lambda kind: measure_live_stages(model, shape, kind) | of_rewards,
-        [*model.uses(steps), *live_uses(of_rewards)],
-        (1 + MOMENTS) * sum(p.nbytes for p in lora_parameters(model.experts[-1].network).values()),
+        lambda kind: measure_live_stages(model, shape, kind, settings.decode.num_latent_frames) | of_rewards,
+        [*model.uses(steps), *live_uses(of_rewards, steps.clips)],
+        (1 + MOMENTS) * sum(p.nbytes for each in model.experts for p in lora_parameters(each.network).values()),
         free,
     )
     what = _described(shape, choice.needs, free)

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.config import GradientCheckpointing
 from frostline.models.lora.inject import lora_parameters
+from frostline.models.meta_tensors import on_meta
 from frostline.models.video_shape import VideoShape
+from frostline.rewards.active import JUDGE, label_of
+from frostline.rewards.build import networks_of
+from frostline.rewards.config import RewardConfig
 from frostline.rewards.reward import LiveNetwork, Reward
+from frostline.runtime.stage import Tensors
 from frostline.stages.provider import Use
-from frostline.stages.video_model import Decoder, DenoiserModule, VideoModel
-from frostline.train.memory.recompute import decode_recomputed, recomputed
+from frostline.stages.video_model import Decoder, DenoiserModule, Expert, VideoModel
+from frostline.train.memory.recompute import Networks, decode_recomputed, recomputed
 from frostline.train.memory.tracker import MemoryTracker, tensors_of
 
 # The first latent frame, and the first with a cache, are decoded in ways of their own; the rest alike.
@@ -44,74 +49,102 @@ class Footprint:
 class ModelFootprint:
     """What a model needs of memory.
 
-    weights: bytes by stage. stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of the
-    LoRA. largest_block: bytes of the largest block of the denoiser.
+    weights: bytes by stage. stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of all
+    LoRAs. largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
     """
 
     weights: Mapping[str, int]
     stages: Callable[[GradientCheckpointing], dict[str, Footprint]]
     adapter: int
-    largest_block: int
+    largest_blocks: Mapping[str, int]
 
 
-def measure_model(model: VideoModel, shape: VideoShape) -> ModelFootprint:
-    """Run stages of a model without weights on fake tensors: nothing of size is allocated.
+def measure_model(model: VideoModel, shape: VideoShape, window: int | None = None) -> ModelFootprint:
+    """Run stages of a model without weights on meta tensors: nothing of size is allocated.
 
     Counted are tensors, as `MemoryTracker` does. The frozen stages run once, the live ones for each kind that is asked
     for.
 
     Args:
         model: of `Family.empty_model`.
+        window: number of latent frames that a step decodes with gradient; None means all of them.
     """
     weights = {stage: _bytes(parameters) for stage, parameters in model.stage_parameters().items()}
-    with _faked(*model.modules()):
+    with without_data(*model.modules()):
         calls = model.frozen_calls(shape)
         frozen = {stage: _measure(each.module, each.call, each.inputs) for stage, each in calls.items()}
     frozen = {stage: replace(footprint, weights=weights[stage]) for stage, footprint in frozen.items()}
 
     def stages(kind: GradientCheckpointing) -> dict[str, Footprint]:
-        live = measure_live_stages(model, shape, kind)
+        live = measure_live_stages(model, shape, kind, window)
         # Experts are alike but for their weights.
         peak = live[model.experts[-1].stage].frozen_peak
-        others = {each.stage: Footprint(weights[each.stage], peak) for each in model.experts[:-1]}
-        return frozen | live | others
+        others = {each.stage: Footprint(weights[each.stage], peak) for each in model.experts}
+        return frozen | others | live
 
-    trained = model.experts[-1]
     return ModelFootprint(
         weights,
         stages,
-        adapter=_bytes(lora_parameters(trained.network).values()),
-        largest_block=max(_frozen_bytes(block) for block in trained.module.blocks),
+        adapter=sum(_bytes(lora_parameters(each.network).values()) for each in model.experts),
+        largest_blocks={
+            each.stage: max(_frozen_bytes(block) for block in each.module.blocks) for each in _live_experts(model)
+        },
     )
 
 
+def _live_experts(model: VideoModel) -> list[Expert]:
+    """The experts that a gradient may flow through: to their own LoRA, or behind it to that of the one before."""
+    *others, last = model.experts
+    return [*(expert for expert in others if expert.trained), last]
+
+
 def measure_live_stages(
-    model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing
+    model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing, window: int | None = None
 ) -> dict[str, Footprint]:
-    """The denoiser with the LoRA and the decoder of a model; its tensors are set aside for the while."""
-    expert, decoder = model.experts[-1], model.decoder()
-    denoiser = expert.module
+    """Measure the denoisers that a gradient flows through, and the decoder; their tensors are set aside for the while.
+
+    Args:
+        window: number of latent frames that a step decodes with gradient; None means all of them.
+    """
+    decoder = model.decoder()
     weights = {stage: _bytes(parameters) for stage, parameters in model.stage_parameters().items()}
-    with _faked(*model.modules()):
+    with without_data(*model.modules()):
         inputs = model.denoiser_sample(shape)
         names, tensors = [*inputs], tuple(inputs.values())
         latents = inputs["latents"].to(decoder.dtype)
 
-        def tail(count: int) -> Footprint:
+        def tail(denoiser: DenoiserModule, count: int) -> Footprint:
             with denoiser.first_blocks(count):
                 step = _tail(denoiser, names, gradient_checkpointing)
                 return _measure(cast(nn.Module, denoiser), step, tensors, live=True)
 
+        frames = latents.shape[2]
+        caches, held = None, 0
+        if window is not None and window < frames:
+            frames = window
+            with torch.no_grad():
+                caches = decoder.caches(decoder.networks, latents[:, :, :1])
+            held = _bytes(caches.values())
+
         def decoding(frames: int) -> Footprint:
-            decode = _decode(decoder, gradient_checkpointing)
+            decode = _decode(decoder, gradient_checkpointing, caches)
             return _measure(nn.ModuleList(model.modules()), decode, (latents[:, :, :frames],), live=True)
 
-        frames = latents.shape[2]
-        # Without checkpointing the decoder has the whole clip at once.
-        decoded = decoding(frames) if gradient_checkpointing == "none" else _of_many(decoding, frames)
+        decoded = _of_many(decoding, frames)
         return {
-            expert.stage: replace(_of_many(tail, len(denoiser.blocks)), weights=weights[expert.stage]),
-            decoder.stage: replace(decoded, weights=weights[decoder.stage]),
+            **{
+                each.stage: replace(
+                    _of_many(partial(tail, each.module), len(each.module.blocks)), weights=weights[each.stage]
+                )
+                for each in _live_experts(model)
+            },
+            decoder.stage: replace(
+                decoded,
+                weights=weights[decoder.stage],
+                kept=decoded.kept + held,
+                forward_peak=decoded.forward_peak + held,
+                backward_peak=decoded.backward_peak + held,
+            ),
         }
 
 
@@ -127,9 +160,15 @@ def measure_rewards(rewards: Iterable[Reward], shape: VideoShape) -> dict[str, F
     return found
 
 
-def live_uses(of_rewards: Mapping[str, Footprint]) -> list[Use]:
-    """Return the uses of what `measure_rewards` measured."""
-    return [Use(stage, live=True, count=1, phase="reward") for stage in of_rewards]
+def judge_bytes(judge: Reward, config: RewardConfig) -> tuple[str, int]:
+    """Return the name of a judge and the bytes of its networks, which stay on the device for the next validation."""
+    tensors = {id(tensor): tensor for network in networks_of(judge) for tensor in tensors_of(network)}
+    return f"{JUDGE}{label_of(judge, config)}", _bytes(tensors.values())
+
+
+def live_uses(of_rewards: Mapping[str, Footprint], clips: int) -> list[Use]:
+    """Return the uses of what `measure_rewards` measured, in a step that rewards so many clips for each sample."""
+    return [Use(stage, live=True, count=clips, phase="reward") for stage in of_rewards]
 
 
 def _of_uses(live: LiveNetwork) -> Footprint:
@@ -139,37 +178,20 @@ def _of_uses(live: LiveNetwork) -> Footprint:
 
 
 @contextmanager
-def _faked(*modules: nn.Module) -> Iterator[None]:
+def without_data(*modules: nn.Module) -> Iterator[None]:
     """Within the block no tensor has content, those of the modules neither; these are what they were afterwards."""
-    # The mode registers a stand-in for GPUs. Had autograd not started by then, it would start threads for them, which a
-    # forked process cannot.
-    torch.ones((), requires_grad=True).backward()
+    # Statistics that a VAE keeps outside of its buffers.
     scales: list[tuple[Any, list[Tensor]]] = [
         (module, cast(Any, module.scale)) for module in modules if isinstance(getattr(module, "scale", None), list)
     ]
-    before = [(part, dict(part._parameters), dict(part._buffers)) for module in modules for part in module.modules()]
     try:
-        for module, scale in scales:  # statistics that a VAE keeps outside of its buffers
-            module.scale = [tensor.cpu() for tensor in scale]
-        # Anomaly detection looks at values, and here are none.
-        # A compiled function that is once called within a dispatch mode is never compiled again.
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_detect_anomaly(False):
-            for part, parameters, buffers in before:
-                for name, parameter in parameters.items():
-                    if parameter is not None:
-                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                        part._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                for name, buffer in buffers.items():
-                    if buffer is not None:
-                        part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for module, scale in scales:
+            module.scale = [torch.empty_like(tensor, device="meta") for tensor in scale]
+        with on_meta(*modules):
             yield
     finally:
         for module, scale in scales:
             module.scale = scale
-        for part, parameters, buffers in before:
-            part._parameters.update(parameters)
-            part._buffers.update(buffers)
 
 
 def _of_many(measure: Callable[[int], Footprint], count: int) -> Footprint:
@@ -199,14 +221,19 @@ def _tail(
     return step
 
 
-def _decode(decoder: Decoder, gradient_checkpointing: GradientCheckpointing) -> Callable[[Tensor], Tensor]:
-    """As a training step decodes."""
+def _decode(
+    decoder: Decoder, gradient_checkpointing: GradientCheckpointing, caches: Tensors | None
+) -> Callable[[Tensor], Tensor]:
+    """As a training step decodes, behind frames of these caches or from the first frame on."""
     networks, whole = decoder.networks, gradient_checkpointing == "full"
+
+    def assemble(on: Networks, latents: Tensor) -> Tensor:
+        return decoder.assemble(on, latents, caches)
 
     def decode(latents: Tensor) -> Tensor:
         if gradient_checkpointing == "none" or not torch.is_grad_enabled():
-            return decoder.whole(latents).float()
-        return decode_recomputed(decoder.assemble, networks, networks, latents, whole).float()
+            return (decoder.whole(latents) if caches is None else decoder.go_on(latents, caches)).float()
+        return decode_recomputed(assemble, networks, networks, latents, whole).float()
 
     return decode
 

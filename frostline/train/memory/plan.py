@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ from frostline.stages.families import family_of
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
 from frostline.train.memory.memory_profile import live_uses, measure_model, measure_rewards
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
 # but for FSDP2: engines read the adapter's memory, so `train/loop/sharding.py` leaves it whole.
@@ -51,7 +51,8 @@ class MemoryPlan:
     """What one device holds.
 
     gradient_checkpointing: the kind; where memory is to choose, the first that fits. adapter, gradients, optimizer:
-    bytes of the LoRA and what trains it. peaks: by phase of a step, the most activations that are held at once.
+    bytes of all LoRAs and what trains them. peaks: by phase of a step, the most activations that are held at once.
+    precompute: by stage, what is held while it alone is at work before the first step; training does without it.
     device_bytes: what there is, if known. assumed: that the sizes are those of a release, because there were no files.
     """
 
@@ -66,6 +67,7 @@ class MemoryPlan:
     sharding: Sharding
     device_bytes: int | None
     assumed: bool
+    precompute: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def resident(self) -> int:
@@ -75,13 +77,14 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once."""
+        """The most that training holds at once."""
         return self.resident + max(self.peaks.values())
 
     @property
     def fits(self) -> bool | None:
-        """Whether it is within the device's memory; None where that is not known."""
-        return None if self.device_bytes is None else self.peak <= self.device_bytes
+        """Whether both phases are within the device's memory; None where that is not known."""
+        most = max(self.peak, *self.precompute.values()) if self.precompute else self.peak
+        return None if self.device_bytes is None else most <= self.device_bytes
 
 
 def memory_plan(
@@ -95,17 +98,21 @@ def memory_plan(
     sharding: Sharding = "ddp",
     device_bytes: int | None = None,
     rewards: Sequence[Reward] = (),
+    judges: Mapping[str, int] | None = None,
+    precomputed: Collection[str] = (),
 ) -> MemoryPlan:
     """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
 
     Counted are tensors. Not counted are the scratch space of kernels and engines, what an allocator holds back, the
-    context of CUDA, and what rewards compute without gradient.
+    context of CUDA, and what rewards and judges compute without gradient.
 
     Args:
         shape: of one device's batch.
         engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
         device_bytes: memory of one device.
         rewards: whose live networks count too.
+        judges: bytes of the networks of each judge, by its name.
+        precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
     Raises:
         ConfigError: there is no such model, stage or way to shard.
     """
@@ -116,9 +123,14 @@ def memory_plan(
     family = family_of(model)
     spec = family.read_spec(model)
     empty = family.empty_model(spec, dtype, settings.lora)
-    measured, of_rewards = measure_model(empty, shape), measure_rewards(rewards, shape)
+    measured, of_rewards = (
+        measure_model(empty, shape, settings.decode.num_latent_frames),
+        measure_rewards(rewards, shape),
+    )
     weights = {**measured.weights, **{name: footprint.weights for name, footprint in of_rewards.items()}}
-    served = [name for name in family.FROZEN_STAGES if name in weights] if engines == "all" else engines
+    trained = {expert.stage for expert in empty.experts if expert.trained}
+    frozen = [name for name in family.FROZEN_STAGES if name in weights and name not in trained]
+    served = frozen if engines == "all" else engines
     for name in served:
         if name not in weights:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
@@ -131,15 +143,19 @@ def memory_plan(
     adapter, gradients = share("adapter", measured.adapter), share("gradients", measured.adapter)
     optimizer = share("optimizer", MOMENTS * measured.adapter)
     for name in weights:
-        if name in family.FROZEN_STAGES and name in served:
+        if name in frozen and name in served:
             weights[name] = 0
-    # Its share, and the block that is gathered while it computes.
-    trained = empty.experts[-1].stage
-    whole = weights[trained]
-    weights[trained] = min(whole, share("weights", whole) + measured.largest_block)
+    alone = {name: weights[name] + of_engines.get(name, 0) for name in precomputed}
+    weights |= dict.fromkeys(precomputed, 0)
+    of_engines |= dict.fromkeys(precomputed, 0)
+    # The share of each live denoiser, and the block that is gathered while it computes.
+    for name, block in measured.largest_blocks.items():
+        weights[name] = min(weights[name], share("weights", weights[name]) + block)
     steps = DenoiseSteps.of(settings, spec.boundary, spec.two_experts)
-    uses = [*empty.uses(steps), *live_uses(of_rewards)]
-    held = sum(weights.values()) + sum(of_engines.values()) + adapter
+    uses = [*empty.uses(steps), *live_uses(of_rewards, steps.clips)]
+    uses = [use for use in uses if use.stage not in precomputed]
+    judging = judges or {}
+    held = sum(weights.values()) + sum(of_engines.values()) + sum(judging.values()) + adapter
     choice = least_recomputation(
         settings.gradient_checkpointing,
         lambda kind: measured.stages(kind) | of_rewards,
@@ -152,7 +168,9 @@ def memory_plan(
         live_peak = max(footprint.forward_peak, footprint.backward_peak)
         kept = footprint.kept * sum(use.count for use in uses if use.live and use.stage == name)
         engine = of_engines.get(name, 0)
-        stages.append(StageMemory(name, weights[name], engine, footprint.frozen_peak, kept, live_peak))
+        frozen_peak = 0 if name in precomputed else footprint.frozen_peak
+        stages.append(StageMemory(name, weights[name], engine, frozen_peak, kept, live_peak))
+    stages += [StageMemory(name, size, 0, 0, 0, 0) for name, size in judging.items()]
     return MemoryPlan(
         model=spec.name,
         gradient_checkpointing=choice.kind,
@@ -165,4 +183,5 @@ def memory_plan(
         sharding=sharding,
         device_bytes=device_bytes,
         assumed=not spec.from_files,
+        precompute={name: size + choice.footprints[name].frozen_peak for name, size in alone.items()},
     )

@@ -7,11 +7,14 @@ backend may compute it, and PyTorch computes it once more, with a graph, where b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from frostline.models.precision import autocast_dtype
 
 Compute = Callable[..., dict[str, Tensor]]
 Networks = Mapping[str, Compute]
@@ -90,7 +93,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         device = inputs[0].device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.autocast = (device, autocast_dtype(device))
         outputs = call.forward(**dict(zip(call.inputs, inputs, strict=True)))
         call.outputs = tuple(outputs)
         return tuple(outputs.values())
@@ -103,7 +106,7 @@ class _Recomputed(torch.autograd.Function):
         inputs = [
             tensor.detach().requires_grad_(needed) for tensor, needed in zip(ctx.saved_tensors, wanted, strict=True)
         ]
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+        with torch.enable_grad(), _autocast(*ctx.autocast):
             outputs = call.recompute(**dict(zip(call.inputs, inputs, strict=True)))
         given = {
             name: gradient
@@ -119,3 +122,10 @@ class _Recomputed(torch.autograd.Function):
         )
         by_source = dict(zip(map(id, sources), found, strict=True))
         return None, *(by_source.get(id(tensor)) for tensor in (*inputs, *ctx.parameters))
+
+
+def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """As it was in the forward, whatever it is now."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype, enabled=dtype is not None)

@@ -22,7 +22,10 @@ def memory_table(plan: MemoryPlan) -> Group:
     training = f"LoRA {_cell(plan.adapter)}, its gradients {_cell(plan.gradients)}, AdamW {_cell(plan.optimizer)}"
     peaks = ", ".join(f"{phase} {_cell(size)}" for phase, size in plan.peaks.items())
     processes = f"{plan.num_processes} processes ({plan.sharding})" if plan.num_processes > 1 else "1 process"
+    alone = ", ".join(f"{stage} {_cell(size)}" for stage, size in plan.precompute.items())
+    before = [f"precompute, before the first step, one stage at a time: {alone}"] if alone else []
     lines = [
+        *before,
         f"{training}; held all the time {_cell(plan.resident)}",
         f"most activations at once: {peaks}",
         f"gradient checkpointing: {plan.gradient_checkpointing}",

@@ -1,4 +1,4 @@
-"""How much memory a computation holds: counted from its tensors, real or fake."""
+"""How much memory a computation holds: counted from its tensors, real or on the meta device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 class MemoryTracker(TorchDispatchMode):
     """Within the block, counts the bytes of every storage that operators allocate, until it is freed.
 
-    Inside `FakeTensorMode` nothing is computed nor allocated, and the count is that of a real run: of tensors, without
-    the scratch space of kernels and what an allocator holds back.
+    On the meta device nothing is computed nor allocated, and the count is that of a real run: of tensors, without the
+    scratch space of kernels and what an allocator holds back.
 
     Args:
         existing: tensors that were there before, which do not count.

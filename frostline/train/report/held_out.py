@@ -3,79 +3,71 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from frostline.escaping import text_of_csv_cell
 from frostline.report.contact_sheet import SheetRow, contact_sheet
 from frostline.report.formatting import change_tile, fixed, number_of
-from frostline.report.page import Figure, Page, Tile
+from frostline.report.page import Figure, Page, Tile, Trend
 from frostline.report.plots import line_plot, paired_plot
+from frostline.train.judging.verdict import Change, change_of, signed
 from frostline.train.loop.run_dir import CLIPS, SHEET
 from frostline.train.loop.validation import TRUTH, step_name
+from frostline.train.report.measures import Lines, Measures, label
 from frostline.video import read_video
 
 _SHOWN_STARTS = 5
-_SCORES = {
-    "face_score": (
-        "Face score",
-        3,
-        "",
-        "How alike the faces in the generated frames and in the true clip are, as a cosine: "
-        "1 is the same picture, 0.2 a stranger.",
-    ),
-    "detection_rate": (
-        "Detection rate",
-        3,
-        "",
-        "Share of the generated frames in which a face is found. Only those are scored, so this must not fall: "
-        "hiding the face is no way to keep it.",
-    ),
-    "psnr": (
-        "PSNR to truth",
-        2,
-        "dB",
-        "How near the pixels are to those of the true clip, in decibels; higher is nearer. "
-        "A clear fall would mean that the reward was won by spoiling the picture.",
-    ),
-}
-
-Lines = Sequence[Mapping[str, Any]]
-"""Those of validation.jsonl, at least one."""
+_TRENDS: Mapping[str, Trend] = {"rises": "better", "falls": "worse"}
 
 
-def outcome(validation: Lines) -> str:
+def outcome(validation: Lines, measures: Measures) -> str:
     """What became of the held-out starts, in a sentence, whichever way it went; nothing before the second look."""
-    if len(validation) < 2:
+    if len(validation) < 2 or not measures.rewards:
         return ""
-    name = _leading_score(validation)
+    name = measures.rewards[0]
     first, last = number_of(validation[0], name), number_of(validation[-1], name)
-    label = _SCORES[name][0] if name in _SCORES else name
-    words = f" {label} of the held-out starts: {fixed(first, 3)} at step {validation[0]['step']}, {fixed(last, 3)} now"
-    up, starts = _starts_up(validation, name)
-    return f"{words}; it went up in {up} of {starts}." if starts else f"{words}."
+    words = f" {label(name)} of the held-out starts: {fixed(first, 3)} at step {validation[0]['step']}, "
+    words += f"{fixed(last, 3)} now"
+    change = change_of(validation, name)
+    if change is None or not change.gain.starts:
+        return f"{words}."
+    return f"{words}; it went up in {change.gain.starts_up} of {change.gain.starts}."
 
 
-def tiles(validation: Lines) -> list[Tile]:
-    """How each measure changed from the first look to the last."""
-    first, last = validation[0], validation[-1]
+def tiles(validation: Lines, measures: Measures) -> list[Tile]:
+    """How each measure changed from the first look to the last; those that only judges give beside their score not."""
     found = []
-    for name, (label, digits, unit, note) in _SCORES.items():
-        if name in last:
-            tolerance = 0.3 if unit else 0.0
-            found.append(
-                change_tile(label, number_of(first, name), number_of(last, name), digits, note, unit, tolerance)
-            )
-    up, starts = _starts_up(validation, _leading_score(validation))
-    if starts:
-        note = "Held-out starts, not used in training, that score higher than before it."
-        found.insert(1, Tile("Starts that improved", str(up), f"of {starts}", note=note))
+    for name in (*measures.rewards, *measures.judges, *measures.of_rewards):
+        change = change_of(validation, name)
+        found.append(_tile(validation, name, change, measures))
+        if name == next(iter(measures.rewards), "") and change is not None and change.gain.starts:
+            up, note = change.gain.starts_up, "Held-out starts, not used in training, that score higher than before it."
+            found.append(Tile("Starts that improved", str(up), f"of {change.gain.starts}", note=note))
     return found
 
 
-def show_held_out(page: Page, run: Path, validation: Lines) -> None:
+def _tile(validation: Lines, name: str, change: Change | None, measures: Measures) -> Tile:
+    """A figure: the means of both looks, and the paired change. Only of rewards and judges is higher better."""
+    before, after = number_of(validation[0], name), number_of(validation[-1], name)
+    digits = 2 if max(abs(before), abs(after)) >= 10 else 3
+    trend: Trend = "same"
+    note = measures.about.get(name, "")
+    if name in measures.judges:
+        note = f"Training never sees it. {note}".strip()
+    if change is not None and name in (*measures.rewards, *measures.judges):
+        trend = _TRENDS.get(change.direction, "same")
+    if change is not None and change.gain_missing_zero is not None and change.gain.starts:
+        zero = signed(change.gain_missing_zero.gain)
+        note += f" Of the {change.gain.frames} frames that were scored both times: {signed(change.gain.gain)}; of all, "
+        note += f"with 0 where there was no score: {zero}."
+    if len(validation) < 2:
+        return Tile(label(name), fixed(after, digits), note=note)
+    return change_tile(label(name), before, after, digits, note.strip(), trend=trend)
+
+
+def show_held_out(page: Page, run: Path, validation: Lines, measures: Measures) -> None:
     """The curves, a contact sheet (also written to `run/contact_sheet.png`) and clips."""
     page.heading("Held-out starts")
     page.paragraph(
@@ -94,7 +86,7 @@ def show_held_out(page: Page, run: Path, validation: Lines) -> None:
             for name, clip in start.clips.items()
         ]
         page.figures(*clips, columns=2 * len(strips), narrow_columns=len(strips))
-    page.figures(*_curves(validation), columns=2)
+    page.figures(*_curves(validation, measures), columns=2)
 
 
 @dataclass(frozen=True)
@@ -127,34 +119,17 @@ def _prompts(pairs: Path) -> list[str]:
         return [text_of_csv_cell(row.get("prompt") or "") for row in csv.DictReader(file)]
 
 
-def _curves(validation: Lines) -> list[Figure]:
+def _curves(validation: Lines, measures: Measures) -> list[Figure]:
     steps = [number_of(line, "step") for line in validation]
     figures = []
-    for name, value in validation[-1].items():
-        if name in ("step", "starts") or not isinstance(value, int | float):
-            continue
-        label = "PSNR to truth, dB" if name == "psnr" else name.replace("_", " ")
+    for name in (*measures.rewards, *measures.judges, *measures.others):
+        title = label(name)
         first, last = (line.get("starts", {}).get(name, []) for line in (validation[0], validation[-1]))
         if len(validation) == 2 and len(first) == len(last):
-            plot = paired_plot(first, last, labels=(f"step {steps[0]:.0f}", f"step {steps[-1]:.0f}"), ylabel=label)
-            caption = "One line a start. The short bars are the means; a dashed line is a start that got worse."
+            plot = paired_plot(first, last, labels=(f"step {steps[0]:.0f}", f"step {steps[-1]:.0f}"), ylabel=title)
+            caption = "One line a start. The short bars are the means; a dashed line is a start whose value fell."
         else:
             values = [number_of(line, name) for line in validation]
-            plot, caption = line_plot({label: values}, x=steps, xlabel="training step", ylabel=label), ""
-        alt = f"{label} of the held-out starts"
-        figures.append(Figure.svg(plot, alt=alt, title=label[:1].upper() + label[1:], caption=caption))
+            plot, caption = line_plot({title: values}, x=steps, xlabel="training step", ylabel=title), ""
+        figures.append(Figure.svg(plot, alt=f"{title} of the held-out starts", title=title, caption=caption))
     return figures
-
-
-def _leading_score(validation: Lines) -> str:
-    """The measure by which starts are told to have improved."""
-    names = ("face_score", *(name for name in validation[-1] if name not in ("step", "starts", "psnr")), "psnr")
-    return next((name for name in names if name in validation[-1]), "face_score")
-
-
-def _starts_up(validation: Lines, name: str) -> tuple[int, int]:
-    """How many starts have a higher score at the last look than at the first, of how many."""
-    first, last = (line.get("starts", {}).get(name, []) for line in (validation[0], validation[-1]))
-    if len(validation) < 2 or len(first) != len(last):
-        return 0, 0
-    return sum(a is not None and b is not None and b > a for a, b in zip(first, last, strict=True)), len(last)

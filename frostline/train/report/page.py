@@ -14,7 +14,14 @@ from frostline.report.plots import line_plot
 from frostline.train.flatten import flatten
 from frostline.train.loop.run_dir import CONFIG, METRICS, REPORT, RUN_FACTS, TIMING, VALIDATION, read_lines
 from frostline.train.report.held_out import outcome, show_held_out, tiles
+from frostline.train.report.judged import show_judged, show_verdict
+from frostline.train.report.measures import Measures, is_number, label
 from frostline.train.report.stages import show_stages, step_tile
+
+# What every line of metrics.jsonl has, whatever is rewarded.
+_OF_THE_TRAINER = (
+    *("step", "loss", "score", "kl_loss", "kl_weight", "sft_loss", "grad_norm", "learning_rate", "skipped", "seconds"),
+)
 
 
 def write_report(run: Path) -> Path:
@@ -28,66 +35,63 @@ def write_report(run: Path) -> Path:
         raise DataError(f"{run}: holds no run: there is no {METRICS}")
     facts, timing = _read_json(run / RUN_FACTS), _read_json(run / TIMING)
     page = Page(f"Training run {run.resolve().name}", _subtitle(metrics))
-    page.paragraph(_steps(metrics) + outcome(validation), lead=True)
-    page.tiles([*(tiles(validation) if validation else []), *step_tile(metrics, timing)])
+    measures = Measures.of(validation, facts)
     if validation:
-        show_held_out(page, run, validation)
+        show_verdict(page, metrics, validation)
+    page.paragraph(_steps(metrics) + outcome(validation, measures), lead=True)
+    page.tiles([*(tiles(validation, measures) if validation else []), *step_tile(metrics, timing)])
+    if validation:
+        show_judged(page, metrics, validation, measures)
+        show_held_out(page, run, validation, measures)
     page.heading("What the training did")
-    page.figures(*_curves(metrics), columns=2)
+    page.figures(*_curves(metrics, measures), columns=2)
     show_stages(page, metrics, facts, timing)
     page.heading("The run")
     page.facts({**_texts(facts.get("versions", {})), **_texts(flatten(_read_config(run / CONFIG)))})
     return page.write(run / REPORT)
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """The score, the KL, the detection rate where faces are rewarded, and the pace."""
-    name = "face score" if any("face_score" in row for row in metrics) else "score"
+def _curves(metrics: Sequence[Mapping[str, Any]], measures: Measures) -> list[Figure]:
+    """The rewards and what they measure beside, the KL, and the pace."""
+    rewards = measures.rewards or ("score",)
     figures = [
         _curve(
             metrics,
-            name.replace(" ", "_"),
             name,
-            "The reward while training",
-            f"The {name} of the clips of each training step. It jumps about, as every step has other clips: "
-            "some are harder than others.",
-        ),
-        _curve(
-            metrics,
-            "kl_loss",
-            "KL",
-            "Distance from the model it was",
-            "KL measures how far the trained model's predictions have moved from the untrained model's. "
-            "It is part of the loss, so that the reward is not bought with a broken model.",
-        ),
-    ]
-    if any("detection_rate" in row for row in metrics):
-        figures.append(
-            _curve(
-                metrics,
-                "detection_rate",
-                "frames with a face",
-                "Frames that show a face",
-                "Detection rate in each training step. It has to stay up while the score rises.",
-                percent=True,
-                y_range=(0.0, 1.0),
-            )
+            f"{label(name)} while training",
+            "The score of the clips of each training step. It jumps about, as every step has other clips: some are "
+            "harder than others.",
         )
+        for name in rewards
+    ]
+    kl = (
+        "KL measures how far the trained model's predictions have moved from the untrained model's. "
+        "It is part of the loss, so that the reward is not bought with a broken model."
+    )
+    figures.append(_curve(metrics, "kl_loss", "Distance from the model it was", kl, ylabel="KL"))
+    weights = [row["kl_weight"] for row in metrics if is_number(row.get("kl_weight"))]
+    if len({*weights}) > 1:
+        adapted = "Adapted after each step, so that the KL loss stays near kl_target."
+        figures.append(_curve(metrics, "kl_weight", "Weight of the KL loss", adapted))
+    if any(is_number(row.get("sft_loss")) for row in metrics):
+        clips = "Flow-matching loss on the data's own clips, part of the loss by sft_weight."
+        figures.append(_curve(metrics, "sft_loss", "Loss on the data's clips", clips))
+    beside = dict.fromkeys(name for row in metrics for name, value in row.items() if is_number(value))
+    for name in (name for name in beside if name not in (*_OF_THE_TRAINER, *rewards)):
+        figures.append(_curve(metrics, name, label(name), "Measured beside the score in each training step."))
     return [
         *figures,
-        _curve(metrics, "grad_norm", "gradient norm", "The gradient", "Its norm before it was clipped."),
-        _curve(metrics, "seconds", "seconds", "Seconds per step", "What was computed once is recalled later."),
+        _curve(metrics, "grad_norm", "The gradient", "Its norm before it was clipped.", ylabel="gradient norm"),
+        _curve(metrics, "seconds", "Seconds per step", "Outputs that do not change are cached after their first step."),
     ]
 
 
-def _curve(
-    metrics: Sequence[Mapping[str, Any]], name: str, ylabel: str, title: str, caption: str, **options: Any
-) -> Figure:
+def _curve(metrics: Sequence[Mapping[str, Any]], name: str, title: str, caption: str, ylabel: str = "") -> Figure:
     rows = [row for row in metrics if "step" in row]
-    smooth = max(1, len(rows) // 12)
+    smooth, ylabel = max(1, len(rows) // 12), ylabel or name.replace("_", " ")
     average = f" The bold line is the average of {smooth} steps." if smooth > 1 else ""
     steps, series = [number_of(row, "step") for row in rows], {ylabel: [number_of(row, name) for row in rows]}
-    plot = line_plot(series, x=steps, xlabel="training step", ylabel=ylabel, smooth=smooth, **options)
+    plot = line_plot(series, x=steps, xlabel="training step", ylabel=ylabel, smooth=smooth)
     return Figure.svg(plot, alt=f"{ylabel} over the training steps", title=title, caption=caption + average)
 
 

@@ -20,7 +20,7 @@ _COLUMNS = (
     Column("Why"),
 )
 _CAPTION = (
-    "Milliseconds are the median over the steps: 0 where most steps recall what an earlier one computed, none where no "
+    "Milliseconds are the median over the steps: 0 where most steps read cached outputs, none where no "
     "step needed the stage. Of a live stage the gradient is PyTorch's, whoever computes its outputs."
 )
 
@@ -43,16 +43,16 @@ def show_stages(
 def step_tile(metrics: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -> list[Tile]:
     """How long a step takes."""
     steps = timing.get("step_ms", {})
-    torch_ms, warm_ms, cold_ms = (number_of(steps, name) for name in ("torch", "warm", "cold"))
-    speed = ratio(torch_ms, warm_ms)
+    torch_ms, cached_ms, uncached_ms = (number_of(steps, name) for name in ("torch", "cached", "uncached"))
+    speed = ratio(torch_ms, cached_ms)
     if not math.isnan(speed):
         note = (
-            "The same step in turns: every stage in PyTorch, then the frozen ones as planned, with outputs that never "
-            f"change kept from an earlier pass ({cold_ms:.0f} ms when nothing is kept)."
+            "The same step with every stage in PyTorch, then with the frozen stages on the backends of the plan and "
+            f"their outputs cached ({uncached_ms:.0f} ms uncached)."
         )
         trend = "better" if speed > 1 else "worse" if speed < 1 else "same"
         change = f"{speed:.2f} {TIMES} the speed"
-        return [Tile("One training step", fixed(warm_ms, 0), "ms", fixed(torch_ms, 0), change, trend, note)]
+        return [Tile("One training step", fixed(cached_ms, 0), "ms", fixed(torch_ms, 0), change, trend, note)]
     seconds = [number_of(row, "seconds") for row in metrics]
     return [Tile("One training step", fixed(statistics.median(seconds), 2), "s", note="The median.")] if seconds else []
 
@@ -69,7 +69,7 @@ def _rows(metrics: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> lis
     rows: list[list[str | Cell]] = []
     for name in [*plan, *(name for name in times if name not in plan)]:
         choice = plan.get(name, {"reason": "carries gradient"})
-        # A stage whose outputs were all recalled took no time in that step.
+        # A stage whose outputs were all cached took no time in that step.
         taken = times[name] + [0.0] * (len(metrics) - len(times[name])) if name in times else []
         median, parity = statistics.median(taken) if taken else math.nan, number_of(choice, "parity_max_abs")
         rows.append(
@@ -87,15 +87,15 @@ def _rows(metrics: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> lis
 
 def _comparison(timing: Mapping[str, Any]) -> list[Figure]:
     steps, stages = timing.get("step_ms", {}), timing.get("stage_ms", {})
-    planned, in_torch = stages.get("cold", {}), stages.get("torch", {})
+    planned, in_torch = stages.get("uncached", {}), stages.get("torch", {})
     bars: dict[str, dict[str, float | None]] = {
         name: {"as planned": planned.get(name), "PyTorch alone": in_torch.get(name)} for name in in_torch
     }
     step: dict[str, dict[str, float | None]] = {
         label: {"step": steps.get(name)}
         for label, name in (
-            ("as planned, outputs kept", "warm"),
-            ("as planned, nothing kept", "cold"),
+            ("as planned, cached", "cached"),
+            ("as planned, uncached", "uncached"),
             ("PyTorch alone", "torch"),
         )
     }
@@ -107,6 +107,6 @@ def _comparison(timing: Mapping[str, Any]) -> list[Figure]:
             bar_plot(step, unit="ms"),
             alt="Milliseconds of one training step, as planned and in PyTorch",
             title="One training step, in turns",
-            caption="Frozen outputs that do not change between two passes over the data can be kept and read again.",
+            caption="Cached: frozen outputs that do not change between epochs are read from the cache.",
         ),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +14,9 @@ from frostline.rewards.inputs import RewardInputs
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.identity.computation import computation_id
 from frostline.runtime.identity.fingerprint import stage_code
-from frostline.stages.conditions import ConditionInputs
-from frostline.train.data.batch import check_batch, fit_to_model
+from frostline.stages.conditions import Condition, ConditionInputs
+from frostline.train.data.batch import Batch, check_batch, fit_to_model
+from frostline.train.data.needs import SampleNeeds
 
 # What this file imports is part of what its results are cached by.
 if TYPE_CHECKING:
@@ -28,26 +29,59 @@ if TYPE_CHECKING:
 class Conditioning:
     """The frozen inputs of a step for B samples; what `TrainingModule.forward_preprocess` returns.
 
-    sample_id: names for logs. keys: content keys of the samples' conditions.
+    sample_id: names for logs. keys: content keys of the samples' conditions. sample_keys: of what rewards refer to.
     latent_shape: (C, F, h, w) of what is denoised.
     conditions: what the model is conditioned on, by name, tensors of B rows; see `VideoModel.conditions`.
     stages: that the conditions were computed by.
     sample: what rewards are told of the samples.
-    references: what each reward keeps of the reference video, tensors of B rows.
+    clip_latents: of the samples' own clips, (B, C, F, h, w), and which latent frames are no padding, (B, F) bool; None
+        where no loss looks at them.
+    references: what each reward keeps of the reference, tensors of B rows; nothing of one that needs no reference and
+        no prompt.
     """
 
     sample_id: tuple[str, ...]
     keys: tuple[str, ...]
+    sample_keys: tuple[str, ...]
     latent_shape: tuple[int, int, int, int]
     conditions: Mapping[str, Tensor]
     stages: tuple[str, ...]
     sample: RewardInputs
     references: tuple[Mapping[str, Tensor], ...]
+    clip_latents: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the conditions are."""
         return next(iter(self.conditions.values())).device
+
+    def repeated(self, times: int) -> Conditioning:
+        """Return what rewards are told of clips that were generated so often: all samples, then all again."""
+        if times == 1:
+            return self
+        sample = self.sample.rows([*range(len(self.sample_id))] * times)
+        references = tuple(
+            {name: torch.cat([tensor] * times) for name, tensor in kept.items()} for kept in self.references
+        )
+        return replace(self, sample_id=self.sample_id * times, sample=sample, references=references)
+
+
+@dataclass(frozen=True)
+class FittedBatch:
+    """B samples as a step takes them, nothing of them computed yet.
+
+    video: (B, T, 3, H, W) in [0, 1], on the CPU, of a size that the model takes. sample_keys: content keys of what
+    rewards refer to. sample: what rewards are told of the samples, on the model's device.
+    """
+
+    batch: Batch
+    video: Tensor
+    sample_keys: tuple[str, ...]
+    sample: RewardInputs
+
+    def latent_shape(self, model: VideoModel) -> tuple[int, int, int, int]:
+        """(C, F, h, w) of what is denoised."""
+        return (model.latent_channels, *model.geometry.latent_grid(self.video.shape[1], *self.video.shape[-2:]))
 
 
 class Conditioner:
@@ -59,41 +93,88 @@ class Conditioner:
         runtime: Runtime,
         rewards: Sequence[ActiveReward],
         cache: FrozenOutputCache | None,
+        with_clips: bool = False,
     ) -> None:
         self.model = model
         self.runtime = runtime
         self.rewards = rewards
         self.cache = cache
+        self.with_clips = with_clips
+        entries = [active.config for active in rewards]
+        self.needs = SampleNeeds.of(model.name, model.needs_image, entries, trains_on_clips=with_clips)
         self._computations: dict[tuple[str, ...], str] = {}
 
     @torch.no_grad()
     def __call__(self, data: object) -> Conditioning:
-        """Check and fit `data`, then compute or recall all conditions; see `check_batch` for the contract."""
+        """Check and fit `data`, then compute or recall all conditions; see `check_batch` for the contract.
+
+        Raises:
+            DataError: `data` breaks the contract, or a sample without a video needs one.
+        """
+        fitted = self.fit(data)
+        conditions = self.conditions(fitted)
+        return self.conditioning(
+            fitted,
+            conditions,
+            references=self.references(fitted.sample, fitted.sample_keys),
+            clip_latents=self._clip_latents(fitted) if self.with_clips else None,
+        )
+
+    def fit(self, data: object) -> FittedBatch:
+        """Check a batch and fit it to the model; raises as a call does."""
         model = self.model
         batch = check_batch(data)
+        self._check_videos(batch)
         video, _ = fit_to_model(batch.video, model.geometry)
-        T, H, W = video.shape[1], *video.shape[-2:]
         # Before the video moves: a hash is computed in main memory.
         own_frames = tuple(_reference_frames(frames) for frames in batch.valid_frames)
-        own = zip(batch.prompt, video, own_frames, strict=True)
-        sample_keys = [content_key(prompt=prompt, video=frames[:count]) for prompt, frames, count in own]
-        conditions = model.conditions(ConditionInputs(batch.sample_id, batch.prompt, video[:, 0], T), self.runtime)
-        sample = RewardInputs(tuple(batch.prompt), video.to(model.device), own_frames)
+        own = zip(batch.prompt, video, own_frames, batch.reference, strict=True)
+        sample_keys = [
+            content_key(prompt=prompt, video=frames[:count], reference=pictures)
+            for prompt, frames, count, pictures in own
+        ]
+        pictures = tuple(None if of_one is None else of_one.to(model.device) for of_one in batch.reference)
+        sample = RewardInputs(batch.prompt, video.to(model.device), own_frames, pictures, batch.fps)
+        return FittedBatch(batch, video, tuple(sample_keys), sample)
+
+    def conditions(self, fitted: FittedBatch) -> Sequence[Condition]:
+        """Return the model's conditions of a batch, none of them computed yet."""
+        batch, video = fitted.batch, fitted.video
+        inputs = ConditionInputs(batch.sample_id, batch.prompt, video[:, 0], video.shape[1])
+        return self.model.conditions(inputs, self.runtime)
+
+    def conditioning(
+        self,
+        fitted: FittedBatch,
+        conditions: Sequence[Condition],
+        references: tuple[Mapping[str, Tensor], ...] = (),
+        clip_latents: tuple[Tensor, Tensor] | None = None,
+    ) -> Conditioning:
+        """Compute or recall the conditions of a batch."""
         return Conditioning(
-            sample_id=batch.sample_id,
-            keys=tuple(
-                content_key(**{condition.name: condition.keys[row] for condition in conditions})
-                for row in range(len(batch.sample_id))
-            ),
-            latent_shape=(model.latent_channels, *model.geometry.latent_grid(T, H, W)),
-            conditions={
-                each.name: self.cached_rows(each.name, each.stages, each.keys, each.compute)[each.name]
-                for each in conditions
-            },
-            stages=tuple(dict.fromkeys(stage for each in conditions for stage in each.stages)),
-            sample=sample,
-            references=tuple(self._references(active, sample, sample_keys) for active in self.rewards),
+            sample_id=fitted.batch.sample_id,
+            keys=row_keys(conditions),
+            sample_keys=fitted.sample_keys,
+            latent_shape=fitted.latent_shape(self.model),
+            conditions={each.name: self.cached(each)[each.name] for each in conditions},
+            stages=stages_of(conditions),
+            sample=fitted.sample,
+            references=references,
+            clip_latents=clip_latents,
         )
+
+    def cached(self, condition: Condition) -> dict[str, Tensor]:
+        """Compute or recall what is frozen, tensors of B rows."""
+        return self.cached_rows(condition.name, condition.stages, condition.keys, condition.compute)
+
+    def references(self, sample: RewardInputs, sample_keys: Sequence[str]) -> tuple[Mapping[str, Tensor], ...]:
+        """Compute or recall what each reward is to know of samples.
+
+        Args:
+            sample_keys: content keys of the samples.
+        """
+        frozen = (self.reference_of(active, sample, sample_keys) for active in self.rewards)
+        return tuple({} if each is None else self.cached(each) for each in frozen)
 
     def check(self, inputs: object) -> Conditioning:
         """`inputs`, which must be what a conditioner of this model returned.
@@ -126,9 +207,7 @@ class Conditioner:
         """
         if self.cache is None:
             return dict(compute(list(range(len(keys)))))
-        depends = [self.runtime.fingerprint(stage) for stage in stages]
-        computation = self._computation(compute, stages)
-        full = [content_key(what=what, depends=depends, row=key, computation=computation) for key in keys]
+        full = self.entry_keys(what, stages, keys, compute.__module__)
         rows = [self.cache.get(key, device=self.model.device) for key in full]
         # The same sample twice in a batch is computed once.
         missing = list({full[i]: i for i, row in enumerate(rows) if row is None}.values())
@@ -141,24 +220,65 @@ class Conditioner:
         present = [row for row in rows if row is not None]
         return {name: torch.stack([row[name] for row in present]) for name in present[0]}
 
-    def _computation(self, compute: Callable[..., object], stages: Sequence[str]) -> str:
-        """Of `compute` and the stages that it runs."""
-        parts = (compute.__module__, *stages)
+    def entry_keys(self, what: str, stages: Sequence[str], keys: Sequence[str], code: str) -> list[str]:
+        """Return the keys in the cache of what `cached_rows` is asked for.
+
+        Args:
+            what, stages, keys: as there.
+            code: the module of the function that computes it.
+        """
+        depends = [self.runtime.fingerprint(stage) for stage in stages]
+        computation = self._computation(code, stages)
+        return [content_key(what=what, depends=depends, row=key, computation=computation) for key in keys]
+
+    def _clip_latents(self, fitted: FittedBatch) -> tuple[Tensor, Tensor]:
+        each = self.model.clip_latents(fitted.video, self.runtime)
+        latents = self.cached(each)[each.name]
+        # A latent frame counts where all the frames that it stands for do.
+        whole = [1 + (frames - 1) // self.model.geometry.temporal_stride for frames in fitted.batch.valid_frames]
+        counted = torch.arange(latents.shape[2]) < torch.tensor(whole)[:, None]
+        return latents, counted.to(latents.device)
+
+    def _computation(self, code: str, stages: Sequence[str]) -> str:
+        """Of a module and the stages that it runs."""
+        parts = (code, *stages)
         if parts not in self._computations:
             of_stages = {name for stage in stages for name in stage_code(self.runtime.stages[stage])}
-            self._computations[parts] = computation_id({compute.__module__} | of_stages)
+            self._computations[parts] = computation_id({code} | of_stages)
         return self._computations[parts]
 
-    def _references(self, active: ActiveReward, sample: RewardInputs, keys: Sequence[str]) -> Mapping[str, Tensor]:
-        """What a reward is to know of each sample, by its own frames."""
+    def _check_videos(self, batch: Batch) -> None:
+        for name, frames, pictures in zip(batch.sample_id, batch.valid_frames, batch.reference, strict=True):
+            if frames == 0 and (reason := self.needs.refuses_without_video(pictures is not None)):
+                raise DataError(f"sample {name}, field 'video': there is none (valid_frames is 0), and {reason}")
 
-        def compute(rows: list[int]) -> Mapping[str, Tensor]:
+    def reference_of(self, active: ActiveReward, sample: RewardInputs, keys: Sequence[str]) -> Condition | None:
+        """What a reward is to know of each sample, by its own frames and pictures, not computed yet; None if nothing.
+
+        Args:
+            keys: content keys of the samples.
+        """
+        if not active.config.needs & {"prompt", "reference"}:
+            return None
+
+        def compute(rows: list[int]) -> dict[str, Tensor]:
             # In float32 as `score` is, whatever autocast the step runs in: what is cached must not depend on it.
             with torch.autocast(sample.video.device.type, enabled=False):
-                return _by_length(active, sample.rows(rows), self.runtime)
+                return dict(_by_length(active, sample.rows(rows), self.runtime))
 
         keys = [content_key(sample=key, settings=active.references_key) for key in keys]
-        return self.cached_rows("references", active.stage_names, keys, compute)
+        return Condition("references", active.stage_names, tuple(keys), compute)
+
+
+def row_keys(conditions: Sequence[Condition]) -> tuple[str, ...]:
+    """Return the content key of all conditions of each sample."""
+    rows = range(len(conditions[0].keys))
+    return tuple(content_key(**{each.name: each.keys[row] for each in conditions}) for row in rows)
+
+
+def stages_of(conditions: Sequence[Condition]) -> tuple[str, ...]:
+    """Return the stages that compute the conditions, each once."""
+    return tuple(dict.fromkeys(stage for each in conditions for stage in each.stages))
 
 
 def _reference_frames(valid_frames: int) -> int:
@@ -166,16 +286,17 @@ def _reference_frames(valid_frames: int) -> int:
 
     Rewards leave out frame 0, which the generated video is given; of a picture, that frame is all there is.
     """
-    return max(2, valid_frames)
+    return max(2, valid_frames) if valid_frames else 0
 
 
 def _by_length(active: ActiveReward, sample: RewardInputs, runtime: Runtime) -> Mapping[str, Tensor]:
-    """A reward's references of samples, of which each counts as far as its number of frames.
+    """A reward's references of samples, of which each counts as far as its number of frames, or by its pictures.
 
     Raises:
         ConfigError: what the reward keeps is of another shape for fewer frames.
     """
-    if min(sample.valid_frames) >= sample.video.shape[1]:
+    whole = min(sample.valid_frames) >= sample.video.shape[1]
+    if whole and all(pictures is None for pictures in sample.reference):
         return active.references(sample, runtime)
     rows = [active.references(sample.row(index), runtime) for index in range(len(sample.prompts))]
     try:
@@ -183,5 +304,6 @@ def _by_length(active: ActiveReward, sample: RewardInputs, runtime: Runtime) -> 
     except RuntimeError as error:
         raise ConfigError(
             f"the reward {active.name} keeps something of each frame, and clips differ in length "
-            f"({sorted({*sample.valid_frames})} frames): leave out those that are shorter than num_frames"
+            f"({sorted({*sample.valid_frames})} frames) or have references of their own: leave out those that are "
+            "shorter than num_frames, and the column reference"
         ) from error

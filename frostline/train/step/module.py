@@ -7,16 +7,15 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from frostline.config import AUTO, GradientCheckpointing
+from frostline.config import AUTO, BaseAdapter, GradientCheckpointing
 from frostline.errors import ConfigError, DataError
-from frostline.models.lora import read_adapter
-from frostline.models.lora.inject import copy_adapter, lora_parameters, lora_scale, save_adapter
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.active import ActiveReward
 from frostline.rewards.build import FrozenNetworks
@@ -31,11 +30,13 @@ from frostline.stages.video_model import Expert, VideoModel
 from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.offload import saved_in_main_memory
 from frostline.train.processes import mean_over_processes, process_count
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step.adapters import load_adapters, save_adapters, trainable_parameters, trained_experts
 from frostline.train.step.conditioning import Conditioner, Conditioning
 from frostline.train.step.decoding import decode_live, to_frames
 from frostline.train.step.parts import build_parts
 from frostline.train.step.result import StepMetrics, StepResult, step_result
+from frostline.train.step.rollout import Leading, TailOptions, fixed_noise
+from frostline.train.step_settings import TrainingModuleSettings
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class TrainingModule(nn.Module):
         if self.settings.gradient_checkpointing != AUTO:
             self.checkpoint(self.settings.gradient_checkpointing)
         self.last_metrics: StepMetrics | None = None
+        # Of the next step; whoever trains adapts it where there is a `kl_target`.
+        self.kl_weight = self.settings.kl_weight
 
     @property
     def model(self) -> VideoModel:
@@ -105,9 +108,9 @@ class TrainingModule(nn.Module):
         return self.parts.rewards
 
     @property
-    def trained(self) -> Expert:
-        """The denoiser with the LoRA."""
-        return self.model.experts[-1]
+    def trained_experts(self) -> tuple[Expert, ...]:
+        """The denoisers with a LoRA, that of the high noise levels first."""
+        return trained_experts(self.model)
 
     @classmethod
     def from_pretrained(
@@ -120,18 +123,21 @@ class TrainingModule(nn.Module):
         shapes: ShapeRange | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        base_adapters: Sequence[BaseAdapter | Mapping[str, Any]] = (),
         **settings: Any,
     ) -> Self:
         """Load a model and make it trainable.
 
         Args:
             model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `family_of`.
+            base_adapters: merged into the denoisers whenever these are read; mappings are as in a run's settings.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
             ConfigError: files or settings are not usable.
         """
         parsed = TrainingModuleSettings.parse(settings)
-        components = family_of(model).load(model, dtype, resolve_device(str(device)), defer=True)
+        adapters = BaseAdapter.parse_all(base_adapters)
+        components = family_of(model).load(model, dtype, resolve_device(str(device)), True, adapters)
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module
@@ -154,7 +160,8 @@ class TrainingModule(nn.Module):
         """Check `data` and compute its frozen conditions, from the cache where they are known.
 
         Args:
-            data: `{"prompt": list[str], "video": float (B, T, C, H, W) in [0, 1]}`, optionally `"sample_id"`.
+            data: `{"prompt": list[str], "video": float (B, T, C, H, W) in [0, 1]}`, optionally `"sample_id"`,
+                `"valid_frames"`, `"reference"` and `"fps"`; see `check_batch`.
         Raises:
             DataError: names sample, field and what to do.
         """
@@ -182,33 +189,34 @@ class TrainingModule(nn.Module):
             ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
-        self.parts.steps.check_tail()
+        steps = self.parts.steps
+        steps.check_live()
         with self.runtime.clock.collect() as times:
             conditioning = self.forward_preprocess(data) if inputs is None else self.conditioner.check(inputs)
             self._settle_for(conditioning)
-            latents = self._rollout(conditioning)
+            live = steps.draw()
+            latents = self._rollout(conditioning, live)
             with self._saved_tensors():
-                sampled = self.parts.sampler.tail(
-                    latents,
-                    conditioning,
-                    settings.grad_start_step,
-                    settings.grad_end_step,
-                    recompute=self.gradient_checkpointing == "full",
-                    engine_forward=settings.engine_forward,
-                )
-                how, engine_forward = self.gradient_checkpointing, settings.engine_forward
-                frames = decode_live(self.model.decoder(), sampled.latents, self.runtime, how, engine_forward)
-                scores = self.score(frames, conditioning)
-        self._report_unscored(conditioning, scores)
+                options = TailOptions(self.gradient_checkpointing == "full", settings.engine_forward)
+                sampled = self.parts.sampler.tail(latents, conditioning, live, options)
+                rewarded = conditioning.repeated(steps.clips)
+                scores = self.score(self._decode(sampled.latents, rewarded), rewarded, sampled.latents)
+                sft = None
+                if conditioning.clip_latents is not None:
+                    loss = self.parts.sampler.data_loss(*conditioning.clip_latents, conditioning.conditions, options)
+                    sft = settings.sft_weight, loss
+        self._report_unscored(rewarded, scores)
         reward = reward_loss(scores, mean_over_processes)
         stages = times.read()
-        return step_result(conditioning.sample_id, scores, reward, sampled.kl, settings.kl_weight, stages)
+        return step_result(rewarded.sample_id, scores, reward, sampled, self.kl_weight, sft, stages)
 
     def checkpoint(self, kind: GradientCheckpointing) -> None:
         """Recompute so much in backward from now on."""
         self.gradient_checkpointing = kind
         # Under "full" too: when a whole forward is recomputed, all its blocks at once would be too much.
-        self.trained.module.checkpoint_blocks = kind != "none"
+        # Of an expert without LoRA, too: the gradient may pass through it.
+        for expert in self.model.experts:
+            expert.module.checkpoint_blocks = kind != "none"
 
     def settle_checkpointing(self, shape: VideoShape) -> None:
         """Where gradient checkpointing is chosen by memory, choose it for steps of this shape.
@@ -223,7 +231,8 @@ class TrainingModule(nn.Module):
             # Takes a second to import.
             from torch.distributed.tensor import DTensor
 
-            if any(isinstance(parameter, DTensor) for parameter in self.trained.module.parameters()):
+            parameters = (parameter for expert in self.model.experts for parameter in expert.module.parameters())
+            if any(isinstance(parameter, DTensor) for parameter in parameters):
                 raise ConfigError(
                     "gradient_checkpointing: auto has to be settled before weights are sharded: call "
                     "settle_checkpointing(shape) first, or name the kind"
@@ -234,18 +243,25 @@ class TrainingModule(nn.Module):
             self.checkpoint(fitting_checkpointing(self.model, self.settings, shape, free, rewards))
             self._settled_for = shape
 
-    def score(self, frames: Tensor, conditioning: Conditioning) -> list[tuple[ActiveReward, RewardScore]]:
-        """What each reward says of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames."""
+    def score(
+        self, frames: Tensor, conditioning: Conditioning, latents: Tensor | None = None
+    ) -> list[tuple[ActiveReward, RewardScore]]:
+        """What each reward says of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames.
+
+        Args:
+            latents: (B, C, F, h, w) that the frames were decoded from, to which scores are differentiable too.
+        """
+        sample = replace(conditioning.sample, latents=latents)
         # In float32, whatever autocast the step runs in.
         with torch.autocast(frames.device.type, enabled=False):
             return [
-                (active, active.score(frames, conditioning.sample, references, self.runtime))
+                (active, active.score(frames, sample, references, self.runtime))
                 for active, references in zip(self.rewards, conditioning.references, strict=True)
             ]
 
     @torch.no_grad()
     def generate(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """Sample videos with every stage frozen.
+        """Sample videos with every stage frozen: `generate_latents`, decoded.
 
         Args:
             noise: (B, C, F, h, w), standard normal.
@@ -254,12 +270,26 @@ class TrainingModule(nn.Module):
         Raises:
             DataError: `conditioning` is none of `forward_preprocess`, or of that of another model.
         """
+        return self.decode(self.generate_latents(conditioning, noise))
+
+    @torch.no_grad()
+    def generate_latents(self, conditioning: Conditioning, noise: Tensor, comes_again: bool = False) -> Tensor:
+        """Sample latents (B, C, F, h, w) float32 with every stage frozen; see `generate`.
+
+        Args:
+            comes_again: that the same noise will be given for these samples again: what the leading steps without LoRA
+                make of it is cached.
+        """
         conditioning = self.conditioner.check(conditioning)
-        steps = self.settings.num_inference_steps
-        sampler, decoder = self.parts.sampler, self.model.decoder()
-        latents, first = sampler.start(conditioning, noise, steps, None)
-        latents = sampler.head(latents, conditioning, first, steps).to(decoder.dtype)
-        return to_frames(self.runtime[decoder.stage](latents=latents)["video"])
+        steps, sampler = self.settings.num_inference_steps, self.parts.sampler
+        latents, first = sampler.start(conditioning, noise, steps, self.conditioner if comes_again else None)
+        return sampler.head(latents, conditioning.conditions, first, steps)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, F, h, w) to frames (B, T, 3, H, W) in [0, 1], frozen."""
+        decoder = self.model.decoder()
+        return to_frames(self.runtime[decoder.stage](latents=latents.to(decoder.dtype))["video"])
 
     def noise(self, conditioning: Conditioning) -> Tensor:
         """The start noise (B, C, F, h, w): the same for every sample and step, or fresh ones.
@@ -270,18 +300,15 @@ class TrainingModule(nn.Module):
         device = conditioning.device
         if self.settings.noise_seed is None:
             return torch.randn(count, *shape).to(device)
-        generator = torch.Generator().manual_seed(self.settings.noise_seed)
-        return torch.randn(1, *shape, generator=generator).expand(count, *shape).to(device)
+        return fixed_noise(self.settings.noise_seed, count, shape).to(device)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The LoRA matrices by name."""
-        return lora_parameters(self.trained.network)
+        """The LoRA matrices by name; of two trained experts, `high_noise.` or `low_noise.` stands before it."""
+        return trainable_parameters(self.model)
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the LoRA as PEFT files."""
-        config = self.model.lora_config
-        assert config is not None
-        save_adapter(self.trained.network, config, Path(folder))
+        """Write the LoRA as PEFT files; those of two experts into `high_noise/` and `low_noise/` of the folder."""
+        save_adapters(self.model, Path(folder))
 
     def load_adapter(self, folder: str | Path) -> None:
         """Copy the LoRA in PEFT files into this module's, whose memory stays the engines'.
@@ -289,13 +316,7 @@ class TrainingModule(nn.Module):
         Raises:
             ConfigError: files are missing, or it is another adapter than this module's settings ask for.
         """
-        network = self.trained.network
-        adapter = read_adapter(Path(folder), family_of(self.components).layer_path).uniform()
-        if adapter.rank != self.settings.lora.rank:
-            raise ConfigError(f"{folder}: the adapter has rank {adapter.rank}, not {self.settings.lora.rank}")
-        if adapter.scale != (wanted := lora_scale(network)):
-            raise ConfigError(f"{folder}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}")
-        copy_adapter(network, adapter)
+        load_adapters(self.model, Path(folder), self.settings.lora.rank)
 
     def _settle_for(self, conditioning: Conditioning) -> None:
         if self.settings.gradient_checkpointing != AUTO or not torch.is_grad_enabled():
@@ -310,12 +331,33 @@ class TrainingModule(nn.Module):
         if self.gradient_checkpointing is None or larger:
             self.settle_checkpointing(shape)
 
-    def _rollout(self, conditioning: Conditioning) -> Tensor:
-        mid = self.settings.grad_start_step
+    def _rollout(self, conditioning: Conditioning, live: Sequence[int]) -> Tensor:
+        """The latents before the first live step with a LoRA."""
+        steps, sampler, stale = self.parts.steps, self.parts.sampler, self.parts.stale
         recallable = None if self.settings.noise_seed is None else self.conditioner
-        sampler = self.parts.sampler
-        latents, first = sampler.start(conditioning, self.noise(conditioning), mid, recallable)
-        return sampler.head(latents, conditioning, first, mid)
+        noise = self.noise(conditioning)
+        until = steps.with_lora(live)[0]
+        if self.settings.rollout.policy == "base":
+            return sampler.start(conditioning, noise, until, recallable, base=True)[0]
+        latents, first = sampler.start(conditioning, noise, until, recallable)
+
+        def head(rows: list[int]) -> Tensor:
+            given = {name: tensor[rows] for name, tensor in conditioning.conditions.items()}
+            return sampler.head(latents[rows], given, first, until)
+
+        if stale is None:
+            return sampler.head(latents, conditioning.conditions, first, until)
+        stale.check_counted(self.trainable_parameters().values())
+        full_keys = Leading(conditioning.keys, (), dict, noise).full_keys
+        keys = [f"{key} {until}" for key in full_keys]
+        return stale.reuse(keys, head, latents.device)
+
+    def _decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """The frames that rewards see: the start frame, and those of the window, or of the whole clip."""
+        window, how = self.settings.decode.draw(latents.shape[2]), self.gradient_checkpointing
+        decoder, engine_forward = self.model.decoder(), self.settings.engine_forward
+        frames = decode_live(decoder, latents, self.runtime, how, engine_forward, window)
+        return torch.cat([conditioning.sample.video[:, :1].to(frames), frames], dim=1) if window.start else frames
 
     def _saved_tensors(self) -> AbstractContextManager[object]:
         """Where autograd keeps what backward needs."""

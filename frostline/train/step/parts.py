@@ -19,14 +19,19 @@ from frostline.stages.families import family_of
 from frostline.stages.shapes import ShapeRange
 from frostline.stages.staged_model import stage_model
 from frostline.stages.video_model import VideoModel
-from frostline.train.settings import TrainingModuleSettings
 from frostline.train.step.conditioning import Conditioner
 from frostline.train.step.rollout import Sampler
+from frostline.train.step.stale_latents import StaleLatents
+from frostline.train.step_settings import TrainingModuleSettings
 
 
 @dataclass(frozen=True)
 class StepParts:
-    """What a step is computed with; steps: which of its denoise steps are frozen, live, and of which expert."""
+    """What a step is computed with.
+
+    steps: which of its denoise steps are frozen, live, and of which expert. stale: where the latents before the first
+    live step are reused from earlier optimizer steps.
+    """
 
     model: VideoModel
     runtime: Runtime
@@ -35,6 +40,7 @@ class StepParts:
     conditioner: Conditioner
     steps: DenoiseSteps
     sampler: Sampler
+    stale: StaleLatents | None
 
 
 def build_parts(
@@ -71,7 +77,8 @@ def build_parts(
         runtime=runtime,
         rewards=rewards,
         cache=cache,
-        conditioner=Conditioner(model, runtime, rewards, cache),
+        conditioner=Conditioner(model, runtime, rewards, cache, with_clips=settings.sft_weight > 0),
         steps=steps,
-        sampler=Sampler(model, runtime, schedule, steps.high_noise),
+        sampler=Sampler(model, runtime, schedule, steps),
+        stale=StaleLatents(settings.rollout.max_age) if settings.rollout.max_age else None,
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from frostline.rewards.active import ActiveReward
 from frostline.rewards.loss import RewardLoss
 from frostline.rewards.reward import RewardScore
 from frostline.runtime.stage_timer import StageTime
+from frostline.train.step.rollout import Sampled
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class StepMetrics:
     per_sample: what the rewards measured of each, by name: every reward's score (`face_score`, …) and its further
         metrics (`detection_rate`, `face_score_missing_zero`, …).
     scores: of each reward, the sum over the samples that count, and how many those are.
-    kl: of each tail step.
+    kl: of each live step that was compared with the model without LoRA, by step. kl_weight: of their mean in the loss.
+    sft_loss: flow-matching loss of the data's own clips; None where it has no part in the loss.
     stages: time in each use of a stage and its backend: by the stage's name where it is frozen, and of live uses by
         `denoise_tail`, `vae_decoder_live`, `face_embedder_live`.
     """
@@ -30,7 +31,9 @@ class StepMetrics:
     sample_id: tuple[str, ...]
     per_sample: dict[str, list[float]]
     scores: dict[str, tuple[float, int]]
-    kl: list[float]
+    kl: dict[int, float]
+    kl_weight: float
+    sft_loss: float | None
     stages: dict[str, StageTime]
 
 
@@ -38,7 +41,7 @@ class StepMetrics:
 class StepResult:
     """One step.
 
-    loss: 0-dim with graph. score: of the first reward, kl_loss: mean of the tail's KL terms; 0-dim without graph.
+    loss: 0-dim with graph. score: of the first reward, kl_loss: mean of the live steps' KL terms; 0-dim without graph.
     """
 
     loss: Tensor
@@ -51,13 +54,16 @@ def step_result(
     sample_id: tuple[str, ...],
     scores: Sequence[tuple[ActiveReward, RewardScore]],
     reward: RewardLoss,
-    kl: Sequence[Tensor],
+    sampled: Sampled,
     kl_weight: float,
+    sft: tuple[float, Tensor] | None,
     stages: Mapping[str, StageTime],
 ) -> StepResult:
-    """Return the loss, `reward.loss + kl_weight * mean(kl)`, with the metrics of its parts."""
-    kl_terms = torch.stack([*kl])
-    kl_loss = kl_terms.mean()
+    """Return the loss with the metrics of its parts: `reward.loss + kl_weight * kl_loss + sft_weight * sft_loss`.
+
+    Args:
+        sft: weight and value of the flow-matching loss, where there is one.
+    """
     per_sample = {}
     for active, score in scores:
         named = {active.name: score.score, **score.metrics}
@@ -66,7 +72,12 @@ def step_result(
         sample_id=sample_id,
         per_sample=per_sample,
         scores={name: (total.item(), int(count)) for name, (total, count) in reward.totals.items()},
-        kl=kl_terms.tolist(),
+        kl={step: term.item() for step, term in sampled.kl.items()},
+        kl_weight=kl_weight,
+        sft_loss=None if sft is None else sft[1].item(),
         stages=dict(stages),
     )
-    return StepResult(reward.loss + kl_weight * kl_loss, next(iter(reward.scores.values())), kl_loss.detach(), metrics)
+    loss = reward.loss + kl_weight * sampled.kl_loss
+    if sft is not None:
+        loss = loss + sft[0] * sft[1]
+    return StepResult(loss, next(iter(reward.scores.values())), sampled.kl_loss.detach(), metrics)

@@ -1,17 +1,19 @@
-"""From noise to latents: the frozen rollout head, the live denoise tail and its KL term."""
+"""From noise to latents: the frozen rollout head, the denoise tail with its live steps, and their KL terms."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from frostline.models.schedule import FlowMatchSchedule
+from frostline.models.denoise_steps import DenoiseSteps
+from frostline.models.schedule import TRAIN_TIMESTEPS, FlowMatchSchedule
 from frostline.runtime.backends import TORCH
 from frostline.runtime.cache import content_key
 from frostline.runtime.runtime import Runtime
+from frostline.stages.conditions import Condition
 from frostline.stages.denoiser import REFERENCE
 from frostline.stages.video_model import Expert, VideoModel
 from frostline.train.memory.recompute import recomputed
@@ -25,60 +27,142 @@ _POSITIONS_AT_ONCE = 32768
 
 
 @dataclass(frozen=True)
+class TailOptions:
+    """How the live steps are computed.
+
+    recompute: keep only the latents of each live step for backward.
+    engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
+    """
+
+    recompute: bool = False
+    engine_forward: bool = True
+
+
+@dataclass(frozen=True)
 class Sampled:
-    """What the tail leaves: latents (B, C, F, h, w) with graph, and the KL of each tail step, 0-dim with graph."""
+    """What the tail leaves.
+
+    latents: (B, C, F, h, w) with graph; with `lv_samples` N, (B + N B, C, F, h, w), the further clips of all samples
+        after the generated ones.
+    kl: the KL terms that were computed, by step, 0-dim with graph.
+    kl_loss: their mean over all live steps, or an unbiased estimate of it, 0-dim with graph.
+    """
 
     latents: Tensor
-    kl: list[Tensor]
+    kl: Mapping[int, Tensor]
+    kl_loss: Tensor
+
+
+@dataclass(frozen=True)
+class Leading:
+    """What the first steps of B samples follow from, beside the weights.
+
+    keys: content keys of the samples' conditions. stages: that compute these. conditions: gives them, of B rows.
+    noise: (B, C, F, h, w).
+    """
+
+    keys: Sequence[str]
+    stages: tuple[str, ...]
+    conditions: Callable[[], Mapping[str, Tensor]]
+    noise: Tensor
+
+    @property
+    def full_keys(self) -> tuple[str, ...]:
+        """The content key of each row."""
+        return tuple(f"{key} {content_key(noise=row)}" for key, row in zip(self.keys, self.noise, strict=True))
+
+    def rows(self, rows: list[int]) -> Leading:
+        """Return some of the samples."""
+
+        def conditions() -> dict[str, Tensor]:
+            return {name: tensor[rows] for name, tensor in self.conditions().items()}
+
+        return Leading([self.keys[row] for row in rows], self.stages, conditions, self.noise[rows])
 
 
 class Sampler:
     """Runs the Euler steps of `FlowMatchSchedule` over one or two experts.
 
     Args:
-        high_noise_steps: so many leading steps are the first expert's, where there are two.
+        steps: which of them may be live, and of which expert they are.
     """
 
-    def __init__(self, model: VideoModel, runtime: Runtime, schedule: FlowMatchSchedule, high_noise_steps: int) -> None:
+    def __init__(
+        self,
+        model: VideoModel,
+        runtime: Runtime,
+        schedule: FlowMatchSchedule,
+        steps: DenoiseSteps,
+    ) -> None:
         self.model = model
         self.runtime = runtime
         self.schedule = schedule
-        self.high_noise_steps = high_noise_steps
+        self.steps = steps
 
     @torch.no_grad()
     def start(
-        self, conditioning: Conditioning, noise: Tensor, grad_start_step: int, conditioner: Conditioner | None
+        self,
+        conditioning: Conditioning,
+        noise: Tensor,
+        until: int,
+        conditioner: Conditioner | None,
+        base: bool = False,
     ) -> tuple[Tensor, int]:
-        """The latents after the steps of the frozen high-noise expert, and how many those were.
+        """Run the leading steps that no LoRA takes part in; returns the latents after them and their number.
+
+        These are the steps of the high-noise expert if it is frozen, or, where the base model makes the rollout, all of
+        them.
 
         Args:
             noise: (B, C, F, h, w).
+            until: number of steps of the whole trajectory, which may end before the low-noise expert begins.
             conditioner: whose cache holds the result; None where the noise is fresh and nothing could be recalled.
+            base: run all steps up to `until`, without the LoRA.
         """
-        latents = self.model.constrain(noise, conditioning.conditions)
-        steps = min(self.high_noise_steps, grad_start_step)
+        steps = until if base else min(self.frozen_steps, until)
         if steps == 0:
-            return latents, 0
+            return self.model.constrain(noise, conditioning.conditions), 0
+        leading = Leading(conditioning.keys, conditioning.stages, lambda: conditioning.conditions, noise)
+        return _latents_of(self.after(steps, leading, conditioner), conditioner), steps
+
+    @property
+    def frozen_steps(self) -> int:
+        """How many steps lead that an expert without a LoRA serves."""
+        return 0 if self.model.experts[0].trained else self.steps.high_noise
+
+    def after(self, steps: int, leading: Leading, conditioner: Conditioner | None) -> Condition:
+        """Return the latents (B, C, F, h, w) after the first steps, without any LoRA, not computed yet.
+
+        Args:
+            steps: at least one.
+            conditioner: whose cache holds what an expert without a LoRA computes of them, if it is not all.
+        """
+        frozen = min(self.frozen_steps, steps)
 
         def compute(rows: list[int]) -> dict[str, Tensor]:
-            some = latents[rows]
-            given = {name: tensor[rows] for name, tensor in conditioning.conditions.items()}
-            for index in range(steps):
-                some = self._advance(some, self._frozen_velocity(some, index, given), index, given)
-            return {"latents": some}
+            own = leading.rows(rows)
+            given = own.conditions()
+            # What only an expert without a LoRA computes is kept by itself: that expert may then stay on disk.
+            parted = 0 < frozen < steps
+            some = _latents_of(self.after(frozen, own, conditioner), conditioner) if parted else None
+            latents = self.model.constrain(own.noise, given) if some is None else some
+            for index in range(frozen if parted else 0, steps):
+                variant = REFERENCE if self._expert(index).trained else None
+                latents = self._advance(latents, self._frozen_velocity(latents, index, given, variant), index, given)
+            return {"latents": latents}
 
-        if conditioner is None:
-            return compute(list(range(len(latents))))["latents"], steps
-        what = f"latents after {steps} of {self.schedule}"
-        keys = [f"{key} {noise_key}" for key, noise_key in zip(conditioning.keys, _row_keys(noise), strict=True)]
-        stages = [self.model.experts[0].stage, *conditioning.stages]
-        return conditioner.cached_rows(what, stages, keys, compute)["latents"], steps
+        experts = dict.fromkeys(self._expert(index).stage for index in range(steps))
+        stages = (*experts, *leading.stages)
+        return Condition(f"latents after {steps} of {self.schedule}", stages, leading.full_keys, compute)
 
     @torch.no_grad()
-    def head(self, latents: Tensor, conditioning: Conditioning, first: int, grad_start_step: int) -> Tensor:
-        """The rollout head: steps `first … grad_start_step - 1`, on whichever backend the plan names."""
-        given = conditioning.conditions
-        for index in range(first, grad_start_step):
+    def head(self, latents: Tensor, given: Mapping[str, Tensor], first: int, until: int) -> Tensor:
+        """Run the rollout head, steps `first … until - 1`, on the backend that the plan names.
+
+        Args:
+            given: conditions of the rows of `latents`.
+        """
+        for index in range(first, until):
             velocity = self._frozen_velocity(latents, index, given)
             latents = self._advance(latents, velocity, index, given)
         return latents
@@ -87,43 +171,110 @@ class Sampler:
         self,
         latents: Tensor,
         conditioning: Conditioning,
-        grad_start_step: int,
-        grad_end_step: int,
-        recompute: bool = False,
-        engine_forward: bool = True,
+        live: Sequence[int],
+        options: TailOptions = TailOptions(),
     ) -> Sampled:
-        """The denoise tail: steps `grad_start_step … grad_end_step` with graph, each with its KL term (`velocity_kl`).
+        """Run the steps from the first live one to the last; live steps have a graph and a KL term (`velocity_kl`).
+
+        The steps between live ones are frozen. The gradient passes them as the identity: an Euler step adds a velocity
+        that does not depend on the LoRA's gradient.
 
         Args:
-            recompute: keep for backward only the latents of each step.
-            engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
+            latents: (B, C, F, h, w) before the first live step that a denoiser with a LoRA serves.
+            live: the live steps, ascending. Those of an expert without LoRA count in the mean of the KL with a term of
+                zero. If they are behind a step with a LoRA, the gradient passes through the denoiser's latents, too.
         """
-        given = conditioning.conditions
-        steps = range(grad_start_step, grad_end_step + 1)
-        before, velocities = [], []
-        for index in steps:
-            velocity = self._live_velocity(latents, index, given, recompute, engine_forward)
-            before.append(latents.detach())
-            velocities.append(velocity)
+        given, steps = conditioning.conditions, self.steps
+        with_lora, with_graph = steps.with_lora(live), steps.with_graph(live)
+        before, velocities = {}, {}
+        for index in range(with_lora[0], steps.end + 1):
+            if index in with_graph:
+                seen = latents.detach() if steps.stop_latent_gradient else latents
+                sigma = float(self.schedule.sigmas[index])
+                velocity = self._live_velocity(seen, self._expert(index), sigma, given, options)
+                before[index], velocities[index] = latents.detach(), velocity
+            else:
+                with torch.no_grad():
+                    velocity = self._frozen_velocity(latents.detach(), index, given)
             latents = self._advance(latents, velocity, index, given)
-        # The experts' boundary comes first: below it nothing carries a LoRA, and there is no divergence.
-        frozen = [index for index in steps if index < self.high_noise_steps]
-        kl = [latents.new_zeros(()) for _ in frozen]
-        bases = self._base_velocities(before[len(frozen) :], steps[len(frozen) :], given)
-        for index, velocity, base in zip(steps[len(frozen) :], velocities[len(frozen) :], bases, strict=True):
-            kl.append(velocity_kl(velocity, base, float(self.schedule.sigmas[index])))
-        return Sampled(latents, kl)
+        latents = torch.cat([latents, *self._again(latents.detach(), with_lora[-1], given, options)])
+        measured = _drawn(with_lora, steps.kl_terms)
+        bases = self._base_velocities([before[index] for index in measured], measured, given)
+        kl = {
+            index: velocity_kl(velocities[index], base, float(self.schedule.sigmas[index]))
+            for index, base in zip(measured, bases, strict=True)
+        }
+        total = torch.stack([*kl.values()]).sum() * (len(with_lora) / len(measured))
+        return Sampled(latents, kl, total / len(live) + self._zero_of_idle_experts(with_lora))
+
+    def _zero_of_idle_experts(self, with_lora: Sequence[int]) -> Tensor | float:
+        """Zero, with a gradient of zero to each LoRA that no live step of this draw uses.
+
+        Without one, the optimizer would pass it by, and processes that drew other steps could not average gradients.
+        """
+        used = {self._expert(index).stage for index in with_lora}
+        idle = [expert for expert in self.model.experts if expert.trained and expert.stage not in used]
+        parameters = [p for expert in idle for p in expert.module.parameters() if p.requires_grad]
+        return sum((0 * parameter.sum() for parameter in parameters), start=0.0)
+
+    def data_loss(self, clips: Tensor, counted: Tensor, given: Mapping[str, Tensor], options: TailOptions) -> Tensor:
+        """Return the flow-matching loss of the data's own clips, `mean((v(x_sigma, sigma) - (noise - x_0))^2)`.
+
+        One noise level is drawn for the batch, uniform in the schedule's time, among those that denoisers with a LoRA
+        serve (flow matching: arXiv 2210.02747; in this form, with a shift, arXiv 2403.03206).
+
+        Args:
+            clips: latents x_0 (B, C, F, h, w).
+            counted: (B, F) bool, latent frames that are no padding. What the model is given of a clip, such as its
+                first frame, does not count either.
+        Returns:
+            0-dim with graph, the mean over the samples of each one's mean.
+        """
+        first, last = self.model.experts[0], self.model.experts[-1]
+        lowest, highest = 0.0 if last.trained else self.steps.boundary, 1.0 if first.trained else self.steps.boundary
+        clips, sigma = clips.float(), self.schedule.drawn_sigma(lowest, highest)
+        expert = first if sigma >= self.steps.boundary else last
+        noised, noise = self._noised(clips, sigma, given)
+        velocity = self._live_velocity(noised, expert, sigma, given, options)
+        free = self.model.constrain(torch.full_like(clips, torch.nan), given).isnan()
+        weights = (free & counted[:, None, :, None, None]).float()
+        errors = (velocity - (noise - clips)).pow(2) * weights
+        return (errors.flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)).mean()
+
+    def _again(self, clips: Tensor, index: int, given: Mapping[str, Tensor], options: TailOptions) -> Sequence[Tensor]:
+        """The last step live on noised clips, as often as `lv_samples` says: DRaFT-LV (arXiv 2309.17400)."""
+        sigma = float(self.schedule.sigmas[index])
+        made = []
+        for _ in range(self.steps.lv_samples):
+            noised, _ = self._noised(clips, sigma, given)
+            velocity = self._live_velocity(noised, self._expert(index), sigma, given, options)
+            made.append(self._advance(noised, velocity, index, given))
+        return made
+
+    def _noised(self, clips: Tensor, sigma: float, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Clips at a noise level, what the model is given of them as it is; and the noise."""
+        noise = torch.randn(clips.shape).to(clips)
+        return self.model.constrain((1 - sigma) * clips + sigma * noise, given), noise
 
     def _base_velocities(
         self, latents: Sequence[Tensor], steps: Sequence[int], given: Mapping[str, Tensor]
     ) -> Sequence[Tensor]:
-        """The velocity without LoRA at each step, (B, C, F, h, w) float32: all in one call where that pays.
+        """The velocity without LoRA at each step, (B, C, F, h, w) float32, of each expert by itself."""
+        high = sum(index < self.steps.high_noise for index in steps)
+        halves = ((latents[:high], steps[:high]), (latents[high:], steps[high:]))
+        return [base for some, of in halves if of for base in self._bases_of_one_expert(some, of, given)]
+
+    def _bases_of_one_expert(
+        self, latents: Sequence[Tensor], steps: Sequence[int], given: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        """As `_base_velocities`, of steps that one expert serves: all in one call where that pays.
 
         None of them waits for another, as the velocities of the tail do.
         """
-        count, stage = len(latents), self.model.experts[-1].stage
+        count, stage = len(latents), self._expert(steps[0]).stage
         if count > 1 and sum(x[:, 0].numel() for x in latents) <= _POSITIONS_AT_ONCE:
-            rows = [self._inputs(x, index, given) for x, index in zip(latents, steps, strict=True)]
+            levels = [float(self.schedule.sigmas[index]) for index in steps]
+            rows = [self._inputs(x, sigma, given) for x, sigma in zip(latents, levels, strict=True)]
             inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
             if self.runtime.admits(stage, inputs):
                 return self.runtime.run(stage, inputs, variant=REFERENCE)["velocity"].float().chunk(count)
@@ -133,7 +284,7 @@ class Sampler:
 
     def _expert(self, index: int) -> Expert:
         """The expert that serves a step."""
-        return self.model.experts[0] if index < self.high_noise_steps else self.model.experts[-1]
+        return self.model.experts[0] if index < self.steps.high_noise else self.model.experts[-1]
 
     def _advance(self, latents: Tensor, velocity: Tensor, index: int, given: Mapping[str, Tensor]) -> Tensor:
         latents = self.schedule.step(latents, velocity, index)
@@ -144,14 +295,14 @@ class Sampler:
         self, latents: Tensor, index: int, given: Mapping[str, Tensor], variant: str | None = None
     ) -> Tensor:
         """(B, C, F, h, w) float32 from the runtime."""
-        inputs = self._inputs(latents, index, given)
+        inputs = self._inputs(latents, float(self.schedule.sigmas[index]), given)
         return self.runtime.run(self._expert(index).stage, inputs, variant=variant)["velocity"].float()
 
     def _live_velocity(
-        self, latents: Tensor, index: int, given: Mapping[str, Tensor], recompute: bool, engine_forward: bool
+        self, latents: Tensor, expert: Expert, sigma: float, given: Mapping[str, Tensor], options: TailOptions
     ) -> Tensor:
         """(B, C, F, h, w) float32 with the graph of PyTorch."""
-        inputs, expert = self._inputs(latents, index, given), self._expert(index)
+        inputs, recompute = self._inputs(latents, sigma, given), options.recompute
 
         def in_torch(**tensors: Tensor) -> dict[str, Tensor]:
             self.runtime.stages[expert.stage].restore_weights()
@@ -161,17 +312,35 @@ class Sampler:
             return self.runtime.run(expert.stage, tensors, use=_TAIL)
 
         adapter = [parameter for parameter in expert.module.parameters() if parameter.requires_grad]
-        if recompute and engine_forward:
+        if recompute and options.engine_forward:
             return recomputed(planned, in_torch, inputs, adapter)["velocity"].float()
         with self.runtime.clock.measure(_TAIL, TORCH):
             outputs = recomputed(in_torch, in_torch, inputs, adapter) if recompute else in_torch(**inputs)
             return outputs["velocity"].float()
 
-    def _inputs(self, latents: Tensor, index: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _inputs(self, latents: Tensor, sigma: float, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs of a denoiser. Latents are kept in fp32 between steps: small updates would drown in bf16."""
-        timestep = torch.full((len(latents),), float(self.schedule.timesteps[index]), device=latents.device)
+        timestep = torch.full((len(latents),), TRAIN_TIMESTEPS * sigma, device=latents.device)
         return {"latents": latents.to(self.model.dtype), "timestep": timestep, **self.model.denoiser_inputs(given)}
 
 
-def _row_keys(noise: Tensor) -> list[str]:
-    return [content_key(noise=row) for row in noise]
+def _drawn(steps: Sequence[int], count: int | None) -> Sequence[int]:
+    """So many of the steps, ascending, drawn from torch's generator of the CPU."""
+    if count is None or count >= len(steps):
+        return steps
+    return [steps[place] for place in torch.randperm(len(steps))[:count].sort().values.tolist()]
+
+
+def _latents_of(condition: Condition, conditioner: Conditioner | None) -> Tensor:
+    """The latents of all rows, from the cache where there is one."""
+    if conditioner is None:
+        return condition.compute(list(range(len(condition.keys))))["latents"]
+    return conditioner.cached(condition)["latents"]
+
+
+def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the start noise (B, C, F, h, w) of a run whose noise is fixed: the same for every sample and step.
+
+    Drawn on the CPU, so that it does not depend on the device.
+    """
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).expand(count, *shape)

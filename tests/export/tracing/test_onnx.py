@@ -100,6 +100,23 @@ def test_the_module_and_its_live_tensors_are_left_as_they_were() -> None:
     assert traced.module.weight.requires_grad
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["by position", "by name"])
+@pytest.mark.parametrize(("factor", "renamed"), [(2.0, True), (1.5, False)])
+def test_arguments_of_operators_are_read_by_name(named: bool, factor: float, renamed: bool) -> None:
+    aten, graph = torch.ops.aten, torch.fx.Graph()
+    x, factors = graph.placeholder("x"), [factor, factor]
+    if named:
+        upsample = graph.call_function(aten._upsample_nearest_exact2d.vec, (x, None), {"scale_factors": factors})
+        cast = graph.call_function(aten.to.dtype, (), {"self": x, "dtype": torch.half})
+    else:
+        upsample = graph.call_function(aten._upsample_nearest_exact2d.vec, (x, None, factors))
+        cast = graph.call_function(aten.to.dtype, (x, torch.half))
+    for node in (upsample, cast):
+        onnx_export._respell(node)
+    assert (upsample.target is aten.upsample_nearest2d.vec) is renamed
+    assert (cast.target, cast.args, cast.kwargs) == (aten._to_copy.default, (x,), {"dtype": torch.half})
+
+
 def test_what_cannot_be_traced_is_named(tmp_path: Path) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:

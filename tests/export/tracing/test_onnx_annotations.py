@@ -1,6 +1,7 @@
 """What ONNX files say of themselves: axes by name, metadata, nothing of the machine that wrote them."""
 
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,22 +12,21 @@ import pytest
 from onnxruntime.quantization import quantize_dynamic
 from small_model import small_stages
 
-from frostline.export.exporter import build_stage
 from frostline.runtime.dynamic_dim import Dimension
-from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.engines.store import VerifiedEngine
 
 STAGES = ("denoiser", "vae_decoder", "face_detector")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(small_engine: Callable[[str], VerifiedEngine]) -> dict[str, Path]:
     """The ONNX file of each network of `STAGES`, as `<stage>.<network>`."""
-    store, found = EngineStore(tmp_path_factory.mktemp("engines")), {}
-    for stage in (small_stages()[name] for name in STAGES):
-        engine, _ = build_stage(stage, "onnxruntime", store)
-        for network in engine.manifest.networks:
-            found[f"{stage.name}.{network.name}"] = engine.path / network.artifact
-    return found
+    engines = {stage: small_engine(stage) for stage in STAGES}
+    return {
+        f"{stage}.{network.name}": engine.path / network.artifact
+        for stage, engine in engines.items()
+        for network in engine.manifest.networks
+    }
 
 
 def axes(value: onnx.ValueInfoProto) -> list[str | int]:

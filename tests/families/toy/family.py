@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from frostline.errors import ConfigError
 from frostline.models.video_shape import Geometry
 
 GEOMETRY = Geometry(temporal_stride=8, spatial_stride=8, spatial_multiple=16)
@@ -22,6 +23,7 @@ class ToySpec:
     geometry: Geometry = GEOMETRY
     boundary: float = 0.0
     two_experts: bool = False
+    needs_image: bool = True
     from_files: bool = True
 
 
@@ -55,11 +57,31 @@ def layer_path(name: str, *, flat: bool = False) -> str | None:
     return None if flat or not name.startswith("blocks.") else name
 
 
-def check_adapter(model: str | Path, adapter: Any) -> None:
+def diffusers_path(layer: str) -> str | None:
+    """Diffusers does not have the model."""
+    return None
+
+
+def check_adapter(model: str | Path, adapter: Any, expert: str) -> None:
     """Any is tried."""
 
 
-def load(model: str | Path, dtype: Any, device: Any, defer: bool) -> Any:
+def merge_adapter(model: str | Path, adapter: Any, expert: str, lora_scale: float, dtype: Any) -> Any:
+    import torch
+
+    from frostline.models import lora
+
+    denoiser = load(model, torch.float32, "cpu", False).denoiser
+    return lora.merge_adapter(denoiser.state_dict(), adapter, lora_scale, dtype)
+
+
+def check_base_adapters(model: str | Path, adapters: Any) -> None:
+    if adapters:
+        raise ConfigError("the toy merges no adapters")
+
+
+def load(model: str | Path, dtype: Any, device: Any, defer: bool, base_adapters: Any = (), live: bool = True) -> Any:
+    check_base_adapters(model, base_adapters)
     from frostline.stages.toy.model import ToyComponents  # type: ignore[import-not-found]
 
     seed = json.loads((Path(model) / "toy.json").read_bytes())["seed"]

@@ -118,6 +118,14 @@ class ToyVideoModel:
             ),
         ]
 
+    def clip_latents(self, video: Tensor, run: Stages) -> Condition:
+        def encode(rows: list[int]) -> dict[str, Tensor]:
+            frames = video[rows, :: GEOMETRY.temporal_stride].to(self.device, self.dtype).unbind(1)
+            latents = [run["frame_encoder"](image=frame * 2 - 1)["latents"] for frame in frames]
+            return {"clip_latents": torch.cat(latents, dim=2)}
+
+        return Condition("clip_latents", ("frame_encoder",), tuple(content_key(clip=clip) for clip in video), encode)
+
     def denoiser_inputs(self, conditions: Tensors) -> Tensors:
         return conditions
 
@@ -127,18 +135,33 @@ class ToyVideoModel:
     def decoder(self) -> Decoder:
         decode = self.components.vae.decode
         networks = {"vae_decoder": lambda latents: {"video": decode(latents)}}
+
+        def behind(compute: Any, latents: Tensor, caches: Tensors) -> Tensor:
+            whole = compute(latents=torch.cat([caches["latents"], latents], dim=2))["video"]
+            return whole[:, :, -latents.shape[2] * GEOMETRY.temporal_stride :]
+
+        def assemble(on: Any, latents: Tensor, caches: Tensors | None) -> Tensor:
+            compute = on["vae_decoder"]
+            return compute(latents=latents)["video"] if caches is None else behind(compute, latents, caches)
+
         return Decoder(
-            "vae_decoder", self.dtype, decode, networks, lambda on, latents: on["vae_decoder"](latents=latents)["video"]
+            stage="vae_decoder",
+            dtype=self.dtype,
+            whole=decode,
+            networks=networks,
+            assemble=assemble,
+            caches=lambda on, latents: {"latents": latents},
+            go_on=lambda latents, caches: behind(networks["vae_decoder"], latents, caches),
         )
 
     def uses(self, steps: DenoiseSteps) -> list[Use]:
         return [
             Use("text_encoder", False, 1, "conditioning"),
-            Use("frame_encoder", False, 1, "conditioning"),
-            Use("denoiser", False, steps.mid, "rollout"),
-            Use("denoiser", True, steps.tail_with_lora, "tail"),
-            Use("denoiser", False, steps.tail_with_lora, "tail"),
-            Use("vae_decoder", True, 1, "decode"),
+            Use("frame_encoder", False, 1 + steps.on_data, "conditioning"),
+            Use("denoiser", False, steps.end + 1 - steps.live_with_lora, "rollout"),
+            Use("denoiser", True, steps.live_uses, "tail"),
+            Use("denoiser", False, steps.kl_uses, "tail"),
+            Use("vae_decoder", True, steps.clips, "decode"),
         ]
 
     def modules(self) -> list[nn.Module]:

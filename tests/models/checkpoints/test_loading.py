@@ -269,7 +269,7 @@ def test_two_files_for_one_part_are_refused(checkpoint: Checkpoint) -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere is no folder and none of the embedded models tiny"):
+    with pytest.raises(ConfigError, match=r"nowhere is neither a directory nor a built-in model \(tiny"):
         load_components(tmp_path / "nowhere")
 
 

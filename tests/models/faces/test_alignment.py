@@ -64,6 +64,18 @@ def test_crops_what_the_template_shows() -> None:
     torch.testing.assert_close(sampled @ transform[:, :2].T + transform[:, 2], expected, atol=1e-6, rtol=0)
 
 
+def test_landmarks_go_to_the_template_of_the_embedder() -> None:
+    """The same face, in a crop of another size and with its landmarks elsewhere in it."""
+    image = torch.rand(1, 3, 60, 60, generator=torch.Generator().manual_seed(0)).double()
+    template = transformed(ARCFACE_TEMPLATE, 0.4, -0.2, 5, 8)
+    torch.testing.assert_close(align_faces(image, template[None], 60, template), image)
+    moved = align_faces(image, template[None], 60, template + torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(moved[..., 2:, 3:], image[..., :-2, :-3])
+    torch.testing.assert_close(
+        align_faces(image, template[None], 56), align_faces(image, template[None], 56, ARCFACE_TEMPLATE / 2)
+    )
+
+
 def test_template_landmarks_change_nothing() -> None:
     image = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     landmarks = ARCFACE_TEMPLATE.float().expand(2, 5, 2)

@@ -26,6 +26,7 @@ from frostline.models.faces import (
     load_embedder,
 )
 from frostline.models.faces.embedders import sface_path
+from frostline.rewards.face_identity import Config as FaceIdentityConfig
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,34 @@ def test_arcface_file_gets_the_pixels_it_wants(tmp_path: Path, faces: Tensor, no
     assert (embedder.name, embedder.image_size, embedder.embedding_dim) == ("small", 112, 32)
     expected = run_onnxruntime(path, "input.1", (faces + 1) * 127.5 if normalizes else faces)
     torch.testing.assert_close(embedder(faces), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_arcface_gets_bgr_where_it_is_told_so(tmp_path: Path, faces: Tensor, normalizes: bool) -> None:
+    """In value, and in the gradient of the pixels, which comes back in RGB."""
+    path = arcface_file(tmp_path / "small.onnx", normalizes=normalizes)
+    rgb, bgr = load_embedder(f"arcface:{path}"), load_embedder(f"arcface:{path}", "bgr")
+    assert (rgb.name, bgr.name) == ("small", "small-bgr")
+    swapped = faces[:, [2, 1, 0]]
+    expected = run_onnxruntime(path, "input.1", (swapped + 1) * 127.5 if normalizes else swapped)
+    torch.testing.assert_close(bgr(faces), expected, atol=1e-4, rtol=0)
+    assert (bgr(faces) - rgb(faces)).abs().max() > 1e-2
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for embedder, pixels in ((bgr, faces), (rgb, swapped)):
+        pixels = pixels.clone().requires_grad_()
+        gradients.append(torch.autograd.grad((embedder(pixels) * weights).sum(), pixels)[0])
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[1][:, [2, 1, 0]], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["sface", "dlib", "facenet:weights.pt"])
+def test_others_have_an_order_of_channels_of_their_own(spec: str) -> None:
+    with pytest.raises(ConfigError, match=rf"channels: {spec} has an order of channels of its own"):
+        load_embedder(spec, "bgr")
+    with pytest.raises(ConfigError, match=rf"channels: {spec} has an order of its own: bgr is for arcface"):
+        FaceIdentityConfig.parse({"embedder": spec, "channels": "bgr"})
+    assert FaceIdentityConfig.parse({"embedder": "arcface:x.onnx", "channels": "bgr"}).channels == "bgr"
 
 
 def test_arcface_file_of_another_size_is_refused(tmp_path: Path) -> None:

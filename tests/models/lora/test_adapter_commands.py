@@ -43,7 +43,7 @@ def test_the_commands(tmp_path: Path) -> None:
         (["convert", "nowhere", "--to", "peft", "--out", "folder"], "nowhere holds no adapter"),
         (["merge", "tiny", "{adapter}", "--out", "x.bin"], "written as .safetensors"),
         (["merge", "tiny", "{adapter}", "--precision", "int8", "--out", "x.safetensors"], "unknown precision 'int8'"),
-        (["merge", "nowhere", "{adapter}", "--out", "x.safetensors"], "nowhere is no folder"),
+        (["merge", "nowhere", "{adapter}", "--out", "x.safetensors"], "nowhere is neither a directory"),
     ],
 )
 def test_mistakes_at_the_command_line(arguments: list[str], said: str, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from frostline.models.checkpoints.formats.convert import to_diffusers
 from frostline.models.lora import FORMATS, LoraPair, merge_adapter, read_adapter, write_adapter
 from frostline.models.lora.inject import load_adapter, lora_layers
 
+KEEP_ALPHA = ("peft", "comfyui", "musubi")
+
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("alpha", [4, 8, 6])
@@ -24,7 +26,7 @@ def test_there_and_back(name: str, alpha: float, tmp_path: Path) -> None:
     write_adapter(adapter, name, place(tmp_path, name))
     other = read_adapter(place(tmp_path, name))
     assert other.layers.keys() == adapter.layers.keys()
-    keeps_scale = name in ("peft", "comfyui")
+    keeps_scale = name in KEEP_ALPHA
     for layer, pair in adapter.layers.items():
         assert other.layers[layer].scale == (alpha / 4 if keeps_scale else 1)
         assert torch.equal(other.layers[layer].down, pair.down)
@@ -115,7 +117,7 @@ def test_a_scale_that_goes_into_b_is_not_rounded_to_the_type_of_the_file(tmp_pat
 def test_an_adapter_of_another_kind_of_model_is_not_converted(tmp_path: Path) -> None:
     _, adapter = make_adapter(tmp_path / "trained", 6)
     strange = replace(adapter, layers={"down_blocks.0.attn": next(iter(adapter.layers.values()))})
-    with pytest.raises(ConfigError, match=r"has the layer down_blocks\.0\.attn, which Wan's denoiser does not have"):
+    with pytest.raises(ConfigError, match=r"has the layer down_blocks\.0\.attn, which the denoiser does not have"):
         write_adapter(strange, "diffusers", tmp_path / "lora.safetensors")
 
 
@@ -127,7 +129,7 @@ def test_ranks_and_alphas_of_each_layer_survive(name: str, tmp_path: Path) -> No
     read = read_adapter(place(tmp_path, name))
     assert same_update(read, adapter)
     for layer, pair in adapter.layers.items():
-        kept = name in ("peft", "comfyui")
+        kept = name in KEEP_ALPHA
         assert (read.layers[layer].rank, read.layers[layer].alpha) == (pair.rank, pair.alpha if kept else pair.rank)
     write_adapter(read, "comfyui", tmp_path / "again.safetensors")
     assert same_update(read_adapter(tmp_path / "again.safetensors"), adapter)
@@ -147,8 +149,8 @@ def test_a_convolution_goes_only_to_programs_that_know_it(name: str, tmp_path: P
     _, adapter = make_adapter(tmp_path / "trained", 4)
     pair = LoraPair(torch.randn(3, 36, 1, 2, 2), torch.randn(128, 3, 1, 1, 1), 6.0)
     adapter = replace(adapter, layers={**adapter.layers, "patch_embedding": pair})
-    if name == "diffsynth":
-        with pytest.raises(ConfigError, match="changes patch_embedding, a convolution, which diffsynth does not read"):
+    if name in ("diffsynth", "musubi"):
+        with pytest.raises(ConfigError, match=f"changes patch_embedding, a convolution, which {name} does not read"):
             write_adapter(adapter, name, place(tmp_path, name))
         return
     write_adapter(adapter, name, place(tmp_path, name))

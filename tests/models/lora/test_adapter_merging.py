@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import make_adapter, output, tiny_denoiser, with_alpha, write_flat
+from adapter_files import DIFFERENCES, make_adapter, output, tiny_denoiser, with_alpha, write_distilled, write_flat
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +17,7 @@ from frostline.cli import app
 from frostline.errors import ConfigError
 from frostline.models.checkpoints.checkpoint_files import find_files
 from frostline.models.checkpoints.loading import load_components
-from frostline.models.lora import Adapter, LoraPair, merge_adapter, read_adapter, write_adapter
+from frostline.models.lora import LoraPair, merge_adapter, read_adapter, write_adapter
 from frostline.models.lora.inject import load_adapter, lora_parameters
 
 
@@ -90,34 +90,6 @@ def test_an_adapter_that_changed_the_base_is_refused_until_peft_has_converted_it
         read_adapter(tmp_path / "converted")
 
 
-# By their names in the file, and the parameters of the model that they change.
-DIFFERENCES = {
-    "diffusion_model.blocks.0.self_attn.q.diff_b": "blocks.0.self_attn.q.bias",
-    "diffusion_model.blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q.weight",
-    "diffusion_model.blocks.1.norm3.diff": "blocks.1.norm3.weight",
-    "diffusion_model.blocks.1.norm3.diff_b": "blocks.1.norm3.bias",
-    "diffusion_model.blocks.0.diff_m": "blocks.0.modulation",
-    "diffusion_model.blocks.1.modulation.diff": "blocks.1.modulation",
-    "diffusion_model.head.diff_m": "head.modulation",
-    "diffusion_model.head.head.diff": "head.head.weight",
-    "diffusion_model.patch_embedding.diff": "patch_embedding.weight",
-    "diffusion_model.patch_embedding.diff_b": "patch_embedding.bias",
-}
-
-
-def write_distilled(folder: Path) -> tuple[Adapter, dict[str, Tensor], Path]:
-    """A LoRA as distilled models are shared: with differences of whole parameters."""
-    _, adapter = make_adapter(folder / "trained", 6)
-    path = write_flat(adapter, folder / "lora.safetensors", "diffusion_model.{}".format, ("lora_down", "lora_up"))
-    shapes = {name: tensor.shape for name, tensor in tiny_denoiser().state_dict().items()}
-    generator = torch.Generator().manual_seed(1)
-    differences = {
-        name: 0.1 * torch.randn(shapes[parameter], generator=generator) for name, parameter in DIFFERENCES.items()
-    }
-    save_file({**load_file(path), **differences}, path)
-    return adapter, differences, path
-
-
 def test_differences_are_merged(tmp_path: Path) -> None:
     adapter, differences, path = write_distilled(tmp_path)
     stored, out = find_files("tiny").denoiser.read_exact(), tmp_path / "merged.safetensors"
@@ -174,7 +146,10 @@ def test_a_convolution_is_merged_and_not_loaded(tmp_path: Path) -> None:
     expected = torch.einsum("or,rcthw->octhw", pair.up.flatten(1), pair.down)
     torch.testing.assert_close(merged - base["patch_embedding.weight"], 2 * expected, atol=1e-5, rtol=1e-5)
     write_adapter(adapter, "comfyui", tmp_path / "lora.safetensors")
-    with pytest.raises(ConfigError, match="changes patch_embedding, a convolution: merge it into the model"):
+    with pytest.raises(
+        ConfigError,
+        match="changes patch_embedding, a convolution: name it in base_adapters, or merge it into the model",
+    ):
         load_adapter(tiny_denoiser(), tmp_path / "lora.safetensors")
 
 

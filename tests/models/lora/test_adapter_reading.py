@@ -206,7 +206,7 @@ STAND_INS = {
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "a web page": b"<!DOCTYPE html><html>401</html>",
     "a text file that begins with 'Invalid": b"Invalid username or password.",
-    "what macOS keeps beside a file": b"\0\5\26\7" + bytes(100),
+    "an AppleDouble file of macOS": b"\0\5\26\7" + bytes(100),
     "empty": b"",
     "a ZIP archive": b"PK\3\4" + bytes(100),
 }

@@ -220,3 +220,44 @@ def test_every_sample_has_its_own_timestep(variants: dict[str, WanModel]) -> Non
             torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=0)
         given["timestep"] = given["timestep"].flip(0)
         assert (denoiser(**given)[0] - together[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_bf16_weights_embed_timesteps_in_fp32_and_round_once(variant: str, variants: dict[str, WanModel]) -> None:
+    """As Wan has it. diffsynth rounds timestep, sinusoid and every layer, so it is further from fp32."""
+    half = Denoiser(copy.deepcopy(variants[variant]).to(torch.bfloat16))
+    # The same weights, once rounded.
+    exact = Denoiser(copy.deepcopy(half.model).float())
+    errors: dict[str, list[Tensor]] = {"ours": [], "diffsynth": []}
+    for seed in range(6):
+        given = inputs(half.model, (2, 2, 8, 8), seed)
+        rounded = {name: t if name == "timestep" else t.bfloat16() for name, t in given.items()}
+        embedded = exact._time_embedding(given["timestep"], (2, 4, 4), torch.float32)
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = half._time_embedding(given["timestep"], (2, 4, 4), torch.bfloat16)
+            assert all(torch.equal(one, wide.bfloat16()) for one, wide in zip(found, embedded, strict=True))
+        expected = exact(**{name: tensor.float() for name, tensor in rounded.items()})
+        theirs = plain(half.model, {name: tensor.bfloat16() for name, tensor in given.items()})
+        for name, velocity in (("ours", half(**rounded)), ("diffsynth", theirs)):
+            errors[name].append((velocity.float() - expected).norm() / expected.norm())
+    assert torch.stack(errors["ours"]).mean() < torch.stack(errors["diffsynth"]).mean()
+
+
+def test_a_lora_on_the_timestep_embedding_of_bf16_weights_has_a_gradient_and_a_trace(
+    variants: dict[str, WanModel],
+) -> None:
+    model = copy.deepcopy(variants["tiny"]).to(torch.bfloat16)
+    inject_lora(model, 2, target_modules=["time_embedding.0", "time_projection.1"])
+    denoiser = Denoiser(model)
+    trained = lora_parameters(model)
+    with torch.no_grad():
+        for matrix in trained.values():
+            matrix.normal_(std=0.1)
+    given = {name: t if name == "timestep" else t.bfloat16() for name, t in inputs(model, (1, 1, 4, 4)).items()}
+    velocity = denoiser(**given)
+    gradients = torch.autograd.grad(velocity.float().square().sum(), [*trained.values()])
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    traced = torch.export.export(denoiser, (), given).module()
+    torch.testing.assert_close(traced(**given), velocity)

@@ -24,7 +24,7 @@ from frostline.stages.shapes import ShapeRange
 
 BACKENDS = ("onnxruntime", "openvino")
 DETECTORS = ("mtcnn", "yunet", "scrfd")
-EMBEDDERS = ("sface", "facenet", "arcface")
+EMBEDDERS = ("sface", "facenet", "arcface", "arcface-bgr", "dlib")
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,10 @@ def _detector_stage(name: str, files: Path) -> Stage:
 
 def _embedder_stage(name: str, files: Path) -> tuple[Stage, FaceEmbedder]:
     made: dict[str, Callable[[], FaceEmbedder]] = {
-        "sface": partial(load_embedder, "sface"),
+        **{name: partial(load_embedder, name) for name in ("sface", "dlib")},
         "facenet": partial(FacenetEmbedder, files / "facenet.pt"),
         "arcface": partial(load_embedder, f"arcface:{files / 'arcface.onnx'}"),
+        "arcface-bgr": partial(load_embedder, f"arcface:{files / 'arcface.onnx'}", "bgr"),
     }
     embedder = made[name]()
     assert isinstance(embedder, nn.Module)
@@ -109,6 +110,12 @@ def test_files_of_one_name_and_equal_weights_are_two_engines(files: Path, tmp_pa
         keys.add(stage_key(stage, "onnxruntime", "fp32", "0" * 64))
         prints.add(weights)
     assert len(prints) == len(keys) == 2
+
+
+def test_two_orders_of_channels_are_two_engines(files: Path) -> None:
+    stages = [_embedder_stage(name, files)[0] for name in ("arcface", "arcface-bgr")]
+    assert len({weights_sha256(stage) for stage in stages}) == 2
+    assert len({stage_key(stage, "onnxruntime", "fp32", "0" * 64) for stage in stages}) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
 """ONNX files of the small model, and one signing key for engines that outlive a test."""
 
+import fcntl
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +21,19 @@ def signing_key(session_signing_key: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def onnx_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def onnx_source(tmp_path_factory: pytest.TempPathFactory, session_folder: Path) -> Source:
     """`onnx_source(stage, network, dtype)`: an ONNX file that may be used up; each is traced once."""
-    traced = tmp_path_factory.mktemp("traced")
+    traced = session_folder / "traced"
+    traced.mkdir(parents=True, exist_ok=True)
 
     def source(stage: str, name: str, dtype: torch.dtype = torch.float32) -> Path:
         path = traced / f"{stage}-{name}-{str(dtype).removeprefix('torch.')}.onnx"
-        if not path.exists():
-            trace_onnx(network_of(stage, name, dtype), path)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                partial = path.with_name(f"partial-{path.name}")
+                trace_onnx(network_of(stage, name, dtype), partial)
+                partial.rename(path)
         return Path(shutil.copy(path, tmp_path_factory.mktemp("source") / f"{name}.onnx"))
 
     return source

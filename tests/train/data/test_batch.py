@@ -41,8 +41,8 @@ BAD_BATCHES = {
     "bare prompt": (good(prompt="a clip"), ["'prompt'", "[prompt]"]),
     "prompt None": (good(prompt=None), ["'prompt'", "list of str, not NoneType"]),
     "prompt of int": (good(prompt=["a", 3]), ["sample 1", "'prompt'", "must be str, not int"]),
-    "valid_frames too many": (good(valid_frames=[1, 99]), ["sample 1", "'valid_frames'", "must be 1 to"]),
-    "valid_frames none": (good(valid_frames=[0, 1]), ["sample 0", "'valid_frames'", "not 0"]),
+    "valid_frames too many": (good(valid_frames=[1, 99]), ["sample 1", "'valid_frames'", "must be 0 to 5, not 99"]),
+    "valid_frames negative": (good(valid_frames=[-1, 1]), ["sample 0", "'valid_frames'", "not -1"]),
     "valid_frames bool": (good(valid_frames=[True, 1]), ["sample 0", "'valid_frames'", "not True"]),
     "valid_frames one": (good(valid_frames=[1]), ["'valid_frames'", "list of 2 int"]),
     "valid_frames number": (good(valid_frames=3), ["'valid_frames'", "list of 2 int"]),
@@ -53,6 +53,22 @@ BAD_BATCHES = {
     "no prompts": (good(prompt=[]), ["'prompt'", "0 entries"]),
     "ids of int": (good(sample_id=[1, 2]), ["'sample_id'", "list of str"]),
     "too many ids": (good(sample_id=["a", "b", "c"]), ["'sample_id'", "3 entries", "2 samples"]),
+    "reference of one": (good(reference=torch.rand(2, 3, 16, 16)), ["'reference'", "a list of 2 entries"]),
+    "too few references": (good(reference=[None]), ["'reference'", "a list of 2 entries"]),
+    "reference path": (good(reference=[None, "a.png"]), ["sample 1", "'reference'", "or None, not str"]),
+    "reference picture": (good(reference=[torch.rand(3, 16, 16), None]), ["sample 0", "picture.unsqueeze(0)"]),
+    "reference grey": (good(reference=[torch.rand(1, 1, 16, 16), None]), ["sample 0", "not shape (1, 1, 16, 16)"]),
+    "no reference": (good(reference=[None, torch.rand(0, 3, 16, 16)]), ["sample 1", "one or more pictures"]),
+    "reference small": (good(reference=[None, torch.rand(1, 3, 8, 32)]), ["sample 1", "32x8 are too small", "16"]),
+    "reference uint8": (good(reference=[torch.zeros(1, 3, 16, 16).byte(), None]), ["sample 0", "divide by 255"]),
+    "reference NaN": (good(reference=[torch.full((1, 3, 16, 16), torch.nan), None]), ["sample 0", "NaN"]),
+    "reference range": (
+        good(reference=[None, torch.full((1, 3, 16, 16), -1.0)], sample_id=["x", "y"]),
+        ["sample y, field 'reference'", "from -1 to -1", "(video + 1) / 2"],
+    ),
+    "one fps": (good(fps=16.0), ["'fps'", "a list of 2 entries"]),
+    "no rate": (good(fps=[16.0, 0]), ["sample 1", "'fps'", "positive number or None, not 0"]),
+    "fps of text": (good(fps=["16", None]), ["sample 0", "'fps'", "not '16'"]),
     "numpy": (good(video=np.zeros((2, 5, 3, 16, 32))), ["'video'", "torch.from_numpy"]),
     "None video": (good(video=None), ["'video'", "NoneType"]),
     "path": (good(video="a.mp4"), ["'video'", "str"]),
@@ -111,6 +127,18 @@ def test_a_good_batch_passes_unchanged() -> None:
     assert checked.sample_id == ("0", "1", "2")
     assert checked.video is data["video"]
     assert check_batch(good(sample_id=("a", "b"))).sample_id == ("a", "b")
+
+
+def test_references_and_rates_are_optional_for_each_sample() -> None:
+    checked = check_batch(good())
+    assert (checked.reference, checked.fps, checked.valid_frames) == ((None, None), (None, None), (5, 5))
+    pictures = torch.rand(3, 3, 40, 24)
+    checked = check_batch(good(reference=[None, pictures], fps=[24, None], valid_frames=[0, 5]))
+    assert checked.reference[0] is None and checked.reference[1] is pictures
+    assert (checked.fps, checked.valid_frames) == ((24.0, None), (0, 5))
+    half = check_batch(good(reference=[pictures.half(), 1.00005 * torch.ones(1, 3, 16, 16)])).reference
+    assert half[0] is not None and half[0].dtype == torch.float32
+    assert half[1] is not None and half[1].max() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

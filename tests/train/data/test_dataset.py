@@ -17,7 +17,8 @@ from frostline.errors import ConfigError, DataError
 from frostline.models.video_shape import Geometry
 from frostline.train.data import dataset as data_module
 from frostline.train.data.batch import check_batch
-from frostline.train.data.dataset import VideoPromptDataset, collate, size_within
+from frostline.train.data.cutting import size_within
+from frostline.train.data.dataset import VideoPromptDataset, collate
 from frostline.video import write_video
 
 # Of a model with the VAE of Wan2.2 TI2V.
@@ -308,7 +309,7 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "json object": ("m.json", b'{"video": "a.mp4"}', ["must be a list"]),
     "broken jsonl": ("m.jsonl", b'{"video": "a.mp4", "prompt": "p"}\n{"video"\n', ["row 2", "JSON"]),
     "all rows bad": ("m.jsonl", b'{"video": "a.mp4"}\n', ["row 1", "'prompt'", "none of the 1 rows"]),
-    "yaml": ("m.yaml", b"video: a.mp4", [".csv, .jsonl or .json"]),
+    "yaml": ("m.yaml", b"video: a.mp4", [".csv, .jsonl or .json", ".txt"]),
 }
 
 

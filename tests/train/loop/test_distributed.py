@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed_runs import run
+from forked import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,16 +43,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
 def together(tmp_path_factory: pytest.TempPathFactory, engines: Path) -> Path:
     """The runs in two processes."""
     out = tmp_path_factory.mktemp("together")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(out), str(engines)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=220,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    run_ranks(str(SCRIPT), str(out), str(engines), environment=environment, timeout=220)
     return out
 
 

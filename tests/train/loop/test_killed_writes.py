@@ -1,20 +1,17 @@
 """A hundred kills in the middle of checkpoints, rotation and reports: nothing is lost, nothing is left over."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from folders import content
+from forked import run_python
 
 SCRIPT = Path(__file__).parents[2] / "killed_writes.py"
 
 
 @pytest.mark.parametrize("seed", [0])
 def test_what_is_killed_while_it_writes_ends_as_if_it_had_not_been(seed: int, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path), str(seed)], capture_output=True, text=True, check=False
-    )
+    done = run_python(str(SCRIPT), str(tmp_path), str(seed))
     assert done.returncode == 0, done.stderr[-3000:]
     steps, *ends = map(int, done.stdout.split())
     assert len(ends) == 100

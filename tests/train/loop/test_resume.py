@@ -1,12 +1,11 @@
 """Killed and taken up again: the run ends as if nothing had happened, to the bit."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_python
 
 SCRIPT = Path(__file__).parents[2] / "killed_runs.py"
 # What depends on the clock of the machine.
@@ -17,9 +16,7 @@ TIMES = ("seconds", "stages")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
     """A run left alone, one that was killed ten times, and a line about each kill."""
     out = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(out), "0"], capture_output=True, text=True, check=False, timeout=200
-    )
+    done = run_python(str(SCRIPT), str(out), "0", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return out / "whole", out / "killed", done.stdout.splitlines()
 

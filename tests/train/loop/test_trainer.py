@@ -21,7 +21,8 @@ from frostline.train.loop.resume import find_resume
 from frostline.train.loop.run_dir import claimed
 from frostline.train.loop.trainer import RunOptions, train
 from frostline.train.memory.offload import saved_in_main_memory
-from frostline.train.settings import TrainerSettings, TrainingModuleSettings
+from frostline.train.settings import TrainerSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=2, per_device_train_batch_size=1, seed=3)
 

@@ -27,7 +27,7 @@ from frostline.train.memory.checkpointing import fitting_checkpointing
 from frostline.train.memory.memory_profile import measure_model
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.memory.table import memory_table
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 CLIP = VideoShape(batch_size=1, num_frames=9, height=96, width=96)
 
@@ -120,7 +120,11 @@ def test_many_blocks_and_chunks_are_planned_from_a_few(kind: Any, monkeypatch: p
 
 def test_the_embedder_is_planned_as_it_is() -> None:
     reward: Any = Config().build()
-    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, rewards=[reward])
+    judges = {"judge_sharp": 10**6}
+    plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, rewards=[reward], judges=judges)
+    # Of a judge there are the weights, all the time.
+    *_, judge = plan.stages
+    assert (judge.stage, judge.weights, judge.frozen_peak + judge.kept + judge.live_peak) == ("judge_sharp", 10**6, 0)
     embedder = reward.faces.embedder
     faces = torch.rand(9, 3, 112, 112, requires_grad=True)
     _, measured = allocated(lambda: embedder(faces).sum().backward())
@@ -190,6 +194,28 @@ def test_more_tail_steps_keep_more_and_checkpointing_less() -> None:
     assert sizes(moe, "kept")["denoiser"] == 5 * kept(grad_start_step=7)
 
 
+def test_the_loras_and_activations_of_both_experts_count() -> None:
+    def plan(experts: str, **values: Any) -> MemoryPlan:
+        given = settings(grad_start_step=0, lora={"rank": 4, "experts": experts}, **values)
+        return memory_plan("tiny-moe", given, CLIP, engines="all")
+
+    low, high, both = (plan(experts) for experts in ("low", "high", "both"))
+    assert both.adapter == low.adapter + high.adapter
+    assert (both.gradients, both.optimizer) == (both.adapter, 2 * both.adapter)
+    assert 0 < high.adapter < low.adapter, "the high-noise expert of tiny-moe has fewer blocks"
+    # What a gradient flows through stays in PyTorch.
+    assert sizes(low, "weights")["denoiser_high_noise"] == 0 < sizes(low, "engine")["denoiser_high_noise"]
+    for each in (high, both):
+        assert sizes(each, "engine")["denoiser_high_noise"] == 0 < sizes(each, "weights")["denoiser_high_noise"]
+        assert sizes(each, "kept")["denoiser_high_noise"] > 0
+    assert sizes(low, "kept")["denoiser_high_noise"] == 0
+    assert sizes(both, "kept")["denoiser"] == sizes(low, "kept")["denoiser"]
+    assert 0 < sizes(high, "kept")["denoiser"] < sizes(low, "kept")["denoiser"], "it has no LoRA to keep inputs for"
+    alone = plan("high", backprop={"stop_latent_gradient": True})
+    assert sizes(alone, "kept")["denoiser"] == 0
+    assert both.peaks["backward"] > low.peaks["backward"]
+
+
 def test_the_table_says_whether_it_fits() -> None:
     plan = memory_plan("tiny-moe", settings(), CLIP, num_processes=8, device_bytes=80 * 10**9)
     text = printed(plan)
@@ -210,7 +236,7 @@ def printed(plan: MemoryPlan) -> str:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "checkpoints/Wan3"}, "no folder and named after none of the releases"),
+        ({"model": "checkpoints/Wan3"}, "neither a directory nor named after a release"),
         ({"engines": ("vae_coder",)}, "no stage 'vae_coder'"),
         ({"sharding": "dp"}, "unknown sharding 'dp'"),
         ({"num_processes": 0}, "num_processes must be at least 1"),
@@ -228,6 +254,15 @@ def test_the_spec_of_files_is_that_of_the_loaded_model() -> None:
     assert read_spec("Wan2.2-T2V-A14B-Diffusers").boundary == 0.875
 
 
+def described(model: Any) -> list[tuple[str, torch.dtype, torch.device, torch.Size, bool]]:
+    """Name, type, device, shape and `requires_grad` of all parameters of a model."""
+    return [
+        (name, p.dtype, p.device, p.shape, p.requires_grad)
+        for module in model.modules()
+        for name, p in module.named_parameters()
+    ]
+
+
 def test_memory_chooses_how_much_is_recomputed(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,11 +274,25 @@ def test_memory_chooses_how_much_is_recomputed(
     scale = components.vae.scale
     shape, auto = VideoShape(2, 5, 64, 64), settings(gradient_checkpointing="auto")
     # What is measured does not depend on the memory there is: the files and the loaded model once each, with each kind.
-    of_files = footprint.measure_model(empty_model(read_spec("tiny"), torch.float32, auto.lora), shape)
+    empty = empty_model(read_spec("tiny"), torch.float32, auto.lora)
+    of_files = footprint.measure_model(empty, shape)
     of_files = replace(of_files, stages=functools.cache(of_files.stages))
     of_loaded = functools.cache(lambda kind: footprint.measure_live_stages(model, shape, kind))
-    monkeypatch.setattr("frostline.train.memory.plan.measure_model", lambda *_: of_files)
-    monkeypatch.setattr("frostline.train.memory.checkpointing.measure_live_stages", lambda *given: of_loaded(given[2]))
+    parameters = described(empty)
+
+    def measured_files(given: Any, given_shape: VideoShape, window: int | None = None) -> Any:
+        assert described(given) == parameters
+        assert given_shape == shape
+        return of_files
+
+    def measured_loaded(given: Any, given_shape: VideoShape, kind: Any, window: int | None = None) -> Any:
+        assert given is model
+        assert given_shape == shape
+        assert kind in CHECKPOINTING
+        return of_loaded(kind)
+
+    monkeypatch.setattr("frostline.train.memory.plan.measure_model", measured_files)
+    monkeypatch.setattr("frostline.train.memory.checkpointing.measure_live_stages", measured_loaded)
 
     def plan(how: TrainingModuleSettings, device_bytes: int | None = None) -> MemoryPlan:
         options: dict[str, Any] = {"dtype": torch.float32, "rewards": rewards, "device_bytes": device_bytes}

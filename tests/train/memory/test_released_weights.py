@@ -62,15 +62,18 @@ def test_a_run_plans_before_it_looks_at_weights(engines: Path, tmp_path: Path) -
     plan = {"engines": engines, "backend": "onnxruntime", "stages": {"vae_encoder": "torch"}}
     module = build_module(RunSettings.parse({**run, "plan": plan}), torch.device("cpu"))
     assert {name for name, choice in module.runtime.plan.items() if choice.backend == "torch"} == {"vae_encoder"}
-    assert in_memory(module) == {"vae_encoder"}
+    assert in_memory(module) == set()
 
 
 def test_weights_that_are_still_to_come_are_counted(make_module: MakeModule, variant_engines: Path) -> None:
     settings = {**SETTINGS, "engines": None, "plan": "torch"}
     module = WanTrainingModule.from_pretrained("tiny-moe", **settings)
     away = {name: weights.nbytes for name, weights in module.components.weights.items() if not weights.resident}
-    assert away.keys() == {"text_encoder", "denoiser_high_noise"}
+    assert away.keys() == {"text_encoder", "vae_encoder", "denoiser_high_noise"}
     assert module.runtime.pending_bytes() == sum(away.values()) > 0
+    module.runtime.idle = frozenset({"text_encoder"})
+    assert module.runtime.pending_bytes() == sum(away.values()) - away["text_encoder"]
+    module.runtime.idle = frozenset()
     module(DATA)
     assert module.runtime.pending_bytes() == 0
     served = make_module("tiny-moe", plan={"*": "torch", "denoiser": "onnxruntime"}, engines=variant_engines)
@@ -86,11 +89,11 @@ def test_never_loaded_where_the_cache_knows_the_answer(tmp_path: Path, digests: 
     # Nothing tells the weights' digest yet: it names the entries of the cache, so they are read for it.
     expected = first(DATA)
     assert in_memory(first) == {"text_encoder", "vae_encoder", "denoiser_high_noise"}
-    assert len(list(digests.iterdir())) == 2
+    assert len(list(digests.iterdir())) == 3
     second = WanTrainingModule.from_pretrained("tiny-moe", **settings)
-    assert in_memory(second) == {"vae_encoder"}
+    assert in_memory(second) == set()
     actual = second(DATA)
-    assert in_memory(second) == {"vae_encoder"}
+    assert in_memory(second) == set()
     assert [x.item() for x in actual] == [x.item() for x in expected]
     second({**DATA, "prompt": ["a person talks"]})
     assert "text_encoder" in in_memory(second)
@@ -177,7 +180,7 @@ def test_deferred_and_restored_is_what_was_loaded_at_once() -> None:
     eager = load_components("tiny-moe", torch.bfloat16)
     deferred = load_components("tiny-moe", torch.bfloat16, defer=DEFERRABLE)
     for part, weights in deferred.weights.items():
-        assert weights.resident == (part == "vae_encoder")
+        assert not weights.resident, part
         weights.restore()
         assert weights.resident
         held = {id(p): p.nbytes for p in parameters_of(deferred, part)}

@@ -3,13 +3,12 @@
 import csv
 import json
 import re
-from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from browser import needs_chromium, render
+from browser import needs_chromium, render, visible
 
 from frostline.errors import DataError
 from frostline.train.report.page import write_report
@@ -31,15 +30,27 @@ def example_metrics() -> list[dict[str, Any]]:
     return rows
 
 
-def example_validation(after: float = 0.6639) -> list[dict[str, Any]]:
-    before = [0.55 + 0.003 * start for start in range(20)]
-    starts = [score + 0.09 - 0.0049 * start for start, score in enumerate(before)]
-    first = {"step": 0, "face_score": 0.5785, "detection_rate": 0.983, "psnr": 21.43, "starts": {"face_score": before}}
-    last = {"step": 40, "face_score": after, "detection_rate": 1.0, "psnr": 21.31, "starts": {"face_score": starts}}
-    return [first, last]
+def example_validation(after: float = 0.6639, judge: float = 0.02, looks: int = 2) -> list[dict[str, Any]]:
+    """judge: how much the judge rises. The first frame shows a face from the second look on only."""
+    lines, before = [], [0.55 + 0.003 * start for start in range(20)]
+    for look in range(looks):
+        part = look / (looks - 1)
+        starts = [score + part * (0.09 - 0.0049 * start) for start, score in enumerate(before)]
+        judged = [0.7 + part * judge * (1 + 0.2 * (-1) ** start) for start in range(20)]
+        line: dict[str, Any] = {"step": round(40 * part), "psnr": 21.43 - 0.12 * part}
+        line |= {"face_score": 0.5785 + part * (after - 0.5785), "detection_rate": 0.983 + 0.017 * part}
+        line |= {"judge_face_dlib": 0.7 + part * judge, "judge_face_dlib_detection_rate": 0.9, "sharpness_ratio": 1.1}
+        line |= {"rewards": ["face_score"], "judges": ["judge_face_dlib"]}
+        line["starts"] = {"face_score": starts, "judge_face_dlib": judged, "psnr": [21.43 - 0.12 * part] * 20}
+        line["frames"] = {"judge_face_dlib": [[None if look == 0 else 0.6, score, score] for score in judged]}
+        lines.append(line)
+    return lines
 
 
 FACTS = {
+    "rewards": ["face_score"],
+    "judges": ["judge_face_dlib"],
+    "about": {"face_score": "The mean cosine of faces.", "judge_face_dlib": "Another embedder.", "psnr": "Pixels."},
     "plan": {
         "vae_encoder": {
             "backend": "onnxruntime",
@@ -51,10 +62,10 @@ FACTS = {
     "versions": {"python": "3.11.2", "torch": "2.11.0"},
 }
 TIMING = {
-    "step_ms": {"warm": 366.4, "cold": 441.8, "torch": 561.2},
+    "step_ms": {"cached": 366.4, "uncached": 441.8, "torch": 561.2},
     "stage_ms": {
-        "warm": {},
-        "cold": {"vae_encoder": 21.4, "denoise_tail": 88.1},
+        "cached": {},
+        "uncached": {"vae_encoder": 21.4, "denoise_tail": 88.1},
         "torch": {"vae_encoder": 38.7, "denoise_tail": 87.6},
     },
 }
@@ -86,12 +97,6 @@ def write_run(
             csv.writer(file).writerows([["video", "reference", "prompt"], *rows])
 
 
-def visible(html: str) -> str:
-    """What a reader sees, one space between words."""
-    body = re.sub(r"<(style|script)\b.*?</\1>", " ", html, flags=re.S)
-    return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
-
-
 def page(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
@@ -99,12 +104,20 @@ def page(run: Path) -> str:
 EXPECTED = (
     "40 steps, 1 of them skipped because the loss or its gradient was not finite.",
     "Face score of the held-out starts: 0.579 at step 0, 0.664 now; it went up in 19 of 20.",
-    "Face score 0.579 → 0.664 +0.085",
+    "Gains agree: face_score rises (+0.0435 ± 0.0065, 20 starts) and judge_face_dlib rises (+0.0200 ± 0.00092",
+    "Face score 0.579 → 0.664 +0.085 The mean cosine of faces.",
     "Starts that improved 19 of 20",
+    "Judge: face dlib 0.700 → 0.720 +0.020 Training never sees it. Another embedder. "
+    "Of the 40 frames that were scored both times: +0.0200; of all, with 0 where there was no score: +0.213.",
     "Detection rate 0.983 → 1.000 +0.017",
-    f"PSNR to truth 21.43 → 21.31 dB {MINUS}0.12 dB",
+    f"PSNR to truth, dB 21.43 → 21.31 {MINUS}0.12",
+    "Rewarded and judged",
+    "Face score: change",
+    "Judge: face dlib: change",
+    "KL to the untrained model",
+    "Sharpness ratio (1 is like the true clip)",
     f"One training step 561 → 366 ms 1.53 {TIMES} the speed",
-    "442 ms when nothing is kept",
+    "442 ms uncached",
     "19 of 20 up",
     f"vae_encoder frozen onnxruntime 21.4 9.5 {TIMES} 10⁻⁷ 1.81x as fast as torch <parity passed>",
     f"denoise_tail live torch 88.0 {DASH} carries gradient",
@@ -131,14 +144,42 @@ def test_every_number_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_wrong_is_told_as_it_is(tmp_path: Path) -> None:
-    validation = example_validation(after=0.5)
-    validation[1] |= {"psnr": 19.0, "detection_rate": 0.5, "starts": {"face_score": [0.0] * 17 + [1.0] * 3}}
-    write_run(tmp_path, example_metrics(), validation, {"step_ms": {"warm": 600.0, "torch": 561.2}})
+    validation = example_validation(after=0.5, judge=-0.03)
+    validation[1] |= {"psnr": 19.0, "detection_rate": 0.5}
+    validation[1]["starts"]["face_score"] = [0.0] * 17 + [1.0] * 3
+    write_run(tmp_path, example_metrics(), validation, {"step_ms": {"cached": 600.0, "torch": 561.2}})
     html = page(tmp_path)
     text = visible(html)
     assert "0.579 at step 0, 0.500 now; it went up in 3 of 20" in text
     assert f"0.94 {TIMES} the speed" in text
-    assert html.count('class="change worse"') == 4
+    assert f"Judge_face_dlib falls since step 40 ({MINUS}0.0300 ± 0.0014, 20 starts), and no reward rises" in text
+    assert html.count('class="lead worse"') == 1
+    # Face score, judge and the step's time: what has no better side is told without a colour.
+    assert html.count('class="change worse"') == 3
+
+
+def test_a_hacked_reward_is_named_at_the_top(tmp_path: Path) -> None:
+    validation = example_validation(judge=-0.03, looks=5)
+    validation[-1]["verdict"] = {"stops": True}
+    write_run(tmp_path, example_metrics(), validation)
+    text = visible(page(tmp_path))
+    verdict = (
+        "The reward rises while a judge falls, reward hacking? face_score rises (+0.0435 ± 0.0065, 20 starts), "
+        f"judge_face_dlib falls since step 10 ({MINUS}0.0300 ± 0.0014, 20 starts). The run was ended at step 40, after "
+        "4 validations in a row at which a judge fell (train.stop_when_judge_falls)."
+    )
+    assert text.index(verdict) < text.index("40 steps, 1 of them skipped")
+
+
+def test_names_of_any_reward_are_told(tmp_path: Path) -> None:
+    """Nothing on the page knows which rewards there are."""
+    validation = json.loads(json.dumps(example_validation()).replace("face", "tail").replace("detection", "wagging"))
+    metrics = json.loads(json.dumps(example_metrics()).replace("face", "tail").replace("detection", "wagging"))
+    write_run(tmp_path, metrics, validation)
+    text = visible(page(tmp_path))
+    for words in ("Tail score 0.579 → 0.664", "Judge: tail dlib", "Tail score while training", "Wagging rate 0.983"):
+        assert words in text
+    assert "face" not in text.replace("The mean cosine of faces", "")
 
 
 @pytest.mark.parametrize("validation", [[], example_validation()[:1]], ids=["none", "first"])
@@ -147,7 +188,7 @@ def test_a_run_at_work_has_a_page(tmp_path: Path, validation: list[dict[str, Any
     text = visible(page(tmp_path))
     assert "3 steps." in text
     assert "One training step 0.40 s" in text
-    assert "improved" not in text
+    assert "improved" not in text and "Rewarded and judged" not in text
 
 
 def test_missing_values_leave_a_page(tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("file", "gone"),
     [
-        ("models/wan/text.py", {"context", "y", "receipt"}),  # which one module computes
-        ("stages/wan/conditions.py", {"context", "y", "receipt"}),
-        ("models/wan/vae_chunks.py", {"y", "receipt"}),
+        ("models/wan/text.py", {"context", "y"}),  # which one module computes
+        ("stages/wan/conditions.py", {"context", "y"}),
+        ("models/wan/vae_chunks.py", {"y"}),
         ("train/step/conditioning.py", {"references"}),
         ("models/faces/identity.py", {"references"}),
         ("runtime/planning/autotune.py", {"latency"}),
@@ -157,6 +157,21 @@ def test_what_does_not_run_it_stays(kept: Kept, edit: Edit, file: str, gone: set
     assert kept.recalled() == KINDS - gone
 
 
+def test_an_export_of_a_models_stages_depends_on_its_code(edit: Edit) -> None:
+    """That of rewards alone, which `RECIPE` is, does not: no model is loaded for it."""
+
+    def keys() -> tuple[str, str]:
+        recipes = (RECIPE, RECIPE.model_copy(update={"stages": (STAGE, "text_encoder")}))
+        of_rewards, of_model = (receipt_key(recipe, BuildOptions(), "cpu", {}) for recipe in recipes)
+        return of_rewards, of_model
+
+    before = keys()
+    edit("models/wan/text.py", "import torch", "import torch\n_X = 1")
+    after = keys()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
 def test_another_version_of_a_package_makes_invalid_what_calls_it(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = computation._installed
 
@@ -164,6 +179,6 @@ def test_another_version_of_a_package_makes_invalid_what_calls_it(kept: Kept, mo
         return "diffsynth 99" if top == "diffsynth" else installed(top)
 
     monkeypatch.setattr(computation, "_installed", upgraded)
-    assert kept.recalled() == {"engine", "latency", "references"}
+    assert kept.recalled() == {"engine", "receipt", "latency", "references"}
     monkeypatch.setattr(computation, "_installed", lambda top: "torch 99" if top == "torch" else installed(top))
     assert kept.recalled() == set()

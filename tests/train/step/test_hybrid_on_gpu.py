@@ -13,7 +13,7 @@ from frostline.models.tiny.clips import held_out_clips
 from frostline.runtime.device import full_fp32
 from frostline.runtime.engines.store import EngineStore
 from frostline.train import WanTrainingModule
-from frostline.train.settings import TrainingModuleSettings
+from frostline.train.step_settings import TrainingModuleSettings
 
 pytestmark = [
     pytest.mark.gpu,

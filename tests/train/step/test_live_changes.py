@@ -17,6 +17,7 @@ from frostline.errors import EngineError
 from frostline.models.lora.inject import ADAPTER, lora_layers
 from frostline.stages.denoiser import REFERENCE
 from frostline.train import WanTrainingModule
+from frostline.train.step.rollout import TailOptions
 
 MakeModule = Callable[..., WanTrainingModule]
 Change = Callable[[nn.Module], None]
@@ -111,7 +112,9 @@ class Velocities:
     def live(self) -> Tensor:
         """The policy as the denoise tail computes it."""
         given = self.conditioning.conditions
-        return self.module.parts.sampler._live_velocity(self.latents, 1, given, recompute=False, engine_forward=False)
+        sampler, (expert,) = self.module.parts.sampler, self.module.trained_experts
+        options = TailOptions(engine_forward=False)
+        return sampler._live_velocity(self.latents, expert, float(sampler.schedule.sigmas[1]), given, options)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

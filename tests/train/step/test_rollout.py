@@ -31,11 +31,11 @@ def kl_and_calls(module: WanTrainingModule, data: Mapping[str, Any]) -> tuple[Te
     module.runtime.run = counting  # type: ignore[method-assign]
     conditioning = module.forward_preprocess(data)
     noise = module.noise(conditioning)
-    sampler, settings = module.parts.sampler, module.settings
-    latents, first = sampler.start(conditioning, noise, settings.grad_start_step, None)
-    latents = sampler.head(latents, conditioning, first, settings.grad_start_step)
-    sampled = sampler.tail(latents, conditioning, settings.grad_start_step, settings.grad_end_step)
-    kl = torch.stack(sampled.kl)
+    sampler, steps = module.parts.sampler, module.parts.steps
+    latents, first = sampler.start(conditioning, noise, steps.end + 1, None)
+    latents = sampler.head(latents, conditioning.conditions, first, max(steps.start, steps.high_noise))
+    sampled = sampler.tail(latents, conditioning, steps.draw())
+    kl = torch.stack([*sampled.kl.values()])
     gradients = torch.autograd.grad(kl.sum(), [*module.trainable_parameters().values()])
     del module.runtime.run
     return torch.cat([kl.detach(), *(gradient.flatten() for gradient in gradients)]), batches
@@ -66,7 +66,7 @@ def test_all_kl_references_in_one_call(
     alone, separate = kl_and_calls(module, data)
     assert separate == [2] * (batches[0] // 2)
     assert len(separate) >= 4
-    kl = 8 - settings["grad_start_step"]
+    kl = len(separate)
     torch.testing.assert_close(together[:kl], alone[:kl], atol=1e-6, rtol=1e-5)
     assert torch.nn.functional.cosine_similarity(together[kl:], alone[kl:], dim=0) >= 0.99999
     assert (together[kl:].norm() / alone[kl:].norm() - 1).abs() <= 1e-4
@@ -100,10 +100,10 @@ def test_from_noise_to_latents_no_value_is_asked_for(
     backend: str, data: dict[str, Any], make_module: MakeModule, engines: Path
 ) -> None:
     module = make_module(plan={"denoiser": backend}, engines=engines)
-    settings = module.settings
+    steps = module.parts.steps
     conditioning = module.forward_preprocess(data)
     noise = module.noise(conditioning)
     with ValuesAskedFor() as asked:
-        latents = module.parts.sampler.head(noise, conditioning, 0, settings.grad_start_step)
-        module.parts.sampler.tail(latents, conditioning, settings.grad_start_step, settings.grad_end_step)
+        latents = module.parts.sampler.head(noise, conditioning.conditions, 0, steps.start)
+        module.parts.sampler.tail(latents, conditioning, steps.draw())
     assert asked.count == 0

@@ -22,7 +22,7 @@ _BLOCKS: Mapping[Part, str] = {
 
 
 def network_arguments(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the network; see the functions below for what they raise."""
+    """Return the arguments of the network; see the functions below for what they raise."""
     if part == "denoiser":
         return denoiser_arguments(shapes, config)
     if part == "image_encoder":
@@ -31,7 +31,7 @@ def network_arguments(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> 
 
 
 def denoiser_arguments(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `WanModel`.
+    """Return the arguments of `WanModel`.
 
     Args:
         config: `config.json` beside the weights, Wan's or diffusers', for what shapes do not tell; may be empty.
@@ -64,7 +64,7 @@ def denoiser_arguments(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, A
 
 
 def text_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
-    """The arguments of `WanTextEncoder`.
+    """Return the arguments of `WanTextEncoder`.
 
     Raises:
         KeyError, ValueError: these are not the tensors of a text encoder.
@@ -86,7 +86,7 @@ def text_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_arguments(shapes: Shapes) -> dict[str, Any]:
-    """The arguments of `VideoVAE_`, or of Wan2.2 TI2V's `VideoVAE38_`, which have `dec_dim`.
+    """Return the arguments of `VideoVAE_`, or of Wan2.2 TI2V's `VideoVAE38_`, which have `dec_dim`.
 
     Raises:
         KeyError, ValueError, IndexError, ZeroDivisionError: these are not the tensors of a VAE.
@@ -125,7 +125,7 @@ def image_encoder_layers(shapes: Shapes) -> int:
 
 
 def missing_blocks(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the number of blocks, in words; None if nothing is.
+    """Return what is wrong with the number of blocks, in words; None if nothing is.
 
     Args:
         shapes: in Wan's own spelling. config: `config.json` beside the files, which may be that of another part.
@@ -143,7 +143,7 @@ def missing_blocks(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> str
 
 
 def _said_blocks(part: Part, config: Mapping[str, Any]) -> int | None:
-    """The number of blocks in a config of this part.
+    """Return the number of blocks in a config of this part.
 
     Wan keeps all parts in one folder, and its config is the denoiser's; those of transformers name their own.
     """

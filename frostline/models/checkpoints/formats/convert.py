@@ -38,7 +38,7 @@ def to_official(part: Part, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def to_diffusers(part: Part, tensors: Tensors) -> dict[str, Tensor]:
-    """The names of diffusers, from Wan's own.
+    """Return the names of diffusers, from Wan's own.
 
     Raises:
         ConfigError: a name that is none of Wan's.
@@ -66,7 +66,7 @@ def _pairs(part: Part, names: Iterable[str]) -> Pairs:
 
 
 def _vae_pairs(names: list[str]) -> Pairs:
-    """The table for a VAE of as many blocks as there are, in either spelling.
+    """Return the table for a VAE of as many blocks as there are, in either spelling.
 
     Between two resolutions lies a resampling block, in each resolution the same number of residual blocks.
     """
@@ -113,7 +113,7 @@ _CLIP_EMBEDDING = 1024
 
 
 def _image_encoder_to_diffusers(tensors: Tensors) -> dict[str, Tensor]:
-    """`CLIPVisionModel`, which has no projection: `visual.head`, `log_scale` and the text tower are left out."""
+    """Return `CLIPVisionModel`, which has no projection: `visual.head`, `log_scale` and the text tower are left out."""
     left_out = (_PROJECTION[0], _LOG_SCALE)
     visual = {n: t for n, t in tensors.items() if n not in left_out and not n.startswith("textual.")}
     special = {_CLASS[1]: visual.pop(_CLASS[0])[0, 0], _POSITION[1]: visual.pop(_POSITION[0])[0]}

@@ -89,7 +89,7 @@ _SIDES = (("encoder", "down"), ("decoder", "up"))
 
 
 def vae_pairs(levels: int, res_blocks: int, nested: bool) -> Pairs:
-    """The table of a VAE.
+    """Return the table of a VAE.
 
     Args:
         levels: resolutions of encoder and decoder, 4 in all releases.
@@ -140,7 +140,7 @@ def _residual(ours: str, theirs: str) -> list[tuple[str, str]]:
 
 
 def rename(names: Iterable[str], pairs: Pairs, *, to_diffusers: bool) -> dict[str, str]:
-    """The new name of each of `names` that the table knows."""
+    """Return the new name of each of `names` that the table knows."""
     rules = _rules(pairs, to_diffusers)
     renamed = {}
     for name in names:

@@ -1,8 +1,8 @@
-"""Files on disk as one network: which it is, in whose spelling, of what shapes, and its tensors."""
+"""Files on disk as one network: its part, format, shapes and tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,8 +43,8 @@ _TELLTALES: Mapping[str, tuple[Part, Spelling]] = {
 class NetworkFiles:
     """The files that together hold one network.
 
-    prefix: what stands before every name. shapes: by name, in Wan's own spelling. stored: the weights by the names in
-    the files. config: `config.json` beside them.
+    prefix: prefix of every tensor name. shapes: by official name. stored: the weights by their names in the files.
+    config: `config.json` in the same folder.
     """
 
     part: Part
@@ -78,17 +78,25 @@ class NetworkFiles:
         if problem := missing_blocks(self.part, self.shapes, self.config):
             raise ConfigError(f"incomplete: {self}: {problem}")
 
-    def read(self, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-        """All tensors, in Wan's own spelling and of one type, those of 8 bits with their scales applied.
+    def read(
+        self, dtype: torch.dtype, device: str | torch.device, wanted: Callable[[str], bool] = lambda name: True
+    ) -> dict[str, Tensor]:
+        """Return tensors, in Wan's own spelling and of one type, those of 8 bits with their scales applied.
 
+        Args:
+            wanted: by name in Wan's own spelling; others are not returned, and in that spelling not read either.
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """
         exact = _ExactWeights(self, device)
-        return _spelled_officially(self.part, self.spelling, self.prefix, {n: exact[n].to(dtype) for n in exact})
+        # Several tensors of diffusers may make one of Wan's: only a conversion tells which.
+        names = [n for n in exact if self.spelling == "diffusers" or wanted(n.removeprefix(self.prefix))]
+        tensors = {name: exact[name].to(dtype) for name in names}
+        official = _spelled_officially(self.part, self.spelling, self.prefix, tensors)
+        return {name: tensor for name, tensor in official.items() if wanted(name)}
 
     def read_exact(self) -> Mapping[str, Tensor]:
-        """The tensors of a denoiser, in Wan's own spelling, each read as it is asked for.
+        """Return the tensors of a denoiser by official name, each read on access.
 
         Those of 8 bits are fp32, with their scales applied; the others are as stored.
 
@@ -101,7 +109,7 @@ class NetworkFiles:
 
 
 def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
-    """What the files hold together, told from the names of their tensors alone; None where it is no part of Wan.
+    """Detect the network in files from its tensor names alone; None if it is not part of a Wan model.
 
     Raises:
         ConfigError: a file cannot be read, has names that do not belong to what it seems to be, or is quantised in a

@@ -1,4 +1,4 @@
-"""Weights of 8 bits with a scale beside each, and the quantised files that are refused.
+"""8-bit weights with scales, and the quantised formats that are refused.
 
 Two programs write such weights: ComfyUI (`scaled_fp8` in the file and a `scale_weight` for each layer; since 2025 a
 `weight_scale`, and what the layer is in `comfy_quant` or in the header) and musubi-tuner (`scale_weight`, one for the
@@ -47,7 +47,7 @@ _PACKED = ("uint8", "int8", "F4", "F6_", "F8_", "float4", "float8")
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights in files, by the names in them, without what else lies there.
+    """The weights in files, by their names there, without scales and other tensors.
 
     scales: the name of the scale of each weight that has one.
     """
@@ -68,7 +68,7 @@ class StoredWeights:
 
 
 def find_weights(header: Header, path: Path) -> StoredWeights:
-    """Tell weights from what is stored to dequantise them.
+    """Separate weights from the tensors that are stored to dequantise them.
 
     Args:
         header: of all files of a network together. path: for messages.
@@ -98,7 +98,7 @@ def find_weights(header: Header, path: Path) -> StoredWeights:
 
 
 def dequantise(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The values of a weight of 8 bits in fp32.
+    """Return the values of a weight of 8 bits in fp32.
 
     Args:
         scale: of one element, one for each row, or (rows, blocks, 1); None for a weight that was only cast.
@@ -150,7 +150,7 @@ def _refuse_by_name(infos: Mapping[str, TensorInfo], path: Path) -> None:
 
 
 def _refuse_by_format(header: Header, path: Path) -> None:
-    """What ComfyUI says of each layer, in the header or beside it."""
+    """Refuse formats that ComfyUI states for a layer, in the header or in a tensor, and that are not supported."""
     said: list[Any] = []
     for name, text in {**header.texts, **header.metadata}.items():
         if name == _HEADER_FORMATS or name in header.texts:

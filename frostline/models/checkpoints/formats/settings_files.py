@@ -10,7 +10,7 @@ from frostline.errors import ConfigError, DocumentError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A mapping of settings; empty where there is no such file.
+    """Return a mapping of settings; empty where there is no such file.
 
     Raises:
         ConfigError: it is there, but no JSON mapping.
@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A mapping of settings, which stands in `where`.
+    """Return a mapping of settings, which stands in `where`.
 
     Raises:
         ConfigError: it is no JSON mapping.

@@ -17,7 +17,7 @@ _SHARD = re.compile(r"(.*-)\d{5}(-of-(\d{5})(?:\.[\w-]+)?\.(?:safetensors|pth))"
 
 
 def shard_groups(folder: Path) -> list[tuple[Path, ...]]:
-    """The weight files of a folder, those that are shards of one network together.
+    """Return the weight files of a folder, those that are shards of one network together.
 
     Hidden files are no weights: macOS leaves one (`._name`) beside each file that it copies.
 
@@ -80,7 +80,7 @@ def _numbered(path: Path) -> tuple[Path, ...]:
 
 
 def _names(path: Path) -> list[str]:
-    """The names of all shards that `path` is one of; none if it is no shard.
+    """Return the names of all shards that `path` is one of; none if it is no shard.
 
     Raises:
         ConfigError: its number is higher than how many it says there are.

@@ -42,7 +42,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What files hold. metadata: text that safetensors keeps beside the tensors. texts: tensors that are text."""
+    """Content of files. metadata: text in the header of safetensors. texts: tensors that contain text."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read what `path` holds, without the values.
+    """Read names, types and shapes of the tensors in `path`, without the values.
 
     Raises:
         ConfigError: it cannot be read, or holds no tensors by name; says what it is instead.
@@ -74,7 +74,7 @@ def read_header(path: Path) -> Header:
 
 
 def open_tensors(paths: Sequence[Path], device: str | torch.device) -> Mapping[str, Tensor]:
-    """The tensors of files, by name, of the types in them; those of safetensors are read as they are asked for.
+    """Return the tensors of files, by name, in their stored types; those of safetensors are read on access.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -146,7 +146,7 @@ class _Joined(Mapping[str, "Tensor"]):
 
 
 def _load_torch(path: Path, device: str | torch.device, *, mapped: bool) -> dict[str, Tensor]:
-    """A file of torch.save, unwrapped as diffsynth does. mapped: leave its values on disk where its format allows."""
+    """Load a file of torch.save, unwrapped as in diffsynth. mapped: memory-map the values if the format allows."""
     import torch
 
     try:
@@ -163,5 +163,5 @@ def _load_torch(path: Path, device: str | torch.device, *, mapped: bool) -> dict
 
 
 def _text(values: Any) -> str:
-    """The text in an array or tensor of bytes."""
+    """Return the text in an array or tensor of bytes."""
     return bytes(values.reshape(-1).tolist()).decode(errors="replace")

@@ -23,10 +23,10 @@ def check_inputs(network: Network, inputs: Mapping[str, Tensor]) -> None:
 
 
 def check_live(network: Network) -> None:
-    """The same for the live tensors, which no optimizer step changes in shape or type.
+    """Check the live tensors in the same way. An optimizer step changes neither their shape nor their type.
 
     Raises:
-        EngineError: for their shape too, which no other call would mend.
+        EngineError: a shape is out of range; another call would fail as well.
     """
     for spec in network.live_specs:
         if not spec.admits(network.live[spec.name].shape):
@@ -38,7 +38,7 @@ def check_live(network: Network) -> None:
 class LiveCheck:
     """`check_live` for each use of an engine: the tensors are checked again where one was replaced or moved.
 
-    Not only once: whoever trains may put others in their places at any time.
+    Checking once is not enough: a training loop may replace the tensors at any time.
     """
 
     def __init__(self, network: Network) -> None:
@@ -58,7 +58,7 @@ class LiveCheck:
 
 
 def _check(network: Network, specs: Iterable[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
-    """Types and devices, and that dimensions of one name agree."""
+    """Check types and devices, and that dimensions of one name have one extent."""
     seen: dict[str, tuple[int, str]] = {}
     device = network.device
     for spec in specs:

@@ -1,4 +1,4 @@
-"""What a build can be asked for."""
+"""Build options of engines."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ BuildProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Each backend heeds what concerns it; the first two are part of an engine's identity.
+    """Options of a build. A backend ignores those that do not concern it; the first two identify an engine.
 
     opset: of the ONNX graph that the backend starts from.
     compute_capabilities: the GPUs to build for, such as "8.9"; "current" is this machine's. None given: this machine's
         GPU, and what the backend proposes where there is none.
-    asked_maximum: open dimensions, such as `batch`, whose largest extent someone asked for: a backend that cannot
-        serve it refuses, where else it lowers the extent.
+    asked_maximum: open dimensions, such as `batch`, whose largest extent the user set: a backend that cannot serve
+        that extent refuses to build, while it lowers default extents.
     timing_cache: a file in which the backend keeps its measurements for the next build.
-    progress: told phase, steps done, and steps in all.
+    progress: called with phase, completed steps and total steps.
     """
 
     opset: int = OPSET

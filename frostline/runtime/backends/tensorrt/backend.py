@@ -43,7 +43,7 @@ class TensorRTBackend(Backend):
         """Import the module, `tensorrt` or `tensorrt_rtx`."""
 
     def target(self, device: torch.device, options: BuildOptions) -> str:
-        """The GPUs asked for, else this machine's, else the usual ones.
+        """Return the GPUs asked for, else this machine's, else the usual ones.
 
         Raises:
             EngineError: a GPU of this machine is wanted, and there is none.
@@ -94,7 +94,7 @@ class TensorRTBackend(Backend):
         return name
 
     def _capabilities(self, target: str) -> list[Any]:
-        """The members of `ComputeCapability` for a target; none for a module that builds for this GPU only."""
+        """Return the members of `ComputeCapability` for a target; none for a module that builds for this GPU only."""
         names = target.split("+")
         if not self.cross_builds:
             if names != [self._sm_name("current")]:

@@ -43,7 +43,7 @@ class PlanBuilder:
         self._timing_cache = timing_cache
 
     def build(self, network: Network, source: Path, progress: BuildProgress | None = None) -> Any:
-        """The plan of `source`, for shapes within the network's range: TensorRT's own memory, readable as bytes.
+        """Return the plan of `source`, for shapes within the network's range: TensorRT's own memory, readable as bytes.
 
         Args:
             progress: called in this thread.
@@ -132,7 +132,7 @@ def _add_profile(builder: Any, graph: Any, config: Any, network: Network) -> Non
 
 
 def _read_timing_cache(config: Any, path: Path | None) -> bool:
-    """Whether the builder measures into a cache that may be written to `path`."""
+    """Return whether the builder measures into a cache that may be written to `path`."""
     if path is None:
         return False
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")

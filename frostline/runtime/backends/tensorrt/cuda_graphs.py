@@ -1,4 +1,4 @@
-"""Launches at fixed shapes, recorded once as CUDA graphs and replayed: one launch instead of one a kernel."""
+"""Launches at fixed shapes, recorded once as CUDA graphs and replayed: one launch instead of one for each kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 Launch = Callable[[Mapping[str, Tensor], torch.cuda.Stream], dict[str, Tensor]]
 
-# A shape whose recording was given up so many times is not recorded again.
+# A shape whose recording was dropped this many times is not recorded again.
 _ENOUGH_DROPS = 2
 # Shapes whose last use is remembered; a face detector's never end.
 _REMEMBERED_SHAPES = 1024
@@ -38,7 +38,7 @@ class CudaGraphs:
     A replay reads and writes the memory that it was recorded with: inputs are copied into it and outputs out of it, so
     that outputs are the caller's own. Whatever else the launch reads (weights, live tensors) is read in place.
 
-    Not for several threads at once: whoever calls holds a lock.
+    Not thread-safe: the caller holds a lock.
 
     Args:
         new_launch: makes what enqueues the work on a stream, from named inputs to freshly allocated outputs, without
@@ -60,10 +60,10 @@ class CudaGraphs:
         self._refused = False
 
     def __call__(self, inputs: Mapping[str, Tensor], depends: Hashable = None) -> dict[str, Tensor]:
-        """Outputs for the inputs, ready on torch's current stream.
+        """Compute the outputs, ready on torch's current stream.
 
         Args:
-            depends: what a recording holds for beside the inputs' shapes, such as addresses that the launch binds.
+            depends: what a recording depends on besides the input shapes, such as addresses that the launch binds.
         """
         key = (depends, *((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items())))
         recording = self._recordings.get(key)
@@ -74,7 +74,7 @@ class CudaGraphs:
         return outputs
 
     def launch(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same without a recording."""
+        """Compute the outputs without a recording."""
         return self._launch(inputs, self._stream)
 
     def _note_use(self, key: Hashable) -> None:
@@ -87,9 +87,9 @@ class CudaGraphs:
             self._last_use.popitem(last=False)
 
     def _worth_recording(self, key: Hashable) -> bool:
-        """Whether a shape comes often enough: a second time, and twice since the shape was used whose place it takes.
+        """Return whether to record a shape: on its second call, if both came after the last of the shape it replaces.
 
-        So more shapes than there are places do not drive out each other in turns.
+        If there are more shapes than `limit`, they then do not keep replacing each other.
         """
         before = self._last_use.get(key)
         if self._refused or before is None or self._drops[key] >= _ENOUGH_DROPS:
@@ -99,7 +99,7 @@ class CudaGraphs:
         return self._last_use.get(next(iter(self._recordings)), 0) < before
 
     def _record(self, key: Hashable, inputs: Mapping[str, Tensor]) -> _Recording | None:
-        """A recording at the shapes of `inputs`, in the place of the one that was not used for longest; else None."""
+        """Record at the shapes of `inputs`, dropping the least recently used recording; None if that fails."""
         while len(self._recordings) >= self._limit:
             dropped, _ = self._recordings.popitem(last=False)
             self._drops[dropped] += 1

@@ -28,7 +28,7 @@ _DTYPES = {
 
 
 def can_bind(tensor: Tensor) -> bool:
-    """Whether TensorRT can use a tensor where it is: dense, and at an address that is aligned."""
+    """Return whether TensorRT can use a tensor where it is: dense, and at an address that is aligned."""
     return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
 
 

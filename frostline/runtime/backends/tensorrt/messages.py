@@ -23,7 +23,7 @@ _TOLD = 5
 class Messages:
     """Listens to one builder or runtime, which is given `logger`.
 
-    TensorRT calls it from its own code, which no exception may cross: what is raised in there is kept, and `check`
+    TensorRT calls it from native code, through which exceptions cannot propagate: an exception is stored, and `check`
     raises it.
 
     Not an `IErrorRecorder`, which would give codes instead of words: TensorRT-RTX 1.7.1 crashes as a network goes that
@@ -39,7 +39,7 @@ class Messages:
         self.logger = _new_logger(trt, self)
 
     def forget(self) -> None:
-        """Begin anew: what was said so far explains no later failure."""
+        """Clear all messages, so that they are not reported with a later failure."""
         self.failed = self._no_memory = False
         self._latest.clear()
 
@@ -50,7 +50,7 @@ class Messages:
             raise raised
 
     def error(self, what: str) -> EngineError:
-        """An error that says what failed, and what TensorRT said of it.
+        """Return an error with what failed and TensorRT's latest messages.
 
         Raises:
             BaseException: what a callback raised, which is then the reason.
@@ -60,7 +60,7 @@ class Messages:
         return EngineMemoryError(message) if self._no_memory else EngineError(message)
 
     def guard(self, call: Callable[[], _Result], otherwise: _Result) -> _Result:
-        """What `call` returns; where it raises, that is kept, and `otherwise` goes back to TensorRT."""
+        """Return the result of `call`; if it raises, store the exception and return `otherwise` to TensorRT."""
         try:
             return call()
         except BaseException as error:

@@ -98,7 +98,7 @@ class _Contexts:
             config.set_runtime_cache(self._compiled)
 
     def new(self) -> Any:
-        """A context that no other launch uses.
+        """Return a context that no other launch uses.
 
         Raises:
             EngineError: TensorRT cannot make one.
@@ -121,7 +121,7 @@ class _Contexts:
 
 
 def layer_table(trt: Any, plan: bytes, name: str) -> str:
-    """What the engine inspector says of every layer, as JSON.
+    """Return what the engine inspector says of every layer, as JSON.
 
     Raises:
         EngineError: TensorRT cannot load the plan.
@@ -132,7 +132,7 @@ def layer_table(trt: Any, plan: bytes, name: str) -> str:
 
 
 def _deserialize(trt: Any, plan: bytes, name: str, messages: Messages) -> tuple[Any, Any]:
-    """The runtime, which has to live as long as its engine, and the engine."""
+    """Return the runtime, which has to live as long as its engine, and the engine."""
     # Its `engine_host_code_allowed` stays off: a plan is data, and no code of its own may run.
     runtime = trt.Runtime(messages.logger)
     engine = runtime.deserialize_cuda_engine(plan)

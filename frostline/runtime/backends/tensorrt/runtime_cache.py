@@ -1,6 +1,6 @@
-"""What TensorRT-RTX compiled for this GPU as an engine ran, kept beside the engine for the next process.
+"""TensorRT-RTX's runtime cache: kernels compiled for this GPU while an engine ran, stored for the next process.
 
-It is code that will run, as an engine is: nothing is loaded that this user's key did not sign for this very engine.
+They are executable code, like the engine: a cache is loaded only if this user's key signed it for the same engine.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class RuntimeCache:
     """
 
     def __init__(self, engine: VerifiedEngine, artifact: str) -> None:
-        # Beside the folder of the engine: in it lies only what its manifest names.
+        # Next to the engine's folder, which contains only the files that its manifest names.
         self.path: Path = engine.path.with_name(f".{engine.path.name}.{artifact}.runtime_cache")
         self._engine = engine.manifest.artifacts[artifact].sha256.encode()
 
     def read(self) -> bytes | None:
-        """The content, or None where there is none that this user signed for this engine."""
+        """Return the content; None if there is no cache that this user signed for this engine."""
         try:
             data = self.path.read_bytes() if self.path.is_file() and not self.path.is_symlink() else b""
         except OSError as error:

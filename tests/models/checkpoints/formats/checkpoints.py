@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffsynth.core.vram.initialization import skip_model_initialization
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from frostline.models.checkpoints.formats.convert import to_diffusers
 from frostline.models.checkpoints.formats.names import Part
+from frostline.models.meta_tensors import meta_parameters
 
 TINY = TOKENIZER.parents[1]
 VAE38 = {"dim": 8, "z_dim": 48, "dec_dim": 12, "num_res_blocks": 1}
@@ -66,7 +66,7 @@ def random_tensors(model: nn.Module, dtype: torch.dtype = torch.float32, seed: i
 
 def make_tensors(variant: Variant) -> dict[str, dict[str, Tensor]]:
     """The tensors of every network of a variant, by the names that Wan's own release has."""
-    with skip_model_initialization():
+    with meta_parameters():
         vae = (VideoVAE38_ if variant.vae is VAE38 else VideoVAE_)(**variant.vae)
         networks: dict[str, nn.Module] = {
             "denoiser": WanModel(**variant.denoiser),

@@ -189,5 +189,5 @@ def test_what_macos_keeps_beside_a_file_is_no_weights(tmp_path: Path) -> None:
         (folder / f"._{name}").write_bytes(b"\0\5\26\7" + bytes(4092))
     loaded = load_components(folder).denoiser.state_dict()
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in tiny_tensors().items())
-    with pytest.raises(ConfigError, match=r"it is what macOS keeps beside a file \(AppleDouble\)"):
+    with pytest.raises(ConfigError, match=r"it is an AppleDouble file of macOS"):
         find_files([folder / "._diffusion_pytorch_model.safetensors", TOKENIZER])

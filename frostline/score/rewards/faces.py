@@ -1,38 +1,80 @@
-"""What is remembered of references and videos while their frames come in: a few numbers a frame."""
+"""Face identity: what is remembered of references and videos while their frames come in is a few numbers a frame."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from frostline.models.faces.identity import FaceChoice, FrameFaces, MissingFace, frame_cosines, pool_frames
+from frostline.models.faces.embedders import FaceEmbedder
+from frostline.models.faces.identity import FrameFaces, frame_cosines, pool_frames
+from frostline.rewards.active import ActiveReward
+from frostline.rewards.face_identity.reward import FaceIdentityReward
+from frostline.runtime.runtime import Runtime
 from frostline.score.decoding import Chunk
 from frostline.score.request import Pair
+from frostline.score.rewards.base import ReferenceTrack, RewardResult, ScoredReward, VideoTrack
 
 _DIGITS = 7
 
 
-@dataclass
-class ReferenceSum:
+class FaceReward(ScoredReward):
+    """`face_identity`: its detector and reference embedder look at all frames, and no frame is kept."""
+
+    def __init__(self, label: str, active: ActiveReward, runtime: Runtime, device: torch.device, batch: int) -> None:
+        super().__init__(label, active, runtime, device, batch)
+        reward = cast(FaceIdentityReward, active.reward)
+        self.config = reward.config
+        self.identity = reward.identity(self.run)
+        self.names = reward.faces.detector.name, cast(FaceEmbedder, reward.faces.embedder).name
+
+    def provenance(self) -> Mapping[str, str]:
+        """Detector and embedder, and what serves them."""
+        backends = self.backends()
+        return {
+            "face_detector": self.names[0],
+            "face_detector_backend": backends["face_detector"],
+            "face_embedder": self.names[1],
+            "face_embedder_backend": backends["face_embedder"],
+        }
+
+    def reference(self, pair: Pair) -> FaceReference:
+        """A picture or video of the person."""
+        return FaceReference(pair.reference)
+
+    def video(self, pair: Pair, reference: ReferenceTrack | None) -> FaceVideo:
+        """A video against the mean of the reference's faces."""
+        assert isinstance(reference, FaceReference)
+        return FaceVideo(self, reference)
+
+    def observe(self, parts: Sequence[Tensor]) -> list[FrameFaces]:
+        """Detect and embed the faces in some frames."""
+        frames = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        seen = FrameFaces.join([self.identity.observe(run.to(self.device)) for run in frames.split(self.batch)])
+        return seen.split([len(part) for part in parts])
+
+
+class FaceReference(ReferenceTrack):
     """The faces of a reference: sums, so that a long video takes no more memory than a picture.
 
     Of a video, frame 0 is left out as in training: there, it is the start frame that the generated video is given.
     """
 
-    total: Tensor | float = 0.0
-    faces: int = 0
-    frames: int = 0
-    error: str = ""
-    first: tuple[Tensor | float, int] = (0.0, 0)
-    crowded: int = 0
-    most_faces: int = 0
-    note: str = ""
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.total: Tensor | float = 0.0
+        self.faces = 0
+        self.frames = 0
+        self.first: tuple[Tensor | float, int] = (0.0, 0)
+        self.crowded = 0
+        self.most_faces = 0
 
-    def add(self, seen: FrameFaces) -> None:
-        """What was seen in some frames, of each of which the largest face counts."""
+    def add(self, chunk: Chunk, seen: FrameFaces) -> None:
+        """Add what was seen in some frames, of each of which the largest face counts."""
         embeddings = seen.chosen().embeddings
         total, faces = embeddings.double().sum(dim=0), len(embeddings)
         if self.frames == 0:
@@ -42,22 +84,19 @@ class ReferenceSum:
         self.crowded += int((seen.numbers > 1).sum())
         self.most_faces = max(self.most_faces, int(seen.numbers.max()))
 
-    def end(self, error: str, note: str, path: str) -> None:
-        """All frames were added, and what there is to tell of their file is this."""
-        crowd = ""
+    def finish(self) -> None:
+        """Leave out the first frame of a video; without a face, the reference is of no use."""
         if self.crowded:
             where = f"in {self.crowded} of its {self.frames} frames " if self.frames > 1 else ""
-            crowd = f"{where}{self.most_faces} faces were found, of which the largest counts"
-        self.note = "; ".join(filter(None, (note, crowd)))
+            self.note = f"{where}{self.most_faces} faces were found, of which the largest counts"
         if self.frames > 1:
             self.total, self.faces = self.total - self.first[0], self.faces - self.first[1]
-        self.error = f"the reference cannot be used: {error}" if error else ""
-        if not error and not self.faces:
-            self.error = f"the reference cannot be used: {path}: no face was found in it"
+        if not self.faces:
+            self.fault = f"{self.path}: no face was found in it"
 
     @property
     def mean(self) -> Tensor:
-        """(D,) float32; only of a reference without error."""
+        """(D,) float32; only of a reference without a fault."""
         assert isinstance(self.total, Tensor)
         return (self.total / self.faces).float()
 
@@ -72,26 +111,26 @@ class Extreme:
     landmarks: tuple[tuple[float, float], ...]
 
 
-@dataclass
-class VideoFrames:
+class FaceVideo(VideoTrack):
     """What is known of a video while its frames come in. A few numbers a frame, whatever its length."""
 
-    pair: Pair
-    size: tuple[int, int] = (0, 0)
-    numbers: list[int] = field(default_factory=list)
-    found: list[Tensor] = field(default_factory=list)
-    cosines: list[Tensor] = field(default_factory=list)
-    max_faces: int = 0
-    worst: Extreme | None = None
-    best: Extreme | None = None
-    seconds: float = 0.0
+    def __init__(self, reward: FaceReward, reference: FaceReference) -> None:
+        super().__init__()
+        self.reward = reward
+        self.reference = reference
+        self.numbers: list[int] = []
+        self.found: list[Tensor] = []
+        self.cosines: list[Tensor] = []
+        self.max_faces = 0
+        self.worst: Extreme | None = None
+        self.best: Extreme | None = None
 
-    def add(self, chunk: Chunk, seen: FrameFaces, mean: Tensor, face: FaceChoice) -> None:
-        """The frames of a chunk, as they were seen, against the mean of the reference embeddings."""
+    def add(self, chunk: Chunk, seen: FrameFaces) -> None:
+        """Hold the frames of a chunk against the mean of the reference's embeddings."""
+        mean, face = self.reference.mean, self.reward.config.face
         faces, found = seen.chosen(mean if face == "best" else None), seen.numbers > 0
         cosines = found.new_zeros(len(found), dtype=torch.float32)
         cosines[found] = frame_cosines(faces.embeddings, mean)
-        self.size = (chunk.frames.shape[-1], chunk.frames.shape[-2])
         self.numbers += chunk.numbers
         self.found.append(found.cpu())
         self.cosines.append(cosines.cpu())
@@ -104,26 +143,25 @@ class VideoFrames:
             if self.best is None or cosines[highest] > self.best.score:
                 self.best = _extreme_at(highest, chunk, faces, cosines)
 
-    def columns(self, missing_face: MissingFace) -> dict[str, Any]:
-        """What the frames came to, as fields of `VideoScore`."""
+    def result(self) -> RewardResult:
+        """Pool the cosines."""
+        missing_face = self.reward.config.missing_face
         found, cosines = torch.cat(self.found), torch.cat(self.cosines)
         pooled = pool_frames(cosines[None], found[None], torch.ones(1, dtype=torch.bool), missing_face)
         scored = bool(pooled.valid) or missing_face == "zero"
         scores = zip(cosines.tolist(), found.tolist(), strict=True)
-        return {
+        columns = {
             "face_score": round(pooled.face_score.item(), _DIGITS) if scored else None,
             "detection_rate": round(pooled.detection_rate.item(), _DIGITS),
             "face_score_missing_zero": round(pooled.face_score_missing_zero.item(), _DIGITS),
-            "frames": len(found),
             "frames_with_face": int(found.sum()),
             "max_faces": self.max_faces,
-            "width": self.size[0],
-            "height": self.size[1],
             "frame_numbers": tuple(self.numbers),
             "frame_scores": tuple(round(score, _DIGITS) if face else None for score, face in scores),
             **_extreme_columns("worst", self.worst),
             **_extreme_columns("best", self.best),
         }
+        return RewardResult(columns)
 
 
 def _extreme_at(index: int, chunk: Chunk, faces: FrameFaces, cosines: Tensor) -> Extreme:

@@ -100,3 +100,31 @@ def write_diffusers(path: Path, adapter: Adapter, prefix: str = "transformer.", 
 
 def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
     save_file({name: t.contiguous() for name, t in change(load_file(path)).items()}, path)
+
+
+# By their names in the file, and the parameters of the model that they change.
+DIFFERENCES = {
+    "diffusion_model.blocks.0.self_attn.q.diff_b": "blocks.0.self_attn.q.bias",
+    "diffusion_model.blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q.weight",
+    "diffusion_model.blocks.1.norm3.diff": "blocks.1.norm3.weight",
+    "diffusion_model.blocks.1.norm3.diff_b": "blocks.1.norm3.bias",
+    "diffusion_model.blocks.0.diff_m": "blocks.0.modulation",
+    "diffusion_model.blocks.1.modulation.diff": "blocks.1.modulation",
+    "diffusion_model.head.diff_m": "head.modulation",
+    "diffusion_model.head.head.diff": "head.head.weight",
+    "diffusion_model.patch_embedding.diff": "patch_embedding.weight",
+    "diffusion_model.patch_embedding.diff_b": "patch_embedding.bias",
+}
+
+
+def write_distilled(folder: Path) -> tuple[Adapter, dict[str, Tensor], Path]:
+    """A LoRA as distilled models are shared: with differences of whole parameters."""
+    _, adapter = make_adapter(folder / "trained", 6)
+    path = write_flat(adapter, folder / "lora.safetensors", "diffusion_model.{}".format, ("lora_down", "lora_up"))
+    shapes = {name: tensor.shape for name, tensor in tiny_denoiser().state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    differences = {
+        name: 0.1 * torch.randn(shapes[parameter], generator=generator) for name, parameter in DIFFERENCES.items()
+    }
+    save_file({**load_file(path), **differences}, path)
+    return adapter, differences, path

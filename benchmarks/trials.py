@@ -1,0 +1,117 @@
+"""What settings of the step cost in score, judge and KL: training runs on the tiny model, over seeds.
+
+    frostline export tiny
+    python benchmarks/trials.py --seeds 0,1,2 --data runs/demo/data
+    python benchmarks/trials.py --trials default,base --seeds 0 --steps 20
+
+Each run is the demo's (its data, settings and judge) with one setting changed. Held-out starts are scored before and
+after; a change is paired by frame, and averaged over the starts, then over the seeds (plus or minus their standard
+deviation). Seconds are the median of a step's, and mean something on a quiet machine alone. A run that is in the file
+already is not made again, so that an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from measuring import RESULTS, write_result
+from rich.console import Console
+from rich.table import Table
+
+from frostline.demo.dataset import write_datasets
+from frostline.demo.run import DemoSettings, demo_settings, scores_of
+from frostline.progress import Progress
+from frostline.train.launch import run_training
+from frostline.train.loop.run_dir import METRICS, VALIDATION, read_lines
+from frostline.train.settings import RunSettings
+
+TRIALS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "last": {"backprop": {"strategy": "last"}},
+    "random:2": {"backprop": {"strategy": "random", "num_steps": 2}},
+    "uniform:2": {"backprop": {"strategy": "uniform", "num_steps": 2}},
+    "stop_latent_gradient": {"backprop": {"stop_latent_gradient": True}},
+    "lv_samples:2": {"backprop": {"strategy": "last", "lv_samples": 2}},
+    "window:1": {"decode": {"num_latent_frames": 1}},
+    "kl_steps:1": {"backprop": {"kl_steps": "random:1"}},
+    # Latents are reused only where the noise of a sample is fixed.
+    "fixed noise": {"noise_seed": 24},
+    "base": {"noise_seed": 24, "rollout": {"policy": "base"}},
+    "stale:20": {"noise_seed": 24, "rollout": {"policy": "stale:20"}},
+}
+
+
+def main() -> None:
+    """Train, print a table, write JSON after each run."""
+    arguments = _arguments()
+    runs: dict[str, Any] = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {}
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    if not (arguments.data / "train").exists():
+        write_datasets(arguments.data, 40, arguments.starts)
+    for seed in seeds:
+        for name in arguments.trials.split(","):
+            key = f"{name} seed {seed} steps {arguments.steps}"
+            if key not in runs:
+                runs[key] = {"trial": name, "seed": seed, "steps": arguments.steps, **_run(name, seed, arguments)}
+                write_result(arguments.out, {"trials": TRIALS, "runs": runs})
+    _print([run for run in runs.values() if run["steps"] == arguments.steps])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", default=",".join(TRIALS), help="of these, comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--starts", type=int, default=20)
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="written there if missing")
+    parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "trials.json")
+    return parser.parse_args()
+
+
+def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        demo = DemoSettings(steps=arguments.steps, starts=arguments.starts, seed=seed)
+        values = {**demo_settings(out, arguments.engines_dir, demo).model_dump(mode="json"), **TRIALS[name]}
+        for section, part in (("data", "train"), ("validation", "held_out")):
+            values[section]["source"] = str(arguments.data / part)
+        values["validation"]["lossless"] = False
+        run_training(RunSettings.parse(values), None, Progress(quiet=True))
+        scores, lines = scores_of(read_lines(out / VALIDATION)), read_lines(out / METRICS)
+    return {
+        "gain": {name: change["gain"] for name, change in scores["paired"].items()},
+        "starts_up": scores["starts_up"],
+        "psnr": scores["psnr_after"] - scores["psnr_before"],
+        "kl_loss": statistics.mean(line["kl_loss"] for line in lines[-10:]),
+        "seconds_per_step": statistics.median(line["seconds"] for line in lines),
+        "verdict": scores["verdict"],
+    }
+
+
+def _print(runs: list[dict[str, Any]]) -> None:
+    table = Table(title=f"change over the training, {len({run['seed'] for run in runs})} seeds")
+    measures = list(dict.fromkeys(name for run in runs for name in run["gain"]))
+    for column in ("trial", *measures, "PSNR, dB", "KL at the end", "s/step"):
+        table.add_column(column, justify="left" if column == "trial" else "right")
+    for trial in dict.fromkeys(run["trial"] for run in runs):
+        own = [run for run in runs if run["trial"] == trial]
+        cells = [_spread([run["gain"][name] for run in own]) for name in measures]
+        cells += [_spread([run[name] for run in own]) for name in ("psnr", "kl_loss")]
+        table.add_row(trial, *cells, f"{statistics.median(run['seconds_per_step'] for run in own):.2f}")
+    Console(width=160).print(table)
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.4f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Run networks on the meta device: tensors have shapes, dtypes and storages of a size, but no data."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from frostline.deferred_init import deferred_init
+
+_META = torch.device("meta")
+_aten = torch.ops.aten
+# Operations whose result is like their largest input, and those that change their first.
+_ELEMENTWISE = frozenset(
+    {
+        _aten.add.Tensor,
+        _aten.clamp.default,
+        _aten.clamp_min.default,
+        _aten.div.Tensor,
+        _aten.mul.Scalar,
+        _aten.mul.Tensor,
+        _aten.neg.default,
+        _aten.pow.Tensor_Scalar,
+        _aten.reciprocal.default,
+        _aten.rsqrt.default,
+        _aten.silu.default,
+        _aten.silu_backward.default,
+        _aten.sqrt.default,
+        _aten.sub.Tensor,
+    }
+)
+_IN_PLACE = frozenset(
+    {
+        _aten.add_.Tensor,
+        _aten.addcmul_.default,
+        _aten.copy_.default,
+        _aten.div_.Tensor,
+        _aten.mul_.Tensor,
+        _aten.silu_.default,
+        _aten.sqrt_.default,
+    }
+)
+_RANDOM = frozenset({Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_})
+
+
+@contextmanager
+def meta_parameters() -> Iterator[None]:
+    """Within the block, parameters that modules register are moved to the meta device; buffers stay as they are."""
+    with deferred_init("diffsynth"):
+        from diffsynth.core.vram.initialization import skip_model_initialization
+
+    with skip_model_initialization(), _NoRandomNumbers():
+        yield
+
+
+@contextmanager
+def on_meta(*modules: nn.Module) -> Iterator[None]:
+    """Within the block, every operation runs on the meta device, whatever device a tensor is on or is created on.
+
+    So a step of any size is run for its shapes and its memory alone: nothing of size is allocated or computed.
+    `FakeTensorMode` of torch, which also keeps track of the device that each tensor would be on, takes twice as long.
+
+    Args:
+        modules: their parameters and buffers are on the meta device within the block, and as they were afterwards.
+    """
+    before = [(part, dict(part._parameters), dict(part._buffers)) for module in modules for part in module.modules()]
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            # A compiled function that is once called within a dispatch mode is never compiled again.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Anomaly detection looks at values, and here are none.
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        try:
+            for part, parameters, buffers in before:
+                for name, parameter in parameters.items():
+                    if parameter is not None:
+                        empty = torch.empty_like(parameter, device=_META, memory_format=torch.contiguous_format)
+                        part._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        part._buffers[name] = torch.empty_like(buffer, device=_META)
+            with _fused_attention(), _OnMeta():
+                yield
+        finally:
+            for part, parameters, buffers in before:
+                part._parameters.update(parameters)
+                part._buffers.update(buffers)
+
+
+class _OnMeta(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        # By identity, with the tensor itself, whose identity another one would take over.
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args = tuple(self._moved(value) for value in args)
+        kwargs = {name: self._moved(value) for name, value in (kwargs or {}).items()}
+        if (result := _quickly(func, args, kwargs)) is not None:
+            return result
+        if _takes_device(func):
+            kwargs["device"] = _META
+        return func(*args, **kwargs)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                return value
+            if id(value) not in self._copies:
+                strided = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=_META)
+                self._copies[id(value)] = (value, strided)
+            return self._copies[id(value)][1]
+        if isinstance(value, list | tuple):
+            return type(value)(self._moved(part) for part in value)
+        return value
+
+
+def _quickly(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the result of an operation whose shape torch would compute slowly, in Python; None for any other.
+
+    These are most operations of a step.
+    """
+    if func in _IN_PLACE:
+        return args[0]
+    if func is _aten.linalg_vector_norm.default and len(args) == 4:
+        return _aten.sum.dim_IntList(args[0], *args[2:], **kwargs)
+    if func not in _ELEMENTWISE:
+        return None
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    largest = max(tensors, key=Tensor.numel)
+    if not all(tensor.is_floating_point() and _broadcasts(tensor.shape, largest.shape) for tensor in tensors):
+        return None
+    # Tensors of no dimension are numbers, and decide only among themselves.
+    dtypes = [tensor.dtype for tensor in tensors if tensor.dim()] or [tensor.dtype for tensor in tensors]
+    return torch.empty_like(largest, dtype=functools.reduce(torch.promote_types, dtypes))
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    aligned = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(extent in (1, other) for extent, other in aligned)
+
+
+@functools.cache
+def _takes_device(func: Any) -> bool:
+    return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Within the block, attention of meta tensors is one kernel, as on real devices, and makes no tensor of all scores.
+
+    A `TorchFunctionMode` would not see what gradient checkpointing recomputes in backward.
+    """
+    unfused = F.scaled_dot_product_attention
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    @functools.wraps(unfused)
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ):
+        if not query.is_meta or query.ndim != 4:
+            return unfused(query, key, value, attn_mask, *args, **kwargs)
+        return kernel(query, key, value, attn_mask=attn_mask)[0]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = unfused
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leave meta tensors as they are: `normal_` on one would import torch's compiler, which takes seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+            return tensor
+        return func(*args, **kwargs)

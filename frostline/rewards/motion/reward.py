@@ -1,0 +1,118 @@
+"""How much a video moves, held against how much the reference does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from frostline.models.video_shape import VideoShape
+from frostline.models.vision.raft import FlowSize, load_raft
+from frostline.rewards.active import RewardStages
+from frostline.rewards.frame_reward import FrameReward
+from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.motion import STAGE
+from frostline.rewards.motion import Config as MotionConfig
+from frostline.rewards.motion.stages import PAIRS_AT_ONCE, flow_stage
+from frostline.rewards.reward import LiveNetwork, RewardScore
+from frostline.runtime.stage import Stage
+from frostline.stages.shapes import ShapeRange
+
+_LUMA = (0.299, 0.587, 0.114)
+# Of pairs in one call: bounds the correlations, which grow with the square of it, to about 1 GB.
+_PIXELS_AT_ONCE = 500_000
+
+
+class MotionReward(FrameReward):
+    """`-log(m / m_ref)^2`, where m is the mean motion between neighbouring frames.
+
+    0 is the best score: as much motion as in the reference. To stand still costs as much as to move too fast.
+
+    Motion is that from one frame to the next, whatever their rate: the mean length of the optical flow as a share of
+    the frame's diagonal, or the mean absolute change of the luminance in [0, 1].
+    """
+
+    Config = MotionConfig
+    name = "motion"
+    unscored = "a reference that stands still"
+    window = 2
+    uses_start = True
+
+    def __init__(self, config: MotionConfig) -> None:
+        self.config = config
+        self.network = load_raft(config.weights, config.updates) if config.weights else None
+
+    def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
+        """`motion_flow`, where the motion is measured by it."""
+        return () if self.network is None else (flow_stage(self.network, shapes, self.config.size),)
+
+    def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
+        """The pairs of one call: those of the others are computed again for their gradient."""
+        if self.network is None:
+            return ()
+        size = FlowSize.of(shape.height, shape.width, self.config.size)
+        device = next(self.network.parameters()).device
+        picture = torch.zeros(1, 3, size.padded_height, size.padded_width, device=device)
+        pairs = min(_pairs_at_once(size), shape.batch_size * (shape.num_frames - 1))
+        return (LiveNetwork(STAGE, self.network, (picture, picture), max(1, pairs)),)
+
+    @torch.no_grad()
+    def features(self, frames: Tensor, run: RewardStages) -> Tensor:
+        """(B, T - 1, 2): the motion from each frame to the next, and the mean absolute change of its luminance."""
+        if self.network is None:
+            return self.live_features(frames, run)
+        flow = run[STAGE]
+        return self._features(frames, lambda first, second: flow(first=first, second=second)["flow"])
+
+    def live_features(self, frames: Tensor, run: RewardStages) -> Tensor:
+        """The same in PyTorch, differentiable to the frames."""
+        network = self.network
+        if network is None:
+            change = _change(frames)
+            return torch.stack([change, change], dim=2)
+        with run.live(STAGE):
+            return self._features(frames, partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False))
+
+    def references(self, sample: RewardInputs, run: RewardStages) -> Mapping[str, Tensor]:
+        """Those of the clip; pictures of the subject do not move."""
+        return self.reference(self.features(sample.video, run), sample.prompts, run)
+
+    def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
+        """The motion (B,) of the reference, and whether (B,) there is any: no two frames of a picture differ."""
+        assert features is not None
+        return {"motion": self._pooled(features), "moves": features[..., 1].sum(dim=1) > 0}
+
+    def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
+        """Videos whose reference moves can be scored."""
+        valid = references["moves"]
+        ratio = torch.where(valid, self._pooled(features) / references["motion"], 1)
+        return RewardScore(-ratio.log().square(), valid, {"motion_ratio": ratio.detach()})
+
+    def _features(self, frames: Tensor, flow: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """By a function from first and second pictures (N, 3, h, w) to the flow (N, 2, h, w)."""
+        size = FlowSize.of(frames.shape[-2], frames.shape[-1], self.config.size)
+        first, second = (part.flatten(0, 1).split(_pairs_at_once(size)) for part in (frames[:, :-1], frames[:, 1:]))
+        # The reward is measured in float32 whatever autocast the trainer runs its model in.
+        with torch.autocast(frames.device.type, enabled=False):
+            motion = [size.motion(flow(size.prepare(a), size.prepare(b))) for a, b in zip(first, second, strict=True)]
+        change = _change(frames)
+        return torch.stack([torch.cat(motion).reshape(change.shape), change], dim=2)
+
+    def _pooled(self, features: Tensor) -> Tensor:
+        """(B,) at least `floor`, of any number of pairs."""
+        return features[..., 0].sum(dim=1) / max(1, features.shape[1]) + self.config.floor
+
+
+def _pairs_at_once(size: FlowSize) -> int:
+    pixels = size.padded_height * size.padded_width
+    return min(max(1, _PIXELS_AT_ONCE // pixels), PAIRS_AT_ONCE)
+
+
+def _change(frames: Tensor) -> Tensor:
+    """(B, T - 1) mean absolute difference of the luminance of neighbouring (B, T, 3, H, W) frames in [0, 1]."""
+    frames = frames.float()
+    luma = (frames * frames.new_tensor(_LUMA)[:, None, None]).sum(dim=2)
+    return (luma[:, 1:] - luma[:, :-1]).abs().mean(dim=(2, 3))

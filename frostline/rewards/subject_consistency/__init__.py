@@ -1,0 +1,54 @@
+"""The subject-consistency reward: does the subject look the same in all frames? Here are its settings alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from frostline.rewards.inputs import Need
+from frostline.rewards.vision.settings import VisionConfig
+from frostline.stages.provider import Use
+
+if TYPE_CHECKING:
+    from frostline.rewards.reward import Reward
+
+
+class Config(VisionConfig):
+    """Likeness of each generated frame to the first and to the one before, by DINOv2; the score is a mean cosine."""
+
+    # The first is of references alone, where `anchor` asks for them.
+    uses: ClassVar[tuple[Use, ...]] = (
+        Use("subject_consistency_image", live=False, count=1, phase="conditioning"),
+        Use("subject_consistency_image", live=True, count=1, phase="reward"),
+    )
+    needs_neighbours: ClassVar[bool] = True
+    published: ClassVar[str] = (
+        "a DINOv2 model from Hugging Face, such as facebook/dinov2-base (config.json, model.safetensors and "
+        "preprocessor_config.json)"
+    )
+    license: ClassVar[str | None] = "Apache-2.0"
+
+    anchor: Literal["start", "reference"] = Field(
+        default="start",
+        description="what all frames are compared with: the start frame, or the mean of the reference's frames",
+    )
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """Return what it needs, as `anchor` says."""
+        return frozenset({"reference"}) if self.anchor == "reference" else frozenset()
+
+    def step_uses(self) -> tuple[Use, ...]:
+        """Return the uses of a step: references are looked at only where the anchor is of them."""
+        return self.uses if self.anchor == "reference" else self.uses[1:]
+
+    def build(self) -> Reward:
+        """Load DINOv2.
+
+        Raises:
+            ConfigError: a file is missing or of another model.
+        """
+        from frostline.rewards.subject_consistency.reward import SubjectConsistencyReward
+
+        return SubjectConsistencyReward(self)

@@ -1,0 +1,68 @@
+"""What a model and rewards need of samples beside their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+# Cached references depend on what this file imports, and settings are read without torch.
+if TYPE_CHECKING:
+    from frostline.rewards.config import RewardEntry
+
+
+@dataclass(frozen=True)
+class SampleNeeds:
+    """What is needed of each sample beside its prompt.
+
+    start_frame: the model that generates from the first frame of the video, as an error names it; empty where the model
+        is given none.
+    compared: the rewards that compare with a reference, as an error names them.
+    references: whether reference pictures are read at all.
+    clips: whether a loss is computed on the clips themselves.
+    """
+
+    start_frame: str = "the model"
+    compared: tuple[str, ...] = ()
+    references: bool = True
+    clips: bool = False
+
+    @classmethod
+    def of(
+        cls, model: str, needs_image: bool, rewards: Iterable[RewardEntry], trains_on_clips: bool = False
+    ) -> SampleNeeds:
+        """Collect what a model and rewards need.
+
+        Args:
+            model: its name.
+            needs_image: whether it generates from a first frame.
+            rewards: their settings. Of a class that was not imported it is not known what it needs: no sample is
+                refused for it, and reference pictures are read.
+            trains_on_clips: whether a loss is computed on the clips themselves (`sft_weight`).
+        """
+        stated = [(entry.type, getattr(entry, "needs", None)) for entry in rewards]
+        return cls(
+            start_frame=f"the model {model}" if needs_image else "",
+            compared=tuple(
+                f"the reward {name}" for name, needs in stated if needs is not None and "reference" in needs
+            ),
+            references=any(needs is None or "reference" in needs for _, needs in stated),
+            clips=trains_on_clips,
+        )
+
+    def refuses_without_video(self, has_reference: bool) -> str:
+        """Return why a sample needs a video; empty where it needs none.
+
+        Args:
+            has_reference: whether it has reference pictures.
+        """
+        reasons = [f"{self.start_frame} is given a start frame"] if self.start_frame else []
+        if self.clips:
+            reasons.append("sft_weight trains on the clip itself")
+        if self.compared and not has_reference:
+            reasons.append(f"{' and '.join(self.compared)} need{'' if self.compared[1:] else 's'} a reference")
+        return ", and ".join(reasons)
+
+
+DEFAULT_NEEDS = SampleNeeds()
+"""Where model and rewards are not known: every sample needs a video, and references are read."""

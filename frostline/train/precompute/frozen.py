@@ -1,0 +1,173 @@
+"""What computes frozen outputs before a run: a model of which nothing but the stage at work is in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from frostline.config import OTHERS
+from frostline.export.exporter import ensure_verified
+from frostline.models.denoise_steps import DenoiseSteps
+from frostline.models.schedule import FlowMatchSchedule
+from frostline.rewards.build import build_rewards
+from frostline.runtime.backends import TORCH
+from frostline.runtime.cache import FrozenOutputCache
+from frostline.runtime.engines.store import EngineStore
+from frostline.runtime.identity.fingerprint import weights_sha256
+from frostline.runtime.runtime import Runtime
+from frostline.runtime.stage import Stage
+from frostline.stages.conditions import Condition
+from frostline.stages.families import family_of
+from frostline.stages.shapes import ShapeRange
+from frostline.stages.video_model import VideoModel
+from frostline.train.precompute.visits import Visit
+from frostline.train.settings import RunSettings
+from frostline.train.step.conditioning import Conditioner, FittedBatch, row_keys, stages_of
+from frostline.train.step.rollout import Leading, Sampler
+
+
+class Frozen(Protocol):
+    """Says what is frozen of samples, and computes it.
+
+    conditioner: whose cache keeps it. runtime: serves the stages.
+    """
+
+    @property
+    def conditioner(self) -> Conditioner: ...
+    @property
+    def runtime(self) -> Runtime: ...
+
+    def of(self, visit: Visit, fitted: FittedBatch) -> Sequence[Condition]:
+        """Return all that is frozen of the samples, nothing computed yet, in the order in which it can be computed."""
+        ...
+
+
+def load_without_live_parts(settings: RunSettings, device: torch.device) -> VideoModel:
+    """Load a model without LoRA whose frozen parts stay on disk until they are needed, and whose others do for good.
+
+    Raises:
+        ConfigError: its files do not fit.
+    """
+    family = family_of(settings.model)
+    adapters = settings.base_adapters
+    components = family.load(settings.model, settings.train.weight_dtype, device, True, adapters, live=False)
+    return family.video_model(components, None)
+
+
+def frozen_stages(model: VideoModel, settings: RunSettings, stages: Sequence[str]) -> tuple[str, ...]:
+    """Return those stages that training needs for nothing but what can be computed beforehand.
+
+    An expert without a LoRA is one of them where the steps that it serves lead, and their noise is fixed.
+
+    Args:
+        stages: of the family, those without gradient, whether or not the model has them.
+    """
+    experts = [each.stage for each in model.experts]
+    ahead = len(experts) > 1 and not settings.lora.has_lora("high") and settings.noise_seed is not None
+    there = model.stage_parameters()
+    return tuple(each for each in stages if each in there and (each not in experts or (ahead and each == experts[0])))
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """The conditions of a model, and what an expert without a LoRA makes of the noise; a `Frozen`.
+
+    ahead: whether the latter is computed.
+    """
+
+    conditioner: Conditioner
+    runtime: Runtime
+    sampler: Sampler
+    ahead: bool
+
+    @classmethod
+    def of_settings(
+        cls, model: VideoModel, settings: RunSettings, shapes: ShapeRange, cache: FrozenOutputCache, verify: bool = True
+    ) -> FrozenModel:
+        """Make what computes the frozen outputs of a model.
+
+        Args:
+            model: of `load_without_live_parts`.
+            verify: compare engines with PyTorch that were built elsewhere.
+        Raises:
+            EngineError: `plan.strict`, and an engine that the plan names cannot be had.
+        """
+        family = family_of(model.components)
+        names = frozen_stages(model, settings, family.FROZEN_STAGES)
+        runtime = _runtime({s.name: s for s in model.stages(shapes) if s.name in names}, settings, verify)
+        steps = DenoiseSteps.of(settings, model.boundary, len(model.experts) > 1)
+        schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
+        conditioner = Conditioner(model, runtime, (), cache, with_clips=settings.sft_weight > 0)
+        sampler = Sampler(model, runtime, schedule, steps)
+        return cls(conditioner, runtime, sampler, sampler.frozen_steps > 0 and model.experts[0].stage in names)
+
+    def of(self, visit: Visit, fitted: FittedBatch) -> Sequence[Condition]:
+        """Return conditions, latents of clips, and latents after the leading steps."""
+        conditioner, model, source = self.conditioner, self.conditioner.model, visit.source
+        conditions = conditioner.conditions(fitted)
+        frozen = [*conditions]
+        if source.on_clips:
+            frozen.append(model.clip_latents(fitted.video, self.runtime))
+        if self.ahead and source.noise is not None:
+            noise = source.noise(fitted.latent_shape(model), visit.rows).to(model.device)
+
+            def given() -> Mapping[str, torch.Tensor]:
+                return conditioner.conditioning(fitted, conditions).conditions
+
+            leading = Leading(row_keys(conditions), stages_of(conditions), given, noise)
+            frozen.append(self.sampler.after(self.sampler.frozen_steps, leading, conditioner))
+        return frozen
+
+
+@dataclass(frozen=True)
+class FrozenReferences:
+    """What rewards are to know of the samples; a `Frozen`."""
+
+    conditioner: Conditioner
+    runtime: Runtime
+
+    @classmethod
+    def of_settings(
+        cls, model: VideoModel, settings: RunSettings, shapes: ShapeRange, cache: FrozenOutputCache
+    ) -> FrozenReferences:
+        """Make what computes the references of a run's rewards.
+
+        Raises:
+            ConfigError: a reward cannot be had as the settings ask.
+            EngineError: as for `FrozenModel.of_settings`.
+        """
+        rewards = build_rewards(settings.rewards, model.device, shapes)
+        runtime = _runtime({stage.name: stage for each in rewards for stage in each.stages}, settings, verify=True)
+        return cls(Conditioner(model, runtime, rewards, cache, settings.sft_weight > 0), runtime)
+
+    def of(self, visit: Visit, fitted: FittedBatch) -> Sequence[Condition]:
+        """Return the references of each reward that needs some."""
+        conditioner = self.conditioner
+        each = (conditioner.reference_of(active, fitted.sample, fitted.sample_keys) for active in conditioner.rewards)
+        return [condition for condition in each if condition is not None]
+
+
+def free_memory() -> None:
+    """Give back what the last stage left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _runtime(stages: Mapping[str, Stage], settings: RunSettings, verify: bool) -> Runtime:
+    """Return a runtime of these stages, none of whose weights is in memory unless they have to be."""
+    plan = settings.plan
+    if verify and plan.engines is not None and plan.backend != TORCH:
+        ensure_verified(stages.values(), EngineStore(plan.engines))
+    for stage in stages.values():
+        # The plan asks for the digest of all of them: one after the other is read for it, if it has to be.
+        if verify and stage.weights is not None:
+            weights_sha256(stage)
+            stage.weights.release()
+    wanted = plan.as_plan()
+    own = wanted if isinstance(wanted, str) else {k: v for k, v in wanted.items() if k in (OTHERS, *stages)}
+    return Runtime(stages, own, plan.engines, plan.strict)

@@ -1,0 +1,79 @@
+"""The part of a run's report that holds what training rewards against what it never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from frostline.report.formatting import number_of
+from frostline.report.page import Figure, Page
+from frostline.report.stacked import Row, stacked_plot
+from frostline.train.judging.verdict import ERRORS, change_of, verdict
+from frostline.train.report.measures import Lines, Measures, label
+
+_CAPTION = (
+    "Rewards and judges: how much the held-out starts changed since the first validation, by the frames that were "
+    f"scored both times. The band is {ERRORS:g} standard errors: where it leaves 0, the change counts."
+)
+_ASKED = (
+    "A judge measures the same clips and takes no part in training: where it falls while the reward rises, the reward "
+    "is being hacked."
+)
+_SMOOTH = 12
+
+
+def show_verdict(page: Page, metrics: Lines, validation: Lines) -> None:
+    """The sentence, at the top of the page, and whether it ended the run."""
+    said = verdict(validation)
+    if not said.sentence:
+        return
+    sentence = said.sentence[:1].upper() + said.sentence[1:]
+    last, trained = validation[-1], max((number_of(line, "step") for line in metrics), default=0)
+    stored = last.get("verdict")
+    if isinstance(stored, Mapping) and stored.get("stops") and trained <= number_of(last, "step"):
+        sentence += (
+            f" The run was ended at step {last['step']}, after {said.falling_in_row} validations in a row at which a "
+            "judge fell (train.stop_when_judge_falls)."
+        )
+    page.paragraph(sentence, lead=True, trend="worse" if said.is_bad else "same")
+
+
+def show_judged(page: Page, metrics: Sequence[Mapping[str, Any]], validation: Lines, measures: Measures) -> None:
+    """Rewards, judges, KL, and how sharp and how lively the clips are, over one axis of steps."""
+    if len(validation) < 2:
+        return
+    rows = [_changes(validation, name, colour=0) for name in measures.rewards]
+    rows += [_changes(validation, name, colour=1) for name in measures.judges]
+    steps = [line for line in metrics if "step" in line]
+    if steps:
+        x, kl = ([number_of(line, name) for line in steps] for name in ("step", "kl_loss"))
+        rows.append(Row("KL to the untrained model", x, kl, smooth=max(1, len(steps) // _SMOOTH), rule=0.0, colour=3))
+    x = [number_of(line, "step") for line in validation]
+    for name in measures.ratios:
+        values = [number_of(line, name) for line in validation]
+        rows.append(Row(f"{label(name)} (1 is like the true clip)", x, values, rule=1.0, dots=True, colour=2))
+    page.heading("Rewarded and judged")
+    page.paragraph(
+        "Training sees the reward alone, and may find ways to raise it that nobody wanted. "
+        + (_ASKED if measures.judges else "No judge was asked in this run: name one in validation.judges.")
+    )
+    shown = ", ".join(row.label for row in rows)
+    page.figures(
+        Figure.svg(stacked_plot(rows, "training step"), f"Over the training steps: {shown}", caption=_CAPTION),
+        columns=2,
+    )
+
+
+def _changes(validation: Lines, name: str, colour: int) -> Row:
+    """The paired gain of a measure at each validation."""
+    x, gain, low, high = [], [], [], []
+    for end in range(1, len(validation) + 1):
+        change = change_of(validation[:end], name)
+        first = change is None and name in validation[end - 1].get("starts", {})
+        value = 0.0 if first else float("nan") if change is None else change.gain.gain
+        error = 0.0 if change is None else ERRORS * change.gain.error
+        x.append(number_of(validation[end - 1], "step"))
+        gain.append(value)
+        low.append(value - error)
+        high.append(value + error)
+    return Row(f"{label(name)}: change", x, gain, low, high, rule=0.0, dots=True, colour=colour)

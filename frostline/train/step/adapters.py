@@ -1,0 +1,71 @@
+"""The LoRA of each trained expert: its parameters, and its files.
+
+One LoRA is a PEFT folder, whichever expert has it. Those of two experts are two, `high_noise/` and `low_noise/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from frostline.errors import ConfigError
+from frostline.models.lora import EXPERT_PARTS, read_adapter, read_one_adapter
+from frostline.models.lora.inject import check_same_layers, copy_adapter, lora_parameters, lora_scale, save_adapter
+from frostline.stages.families import family_of
+from frostline.stages.video_model import Expert, VideoModel
+
+
+def trained_experts(model: VideoModel) -> tuple[Expert, ...]:
+    """Return the experts with a LoRA, that of the high noise levels first."""
+    return tuple(expert for expert in model.experts if expert.trained)
+
+
+def trainable_parameters(model: VideoModel) -> dict[str, nn.Parameter]:
+    """Return the LoRA matrices by name; of two experts, `high_noise.` or `low_noise.` stands before the name."""
+    return {
+        f"{part}.{name}" if part else name: parameter
+        for part, expert in _by_part(model).items()
+        for name, parameter in lora_parameters(expert.network).items()
+    }
+
+
+def save_adapters(model: VideoModel, folder: Path) -> None:
+    """Write each LoRA as PEFT files.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    config = model.lora_config
+    assert config is not None
+    for part, expert in _by_part(model).items():
+        save_adapter(expert.network, config, folder / part)
+
+
+def load_adapters(model: VideoModel, folder: Path, rank: int) -> None:
+    """Copy the LoRA in PEFT files into that of each trained expert, whose memory stays the engines'.
+
+    Args:
+        rank: of the model's LoRA.
+    Raises:
+        ConfigError: files are missing, or it is another adapter than the model's; nothing is changed then.
+    """
+    layer_path, experts = family_of(model.components).layer_path, _by_part(model)
+    found = {}
+    for part, expert in experts.items():
+        path = folder / part
+        read = read_adapter if part else read_one_adapter
+        found[part] = adapter = read(path, layer_path).uniform()
+        if adapter.rank != rank:
+            raise ConfigError(f"{path}: the adapter has rank {adapter.rank}, not {rank}")
+        if adapter.scale != (wanted := lora_scale(expert.network)):
+            raise ConfigError(f"{path}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}")
+        check_same_layers(expert.network, adapter)
+    for part, expert in experts.items():
+        copy_adapter(expert.network, found[part])
+
+
+def _by_part(model: VideoModel) -> dict[str, Expert]:
+    """The trained experts by the names of their parts of files; "" where there is one."""
+    trained = trained_experts(model)
+    return {"": trained[0]} if len(trained) == 1 else dict(zip(EXPERT_PARTS.values(), trained, strict=True))

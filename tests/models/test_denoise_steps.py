@@ -1,0 +1,102 @@
+"""Which steps of a trajectory are live."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frostline.errors import ConfigError
+from frostline.models.denoise_steps import DenoiseSteps
+
+
+def test_the_strategies_by_their_names() -> None:
+    assert DenoiseSteps(4, 7).draw() == (4, 5, 6, 7)
+    assert DenoiseSteps(4, 7, strategy="last").draw() == (7,)
+    assert DenoiseSteps(0, 7, strategy="steps", steps=(1, 6)).draw() == (1, 6)
+    assert DenoiseSteps(0, 7, strategy="uniform", num_steps=8).draw() == (0, 1, 2, 3, 4, 5, 6, 7)
+
+
+@given(st.integers(0, 10), st.integers(0, 10), st.sampled_from(["random", "uniform"]), st.data())
+def test_a_draw_is_that_many_steps_of_the_window(start: int, more: int, strategy: str, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, more + 1))
+    steps = DenoiseSteps(start, start + more, strategy=strategy, num_steps=count)  # type: ignore[arg-type]
+    drawn = steps.draw()
+    assert sorted({*drawn}) == [*drawn]
+    assert len(drawn) == count == len(steps.most_live)
+    assert {*drawn} <= {*steps.may_be_live} == {*range(start, start + more + 1)}
+
+
+@pytest.mark.parametrize("strategy", ["random", "uniform"])
+def test_each_step_is_drawn_as_often(strategy: str) -> None:
+    """So that the mean over draws is the gradient through all steps, each for itself."""
+    steps = DenoiseSteps(2, 7, strategy=strategy, num_steps=4)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    counts = Counter(step for _ in range(1500) for step in steps.draw())
+    assert {*counts} == {2, 3, 4, 5, 6, 7}
+    assert all(abs(count - 1000) < 80 for count in counts.values())
+    torch.manual_seed(5)
+    drawn = [steps.draw() for _ in range(5)]
+    torch.manual_seed(5)
+    assert drawn == [steps.draw() for _ in range(5)], "the seed decides, so that a resumed run draws the same"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (DenoiseSteps(0, 2, 3), r"grad_end_step 2.* serves the first 3 steps; a step with gradient"),
+        (DenoiseSteps(0, 7, 3, "steps", 0, (0, 2)), "a step with gradient has to be beyond them"),
+        (DenoiseSteps(0, 7, 3, "random", 3), "a draw of 3 steps from grad_start_step 0 on may be among these alone"),
+        (DenoiseSteps(0, 7, 3, "uniform", 1), "a draw of 1 steps from grad_start_step 0"),
+        (DenoiseSteps(3, 7, 3, experts="high"), "grad_start_step 3: the low-noise expert, which has no LoRA, serves"),
+        (DenoiseSteps(0, 7, 3, "last", experts="high"), "from 3 on; a step with gradient has to be before these"),
+        (DenoiseSteps(0, 7, 3, "random", 5, experts="high"), "a draw of 5 steps up to grad_end_step 7 may be among"),
+        (DenoiseSteps(0, 7, 3, "uniform", 1, experts="high"), "a draw of 1 steps up to grad_end_step 7"),
+        (DenoiseSteps(3, 7, 3, experts="both"), r"no step with gradient is one of the high-noise.* the first 3, and"),
+        (DenoiseSteps(0, 2, 3, experts="both"), r"one of the low-noise expert.* those from 3 on, and .* are 0, 1, 2"),
+        (DenoiseSteps(0, 7, 3, "last", experts="both"), "the steps with gradient are 7"),
+    ],
+)
+def test_steps_that_may_train_nothing_are_refused(steps: DenoiseSteps, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        steps.check_live()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        DenoiseSteps(0, 3, 3),
+        DenoiseSteps(0, 7, 3, "random", 4),
+        DenoiseSteps(0, 7, 3, "uniform", 2),
+        DenoiseSteps(0, 7, 3, "last"),
+        DenoiseSteps(2, 7, 3, experts="high"),
+        DenoiseSteps(0, 7, 3, "random", 6, experts="high"),
+        DenoiseSteps(0, 7, 3, "uniform", 3, experts="high"),
+        DenoiseSteps(2, 3, 3, experts="both"),
+        DenoiseSteps(0, 7, 3, "random", 1, experts="both"),
+    ],
+)
+def test_some_step_with_a_lora_is_enough(steps: DenoiseSteps) -> None:
+    steps.check_live()
+    assert steps.live_with_lora >= 1
+
+
+@given(st.sampled_from(["random", "uniform"]), st.integers(1, 8), st.integers(0, 8), st.sampled_from(["low", "high"]))
+def test_what_is_not_refused_has_a_lora_in_every_draw(strategy: str, count: int, high: int, experts: str) -> None:
+    steps = DenoiseSteps(0, 7, high, strategy, count, experts=experts)  # type: ignore[arg-type]
+    seen = [steps.with_lora(steps.draw()) for _ in range(100)]
+    try:
+        steps.check_live()
+    except ConfigError:
+        return
+    assert all(seen)
+    assert max(map(len, seen)) <= steps.live_with_lora
+
+
+def test_the_gradient_passes_through_live_steps_behind_a_lora() -> None:
+    live = (1, 2, 4, 6)
+    low, high, both = (DenoiseSteps(0, 7, 3, experts=experts) for experts in ("low", "high", "both"))
+    assert [steps.with_lora(live) for steps in (low, high, both)] == [(4, 6), (1, 2), live]
+    assert [steps.with_graph(live) for steps in (low, high, both)] == [(4, 6), live, live]
+    assert DenoiseSteps(0, 7, 3, experts="high", stop_latent_gradient=True).with_graph(live) == (1, 2)

@@ -1,0 +1,17 @@
+"""RAFT's weights in torchvision's layout, random: with them it sees some motion everywhere, and more where there is."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torchvision.models.optical_flow import RAFT, raft_small
+
+
+def raft_file(path: Path) -> RAFT:
+    """Write the file, .pth or .safetensors, and return torchvision's own network of these weights."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    network = raft_small(weights=None).eval().requires_grad_(False)
+    torch.set_rng_state(state)
+    save_file(network.state_dict(), path) if path.suffix == ".safetensors" else torch.save(network.state_dict(), path)
+    return network

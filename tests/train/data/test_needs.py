@@ -1,0 +1,50 @@
+"""Which samples may do without a video, by what the model is given and what rewards compare with."""
+
+from typing import Any, ClassVar
+
+import pytest
+
+from frostline.rewards.config import RewardConfig, RewardEntry
+from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
+
+
+class Alone(RewardConfig):
+    """Looks at generated frames alone."""
+
+    needs: ClassVar[frozenset[Any]] = frozenset()
+
+
+ALONE = Alone.parse({"type": "alone"})
+FACES, UNKNOWN = (RewardEntry.parse({"type": name}) for name in ("face_identity", "own:Reward"))
+SHARPNESS = RewardEntry.parse({"type": "sharpness"})
+
+
+@pytest.mark.parametrize(
+    ("needs_image", "rewards", "without", "with_reference", "references"),
+    [
+        (True, [ALONE], "the model m is given a start frame", "the model m is given a start frame", False),
+        (False, [ALONE], "", "", False),
+        (False, [FACES, ALONE], "the reward face_identity needs a reference", "", True),
+        (False, [UNKNOWN], "", "", True),
+        (
+            True,
+            [FACES, SHARPNESS],
+            "the model m is given a start frame, "
+            "and the reward face_identity and the reward sharpness need a reference",
+            "the model m is given a start frame",
+            True,
+        ),
+    ],
+)
+def test_what_is_needed(
+    needs_image: bool, rewards: list[RewardEntry], without: str, with_reference: str, references: bool
+) -> None:
+    needs = SampleNeeds.of("m", needs_image, rewards)
+    assert needs.refuses_without_video(has_reference=False) == without
+    assert needs.refuses_without_video(has_reference=True) == with_reference
+    assert needs.references == references
+
+
+def test_by_default_a_video_is_needed() -> None:
+    assert DEFAULT_NEEDS.refuses_without_video(has_reference=True) == "the model is given a start frame"
+    assert DEFAULT_NEEDS.references

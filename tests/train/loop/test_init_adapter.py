@@ -1,0 +1,139 @@
+"""A run that begins with an adapter that is there already, with an optimizer as new."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import make_adapter, place
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from frostline.cli import app
+from frostline.models.lora import read_adapter, write_adapter
+from frostline.models.tiny.clips import held_out_clips
+from frostline.progress import Progress
+from frostline.train.launch import run_training
+from frostline.train.loop import trainer
+from frostline.train.settings import RunSettings
+from frostline.train.step.module import TrainingModule
+from frostline.video import write_video
+
+RANK, ALPHA = 4, 6.0
+Made = tuple[TrainingModule, dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: data, an adapter in a PEFT folder and in one file, and a configuration that names neither."""
+    clips = held_out_clips(1, seed=2, num_frames=5, size=32)
+    write_video(tmp_path / "data" / "0.mp4", clips.video[0], lossless=True)
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"video": "0.mp4", "prompt": clips.prompts[0]}))
+    _, adapter = make_adapter(tmp_path / "peft", ALPHA, rank=RANK)
+    write_adapter(adapter, "comfyui", tmp_path / "comfyui.safetensors")
+    (tmp_path / "config.yaml").write_text(json.dumps(values()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    return {
+        **{"model": "tiny", "device": "cpu", "output_dir": "run"},
+        **{"num_inference_steps": 2, "grad_start_step": 1, "grad_end_step": 1},
+        "lora": {"rank": RANK, "alpha": ALPHA},
+        "plan": {"backend": "torch"},
+        "rewards": [{"type": "sharpness"}],
+        "data": {"source": "data/metadata.jsonl", "num_frames": 5},
+        "train": {"learning_rate": 1e-3, "max_train_steps": 2, "checkpointing_steps": 1},
+        **changes,
+    }
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
+    """Of each run, its module and the LoRA that it had as training began."""
+    found: list[Made] = []
+    train = trainer.train
+
+    def watch(module: TrainingModule, *arguments: Any) -> Any:
+        found.append((module, {name: p.detach().clone() for name, p in module.trainable_parameters().items()}))
+        return train(module, *arguments)
+
+    monkeypatch.setattr("frostline.train.launch.train", watch)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["peft", "comfyui"])
+def test_step_0_is_the_model_of_the_adapter(kind: str, workplace: Path, begun: list[Made]) -> None:
+    path = place(workplace, kind)
+    result = CliRunner().invoke(app, ["train", "config.yaml", "--init-adapter", str(path)])
+    assert result.exit_code == 0, result.output
+    ((module, lora),) = begun
+    wanted = load_file(workplace / "peft" / "adapter_model.safetensors")
+    assert {f"base_model.model.{name.replace('.default.', '.')}" for name in lora} == wanted.keys()
+    for name, matrix in lora.items():
+        assert torch.equal(matrix, wanted[f"base_model.model.{name.replace('.default.', '.')}"])
+    # The first step's KL term is that of the adapter: of a LoRA as new it is 0.
+    first, _ = (json.loads(line) for line in (workplace / "run" / "metrics.jsonl").read_text().splitlines())
+    assert first["kl_loss"] > 1e-4
+    trained = read_adapter(workplace / "run" / "adapter").uniform()
+    assert (trained.rank, trained.alpha) == (RANK, ALPHA)
+    assert any(not torch.equal(p, lora[name]) for name, p in module.trainable_parameters().items())
+
+
+def test_resuming_does_not_read_it_again(workplace: Path, begun: list[Made]) -> None:
+    settings = {"init_adapter": "peft"}
+    run_training(RunSettings.parse(values(**settings, output_dir="whole")), None, Progress(quiet=True))
+    shutil.copytree("whole", "run")
+    shutil.rmtree("run/checkpoint-2")
+    shutil.rmtree("peft")
+    run_training(RunSettings.parse(values(**settings)), "latest", Progress(quiet=True))
+    whole, resumed = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "run"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    for name in ("optimizer", "random-0"):
+        one, other = (load_file(f"{run}/checkpoint-2/{name}.safetensors") for run in ("whole", "run"))
+        assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
+
+
+def test_resuming_with_another_one_is_refused(workplace: Path, refused_usage: Callable[..., str]) -> None:
+    run_training(RunSettings.parse(values()), None, Progress(quiet=True))
+    said = refused_usage("train", "config.yaml", "--init-adapter", "peft", "--resume", "latest")
+    assert "init_adapter: peft would not be read, as run/checkpoint-2 has an adapter of its own" in said
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "said"),
+    [
+        ("nowhere", [], "nowhere holds no adapter"),
+        ("nowhere.safetensors", [], "nowhere.safetensors holds no adapter"),
+        ("peft", ["lora.rank=8"], "lora.rank: the adapter in peft has rank 4, not 8"),
+        ("peft", ["lora.alpha=4"], "lora.alpha: the adapter in peft has a scale (alpha / rank) of 1.5, not 1"),
+        ("peft", ["lora.target_modules=[q, k]"], "lora.target_modules: the adapter in peft is on other layers"),
+        ("peft", ["model=tiny-ti2v"], "peft/adapter_model.safetensors does not fit the model: blocks.2"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
+    path: str,
+    changes: list[str],
+    said: str,
+    mode: list[str],
+    workplace: Path,
+    refused_usage: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("frostline.models.checkpoints.loading.load_components", load)
+    arguments = ["train", "config.yaml", *changes, "--init-adapter", path]
+    if mode:
+        result = CliRunner().invoke(app, [*arguments, *mode])
+        assert result.exit_code == 1
+        assert said in " ".join(result.output.split())
+    else:
+        assert said in refused_usage(*arguments)
+    assert not (workplace / "run").exists()

@@ -85,15 +85,15 @@ def _attempt(settings: RunSettings, log: Path) -> int:
     child = os.fork()
     if child:
         return child
-    code, put = 1, FrozenOutputCache.put
+    code, put = 1, FrozenOutputCache.put_batch
 
-    def logged(cache: FrozenOutputCache, key: str, tensors: Any) -> None:
-        put(cache, key, tensors)
+    def logged(cache: FrozenOutputCache, entries: Any) -> None:
+        put(cache, entries)
         with log.open("a") as file:
-            file.write(f"{key}\n")
+            file.write("".join(f"{key}\n" for key in entries))
 
     try:
-        FrozenOutputCache.put = logged  # type: ignore[method-assign]
+        FrozenOutputCache.put_batch = logged  # type: ignore[method-assign]
         precompute_for(settings)
         code = 0
     finally:

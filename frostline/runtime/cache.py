@@ -3,18 +3,24 @@
 An entry is a dict of tensors under the hash of all that it depends on (`content_key`): it never goes stale,
 it is only forgotten. On disk it is a plain safetensors file that carries a digest of its own content, and the user's
 signature of that digest: what others wrote, or altered, is computed again.
+
+Entries that were computed in one batch appear on disk together or not at all: a process that is killed between two of
+them would otherwise leave the rest to be computed in a smaller batch, whose last bits may differ.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 import safetensors.torch
 import torch
@@ -123,10 +129,15 @@ class FrozenOutputCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a copy of `tensors`, without their graph."""
-        own = {name: _own_copy(tensor) for name, tensor in tensors.items()}
-        self._memory.put(key, own)
+        self.put_batch({key: tensors})
+
+    def put_batch(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keep a copy of each of these entries, by key; on disk all of them appear together."""
+        own = {key: {name: _own_copy(tensor) for name, tensor in entry.items()} for key, entry in entries.items()}
+        for key, entry in own.items():
+            self._memory.put(key, entry)
         if self._disk:
-            self._disk.put(key, own)
+            self._disk.put_batch(own)
 
     def get_or_compute(
         self, key: str, compute: Callable[[], Mapping[str, Tensor]], device: torch.device | str = "cpu"
@@ -185,6 +196,8 @@ class _Disk:
         self.writable = True
         self._met_foreign = False
         self.corrupted = 0
+        for batch in root.glob("*.batch"):
+            _spread(batch)
 
     def get(self, key: str) -> Tensors | None:
         path = self._path(key)
@@ -233,19 +246,39 @@ class _Disk:
         except OSError:
             log.debug("cannot touch cache entry %s", key)  # gone or read-only: it only ages sooner
 
-    def put(self, key: str, tensors: Tensors) -> None:
+    def put_batch(self, entries: Mapping[str, Tensors]) -> None:
         if not self.writable:
             return
         try:
-            data = _encode(key, tensors)
-            if len(data) > self._max_bytes:
-                log.debug("an entry of %d bytes does not fit into the cache", len(data))
-                return
-            with atomic_write(self._path(key)) as part:
-                part.write_bytes(data)
-            self._forget()
+            files = {self._path(key): _encode(key, tensors) for key, tensors in entries.items()}
+            fitting = {path: data for path, data in files.items() if len(data) <= self._max_bytes}
+            if len(fitting) < len(files):
+                log.debug("%d entries do not fit into the cache", len(files) - len(fitting))
+            if len(fitting) > 1:
+                self._write_together(fitting)
+            for path, data in fitting.items() if len(fitting) == 1 else ():
+                with atomic_write(path) as part:
+                    part.write_bytes(data)
+            if fitting:
+                self._forget()
         except (DataError, EngineError, OSError) as error:
             self._give_up(error)
+
+    def _write_together(self, files: Mapping[Path, bytes]) -> None:
+        """Write a folder of all files under a name that no reader looks for, rename it, and move the files out of it.
+
+        Whoever opens the cache after a kill moves out what the rename had made whole.
+        """
+        name = uuid4().hex
+        part, batch = self._root / f".{name}.part", self._root / f"{name}.batch"
+        try:
+            part.mkdir(parents=True)
+            for path, data in files.items():
+                (part / path.name).write_bytes(data)
+            part.replace(batch)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        _spread(batch)
 
     def _give_up(self, error: Exception) -> None:
         if self.writable:
@@ -267,7 +300,10 @@ class _Disk:
                 entries.append((status.st_mtime_ns, status.st_size, Path(file.path)))
                 total += status.st_size
             elif file.name.endswith(".part") and time.time() - status.st_mtime > _ABANDONED_SECONDS:
-                _unlink(Path(file.path))
+                if file.is_dir(follow_symlinks=False):
+                    shutil.rmtree(file.path, ignore_errors=True)
+                else:
+                    _unlink(Path(file.path))
         for _, size, path in sorted(entries):
             if total <= self._max_bytes:
                 return
@@ -297,6 +333,21 @@ def _decode(key: str, data: bytes) -> Tensors:
 def _signed(digest: str) -> bytes:
     # Of the digest, which is of all bytes: to sign these would be to read them twice.
     return f"frostline cache entry {digest}".encode()
+
+
+def _spread(batch: Path) -> None:
+    """Move the entries of a whole batch to where readers look for them; another process may do the same meanwhile."""
+    if batch.is_symlink():
+        return
+    try:
+        for path in batch.glob("*.safetensors"):
+            with suppress(FileNotFoundError):
+                path.replace(batch.parent / path.name)
+        batch.rmdir()
+    except FileNotFoundError:
+        log.debug("another process has moved the entries of %s", batch)
+    except OSError as error:
+        log.warning("cannot move the entries of %s: %s", batch, error)
 
 
 def _unlink(path: Path) -> None:

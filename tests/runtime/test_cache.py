@@ -4,6 +4,7 @@ import errno
 import math
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -275,6 +276,48 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     FrozenOutputCache(tmp_path, MIB).put("key", ones(0.01))
     assert not dead.exists()
     assert alive.exists()
+
+
+@pytest.mark.fresh_process
+def test_a_batch_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Whichever of its files a writer dies before, the next reader finds all rows of a batch or none."""
+    rows = {key: ones(0.01, value) for value, key in enumerate("abc")}
+
+    def write_and_die(root: Path, moves: int) -> None:
+        replace = Path.replace
+
+        def counted(path: Path, target: Path) -> Path:
+            nonlocal moves
+            if moves == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            moves -= 1
+            return replace(path, target)
+
+        Path.replace = counted  # type: ignore[method-assign]
+        FrozenOutputCache(root, MIB).put_batch(rows)
+
+    there = []
+    for moves in range(6):
+        root = tmp_path / str(moves)
+        process = fork.Process(target=write_and_die, args=(root, moves))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if moves < 4 else 0)
+        cache = FrozenOutputCache(root, MIB)
+        kept = {key: cache.get(key) for key in rows}
+        there.append(sum(entry is not None for entry in kept.values()))
+        assert all(entry is None or same(entry, rows[key]) for key, entry in kept.items())
+        assert not list(root.glob("*.batch"))
+    assert there == [0, 3, 3, 3, 3, 3]
+
+
+def test_what_an_unfinished_batch_left_is_swept(tmp_path: Path) -> None:
+    dead = tmp_path / ".a.part"
+    dead.mkdir()
+    (dead / "a.safetensors").touch()
+    os.utime(dead, (0, 0))
+    FrozenOutputCache(tmp_path, MIB).put("key", ones(0.01))
+    assert not dead.exists()
 
 
 @pytest.mark.fresh_process

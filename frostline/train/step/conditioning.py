@@ -214,8 +214,7 @@ class Conditioner:
         if missing:
             computed = compute(missing)
             fresh = {full[i]: {name: t[n].clone() for name, t in computed.items()} for n, i in enumerate(missing)}
-            for key, row in fresh.items():
-                self.cache.put(key, row)
+            self.cache.put_batch(fresh)
             rows = [row if row is not None else fresh[key] for row, key in zip(rows, full, strict=True)]
         present = [row for row in rows if row is not None]
         return {name: torch.stack([row[name] for row in present]) for name in present[0]}

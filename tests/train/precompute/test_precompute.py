@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from forked import run_python, run_ranks
 from precomputing import precompute_for, run_settings, write_clips, write_model
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from typer.testing import CliRunner
 
 from frostline.cli import app
@@ -131,11 +132,16 @@ def test_the_estimate_bounds_what_is_kept(folder: Path) -> None:
 
 
 def test_a_damaged_entry_is_computed_again(folder: Path) -> None:
-    path = next(iter((folder / "cached" / "cache").glob("*.safetensors")))
+    shutil.copytree(folder / "cached", folder / "damaged")
+    path = next(iter((folder / "damaged" / "cache").glob("*.safetensors")))
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert precompute_for(run_settings(folder, "cached", precompute="always")).computed == 1
-    assert path.read_bytes() == content
+    assert precompute_for(run_settings(folder, "damaged", precompute="always")).computed >= 1
+    # Without the other rows of its batch: the last bits may be others.
+    found, expected = load_file(path), load(content)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_may_be_larger(folder: Path) -> None:

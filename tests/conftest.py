@@ -4,6 +4,8 @@ The engines of a whole session are built once, in `engines` and `variant_engines
 sessions that are told the same `FROSTLINE_TEST_FOLDER`, as those of `make test` are, build them once altogether.
 """
 
+import copy
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +50,23 @@ def _short_timings() -> Iterator[None]:
     """An export times its engine for a second or two; no test depends on how exactly."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("frostline.export.exporter._LATENCY_SECONDS", 0.2)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sface_read_once() -> Iterator[None]:
+    """Give each SFace of the session a copy of one that was read: its 8-bit weights take a third of a second."""
+    from frostline.models.faces import embedders
+
+    original = embedders.OnnxModule
+    read = functools.cache(original)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            embedders,
+            "OnnxModule",
+            lambda path: copy.deepcopy(read(path)) if path == embedders.sface_path() else original(path),
+        )
         yield
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch._ops import OpOverload
@@ -13,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import Argument
 from torch.onnx import ONNXProgram
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
 from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -47,9 +49,10 @@ def translate(network: Network, program: ExportedProgram, opset: int) -> ONNXPro
         EngineError: the exporter cannot express the network.
     """
     try:
-        with quiet(), torch.no_grad(), WITHOUT_FAKE_CACHE():
+        one_registry = patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry))
+        with quiet(), torch.no_grad(), WITHOUT_FAKE_CACHE(), one_registry:
             translated = torch.onnx.export(
-                _decomposed_where_needed(program),
+                _decomposed_where_needed(program, opset),
                 verbose=False,
                 opset_version=opset,
                 input_names=[spec.name for spec in (*network.inputs, *network.live_specs)],
@@ -64,7 +67,7 @@ def translate(network: Network, program: ExportedProgram, opset: int) -> ONNXPro
     return translated
 
 
-def _decomposed_where_needed(program: ExportedProgram) -> ExportedProgram:
+def _decomposed_where_needed(program: ExportedProgram, opset: int) -> ExportedProgram:
     """Return a copy that torch.onnx may change, and does not trace again if ONNX has all of its operators.
 
     To decompose operators, `run_decompositions` traces the whole graph a second time with its open dimensions, which
@@ -75,16 +78,28 @@ def _decomposed_where_needed(program: ExportedProgram) -> ExportedProgram:
     nodes = [node for node in copied.graph.nodes if node.op == "call_function"]
     for node in nodes:
         _respell(node)
-    known = _translated()
+    known = _translated(opset)
     if all(node.target in known and not _changes_its_input(node.target) for node in nodes):
         copied.run_decompositions = lambda *_: copied  # type: ignore[method-assign]
     return copied
 
 
+_from_torchlib = ONNXRegistry.from_torchlib
+
+
 @functools.cache
-def _translated() -> frozenset[Any]:
-    """Return the operators that torch.onnx translates or leaves out; to list them takes a second."""
-    return frozenset(get_onnx_implemented_overloads(ONNXRegistry.from_torchlib())) | _DROPPED
+def _registry(opset_version: int) -> ONNXRegistry:
+    """Return what torch.onnx fills anew for each export, which takes a second: the translations of all operators.
+
+    An export only reads it; it would add to it for a custom translation, and there is none here.
+    """
+    return _from_torchlib(opset_version)
+
+
+@functools.cache
+def _translated(opset: int) -> frozenset[Any]:
+    """Return the operators that torch.onnx translates or leaves out."""
+    return frozenset(get_onnx_implemented_overloads(_registry(max(opset, TORCHLIB_OPSET)))) | _DROPPED
 
 
 def _respell(node: Node) -> None:

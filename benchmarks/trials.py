@@ -6,8 +6,9 @@
 
 Each run is the demo's (its data, settings and judge) with one setting changed. Held-out starts are scored before and
 after; a change is paired by frame, and averaged over the starts, then over the seeds (plus or minus their standard
-deviation). Seconds are the median of a step's, and mean something on a quiet machine alone. A run that is in the file
-already is not made again, so that an interrupted benchmark goes on.
+deviation). Seconds are the median of a step's, and mean something on a quiet machine alone; CPU seconds are those of
+the whole run, its validation included, which is the same for all. A run that is in the file already is not made again,
+so that an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,9 @@ def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         for section, part in (("data", "train"), ("validation", "held_out")):
             values[section]["source"] = str(arguments.data / part)
         values["validation"]["lossless"] = False
+        began = time.process_time()
         run_training(RunSettings.parse(values), None, Progress(quiet=True))
+        cpu_seconds = time.process_time() - began
         scores, lines = scores_of(read_lines(out / VALIDATION)), read_lines(out / METRICS)
     return {
         "gain": {name: change["gain"] for name, change in scores["paired"].items()},
@@ -91,6 +95,7 @@ def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "psnr": scores["psnr_after"] - scores["psnr_before"],
         "kl_loss": statistics.mean(line["kl_loss"] for line in lines[-10:]),
         "seconds_per_step": statistics.median(line["seconds"] for line in lines),
+        "cpu_seconds": cpu_seconds,
         "verdict": scores["verdict"],
     }
 
@@ -98,13 +103,14 @@ def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 def _print(runs: list[dict[str, Any]]) -> None:
     table = Table(title=f"change over the training, {len({run['seed'] for run in runs})} seeds")
     measures = list(dict.fromkeys(name for run in runs for name in run["gain"]))
-    for column in ("trial", *measures, "PSNR, dB", "KL at the end", "s/step"):
+    for column in ("trial", *measures, "PSNR, dB", "KL at the end", "s/step", "CPU s"):
         table.add_column(column, justify="left" if column == "trial" else "right")
     for trial in dict.fromkeys(run["trial"] for run in runs):
         own = [run for run in runs if run["trial"] == trial]
         cells = [_spread([run["gain"][name] for run in own]) for name in measures]
         cells += [_spread([run[name] for run in own]) for name in ("psnr", "kl_loss")]
-        table.add_row(trial, *cells, f"{statistics.median(run['seconds_per_step'] for run in own):.2f}")
+        cells += [f"{statistics.median(run['seconds_per_step'] for run in own):.2f}"]
+        table.add_row(trial, *cells, f"{statistics.median(run['cpu_seconds'] for run in own):.0f}")
     Console(width=160).print(table)
 
 

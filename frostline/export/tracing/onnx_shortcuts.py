@@ -1,0 +1,137 @@
+"""Translate programs to ONNX without what torch.onnx and onnxscript repeat, or try by brute force, to no effect.
+
+Each shortcut leaves the file as it would be without, byte for byte: `tests/export/tracing/test_onnx_shortcuts.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from onnx_ir import Node as OnnxNode
+from onnxscript.rewriter._basics import MatchResult
+from onnxscript.rewriter._matcher import SimplePatternMatcher
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.node import Argument
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
+from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
+
+aten = torch.ops.aten
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
+# What torch.onnx leaves out by itself.
+_DROPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
+
+
+@contextmanager
+def shortcuts() -> Iterator[None]:
+    """Take all of them in this block."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry)))
+        stack.enter_context(patch.object(_TypePromotionInterpreter, "run_node", _promote))
+        stack.enter_context(patch.object(SimplePatternMatcher, "match", _match))
+        yield
+
+
+def decomposed_where_needed(program: ExportedProgram, opset: int) -> ExportedProgram:
+    """Return a copy that torch.onnx may change, and does not trace again if ONNX has all of its operators.
+
+    To decompose operators, `run_decompositions` traces the whole graph a second time with its open dimensions, which
+    takes most of an export. In the networks here there is hardly ever an operator to decompose.
+    """
+    copied = copy.copy(program)
+    copied._graph_module = copy.deepcopy(program.graph_module)
+    nodes = [node for node in copied.graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        _respell(node)
+    known = _translated(opset)
+    if all(node.target in known and not _changes_its_input(node.target) for node in nodes):
+        copied.run_decompositions = lambda *_: copied  # type: ignore[method-assign]
+    return copied
+
+
+_from_torchlib = ONNXRegistry.from_torchlib
+_run_node = _TypePromotionInterpreter.run_node
+_match_anywhere = SimplePatternMatcher.match
+
+
+@functools.cache
+def _registry(opset_version: int) -> ONNXRegistry:
+    """Return what torch.onnx fills anew for each export, which takes a second: the translations of all operators.
+
+    An export only reads it; it would add to it for a custom translation, and there is none here.
+    """
+    return _from_torchlib(opset_version)
+
+
+@functools.cache
+def _translated(opset: int) -> frozenset[Any]:
+    """Return the operators that torch.onnx translates or leaves out."""
+    return frozenset(get_onnx_implemented_overloads(_registry(max(opset, TORCHLIB_OPSET)))) | _DROPPED
+
+
+def _respell(node: Node) -> None:
+    """Replace an operator that torch.onnx lacks by an equivalent one that it has."""
+    if node.target in _CASTS:
+        tensor, dtype = _argument(node, "self"), _argument(node, "dtype")
+        # Without a type, only the device changes.
+        node.target, node.args, node.kwargs = (
+            aten._to_copy.default,
+            (tensor,),
+            {} if dtype is None else {"dtype": dtype},
+        )
+    elif node.target is aten._upsample_nearest_exact2d.vec:
+        factors = cast("list[float] | None", _argument(node, "scale_factors"))
+        # At whole factors both variants take the same pixels.
+        if factors and all(float(factor).is_integer() for factor in factors):
+            node.target = aten.upsample_nearest2d.vec
+
+
+def _argument(node: Node, name: str) -> Argument:
+    """Return an argument of an operator by its name in the schema; None where it is not given."""
+    names = [argument.name for argument in cast(OpOverload, node.target)._schema.arguments]
+    # Arguments that the schema makes keyword-only come last, so positions and names agree.
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(name)
+
+
+def _changes_its_input(target: object) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def _promote(self: _TypePromotionInterpreter, node: Node) -> Any:
+    """Make the type promotion of an operator explicit, and compute it again only if that changed it.
+
+    torch.onnx computes the whole graph again, with open dimensions, to have the results that are in it already. A
+    promotion leaves the type of the result as it was, so what follows keeps its result.
+    """
+    if node.op != "call_function" or "val" not in node.meta:
+        return _run_node(self, node)
+    rule = get_type_promotion_rule(node, self.type_promotion_table)
+    if rule is None:
+        return node.meta["val"]
+    before = node.target, node.args, node.kwargs
+    with self._set_current_node(node):
+        self._maybe_promote_node(node, rule)
+    if (node.target, node.args, node.kwargs) == before:
+        return node.meta["val"]
+    return super(_TypePromotionInterpreter, self).run_node(node)
+
+
+def _match(self: SimplePatternMatcher, model: Any, graph: Any, node: OnnxNode, **options: Any) -> MatchResult:
+    """Match a pattern that ends at `node`, unless the operator of the node already rules that out.
+
+    For a pattern with several results, onnxscript tries all combinations of the nodes of the graph first, for each node
+    of the graph: the time grows with the square of the number of layers.
+    """
+    last = self.pattern.output_nodes[0].op_identifier()
+    if last is not None and last[1] != node.op_type:
+        return MatchResult().fail("The operator differs.")
+    return _match_anywhere(self, model, graph, node, **options)

@@ -16,6 +16,8 @@ from frostline.runtime.stage import Stage
 FindRecord = Callable[[str], EngineRecord | None]
 # Engines by so much slower than the best where they were verified are not tried at other shapes.
 _WORTH_A_TRIAL = 2
+# A smaller gain is within the spread of a few runs: PyTorch then serves, to which engines are compared.
+_LEAST_GAIN = 1.05
 
 
 def choose(stage: Stage, wanted: str, find: FindRecord | None) -> Choice:
@@ -54,24 +56,26 @@ def _fastest(stage: Stage, find: FindRecord) -> Choice:
     # Latencies come from different runs: what compares is the ratio to torch in the same run.
     gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
     best = max(gains, key=lambda backend: gains[backend])
-    backend = best if gains[best] > 1 else TORCH
+    backend = best if gains[best] >= _LEAST_GAIN else TORCH
     here = machine_id(stage.networks[0].device)
     if any(manifest.measured_on != here for manifest in candidates.values()):
         reason = f"as {candidates[best].measured_on or 'another machine'} has it; this one decides at first use"
         return Choice(backend, reason, {}, tuple(candidates))
     worth = tuple(name for name, gain in gains.items() if _WORTH_A_TRIAL * gain >= max(1, gains[best]))
-    reason = f"{gains[best]:.2f}x as fast as torch" if gains[best] > 1 else f"{best} is slower ({gains[best]:.2f}x)"
-    return Choice(backend, reason, candidates[best].latency_ms, worth)
+    return Choice(backend, _reason(best, gains[best]), candidates[best].latency_ms, worth)
 
 
 def fastest_of(latency_ms: Mapping[str, float]) -> Choice:
-    """Return the backend with the lowest latency of those that were timed at one shape, torch among them."""
-    best = min(latency_ms, key=lambda backend: latency_ms[backend])
-    if best == TORCH:
-        rival = min(latency_ms.keys() - {TORCH}, key=lambda backend: latency_ms[backend])
-        gain = latency_ms[TORCH] / latency_ms[rival]
-        return Choice(TORCH, f"{rival} is slower at this shape ({gain:.2f}x)", latency_ms)
-    return Choice(best, f"{latency_ms[TORCH] / latency_ms[best]:.2f}x as fast as torch at this shape", latency_ms)
+    """Return the fastest backend of those that were timed at one shape; torch where none gains enough."""
+    best = min(latency_ms.keys() - {TORCH}, key=lambda backend: latency_ms[backend])
+    gain = latency_ms[TORCH] / latency_ms[best]
+    return Choice(best if gain >= _LEAST_GAIN else TORCH, _reason(best, gain, " at this shape"), latency_ms)
+
+
+def _reason(engine: str, gain: float, where: str = "") -> str:
+    if gain >= _LEAST_GAIN:
+        return f"{gain:.2f}x as fast as torch{where}"
+    return f"{engine} is {'hardly faster' if gain > 1 else 'slower'}{where} ({gain:.2f}x)"
 
 
 def _rejection_reason(stage: Stage, manifest: Manifest) -> str | None:

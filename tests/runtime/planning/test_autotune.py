@@ -107,6 +107,14 @@ def test_every_shape_is_measured_once_and_served_by_the_fastest(
     assert prints == {auto.fingerprint("double")}
 
 
+@pytest.mark.parametrize(("torch_ms", "served"), [(1.04, "torch"), (1.06, ORT)])
+def test_an_engine_that_gains_hardly_anything_leaves_the_stage_to_torch(
+    torch_ms: float, served: str, stage: Stage, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials_file, "take_turns", lambda runs_of, *_: {ORT: 1.0, "torch": torch_ms})
+    assert run(Runtime({"double": stage}, "auto", engines), 8) == served
+
+
 def test_the_next_run_remembers(
     stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]], notes: Path
 ) -> None:

@@ -9,9 +9,9 @@ export GOMP_SPINCOUNT ?= 20000
 export PYTHONUNBUFFERED := 1
 
 # One after another: a process that had run all of them in one go crashed in native code.
-TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/demo,tests/report,tests/video,tests/test_*.py
+TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/demo,tests/report,tests/video,tests/docs,tests/test_*.py
 
-.PHONY: demo test test-fast bench test-gpu bench-gpu lint venv clean
+.PHONY: demo test test-fast bench test-gpu bench-gpu lint docs venv clean
 
 demo: venv  ## The main job end to end on the embedded tiny model: results in runs/demo/.
 	.venv/bin/frostline demo
@@ -64,6 +64,10 @@ lint: venv  ## Formatting, lint and types.
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: venv  ## The documentation as a site in runs/site/; a broken link fails.
+	.venv/bin/mkdocs build --strict --site-dir runs/site
 
 venv: .venv/.installed
 

@@ -1,7 +1,7 @@
-"""The tables of README, from the results that lie in `benchmarks/results/`.
+"""The tables of README and `docs/performance.md`, from the results in `benchmarks/results/`.
 
-python benchmarks/table.py            # print them
-python benchmarks/table.py --readme   # and put them into README.md, between their two marks
+python benchmarks/table.py           # print them
+python benchmarks/table.py --write   # and write them into both pages, between their two marks
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 Result = Mapping[str, Any]
+Tables = Mapping[str, Callable[[Result], str]]
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- printed by python benchmarks/table.py -->", "<!-- end -->"
 _TARGETS = {
     "reference_over_cached": "≥ 3.0",
@@ -29,21 +30,21 @@ _TARGETS_OF_LARGE = {"reference_over_cached": "≥ 2.0", "reference_over_uncache
 
 
 def main() -> None:
-    """Print the tables; write them into README where asked."""
+    """Print the tables; write them into the pages if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="write them into README.md too")
+    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/performance.md too")
     arguments = parser.parse_args()
-    tables = render(arguments.results)
-    print(tables)
-    if arguments.readme:
-        README.write_text(with_tables(README.read_text(), tables))
+    print(render(arguments.results, TABLES))
+    if arguments.write:
+        for page, tables in PAGES.items():
+            page.write_text(with_tables(page.read_text(), render(arguments.results, tables)))
 
 
-def render(results: Path) -> str:
-    """Markdown of all results that are there."""
+def render(results: Path, tables: Tables) -> str:
+    """Return the tables of all results that are there, as Markdown."""
     parts = []
-    for name, table in _TABLES.items():
+    for name, table in tables.items():
         path = results / f"{name}.json"
         if path.is_file():
             parts.append(table(json.loads(path.read_text())))
@@ -64,19 +65,21 @@ def tables_of(page: str) -> str:
     return page.partition(BEGIN)[2].partition(END)[0].strip()
 
 
+def contender_table(result: Result) -> str:
+    """One training step: the time of every contender."""
+    return f"{_contenders(result)}\n\n{_where(result)}"
+
+
 def step_table(result: Result) -> str:
     """One training step: every contender, and the ratios with their targets."""
-    contenders, cached = result["contenders"], result["contenders"]["cached"]["median_ms"]
-    rows = [(row["what"], f"{row['median_ms']:.0f}", f"{row['median_ms'] / cached:.2f}") for row in contenders.values()]
     arguments = result["arguments"]
-    title = f"One training step of {arguments['model']}, {arguments['video']}, {arguments['precision']}"
     targets = _TARGETS if arguments["model"] == "tiny" else {**_TARGETS, **_TARGETS_OF_LARGE}
     ratio_rows = [
         (name.replace("_", " "), f"{spread['median']:.2f}", _spread(spread), targets.get(name, ""))
         for name, spread in result["ratio_spread"].items()
     ]
     ratios = _markdown(("ratio", "median", "quartiles", "target"), ratio_rows)
-    return f"{_markdown((title, 'ms', 'relative to cached'), rows)}\n\n{ratios}\n\n{_where(result)}"
+    return f"{_contenders(result)}\n\n{ratios}\n\n{_where(result)}"
 
 
 def checkpointing_table(result: Result) -> str:
@@ -105,13 +108,25 @@ def cold_table(result: Result) -> str:
     return f"{_markdown(('From a cold start', 's'), rows)}\n\n{_where(result)}"
 
 
-_TABLES: Mapping[str, Callable[[Result], str]] = {
+TABLES: Tables = {
     "step": step_table,
     "step-wan2.1-1.3b": step_table,
     "checkpointing": checkpointing_table,
     "faces": faces_table,
     "cold": cold_table,
 }
+PAGES: Mapping[Path, Tables] = {
+    ROOT / "README.md": {"step": contender_table},
+    ROOT / "docs" / "performance.md": TABLES,
+}
+
+
+def _contenders(result: Result) -> str:
+    contenders, cached = result["contenders"], result["contenders"]["cached"]["median_ms"]
+    rows = [(row["what"], f"{row['median_ms']:.0f}", f"{row['median_ms'] / cached:.2f}") for row in contenders.values()]
+    arguments = result["arguments"]
+    title = f"One training step of {arguments['model']}, {arguments['video']}, {arguments['precision']}"
+    return _markdown((title, "ms", "relative to cached"), rows)
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that README shows what was measured."""
+"""The benchmarks' own arithmetic, and that README and docs show what was measured."""
 
 import json
 import sys
@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-README = BENCHMARKS.parent / "README.md"
 sys.path.insert(0, str(BENCHMARKS))
 
 from contenders import CONTENDERS, Outcome, Tolerance, compare  # noqa: E402
@@ -19,7 +18,7 @@ from measuring import interleave, medians, peak_growth_mib, ratio, summary  # no
 from roofline import Ceilings, Work, measure_work  # noqa: E402
 from scaling import plot, wanted_axes  # noqa: E402
 from syncs import count_places  # noqa: E402
-from table import BEGIN, END, render, step_table, tables_of, with_tables  # noqa: E402
+from table import BEGIN, END, PAGES, TABLES, contender_table, render, step_table, tables_of, with_tables  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -99,11 +98,12 @@ def test_the_table_of_a_step() -> None:
     assert lines[2] == f"| {CONTENDERS['reference']} | 100 | 0.14 |"
     assert "| cached over live only | 1.10 | 1.00 to 1.25 | ≤ 1.15 |" in lines
     assert lines[-1] == "a CPU, 2 threads; torch 2.13; commit abc."
+    assert contender_table(step_result()).splitlines() == [*lines[:10], "", lines[-1]]
 
 
 def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
     (tmp_path / "step.json").write_text(json.dumps(step_result()))
-    tables = render(tmp_path)
+    tables = render(tmp_path, TABLES)
     page = with_tables(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", tables)
     assert page.startswith(f"before\n\n{BEGIN}\n\n| One training step")
     assert page.endswith(f"{END}\n\nafter\n")
@@ -113,8 +113,11 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
         with_tables("a page without marks", tables)
 
 
-def test_readme_shows_what_was_measured() -> None:
-    assert tables_of(README.read_text()) == render(BENCHMARKS / "results")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_what_was_measured(page: Path) -> None:
+    shown = tables_of(page.read_text())
+    assert shown == render(BENCHMARKS / "results", PAGES[page])
+    assert shown.startswith("| One training step")
 
 
 def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One scored video, and the columns in which it is written. README.md lists them; keep the two together."""
+"""One scored video, and the columns in which it is written. docs/scoring.md lists them; keep the two together."""
 
 from __future__ import annotations
 

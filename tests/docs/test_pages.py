@@ -1,0 +1,83 @@
+"""Pages: the configuration reference is current, links lead somewhere, and README is short."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from document_commands import ROOT
+from markdown.extensions.toc import slugify
+
+sys.path.insert(0, str(ROOT / "docs"))
+
+from make_reference import PAGE, reference
+
+from frostline.config import dotted_names
+from frostline.train.settings import RunSettings
+
+PAGES = sorted(
+    [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")), *(ROOT / "docs").rglob("*.md")]
+)
+_CODE = re.compile(r"^(```+).*?^\1$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+_OTHER_SITES = ("http://", "https://", "mailto:")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as mkdocs makes them."""
+    headings = _HEADING.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
+    plain = (re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading) for heading in headings)
+    return {slugify(heading, "-") for heading in plain}
+
+
+def broken_links(page: Path) -> list[str]:
+    """The relative links of a page that lead to no file or no heading."""
+    wrong = []
+    for match in _LINK.finditer(_CODE.sub("code", page.read_text(encoding="utf-8"))):
+        path, _, anchor = match["target"].partition("#")
+        if path.startswith(_OTHER_SITES):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        has_headings = target.suffix == ".md" and target.is_file()
+        found = target.exists() and target.is_relative_to(ROOT)
+        if not found or (anchor and has_headings and anchor not in anchors(target)):
+            wrong.append(match["target"])
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "quickstart.md"
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text())
+    assert len(broken_links(copy)) == len(_LINK.findall(_CODE.sub("code", page.read_text())))
+    assert "install" in anchors(page)
+
+
+def test_the_configuration_reference_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run: python docs/make_reference.py --write"
+
+
+def test_the_configuration_reference_has_every_setting() -> None:
+    # The first part is what is before all sections.
+    parts = re.split(r"^### `(.*)`$", reference(), flags=re.MULTILINE)
+    sections = {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+    names = [name.rpartition(".")[::2] for name in dotted_names(RunSettings) if not name.startswith("rewards.")]
+    assert len(names) > 70
+    assert [f"{section}.{name}" for section, name in names if f"| `{name}` |" not in sections[section]] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if not re.search(rf"^ *- .*: {re.escape(page)}$", navigation, re.M)] == []
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130

@@ -81,3 +81,31 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+# Phrases of a private style, each with what to write instead.
+PHRASES = {
+    r"told by": "inferred from",
+    r"recalled": "read from the cache",
+    r"one a sample": "one for each sample",
+    r"so many": "N",
+    r"what becomes of": "the result of",
+    r"in turns\b": "alternately, take turns",
+    r"lies in": "is in",
+    r"hangs on": "depends on",
+    r"beside\b": "next to",
+    r"\bknows\b": "contains, supports",
+    r"\bas .{1,40} has it\b": "like",
+    r"\bwhich .{1,30} does not\.": "but",
+    r"once a sample": "once for each sample",
+}
+
+
+PLAIN_PAGES = [ROOT / "README.md", *(page for page in PAGES if page != PAGE and page.parent != ROOT)]
+
+
+@pytest.mark.parametrize("page", PLAIN_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_plain(page: Path) -> None:
+    prose = _CODE.sub("code", page.read_text(encoding="utf-8"))
+    found = {phrase: plain for phrase, plain in PHRASES.items() if re.search(phrase, prose)}
+    assert found == {}, "write instead"

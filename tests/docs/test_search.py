@@ -89,3 +89,4 @@ def test_the_api_page_has_docstrings(site: Path) -> None:
     for name in ("TrainingModule.from_pretrained", "Runtime.replan", "Reward.score", "run_score", "FrostlineError"):
         assert name.rpartition(".")[2] in page
     assert page.count("doc-heading") > 30
+    assert "Raises: " not in page  # a section of its own, not text

@@ -1,0 +1,19 @@
+"""Griffe extension: docstring sections (`Args:`, `Raises:`, …) need no blank line before them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Extension, Object
+
+_SECTION = re.compile(r"\n(?=(?:Args|Attributes|Returns|Raises|Yields):\n)")
+
+
+class DocstringSections(Extension):
+    """Inserts the blank line that griffe expects before each section."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Change the docstring of an object that was read."""
+        if obj.docstring is not None:
+            obj.docstring.value = _SECTION.sub("\n\n", obj.docstring.value)

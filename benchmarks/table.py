@@ -1,7 +1,7 @@
-"""The tables of README and `docs/performance.md`, from the results in `benchmarks/results/`.
+"""The tables of README and of pages in `docs/`, from the results in `benchmarks/results/`.
 
 python benchmarks/table.py           # print them
-python benchmarks/table.py --write   # and write them into both pages, between their two marks
+python benchmarks/table.py --write   # and write them into the pages, between their two marks
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     """Print the tables; write them into the pages if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/performance.md too")
+    parser.add_argument("--write", action="store_true", help="write them into the pages, too")
     arguments = parser.parse_args()
     print(render(arguments.results, TABLES))
     if arguments.write:
@@ -108,6 +108,54 @@ def cold_table(result: Result) -> str:
     return f"{_markdown(('From a cold start', 's'), rows)}\n\n{_where(result)}"
 
 
+def scoring_table(result: Result) -> str:
+    """Frames per second of rewards that are not faces, each against scripts with transformers."""
+    rewards = result["rewards"]
+    contenders = next(iter(rewards.values()))["frames_per_second"]
+    rows = [(name, *(f"{reward['frames_per_second'][name]:.1f}" for reward in rewards.values())) for name in contenders]
+    title = f"Frames per second, {result['what']}"
+    return f"{_markdown((title, *rewards), rows)}\n\n{_where(result)}"
+
+
+def window_table(result: Result) -> str:
+    """What a window of the clip costs the decoder, by the number of its latent frames."""
+    windows = result["windows"]
+    whole = max(windows, key=int)
+    everything = windows[whole]["live_flop"]
+    rows = [
+        (
+            f"{frames}{' (all)' if frames == whole else ''}",
+            f"{cost['before_flop'] / 1e12:.0f} TFLOP",
+            f"{cost['live_flop'] / 1e12:.0f} TFLOP",
+            f"{(cost['before_flop'] + cost['live_flop']) / everything:.2f}",
+            f"{cost['kept_bytes'] / 1e9:.1f} GB",
+            f"{cost['peak_bytes'] / 1e9:.1f} GB",
+        )
+        for frames, cost in windows.items()
+    ]
+    title = f"Latent frames with gradient, {result['model']}, {result['video']}"
+    header = (title, "before them, frozen", "forward and backward", "relative to the whole clip", "kept", "peak")
+    return _markdown(header, rows)
+
+
+def export_table(result: Result) -> str:
+    """What the export of a large denoiser takes."""
+    size = sum(result["artifacts_gb"].values())
+    row = (
+        f"{result['precision']}, {result['backend']}",
+        f"{result['seconds']:.0f} s",
+        f"{result['seconds_by_phase']['trace denoiser']:.0f} s",
+        f"{result['peak_memory_gib']:.1f} GiB",
+        f"{size:.2f} GB",
+        f"{max((case['max_abs'] for case in result['parity']), default=0):.1e}"
+        if result["verified"]
+        else "not run here",
+    )
+    title = f"Export of {result['parameters'] / 1e9:.2f} billion parameters"
+    header = (title, "time", "of it tracing", "peak memory", "files", "largest difference from PyTorch")
+    return f"{_markdown(header, [row])}\n\n{_where(result)}"
+
+
 TABLES: Tables = {
     "step": step_table,
     "step-wan2.1-1.3b": step_table,
@@ -118,6 +166,12 @@ TABLES: Tables = {
 PAGES: Mapping[Path, Tables] = {
     ROOT / "README.md": {"step": contender_table},
     ROOT / "docs" / "performance.md": TABLES,
+    ROOT / "docs" / "scoring.md": {"scoring": scoring_table},
+    ROOT / "docs" / "steps.md": {"window": window_table},
+    ROOT / "docs" / "engines.md": {
+        "export-wan-1.3b-fp32-onnxruntime": export_table,
+        "export-wan-1.3b-bf16-tensorrt-rtx": export_table,
+    },
 }
 
 

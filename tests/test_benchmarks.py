@@ -117,7 +117,7 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
 def test_pages_show_what_was_measured(page: Path) -> None:
     shown = tables_of(page.read_text())
     assert shown == render(BENCHMARKS / "results", PAGES[page])
-    assert shown.startswith("| One training step")
+    assert shown.startswith("| ")
 
 
 def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis(tmp_path: Path) -> None:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+from rich.text import Text
 
-from frostline.terminal import Terminal
+from frostline.terminal import Terminal, error_console
 
 # Between two lines where there is no screen.
 _SECONDS_A_LINE = 20.0
+_NAME_WIDTH = 18, 26
+# From this many columns on, a bar is long.
+_WIDE, _LONG_BAR, _SHORT_BAR = 100, 24, 10
+_REFRESHES_PER_SECOND = 5.0
 
 
 class Bar(Protocol):
@@ -31,8 +44,8 @@ class Bar(Protocol):
         """Move on by `steps`."""
         ...
 
-    def describe(self, text: str) -> None:
-        """Say what is going on now."""
+    def describe(self, *parts: str) -> None:
+        """Say what is going on now: the parts that there is room for, the most important first."""
         ...
 
 
@@ -40,53 +53,148 @@ class Progress:
     """Shows what runs, how far it is and how long it takes, on standard error; nothing if `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Terminal(stderr=True, quiet=quiet)
+        self.console = Terminal(stderr=True, quiet=True) if quiet else error_console()
 
     @contextmanager
     def task(self, name: str) -> Iterator[Bar]:
         """A task of unknown length."""
-        with self._live(name, None) as bar:
+        with self._shown(name, None) as bar:
             yield bar
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Bar]:
         """A task of `total` steps."""
-        with self._live(name, total) as bar:
+        with self._shown(name, total) as bar:
             yield bar
 
     @contextmanager
-    def _live(self, name: str, total: int | None) -> Iterator[Bar]:
+    def _shown(self, name: str, total: int | None) -> Iterator[Bar]:
+        if not self.console.is_screen:
+            lines = _Lines(self.console, name, total)
+            yield lines
+            lines.end()
+            return
+        counted = (MofNCompleteColumn(),) if total is not None else ()
         columns = (
             SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description:<26}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            _Name(),
+            _Bar(self.console),
+            *counted,
             TimeElapsedColumn(),
-            # What is left, where that can be told.
-            *([] if total is None else [TimeRemainingColumn()]),
-            TextColumn("[dim]{task.fields[detail]}[/]"),
+            *((_Left(),) if total is not None else ()),
+            _Parts(),
         )
-        with RichProgress(*columns, console=self.console) as live:
-            task = live.add_task(name, total=total or 1, detail="")
-            yield _RichBar(live, task)
+        with RichProgress(
+            *columns,
+            console=self.console,
+            refresh_per_second=_REFRESHES_PER_SECOND,
+            # What is piped does not belong on the screen.
+            redirect_stdout=sys.stdout.isatty(),
+        ) as live:
+            task = live.add_task(name, total=total, parts=(), ended=False)
+            yield _ScreenBar(live, task)
             # A bar tells how far its task came, also where that was ended early.
-            live.update(task, detail="", completed=None if total else 1)
+            live.update(task, ended=True, **({"total": 1, "completed": 1, "parts": ()} if total is None else {}))
 
 
-class _RichBar:
+class _ScreenBar:
     def __init__(self, live: RichProgress, task: TaskID) -> None:
         self._live, self._task = live, task
-        self._said = 0.0
 
     def advance(self, steps: int) -> None:
         self._live.advance(self._task, steps)
-        # In a log nothing moves: a line now and then.
-        if not self._live.console.is_terminal and time.monotonic() > self._said + _SECONDS_A_LINE:
-            self._said = time.monotonic()
-            (task,) = self._live.tasks
-            line = f"{task.description}: {task.completed:.0f} of {task.total:.0f}"
-            line += f", {task.fields['detail']}" if task.fields["detail"] else ""
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def describe(self, text: str) -> None:
-        self._live.update(self._task, detail=text)
+    def describe(self, *parts: str) -> None:
+        self._live.update(self._task, parts=parts)
+
+
+class _Lines:
+    """A bar in a log, where nothing moves: a line now and then, and one at the end."""
+
+    def __init__(self, console: Terminal, name: str, total: int | None) -> None:
+        self._console, self._name, self._total = console, name, total
+        self._done, self._parts = 0, ()
+        self._began = time.monotonic()
+        self._said = self._began
+
+    def advance(self, steps: int) -> None:
+        self._done += steps
+        if time.monotonic() > self._said + _SECONDS_A_LINE:
+            self._said = time.monotonic()
+            self._print(", ".join((self._how_far(), *self._parts)))
+
+    def describe(self, *parts: str) -> None:
+        self._parts = parts
+
+    def end(self) -> None:
+        """Say how far the task came, and how long it took."""
+        elapsed = timedelta(seconds=round(time.monotonic() - self._began))
+        self._print(", ".join((f"{self._how_far()} in {elapsed}", *(self._parts if self._total else ()))))
+
+    def _how_far(self) -> str:
+        return "done" if self._total is None else f"{self._done} of {self._total}"
+
+    def _print(self, line: str) -> None:
+        self._console.print(f"{self._name}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+class _Name(ProgressColumn):
+    """What the task is called, cut where it is long."""
+
+    def __init__(self) -> None:
+        least, most = _NAME_WIDTH
+        super().__init__(Column(min_width=least, max_width=most))
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
+class _Bar(BarColumn):
+    """A bar as long as the terminal allows."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> ProgressBar:
+        self.bar_width = _LONG_BAR if self._console.width >= _WIDE else _SHORT_BAR
+        return super().render(task)
+
+
+class _Left(TimeRemainingColumn):
+    """Estimated time to the end; nothing of a task that has ended."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.finished or task.fields["ended"] else Text("ETA ", "dim") + super().render(task)
+
+
+class _Parts(ProgressColumn):
+    """What goes on: as many of the parts as there is room for."""
+
+    # That of the other columns is at most so old; what is described is shown as soon as it is.
+    max_refresh = None
+
+    def __init__(self) -> None:
+        super().__init__(Column())
+
+    def render(self, task: Task) -> _Fitting:
+        return _Fitting(task.fields["parts"])
+
+
+class _Fitting:
+    """Renders the first parts that fit, at least one."""
+
+    def __init__(self, parts: tuple[str, ...]) -> None:
+        self._parts = parts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = self._parts
+        while len(shown) > 1 and cell_len(", ".join(shown)) > options.max_width:
+            shown = shown[:-1]
+        yield Text(", ".join(shown), "dim", no_wrap=True, overflow="ellipsis")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        most = cell_len(", ".join(self._parts))
+        return Measurement(min(cell_len(self._parts[0]) if self._parts else 0, most), most).with_maximum(
+            options.max_width
+        )

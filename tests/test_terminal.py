@@ -3,11 +3,13 @@
 import io
 import logging
 
-from rich.logging import RichHandler
+import pytest
 from rich.markup import escape
 from rich.table import Table
 
 from frostline.terminal import Terminal
+from frostline.terminal import logs as logs_file
+from frostline.terminal.logs import ConsoleLog
 
 NAME = "a\x1b]0;owned\x07\x1b[2J\udce9.mp4"
 SHOWN = r"a\x1b]0;owned"
@@ -34,8 +36,19 @@ def test_the_terminals_own_colours_stay() -> None:
     assert said.startswith("\x1b[1;31m") and SHOWN in said
 
 
-def test_the_log_goes_through_it() -> None:
+def test_the_log_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    handler = RichHandler(console=Terminal(file=file, width=120), show_path=False, show_time=False)
-    handler.emit(logging.LogRecord("frostline", logging.WARNING, "", 0, "%s: no such file", (NAME,), None))
-    assert SHOWN in file.getvalue() and "\x1b" not in file.getvalue()
+    monkeypatch.setattr(logs_file, "error_console", lambda: Terminal(file=file))
+    ConsoleLog().emit(logging.LogRecord("frostline", logging.WARNING, "", 0, "[b]%s: no such file", (NAME,), None))
+    assert file.getvalue().startswith(f"warning: [b]{SHOWN}") and "\x1b" not in file.getvalue()
+
+
+def test_what_is_piped_is_neither_wrapped_nor_cut() -> None:
+    file, line = io.StringIO(), "word " * 100
+    console = Terminal(file=file)
+    console.print(line)
+    table = Table("a", "b", box=None, pad_edge=False)
+    table.add_row(line, "end")
+    console.print(table)
+    printed, _, row = file.getvalue().splitlines()
+    assert printed == line and row.startswith(line) and row.rstrip().endswith("end")

@@ -12,17 +12,17 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 from rich.markup import escape
 
 from frostline import __version__
 from frostline.cli import adapters, engines, exporting, recipes, scoring, training
 from frostline.cli.lazy_options import LazyOptionsGroup
 from frostline.cli.leaving import leave
+from frostline.cli.verbosity import Quiet, Verbose, set_verbosity, takes_verbosity
 from frostline.errors import ConfigError, FrostlineError
-from frostline.terminal import Terminal
+from frostline.terminal import error_console
 
-app = typer.Typer(cls=LazyOptionsGroup, no_args_is_help=True)
+app = typer.Typer(cls=LazyOptionsGroup, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 for command in (
     *(training.demo, recipes.init, training.cache, training.train, training.report),
     *(exporting.export, exporting.plan),
@@ -31,6 +31,10 @@ for command in (
     app.command()(command)
 app.add_typer(engines.app, name="engines")
 app.add_typer(adapters.app, name="adapter")
+for group in (app, engines.app, adapters.app):
+    for registered in group.registered_commands:
+        if registered.callback is not None:
+            registered.callback = takes_verbosity(registered.callback)
 
 
 def _print_version(version: bool) -> None:
@@ -45,17 +49,16 @@ def _options(
     _version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Reward-feedback LoRA training of Wan video models with the frozen stages in engines."""
-    handler = RichHandler(console=Terminal(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    set_verbosity(verbose, quiet)
     # Chatter of the tracer that a user can do nothing about.
     warnings.simplefilter("ignore", FutureWarning)
     # Of Pillow, on large pictures: how large one may be is for `frostline.video` to say.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     logging.getLogger("torch").setLevel(logging.ERROR)
-    logging.getLogger("frostline").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def main() -> None:
@@ -90,5 +93,5 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _say(error: FrostlineError, code: int) -> int:
     # Escaped: what is in brackets, as in `frostline[tensorrt]` or a path, would be taken for a style.
-    Terminal(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    error_console().print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return code

@@ -20,6 +20,7 @@ from frostline.cli.options import (
     base_adapters_given,
     rewards_given,
 )
+from frostline.cli.verbosity import progress
 from frostline.errors import ConfigError
 from frostline.experts import Experts
 from frostline.terminal import Terminal
@@ -83,7 +84,6 @@ def export(
     from frostline.export.export_cache import Receipt, recall, receipt_key, remember
     from frostline.export.recipe import load_recipe, reward_recipe
     from frostline.export.result import ExportRow
-    from frostline.progress import Progress
     from frostline.runtime.backends.base.options import OPSET, BuildOptions
     from frostline.runtime.engines.store import EngineStore
 
@@ -109,12 +109,12 @@ def export(
     from frostline.export.parallel_build import fitting_jobs
     from frostline.export.run import ExportOptions, export_model, planned_exports
 
-    progress = Progress()
-    with progress.task(f"load {'the rewards' if recipe.of_rewards_alone else recipe.model}"):
+    bars = progress()
+    with bars.task(f"load {'the rewards' if recipe.of_rewards_alone else recipe.model}"):
         staged = load_stages(recipe, device)
     options = ExportOptions(build, force, dry_run, strict, jobs or fitting_jobs(staged), **bounds)
     rows = []
-    with progress.bar("export", len(planned_exports(staged, recipe))) as bar:
+    with bars.bar("export", len(planned_exports(staged, recipe))) as bar:
         for row in export_model(staged, recipe, store, options, bar.describe):
             rows.append(row)
             bar.advance(1)

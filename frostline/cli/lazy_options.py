@@ -59,13 +59,18 @@ def with_options(command: Command) -> Command:
     return command if make is None else make()
 
 
+def is_lazy(command: object) -> bool:
+    """Return whether a command gets its options when it is used."""
+    return hasattr(command, _MAKE_OPTIONS)
+
+
 class LazyOptionsGroup(TyperGroup):
     """A group that makes the options of a command when its arguments are parsed or completed, or its help is shown."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return name, command and remaining arguments, as Click's groups do."""
         name, command, remaining = super().resolve_command(ctx, args)
-        if command is not None and hasattr(command.callback, _MAKE_OPTIONS):
+        if command is not None and is_lazy(command.callback):
             program = typer.Typer(add_completion=False)
             program.command(command.name)(with_options(cast(Command, command.callback)))
             command = typer.main.get_command(program)

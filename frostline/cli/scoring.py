@@ -10,6 +10,7 @@ import typer
 
 from frostline.cli.lazy_options import Decorator, options_on_use
 from frostline.cli.options import ENGINES, Device, EnginesDir, Rewards, RewardsFile, rewards_given
+from frostline.cli.verbosity import progress
 from frostline.errors import ConfigError
 from frostline.terminal import Terminal
 
@@ -72,12 +73,11 @@ def score(
     wanted = gather_pairs(videos or [], reference, pairs, allow_outside, prompt, settings.needs())
     if report is not None:
         check_writable(report)
-    from frostline.progress import Progress
     from frostline.score.run import RunOptions, run_score
     from frostline.score.table import print_outcome
 
     options = RunOptions(out, resume, overwrite, backend, device, engines_dir, batch)
-    outcome = run_score(wanted, settings, options, Progress())
+    outcome = run_score(wanted, settings, options, progress())
     if outcome is None:
         return
     print_outcome(outcome, Terminal())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +10,7 @@ import typer
 
 from frostline.cli.lazy_options import Decorator, options_on_use
 from frostline.cli.options import ENGINES, BaseAdapters, EnginesDir, base_adapters_given
+from frostline.cli.verbosity import is_first_process, progress
 from frostline.errors import ConfigError
 from frostline.terminal import Terminal
 
@@ -29,9 +28,8 @@ def demo(
     """Train a face-identity LoRA on the embedded tiny model and show what it did."""
     from frostline.demo.run import DemoSettings, run_demo
     from frostline.demo.table import print_summary
-    from frostline.progress import Progress
 
-    outcome, summary = run_demo(out, engines_dir, DemoSettings(steps, starts, seed), Progress())
+    outcome, summary = run_demo(out, engines_dir, DemoSettings(steps, starts, seed), progress())
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)
     print_summary(summary, out)
@@ -60,7 +58,6 @@ def train(
         return
     if config is None:
         raise ConfigError("a configuration file is needed: `frostline init NAME` writes one")
-    from frostline.progress import Progress
 
     if dry_run:
         from frostline.train.dry_run import print_dry_run
@@ -68,8 +65,8 @@ def train(
         raise typer.Exit(0 if print_dry_run(settings, Terminal(), resume) else 1)
     from frostline.train.launch import run_training
 
-    first = _is_first_process()
-    outcome = run_training(settings, resume, Progress(quiet=not first))
+    first = is_first_process()
+    outcome = run_training(settings, resume, progress())
     if outcome.stopped_by is not None:
         if first:
             typer.echo(f"stopped after step {outcome.step}: --resume latest goes on from there", err=True)
@@ -100,7 +97,6 @@ def cache(
     ] = False,
 ) -> None:
     """Compute what is frozen of a run's samples into its cache; under `accelerate launch -m frostline cache …` too."""
-    from frostline.progress import Progress
     from frostline.train.config_file import load_run_settings
 
     settings = load_run_settings(config, [*(overrides or [])])
@@ -111,8 +107,8 @@ def cache(
         raise typer.Exit(0 if print_dry_run(always, Terminal(), starts=False) else 1)
     from frostline.train.launch import run_precompute
 
-    first = _is_first_process()
-    done = run_precompute(settings, Progress(quiet=not first), batch_size)
+    first = is_first_process()
+    done = run_precompute(settings, progress(), batch_size)
     if first:
         typer.echo(f"{done}. The cache is in {settings.frozen_cache_dir}")
 
@@ -122,14 +118,6 @@ def report(run: Annotated[Path, typer.Argument(help="The output_dir of a trainin
     from frostline.train.report.page import write_report
 
     typer.echo(f"wrote {write_report(run)}")
-
-
-def _is_first_process() -> bool:
-    """Whether this is the first of the processes of a launcher; the others then log errors alone."""
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
-        logging.getLogger("frostline").setLevel(logging.ERROR)
-    return first
 
 
 def _sample_options() -> Decorator:
@@ -147,11 +135,10 @@ def sample(
     base_adapter: BaseAdapters = None,
 ) -> None:
     """Make a clip from a picture and a prompt, to look at what an adapter does."""
-    from frostline.progress import Progress
     from frostline.train.sample import sample_clip
 
     settings = settings.model_copy(update={"base_adapters": base_adapters_given(base_adapter)})
-    with Progress().task(f"sample {settings.num_frames} frames"):
+    with progress().task(f"sample {settings.num_frames} frames"):
         clip = sample_clip(settings, out)
     if clip.face_score is not None:
         typer.echo(f"face score {clip.face_score:.3f}, face found in {clip.detection_rate:.0%} of the frames")

@@ -75,7 +75,7 @@ class Runtime:
         self._digests = WeightDigests(self.stages)
         self._live_guards: dict[str, LiveGuard] = {}
         self._engines = LoadedEngines(self.stages, self._store, self.record)
-        self._trials = Trials(self._engines, self.record, self._torch_lock, self._blame)
+        self.trials = Trials(self._engines, self.record, self._torch_lock, self._blame)
         self._wanted: dict[str, str] = {}
         self._warned: set[str] = set()
         self._plan: dict[str, Choice] = {}
@@ -92,7 +92,7 @@ class Runtime:
             self._digests.forget()
             for name in self.stages:
                 self._engines.unload(name)
-                self._trials.forget(name)
+                self.trials.forget(name)
             self._wanted = wanted
             self._plan = {name: self._choose(name, wanted[name]) for name in self.stages}
 
@@ -116,7 +116,7 @@ class Runtime:
     @property
     def plan(self) -> Plan:
         """What serves each stage now; where that depends on the shape, at the one that came last."""
-        latest = {name: self._trials.latest(name) or choice for name, choice in self._plan.items() if choice.candidates}
+        latest = {name: self.trials.latest(name) or choice for name, choice in self._plan.items() if choice.candidates}
         return Plan({**self._plan, **latest})
 
     def __getitem__(self, stage: str) -> Runner:
@@ -198,7 +198,7 @@ class Runtime:
 
         The backend is the one that served the stage last, which is torch, for any shape, if it was the fastest.
         """
-        latest = self._trials.latest(stage)
+        latest = self.trials.latest(stage)
         choice = latest or self._plan[stage]
         if choice.backend == TORCH and (latest is not None or not choice.candidates):
             return True
@@ -287,7 +287,7 @@ class Runtime:
                 return TORCH
             if not choice.candidates:
                 return choice.backend
-            return self._trials.choose(self.stages[stage], choice, case).backend
+            return self.trials.choose(self.stages[stage], choice, case).backend
 
     def _conflict(self, stage: str) -> str | None:
         """Return why engines cannot compute what the stage's modules compute now; None if they can."""
@@ -310,7 +310,7 @@ class Runtime:
         left = " or ".join((*rest, TORCH))
         log.warning("stage %s: backend %s failed, %s serves it from now on (%s)", stage, backend, left, error)
         self._plan[stage] = Choice(rest[0] if rest else TORCH, f"{backend} failed: {error}", {}, rest)
-        self._trials.forget(stage)
+        self.trials.forget(stage)
 
     def record(self, stage: str, backend: str) -> EngineRecord | None:
         """Return the engine of a stage on a backend, if one was built for these weights, shapes and this machine."""
@@ -333,7 +333,7 @@ class Runtime:
     def _choose_again(self, name: str) -> None:
         """Serve a stage whose weights have changed with engines of the new ones, or torch."""
         self._engines.unload(name)
-        self._trials.forget(name)
+        self.trials.forget(name)
         before = self._plan[name]
         choice = self._plan[name] = choose(self.stages[name], self._wanted[name], self._finder(name))
         had, has = (each.backend != TORCH or bool(each.candidates) for each in (before, choice))

@@ -20,7 +20,9 @@ from frostline.rewards.build import JUDGES, resolve
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device
 from frostline.runtime.malloc import keep_freed_memory
+from frostline.runtime.runtime import Runtime
 from frostline.stages.families import DEFAULT_GEOMETRY, family_of
+from frostline.terminal.logs import LogFile, logged_to_file
 from frostline.train.config_file import dump_settings
 from frostline.train.data.dataset import BadRow, DataCheck, Sample, VideoPromptDataset
 from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
@@ -29,6 +31,7 @@ from frostline.train.loop.checkpoint import Checkpoint, samples_dealt
 from frostline.train.loop.evaluation import PSNR, PSNR_ABOUT
 from frostline.train.loop.output_dir import check_writable
 from frostline.train.loop.resume import changed_settings
+from frostline.train.loop.run_dir import LOG
 from frostline.train.loop.saving import package_versions
 from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
 from frostline.train.loop.validation import Validation, starts_of, validate
@@ -58,6 +61,13 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     accelerator = make_accelerator(settings.train, settings.output_dir, wants_cpu)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    with logged_to_file(accelerator.is_main_process) as log_file:
+        return _run_training(settings, resume, progress, accelerator, log_file)
+
+
+def _run_training(
+    settings: RunSettings, resume: str | None, progress: Progress, accelerator: Accelerator, log_file: LogFile
+) -> TrainOutcome:
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
     dataset, validation = _open_data(settings, accelerator, progress)
     device = _device_of(accelerator)
@@ -74,10 +84,14 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     _log_start(settings, accelerator, len(dataset), checkpoint)  # type: ignore[arg-type]
     with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
         bar.advance(checkpoint.step if checkpoint else 0)
+        timed = 0
 
         def on_step(line: dict[str, Any]) -> None:
-            bar.describe(_describe(line))
+            nonlocal timed
+            bar.describe(*_describe(line))
             bar.advance(1)
+            log.debug("step %d: %s; %s", line["step"], ", ".join(_describe(line)), _stage_seconds(line))
+            timed = _log_plan(module.runtime, timed)
 
         def validate_at(step: int) -> dict[str, Any]:
             assert validation is not None
@@ -101,6 +115,7 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
             validate=None if validation is None else validate_at,
             validation_steps=settings.validation.steps,
             on_step=on_step,
+            on_begin=lambda: log_file.open(settings.output_dir / LOG),
         )
         outcome = train(module, dataset, settings.train, settings.output_dir, options, accelerator)
     if accelerator.is_main_process:
@@ -302,9 +317,25 @@ def _log_start(settings: RunSettings, accelerator: Accelerator, samples: int, ch
         log.info("going on from %s%s", checkpoint.path, f" with other settings:{listed}" if listed else "")
 
 
-def _describe(line: Mapping[str, Any]) -> str:
-    """The line beside the progress bar."""
-    stages = sorted(line["stages"].items(), key=lambda stage: -stage[1]["ms"])
-    slowest = ", ".join(f"{name} {stage['ms'] / 1000:.1f}" for name, stage in stages[:3])
+def _log_plan(runtime: Runtime, logged: int) -> int:
+    """Say in one line what `auto` chose, if it has timed something since `logged` shapes; return how many it has."""
+    timed = runtime.trials.timed
+    if timed > logged:
+        stages: dict[str, list[str]] = {}
+        for name, choice in runtime.plan.items():
+            stages.setdefault(choice.backend, []).append(name)
+        served = "; ".join(f"{backend} serves {', '.join(names)}" for backend, names in stages.items())
+        log.info("auto timed backends at %d shapes: %s", timed, served)
+    return timed
+
+
+def _describe(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is beside the progress bar, the most important first."""
     score = "-" if math.isnan(line["score"]) else f"{line['score']:.3f}"
-    return f"score {score}, KL {line['kl_loss']:.4f}, {line['seconds']:.1f} s/step ({slowest})"
+    return f"score {score}", f"KL {line['kl_loss']:.4f}", f"{line['seconds']:.1f} s/step"
+
+
+def _stage_seconds(line: Mapping[str, Any]) -> str:
+    """The stages of a step, the slowest first."""
+    stages = sorted(line["stages"].items(), key=lambda stage: -stage[1]["ms"])
+    return ", ".join(f"{name} {stage['ms'] / 1000:.2f} s" for name, stage in stages)

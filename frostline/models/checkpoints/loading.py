@@ -82,7 +82,8 @@ def load_components(
     """
     _ = precision_name(dtype)  # refuses another one
     files, reads = find_files(model), reads or {}
-    log.info("%s", files)
+    log.info("loading %s: %s, %d networks", files.spec.name, files.variant, len(files.networks))
+    log.debug("%s", files)
     loaded: dict[str, Any] = {}
     for field in files.networks:
         if field == "vae" and "vae_encoder" in defer:

@@ -27,6 +27,8 @@ _TRIAL_RUNS, _TRIAL_SECONDS = 5, 0.5
 class Trials:
     """The fastest backend of each stage at each shape. Not for several threads at once.
 
+    timed: how often backends were timed; shapes that were timed by an earlier process do not count.
+
     Args:
         engines: where stages are loaded.
         find: the engine of a stage on a backend.
@@ -45,6 +47,7 @@ class Trials:
         self._find = find
         self._torch_lock = torch_lock
         self._failed = failed
+        self.timed = 0
         self._at_shape: dict[tuple[str, str], Choice] = {}
         self._latest: dict[str, Choice] = {}
 
@@ -80,7 +83,8 @@ class Trials:
             runs = {TORCH: partial(stage.torch, *case), **self._runnable(stage, planned, case)}
             if len(runs) == 1:
                 return Choice(TORCH, "no engine serves this shape")
-            log.info("stage %s: timing %s at %s", stage.name, ", ".join(runs), shape)
+            self.timed += 1
+            log.debug("stage %s: timing %s at %s", stage.name, ", ".join(runs), shape)
             with self._torch_lock:
                 latency_ms = take_turns(runs, _TRIAL_RUNS, _TRIAL_SECONDS)
             if runs.keys() == contenders.keys() | {TORCH}:

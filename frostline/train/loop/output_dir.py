@@ -19,6 +19,7 @@ from frostline.train.loop.run_dir import (
     BEGAN_FROM,
     CLIPS,
     CONFIG,
+    LOG,
     METRICS,
     PROGRAM,
     REPORT,
@@ -29,7 +30,7 @@ from frostline.train.loop.run_dir import (
     VALIDATION,
 )
 
-_FILES = (METRICS, VALIDATION, CONFIG, REPORT, SHEET, TIMING)
+_FILES = (METRICS, VALIDATION, CONFIG, REPORT, SHEET, TIMING, LOG)
 # Those of two experts are in a folder each.
 _EXPERTS = "|".join(EXPERT_PARTS.values())
 _OWN_ADAPTER = rf"(?:(?:{_EXPERTS})/)?(?:adapter_config\.json|adapter_model\.safetensors)"

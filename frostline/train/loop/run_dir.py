@@ -20,7 +20,7 @@ from frostline.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 METRICS, VALIDATION, RUN_FACTS, CONFIG = "metrics.jsonl", "validation.jsonl", "run.json", "config.yaml"
-REPORT, SHEET, TIMING = "report.html", "contact_sheet.png", "timing.json"
+REPORT, SHEET, TIMING, LOG = "report.html", "contact_sheet.png", "timing.json", "frostline.log"
 ADAPTER, ADAPTER_EMA, CLIPS, TRACKERS = "adapter", "adapter_ema", "validation", "trackers"
 # By these names `run.json` says whose it is, and from which checkpoint of another folder the run began.
 PROGRAM, BEGAN_FROM = "frostline", "began_from"

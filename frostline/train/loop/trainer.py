@@ -83,6 +83,7 @@ class RunOptions:
     validate, validation_steps: called with the step at the start, the end and every so many steps, on all processes;
         what it returns becomes a line of `validation.jsonl`, with the verdict on all lines so far.
     on_step: receives each line of `metrics.jsonl`.
+    on_begin: called on the first process once the folder is that of this run: earlier the run may still be refused.
     """
 
     resume: Checkpoint | None = None
@@ -94,6 +95,7 @@ class RunOptions:
     validate: Callable[[int], dict[str, Any]] | None = None
     validation_steps: int = 1
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None
+    on_begin: Callable[[], None] = lambda: None
 
 
 def make_accelerator(settings: TrainerSettings, output_dir: Path, cpu: bool) -> Accelerator:
@@ -158,6 +160,8 @@ def train(
         stack.callback(finish_trackers, accelerator)
         if accelerator.is_main_process and not begins:
             _go_on(output_dir, options)
+        if accelerator.is_main_process:
+            options.on_begin()
         return _Run(training, output_dir, options, stop).go(dataset)
 
 

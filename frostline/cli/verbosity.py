@@ -1,0 +1,68 @@
+"""`-v` and `-q`: how much of the log is on the console; given before the command or behind it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from typing import Annotated, Any, TypeAlias, cast
+
+import typer
+
+from frostline.cli.lazy_options import Command, is_lazy, options_on_use, with_options
+from frostline.progress import Progress
+from frostline.terminal.logs import console_shows, log_to_console
+
+Verbose: TypeAlias = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log more: files that are loaded, times of stages.")
+]
+Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors alone, without bars.")]
+
+
+def set_verbosity(verbose: bool, quiet: bool) -> None:
+    """Show on the console what the options say.
+
+    Raises:
+        BadParameter: both are given.
+    """
+    if verbose and quiet:
+        raise typer.BadParameter("--verbose and --quiet exclude each other")
+    if not is_first_process():
+        level = logging.ERROR
+    else:
+        level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    log_to_console(level)
+
+
+def takes_verbosity(command: Command) -> Command:
+    """Give a command the options `-v` and `-q`, of which each goes before those in front of the command."""
+    if is_lazy(command):
+        return options_on_use(lambda: lambda _: takes_verbosity(with_options(command)))(command)
+
+    @functools.wraps(command)
+    def run(*, verbose: bool, quiet: bool, **values: Any) -> None:
+        if verbose or quiet:
+            set_verbosity(verbose, quiet)
+        command(**values)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
+        for name, option in (("verbose", Verbose), ("quiet", Quiet))
+    ]
+    # Typer reads both.
+    cast(Any, run).__signature__ = signature.replace(parameters=[*own, *added])
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+    return run
+
+
+def progress() -> Progress:
+    """Return bars on the console; none with `-q`, and none in the second process of a launcher and those after it."""
+    return Progress(quiet=not console_shows(logging.INFO))
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes of a launcher, the only one that shows more than errors."""
+    return os.environ.get("RANK", "0") == "0"

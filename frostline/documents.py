@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,6 +127,18 @@ def _in_words(kind: str, read: Callable[[], Any]) -> Any:
         raise DocumentError(f"is not valid {kind}: {where}{what}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise DocumentError(f"is not valid {kind}: {' '.join(str(error).split())}") from error
+
+
+def finite_values(value: Any) -> Any:
+    """Return plain values as JSON has them: a number that is not finite becomes None, a tuple a list."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: finite_values(item) for name, item in value.items()}
+        case list() | tuple():
+            return [finite_values(item) for item in value]
+    return value
 
 
 class _Loader(yaml.SafeLoader):

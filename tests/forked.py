@@ -134,6 +134,12 @@ def _run(arguments: Sequence[str], cwd: str, environment: dict[str, str], output
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    # As Python makes them of what they are: the server's own may have been files, and these a terminal.
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        by_line = 1 if number == 2 or os.isatty(number) else -1
+        made = open(number, "w", by_line, before.encoding, before.errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, made)
     kind, *rest = arguments
     if kind == "-m":
         module, *rest = rest

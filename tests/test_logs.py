@@ -16,7 +16,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (\w+) +(frostline[\w.]*
 
 def read(path: Path) -> list[tuple[str, str]]:
     found = [LINE.fullmatch(line) for line in path.read_text().splitlines()]
-    return [(line[1], line[3]) for line in found if line and "test_logs" in line[2] or line and line[1] == "ERROR"]
+    return [(line[1], line[3]) for line in found if (line and "test_logs" in line[2]) or (line and line[1] == "ERROR")]
 
 
 def test_messages_from_before_the_file_are_in_it_and_later_runs_append(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from frostline import __version__
 from frostline.cli import adapters, engines, exporting, recipes, scoring, training
@@ -20,7 +19,7 @@ from frostline.cli.lazy_options import LazyOptionsGroup
 from frostline.cli.leaving import leave
 from frostline.cli.verbosity import Quiet, Verbose, set_verbosity, takes_verbosity
 from frostline.errors import ConfigError, FrostlineError
-from frostline.terminal import error_console
+from frostline.terminal import print_error
 
 app = typer.Typer(cls=LazyOptionsGroup, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 for command in (
@@ -92,6 +91,5 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _say(error: FrostlineError, code: int) -> int:
-    # Escaped: what is in brackets, as in `frostline[tensorrt]` or a path, would be taken for a style.
-    error_console().print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    print_error(str(error))
     return code

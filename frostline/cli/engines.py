@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from frostline.cli.json_output import Json, print_json
 from frostline.cli.options import ENGINES, EnginesDir
 from frostline.errors import ConfigError, FrostlineError
 from frostline.terminal import Terminal
@@ -18,12 +19,17 @@ Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning
 
 
 @app.command("list")
-def list_engines(engines_dir: EnginesDir = ENGINES) -> None:
+def list_engines(engines_dir: EnginesDir = ENGINES, as_json: Json = False) -> None:
     """All engines of the store, as their manifests have it; `verify` holds the files against them."""
+    from frostline.export.as_json import engine_values
     from frostline.export.tables import engine_table
     from frostline.runtime.engines.store import EngineStore
 
-    Terminal().print(engine_table(EngineStore(engines_dir).find()))
+    records = EngineStore(engines_dir).find()
+    if as_json:
+        print_json(engine_values(records))
+    else:
+        Terminal().print(engine_table(records))
 
 
 @app.command()
@@ -41,21 +47,26 @@ def inspect(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
 def verify(
     key: Annotated[str | None, typer.Argument(help="The key of an engine, or its beginning; all if left out.")] = None,
     engines_dir: EnginesDir = ENGINES,
+    as_json: Json = False,
 ) -> None:
     """Check signatures and hashes; exit code 1 if one does not hold."""
     from frostline.runtime.engines.store import EngineStore
 
     if not engines_dir.is_dir():
         raise ConfigError(f"{engines_dir}: no such folder of engines")
-    store, console, refused = EngineStore(engines_dir), Terminal(), 0
+    store, console = EngineStore(engines_dir), Terminal(quiet=as_json)
+    problems: dict[str, str | None] = {}
     for record in store.find() if key is None else [store.by_key(key)]:
         try:
             store.verify(record)
-            console.print(f"[green]holds[/] {escape(str(record.path))}")
+            problems[str(record.path)] = None
+            console.print(f"[green]holds[/] {escape(str(record.path))}", soft_wrap=True, highlight=False)
         except FrostlineError as error:
-            refused += 1
-            console.print(f"[bold red]refused[/] {escape(str(error))}", soft_wrap=True)
-    if refused:
+            problems[str(record.path)] = str(error)
+            console.print(f"[bold red]refused[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    if as_json:
+        print_json({"engines": [{"path": path, "problem": problem} for path, problem in problems.items()]})
+    if any(problem is not None for problem in problems.values()):
         raise typer.Exit(1)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frostline.cli.json_output import Json, print_json
 from frostline.cli.lazy_options import Decorator, options_on_use
 from frostline.cli.leaving import at_once
 from frostline.cli.options import (
@@ -76,6 +77,7 @@ def export(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Processes that build; what cores and memory take.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Turn the frozen stages of a Wan model and of rewards into verified, signed engines.
 
@@ -102,7 +104,7 @@ def export(
     store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device, bounds)
     known = None if force or dry_run else recall(store, receipt)
     if known is not None:
-        _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known])
+        _print_export([ExportRow(m.stage, m.backend, "present", 0.0, m) for m in known], as_json)
         return
     recipe.check(device)
     from frostline.export.model import load_stages
@@ -118,7 +120,7 @@ def export(
         for row in export_model(staged, recipe, store, options, bar.describe):
             rows.append(row)
             bar.advance(1)
-    _print_export(rows)
+    _print_export(rows, as_json)
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
     if not dry_run:
@@ -133,9 +135,11 @@ def plan(
     base_adapter: BaseAdapters = None,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
+    as_json: Json = False,
 ) -> None:
     """Show, per stage, who could serve it, who does, and why."""
     from frostline.config import LoraSettings
+    from frostline.export.as_json import plan_values
     from frostline.export.exporter import ensure_verified
     from frostline.export.model import load_staged_model
     from frostline.export.plan_estimate import stage_gains, step_gain
@@ -154,15 +158,23 @@ def plan(
     settings = TrainingModuleSettings(lora=recipe.lora or LoraSettings())
     steps = DenoiseSteps.of(settings, staged.model.boundary, len(staged.model.experts) > 1)
     uses = [*staged.model.uses(steps), *(use for reward in resolve(recipe.rewards) for use in reward.step_uses())]
+    gains, step = stage_gains(runtime), step_gain(runtime, uses)
+    if as_json:
+        print_json(plan_values(gains, step))
+        return
     console = Terminal()
-    console.print(plan_table(stage_gains(runtime)))
-    for line in step_gain_lines(step_gain(runtime, uses)):
+    console.print(plan_table(gains))
+    for line in step_gain_lines(step):
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _print_export(rows: list[ExportRow]) -> None:
+def _print_export(rows: list[ExportRow], as_json: bool) -> None:
+    from frostline.export.as_json import export_values
     from frostline.export.tables import export_notes, export_table
 
+    if as_json:
+        print_json(export_values(rows))
+        return
     console = Terminal()
     console.print(export_table(rows))
     for note in export_notes(rows):

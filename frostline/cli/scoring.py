@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from frostline.cli.json_output import Json, print_json
 from frostline.cli.lazy_options import Decorator, options_on_use
 from frostline.cli.options import ENGINES, Device, EnginesDir, Rewards, RewardsFile, rewards_given
 from frostline.cli.verbosity import progress
 from frostline.errors import ConfigError
-from frostline.terminal import Terminal
+from frostline.terminal import Terminal, print_error
 
 if TYPE_CHECKING:
     from frostline.score.settings import ScoreSettings
@@ -57,6 +58,7 @@ def score(
     ] = False,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
+    as_json: Json = False,
 ) -> None:
     """Score videos by the rewards of training, on batched engines.
 
@@ -80,12 +82,20 @@ def score(
     outcome = run_score(wanted, settings, options, progress())
     if outcome is None:
         return
-    print_outcome(outcome, Terminal())
+    if as_json:
+        print_json(outcome.json_values())
+    else:
+        print_outcome(outcome, Terminal())
     if report is not None:
         from frostline.score.report import write_score_report
 
         write_score_report(report, outcome, settings)
-    if outcome.summary.failed or not all(outcome.reaches(bar, column) for column, bar in bars):
+    wrong = [shortfall for column, bar in bars if (shortfall := outcome.shortfall(bar, column)) is not None]
+    if outcome.summary.failed:
+        wrong.append(f"{outcome.summary.failed} of {outcome.summary.videos} videos could not be scored")
+    if wrong:
+        for problem in wrong:
+            print_error(problem)
         raise typer.Exit(1)
 
 

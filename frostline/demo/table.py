@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from frostline.terminal import Terminal
+from frostline.terminal.tables import Column, FittedTable
 from frostline.train.loop.run_dir import REPORT, SHEET
 
 
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     """A small table of what changed, how fast it ran, and where to look."""
-    table = Table(title=f"{summary['starts']} held-out starts", title_justify="left")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
+    numbers = (Column(title, right=True) for title in ("before", "after", "change"))
+    table = FittedTable(Column(""), *numbers, title=f"{summary['starts']} held-out starts")
     rows = [("face score", "face_score", ".3f"), ("detection rate", "detection_rate", ".3f")]
     # What training never saw.
     rows += [(name.replace("_", " "), name, ".3f") for name in summary["paired"] if name != "face_score"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.text import Text
 
+from frostline.escaping import printable_name
 from frostline.export.result import ExportRow
 from frostline.runtime.backends import TORCH
 from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.engines.store import EngineRecord
+from frostline.terminal.tables import Column, FittedTable
 
 if TYPE_CHECKING:
     from frostline.export.plan_estimate import StageGain, StepGain
@@ -18,11 +20,20 @@ if TYPE_CHECKING:
 _STYLES = {"built": "green", "present": "dim", "planned": "cyan", "failed": "bold red"}
 
 
-def export_table(rows: Iterable[ExportRow]) -> Table:
+def export_table(rows: Iterable[ExportRow]) -> FittedTable:
     """Return what an export did, with the parity and the latency of each engine."""
-    table = _table("stage", "backend", "status", ">seconds", ">max abs error", ">cosine", ">ms", ">torch ms")
+    table = FittedTable(
+        Column("stage"),
+        Column("backend"),
+        Column("status"),
+        Column("seconds", right=True, drop=1),
+        Column("max abs error", right=True, drop=2),
+        Column("cosine", right=True, drop=4),
+        Column("ms", right=True),
+        Column("torch ms", right=True, drop=3),
+    )
     for row in rows:
-        status = f"[{_STYLES[row.status]}]{row.status}[/]"
+        status = Text(row.status, _STYLES[row.status])
         table.add_row(row.stage, row.backend, status, f"{row.seconds:.1f}", *_measured(row.manifest))
     return table
 
@@ -36,15 +47,24 @@ def export_notes(rows: Iterable[ExportRow]) -> list[str]:
     return [f"{backend} {', '.join(names)}: {note}" for (backend, note), names in stages.items()]
 
 
-def engine_table(records: Iterable[EngineRecord]) -> Table:
-    """Return the engines of a store."""
-    table = _table(
-        "model", "stage", "backend", "key", "device", "precision", ">MB", ">max abs error", "created", "parity"
+def engine_table(records: Iterable[EngineRecord]) -> FittedTable:
+    """Return the engines of a store; the key, by which the other commands take one, is always shown."""
+    table = FittedTable(
+        Column("model", drop=2),
+        Column("stage"),
+        Column("backend", drop=1),
+        Column("key"),
+        Column("device", drop=7),
+        Column("precision", drop=6),
+        Column("MB", right=True, drop=4),
+        Column("max abs error", right=True, drop=8),
+        Column("created", drop=5),
+        Column("parity", wraps=True, drop=3),
     )
     for record in records:
         manifest = record.manifest
         if manifest is None:
-            row = ["", "", f"{record.bytes / 1e6:.1f}", "", "", f"[red]{record.problem}[/]"]
+            row = ["", "", f"{record.bytes / 1e6:.1f}", "", "", Text(printable_name(f"{record.problem}"), "red")]
         else:
             parity = "verified" if manifest.verified else "not verified here"
             created = f"{manifest.created:%Y-%m-%d %H:%M}"
@@ -54,19 +74,28 @@ def engine_table(records: Iterable[EngineRecord]) -> Table:
     return table
 
 
-def plan_table(gains: Iterable[StageGain]) -> Table:
+def plan_table(gains: Iterable[StageGain]) -> FittedTable:
     """Per stage: torch, the engines that there are, the choice and its reason."""
-    table = _table("stage", "candidate", ">ms", ">torch ms", ">max abs error", ">MB", "why")
+    table = FittedTable(
+        Column("stage"),
+        Column("candidate"),
+        Column("ms", right=True),
+        Column("torch ms", right=True, drop=1),
+        Column("max abs error", right=True, drop=3),
+        Column("MB", right=True, drop=2),
+        Column("why", wraps=True),
+    )
     for gain in gains:
         name = gain.stage
         for candidate in gain.candidates:
             chosen = candidate.backend == gain.choice.backend
             if not chosen and not candidate.bytes:
                 continue
-            mark = f"[bold green]> {candidate.backend}[/]" if chosen else f"  {candidate.backend}"
+            mark = Text(f"> {candidate.backend}", "bold green") if chosen else Text(f"  {candidate.backend}")
             size = f"{candidate.bytes / 1e6:.1f}" if candidate.bytes else ""
             cells = (_number(candidate.ms), _number(candidate.torch_ms), _scientific(candidate.max_abs), size)
-            table.add_row(name, mark, *cells, gain.choice.reason if chosen else f"[dim]{candidate.note}[/]")
+            why = printable_name(gain.choice.reason if chosen else candidate.note)
+            table.add_row(name, mark, *cells, Text(why, "" if chosen else "dim"))
             name = ""
     return table
 
@@ -84,16 +113,6 @@ def step_gain_lines(gain: StepGain) -> list[str]:
         f"as forward): {whole_torch:.0f} ms in {TORCH}, {whole_planned:.0f} ms as planned "
         f"({whole_torch / whole_planned:.2f}x)",
     ]
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        right = column.startswith(">")
-        # Numbers and names stay whole; only sentences may wrap.
-        wraps = column in ("why", "parity")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=not wraps)
-    return table
 
 
 def _measured(manifest: Manifest | None) -> tuple[str, str, str, str]:

@@ -78,7 +78,7 @@ class VideoScore(BaseModel):
 
     def json_line(self, names: Sequence[str]) -> str:
         """One line of JSON with these columns, without the line's end."""
-        encoded = json.dumps(self._flat(names), ensure_ascii=False, separators=(",", ":"))
+        encoded = json.dumps(self.plain(names), ensure_ascii=False, separators=(",", ":"))
         return json_text(encoded)
 
     @classmethod
@@ -95,7 +95,7 @@ class VideoScore(BaseModel):
 
     def cells(self, names: Sequence[str]) -> list[str]:
         """The cells of a CSV row with these columns; none holds a line's end or is a formula, and lists are JSON."""
-        return [_cell(value) for value in self._flat(names).values()]
+        return [_cell(value) for value in self.plain(names).values()]
 
     @classmethod
     def of_cells(cls, cells: dict[str, str]) -> VideoScore:
@@ -115,7 +115,8 @@ class VideoScore(BaseModel):
             values[name] = parse_json(text) if is_list else text_of_csv_cell(text)
         return cls._of_flat(values)
 
-    def _flat(self, names: Sequence[str]) -> dict[str, Any]:
+    def plain(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return these columns as values that JSON has."""
         values = self.model_dump(mode="json", exclude={"scores"})
         return {name: values[name] if name in FIELDS else self.scores.get(name) for name in names}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from frostline.atomic_io import atomic_write, check_writable
 from frostline.errors import ConfigError, DataError
@@ -18,12 +19,12 @@ from frostline.runtime.stage_timer import StageTimes
 from frostline.score.files import ResultFile
 from frostline.score.processes import Processes
 from frostline.score.request import Pair
-from frostline.score.result import FACE_SCORE, VideoScore, one_line
+from frostline.score.result import FACE_SCORE, VideoScore, columns, one_line
 from frostline.score.rewards.base import ScoredReward
 from frostline.score.rewards.loading import check_backend, load_rewards
 from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
-from frostline.score.summary import Summary, summarize
+from frostline.score.summary import Summary, decide, summarize
 from frostline.video import probe_video
 
 Done = Mapping[int, VideoScore]
@@ -57,9 +58,11 @@ class ScoreOutcome:
     summary: Summary
     labels: tuple[str, ...] = (FACE_SCORE,)
 
-    def reaches(self, bar: float, column: str = "") -> bool:
-        """Whether the mean of a column of scores, that of the first reward if none is named, is at least `bar`.
+    def shortfall(self, bar: float, column: str = "") -> str | None:
+        """Return what is wrong, in words, if the mean of a column is below `bar` or missing; None if nothing is.
 
+        Args:
+            column: that of the first reward if it is empty. A video without a face counts as 0.
         Raises:
             ConfigError: there is no such column.
         """
@@ -68,7 +71,27 @@ class ScoreOutcome:
             raise ConfigError(
                 f"--fail-under: there is no score {column!r}, there are {', '.join(dict.fromkeys(known))}"
             )
-        return self.summary.reaches(bar, column)
+        if self.summary.reaches(bar, column):
+            return None
+        mean = self.summary.mean_of(column)
+        if mean is None:
+            return f"no video has a {column}, of which the mean must be at least {bar:g} (--fail-under)"
+        without = self.summary.without_face if column == FACE_SCORE else 0
+        counted = f"; {without} of {self.summary.videos} videos show no face and count as 0" if without else ""
+        return f"the mean {column} is {_below(mean, bar)}, and must be at least {bar:g} (--fail-under){counted}"
+
+    def json_values(self) -> dict[str, Any]:
+        """Return rows, summary and decision as plain values."""
+        names = columns([label for label in self._score_names() if label != FACE_SCORE], FACE_SCORE in self.labels)
+        decision = decide(self.rows)
+        return {
+            "rows": [row.plain(names) for row in self.rows],
+            "summary": self.summary.json_values(),
+            "decision": None if decision is None else decision.json_values(),
+        }
+
+    def _score_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.labels, *self.summary.scores)))
 
 
 @dataclass
@@ -267,3 +290,9 @@ def _parts(file: ResultFile) -> list[Path]:
 def _write_summary(out: Path, summary: Summary) -> None:
     with atomic_write(summary_path(out)) as part:
         part.write_text(json.dumps(summary.json_values(), indent=2) + "\n")
+
+
+def _below(mean: float, bar: float) -> str:
+    """A mean with as many digits as tell it from the bar above it, three at least."""
+    texts = (f"{mean:.{digits}f}" for digits in range(3, 17))
+    return next((text for text in texts if float(text) < bar), repr(mean))

@@ -1,4 +1,4 @@
-"""What the scores of many videos come to."""
+"""What the scores of many videos come to: statistics, and a decision where a threshold is published."""
 
 from __future__ import annotations
 
@@ -63,14 +63,22 @@ class Summary:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, ScoreStatistics] = field(default_factory=dict)
 
-    def reaches(self, bar: float, column: str = FACE_SCORE) -> bool:
-        """Whether the mean over the videos that were scored is at least `bar`; one without a face counts as 0."""
+    def mean_of(self, column: str = FACE_SCORE) -> float | None:
+        """Return the mean of a column over the videos that were scored, in which one without a face counts as 0.
+
+        None if no video has this score.
+        """
         if column != FACE_SCORE:
             statistics_ = self.scores.get(column)
-            return statistics_ is not None and statistics_.mean is not None and statistics_.mean >= bar
+            return None if statistics_ is None else statistics_.mean
         if not self.with_faces:
-            return False
-        return (self.mean or 0.0) * (self.with_faces - self.without_face) / self.with_faces >= bar
+            return None
+        return (self.mean or 0.0) * (self.with_faces - self.without_face) / self.with_faces
+
+    def reaches(self, bar: float, column: str = FACE_SCORE) -> bool:
+        """Whether the mean over the videos that were scored is at least `bar`; one without a face counts as 0."""
+        mean = self.mean_of(column)
+        return mean is not None and mean >= bar
 
     def json_values(self) -> dict[str, Any]:
         """As plain values; without what was not scored."""
@@ -119,6 +127,61 @@ def summarize(
         stage_seconds=dict(stage_seconds or {}),
         scores={name: ScoreStatistics.of([row.scores[name] for row in ok if name in row.scores]) for name in columns},
     )
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The cosine from which two faces count as one person, and who says so."""
+
+    cosine: float
+    embedder: str
+    source: str
+
+
+# By the name of an embedder in results. Others have no threshold that their authors published for cosines.
+THRESHOLDS: Mapping[str, Threshold] = {
+    "sface": Threshold(0.363, "SFace", "OpenCV Zoo, models/face_recognition_sface/sface.py"),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How many of the videos that were scored show the person of their reference. without_face: that show nobody."""
+
+    same_person: int
+    videos: int
+    without_face: int
+    threshold: Threshold
+
+    @property
+    def sentence(self) -> str:
+        """The decision in words, with threshold and source."""
+        videos = f"{self.videos} video" if self.videos == 1 else f"{self.videos} videos"
+        nobody = f"; {self.without_face} without any face" if self.without_face else ""
+        return (
+            f"the same person in {self.same_person} of {videos}{nobody} (mean cosine of at least "
+            f"{self.threshold.cosine:g}: the threshold of {self.threshold.embedder} for two pictures in "
+            f"{self.threshold.source})"
+        )
+
+    def json_values(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+
+def decide(rows: Sequence[VideoScore]) -> Decision | None:
+    """Compare the face score of each video with the threshold of the embedder.
+
+    Returns:
+        None where no face was compared, or not by one embedder with a published threshold.
+    """
+    compared = [row for row in rows if row.status == "ok" and row.detection_rate is not None]
+    embedders = {row.face_embedder for row in compared}
+    if len(embedders) != 1 or (threshold := THRESHOLDS.get(embedders.pop())) is None:
+        return None
+    scores = [row.face_score for row in compared if row.face_score is not None]
+    same = sum(score >= threshold.cosine for score in scores)
+    return Decision(same, len(compared), len(compared) - len(scores), threshold)
 
 
 def _histogram(scores: Sequence[float]) -> tuple[int, ...]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from frostline.escaping import printable_name
 from frostline.score.result import FACE_SCORE, REFERENCE_NOTE, VideoScore
 from frostline.score.run import ScoreOutcome
-from frostline.score.summary import HISTOGRAM_EDGES, ScoreStatistics, Summary
+from frostline.score.summary import HISTOGRAM_EDGES, ScoreStatistics, Summary, decide
+from frostline.terminal.tables import Column, FittedTable
 
-_FACE_TITLES = ("face score", "missing as 0", "faces found", "worst frame")
+_FACE_COLUMNS = (
+    Column("face score", right=True),
+    Column("missing as 0", right=True, drop=3),
+    Column("faces found", right=True, drop=2),
+    Column("worst frame", right=True, drop=1),
+)
 _SHOWN = 40
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -21,14 +27,18 @@ def print_outcome(outcome: ScoreOutcome, console: Console) -> None:
     rows, scores = outcome.rows, tuple(outcome.summary.scores)
     faces = FACE_SCORE in outcome.labels
     shown = rows[:_SHOWN]
-    table = Table()
-    for title in ("video", *(_FACE_TITLES if faces else ()), *scores, "frames"):
-        table.add_column(escape(title), justify="left" if title == "video" else "right")
+    table = FittedTable(
+        Column("video", path=True),
+        *(_FACE_COLUMNS if faces else ()),
+        # Metrics go before the scores of rewards.
+        *(Column(name, right=True, drop=0 if name in outcome.labels else 5) for name in scores),
+        Column("frames", right=True, drop=4),
+    )
     for row in shown:
         if row.status == "ok":
             numbers = [*(_face_cells(row) if faces else ()), *(_number(row.scores.get(name)) for name in scores)]
-            table.add_row(escape(printable_name(row.video)), *numbers, str(row.frames))
-    if table.row_count:
+            table.add_row(row.video, *numbers, str(row.frames))
+    if table.rows:
         console.print(table)
     if len(rows) > len(shown):
         console.print(f"and {len(rows) - len(shown)} more")
@@ -44,6 +54,8 @@ def print_outcome(outcome: ScoreOutcome, console: Console) -> None:
             console.print(_remark("[yellow]note[/]", name, note), soft_wrap=True, highlight=False)
     for line in summary_lines(outcome.summary):
         console.print(line, highlight=False)
+    if (decision := decide(rows)) is not None:
+        console.print(Text(decision.sentence, "bold"))
 
 
 def summary_lines(summary: Summary) -> list[str]:

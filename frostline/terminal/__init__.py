@@ -1,5 +1,5 @@
 """The terminal: one console for standard error, log lines, and tables that fit."""
 
-from frostline.terminal.console import Terminal, error_console
+from frostline.terminal.console import Terminal, error_console, print_error
 
-__all__ = ["Terminal", "error_console"]
+__all__ = ["Terminal", "error_console", "print_error"]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from frostline.escaping import printable
 
@@ -47,3 +48,8 @@ class Terminal(Console):
 def error_console() -> Terminal:
     """Return the console of standard error, which log lines and progress bars share: neither writes into the other."""
     return Terminal(stderr=True)
+
+
+def print_error(message: str) -> None:
+    """Say on standard error what went wrong."""
+    error_console().print(Text("error: ", "bold red") + Text(message), highlight=False, soft_wrap=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch.utils.data import Dataset, Subset
 
 from frostline.errors import FrostlineError
@@ -20,6 +19,7 @@ from frostline.rewards.config import RewardConfig
 from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device, total_bytes
 from frostline.stages.families import ModelSpec, family_of
+from frostline.terminal.tables import Column, FittedTable
 from frostline.train.data.dataset import Sample, VideoPromptDataset
 from frostline.train.data.needs import SampleNeeds
 from frostline.train.loop.validation import starts_of
@@ -201,12 +201,11 @@ def _pace(settings: RunSettings, dataset: VideoPromptDataset, bad: int) -> str:
     )
 
 
-def _schedule_table(settings: RunSettings, steps: DenoiseSteps) -> Table:
+def _schedule_table(settings: RunSettings, steps: DenoiseSteps) -> FittedTable:
     """Which step is frozen, which carries gradient, at which noise, and of two experts by which."""
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
-    table = Table(title="one training step", title_justify="left")
-    for column in ("step", "sigma", "timestep", "what runs"):
-        table.add_column(column, justify="left" if column == "what runs" else "right")
+    numbers = (Column(title, right=True) for title in ("step", "sigma", "timestep"))
+    table = FittedTable(*numbers, Column("what runs", wraps=True), title="one training step")
     for index in range(settings.num_inference_steps):
         sigma, timestep = float(schedule.sigmas[index]), float(schedule.timesteps[index])
         what = _what_runs(steps, index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from frostline.atomic_io import atomic_write
-from frostline.documents import parse_json
+from frostline.documents import finite_values, parse_json
 from frostline.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class JsonLines:
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(line)) + "\n")
+                file.write(json.dumps(finite_values(line)) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from error
 
@@ -101,14 +100,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if isinstance(line, dict):
                 lines.append(line)
     return lines
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {name: _finite(item) for name, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-    return value

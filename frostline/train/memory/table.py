@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
+from frostline.terminal.tables import Column, FittedTable
 from frostline.train.memory.plan import MemoryPlan
 
 _GB = 1e9
@@ -13,9 +13,8 @@ _GB = 1e9
 
 def memory_table(plan: MemoryPlan) -> Group:
     """Stage by stage what one device holds, the adapter, the peak of each phase, and the verdict."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for column in ("GB per device", "weights", "engine", "frozen peak", "kept for backward", "live peak"):
-        table.add_column(column, justify="left" if column == "GB per device" else "right", no_wrap=True)
+    sizes = ("weights", "engine", "frozen peak", "kept for backward", "live peak")
+    table = FittedTable(Column("GB per device"), *(Column(size, right=True) for size in sizes))
     for stage in plan.stages:
         sizes = (stage.weights, stage.engine, stage.frozen_peak, stage.kept, stage.live_peak)
         table.add_row(stage.stage, *map(_cell, sizes))

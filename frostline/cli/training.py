@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,16 @@ def demo(
 def train(
     config: Annotated[Path | None, typer.Argument(help="A YAML file; `frostline init` writes one.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. lora.rank=16.")] = None,
-    resume: Annotated[str | None, typer.Option(help="latest, a checkpoint's name, or its folder.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="latest, a checkpoint's name, its folder, or a run's folder, whose configuration is taken if none is "
+            "given."
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", help="The run's folder, in place of the configuration's.")
+    ] = None,
     init_adapter: Annotated[
         Path | None, typer.Option(help="A LoRA to begin with: a PEFT folder or a .safetensors file.")
     ] = None,
@@ -50,14 +60,23 @@ def train(
 
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *(overrides or [])]
+    if config is None and resume is not None:
+        from frostline.train.take_up import find_run
+
+        run = find_run(resume, output_dir)
+        run.enter()
+        config, output_dir, resume = run.config, run.output_dir, run.resume
     # JSON is YAML: no path is then taken for a number.
-    beginning = [] if init_adapter is None else [f"init_adapter={json.dumps(str(init_adapter))}"]
-    settings = load_run_settings(config, [*(overrides or []), *beginning])
+    paths = {"init_adapter": init_adapter, "output_dir": output_dir}
+    given = [f"{name}={json.dumps(str(path))}" for name, path in paths.items() if path is not None]
+    settings = load_run_settings(config, [*(overrides or []), *given])
     if print_config:
         typer.echo(commented_yaml(settings), nl=False)
         return
     if config is None:
-        raise ConfigError("a configuration file is needed: `frostline init NAME` writes one")
+        raise ConfigError(
+            "a configuration file is needed: `frostline init NAME` writes one; `--resume DIR` takes that of a run"
+        )
 
     if dry_run:
         from frostline.train.dry_run import print_dry_run
@@ -69,7 +88,8 @@ def train(
     outcome = run_training(settings, resume, progress())
     if outcome.stopped_by is not None:
         if first:
-            typer.echo(f"stopped after step {outcome.step}: --resume latest goes on from there", err=True)
+            again = f"frostline train --resume {shlex.quote(str(settings.output_dir))}"
+            typer.echo(f"stopped after step {outcome.step}: `{again}` goes on from there", err=True)
         raise typer.Exit(128 + outcome.stopped_by)
     if not first:
         return
@@ -115,6 +135,10 @@ def cache(
 
 def report(run: Annotated[Path, typer.Argument(help="The output_dir of a training run.")]) -> None:
     """Write a training run's report.html."""
+    from frostline.train.loop.run_dir import check_is_run
+
+    check_is_run(run)
+    # The page draws plots, which takes seconds to import.
     from frostline.train.report.page import write_report
 
     typer.echo(f"wrote {write_report(run)}")

@@ -75,6 +75,10 @@ class Family(Protocol):
         """
         ...
 
+    def trained_video(self, model: str | Path) -> tuple[int, int, int] | None:
+        """Return frames, height and width that a model was trained at; None where no one size is known."""
+        ...
+
     def files(self, model: str | Path) -> Sequence[Path]:
         """Return all files that a model is loaded from.
 

@@ -51,6 +51,8 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
     # What is quick to refuse comes before the model, which takes minutes to load.
     loras = {} if settings.adapter is None else _read_loras(settings.adapter, settings)
     family_of(settings.model).check_base_adapters(settings.model, settings.base_adapters)
+    if settings.image is None and family_of(settings.model).read_spec(settings.model).needs_image:
+        raise ConfigError(f"{settings.model} starts from a picture: give --image")
     picture = None if settings.image is None else read_video(settings.image, max_frames=1)
     module = load_for_sampling(settings, loras)
     clip = _sample(module, settings, picture)
@@ -111,8 +113,6 @@ def load_for_sampling(settings: SampleSettings, adapters: Mapping[ExpertName, Un
 
 @torch.no_grad()
 def _sample(module: TrainingModule, settings: SampleSettings, picture: Tensor | None) -> SampledClip:
-    if picture is None and module.model.needs_image:
-        raise ConfigError(f"{settings.model} starts from a picture: give --image")
     size = _size(settings, picture, module.model.geometry.spatial_multiple)
     frame = torch.zeros(1, 3, *size) if picture is None else crop_to(picture, size)
     video = frame.expand(settings.num_frames, -1, -1, -1)[None]

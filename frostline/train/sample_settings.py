@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,10 @@ from frostline.config import BaseAdapter, Precision, Settings
 from frostline.errors import ConfigError
 from frostline.experts import Experts
 from frostline.stages.families import family_of
+
+_OF_THE_VIDEO = ("num_frames", "height", "width", "max_pixels")
+# Of a model that was trained at several sizes, or at one that is not known.
+_NUM_FRAMES, _MAX_PIXELS = 81, 480 * 832
 
 
 class SampleSettings(Settings):
@@ -38,14 +42,23 @@ class SampleSettings(Settings):
     seed: int = Field(default=0, ge=0, description="seed of the start noise")
     num_inference_steps: int = Field(default=8, ge=1, description="Euler steps from noise to video")
     shift: float = Field(default=5.0, gt=0, description="shift of the sigma schedule")
-    num_frames: int = Field(default=81, ge=1, description="number of frames: 4k + 1 for most models")
+    num_frames: int = Field(
+        default=None, ge=1, description="number of frames; by default what the model was trained at, else 81"
+    )
     height: int | None = Field(
-        default=None, description="height in pixels, given together with the width; by default the picture's own"
+        default=None,
+        description="height in pixels, given together with the width; by default what the model was trained at, else "
+        "the picture's own",
     )
     width: int | None = Field(
-        default=None, description="width in pixels, given together with the height; by default the picture's own"
+        default=None, description="width in pixels, given together with the height; by default as the height"
     )
-    max_pixels: int = Field(default=480 * 832, ge=256, description="area in pixels that a larger picture is shrunk to")
+    max_pixels: int = Field(
+        default=None,
+        ge=256,
+        description="area in pixels that a larger picture is shrunk to, in place of a height and a width; by default "
+        "399360, as 480 by 832",
+    )
     fps: float = Field(default=16, gt=0, description="frames per second of the clip that is written")
     plan: str = Field(
         default="auto",
@@ -55,6 +68,21 @@ class SampleSettings(Settings):
     strict: bool = Field(default=False, description="fail when an engine fails, instead of falling back to torch")
     precision: Precision = Field(default="fp32", description="floating-point type of the weights")
     device: str = Field(default="auto", description="device: cpu, cuda, or auto (a GPU if there is one)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_trained(cls, values: Any) -> Any:
+        """Let what is not given be what the model was trained at."""
+        if not isinstance(values, dict) or not isinstance(values.get("model"), str):
+            return values
+        given = {name: value for name, value in values.items() if value is not None or name not in _OF_THE_VIDEO}
+        trained = family_of(values["model"]).trained_video(values["model"])
+        defaults: dict[str, int] = {"num_frames": _NUM_FRAMES, "max_pixels": _MAX_PIXELS}
+        if trained is not None:
+            defaults["num_frames"], height, width = trained
+            if not given.keys() & {"height", "width", "max_pixels"}:
+                defaults |= {"height": height, "width": width}
+        return {**defaults, **given}
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

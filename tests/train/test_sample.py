@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.errors import ConfigError, DataError
+from frostline.models.checkpoints.checkpoint_files import EMBEDDED, EMBEDDED_VIDEO
 from frostline.models.lora import read_adapter, write_adapter
 from frostline.models.lora.inject import save_adapter
-from frostline.models.tiny.clips import held_out_clips
+from frostline.models.tiny.clips import NUM_FRAMES, SIZE, held_out_clips
 from frostline.runtime.planning.plan import parse_plan
 from frostline.train import WanTrainingModule
 from frostline.train.sample import SampledClip, sample_clip
@@ -68,6 +69,33 @@ def test_a_clip_that_can_be_played(face: Path, tmp_path: Path) -> None:
     assert 0.2 < sampled.face_score < 1
     assert sampled.detection_rate is not None
     assert sampled.detection_rate > 0.5
+
+
+@pytest.mark.parametrize("model", EMBEDDED)
+def test_an_embedded_model_makes_what_it_was_trained_at(model: str, tmp_path: Path) -> None:
+    assert EMBEDDED_VIDEO == (NUM_FRAMES, SIZE, SIZE)
+    values = {"model": model, "prompt": "x", "image": "large.png"}
+    trained = SampleSettings.parse(values)
+    assert (trained.num_frames, trained.height, trained.width) == EMBEDDED_VIDEO
+    by_area = SampleSettings.parse({**values, "num_frames": 5, "max_pixels": 2400})
+    assert (by_area.num_frames, by_area.height, by_area.width, by_area.max_pixels) == (5, None, None, 2400)
+    by_sides = SampleSettings.parse({**values, "height": 48, "width": 80, "max_pixels": None})
+    assert (by_sides.num_frames, by_sides.height, by_sides.width) == (9, 48, 80)
+
+
+def test_another_model_makes_81_frames_of_the_pictures_size() -> None:
+    settings = SampleSettings.parse({"model": "Wan2.1-I2V-14B-480P", "prompt": "x", "image": "large.png"})
+    assert (settings.num_frames, settings.height, settings.max_pixels) == (81, None, 480 * 832)
+
+
+def test_a_large_picture_is_cut_to_the_size_of_tiny(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), "grey").save(tmp_path / "large.png")
+    arguments = ["sample", "tiny", "--image", str(tmp_path / "large.png"), "--prompt", "a person nods"]
+    steps = ["--num-inference-steps", "1", "--plan", "torch", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*arguments, *steps, "--out", str(tmp_path / "clip.mp4")])
+    assert done.exit_code == 0, done.output
+    info = probe_video(tmp_path / "clip.mp4")
+    assert (info.frames, info.height, info.width) == EMBEDDED_VIDEO
 
 
 def test_the_seed_makes_the_clip(face: Path, tmp_path: Path) -> None:
@@ -148,7 +176,8 @@ def test_sizes(face: Path, tmp_path: Path) -> None:
         ({"num_frames": 8}, "num_frames must be 4k"),
         ({"height": 64}, "height and width go together"),
         ({"height": 60, "width": 64}, "height must be a multiple of 16 for tiny, not 60"),
-        ({"image": None}, "without an image, height and width"),
+        ({"image": None}, "tiny starts from a picture: give --image"),
+        ({"model": "Wan2.1-T2V-1.3B", "image": None}, "without an image, height and width"),
         ({"image": None, "height": 64, "width": 64}, "tiny starts from a picture"),
         ({"plan": "vae_encoder=,x"}, "is neither auto"),
         ({"plan": "vae_coder=torch"}, "there is no stage 'vae_coder'"),

@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         CONVOLUTION,
     ),
     "dry run, 4 bits": (_quantise, ["CONFIG", "--dry-run", "model=quantised"], 1, "quantised as NF4 (bitsandbytes)"),
-    "no report": (_nothing, ["report", "."], 1, "holds no run"),
+    "no report": (_nothing, ["report", "."], 1, "not the folder of a run (no metrics.jsonl)"),
 }
 
 

@@ -31,6 +31,8 @@ Entry: TypeAlias = "str | Path | ModelConfig | Sequence[str | Path]"
 
 _TINY = Path(__file__).parents[1] / "tiny" / "weights"
 EMBEDDED = ("tiny", "tiny-moe", "tiny-ti2v")
+# Frames, height and width of the clips that these were trained on.
+EMBEDDED_VIDEO = (9, 96, 96)
 _TOKENIZERS = (Path("google") / "umt5-xxl", Path("tokenizer"))
 # The official text encoder always pads to this many tokens.
 TEXT_LENGTH = 512

@@ -46,6 +46,13 @@ def read_spec(model: str | Path) -> ModelSpec:
     return read_spec(model)
 
 
+def trained_video(model: str | Path) -> tuple[int, int, int] | None:
+    """Return frames, height and width that a model was trained at, where one size is known."""
+    from frostline.models.checkpoints.checkpoint_files import EMBEDDED, EMBEDDED_VIDEO
+
+    return EMBEDDED_VIDEO if str(model) in EMBEDDED else None
+
+
 def files(model: str | Path) -> list[Path]:
     """Return all files that a model is loaded from."""
     from frostline.models.checkpoints.checkpoint_files import find_files

@@ -17,12 +17,11 @@ from frostline.stages.families import family_of
 from frostline.train.config_file import dump_settings
 from frostline.train.flatten import flatten
 from frostline.train.loop.checkpoint import Checkpoint, check_same_experts, find_checkpoints, latest_intact
-from frostline.train.loop.run_dir import CONFIG
+from frostline.train.loop.run_dir import CONFIG, LATEST
 from frostline.train.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest"
 # Where a run is, and what only `--dry-run` reads.
 _OF_NO_CONSEQUENCE = ("output_dir", "overwrite_output_dir", "memory.")
 # An entry of a list of settings, in a dotted name.

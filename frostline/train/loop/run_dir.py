@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from frostline.atomic_io import atomic_write
 from frostline.documents import finite_values, parse_json
-from frostline.errors import CheckpointError
+from frostline.errors import CheckpointError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,10 @@ REPORT, SHEET, TIMING, LOG = "report.html", "contact_sheet.png", "timing.json", 
 ADAPTER, ADAPTER_EMA, CLIPS, TRACKERS = "adapter", "adapter_ema", "validation", "trackers"
 # By these names `run.json` says whose it is, and from which checkpoint of another folder the run began.
 PROGRAM, BEGAN_FROM = "frostline", "began_from"
+# In `run.json`: to what relative paths in the settings are relative.
+WORKING_DIR = "working_dir"
+# The value of `--resume` that means the newest checkpoint that is whole.
+LATEST = "latest"
 _LOCK = ".lock"
 
 
@@ -48,6 +52,23 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_is_run(folder: Path) -> None:
+    """Look whether there is something to report of a run.
+
+    Raises:
+        DataError: says what is missing.
+    """
+    if not folder.is_dir():
+        found = "not a folder" if folder.exists() else "no such folder"
+    elif (folder / METRICS).is_file() or (folder / VALIDATION).is_file():
+        return
+    elif (folder / RUN_FACTS).is_file():
+        found = f"the run there has not finished its first step (no {METRICS})"
+    else:
+        found = f"not the folder of a run (no {METRICS})"
+    raise DataError(f"{folder}: {found}: name the output_dir of a training run")
 
 
 class JsonLines:

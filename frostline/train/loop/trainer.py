@@ -39,6 +39,7 @@ from frostline.train.loop.run_dir import (
     RUN_FACTS,
     TRACKERS,
     VALIDATION,
+    WORKING_DIR,
     JsonLines,
     claimed,
     read_lines,
@@ -194,7 +195,7 @@ def _take_lines(output_dir: Path, resume: Checkpoint | None) -> None:
 
 
 def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> None:
-    facts = {PROGRAM: frostline.__version__, BEGAN_FROM: began, **options.facts}
+    facts = {PROGRAM: frostline.__version__, BEGAN_FROM: began, WORKING_DIR: str(Path.cwd()), **options.facts}
     # The first says whose folder it is, so it is written first.
     texts = {
         RUN_FACTS: json.dumps(facts, indent=2) + "\n",

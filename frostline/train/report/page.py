@@ -12,7 +12,16 @@ from frostline.report.formatting import duration, number_of, plain
 from frostline.report.page import Figure, Page
 from frostline.report.plots import line_plot
 from frostline.train.flatten import flatten
-from frostline.train.loop.run_dir import CONFIG, METRICS, REPORT, RUN_FACTS, TIMING, VALIDATION, read_lines
+from frostline.train.loop.run_dir import (
+    CONFIG,
+    METRICS,
+    REPORT,
+    RUN_FACTS,
+    TIMING,
+    VALIDATION,
+    check_is_run,
+    read_lines,
+)
 from frostline.train.report.held_out import outcome, show_held_out, tiles
 from frostline.train.report.judged import show_judged, show_verdict
 from frostline.train.report.measures import Measures, is_number, label
@@ -30,9 +39,10 @@ def write_report(run: Path) -> Path:
     Raises:
         DataError: the folder holds no run.
     """
+    check_is_run(run)
     metrics, validation = read_lines(run / METRICS), read_lines(run / VALIDATION)
     if not metrics and not validation:
-        raise DataError(f"{run}: holds no run: there is no {METRICS}")
+        raise DataError(f"{run}: {METRICS} has no line of a step that was finished")
     facts, timing = _read_json(run / RUN_FACTS), _read_json(run / TIMING)
     page = Page(f"Training run {run.resolve().name}", _subtitle(metrics))
     measures = Measures.of(validation, facts)

@@ -37,6 +37,10 @@ def read_spec(model: str | Path) -> ToySpec:
     return ToySpec(Path(model).name)
 
 
+def trained_video(model: str | Path) -> None:
+    return None
+
+
 def files(model: str | Path) -> list[Path]:
     return [Path(model) / "toy.json"]
 

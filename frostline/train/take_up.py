@@ -1,0 +1,78 @@
+"""Take up a run by its folder alone: its configuration, and the folder that it was started in."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from frostline.documents import parse_json
+from frostline.errors import ConfigError, DocumentError
+from frostline.train.loop.run_dir import CONFIG, LATEST, PROGRAM, RUN_FACTS, WORKING_DIR
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run to go on with; all paths are absolute.
+
+    config: its configuration file. output_dir: where the run is to write, another folder than its own if that was
+    asked for. resume: as `find_resume` takes it. started_in: to which relative paths in the configuration are
+    relative; None if it is not known, or not there.
+    """
+
+    config: Path
+    output_dir: Path
+    resume: str
+    started_in: Path | None
+
+    def enter(self) -> None:
+        """Make the folder that the run was started in the current one: relative paths then mean what they meant."""
+        if self.started_in is not None and self.started_in != Path.cwd():
+            log.info("paths are relative to %s, where the run was started", self.started_in)
+            os.chdir(self.started_in)
+
+
+def find_run(resume: str, output_dir: Path | None = None) -> FoundRun:
+    """Find the run that `--resume` means where no configuration file is given.
+
+    Args:
+        resume: the folder of a run, or of one of its checkpoints; or `latest` or the name of a checkpoint in
+            `output_dir`, or in the current folder if that is None.
+        output_dir: the folder that the run is to write to; its own if None.
+    Raises:
+        ConfigError: there is no run.
+    """
+    path = Path(resume)
+    if resume != LATEST and path.is_dir():
+        found = (path, LATEST) if _is_run(path) else (path.absolute().parent, str(path.absolute()))
+    else:
+        found = (output_dir or Path(), resume)
+    folder, name = found
+    if not _is_run(folder):
+        where = folder.absolute() if folder == Path() else folder
+        raise ConfigError(
+            f"--resume {resume}: {where} is not the folder of a run (no {RUN_FACTS} and {CONFIG} of frostline): name "
+            "the folder of a run, or a configuration file"
+        )
+    own = folder.resolve()
+    return FoundRun(own / CONFIG, own if output_dir is None else output_dir.resolve(), name, _started_in(own))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and PROGRAM in _facts(folder)
+
+
+def _started_in(folder: Path) -> Path | None:
+    place = _facts(folder).get(WORKING_DIR)
+    return Path(place) if isinstance(place, str) and Path(place).is_dir() else None
+
+
+def _facts(folder: Path) -> dict[str, object]:
+    try:
+        facts = parse_json((folder / RUN_FACTS).read_bytes())
+    except (OSError, DocumentError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

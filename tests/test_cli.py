@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_python
+from pseudo_terminal import on_terminal
 from typer.testing import CliRunner
 
 from frostline import __version__
@@ -71,11 +72,17 @@ def test_help_lists_every_command_with_its_help_line() -> None:
         (["score", "--det"], {"--detector", "--detection-size"}),
         (["export", "--back"], {"--backend"}),
         (["adapter", "mer"], {"merge"}),
+        (["init", "ti"], {"tiny"}),
     ],
     # The order of a set differs from process to process, and pytest-xdist compares the names of its workers' tests.
     ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value),
 )
 def test_the_shell_completes_commands_and_their_options(words: list[str], completions: set[str]) -> None:
+    assert _completed(*words) == completions
+
+
+def _completed(*words: str) -> set[str]:
+    """What bash is told that the last of the words may become."""
     code = "import sys; sys.argv = ['frostline']; from frostline.cli import main; main()"
     environment = {
         **os.environ,
@@ -86,7 +93,8 @@ def test_the_shell_completes_commands_and_their_options(words: list[str], comple
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=100
     )
-    assert {*result.stdout.split()} == completions, result.stderr
+    assert result.returncode == 0, result.stderr
+    return {*result.stdout.split()}
 
 
 @pytest.mark.parametrize("policy", [None, "passive"])
@@ -174,7 +182,23 @@ def test_export_then_inspect_verify_tamper_and_remove(tmp_path: Path) -> None:
     assert runner.invoke(app, ["engines", "verify", *store]).exit_code == 0
     with pytest.raises(ConfigError, match="nosuch: no such folder of engines"):
         runner.invoke(app, ["engines", "verify", "--engines-dir", "nosuch"], catch_exceptions=False)
-    assert key in runner.invoke(app, ["engines", "list", *store], env={"COLUMNS": "300"}).stdout
+    listed = json.loads(runner.invoke(app, ["engines", "list", *store, "--json"]).stdout)["engines"]
+    assert [(each["key"], each["stage"], each["verified"], each["problem"]) for each in listed] == [
+        (key, "text_encoder", True, None)
+    ]
+    present = json.loads(runner.invoke(app, [*export, "--json"]).stdout)["engines"]
+    assert [(each["key"], each["status"]) for each in present] == [(key, "present")]
+    assert present[0]["max_abs_error"] == listed[0]["max_abs_error"] < 1e-3
+    completed = _completed("engines", "inspect", *store, key[:3])
+    assert completed == {key}, completed
+    for columns in (80, 100, 120):
+        for environment in ({}, {"NO_COLOR": "1"}):
+            arguments = ["-m", "frostline", "engines", "list", *store]
+            seen = on_terminal(*arguments, columns=columns, environment=environment)
+            (row,) = (line for line in seen.lines if "text_encoder" in line)
+            assert key in row.split() and "onnxruntime" in row.split(), seen.text
+    piped = _run("engines", "list", *store).stdout.splitlines()
+    assert len(piped) == 2 and key in piped[1] and piped[0].split()[-1] == "parity"
 
     artifact = next(path for path in manifest_file.parent.iterdir() if path != manifest_file)
     data = bytearray(artifact.read_bytes())
@@ -192,6 +216,32 @@ def test_dry_run_builds_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "planned" in result.stdout
     assert not (tmp_path / "engines").exists()
+
+
+def test_a_plan_as_json(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", "tiny", "--engines-dir", str(tmp_path), "--json"])
+    assert result.exit_code == 0
+    values = json.loads(result.stdout)
+    stages = {each["stage"]: each for each in values["stages"]}
+    assert stages["vae_encoder"]["backend"] == "torch"
+    assert "no verified engine" in stages["vae_encoder"]["reason"]
+    assert values["step"]["unmeasured"] == [*stages]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-h"], ["train", "-h"], ["score", "-h"], ["engines", "-h"], ["engines", "list", "-h"]], ids=" ".join
+)
+def test_h_is_short_for_help_everywhere(arguments: list[str]) -> None:
+    runner = CliRunner()
+    short, long = (runner.invoke(app, [*arguments[:-1], flag]) for flag in ("-h", "--help"))
+    assert short.exit_code == 0 and "Usage:" in short.output
+    assert short.output == long.output
+    assert all(flag in short.output for flag in ("--help", "-h"))
+
+
+@pytest.mark.parametrize("arguments", [("-v", "-q", "init"), ("init", "-vq"), ("engines", "list", "-q", "-v")])
+def test_verbose_and_quiet_exclude_each_other(arguments: tuple[str, ...], refused_usage: Callable[..., str]) -> None:
+    assert "exclude each other" in refused_usage(*arguments)
 
 
 def test_plan_names_each_stage_and_why(tmp_path: Path) -> None:

@@ -15,7 +15,16 @@ from frostline.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust, copy out and remove built engines.")
 
-Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.")]
+
+def _keys(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return the keys of the store that begin like this, each with stage and backend, for the shell to complete."""
+    from frostline.runtime.engines.store import EngineStore
+
+    found = [record.id for record in EngineStore(Path(context.params.get("engines_dir") or ENGINES)).find()]
+    return [(each.key, f"{each.stage} on {each.backend}") for each in found if each.key.startswith(incomplete)]
+
+
+Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.", autocompletion=_keys)]
 
 
 @app.command("list")
@@ -45,7 +54,10 @@ def inspect(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
 
 @app.command()
 def verify(
-    key: Annotated[str | None, typer.Argument(help="The key of an engine, or its beginning; all if left out.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Argument(help="The key of an engine, or its beginning; all if left out.", autocompletion=_keys),
+    ] = None,
     engines_dir: EnginesDir = ENGINES,
     as_json: Json = False,
 ) -> None:

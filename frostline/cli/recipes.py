@@ -10,8 +10,14 @@ import typer
 from frostline.recipes import copy_recipes, recipe_names
 
 
+def _names(incomplete: str) -> list[str]:
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
 def init(
-    name: Annotated[str | None, typer.Argument(help="Name of a model; lists them if left out.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a model; lists them if left out.", autocompletion=_names)
+    ] = None,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")] = Path(),
 ) -> None:
     """Copy the training configuration and the export recipe of a model, to be edited."""

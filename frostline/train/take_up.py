@@ -47,10 +47,10 @@ def find_run(resume: str, output_dir: Path | None = None) -> FoundRun:
     """
     path = Path(resume)
     if resume != LATEST and path.is_dir():
-        found = (path, LATEST) if _is_run(path) else (path.absolute().parent, str(path.absolute()))
+        inside = not _is_run(path) and _is_run(path.absolute().parent)
+        folder, name = (path.absolute().parent, str(path.absolute())) if inside else (path, LATEST)
     else:
-        found = (output_dir or Path(), resume)
-    folder, name = found
+        folder, name = output_dir or Path(), resume
     if not _is_run(folder):
         where = folder.absolute() if folder == Path() else folder
         raise ConfigError(

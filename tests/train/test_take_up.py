@@ -35,7 +35,7 @@ data: {source: data, num_frames: 5, height: 32, width: 32}
 train: {learning_rate: 1.0e-3, max_train_steps: 1, checkpointing_steps: 1}
 """
 STEP = re.compile(
-    r"\S+ \S+ DEBUG +frostline\.train\.launch: step (\d+): score -?\d\.\d{3}, KL .*, .* s/step; .*vae_encoder .* s"
+    r"\S+ \S+ DEBUG +frostline\.train\.launch: step (\d+): score -?\d\.\d{3}, KL .*, .* s/step; .*backward \d.*"
 )
 
 
@@ -194,7 +194,10 @@ def test_processes_but_the_first_show_errors_alone(monkeypatch: pytest.MonkeyPat
         (lambda folder: None, "no such folder"),
         (lambda folder: folder.write_text(""), "not a folder"),
         (lambda folder: folder.mkdir(), r"not the folder of a run \(no metrics.jsonl\)"),
-        (lambda folder: [folder.mkdir(), (folder / "run.json").write_text("{}")], "has not finished its first step"),
+        (
+            lambda folder: [folder.mkdir(), (folder / "run.json").write_text("{}")],
+            "the run there has not finished its first step",
+        ),
     ],
 )
 def test_no_report_of_what_is_no_run(make: Callable[[Path], object], said: str, tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ class Progress:
             task = live.add_task(name, total=total, parts=(), ended=False)
             yield _ScreenBar(live, task)
             # A bar tells how far its task came, also where that was ended early.
-            live.update(task, ended=True, **({"total": 1, "completed": 1, "parts": ()} if total is None else {}))
+            live.update(task, ended=True)
+            if total is None:
+                live.update(task, total=1, completed=1, parts=())
 
 
 class _ScreenBar:
@@ -113,7 +115,8 @@ class _Lines:
 
     def __init__(self, console: Terminal, name: str, total: int | None) -> None:
         self._console, self._name, self._total = console, name, total
-        self._done, self._parts = 0, ()
+        self._done = 0
+        self._parts: tuple[str, ...] = ()
         self._began = time.monotonic()
         self._said = self._began
 

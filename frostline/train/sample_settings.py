@@ -12,6 +12,8 @@ from frostline.errors import ConfigError
 from frostline.experts import Experts
 from frostline.stages.families import family_of
 
+# What `SampleSettings` puts a number in place of, before it validates.
+_AS_TRAINED: Any = None
 _OF_THE_VIDEO = ("num_frames", "height", "width", "max_pixels")
 # Of a model that was trained at several sizes, or at one that is not known.
 _NUM_FRAMES, _MAX_PIXELS = 81, 480 * 832
@@ -43,7 +45,7 @@ class SampleSettings(Settings):
     num_inference_steps: int = Field(default=8, ge=1, description="Euler steps from noise to video")
     shift: float = Field(default=5.0, gt=0, description="shift of the sigma schedule")
     num_frames: int = Field(
-        default=None, ge=1, description="number of frames; by default what the model was trained at, else 81"
+        default=_AS_TRAINED, ge=1, description="number of frames; by default what the model was trained at, else 81"
     )
     height: int | None = Field(
         default=None,
@@ -54,7 +56,7 @@ class SampleSettings(Settings):
         default=None, description="width in pixels, given together with the height; by default as the height"
     )
     max_pixels: int = Field(
-        default=None,
+        default=_AS_TRAINED,
         ge=256,
         description="area in pixels that a larger picture is shrunk to, in place of a height and a width; by default "
         "399360, as 480 by 832",

@@ -45,7 +45,9 @@ class SampleSettings(Settings):
     num_inference_steps: int = Field(default=8, ge=1, description="Euler steps from noise to video")
     shift: float = Field(default=5.0, gt=0, description="shift of the sigma schedule")
     num_frames: int = Field(
-        default=_AS_TRAINED, ge=1, description="number of frames; by default what the model was trained at, else 81"
+        default=_AS_TRAINED,
+        ge=1,
+        description="number of frames (4k + 1 for most models); by default what the model was trained at, else 81",
     )
     height: int | None = Field(
         default=None,

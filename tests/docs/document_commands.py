@@ -107,6 +107,8 @@ def _problem_of_frostline(arguments: list[str]) -> str | None:
 
 def _check_overrides(values: dict[str, object]) -> None:
     config, overrides = values.get("config"), values.get("overrides")
+    if config is not None and "=" in str(config):  # an override without a configuration file
+        config, overrides = None, [str(config), *(overrides if isinstance(overrides, list | tuple) else [])]
     known = training_config(Path(str(config)).stem) if config else None
     load_run_settings(known, [str(override) for override in overrides] if isinstance(overrides, list | tuple) else [])
 

@@ -46,6 +46,15 @@ def _few_threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_terminal() -> Iterator[None]:
+    """Output is as wide as where pytest itself runs: its parallel processes are told of 80 columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
+        patch.delenv("LINES", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _short_timings() -> Iterator[None]:
     """An export times its engine for a second or two; no test depends on how exactly."""
     with pytest.MonkeyPatch.context() as patch:

@@ -110,7 +110,7 @@ def memory_plan(
         shape: of one device's batch.
         engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
         device_bytes: memory of one device.
-        rewards: whose live networks count too.
+        rewards: whose networks count too.
         judges: bytes of the networks of each judge, by its name.
         precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
     Raises:

@@ -26,7 +26,7 @@ from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import Runtime
 from frostline.train import WanTrainingModule
-from frostline.train.memory.memory_profile import measure_rewards
+from frostline.train.memory.memory_profile import judge_bytes, measure_rewards
 
 MakeModule = Callable[..., WanTrainingModule]
 Build = Callable[..., tuple[ActiveReward, Runtime]]
@@ -129,6 +129,10 @@ def test_plans_count_it(name: str, build_alone: Build, vision_files: Mapping[str
     assert live.inputs[0].shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     whole = measure_rewards([active.reward], shape)[f"{name}_image"].kept
     assert whole > 0
+    # All networks of the reward are in memory in training, as they are for a judge.
+    planned = measure_rewards([active.reward], shape)
+    assert sum(each.weights for each in planned.values()) == judge_bytes(active.reward, active.config)[1]
+    assert (f"{name} (frozen)" in planned) == (name != "subject_consistency"), "a text tower, a predictor"
     if not config.needs_neighbours:
         few = build_alone(name, frames="random:2")[0].reward
         assert measure_rewards([few], shape)[f"{name}_image"].kept == whole // 4

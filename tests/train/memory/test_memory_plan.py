@@ -24,7 +24,7 @@ from frostline.rewards.face_identity import Config
 from frostline.stages.wan.family import empty_model, video_model
 from frostline.train.memory import memory_profile as footprint
 from frostline.train.memory.checkpointing import fitting_checkpointing
-from frostline.train.memory.memory_profile import measure_model
+from frostline.train.memory.memory_profile import judge_bytes, measure_model
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.memory.table import memory_table
 from frostline.train.step_settings import TrainingModuleSettings
@@ -126,6 +126,10 @@ def test_the_embedder_is_planned_as_it_is() -> None:
     *_, judge = plan.stages
     assert (judge.stage, judge.weights, judge.frozen_peak + judge.kept + judge.live_peak) == ("judge_sharp", 10**6, 0)
     embedder = reward.faces.embedder
+    # The detector is in memory as well: all networks count, as those of a judge do.
+    of_reward = {name: size for name, size in sizes(plan, "weights").items() if name.startswith("face_")}
+    assert {*of_reward} == {"face_embedder", "face_score (frozen)"}
+    assert sum(of_reward.values()) == judge_bytes(reward, reward.config)[1]
     faces = torch.rand(9, 3, 112, 112, requires_grad=True)
     _, measured = allocated(lambda: embedder(faces).sum().backward())
     assert measured == pytest.approx(sizes(plan, "live_peak")["face_embedder"], rel=0.15)

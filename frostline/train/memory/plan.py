@@ -125,7 +125,7 @@ def memory_plan(
     empty = family.empty_model(spec, dtype, settings.lora)
     measured, of_rewards = (
         measure_model(empty, shape, settings.decode.num_latent_frames),
-        measure_rewards(rewards, shape),
+        measure_rewards(rewards, settings.decode.rewarded(shape, empty.geometry)),
     )
     weights = {**measured.weights, **{name: footprint.weights for name, footprint in of_rewards.items()}}
     trained = {expert.stage for expert in empty.experts if expert.trained}

@@ -22,6 +22,7 @@ from frostline.rewards.build import resolve
 from frostline.rewards.config import RewardEntry, stage_names
 from frostline.rewards.frame_selection import count_selected, select_frames
 from frostline.rewards.inputs import RewardInputs
+from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import Runtime
@@ -62,6 +63,34 @@ def test_engines(name: str, build_alone: Build, store: EngineStore) -> None:
                 features = serve(**{spec.name: values})["features"]
                 torch.testing.assert_close(features, stage.torch({spec.name: values})["features"], atol=2e-5, rtol=0)
                 assert features.norm(dim=1).sub(1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "stage_name", "backend"),
+    [
+        ("subject_consistency", "subject_consistency_image", "tensorrt-rtx"),
+        ("clip", "clip_text", "aotinductor"),
+    ],
+)
+def test_it_builds_for_the_other_backends(
+    name: str, stage_name: str, backend: str, build_alone: Build, store: EngineStore
+) -> None:
+    """DINOv2 for TensorRT, which takes no GPU to build, and CLIP's text tower for AOTInductor, which runs here."""
+    if backend == "tensorrt-rtx":
+        pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
+    elif (reason := get_backend(backend).unavailable()) is not None:
+        pytest.skip(reason)
+    (stage,) = (stage for stage in build_alone(name)[0].stages if stage.name == stage_name)
+    exported = export_stage(stage, backend, store)
+    assert exported.built
+    assert all(artifact.bytes > 0 for artifact in exported.manifest.artifacts.values())
+    if backend == "aotinductor":
+        assert exported.manifest.verified
+        serve = Runtime({stage.name: stage}, backend, store.root, strict=True)[stage.name]
+        (spec,) = stage.networks[0].inputs
+        tokens = spec.random((5, *spec.shape[1:]), torch.Generator().manual_seed(5))  # type: ignore[arg-type]
+        expected = stage.torch({"tokens": tokens})["features"]
+        torch.testing.assert_close(serve(tokens=tokens)["features"], expected, atol=2e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")

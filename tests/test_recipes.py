@@ -54,6 +54,16 @@ def test_the_reference_is_reproduced_with_its_own_constants(tmp_path: Path) -> N
     assert (settings.lora.rank, settings.lora.alpha) == (32, 32)
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if training_config(name) is not None])
+def test_every_training_configuration_has_a_judge(name: str) -> None:
+    """Held-out starts show whether the reward rises, and only a judge whether that is a gain."""
+    config = training_config(name)
+    assert config is not None
+    settings = load_run_settings(config, [])
+    assert settings.validation.source is not None
+    assert settings.validation.judges
+
+
 def test_files_that_exist_are_kept(tmp_path: Path) -> None:
     (tmp_path / "tiny.export.yaml").write_text("mine")
     with pytest.raises(ConfigError, match=r"tiny\.export\.yaml exists already"):

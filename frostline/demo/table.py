@@ -28,12 +28,20 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     for name, change in summary["paired"].items():
         if not change["starts"]:
             continue
-        up = f"{name.replace('_', ' ')} up in {change['starts_up']} of {change['starts']} starts"
-        # By frames that show a face before and after: a face that hides is no gain.
-        console.print(f"{up}, by {change['gain']:+.3f} in the {change['frames']} frames that were scored both times")
+        console.print(_change(name, change), soft_wrap=True)
     console.print(summary["verdict"], soft_wrap=True)
     console.print(
         f"one step: {summary['step_ms_cached']:.0f} ms cached, {summary['step_ms_uncached']:.0f} ms uncached, "
         f"{summary['step_ms_torch']:.0f} ms in PyTorch alone"
     )
     console.print(f"{summary['seconds']:.0f} s in all. Look at {out / REPORT} and {out / SHEET}")
+
+
+def _change(name: str, change: Mapping[str, Any]) -> str:
+    """How a score changed: by frames that were scored before and after, and with 0 where one was not."""
+    up = f"{name.replace('_', ' ')} up in {change['starts_up']} of {change['starts']} starts, by {change['gain']:+.3f}"
+    if change.get("gain_missing_zero") is None:
+        return up
+    # A face that hides is no gain.
+    zero = f"{change['gain_missing_zero']:+.3f} in all frames, with 0 where none was"
+    return f"{up} in the {change['frames']} frames that were scored both times, {zero}"

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from frostline.rewards.inputs import COMPARES
 from frostline.rewards.reward import Reward, RewardScore
 
 # A reward may be one file with its settings, which must be read without torch.
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from frostline.rewards.active import RewardStages
-    from frostline.rewards.inputs import RewardInputs
+    from frostline.rewards.inputs import Need, RewardInputs
 
 
 class FrameReward(Reward):
@@ -31,9 +32,14 @@ class FrameReward(Reward):
     uses_start: ClassVar[bool] = False
 
     @property
+    def needs(self) -> frozenset[Need]:
+        """Return what it needs of a sample; a class whose settings decide that returns what they say."""
+        return self.Config.needs
+
+    @property
     def needs_reference(self) -> bool:
-        """Return whether it looks at the reference; for a class whose settings decide that, as they say."""
-        return "reference" in self.Config.needs
+        """Return whether it looks at the reference, or at the clip."""
+        return bool(self.needs & COMPARES)
 
     @abstractmethod
     def features(self, frames: Tensor, run: RewardStages) -> Tensor:
@@ -63,10 +69,13 @@ class FrameReward(Reward):
         """Score videos by their features (B, T, D), differentiable to them. T is at least 1."""
 
     def references(self, sample: RewardInputs, run: RewardStages) -> Mapping[str, Tensor]:
-        """Compute features of the reference pictures, or else of the clip, and keep what `reference` says of them."""
+        """Compute features of the reference pictures, or else of the clip, and keep what `reference` says of them.
+
+        A reward that needs the clip looks at that, whatever pictures there are.
+        """
         features = None
         if self.needs_reference:
-            pictures = sample.reference[0] if sample.reference else None
+            pictures = sample.reference[0] if sample.reference and "clip" not in self.needs else None
             # Samples with pictures of their own come one by one.
             frames = self._scored(sample.video) if pictures is None else pictures[None]
             features = self.features(frames, run)

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Need = Literal["prompt", "reference", "latents"]
-"""What a reward may need of a sample: its prompt, what shows how it should look, the generated latents."""
+Need = Literal["prompt", "reference", "clip", "latents"]
+"""What a reward may need of a sample: its prompt, what shows how it should look (pictures, or else its clip), its clip
+whatever pictures there are, the generated latents."""
+COMPARES: frozenset[Need] = frozenset({"reference", "clip"})
+"""The needs of rewards that compare: in scoring, with the reference video or picture."""
+KEEPS: frozenset[Need] = frozenset({*COMPARES, "prompt"})
+"""The needs of rewards that keep something of each sample: their `references` are called."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from frostline.csvfile import csv_columns, csv_records
 from frostline.errors import ConfigError, DataError
 from frostline.escaping import text_of_csv_cell
 from frostline.paths import check_inside
-from frostline.rewards.inputs import Need
+from frostline.rewards.inputs import COMPARES, Need
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def pairs_of_arguments(
     """
     if not videos:
         raise ConfigError("nothing to score: name videos, or a file of them with --pairs")
-    if reference is None and "reference" in needs:
+    if reference is None and not COMPARES.isdisjoint(needs):
         raise ConfigError("--reference is missing: a picture or video of who or what the videos should show")
     return [Pair(index, video, reference or "", prompt or "") for index, video in enumerate(videos)]
 
@@ -149,6 +149,6 @@ def _pair(
         except DataError as error:
             paths[name] = cells[name]
             faults.append(str(error))
-    reference = paths["reference"] or default.reference or (paths["video"] if "reference" in needs else "")
+    reference = paths["reference"] or default.reference or ("" if COMPARES.isdisjoint(needs) else paths["video"])
     prompt = text_of_csv_cell(cells["prompt"]) or default.prompt
     return Pair(index, paths["video"], reference, prompt, "; ".join(faults))

@@ -15,6 +15,7 @@ from typing import Any
 from frostline.atomic_io import atomic_write, check_writable
 from frostline.errors import ConfigError, DataError
 from frostline.progress import Bar, Progress
+from frostline.rewards.inputs import COMPARES
 from frostline.runtime.stage_timer import StageTimes
 from frostline.score.files import ResultFile
 from frostline.score.processes import Processes
@@ -121,7 +122,7 @@ def run_score(
     check_backend(options.backend)
     needs, labels = settings.needs(), settings.labels()
     file = None if options.out is None else _open_results(options.out, options, labels)
-    if "reference" in needs:
+    if needs & COMPARES:
         _check_reference(pairs)
     processes = Processes.join(options.device)
     if processes.count > 1 and file is None:

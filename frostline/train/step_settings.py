@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from frostline.config import BackpropStrategy, GradientCheckpointing, LoraSettings, Settings
+from frostline.models.video_shape import Geometry, VideoShape
 from frostline.rewards.config import RewardConfig, RewardEntry, default_rewards
 
 # What the reference calls two settings (arXiv 2510.14255): accepted wherever these are.
@@ -88,6 +90,14 @@ class DecodeSettings(Settings):
         if self.position == "random" and left:
             first = int(torch.randint(left + 1, ()))
         return slice(first, latent_frames - left + first)
+
+    def rewarded(self, shape: VideoShape, geometry: Geometry) -> VideoShape:
+        """Return the most that rewards look at, of clips of `shape`: the start frame and the frames of the window."""
+        frames = shape.num_frames
+        if self.num_latent_frames is not None:
+            # Behind the first latent frame a window has no start frame of its own.
+            frames = geometry.num_frames(self.num_latent_frames + (self.position != "first"))
+        return replace(shape, num_frames=min(frames, shape.num_frames))
 
 
 class RolloutSettings(Settings):

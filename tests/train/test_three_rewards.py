@@ -1,21 +1,28 @@
 """A run with a face, a prompt and motion rewarded: it decodes once a step, trains, and resumes to the bit."""
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from steps import small_clips
+from steps import assert_same_steps, clips, small_clips
 from vision_files import write_clip
 
+from frostline.export.exporter import export_stage
+from frostline.export.tracing.trace_cache import Traces
 from frostline.models.tiny.clips import held_out_clips
 from frostline.progress import Progress
+from frostline.runtime.engines.store import EngineStore
 from frostline.train import WanTrainingModule
 from frostline.train.launch import run_training
 from frostline.train.settings import RunSettings
 from frostline.video import write_video
+
+if TYPE_CHECKING:
+    from conftest import RewardTape
 
 MakeModule = Callable[..., WanTrainingModule]
 STEPS: dict[str, Any] = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
@@ -34,9 +41,9 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_resumes_to_the_bit(tmp_path: Path, rewards: list[dict[str, Any]]) -> None:
     """With frames that are drawn for each step."""
-    clips = held_out_clips(3, seed=2, num_frames=5, size=64)
-    rows = [{"video": f"{index}.mp4", "prompt": prompt} for index, prompt in enumerate(clips.prompts)]
-    for row, video in zip(rows, clips.video, strict=True):
+    held_out = held_out_clips(3, seed=2, num_frames=5, size=64)
+    rows = [{"video": f"{index}.mp4", "prompt": prompt} for index, prompt in enumerate(held_out.prompts)]
+    for row, video in zip(rows, held_out.video, strict=True):
         write_video(tmp_path / row["video"], video, lossless=True)
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -73,3 +80,37 @@ def test_a_step_decodes_once(make_module: MakeModule, rewards: list[dict[str, An
     assert metrics.stages["vae_decoder_live"].calls == 1
     assert list(metrics.scores) == ["face_score", "pickscore", "motion"]
     assert torch.stack([p.grad.norm() for p in module.trainable_parameters().values() if p.grad is not None]).sum() > 0
+
+
+@pytest.fixture(scope="module")
+def traces() -> Mapping[str, Traces]:
+    """By stage: both backends are built from one."""
+    return defaultdict(Traces)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_hybrid_is_pytorch(
+    backend: str,
+    make_module: MakeModule,
+    rewards: list[dict[str, Any]],
+    traces: Mapping[str, Traces],
+    tape: "RewardTape",
+    tmp_path: Path,
+) -> None:
+    """With engines for all that is frozen in the rewards; the motion of pixels has no network."""
+    faces, prompt, motion = rewards
+    settings = {"rewards": [faces, {**prompt, "frames": "every:2"}, motion], **STEPS}
+    module, store = make_module(**settings), EngineStore(tmp_path)
+    names = ("face_detector", "face_embedder", "pickscore_text")
+    for name in names:
+        assert export_stage(module.stages[name], backend, store, traces=traces[name]).manifest.verified
+    plan = {"*": "torch", **dict.fromkeys(names, backend)}
+    hybrid = make_module(plan=plan, engines=tmp_path, **settings)
+    data = clips(1, seed=7, num_frames=5)
+    assert_same_steps(module, hybrid, data, tape)
+    metrics = hybrid.last_metrics
+    assert metrics is not None
+    assert list(metrics.scores) == ["face_score", "pickscore", "motion"]
+    assert metrics.per_sample["detection_rate"][0] > 0
+    assert {metrics.stages[name].backend for name in names} == {backend}
+    assert metrics.stages["pickscore_image_live"].backend == "torch"

@@ -15,6 +15,7 @@ from frostline.rewards.active import RewardStages
 from frostline.rewards.face_identity import Config as FaceIdentityConfig
 from frostline.rewards.face_identity.served import ServedDetector, ServedEmbedder
 from frostline.rewards.face_identity.stages import build_face_stages, load_faces
+from frostline.rewards.frame_selection import count_selected
 from frostline.rewards.inputs import RewardInputs
 from frostline.rewards.reward import LiveNetwork, Reward, RewardScore
 from frostline.runtime.stage import Stage
@@ -39,11 +40,12 @@ class FaceIdentityReward(Reward):
         return build_face_stages(self.faces, shapes)
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
-        """The embedder, once for each frame."""
+        """The embedder, once for the start frame and for each frame that is looked at."""
         embedder = self.faces.embedder
         side = cast(FaceEmbedder, embedder).image_size
         face = torch.zeros(1, 3, side, side, device=self.faces.device)
-        return (LiveNetwork("face_embedder", embedder, (face,), shape.batch_size * shape.num_frames),)
+        frames = count_selected(shape.num_frames, self.config.frames) + 1
+        return (LiveNetwork("face_embedder", embedder, (face,), shape.batch_size * frames),)
 
     def identity(self, run: RewardStages) -> FaceIdentity:
         """What compares faces: detector and frozen embedder as the plan serves them, the live embedder in PyTorch."""

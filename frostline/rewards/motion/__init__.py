@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from frostline.rewards.config import RewardConfig
+from frostline.rewards.inputs import Need
 from frostline.stages.provider import Use
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Config(RewardConfig):
         Use(STAGE, live=True, count=1, phase="reward"),
     )
     stage_code: ClassVar[tuple[str, ...]] = (f"{__name__}.stages",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"clip"})
     needs_neighbours: ClassVar[bool] = True
 
     flow: Literal["pixels", "raft"] = Field(

@@ -13,7 +13,6 @@ from frostline.models.video_shape import VideoShape
 from frostline.models.vision.raft import FlowSize, load_raft
 from frostline.rewards.active import RewardStages
 from frostline.rewards.frame_reward import FrameReward
-from frostline.rewards.inputs import RewardInputs
 from frostline.rewards.motion import STAGE
 from frostline.rewards.motion import Config as MotionConfig
 from frostline.rewards.motion.stages import PAIRS_AT_ONCE, flow_stage
@@ -75,10 +74,6 @@ class MotionReward(FrameReward):
             return torch.stack([change, change], dim=2)
         with run.live(STAGE):
             return self._features(frames, partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False))
-
-    def references(self, sample: RewardInputs, run: RewardStages) -> Mapping[str, Tensor]:
-        """Those of the clip; pictures of the subject do not move."""
-        return self.reference(self.features(sample.video, run), sample.prompts, run)
 
     def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
         """The motion (B,) of the reference, and whether (B,) there is any: no two frames of a picture differ."""

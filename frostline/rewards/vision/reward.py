@@ -14,6 +14,7 @@ from frostline.models.video_shape import VideoShape
 from frostline.rewards.active import RewardStages
 from frostline.rewards.frame_reward import FrameReward
 from frostline.rewards.frame_selection import count_selected
+from frostline.rewards.inputs import Need
 from frostline.rewards.reward import LiveNetwork
 from frostline.rewards.vision.settings import VisionConfig
 from frostline.rewards.vision.stages import ImageNetwork, image_stage
@@ -50,9 +51,9 @@ class VisionReward(FrameReward):
         self.at_once = ShapeRange().images[-1]
 
     @property
-    def needs_reference(self) -> bool:
+    def needs(self) -> frozenset[Need]:
         """Return what the settings say."""
-        return "reference" in self.config.needs
+        return self.config.needs
 
     @property
     def image_stage_name(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frostline.rewards.active import ActiveReward, RewardStages, check_scores
+from frostline.rewards.inputs import COMPARES
 from frostline.rewards.reward import RewardScore
 from frostline.runtime.runtime import Runtime
 from frostline.score.decoding import Chunk
@@ -90,7 +91,7 @@ class ScoredReward(ABC):
     @property
     def needs_reference(self) -> bool:
         """Whether the references of videos are decoded for it."""
-        return "reference" in self.active.config.needs
+        return bool(self.active.config.needs & COMPARES)
 
     @property
     def references_depend_on_prompts(self) -> bool:

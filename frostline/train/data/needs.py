@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 # Cached references depend on what this file imports, and settings are read without torch.
 if TYPE_CHECKING:
     from frostline.rewards.config import RewardEntry
+    from frostline.rewards.inputs import Need
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class SampleNeeds:
     start_frame: the model that generates from the first frame of the video, as an error names it; empty where the model
         is given none.
     compared: the rewards that compare with a reference, as an error names them.
+    of_clips: the rewards that compare with the clip whatever pictures there are, as an error names them.
     references: whether reference pictures are read at all.
     clips: whether a loss is computed on the clips themselves.
     """
 
     start_frame: str = "the model"
     compared: tuple[str, ...] = ()
+    of_clips: tuple[str, ...] = ()
     references: bool = True
     clips: bool = False
 
@@ -41,11 +44,14 @@ class SampleNeeds:
             trains_on_clips: whether a loss is computed on the clips themselves (`sft_weight`).
         """
         stated = [(entry.type, getattr(entry, "needs", None)) for entry in rewards]
+
+        def named(need: Need) -> tuple[str, ...]:
+            return tuple(f"the reward {name}" for name, needs in stated if needs is not None and need in needs)
+
         return cls(
             start_frame=f"the model {model}" if needs_image else "",
-            compared=tuple(
-                f"the reward {name}" for name, needs in stated if needs is not None and "reference" in needs
-            ),
+            compared=named("reference"),
+            of_clips=named("clip"),
             references=any(needs is None or "reference" in needs for _, needs in stated),
             clips=trains_on_clips,
         )
@@ -59,9 +65,15 @@ class SampleNeeds:
         reasons = [f"{self.start_frame} is given a start frame"] if self.start_frame else []
         if self.clips:
             reasons.append("sft_weight trains on the clip itself")
+        if self.of_clips:
+            reasons.append(f"{_need(self.of_clips)} the clip itself")
         if self.compared and not has_reference:
-            reasons.append(f"{' and '.join(self.compared)} need{'' if self.compared[1:] else 's'} a reference")
+            reasons.append(f"{_need(self.compared)} a reference")
         return ", and ".join(reasons)
+
+
+def _need(rewards: tuple[str, ...]) -> str:
+    return f"{' and '.join(rewards)} need{'' if rewards[1:] else 's'}"
 
 
 DEFAULT_NEEDS = SampleNeeds()

@@ -15,6 +15,7 @@ from frostline.rewards.reward import RewardScore
 from frostline.runtime.cache import content_key
 from frostline.train.data.dataset import Sample, collate
 from frostline.train.judging.judge import Judge
+from frostline.train.judging.likeness import build_likeness, likeness
 from frostline.train.loop.state import unchanged_random
 from frostline.train.step.conditioning import Conditioning
 from frostline.train.step.module import TrainingModule
@@ -33,8 +34,9 @@ class Evaluation:
     """N generated videos (N, T, 3, H, W) in [0, 1], on the CPU, and how good they are.
 
     measured: (N,) by name: every reward's score and further metrics (`face_score`, `detection_rate`, …), those of the
-    judges (`judge_<label>`, `judge_<label>_<metric>`), and `psnr`, dB to the true clip as far as that goes. A score is
-    NaN of a video that does not count, and so is the PSNR where the sample has no clip.
+    judges (`judge_<label>`, `judge_<label>_<metric>`), `psnr`, dB to the true clip as far as that goes, and where no
+    reward and no judge gives them, `sharpness_ratio` and `motion_ratio`, relative to the true clip. A score is NaN of a
+    video that does not count, and so are PSNR and ratios where the sample has no clip.
     frames: (N, T) by name of a score, of rewards and judges that score single frames: NaN where one could not be.
     rewards, judges: the names of the scores that training rewards, and of those that it never sees.
     settings: by measure, a key of the settings of what measured it.
@@ -84,7 +86,7 @@ def evaluate(
         judges: score too.
         advance: called with the number of starts just finished.
     """
-    parts = []
+    parts, measurers = [], build_likeness(module)
     with unchanged_random():
         for first in range(0, len(starts), batch_size):
             index = starts[first : first + batch_size]
@@ -94,7 +96,7 @@ def evaluate(
             latents = module.generate_latents(conditioning, noise.to(conditioning.device), comes_again=True)
             generated = module.decode(latents)
             psnr = _psnr(generated, batch["video"].to(generated.device), batch["valid_frames"])
-            parts.append(_measured(module, generated, latents, conditioning, judges, psnr))
+            parts.append(_measured(module, generated, latents, conditioning, judges, measurers, psnr))
             advance(len(index))
     return Evaluation.join(parts)
 
@@ -105,6 +107,7 @@ def _measured(
     latents: Tensor,
     conditioning: Conditioning,
     judges: Sequence[Judge],
+    measurers: tuple[Judge, ...],
     psnr: Tensor,
 ) -> Evaluation:
     measured, frames, settings = {PSNR: psnr}, {}, {PSNR: ""}
@@ -115,6 +118,8 @@ def _measured(
         settings |= dict.fromkeys((name, *scored.metrics), _settings_key(active))
         if scored.frame_scores is not None:
             frames[name] = scored.frame_scores
+    for name, (measurer, ratio) in likeness(measurers, measured, generated, conditioning).items():
+        measured[name], settings[name] = ratio, _settings_key(measurer.active)
     return Evaluation(
         measured={name: values.cpu() for name, values in measured.items()},
         videos=generated.cpu(),

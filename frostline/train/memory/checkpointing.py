@@ -87,7 +87,7 @@ def fitting_checkpointing(
     """
     if settings.gradient_checkpointing != AUTO:
         return settings.gradient_checkpointing
-    of_rewards = measure_rewards(rewards, shape)
+    of_rewards = measure_rewards(rewards, settings.decode.rewarded(shape, model.geometry))
     steps = DenoiseSteps.of(settings, model.boundary, len(model.experts) > 1)
     choice = least_recomputation(
         AUTO,

@@ -151,24 +151,33 @@ def measure_live_stages(
 def measure_rewards(rewards: Iterable[Reward], shape: VideoShape) -> dict[str, Footprint]:
     """What rewards compute with gradient in a step: each use once, on the networks' own weights, then all of them.
 
-    Networks that go by one name, of one reward or of two, are numbered: each counts.
+    Networks that go by one name, of one reward or of two, are numbered: each counts. What else a reward keeps on the
+    device, such as a text tower or a face detector, is one entry of weights alone, `NAME (frozen)`.
     """
     found: dict[str, Footprint] = {}
-    for live in (live for reward in rewards for live in reward.live_networks(shape)):
-        taken = sum(name == live.stage or name.startswith(f"{live.stage} #") for name in found)
-        found[f"{live.stage} #{taken + 1}" if taken else live.stage] = _of_uses(live)
+
+    def add(stage: str, footprint: Footprint) -> None:
+        taken = sum(name == stage or name.startswith(f"{stage} #") for name in found)
+        found[f"{stage} #{taken + 1}" if taken else stage] = footprint
+
+    for reward in rewards:
+        frozen = _tensors(networks_of(reward))
+        for live in reward.live_networks(shape):
+            add(live.stage, _of_uses(live))
+            frozen = {key: tensor for key, tensor in frozen.items() if key not in _tensors([live.module])}
+        if frozen:
+            add(f"{reward.name} (frozen)", Footprint(_bytes(frozen.values()), 0))
     return found
 
 
 def judge_bytes(judge: Reward, config: RewardConfig) -> tuple[str, int]:
     """Return the name of a judge and the bytes of its networks, which stay on the device for the next validation."""
-    tensors = {id(tensor): tensor for network in networks_of(judge) for tensor in tensors_of(network)}
-    return f"{JUDGE}{label_of(judge, config)}", _bytes(tensors.values())
+    return f"{JUDGE}{label_of(judge, config)}", _bytes(_tensors(networks_of(judge)).values())
 
 
 def live_uses(of_rewards: Mapping[str, Footprint], clips: int) -> list[Use]:
     """Return the uses of what `measure_rewards` measured, in a step that rewards so many clips for each sample."""
-    return [Use(stage, live=True, count=clips, phase="reward") for stage in of_rewards]
+    return [Use(stage, True, clips, "reward") for stage, footprint in of_rewards.items() if footprint.forward_peak]
 
 
 def _of_uses(live: LiveNetwork) -> Footprint:
@@ -256,6 +265,11 @@ def _measure(
         tracker.restart()
         result.sum().backward()
         return Footprint(_bytes(module.parameters()), frozen_peak, kept, forward_peak, tracker.peak)
+
+
+def _tensors(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """Parameters and buffers of modules by identity, each once."""
+    return {id(tensor): tensor for module in modules for tensor in tensors_of(module)}
 
 
 def _frozen_bytes(module: nn.Module) -> int:

@@ -110,7 +110,7 @@ def memory_plan(
         shape: of one device's batch.
         engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
         device_bytes: memory of one device.
-        rewards: whose live networks count too.
+        rewards: whose networks count too.
         judges: bytes of the networks of each judge, by its name.
         precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
     Raises:
@@ -125,7 +125,7 @@ def memory_plan(
     empty = family.empty_model(spec, dtype, settings.lora)
     measured, of_rewards = (
         measure_model(empty, shape, settings.decode.num_latent_frames),
-        measure_rewards(rewards, shape),
+        measure_rewards(rewards, settings.decode.rewarded(shape, empty.geometry)),
     )
     weights = {**measured.weights, **{name: footprint.weights for name, footprint in of_rewards.items()}}
     trained = {expert.stage for expert in empty.experts if expert.trained}

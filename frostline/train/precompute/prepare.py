@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from frostline.errors import ConfigError, FrostlineError
 from frostline.progress import Progress
 from frostline.rewards.build import resolve
+from frostline.rewards.inputs import KEEPS
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.device import total_bytes
 from frostline.stages.families import family_of
@@ -125,7 +126,7 @@ def _in_two_rounds(
     cache = FrozenOutputCache(settings.frozen_cache_dir, settings.cache_bytes)
     frozen: Frozen = FrozenModel.of_settings(model, settings, shapes, cache)
     computed = _one_round(frozen, asked, cache, progress, "precompute", batch_size)
-    if any(config.needs & {"prompt", "reference"} for config in resolve(settings.rewards)):
+    if any(config.needs & KEEPS for config in resolve(settings.rewards)):
         frozen = FrozenReferences.of_settings(model, settings, shapes, cache)
         computed += _one_round(frozen, asked, cache, progress, "precompute references", batch_size)
     del frozen

@@ -12,8 +12,9 @@ from frostline.train.judging.verdict import ERRORS, change_of, verdict
 from frostline.train.report.measures import Lines, Measures, label
 
 _CAPTION = (
-    "Rewards and judges: how much the held-out starts changed since the first validation, by the frames that were "
-    f"scored both times. The band is {ERRORS:g} standard errors: where it leaves 0, the change counts."
+    "In training: the score of the samples of each step, which differ from step to step. Change: how much the held-out "
+    "starts changed since the first validation, by the frames that were scored both times, so that reward and judges "
+    f"compare. The band is {ERRORS:g} standard errors: where it leaves 0, the change counts."
 )
 _ASKED = (
     "A judge measures the same clips and takes no part in training: where it falls while the reward rises, the reward "
@@ -46,8 +47,14 @@ def show_judged(page: Page, metrics: Sequence[Mapping[str, Any]], validation: Li
     rows += [_changes(validation, name, colour=1) for name in measures.judges]
     steps = [line for line in metrics if "step" in line]
     if steps:
-        x, kl = ([number_of(line, name) for line in steps] for name in ("step", "kl_loss"))
-        rows.append(Row("KL to the untrained model", x, kl, smooth=max(1, len(steps) // _SMOOTH), rule=0.0, colour=3))
+        x, smooth = [number_of(line, "step") for line in steps], max(1, len(steps) // _SMOOTH)
+        trained = {name: [number_of(line, name) for line in steps] for name in measures.rewards}
+        rows = [
+            *(Row(f"{label(name)} in training", x, y, smooth=smooth, colour=0) for name, y in trained.items()),
+            *rows,
+        ]
+        kl = [number_of(line, "kl_loss") for line in steps]
+        rows.append(Row("KL to the untrained model", x, kl, smooth=smooth, rule=0.0, colour=3))
     x = [number_of(line, "step") for line in validation]
     for name in measures.ratios:
         values = [number_of(line, name) for line in validation]

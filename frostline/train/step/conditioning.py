@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frostline.errors import ConfigError, DataError
-from frostline.rewards.inputs import RewardInputs
+from frostline.rewards.inputs import KEEPS, RewardInputs
 from frostline.runtime.cache import FrozenOutputCache, content_key
 from frostline.runtime.identity.computation import computation_id
 from frostline.runtime.identity.fingerprint import stage_code
@@ -257,7 +257,7 @@ class Conditioner:
         Args:
             keys: content keys of the samples.
         """
-        if not active.config.needs & {"prompt", "reference"}:
+        if not active.config.needs & KEEPS:
             return None
 
         def compute(rows: list[int]) -> dict[str, Tensor]:

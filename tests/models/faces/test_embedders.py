@@ -171,6 +171,7 @@ def test_arcface_gets_bgr_where_it_is_told_so(tmp_path: Path, faces: Tensor, nor
     swapped = faces[:, [2, 1, 0]]
     expected = run_onnxruntime(path, "input.1", (swapped + 1) * 127.5 if normalizes else swapped)
     torch.testing.assert_close(bgr(faces), expected, atol=1e-4, rtol=0)
+    assert torch.equal(bgr(faces), rgb(faces.flip(1)))
     assert (bgr(faces) - rgb(faces)).abs().max() > 1e-2
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     gradients = []

@@ -22,11 +22,12 @@ from frostline.rewards.build import resolve
 from frostline.rewards.config import RewardEntry, stage_names
 from frostline.rewards.frame_selection import count_selected, select_frames
 from frostline.rewards.inputs import RewardInputs
+from frostline.runtime.backends import get_backend
 from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.runtime import Runtime
 from frostline.train import WanTrainingModule
-from frostline.train.memory.memory_profile import measure_rewards
+from frostline.train.memory.memory_profile import judge_bytes, measure_rewards
 
 MakeModule = Callable[..., WanTrainingModule]
 Build = Callable[..., tuple[ActiveReward, Runtime]]
@@ -62,6 +63,34 @@ def test_engines(name: str, build_alone: Build, store: EngineStore) -> None:
                 features = serve(**{spec.name: values})["features"]
                 torch.testing.assert_close(features, stage.torch({spec.name: values})["features"], atol=2e-5, rtol=0)
                 assert features.norm(dim=1).sub(1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "stage_name", "backend"),
+    [
+        ("subject_consistency", "subject_consistency_image", "tensorrt-rtx"),
+        ("clip", "clip_text", "aotinductor"),
+    ],
+)
+def test_it_builds_for_the_other_backends(
+    name: str, stage_name: str, backend: str, build_alone: Build, store: EngineStore
+) -> None:
+    """DINOv2 for TensorRT, which takes no GPU to build, and CLIP's text tower for AOTInductor, which runs here."""
+    if backend == "tensorrt-rtx":
+        pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
+    elif (reason := get_backend(backend).unavailable()) is not None:
+        pytest.skip(reason)
+    (stage,) = (stage for stage in build_alone(name)[0].stages if stage.name == stage_name)
+    exported = export_stage(stage, backend, store)
+    assert exported.built
+    assert all(artifact.bytes > 0 for artifact in exported.manifest.artifacts.values())
+    if backend == "aotinductor":
+        assert exported.manifest.verified
+        serve = Runtime({stage.name: stage}, backend, store.root, strict=True)[stage.name]
+        (spec,) = stage.networks[0].inputs
+        tokens = spec.random((5, *spec.shape[1:]), torch.Generator().manual_seed(5))  # type: ignore[arg-type]
+        expected = stage.torch({"tokens": tokens})["features"]
+        torch.testing.assert_close(serve(tokens=tokens)["features"], expected, atol=2e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +158,10 @@ def test_plans_count_it(name: str, build_alone: Build, vision_files: Mapping[str
     assert live.inputs[0].shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     whole = measure_rewards([active.reward], shape)[f"{name}_image"].kept
     assert whole > 0
+    # All networks of the reward are in memory in training, as they are for a judge.
+    planned = measure_rewards([active.reward], shape)
+    assert sum(each.weights for each in planned.values()) == judge_bytes(active.reward, active.config)[1]
+    assert (f"{name} (frozen)" in planned) == (name != "subject_consistency"), "a text tower, a predictor"
     if not config.needs_neighbours:
         few = build_alone(name, frames="random:2")[0].reward
         assert measure_rewards([few], shape)[f"{name}_image"].kept == whole // 4

@@ -16,7 +16,7 @@ class Alone(RewardConfig):
 
 ALONE = Alone.parse({"type": "alone"})
 FACES, UNKNOWN = (RewardEntry.parse({"type": name}) for name in ("face_identity", "own:Reward"))
-SHARPNESS = RewardEntry.parse({"type": "sharpness"})
+SHARPNESS, MOTION = (RewardEntry.parse({"type": name}) for name in ("sharpness", "motion"))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,14 @@ SHARPNESS = RewardEntry.parse({"type": "sharpness"})
         (False, [ALONE], "", "", False),
         (False, [FACES, ALONE], "the reward face_identity needs a reference", "", True),
         (False, [UNKNOWN], "", "", True),
+        (False, [MOTION], "the reward motion needs the clip itself", "the reward motion needs the clip itself", False),
+        (
+            False,
+            [FACES, MOTION],
+            "the reward motion needs the clip itself, and the reward face_identity needs a reference",
+            "the reward motion needs the clip itself",
+            True,
+        ),
         (
             True,
             [FACES, SHARPNESS],

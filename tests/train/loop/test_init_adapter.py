@@ -84,6 +84,35 @@ def test_step_0_is_the_model_of_the_adapter(kind: str, workplace: Path, begun: l
     assert any(not torch.equal(p, lora[name]) for name, p in module.trainable_parameters().items())
 
 
+def test_each_of_two_experts_begins_with_its_own(
+    workplace: Path, begun: list[Made], refused_usage: Callable[..., str]
+) -> None:
+    # Of three steps, the first two are the high-noise expert's.
+    both = values(
+        model="tiny-moe",
+        lora={"rank": RANK, "alpha": ALPHA, "experts": "both"},
+        **{"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2},
+    )
+    run_training(RunSettings.parse(both), None, Progress(quiet=True))
+    again = {**both, "output_dir": "again", "init_adapter": "run/adapter"}
+    run_training(RunSettings.parse(again), None, Progress(quiet=True))
+    _, (_, lora) = begun
+    wanted = {}
+    for part in ("high_noise", "low_noise"):
+        for name, matrix in load_file(f"run/adapter/{part}/adapter_model.safetensors").items():
+            wanted[f"{part}.{name.removeprefix('base_model.model.').replace('.weight', '.default.weight')}"] = matrix
+    assert lora.keys() == wanted.keys()
+    assert all(torch.equal(matrix, wanted[name]) for name, matrix in lora.items())
+    assert all(matrix.any() for matrix in lora.values()), "both were trained: B of a new LoRA is zero"
+    first = json.loads((workplace / "again" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["kl_loss"] > 1e-8
+    # Half of it is not enough.
+    shutil.rmtree("run/adapter/low_noise")
+    (workplace / "both.yaml").write_text(json.dumps({**again, "output_dir": "third"}))
+    said = refused_usage("train", "both.yaml")
+    assert "run/adapter lacks the adapter of the low-noise expert" in said
+
+
 def test_resuming_does_not_read_it_again(workplace: Path, begun: list[Made]) -> None:
     settings = {"init_adapter": "peft"}
     run_training(RunSettings.parse(values(**settings, output_dir="whole")), None, Progress(quiet=True))

@@ -24,7 +24,7 @@ from frostline.rewards.face_identity import Config
 from frostline.stages.wan.family import empty_model, video_model
 from frostline.train.memory import memory_profile as footprint
 from frostline.train.memory.checkpointing import fitting_checkpointing
-from frostline.train.memory.memory_profile import measure_model
+from frostline.train.memory.memory_profile import judge_bytes, measure_model, measure_rewards
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.memory.table import memory_table
 from frostline.train.step_settings import TrainingModuleSettings
@@ -126,9 +126,39 @@ def test_the_embedder_is_planned_as_it_is() -> None:
     *_, judge = plan.stages
     assert (judge.stage, judge.weights, judge.frozen_peak + judge.kept + judge.live_peak) == ("judge_sharp", 10**6, 0)
     embedder = reward.faces.embedder
+    # The detector is in memory as well: all networks count, as those of a judge do.
+    of_reward = {name: size for name, size in sizes(plan, "weights").items() if name.startswith("face_")}
+    assert {*of_reward} == {"face_embedder", "face_score (frozen)"}
+    assert sum(of_reward.values()) == judge_bytes(reward, reward.config)[1]
     faces = torch.rand(9, 3, 112, 112, requires_grad=True)
     _, measured = allocated(lambda: embedder(faces).sum().backward())
     assert measured == pytest.approx(sizes(plan, "live_peak")["face_embedder"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("decode", "frames", "looked_at"),
+    [
+        ({}, "random:3", 4),
+        ({"num_latent_frames": 1}, "all", 5),
+        ({"num_latent_frames": 1, "position": "last"}, "every:2", 3),
+        ({"num_latent_frames": 2, "position": "first"}, "all", 5),
+        ({"num_latent_frames": 5}, "all", 9),
+    ],
+)
+def test_rewards_are_planned_for_the_frames_that_they_look_at(
+    decode: dict[str, Any], frames: str, looked_at: int
+) -> None:
+    """Of 9 frames, which are 3 latent frames: the start frame, and those of the window that are selected."""
+    reward: Any = Config.parse({"frames": frames}).build()
+    (one,) = reward.live_networks(replace(CLIP, num_frames=1))
+    assert one.uses == 1
+    how, seen = settings(decode=decode, gradient_checkpointing="auto"), []
+    reward.live_networks = lambda shape: seen.extend(type(reward).live_networks(reward, shape)) or seen[-1:]
+    planned = sizes(memory_plan("tiny", how, CLIP, dtype=torch.float32, rewards=[reward]), "kept")["face_embedder"]
+    fitting_checkpointing(video_model(load_components("tiny"), LoraSettings(rank=8)), how, CLIP, 10**12, [reward])
+    assert [each.uses for each in seen] == [looked_at, looked_at]
+    alone = measure_rewards([Config().build()], replace(CLIP, num_frames=1))["face_embedder"]
+    assert planned == looked_at * alone.kept
 
 
 def test_releases_are_the_ones_that_diffsynth_knows() -> None:

@@ -40,6 +40,7 @@ def example_validation(after: float = 0.6639, judge: float = 0.02, looks: int = 
         line: dict[str, Any] = {"step": round(40 * part), "psnr": 21.43 - 0.12 * part}
         line |= {"face_score": 0.5785 + part * (after - 0.5785), "detection_rate": 0.983 + 0.017 * part}
         line |= {"judge_face_dlib": 0.7 + part * judge, "judge_face_dlib_detection_rate": 0.9, "sharpness_ratio": 1.1}
+        line |= {"motion_ratio": 0.9}
         line |= {"rewards": ["face_score"], "judges": ["judge_face_dlib"]}
         line["starts"] = {"face_score": starts, "judge_face_dlib": judged, "psnr": [21.43 - 0.12 * part] * 20}
         line["frames"] = {"judge_face_dlib": [[None if look == 0 else 0.6, score, score] for score in judged]}
@@ -112,10 +113,12 @@ EXPECTED = (
     "Detection rate 0.983 → 1.000 +0.017",
     f"PSNR to truth, dB 21.43 → 21.31 {MINUS}0.12",
     "Rewarded and judged",
+    "Face score in training",
     "Face score: change",
     "Judge: face dlib: change",
     "KL to the untrained model",
     "Sharpness ratio (1 is like the true clip)",
+    "Motion ratio (1 is like the true clip)",
     f"One training step 561 → 366 ms 1.53 {TIMES} the speed",
     "442 ms uncached",
     "19 of 20 up",

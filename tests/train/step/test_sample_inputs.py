@@ -63,6 +63,12 @@ def laplacian(frames: Tensor) -> float:
     return (around - 4 * inner).square().mean().item()
 
 
+def change(frames: Tensor) -> float:
+    """The mean absolute change of the luminance of (T, 3, h, w), written out."""
+    luma = 0.299 * frames[:, 0] + 0.587 * frames[:, 1] + 0.114 * frames[:, 2]
+    return (luma[1:] - luma[:-1]).abs().mean().item()
+
+
 @pytest.fixture(scope="module")
 def module(make_module: MakeModule) -> WanTrainingModule:
     return make_module(rewards=[SHARPNESS], **QUICK)
@@ -184,3 +190,27 @@ def test_of_no_video_there_is_no_psnr(text_to_video: WanTrainingModule, tmp_path
     measured = evaluate(text_to_video, samples, [0, 1], batch_size=2).measured
     assert measured["psnr"].isnan().tolist() == [True, False]
     assert measured["sharpness"].isfinite().all()
+    # Of neither is there a clip that moves.
+    assert measured["motion_ratio"].isnan().all()
+
+
+def test_sharpness_and_motion_are_measured_whatever_is_rewarded(make_module: MakeModule) -> None:
+    """Relative to the clip, as written out here; neither is a reward or a judge, and neither is measured twice."""
+    settings: dict[str, Any] = {"rewards": [{"type": "own_rewards:Brightness", "weight": 1.0}], **QUICK}
+    module, clips = make_module(**settings), small_clips(2)
+    samples: Any = [
+        {"sample_id": str(row), "prompt": clips["prompt"][row], "video": clips["video"][row], "reference": pictures(1)}
+        for row in range(2)
+    ]
+    evaluation = evaluate(module, samples, [0, 1], batch_size=2)
+    assert (evaluation.judges, len(evaluation.rewards)) == ((), 1)
+    for row in range(2):
+        made, true = evaluation.videos[row], clips["video"][row]
+        sharp = (laplacian(made[1:]) + 1e-6) / (laplacian(true[1:]) + 1e-6)
+        assert evaluation.measured["sharpness_ratio"][row].item() == pytest.approx(sharp, rel=1e-3)
+        moves = [(change(video) + 1e-4) for video in (made, true)]
+        assert evaluation.measured["motion_ratio"][row].item() == pytest.approx(moves[0] / moves[1], rel=1e-3)
+    assert {"sharpness_ratio", "motion_ratio"} <= evaluation.settings.keys()
+    both = make_module(rewards=[SHARPNESS, {"type": "motion"}], **QUICK)
+    names = [name for name in evaluate(both, samples, [0], batch_size=1).measured if "ratio" in name]
+    assert names == ["sharpness_ratio", "motion_ratio"]

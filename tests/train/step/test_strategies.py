@@ -177,6 +177,30 @@ def test_loss_and_gradient_of_experts_are_those_of_a_plain_loop(
     assert_same(make_module("tiny-moe", **SETTINGS | settings), data, live, **how)
 
 
+def test_latents_of_a_trained_expert_are_not_recalled_after_an_update(
+    make_module: MakeModule, data: dict[str, Any]
+) -> None:
+    """Of fixed noise: with a cache, each step is the one without."""
+    settings = SETTINGS | of_experts("both", grad_start_step=2) | {"noise_seed": 7}
+    modules = [make_module("tiny-moe", **settings, **cache) for cache in ({}, {"cache_bytes": 0})]
+    assert modules[0].parts.cache is not None
+    assert modules[1].parts.cache is None
+    losses = []
+    for _ in range(2):
+        steps = []
+        for module in modules:
+            loss, *_ = module(data)
+            loss.backward()
+            steps.append((loss.detach(), gradient(module)))
+            with torch.no_grad():
+                for name, matrix in module.trainable_parameters().items():
+                    if name.startswith("high_noise."):
+                        matrix.add_(0.05)
+        torch.testing.assert_close(steps[0], steps[1], atol=1e-7, rtol=1e-6)
+        losses.append(steps[0][0].item())
+    assert abs(losses[1] - losses[0]) > 1e-4
+
+
 @pytest.mark.parametrize("kind", ["block", "full"])
 def test_recomputation_changes_nothing_across_the_boundary(
     kind: str, make_module: MakeModule, data: dict[str, Any]

@@ -1,0 +1,55 @@
+"""How sharp and how lively generated clips are beside the true ones: measured in every validation, part of no verdict.
+
+A reward that is hacked often pays with one of both, also where nobody thought of a judge for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from frostline.rewards.build import JUDGES, build_rewards
+from frostline.rewards.config import RewardEntry
+from frostline.runtime.backends import TORCH
+from frostline.runtime.runtime import Runtime
+from frostline.stages.shapes import ShapeRange
+from frostline.train.judging.judge import Judge
+from frostline.train.step.conditioning import Conditioner, Conditioning
+from frostline.train.step.module import TrainingModule
+
+# Both work on pixels: they have no networks and no stages.
+_KINDS = ("sharpness", "motion")
+
+
+def build_likeness(module: TrainingModule) -> tuple[Judge, ...]:
+    """Make what measures sharpness and motion; nothing of it is cached."""
+    runtime = Runtime({}, TORCH)
+    entries = [RewardEntry.parse({"type": kind}) for kind in _KINDS]
+    active = build_rewards(entries, module.model.device, ShapeRange(), JUDGES)
+    return tuple(Judge(each, runtime, Conditioner(module.model, runtime, (each,), None)) for each in active)
+
+
+def likeness(
+    measurers: tuple[Judge, ...], known: Collection[str], frames: Tensor, conditioning: Conditioning
+) -> dict[str, tuple[Judge, Tensor]]:
+    """Measure generated (B, T, 3, H, W) frames in [0, 1] relative to the clips of their samples.
+
+    Args:
+        measurers: of `build_likeness`.
+        known: names of what rewards and judges measured: a ratio that one of them gives is not measured again.
+    Returns:
+        By name (`sharpness_ratio`, `motion_ratio`), what measured it and the ratios (B,): 1 is like the clip, NaN where
+        there is no clip or nothing in it moves.
+    """
+    found = {}
+    # With the clip, whatever pictures there are.
+    of_clips = replace(conditioning, sample=replace(conditioning.sample, reference=()))
+    for each in measurers:
+        name = f"{each.active.name}_ratio"
+        if not any(other.endswith(name) for other in known):
+            scored = each.score(frames, of_clips)
+            found[name] = (each, torch.where(scored.valid, scored.metrics[f"{each.name}_{name}"], torch.nan))
+    return found

@@ -88,8 +88,8 @@ class _OnMeta(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args = tuple(self._moved(value) for value in args)
-        kwargs = {name: self._moved(value) for name, value in (kwargs or {}).items()}
+        args = [self._moved(value) for value in args]
+        kwargs = {name: self._moved(value) for name, value in kwargs.items()} if kwargs else {}
         if func in _IN_PLACE:
             return args[0]
         if _takes_device(func):

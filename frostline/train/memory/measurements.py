@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -10,6 +10,7 @@ import torch
 
 from frostline.config import GradientCheckpointing, LoraSettings
 from frostline.models.video_shape import VideoShape
+from frostline.rewards.reward import Reward
 from frostline.stages.families import family_of
 from frostline.stages.video_model import VideoModel
 from frostline.train.memory.memory_profile import (
@@ -18,6 +19,7 @@ from frostline.train.memory.memory_profile import (
     measure_decoder,
     measure_denoisers,
     measure_frozen_stages,
+    measure_rewards,
 )
 
 _T = TypeVar("_T")
@@ -68,6 +70,12 @@ class Measurements:
             ("decoder", dtype, shape, kind, window), lambda: measure_decoder(model, shape, kind, window)
         )
         return {**frozen, **denoisers, **decoder}
+
+    def rewards(self, rewards: Sequence[Reward], shape: VideoShape) -> dict[str, Footprint]:
+        """Return what rewards compute with gradient; see `measure_rewards`."""
+        # They stay in memory with the result, so that no other one has the identity of one of them.
+        key = ("rewards", *map(id, rewards), shape)
+        return self._once(key, lambda: (rewards, measure_rewards(rewards, shape)))[1]
 
     def _once(self, key: Hashable, measure: Callable[[], _T]) -> _T:
         if key not in self._known:

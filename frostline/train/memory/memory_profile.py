@@ -206,7 +206,7 @@ def without_data(*modules: nn.Module) -> Iterator[None]:
 
 
 def _of_many(measure: Callable[[int], Footprint], count: int, few: int) -> Footprint:
-    """`measure(count)` of a stage that goes through so many blocks or chunks: each beyond the first `few` adds alike."""
+    """`measure(count)` of a stage with so many blocks or chunks: each beyond the first `few` adds alike."""
     if count <= few:
         return measure(count)
     before, last = astuple(measure(few - 1)), astuple(measure(few))

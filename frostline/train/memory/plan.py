@@ -17,7 +17,7 @@ from frostline.rewards.reward import Reward
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
 from frostline.train.memory.measurements import Measurements
-from frostline.train.memory.memory_profile import live_uses, measure_rewards
+from frostline.train.memory.memory_profile import live_uses
 from frostline.train.step_settings import TrainingModuleSettings
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
@@ -125,7 +125,7 @@ def memory_plan(
     measured = Measurements(model) if measurements is None else measurements
     family, spec, lora = measured.family, measured.spec, settings.lora
     empty, parameters = measured.model(dtype, lora), measured.weights(dtype, lora)
-    of_rewards = measure_rewards(rewards, shape)
+    of_rewards = measured.rewards(rewards, shape)
     weights = {**parameters.stages, **{name: footprint.weights for name, footprint in of_rewards.items()}}
     trained = {expert.stage for expert in empty.experts if expert.trained}
     frozen = [name for name in family.FROZEN_STAGES if name in weights and name not in trained]

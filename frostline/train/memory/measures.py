@@ -92,7 +92,8 @@ def _bf16(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
 
 def _window(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     window = settings.decode.num_latent_frames or _latent_frames(settings, planner)
-    yield from ({"decode.num_latent_frames": frames} for frames in _halves(window, 1))
+    while (window := window // 2) >= 1:
+        yield {"decode.num_latent_frames": window}
 
 
 def _live_steps(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
@@ -101,8 +102,10 @@ def _live_steps(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
 
 
 def _frames(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
-    for latent_frames in _halves(_latent_frames(settings, planner), 2):
-        if (frames := planner.geometry.num_frames(latent_frames)) >= _LEAST_FRAMES:
+    latent_frames = _latent_frames(settings, planner)
+    for share in _SHARES:
+        frames = planner.geometry.num_frames(max(1, int(share * latent_frames)))
+        if _LEAST_FRAMES <= frames < planner.geometry.num_frames(latent_frames):
             yield {"data.num_frames": frames}
 
 
@@ -120,7 +123,7 @@ def _pixels(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
 
 
 def _rank(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
-    yield from ({"lora.rank": rank} for rank in _halves(settings.lora.rank, 1))
+    yield from ({"lora.rank": rank} for share in _SHARES if (rank := int(share * settings.lora.rank)) >= 1)
 
 
 def _devices(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
@@ -133,12 +136,6 @@ def _devices(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
 def _latent_frames(settings: RunSettings, planner: Planner) -> int:
     shape = planner.shape(settings)
     return planner.geometry.latent_grid(shape.num_frames, shape.height, shape.width)[0]
-
-
-def _halves(value: int, least: int) -> Iterator[int]:
-    while value // 2 >= least:
-        value //= 2
-        yield value
 
 
 MEASURES: tuple[Measure, ...] = (

@@ -221,12 +221,10 @@ class MemorySettings(Settings):
         "fit, and logs them; those after which it trains something else are warnings",
     )
 
-    num_processes: int = Field(default=1, ge=1, description="processes, one a device; of a run those that there are")
-    sharding: Sharding = Field(
-        default="ddp", description="how accelerate divides weights: ddp, zero2, zero3, fsdp; of a run as it is launched"
-    )
+    num_processes: int = Field(default=1, ge=1, description="processes, one a device")
+    sharding: Sharding = Field(default="ddp", description="how accelerate divides weights: ddp, zero2, zero3, fsdp")
     device_gb: float | None = Field(
-        default=None, gt=0, description="memory of a device, in 10^9 bytes; that of this machine's if not given"
+        default=None, gt=0, description="memory of a device, in 10^9 bytes; that of this machine if not given"
     )
 
 

@@ -233,11 +233,10 @@ def precomputed(settings: RunSettings) -> Any:
     return there[0]
 
 
-def batches(settings: RunSettings) -> Any:
-    """How many samples a run takes at once, as it is written down with it."""
+def precomputes(settings: RunSettings) -> Any:
+    """Whether a run precomputes, as it is written down with it."""
     a_run(settings)
-    train = RunSettings.parse(read_yaml(settings.output_dir / "config.yaml")).train
-    return train.per_device_train_batch_size, train.gradient_accumulation_steps
+    return RunSettings.parse(read_yaml(settings.output_dir / "config.yaml")).precompute
 
 
 def folders(settings: RunSettings) -> Any:
@@ -409,7 +408,7 @@ CASES: dict[str, Case] = {
     "plan.min_shapes": Case("video:1x5x3x32x32", a_start),
     "plan.opt_shapes": Case("video:1x5x3x64x64", a_start),
     "plan.max_shapes": Case("video:1x5x3x512x512", a_start),
-    "memory.fit": Case("auto", batches, SMALL_DEVICE),
+    "memory.fit": Case("auto", precomputes, SMALL_DEVICE),
     "memory.num_processes": Case(8, the_dry_run, SHARDED),
     "memory.sharding": Case("ddp", the_dry_run, SHARDED),
     "memory.device_gb": Case(80, the_dry_run, SHARDED),

@@ -51,18 +51,18 @@ def render(results: Path, tables: Tables) -> str:
     return "\n\n".join(parts)
 
 
-def with_tables(page: str, tables: str) -> str:
+def with_tables(page: str, tables: str, begin: str = BEGIN) -> str:
     """The page with `tables` between its marks."""
-    before, begin, rest = page.partition(BEGIN)
+    before, mark, rest = page.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"there is no place for the tables: {BEGIN} and {END} on lines of their own are missing")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+    if not mark or not end:
+        raise SystemExit(f"there is no place for the tables: {begin} and {END} on lines of their own are missing")
+    return f"{before}{begin}\n\n{tables}\n\n{END}{after}"
 
 
-def tables_of(page: str) -> str:
+def tables_of(page: str, begin: str = BEGIN) -> str:
     """What stands between the marks of a page."""
-    return page.partition(BEGIN)[2].partition(END)[0].strip()
+    return page.partition(begin)[2].partition(END)[0].strip()
 
 
 def contender_table(result: Result) -> str:

@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from frostline.recipes import recipe_names, training_config
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import hardware  # noqa: E402
 from contenders import CONTENDERS, Outcome, Tolerance, compare  # noqa: E402
 from measuring import interleave, medians, peak_growth_mib, ratio, summary  # noqa: E402
 from roofline import Ceilings, Work, measure_work  # noqa: E402
@@ -118,6 +121,18 @@ def test_pages_show_what_was_measured(page: Path) -> None:
     shown = tables_of(page.read_text())
     assert shown == render(BENCHMARKS / "results", PAGES[page])
     assert shown.startswith("| ")
+
+
+def test_the_page_of_hardware_shows_what_was_planned() -> None:
+    planned = json.loads((BENCHMARKS / "results" / "hardware.json").read_text())
+    assert tables_of(hardware.PAGE.read_text(), hardware.BEGIN) == hardware.render(planned)
+    assert [*planned["recipes"]] == [name for name in recipe_names() if training_config(name) is not None]
+
+
+def test_what_was_planned_is_what_the_plan_says_now() -> None:
+    """Of the cheapest recipe, to the byte."""
+    planned = json.loads((BENCHMARKS / "results" / "hardware.json").read_text())
+    assert planned["recipes"]["tiny"] == json.loads(json.dumps(hardware.plan_recipe("tiny")))
 
 
 def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis(tmp_path: Path) -> None:

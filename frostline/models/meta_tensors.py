@@ -16,28 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.deferred_init import deferred_init
+from frostline.models.meta_results import call_on_meta
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
-# Operations whose result is like their largest input, and those that change their first.
-_ELEMENTWISE = frozenset(
-    {
-        _aten.add.Tensor,
-        _aten.clamp.default,
-        _aten.clamp_min.default,
-        _aten.div.Tensor,
-        _aten.mul.Scalar,
-        _aten.mul.Tensor,
-        _aten.neg.default,
-        _aten.pow.Tensor_Scalar,
-        _aten.reciprocal.default,
-        _aten.rsqrt.default,
-        _aten.silu.default,
-        _aten.silu_backward.default,
-        _aten.sqrt.default,
-        _aten.sub.Tensor,
-    }
-)
+# Operations that change their first argument, and return it.
 _IN_PLACE = frozenset(
     {
         _aten.add_.Tensor,
@@ -105,13 +88,13 @@ class _OnMeta(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args = tuple(self._moved(value) for value in args)
-        kwargs = {name: self._moved(value) for name, value in (kwargs or {}).items()}
-        if (result := _quickly(func, args, kwargs)) is not None:
-            return result
+        args = [self._moved(value) for value in args]
+        kwargs = {name: self._moved(value) for name, value in kwargs.items()} if kwargs else {}
+        if func in _IN_PLACE:
+            return args[0]
         if _takes_device(func):
             kwargs["device"] = _META
-        return func(*args, **kwargs)
+        return call_on_meta(func, args, kwargs)
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -124,31 +107,6 @@ class _OnMeta(TorchDispatchMode):
         if isinstance(value, list | tuple):
             return type(value)(self._moved(part) for part in value)
         return value
-
-
-def _quickly(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the result of an operation whose shape torch would compute slowly, in Python; None for any other.
-
-    These are most operations of a step.
-    """
-    if func in _IN_PLACE:
-        return args[0]
-    if func is _aten.linalg_vector_norm.default and len(args) == 4:
-        return _aten.sum.dim_IntList(args[0], *args[2:], **kwargs)
-    if func not in _ELEMENTWISE:
-        return None
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    largest = max(tensors, key=Tensor.numel)
-    if not all(tensor.is_floating_point() and _broadcasts(tensor.shape, largest.shape) for tensor in tensors):
-        return None
-    # Tensors of no dimension are numbers, and decide only among themselves.
-    dtypes = [tensor.dtype for tensor in tensors if tensor.dim()] or [tensor.dtype for tensor in tensors]
-    return torch.empty_like(largest, dtype=functools.reduce(torch.promote_types, dtypes))
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    aligned = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(extent in (1, other) for extent, other in aligned)
 
 
 @functools.cache

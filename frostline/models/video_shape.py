@@ -17,6 +17,9 @@ class VideoShape:
     height: int
     width: int
 
+    def __str__(self) -> str:
+        return f"{self.batch_size}x{self.num_frames}x{self.height}x{self.width}"
+
     @property
     def pixels(self) -> int:
         """Of all frames of all samples."""

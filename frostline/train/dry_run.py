@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,20 +14,19 @@ from frostline.errors import FrostlineError
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.schedule import FlowMatchSchedule
 from frostline.models.video_shape import Geometry
-from frostline.rewards.build import JUDGES, make_builtin
 from frostline.rewards.config import RewardConfig
-from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device, total_bytes
 from frostline.stages.families import ModelSpec, family_of
 from frostline.terminal.tables import Column, FittedTable
 from frostline.train.data.dataset import Sample, VideoPromptDataset
 from frostline.train.data.needs import SampleNeeds
-from frostline.train.loop.validation import starts_of
+from frostline.train.fit_memory import remedy_in_run
+from frostline.train.loop.validation import Validation, starts_of
 from frostline.train.memory.advice import memory_problem
-from frostline.train.memory.memory_profile import judge_bytes
-from frostline.train.memory.plan import MemoryPlan, memory_plan
-from frostline.train.memory.table import memory_table
-from frostline.train.precompute.preview import count_there, preview
+from frostline.train.memory.search import find_remedy
+from frostline.train.memory.table import memory_table, outcome_of, remedy_table
+from frostline.train.precompute.preview import count_samples, count_there
+from frostline.train.run_plan import RunPlanner
 from frostline.train.settings import RunSettings, VideoSettings
 from frostline.train.validate_settings import check_output, problems
 
@@ -67,10 +66,10 @@ def print_dry_run(settings: RunSettings, console: Console, resume: str | None = 
         if section == "validation" or settings.data.bad_rows == "error":
             found += data[section].wrong
     with _noted(found):
-        device_bytes = _device_bytes(settings, there)
         if whole and spec is not None:
-            stages = _look_at_precomputing(settings, spec, data, device_bytes, console, found)
-            found += _look_at_memory(settings, geometry, device_bytes, stages, console)
+            planner = _planner(settings, there, data)
+            _look_at_precomputing(settings, spec, planner, data, console, found)
+            found += _look_at_memory(settings, planner, console)
     for problem in found:
         console.print(f"[bold red]problem[/] {escape(problem)}", soft_wrap=True, highlight=False)
     could = "this run could begin" if there else "this run could begin once the files of the model are there"
@@ -88,80 +87,84 @@ def _noted(found: list[str], where: str = "") -> Iterator[None]:
             found.append(f"{where}{error}")
 
 
-def _device_bytes(settings: RunSettings, there: bool) -> int | None:
-    """Memory of the device that is planned for: what the settings say, or else this machine's if it has the model."""
+def _planner(settings: RunSettings, there: bool, data: Mapping[str, _Looked]) -> RunPlanner:
+    """Plan for the memory that the settings say, or else for this machine's if it has the model."""
+    on_cpu, device_bytes = settings.device == "cpu", None
     if settings.memory.device_gb is not None:
-        return int(settings.memory.device_gb * 1e9)
-    return total_bytes(resolve_device(settings.device)) if there else None
+        device_bytes = int(settings.memory.device_gb * 1e9)
+    elif there:
+        device = resolve_device(settings.device)
+        on_cpu, device_bytes = device.type == "cpu", total_bytes(device)
+    samples, (dataset, validation) = (0, 0), _sources(settings, data)
+    if dataset is not None:
+        samples = count_samples(settings, dataset, validation)
+    return RunPlanner(settings, device_bytes, on_cpu, samples, data["data"].sizes)
+
+
+def _sources(settings: RunSettings, data: Mapping[str, _Looked]) -> tuple[Dataset[Sample] | None, Validation | None]:
+    held_out = data["validation"].readable
+    return data["data"].readable, None if held_out is None else starts_of(settings.validation, held_out)
 
 
 def _look_at_precomputing(
     settings: RunSettings,
     spec: ModelSpec,
+    planner: RunPlanner,
     data: Mapping[str, _Looked],
-    device_bytes: int | None,
     console: Console,
     found: list[str],
-) -> tuple[str, ...]:
-    """Tell what is computed before the first step, which takes readable data; return the stages."""
-    dataset, held_out = data["data"].readable, data["validation"].readable
+) -> None:
+    """Tell what is computed before the first step; how much that is takes readable data."""
+    dataset, validation = _sources(settings, data)
     if dataset is None or found:
-        return ()
-    validation = None if held_out is None else starts_of(settings.validation, held_out)
-    seen = preview(settings, spec, dataset, validation, device_bytes)
+        return
+    seen = planner.preview(settings)
     if seen.reason is not None:
         if settings.precompute == "always":
             found.append(f"precompute: always: {seen.reason}")
         console.print(f"precompute: nothing ({seen.reason})", soft_wrap=True, highlight=False)
-        return ()
+        return
     console.print(f"precompute: {seen.estimate}", soft_wrap=True, highlight=False)
     if spec.from_files:
         there, total = count_there(settings, dataset, validation)
         where = escape(str(settings.frozen_cache_dir))
         console.print(f"precompute: {there} of {total} samples are in {where}", soft_wrap=True, highlight=False)
-    return seen.stages
 
 
-def _look_at_memory(
-    settings: RunSettings, geometry: Geometry, device_bytes: int | None, precomputed: Sequence[str], console: Console
-) -> list[str]:
-    """What is wrong with the memory that a step needs."""
-    plan = _memory_plan(settings, geometry, device_bytes, precomputed)
+def _look_at_memory(settings: RunSettings, planner: RunPlanner, console: Console) -> list[str]:
+    """What is wrong with the memory that a step needs; where it is too much, what makes the run fit is printed."""
+    shape, plan = planner.shape(settings), planner.plan(settings)
+    console.print(f"memory of a step of {shape}:", highlight=False)
     console.print(memory_table(plan))
     for entry in (*settings.rewards, *settings.validation.judges):
         if not isinstance(entry, RewardConfig):
             console.print(
                 f"not counted: the networks of {escape(entry.type)}, which a dry run does not import", soft_wrap=True
             )
-    problem = memory_problem(plan, settings)
-    return [] if problem is None else [problem]
-
-
-def _memory_plan(
-    settings: RunSettings, geometry: Geometry, device_bytes: int | None, precomputed: Sequence[str]
-) -> MemoryPlan:
-    train, memory = settings.train, settings.memory
-    return memory_plan(
-        settings.model,
-        settings,
-        settings.video_shape(geometry),
-        dtype=train.weight_dtype,
-        engines=() if settings.plan.backend == TORCH else "all",
-        num_processes=memory.num_processes,
-        sharding=memory.sharding,
-        device_bytes=device_bytes,
-        rewards=[reward for reward, _ in make_builtin(settings.rewards)],
-        judges=dict(judge_bytes(*made) for made in make_builtin(settings.validation.judges, JUDGES)),
-        precomputed=precomputed,
-    )
+    problem = memory_problem(plan, settings, planner.on_cpu)
+    if problem is None:
+        return []
+    auto = settings.memory.fit == "auto"
+    remedy = remedy_in_run(settings, planner) if auto else find_remedy(settings, planner)
+    if remedy.steps:
+        console.print(remedy_table(remedy))
+    if auto and remedy.fits:
+        console.print(f"memory.fit: auto: {outcome_of(remedy)}", soft_wrap=True, highlight=False)
+        return []
+    return [f"{problem}; {outcome_of(remedy)}"]
 
 
 @dataclass(frozen=True)
 class _Looked:
-    """A data source. wrong: one line for each row at fault. readable: its other rows, if there are any."""
+    """A data source.
+
+    wrong: one line for each row at fault. readable: its other rows, if there are any. sizes: heights and widths of
+    their videos.
+    """
 
     wrong: list[str]
     readable: Dataset[Sample] | None = None
+    sizes: frozenset[tuple[int, int]] = frozenset()
 
 
 def _look_at(
@@ -188,7 +191,8 @@ def _look_at(
         console.print(_pace(settings, dataset, len(bad)), highlight=False)
     names = {row.sample_id for row in bad}
     good = [index for index, name in enumerate(dataset.sample_ids) if name not in names]
-    return _Looked([str(row) for row in bad], Subset(dataset, good) if good and bad else dataset if good else None)
+    readable = Subset(dataset, good) if good and bad else dataset if good else None
+    return _Looked([str(row) for row in bad], readable, check.sizes)
 
 
 def _pace(settings: RunSettings, dataset: VideoPromptDataset, bad: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.utils.data import Dataset, Subset
 
 from frostline.config import CHECKPOINTING
@@ -18,7 +19,7 @@ from frostline.models.video_shape import Geometry, VideoShape
 from frostline.progress import Progress
 from frostline.rewards.build import JUDGES, resolve
 from frostline.runtime.backends import TORCH
-from frostline.runtime.device import resolve_device
+from frostline.runtime.device import resolve_device, total_bytes
 from frostline.runtime.malloc import keep_freed_memory
 from frostline.runtime.runtime import Runtime
 from frostline.stages.families import DEFAULT_GEOMETRY, family_of
@@ -26,6 +27,7 @@ from frostline.terminal.logs import LogFile, logged_to_file
 from frostline.train.config_file import dump_settings
 from frostline.train.data.dataset import BadRow, DataCheck, Sample, VideoPromptDataset
 from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
+from frostline.train.fit_memory import fit_to_memory
 from frostline.train.judging.judge import Judge, build_judges
 from frostline.train.loop.checkpoint import Checkpoint, samples_dealt
 from frostline.train.loop.evaluation import PSNR, PSNR_ABOUT
@@ -36,6 +38,7 @@ from frostline.train.loop.saving import package_versions
 from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
 from frostline.train.loop.validation import Validation, starts_of, validate
 from frostline.train.precompute.prepare import Place, Precomputed, precompute
+from frostline.train.precompute.preview import count_samples
 from frostline.train.processes import gather_from_processes
 from frostline.train.report.page import write_report
 from frostline.train.settings import RunSettings
@@ -69,7 +72,7 @@ def _run_training(
     settings: RunSettings, resume: str | None, progress: Progress, accelerator: Accelerator, log_file: LogFile
 ) -> TrainOutcome:
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
-    dataset, validation = _open_data(settings, accelerator, progress)
+    settings, dataset, validation, sizes = _open_fitted(settings, accelerator, progress)
     device = _device_of(accelerator)
     place = _place_of(checkpoint, accelerator.num_processes)
     prepared = precompute(settings, dataset, validation, device, progress, place)
@@ -80,7 +83,7 @@ def _run_training(
             validation = replace(validation, judges=load_judges(settings, module))
     if checkpoint is None and settings.init_adapter is not None:
         module.load_adapter(settings.init_adapter)
-    _settle_checkpointing(module, settings.video_shape(module.model.geometry))
+    _settle_checkpointing(module, settings.video_shape(module.model.geometry, sizes))
     _log_start(settings, accelerator, len(dataset), checkpoint)  # type: ignore[arg-type]
     with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
         bar.advance(checkpoint.step if checkpoint else 0)
@@ -146,23 +149,45 @@ def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | 
         family_of(settings.model).check_files(settings.model)
 
     _from_first_process(accelerator, check)
-    dataset, validation = _open_data(settings, accelerator, progress)
+    settings, dataset, validation, _ = _open_fitted(settings, accelerator, progress)
     place = _place_of(None, max(accelerator.num_processes, settings.memory.num_processes))
     done = precompute(settings, dataset, validation, _device_of(accelerator), progress, place, batch_size)
     accelerator.state.destroy_process_group()
     return done
 
 
+def _open_fitted(
+    settings: RunSettings, accelerator: Accelerator, progress: Progress
+) -> tuple[RunSettings, Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
+    """The settings as `memory.fit` makes them, and the data as they cut it."""
+    dataset, validation, sizes = _open_data(settings, accelerator, progress)
+    if settings.memory.fit == "never":
+        return settings, dataset, validation, sizes
+    device = _device_of(accelerator)
+    # The same in every process, whose devices may differ.
+    device_gb = settings.memory.device_gb or min(gather_from_processes(total_bytes(device))) / 1e9
+    sharding = "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "ddp"
+    machine = {"num_processes": accelerator.num_processes, "sharding": sharding, "device_gb": device_gb}
+    there = settings.memory.model_copy(update=machine)
+    with progress.task("plan the memory"):
+        samples = count_samples(settings, dataset, validation)
+        fitted = fit_to_memory(settings, there, device.type == "cpu", samples, sizes)
+    accelerator.gradient_accumulation_steps = fitted.train.gradient_accumulation_steps
+    if fitted.data != settings.data:
+        dataset, validation, sizes = _open_data(fitted, accelerator, progress)
+    return fitted, dataset, validation, sizes
+
+
 def _open_data(
     settings: RunSettings, accelerator: Accelerator, progress: Progress
-) -> tuple[Dataset[Sample], Validation | None]:
-    """The samples to train on, and the held-out starts."""
+) -> tuple[Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
+    """The samples to train on, the held-out starts, and heights and widths of the samples' videos."""
     spec = family_of(settings.model).read_spec(settings.model)
     rewards, judges = resolve(settings.rewards), resolve(settings.validation.judges, JUDGES)
     needs = SampleNeeds.of(spec.name, spec.needs_image, rewards, settings.sft_weight > 0)
-    dataset = _training_data(settings, accelerator, progress, spec.geometry, needs)
+    dataset, sizes = _training_data(settings, accelerator, progress, spec.geometry, needs)
     needs = SampleNeeds.of(spec.name, spec.needs_image, (*rewards, *judges))
-    return dataset, open_validation(settings, spec.geometry, needs)
+    return dataset, open_validation(settings, spec.geometry, needs), sizes
 
 
 def _device_of(accelerator: Accelerator) -> torch.device:
@@ -280,7 +305,7 @@ def run_facts(module: TrainingModule, judges: Sequence[Judge] = ()) -> dict[str,
 
 def _training_data(
     settings: RunSettings, accelerator: Accelerator, progress: Progress, geometry: Geometry, needs: SampleNeeds
-) -> Dataset[Sample]:
+) -> tuple[Dataset[Sample], frozenset[tuple[int, int]]]:
     dataset = settings.data.open(geometry, needs)
 
     def look() -> DataCheck:
@@ -290,7 +315,7 @@ def _training_data(
     check = _from_first_process(accelerator, look)
     if check.short:
         log.warning("%s", dataset.describe_padding(check.short))
-    return check_rows(dataset, settings.data.bad_rows, check.bad)
+    return check_rows(dataset, settings.data.bad_rows, check.bad), check.sizes
 
 
 def _from_first_process(accelerator: Accelerator, compute: Callable[[], _T]) -> _T:

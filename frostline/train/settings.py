@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -119,11 +121,21 @@ class VideoSettings(Settings):
         """Raise a ConfigError where a model of this geometry takes no such videos."""
         geometry.check_cut(self.num_frames, self.height, self.width, self.max_pixels, self.frame_stride)
 
-    def shape(self, geometry: Geometry, batch_size: int) -> VideoShape:
-        """Return the extents of a batch; where videos keep their proportions, the square of so many pixels."""
+    def shape(self, geometry: Geometry, batch_size: int, sizes: Collection[tuple[int, int]] = ()) -> VideoShape:
+        """Return the extents of a batch, the largest where videos keep their proportions.
+
+        Args:
+            sizes: heights and widths of the videos before they are cut; without them it is the square of so many
+                pixels.
+        """
         height, width = self.height, self.width
         if height is None or width is None:
             height = width = geometry.square_side(self.max_pixels)
+            if sizes:
+                from frostline.train.data.cutting import size_within
+
+                cut = (size_within(*size, self.max_pixels, geometry.spatial_multiple) for size in sizes)
+                height, width = max(cut, key=math.prod)
         return VideoShape(batch_size, self.num_frames, height, width)
 
     def open(self, geometry: Geometry = DEFAULT_GEOMETRY, needs: SampleNeeds = DEFAULT_NEEDS) -> VideoPromptDataset:
@@ -201,11 +213,19 @@ class PlanSettings(Settings):
 
 
 class MemorySettings(Settings):
-    """For which machine `--dry-run` plans the memory; a run itself heeds none of these."""
+    """For which machine `--dry-run` and `fit` plan the memory."""
+
+    fit: Literal["auto", "never"] = Field(
+        default="never",
+        description="auto: a run that does not fit the devices makes the cheapest changes of its settings that make it "
+        "fit, and logs them; those after which it trains something else are warnings",
+    )
 
     num_processes: int = Field(default=1, ge=1, description="processes, one a device")
     sharding: Sharding = Field(default="ddp", description="how accelerate divides weights: ddp, zero2, zero3, fsdp")
-    device_gb: float | None = Field(default=None, gt=0, description="memory of a device, in 10^9 bytes")
+    device_gb: float | None = Field(
+        default=None, gt=0, description="memory of a device, in 10^9 bytes; that of this machine if not given"
+    )
 
 
 class RunSettings(TrainingModuleSettings):
@@ -257,12 +277,9 @@ class RunSettings(TrainingModuleSettings):
                 raise ValueError(f"{name}: {error}") from None
         return self
 
-    def video_shape(self, geometry: Geometry = DEFAULT_GEOMETRY) -> VideoShape:
-        """What a step of one process computes on.
-
-        Where videos keep their proportions, the square of so many pixels stands for all of them.
-        """
-        return self.data.shape(geometry, self.train.per_device_train_batch_size)
+    def video_shape(self, geometry: Geometry = DEFAULT_GEOMETRY, sizes: Collection[tuple[int, int]] = ()) -> VideoShape:
+        """Return what a step of one process computes on; see `VideoSettings.shape`."""
+        return self.data.shape(geometry, self.train.per_device_train_batch_size, sizes)
 
     @property
     def frozen_cache_dir(self) -> Path:

@@ -170,7 +170,8 @@ def test_the_dry_run_and_the_memory_plan_know_its_stages(toy: Path, tmp_path: Pa
 def test_blocks_beyond_the_first_few_are_extrapolated_exactly(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, shape = module_of(toy, plan="torch", engines=None).model, VideoShape(1, 65, 32, 48)
     few = [memory_profile.measure_live_stages(model, shape, kind) for kind in ("none", "block", "full")]
-    monkeypatch.setattr(memory_profile, "_FEW", 100)
+    monkeypatch.setattr(memory_profile, "_FEW_BLOCKS", 100)
+    monkeypatch.setattr(memory_profile, "_FEW_CHUNKS", 100)
     assert few == [memory_profile.measure_live_stages(model, shape, kind) for kind in ("none", "block", "full")]
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from vision_files import write_aesthetic, write_clip, write_dinov2
 
 from frostline.config import dotted_names
+from frostline.documents import read_yaml
 from frostline.errors import FrostlineError
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.tiny.clips import held_out_clips, render_clips
@@ -66,6 +67,12 @@ HACKING = {
     "train": {"learning_rate": 3e-2},
 }
 SHARDED = {"memory": {"num_processes": 2, "sharding": "fsdp"}}
+SMALL_DEVICE = {
+    **NO_VALIDATION,
+    "train": {"per_device_train_batch_size": 2},
+    "precompute": "never",
+    "memory": {"device_gb": 0.024},
+}
 Observe = Callable[[RunSettings], Any]
 
 
@@ -224,6 +231,12 @@ def precomputed(settings: RunSettings) -> Any:
         patch.setattr(WanTrainingModule, "forward", counted)
         a_run(settings)
     return there[0]
+
+
+def precomputes(settings: RunSettings) -> Any:
+    """Whether a run precomputes, as it is written down with it."""
+    a_run(settings)
+    return RunSettings.parse(read_yaml(settings.output_dir / "config.yaml")).precompute
 
 
 def folders(settings: RunSettings) -> Any:
@@ -395,6 +408,7 @@ CASES: dict[str, Case] = {
     "plan.min_shapes": Case("video:1x5x3x32x32", a_start),
     "plan.opt_shapes": Case("video:1x5x3x64x64", a_start),
     "plan.max_shapes": Case("video:1x5x3x512x512", a_start),
+    "memory.fit": Case("auto", precomputes, SMALL_DEVICE),
     "memory.num_processes": Case(8, the_dry_run, SHARDED),
     "memory.sharding": Case("ddp", the_dry_run, SHARDED),
     "memory.device_gb": Case(80, the_dry_run, SHARDED),

@@ -241,9 +241,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no place": (_nothing, ["CONFIG", "output_dir=config.yaml/run"], 1, "cannot be written to: Not a directory"),
     "dry run, no memory": (
         _nothing,
-        ["CONFIG", "--dry-run", "memory.device_gb=0.03", "precompute=never"],
+        ["CONFIG", "--dry-run", "memory.device_gb=0.024", "precompute=never"],
         1,
-        "GB of each device are needed, and 0.03 are there; settings that need less: ",
+        "GB of each device are needed, and 0.02 are there; it fits with precompute=always: 0.02 GB",
+    ),
+    "dry run, far too little memory": (
+        _nothing,
+        ["CONFIG", "--dry-run", "memory.device_gb=0.001"],
+        1,
+        "GB are needed whatever the size of the videos",
     ),
     "another run": (_occupy, ["CONFIG", "output_dir=occupied"], 2, "occupied holds a run already"),
     "a convolution": (_nothing, ["CONFIG", "lora.target_modules=[patch_embedding]"], 2, CONVOLUTION),
@@ -428,8 +434,19 @@ def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.Monk
     assert "fewer than" not in result.output
     result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "data.num_frames=9"], env={"COLUMNS": "200"})
     assert "data: 3 of 3 clips have fewer than 9 frames: their last frame is repeated" in result.output
+    assert "memory of a step of 2x9x32x32" in result.output, "as large as the clips are, not as they may be"
     printed = CliRunner().invoke(app, ["train", "config.yaml", "lora.rank=5", "--print-config"])
     assert "rank: 5" in printed.output
+
+
+def test_a_run_chooses_what_to_recompute_by_the_sizes_of_its_clips(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(workplace)
+    caplog.set_level("INFO", "frostline")
+    once = ["train.max_train_steps=1", "validation.source=null", f"output_dir={tmp_path / 'run'}"]
+    run_training(load_run_settings(Path("config.yaml"), once), None, Progress(quiet=True))
+    assert "gradient checkpointing: a step of 2x5x32x32 needs GB" in caplog.text
 
 
 def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +454,8 @@ def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypat
     monkeypatch.chdir(workplace)
     reference = str(training_config("Wan2.2-I2V-A14B"))
     machine = ["memory.num_processes=8", "memory.sharding=fsdp", "memory.device_gb=80", "precompute=never"]
-    sources = ["data.source=data", "validation.source=data"]
+    # The clips that are there are smaller.
+    sources = ["data.source=data", "validation.source=data", "data.height=480", "data.width=480"]
     result = CliRunner().invoke(app, ["train", reference, "--dry-run", *machine, *sources])
     assert result.exit_code == 0, result.output
     assert result.output.count("rollout head: frozen; high-noise expert") == 3

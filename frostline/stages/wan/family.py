@@ -165,6 +165,7 @@ def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVide
 
 def empty_model(spec: ModelSpec, dtype: torch.dtype, lora: LoraSettings) -> WanVideoModel:
     """Return a model whose parameters are on the meta device."""
+    from frostline.models.meta_tensors import meta_parameters
     from frostline.models.wan.components import WanComponents
 
     from .model import WanVideoModel
@@ -172,4 +173,5 @@ def empty_model(spec: ModelSpec, dtype: torch.dtype, lora: LoraSettings) -> WanV
     networks: dict[str, Any] = {name: spec.build(name).eval().requires_grad_(False).to(dtype) for name in spec.networks}
     # Nothing is encoded without weights.
     tokenizer: Any = SimpleNamespace(seq_len=spec.text_length)
-    return WanVideoModel.of(WanComponents(spec=spec, tokenizer=tokenizer, **networks), lora)
+    with meta_parameters():
+        return WanVideoModel.of(WanComponents(spec=spec, tokenizer=tokenizer, **networks), lora)

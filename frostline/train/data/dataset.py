@@ -80,10 +80,15 @@ class BadRow:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a look at all rows found. bad: those that cannot be trained on. short: samples that have to be padded."""
+    """What a look at all rows found.
+
+    bad: those that cannot be trained on. short: samples that have to be padded. sizes: heights and widths of the videos
+    of the others, upright and before they are cut.
+    """
 
     bad: list[BadRow]
     short: list[str]
+    sizes: frozenset[tuple[int, int]] = frozenset()
 
 
 class VideoPromptDataset(Dataset[Sample]):
@@ -196,29 +201,30 @@ class VideoPromptDataset(Dataset[Sample]):
 
     def check(self, deep: bool = False) -> DataCheck:
         """Look at all rows as `validate` does, and count the frames of each video."""
-        bad, short = [], []
+        bad, short, sizes = [], [], set()
         # Many samples may show one person.
         look_at_references = functools.cache(check_references)
         for row in self._rows:
             field = "video"
             try:
-                frames = self._available_frames(row, deep)
+                frames, size = self._look_at_video(row, deep)
                 field = REFERENCE
                 if row.reference and self.needs.references:
                     look_at_references(row.reference, deep)
                 if frames < self.num_frames:
                     short.append(row.sample_id)
+                sizes.add(size)
             except DataError as error:
                 bad.append(self._bad_row(row, *(row.fault or (field, str(error)))))
-        return DataCheck(bad, short)
+        return DataCheck(bad, short, frozenset(sizes))
 
     def describe_padding(self, short: Sequence[str]) -> str:
         """Say what becomes of these samples, which `check` found short."""
         clips = f"{len(short)} of {len(self)} clips have fewer than {self.num_frames} frames"
         return f"{clips}: their last frame is repeated, and no reward refers to the copies"
 
-    def _available_frames(self, row: Row, deep: bool) -> int:
-        """Of a video, how many frames there are for a sample.
+    def _look_at_video(self, row: Row, deep: bool) -> tuple[int, tuple[int, int]]:
+        """Of a video, how many frames there are for a sample, and their height and width.
 
         Raises:
             DataError: the row has a fault, or its video cannot be read.
@@ -226,11 +232,14 @@ class VideoPromptDataset(Dataset[Sample]):
         if row.fault is not None:
             raise DataError(row.fault[1])
         if row.video is None:
-            return self.num_frames
+            return self.num_frames, self._size_without_video()
         if deep:
-            return sum(1 for _ in equal_frames(row.video, self.num_frames, self.frame_stride))
-        probe_video(row.video)
-        return math.ceil(count_frames(row.video, self.num_frames * self.frame_stride) / self.frame_stride)
+            frames = sum(1 for _ in equal_frames(row.video, self.num_frames, self.frame_stride))
+            info = probe_video(row.video)
+        else:
+            info = probe_video(row.video)
+            frames = math.ceil(count_frames(row.video, self.num_frames * self.frame_stride) / self.frame_stride)
+        return frames, (info.height, info.width)
 
     def _read(self, path: Path, notes: list[str]) -> torch.Tensor:
         """A video's frames as a sample has them, float32 `(T, 3, H, W)`; resized as they arrive.

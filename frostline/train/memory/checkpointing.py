@@ -106,6 +106,5 @@ def fitting_checkpointing(
 
 
 def _described(shape: VideoShape, needs: Mapping[GradientCheckpointing, int], free: int) -> str:
-    size = f"{shape.batch_size}x{shape.num_frames}x{shape.height}x{shape.width}"
     listed = ", ".join(f"{kind} {need / _GB:.2f}" for kind, need in needs.items())
-    return f"gradient checkpointing: a step of {size} needs GB: {listed}; {free / _GB:.2f} are free"
+    return f"gradient checkpointing: a step of {shape} needs GB: {listed}; {free / _GB:.2f} are free"

@@ -25,8 +25,9 @@ from frostline.stages.video_model import Decoder, DenoiserModule, Expert, VideoM
 from frostline.train.memory.recompute import Networks, decode_recomputed, recomputed
 from frostline.train.memory.tracker import MemoryTracker, tensors_of
 
-# The first latent frame, and the first with a cache, are decoded in ways of their own; the rest alike.
-_FEW = 4
+# Of a decoder's chunks, the first latent frame, and the first with a cache, go ways of their own; the rest alike.
+_FEW_CHUNKS = 4
+_FEW_BLOCKS = 3
 
 
 @dataclass(frozen=True)
@@ -46,50 +47,46 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class ModelFootprint:
-    """What a model needs of memory.
+class Weights:
+    """Bytes of a model's parameters.
 
-    weights: bytes by stage. stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of all
-    LoRAs. largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
+    stages: by name. adapter: of all LoRAs. largest_blocks: of each denoiser that a gradient flows through, bytes of its
+    largest block by stage.
     """
 
-    weights: Mapping[str, int]
-    stages: Callable[[GradientCheckpointing], dict[str, Footprint]]
+    stages: Mapping[str, int]
     adapter: int
     largest_blocks: Mapping[str, int]
 
+    @classmethod
+    def of(cls, model: VideoModel) -> Weights:
+        """Count the parameters of a model; they need no content."""
+        return cls(
+            _weights(model),
+            adapter=sum(_bytes(lora_parameters(each.network).values()) for each in model.experts),
+            largest_blocks={
+                each.stage: max(_frozen_bytes(block) for block in each.module.blocks) for each in _live_experts(model)
+            },
+        )
 
-def measure_model(model: VideoModel, shape: VideoShape, window: int | None = None) -> ModelFootprint:
-    """Run stages of a model without weights on meta tensors: nothing of size is allocated.
 
-    Counted are tensors, as `MemoryTracker` does. The frozen stages run once, the live ones for each kind that is asked
-    for.
+def measure_frozen_stages(model: VideoModel, shape: VideoShape) -> dict[str, Footprint]:
+    """Run the stages that no gradient ever flows through, but for the denoisers, on meta tensors, once each.
+
+    Counted are tensors, as `MemoryTracker` does; nothing of size is allocated.
 
     Args:
-        model: of `Family.empty_model`.
-        window: number of latent frames that a step decodes with gradient; None means all of them.
+        model: its weights need not be in memory.
     """
-    weights = {stage: _bytes(parameters) for stage, parameters in model.stage_parameters().items()}
+    weights = _weights(model)
     with without_data(*model.modules()):
         calls = model.frozen_calls(shape)
         frozen = {stage: _measure(each.module, each.call, each.inputs) for stage, each in calls.items()}
-    frozen = {stage: replace(footprint, weights=weights[stage]) for stage, footprint in frozen.items()}
+    return {stage: replace(footprint, weights=weights[stage]) for stage, footprint in frozen.items()}
 
-    def stages(kind: GradientCheckpointing) -> dict[str, Footprint]:
-        live = measure_live_stages(model, shape, kind, window)
-        # Experts are alike but for their weights.
-        peak = live[model.experts[-1].stage].frozen_peak
-        others = {each.stage: Footprint(weights[each.stage], peak) for each in model.experts}
-        return frozen | others | live
 
-    return ModelFootprint(
-        weights,
-        stages,
-        adapter=sum(_bytes(lora_parameters(each.network).values()) for each in model.experts),
-        largest_blocks={
-            each.stage: max(_frozen_bytes(block) for block in each.module.blocks) for each in _live_experts(model)
-        },
-    )
+def _weights(model: VideoModel) -> dict[str, int]:
+    return {stage: _bytes(parameters) for stage, parameters in model.stage_parameters().items()}
 
 
 def _live_experts(model: VideoModel) -> list[Expert]:
@@ -106,18 +103,38 @@ def measure_live_stages(
     Args:
         window: number of latent frames that a step decodes with gradient; None means all of them.
     """
-    decoder = model.decoder()
-    weights = {stage: _bytes(parameters) for stage, parameters in model.stage_parameters().items()}
+    denoisers = measure_denoisers(model, shape, gradient_checkpointing)
+    return denoisers | measure_decoder(model, shape, gradient_checkpointing, window)
+
+
+def measure_denoisers(
+    model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing
+) -> dict[str, Footprint]:
+    """Measure all denoisers; those that no gradient flows through by the last one, which is alike but for weights."""
+    weights, live = _weights(model), {}
     with without_data(*model.modules()):
         inputs = model.denoiser_sample(shape)
         names, tensors = [*inputs], tuple(inputs.values())
-        latents = inputs["latents"].to(decoder.dtype)
 
         def tail(denoiser: DenoiserModule, count: int) -> Footprint:
             with denoiser.first_blocks(count):
                 step = _tail(denoiser, names, gradient_checkpointing)
                 return _measure(cast(nn.Module, denoiser), step, tensors, live=True)
 
+        for each in _live_experts(model):
+            footprint = _of_many(partial(tail, each.module), len(each.module.blocks), _FEW_BLOCKS)
+            live[each.stage] = replace(footprint, weights=weights[each.stage])
+    peak = live[model.experts[-1].stage].frozen_peak
+    return {each.stage: live.get(each.stage, Footprint(weights[each.stage], peak)) for each in model.experts}
+
+
+def measure_decoder(
+    model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing, window: int | None = None
+) -> dict[str, Footprint]:
+    """Measure the decoder, as `measure_live_stages` does."""
+    decoder = model.decoder()
+    with without_data(*model.modules()):
+        latents = model.denoiser_sample(shape)["latents"].to(decoder.dtype)
         frames = latents.shape[2]
         caches, held = None, 0
         if window is not None and window < frames:
@@ -130,22 +147,16 @@ def measure_live_stages(
             decode = _decode(decoder, gradient_checkpointing, caches)
             return _measure(nn.ModuleList(model.modules()), decode, (latents[:, :, :frames],), live=True)
 
-        decoded = _of_many(decoding, frames)
-        return {
-            **{
-                each.stage: replace(
-                    _of_many(partial(tail, each.module), len(each.module.blocks)), weights=weights[each.stage]
-                )
-                for each in _live_experts(model)
-            },
-            decoder.stage: replace(
-                decoded,
-                weights=weights[decoder.stage],
-                kept=decoded.kept + held,
-                forward_peak=decoded.forward_peak + held,
-                backward_peak=decoded.backward_peak + held,
-            ),
-        }
+        decoded = _of_many(decoding, frames, _FEW_CHUNKS)
+    return {
+        decoder.stage: replace(
+            decoded,
+            weights=_weights(model)[decoder.stage],
+            kept=decoded.kept + held,
+            forward_peak=decoded.forward_peak + held,
+            backward_peak=decoded.backward_peak + held,
+        )
+    }
 
 
 def measure_rewards(rewards: Iterable[Reward], shape: VideoShape) -> dict[str, Footprint]:
@@ -203,12 +214,12 @@ def without_data(*modules: nn.Module) -> Iterator[None]:
             module.scale = scale
 
 
-def _of_many(measure: Callable[[int], Footprint], count: int) -> Footprint:
-    """`measure(count)` of a stage that goes through so many blocks or chunks: each beyond the first few adds alike."""
-    if count <= _FEW:
+def _of_many(measure: Callable[[int], Footprint], count: int, few: int) -> Footprint:
+    """`measure(count)` of a stage with so many blocks or chunks: each beyond the first `few` adds alike."""
+    if count <= few:
         return measure(count)
-    fewer, few = astuple(measure(_FEW - 1)), astuple(measure(_FEW))
-    return Footprint(*(last + (count - _FEW) * (last - before) for before, last in zip(fewer, few, strict=True)))
+    before, last = astuple(measure(few - 1)), astuple(measure(few))
+    return Footprint(*(this + (count - few) * (this - other) for other, this in zip(before, last, strict=True)))
 
 
 def _tail(

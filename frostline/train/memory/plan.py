@@ -14,10 +14,10 @@ from frostline.errors import ConfigError
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.reward import Reward
-from frostline.stages.families import family_of
 from frostline.train.memory.activation_peaks import activation_peaks
 from frostline.train.memory.checkpointing import MOMENTS, least_recomputation
-from frostline.train.memory.memory_profile import live_uses, measure_model, measure_rewards
+from frostline.train.memory.measurements import Measurements
+from frostline.train.memory.memory_profile import live_uses
 from frostline.train.step_settings import TrainingModuleSettings
 
 # What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
@@ -100,6 +100,7 @@ def memory_plan(
     rewards: Sequence[Reward] = (),
     judges: Mapping[str, int] | None = None,
     precomputed: Collection[str] = (),
+    measurements: Measurements | None = None,
 ) -> MemoryPlan:
     """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
 
@@ -113,6 +114,7 @@ def memory_plan(
         rewards: whose networks count too.
         judges: bytes of the networks of each judge, by its name.
         precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
+        measurements: of this model, if others were planned before.
     Raises:
         ConfigError: there is no such model, stage or way to shard.
     """
@@ -120,14 +122,11 @@ def memory_plan(
         raise ConfigError(f"unknown sharding {sharding!r}: use one of {', '.join(get_args(Sharding))}")
     if num_processes < 1:
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
-    family = family_of(model)
-    spec = family.read_spec(model)
-    empty = family.empty_model(spec, dtype, settings.lora)
-    measured, of_rewards = (
-        measure_model(empty, shape, settings.decode.num_latent_frames),
-        measure_rewards(rewards, settings.decode.rewarded(shape, empty.geometry)),
-    )
-    weights = {**measured.weights, **{name: footprint.weights for name, footprint in of_rewards.items()}}
+    measured = Measurements(model) if measurements is None else measurements
+    family, spec, lora = measured.family, measured.spec, settings.lora
+    empty, parameters = measured.model(dtype, lora), measured.weights(dtype, lora)
+    of_rewards = measured.rewards(rewards, settings.decode.rewarded(shape, empty.geometry))
+    weights = {**parameters.stages, **{name: footprint.weights for name, footprint in of_rewards.items()}}
     trained = {expert.stage for expert in empty.experts if expert.trained}
     frozen = [name for name in family.FROZEN_STAGES if name in weights and name not in trained]
     served = frozen if engines == "all" else engines
@@ -140,8 +139,8 @@ def memory_plan(
     def share(what: str, size: int) -> int:
         return -(-size // num_processes) if what in divided else size
 
-    adapter, gradients = share("adapter", measured.adapter), share("gradients", measured.adapter)
-    optimizer = share("optimizer", MOMENTS * measured.adapter)
+    adapter, gradients = share("adapter", parameters.adapter), share("gradients", parameters.adapter)
+    optimizer = share("optimizer", MOMENTS * parameters.adapter)
     for name in weights:
         if name in frozen and name in served:
             weights[name] = 0
@@ -149,7 +148,7 @@ def memory_plan(
     weights |= dict.fromkeys(precomputed, 0)
     of_engines |= dict.fromkeys(precomputed, 0)
     # The share of each live denoiser, and the block that is gathered while it computes.
-    for name, block in measured.largest_blocks.items():
+    for name, block in parameters.largest_blocks.items():
         weights[name] = min(weights[name], share("weights", weights[name]) + block)
     steps = DenoiseSteps.of(settings, spec.boundary, spec.two_experts)
     uses = [*empty.uses(steps), *live_uses(of_rewards, steps.clips)]
@@ -158,7 +157,7 @@ def memory_plan(
     held = sum(weights.values()) + sum(of_engines.values()) + sum(judging.values()) + adapter
     choice = least_recomputation(
         settings.gradient_checkpointing,
-        lambda kind: measured.stages(kind) | of_rewards,
+        lambda kind: measured.stages(dtype, lora, shape, kind, settings.decode.num_latent_frames) | of_rewards,
         uses,
         gradients + optimizer,
         None if device_bytes is None else device_bytes - held,

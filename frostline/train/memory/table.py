@@ -1,12 +1,18 @@
-"""A memory plan as a table for the terminal."""
+"""A memory plan, and what makes it smaller, as tables for the terminal."""
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from frostline.terminal.tables import Column, FittedTable
+from frostline.train.memory.measures import Changes
 from frostline.train.memory.plan import MemoryPlan
+from frostline.train.memory.search import Remedy
 
 _GB = 1e9
 
@@ -33,6 +39,37 @@ def memory_table(plan: MemoryPlan) -> Group:
     if plan.assumed:
         lines.append(f"there are no files: the sizes are those of the release {plan.model}")
     return Group(table, *map(Text, lines))
+
+
+def remedy_table(remedy: Remedy) -> Table:
+    """Measure by measure what one device then needs, by itself and with those above."""
+    table = Table(
+        title="what needs less memory, the cheapest first",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        title_justify="left",
+    )
+    for column in ("setting", "alone, GB", "with those above, GB", "what it does", "costs"):
+        table.add_column(column, justify="right" if column.endswith("GB") else "left", overflow="fold")
+    for step in remedy.steps:
+        given = " ".join(map(escape, overrides_of(step.changes)))
+        table.add_row(given, _cell(step.alone), _cell(step.together), step.measure.about, step.measure.costs)
+    return table
+
+
+def overrides_of(changes: Changes) -> list[str]:
+    """Return changes of settings as they are given on the command line."""
+    return [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in changes.items()]
+
+
+def outcome_of(remedy: Remedy) -> str:
+    """Return in a clause whether the measures are enough, and which they are."""
+    given = " ".join(value for step in remedy.steps for value in overrides_of(step.changes))
+    if remedy.fits:
+        return f"it fits with {given}: {_cell(remedy.steps[-1].together)} GB"
+    less = f"not even {given} is enough" if given else "no setting makes it fit"
+    return f"{less}: {_cell(remedy.floor)} GB are needed whatever the size of the videos"
 
 
 def _verdict(plan: MemoryPlan) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +30,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._known: set[int] = set()
+        self._known: dict[int, weakref.ref[UntypedStorage]] = {}
         for tensor in existing:
             self._note(tensor, counts=False)
 
@@ -41,6 +42,9 @@ class MemoryTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._note(result, counts=True)
+            return result
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf, counts=True)
@@ -52,14 +56,13 @@ class MemoryTracker(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes() if counts else 0
-        self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
         # A storage and its Python object end together.
-        weakref.finalize(storage, self._forget, key, size)
+        self._known[key] = weakref.ref(storage, functools.partial(self._forget, key, size))
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _forget(self, key: int, size: int, _: object) -> None:
+        del self._known[key]
         self.live -= size
 
 

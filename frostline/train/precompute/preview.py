@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from frostline.runtime.cache import FrozenOutputCache
 from frostline.runtime.identity.fingerprint import digest_memo
 from frostline.runtime.user_cache import recall
-from frostline.stages.families import ModelSpec, family_of
+from frostline.stages.families import family_of
+from frostline.stages.video_model import VideoModel
 from frostline.train.data.dataset import Sample
 from frostline.train.loop.validation import Validation
 from frostline.train.precompute.frozen import FrozenModel, frozen_stages, load_without_live_parts
@@ -33,22 +34,15 @@ class Preview:
         return () if self.reason else self.estimate.stages
 
 
-def preview(
-    settings: RunSettings,
-    spec: ModelSpec,
-    dataset: Dataset[Sample],
-    validation: Validation | None,
-    device_bytes: int | None,
-) -> Preview:
+def preview(settings: RunSettings, model: VideoModel, samples: tuple[int, int], device_bytes: int | None) -> Preview:
     """Tell what a run of these settings precomputes, by sizes alone.
 
     Args:
+        model: its weights need not be in memory.
+        samples: see `count_samples`.
         device_bytes: memory of the device; None where it is not known.
     """
-    model = family_of(settings.model).empty_model(spec, settings.train.weight_dtype, settings.lora)
-    held_out = 0 if validation is None else len(validation.starts)
-    asked = visits(settings, dataset, validation, processes=settings.memory.num_processes)
-    estimated = estimate(model, settings, (sum(len(each.rows) for each in asked) - held_out, held_out))
+    estimated = estimate(model, settings, samples)
     if settings.precompute == "never":
         return Preview(estimated, "never")
     if settings.precompute == "always":
@@ -56,6 +50,13 @@ def preview(
     if device_bytes is None:
         return Preview(estimated, "auto asks for the device's memory, which is not known: set memory.device_gb")
     return Preview(estimated, reason_against(estimated, settings, device_bytes))
+
+
+def count_samples(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:
+    """Count the different samples that a run trains on, and the held-out starts."""
+    held_out = 0 if validation is None else len(validation.starts)
+    asked = visits(settings, dataset, validation, processes=settings.memory.num_processes)
+    return sum(len(each.rows) for each in asked) - held_out, held_out
 
 
 def count_there(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:

@@ -145,6 +145,7 @@ def test_short_clips_are_counted(tmp_path: Path, suffix: str, deep: bool) -> Non
         check = dataset.check(deep)
         assert check.short == short
         assert [row.sample_id for row in check.bad] == ["gone.mp4"]
+        assert check.sizes == {tuple(noise_video(0, 1).shape[-2:])}
         assert dataset.describe_padding(short).startswith(f"{len(short)} of 5 clips have fewer than 5 frames")
 
 

@@ -24,7 +24,13 @@ from frostline.rewards.face_identity import Config
 from frostline.stages.wan.family import empty_model, video_model
 from frostline.train.memory import memory_profile as footprint
 from frostline.train.memory.checkpointing import fitting_checkpointing
-from frostline.train.memory.memory_profile import judge_bytes, measure_model, measure_rewards
+from frostline.train.memory.measurements import Measurements
+from frostline.train.memory.memory_profile import (
+    judge_bytes,
+    measure_decoder,
+    measure_live_stages,
+    measure_rewards,
+)
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.memory.table import memory_table
 from frostline.train.step_settings import TrainingModuleSettings
@@ -99,7 +105,7 @@ def test_decoding_is_planned_as_it_is() -> None:
     use_onednn_conv3d(vae)
     latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
     model = empty_model(read_spec("tiny"), torch.float32, settings().lora)
-    planned = measure_model(model, CLIP).stages("none")["vae_decoder"]
+    planned = measure_decoder(model, CLIP, "none")["vae_decoder"]
     held, peak = allocated(lambda: decode_latents(vae, latents))
     assert held == pytest.approx(planned.kept, rel=0.01)
     assert peak == pytest.approx(planned.forward_peak, rel=0.05)
@@ -112,10 +118,11 @@ def test_many_blocks_and_chunks_are_planned_from_a_few(kind: Any, monkeypatch: p
     tiny = read_spec("tiny")
     deep = replace(tiny, networks={**tiny.networks, "denoiser": {**tiny.networks["denoiser"], "num_layers": 7}})
     model = empty_model(deep, torch.float32, settings().lora)
-    stages = measure_model(model, VideoShape(1, 29, 64, 96)).stages
-    planned = stages(kind)
-    monkeypatch.setattr(footprint, "_FEW", 100)
-    assert planned == stages(kind)
+    shape = VideoShape(1, 29, 64, 96)
+    planned = measure_live_stages(model, shape, kind)
+    monkeypatch.setattr(footprint, "_FEW_BLOCKS", 100)
+    monkeypatch.setattr(footprint, "_FEW_CHUNKS", 100)
+    assert planned == measure_live_stages(model, shape, kind)
 
 
 def test_the_embedder_is_planned_as_it_is() -> None:
@@ -304,16 +311,9 @@ def test_memory_chooses_how_much_is_recomputed(
     scale = components.vae.scale
     shape, auto = VideoShape(2, 5, 64, 64), settings(gradient_checkpointing="auto")
     # What is measured does not depend on the memory there is: the files and the loaded model once each, with each kind.
-    empty = empty_model(read_spec("tiny"), torch.float32, auto.lora)
-    of_files = footprint.measure_model(empty, shape)
-    of_files = replace(of_files, stages=functools.cache(of_files.stages))
+    measurements = Measurements("tiny")
+    parameters = described(measurements.model(torch.float32, auto.lora))
     of_loaded = functools.cache(lambda kind: footprint.measure_live_stages(model, shape, kind))
-    parameters = described(empty)
-
-    def measured_files(given: Any, given_shape: VideoShape, window: int | None = None) -> Any:
-        assert described(given) == parameters
-        assert given_shape == shape
-        return of_files
 
     def measured_loaded(given: Any, given_shape: VideoShape, kind: Any, window: int | None = None) -> Any:
         assert given is model
@@ -321,12 +321,11 @@ def test_memory_chooses_how_much_is_recomputed(
         assert kind in CHECKPOINTING
         return of_loaded(kind)
 
-    monkeypatch.setattr("frostline.train.memory.plan.measure_model", measured_files)
     monkeypatch.setattr("frostline.train.memory.checkpointing.measure_live_stages", measured_loaded)
 
     def plan(how: TrainingModuleSettings, device_bytes: int | None = None) -> MemoryPlan:
         options: dict[str, Any] = {"dtype": torch.float32, "rewards": rewards, "device_bytes": device_bytes}
-        return memory_plan("tiny", how, shape, **options)
+        return memory_plan("tiny", how, shape, **options, measurements=measurements)
 
     plans = [plan(settings(gradient_checkpointing=kind)) for kind in CHECKPOINTING]
     needs = [each.gradients + each.optimizer + max(each.peaks.values()) for each in plans]
@@ -343,3 +342,4 @@ def test_memory_chooses_how_much_is_recomputed(
     assert plan(auto).gradient_checkpointing == "none", "nothing is known of the device"
     assert {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()} == before
     assert components.vae.scale is scale
+    assert described(measurements.model(torch.float32, auto.lora)) == parameters

@@ -1,0 +1,61 @@
+"""`memory.fit: auto`: a run that does not fit the memory of its devices changes its own settings, and says how."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from frostline.errors import ConfigError
+from frostline.train.memory.advice import memory_problem
+from frostline.train.memory.measures import MEASURES
+from frostline.train.memory.search import Remedy, find_remedy, with_changes
+from frostline.train.memory.table import outcome_of, overrides_of
+from frostline.train.run_plan import RunPlanner
+from frostline.train.settings import MemorySettings, RunSettings
+
+log = logging.getLogger(__name__)
+
+# Processes and types of a run are set up before its memory is planned, and an adapter keeps its rank.
+_IN_RUN = tuple(measure for measure in MEASURES if measure.in_run)
+
+
+def fit_to_memory(
+    settings: RunSettings,
+    machine: MemorySettings,
+    on_cpu: bool,
+    samples: tuple[int, int],
+    sizes: Collection[tuple[int, int]],
+) -> RunSettings:
+    """Return the settings with the cheapest changes that make the run fit, each of them logged.
+
+    Those after which the run trains something else are warnings.
+
+    Args:
+        machine: what the run has: `device_gb`, `num_processes` and `sharding` of it are planned for.
+        on_cpu, samples, sizes: as for `RunPlanner`.
+    Raises:
+        ConfigError: nothing that a run can change by itself makes it fit.
+    """
+    assert machine.device_gb is not None
+    there = settings.model_copy(update={"memory": machine})
+    planner = RunPlanner(there, int(machine.device_gb * 1e9), on_cpu, samples, sizes)
+    problem = memory_problem(planner.plan(there), there, on_cpu)
+    if problem is None:
+        return settings
+    remedy = remedy_in_run(there, planner)
+    if not remedy.fits:
+        raise ConfigError(f"memory.fit: auto: {problem}; {outcome_of(remedy)}")
+    log.info("memory.fit: auto: %s; %s", problem, outcome_of(remedy))
+    for step in remedy.steps:
+        given = " ".join(overrides_of(step.changes))
+        if step.measure.costs == "results":
+            log.warning("memory.fit: auto: %s: %s: what is trained differs", given, step.measure.about)
+        else:
+            log.info("memory.fit: auto: %s: %s", given, step.measure.about)
+        settings = with_changes(settings, step.changes)
+    return settings
+
+
+def remedy_in_run(settings: RunSettings, planner: RunPlanner) -> Remedy:
+    """Return what makes a run fit, of what it can change by itself."""
+    return find_remedy(settings, planner, _IN_RUN)

@@ -1,0 +1,83 @@
+"""Footprints of a model's stages, each measured once for all the settings that it is the same with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+from frostline.config import GradientCheckpointing, LoraSettings
+from frostline.models.video_shape import VideoShape
+from frostline.rewards.reward import Reward
+from frostline.stages.families import family_of
+from frostline.stages.video_model import VideoModel
+from frostline.train.memory.memory_profile import (
+    Footprint,
+    Weights,
+    measure_decoder,
+    measure_denoisers,
+    measure_frozen_stages,
+    measure_rewards,
+)
+
+_T = TypeVar("_T")
+
+
+class Measurements:
+    """What a model needs of memory, measured on its files, or on the release it is named after, without weights.
+
+    Plans of one model with other settings share them: the decoder does not depend on the LoRA, nor the denoiser on the
+    window of the decode.
+
+    Args:
+        model: as for `memory_plan`.
+    Raises:
+        ConfigError: there is no such model.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        self.family = family_of(model)
+        self.spec = self.family.read_spec(model)
+        self._known: dict[Hashable, Any] = {}
+
+    def model(self, dtype: torch.dtype, lora: LoraSettings) -> VideoModel:
+        """Return the model, without content."""
+        return self._once(("model", dtype, lora), lambda: self.family.empty_model(self.spec, dtype, lora))
+
+    def weights(self, dtype: torch.dtype, lora: LoraSettings) -> Weights:
+        """Return the bytes of its parameters."""
+        return self._once(("weights", dtype, lora), lambda: Weights.of(self.model(dtype, lora)))
+
+    def stages(
+        self,
+        dtype: torch.dtype,
+        lora: LoraSettings,
+        shape: VideoShape,
+        kind: GradientCheckpointing,
+        window: int | None = None,
+    ) -> dict[str, Footprint]:
+        """Return the footprint of each stage.
+
+        Args:
+            window: number of latent frames that a step decodes with gradient; None means all of them.
+        """
+        model = self.model(dtype, lora)
+        frozen = self._once(("frozen", dtype, shape), lambda: measure_frozen_stages(model, shape))
+        denoisers = self._once(("denoisers", dtype, lora, shape, kind), lambda: measure_denoisers(model, shape, kind))
+        decoder = self._once(
+            ("decoder", dtype, shape, kind, window), lambda: measure_decoder(model, shape, kind, window)
+        )
+        return {**frozen, **denoisers, **decoder}
+
+    def rewards(self, rewards: Sequence[Reward], shape: VideoShape) -> dict[str, Footprint]:
+        """Return what rewards compute with gradient; see `measure_rewards`."""
+        # They stay in memory with the result, so that no other one has the identity of one of them.
+        key = ("rewards", *map(id, rewards), shape)
+        return self._once(key, lambda: (rewards, measure_rewards(rewards, shape)))[1]
+
+    def _once(self, key: Hashable, measure: Callable[[], _T]) -> _T:
+        if key not in self._known:
+            self._known[key] = measure()
+        return cast(_T, self._known[key])

@@ -1,0 +1,153 @@
+"""What makes a run need less memory: changes of its settings, the cheapest first; each is one line of `MEASURES`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from frostline.config import AUTO, CHECKPOINTING
+from frostline.models.video_shape import Geometry, VideoShape
+from frostline.train.memory.plan import MemoryPlan
+from frostline.train.settings import RunSettings
+
+# Values by dotted names of settings, as on the command line.
+Changes = Mapping[str, Any]
+_DEVICES = (2, 4, 8)
+_SHARES = (0.5, 0.25)
+_LEAST_FRAMES = 5
+
+
+class Planner(Protocol):
+    """Plans the memory of a run of one model under other settings.
+
+    geometry: of the model. on_cpu: whether the device is a CPU. device_bytes: its memory.
+    """
+
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def on_cpu(self) -> bool: ...
+    @property
+    def device_bytes(self) -> int | None: ...
+    def shape(self, settings: RunSettings) -> VideoShape:
+        """Return what a step of one process computes on, at most."""
+        ...
+
+    def plan(self, settings: RunSettings) -> MemoryPlan:
+        """Plan the memory of one device."""
+        ...
+
+    def cache_bytes(self, settings: RunSettings) -> int:
+        """Return what precomputing needs of the frozen-output cache, at most."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to need less memory.
+
+    about: what it does, in a phrase. lowers: what does not fit. costs: time (same results), results (what is trained
+    differs) or devices (more of them). values: the changes that it may consist of, the mildest first. in_run: whether a
+    run can make them by itself.
+    """
+
+    about: str
+    lowers: Literal["weights", "activations"]
+    costs: Literal["time", "results", "devices"]
+    values: Callable[[RunSettings, Planner], Iterator[Changes]]
+    in_run: bool = True
+
+
+def _precompute(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    if settings.precompute != "always":
+        needed = planner.cache_bytes(settings)
+        larger = {"cache_bytes": needed} if needed > settings.cache_bytes else {}
+        yield {"precompute": "always", **larger}
+
+
+def _one_sample(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    train = settings.train
+    if (batch := train.per_device_train_batch_size) > 1:
+        accumulated = batch * train.gradient_accumulation_steps
+        yield {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": accumulated}
+
+
+def _checkpointing(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    if settings.gradient_checkpointing != AUTO:
+        stronger = CHECKPOINTING[CHECKPOINTING.index(settings.gradient_checkpointing) + 1 :]
+        yield from ({"gradient_checkpointing": kind} for kind in stronger)
+
+
+def _saved_tensors(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    if not planner.on_cpu and not settings.offload_saved_tensors:
+        yield {"offload_saved_tensors": True}
+
+
+def _bf16(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    if settings.train.mixed_precision != "bf16":
+        yield {"train.mixed_precision": "bf16"}
+
+
+def _window(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    window = settings.decode.num_latent_frames or _latent_frames(settings, planner)
+    while (window := window // 2) >= 1:
+        yield {"decode.num_latent_frames": window}
+
+
+def _live_steps(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    if settings.backprop.strategy == "tail" and settings.grad_end_step > settings.grad_start_step:
+        yield {"backprop.strategy": "random", "backprop.num_steps": 1}
+
+
+def _frames(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    latent_frames = _latent_frames(settings, planner)
+    for share in _SHARES:
+        frames = planner.geometry.num_frames(max(1, int(share * latent_frames)))
+        if _LEAST_FRAMES <= frames < planner.geometry.num_frames(latent_frames):
+            yield {"data.num_frames": frames}
+
+
+def _pixels(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    shape, least = planner.shape(settings), planner.geometry.spatial_multiple
+    for share in _SHARES:
+        if settings.data.height is None:
+            if (pixels := int(share * shape.height * shape.width)) >= least**2:
+                yield {"data.max_pixels": pixels}
+        else:
+            sides = (
+                planner.geometry.nearest_side(int(math.sqrt(share) * each)) for each in (shape.height, shape.width)
+            )
+            yield dict(zip(("data.height", "data.width"), sides, strict=True))
+
+
+def _rank(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    yield from ({"lora.rank": rank} for share in _SHARES if (rank := int(share * settings.lora.rank)) >= 1)
+
+
+def _devices(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    there = settings.memory.num_processes
+    counts = [there] if settings.memory.sharding == "ddp" and there > 1 else []
+    for count in (*counts, *(each for each in _DEVICES if each > there)):
+        yield {"memory.sharding": "fsdp", "memory.num_processes": count}
+
+
+def _latent_frames(settings: RunSettings, planner: Planner) -> int:
+    shape = planner.shape(settings)
+    return planner.geometry.latent_grid(shape.num_frames, shape.height, shape.width)[0]
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure("compute what is frozen before the first step, each stage alone", "weights", "time", _precompute),
+    Measure("one sample at a time, as many for each optimizer step", "activations", "time", _one_sample),
+    Measure("recompute more of the forward in backward", "activations", "time", _checkpointing),
+    Measure("keep what backward needs in main memory", "activations", "time", _saved_tensors),
+    Measure("frozen weights and arithmetic in bf16", "weights", "results", _bf16, in_run=False),
+    Measure("rewards see a window of each clip, drawn for each step", "activations", "results", _window),
+    Measure("gradient through one denoise step, drawn for each step", "activations", "results", _live_steps),
+    Measure("fewer frames", "activations", "results", _frames),
+    Measure("fewer pixels", "activations", "results", _pixels),
+    Measure("a LoRA of lower rank", "weights", "results", _rank, in_run=False),
+    Measure("share the frozen weights among more devices", "weights", "devices", _devices, in_run=False),
+)

@@ -1,0 +1,116 @@
+"""`memory.fit: auto`: what a run changes of its settings, what it says of that, and when it is refused."""
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from frostline.documents import read_yaml
+from frostline.errors import ConfigError
+from frostline.models.tiny.clips import held_out_clips
+from frostline.progress import Progress
+from frostline.train.dry_run import print_dry_run
+from frostline.train.fit_memory import fit_to_memory
+from frostline.train.launch import run_training
+from frostline.train.memory.advice import needed_bytes
+from frostline.train.memory.search import with_changes
+from frostline.train.run_plan import RunPlanner
+from frostline.train.settings import RunSettings
+from frostline.video import write_video
+
+SAMPLES, SIZES = (2, 0), [(64, 64)]
+# What is cheap, and what is then left: a window of one latent frame.
+CHEAP = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 2}
+DEAR = {"decode.num_latent_frames": 1}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
+    """Of a run of one step on two clips of 64x64."""
+    folder = tmp_path_factory.mktemp("fit")
+    clips = held_out_clips(2, seed=2, num_frames=9, size=64)
+    for index, (video, prompt) in enumerate(zip(clips.video, clips.prompts, strict=True)):
+        write_video(folder / "data" / f"{index}.mp4", video, lossless=True)
+        (folder / "data" / f"{index}.txt").write_text(prompt)
+    return RunSettings.parse(
+        {
+            "model": "tiny",
+            "device": "cpu",
+            "output_dir": str(folder / "run"),
+            "precompute": "never",
+            "gradient_checkpointing": "none",
+            "lora": {"rank": 2},
+            "plan": {"backend": "torch"},
+            "rewards": [{"type": "sharpness"}],
+            "data": {"source": str(folder / "data"), "num_frames": 9},
+            "train": {"max_train_steps": 1, "per_device_train_batch_size": 2},
+            "memory": {"fit": "auto"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def sizes(settings: RunSettings) -> dict[str, int]:
+    """Bytes that the run needs as it is, with what is cheap, and with the window too."""
+    planner = RunPlanner(settings, None, True, SAMPLES, SIZES)
+    blocks = {"gradient_checkpointing": "full"}
+    changes: dict[str, dict[str, Any]] = {"as it is": {}, "cheap": CHEAP, "block": CHEAP | blocks, "dear": CHEAP | DEAR}
+    made = {name: with_changes(settings, each) for name, each in changes.items()}
+    return {name: needed_bytes(planner.plan(each), each, True) for name, each in made.items()}
+
+
+def on_device(settings: RunSettings, nbytes: int) -> RunSettings:
+    return with_changes(settings, {"memory.device_gb": nbytes / 1e9})
+
+
+def fitted(settings: RunSettings) -> RunSettings:
+    return fit_to_memory(settings, settings.memory, True, SAMPLES, SIZES)
+
+
+def test_a_run_that_fits_stays_as_it_is(
+    settings: RunSettings, sizes: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    large = on_device(settings, sizes["as it is"] + 1000)
+    assert fitted(large) is large
+    assert caplog.text == ""
+
+
+def test_what_changes_nothing_comes_first_and_what_does_is_warned_of(
+    settings: RunSettings, sizes: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    middle, small = (on_device(settings, sizes[name] + 1000) for name in ("cheap", "dear"))
+    assert fitted(middle) == with_changes(middle, CHEAP)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    caplog.clear()
+    found = fitted(small)
+    assert found.decode.num_latent_frames == 1
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "decode.num_latent_frames=1: rewards see a window" in warning
+    assert "what is trained differs" in warning
+
+
+def test_nothing_that_a_run_can_change_is_enough(settings: RunSettings) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.fit: auto: .* needed whatever the size of the videos"):
+        fitted(on_device(settings, 10**6))
+
+
+def test_the_run_has_the_settings_that_it_was_fitted_with(settings: RunSettings, sizes: dict[str, int]) -> None:
+    small = on_device(settings, sizes["dear"] + 1000)
+    page = io.StringIO()
+    assert print_dry_run(small, Console(file=page, width=200))
+    assert "memory.fit: auto: it fits with" in page.getvalue()
+    assert "this run could begin" in page.getvalue()
+    outcome = run_training(small, None, Progress(quiet=True))
+    assert outcome.step == 1
+    written = RunSettings.parse(read_yaml(small.output_dir / "config.yaml"))
+    assert written == fitted(small)
+    assert (written.train.per_device_train_batch_size, written.train.gradient_accumulation_steps) == (1, 2)
+    assert written.decode.num_latent_frames == 1
+    never = with_changes(small, {"memory.fit": "never", "output_dir": str(Path(small.output_dir).parent / "other")})
+    page = io.StringIO()
+    assert not print_dry_run(never, Console(file=page, width=200))

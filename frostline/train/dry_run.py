@@ -153,6 +153,7 @@ def _memory_plan(
         rewards=[reward for reward, _ in make_builtin(settings.rewards)],
         judges=dict(judge_bytes(*made) for made in make_builtin(settings.validation.judges, JUDGES)),
         precomputed=precomputed,
+        quantization=settings,
     )
 
 

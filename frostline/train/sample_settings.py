@@ -7,13 +7,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from frostline.config import BaseAdapter, Precision, Settings
+from frostline.config import BaseAdapter, Precision, QuantizationSettings
 from frostline.errors import ConfigError
 from frostline.experts import Experts
 from frostline.stages.families import family_of
 
 
-class SampleSettings(Settings):
+class SampleSettings(QuantizationSettings):
     """What to sample, and how."""
 
     model: str = Field(description="video model: tiny, tiny-moe, tiny-ti2v, or a checkpoint folder")

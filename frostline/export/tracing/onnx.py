@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
 from frostline.errors import EngineError
+from frostline.models.quantization.linear import dequantised_bytes
 from frostline.export.tracing.onnx_annotations import name_axes, strip_origin
 from frostline.export.tracing.onnx_shortcuts import decomposed_where_needed, shortcuts
 from frostline.export.tracing.precision_overrides import widen_sensitive
@@ -59,7 +60,9 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
     Raises:
         EngineError: the exporter cannot write it.
     """
-    weights = sum(tensor.nbytes for tensor in network.module.state_dict().values())
+    sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
+    tensors = network.module.state_dict(keep_vars=True).values()
+    weights = sum(sizes.get(id(tensor), tensor.nbytes) for tensor in tensors)
     try:
         with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from frostline.config import GradientCheckpointing
 from frostline.models.lora.inject import lora_parameters
 from frostline.models.meta_tensors import on_meta
+from frostline.models.quantization.linear import dequantised_bytes
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.active import JUDGE, label_of
 from frostline.rewards.build import networks_of
@@ -49,11 +50,12 @@ class Footprint:
 class ModelFootprint:
     """What a model needs of memory.
 
-    weights: bytes by stage. stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of all
+    weights: bytes by stage. dequantised: the same, of weights in 8 or 4 bits as they are computed with. stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of all
     LoRAs. largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
     """
 
     weights: Mapping[str, int]
+    dequantised: Mapping[str, int]
     stages: Callable[[GradientCheckpointing], dict[str, Footprint]]
     adapter: int
     largest_blocks: Mapping[str, int]
@@ -82,8 +84,13 @@ def measure_model(model: VideoModel, shape: VideoShape, window: int | None = Non
         others = {each.stage: Footprint(weights[each.stage], peak) for each in model.experts}
         return frozen | others | live
 
+    more = {id(p): size for module in model.modules() for p, size in dequantised_bytes(module)}
     return ModelFootprint(
         weights,
+        {
+            stage: sum(more.get(id(parameter), parameter.nbytes) for parameter in parameters)
+            for stage, parameters in model.stage_parameters().items()
+        },
         stages,
         adapter=sum(_bytes(lora_parameters(each.network).values()) for each in model.experts),
         largest_blocks={

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from frostline.config import GradientCheckpointing, Sharding
+from frostline.config import NOT_QUANTISED, GradientCheckpointing, QuantizationSettings, Sharding
 from frostline.errors import ConfigError
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.video_shape import VideoShape
@@ -100,6 +100,7 @@ def memory_plan(
     rewards: Sequence[Reward] = (),
     judges: Mapping[str, int] | None = None,
     precomputed: Collection[str] = (),
+    quantization: QuantizationSettings = NOT_QUANTISED,
 ) -> MemoryPlan:
     """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
 
@@ -113,6 +114,7 @@ def memory_plan(
         rewards: whose live networks count too.
         judges: bytes of the networks of each judge, by its name.
         precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
+        quantization: how weights are stored; an engine has them dequantised.
     Raises:
         ConfigError: there is no such model, stage or way to shard.
     """
@@ -122,7 +124,7 @@ def memory_plan(
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
     family = family_of(model)
     spec = family.read_spec(model)
-    empty = family.empty_model(spec, dtype, settings.lora)
+    empty = family.empty_model(spec, dtype, settings.lora, quantization)
     measured, of_rewards = (
         measure_model(empty, shape, settings.decode.num_latent_frames),
         measure_rewards(rewards, shape),
@@ -134,7 +136,7 @@ def memory_plan(
     for name in served:
         if name not in weights:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
-    of_engines = {name: size for name, size in weights.items() if name in served}
+    of_engines = {name: size for name, size in (weights | measured.dequantised).items() if name in served}
     divided = _DIVIDED[sharding]
 
     def share(what: str, size: int) -> int:

@@ -45,7 +45,7 @@ def preview(
     Args:
         device_bytes: memory of the device; None where it is not known.
     """
-    model = family_of(settings.model).empty_model(spec, settings.train.weight_dtype, settings.lora)
+    model = family_of(settings.model).empty_model(spec, settings.train.weight_dtype, settings.lora, settings)
     held_out = 0 if validation is None else len(validation.starts)
     asked = visits(settings, dataset, validation, processes=settings.memory.num_processes)
     estimated = estimate(model, settings, (sum(len(each.rows) for each in asked) - held_out, held_out))

@@ -67,15 +67,17 @@ class StoredLayers:
             for name, weight in how.read(network, dtype, device):
                 yield from self._stored(name, weight)
             return
-        weights = network.read_exact(device)
+        weights = network.read_exact(mapped=True)
         for name in weights:
             path, kept = self._layer(name), None
             if path is not None and self.kind == "fp8":
                 kept = weights.as_rows(name)
             if path is None or kept is None:
-                yield from self._stored(name, weights[name].to(dtype))
+                # Copied, because it may be the memory of a file.
+                yield from self._stored(name, weights[name].to(device, dtype, copy=True))
             else:
-                yield from zip((f"{path}.codes", f"{path}.scale"), kept, strict=True)
+                codes, scale = (tensor.to(device, copy=True) for tensor in kept)
+                yield from ((f"{path}.codes", codes), (f"{path}.scale", scale))
 
     def _layer(self, name: str) -> str | None:
         """Return the path of the layer whose weight goes by a name."""

@@ -30,7 +30,7 @@ class QuantisedLinear(nn.Linear):
         dtype: of the dequantised weight.
 
     Attributes:
-        codes, scale: what is stored, see `Format`; both keep their types when the module is cast.
+        codes, scale: what is stored, see `Format`; all tensors of the layer keep their types when it is cast.
         table: what codes stand for; None where they are numbers.
     """
 
@@ -77,14 +77,11 @@ class QuantisedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(torch.bfloat16)` must move codes, scales and table, never round them.
-        exact = {"codes": self._parameters["codes"], "scale": self._parameters["scale"], "table": self.table}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            now = getattr(self, name)
-            if tensor is not None and now.dtype != tensor.dtype:
-                moved = tensor.detach().to(now.device)
-                setattr(self, name, nn.Parameter(moved, requires_grad=False) if name in self._parameters else moved)
-        return self
+        def moved(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(moved, recurse)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -43,6 +43,8 @@ def smaller_settings(plan: MemoryPlan, settings: RunSettings) -> Iterator[str]:
 def _of_weights(plan: MemoryPlan, settings: RunSettings) -> Iterator[str]:
     if settings.train.mixed_precision == "no":
         yield "train.mixed_precision: bf16"
+    if settings.quantization == "none":
+        yield "quantization: int8, fp8 or nf4"
     yield "memory.sharding: fsdp with more memory.num_processes" if plan.sharding == "ddp" else "memory.num_processes"
     if settings.lora.rank > 1:
         yield "lora.rank"

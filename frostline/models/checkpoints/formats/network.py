@@ -95,16 +95,18 @@ class NetworkFiles:
         official = _spelled_officially(self.part, self.spelling, self.prefix, tensors)
         return {name: tensor for name, tensor in official.items() if wanted(name)}
 
-    def read_exact(self, device: str | torch.device = "cpu") -> ExactWeights:
+    def read_exact(self, mapped: bool = False) -> ExactWeights:
         """Return the tensors of a denoiser or a text encoder by official name, each read on access.
 
         Those of 8 bits are fp32, with their scales applied; the others are as stored.
 
+        Args:
+            mapped: see `open_tensors`.
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """
         assert self.part in ("denoiser", "text_encoder")  # of other parts, names alone do not make Wan's own spelling
-        stored = _StoredExactly(self, device)
+        stored = _StoredExactly(self, "cpu", mapped)
         names: Any = {name: name for name in stored}
         return ExactWeights(stored, cast("dict[str, str]", _spelled_officially(self.part, self.spelling, self.prefix, names)))
 
@@ -136,9 +138,9 @@ def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
 class _StoredExactly(Mapping[str, "Tensor"]):
     """Weights by the names in their files, read one at a time: those of 8 bits in fp32, the others as stored."""
 
-    def __init__(self, network: NetworkFiles, device: str | torch.device) -> None:
+    def __init__(self, network: NetworkFiles, device: str | torch.device, mapped: bool = False) -> None:
         self._stored = network.stored
-        self._tensors = open_tensors(network.paths, device)
+        self._tensors = open_tensors(network.paths, device, mapped)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor, scale = self._tensors[name], self._stored.scales.get(name)

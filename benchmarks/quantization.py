@@ -212,7 +212,9 @@ def _print(result: Mapping[str, Any]) -> None:
     for column in ("gain", "after", "trains as bf16"):
         table.add_column(column, justify="right")
     for name, gain in training["mean_gain"].items():
-        table.add_row(name, f"{gain:.4f}", f"{training['mean_score'][name]:.4f}", str(training["as_bf16"].get(name, "")))
+        table.add_row(
+            name, f"{gain:.4f}", f"{training['mean_score'][name]:.4f}", str(training["as_bf16"].get(name, ""))
+        )
     console.print(table)
     console.print(f"spread of bf16 over its seeds: {training['spread_of_bf16']:.4f}")
     for model, sizes in result["denoiser_bytes"].items():

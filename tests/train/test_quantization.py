@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from adapter_files import make_adapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from frostline.runtime.backends.base.options import BuildOptions
 from frostline.runtime.identity.fingerprint import stage_key, weights_sha256
 from frostline.train import TrainingModule
 from frostline.train.launch import run_training
+from frostline.train.loop.sharding import shard_frozen_weights
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.sample import load_for_sampling
 from frostline.train.sample_settings import SampleSettings
@@ -215,6 +218,16 @@ def test_a_14b_model_takes_half_and_a_quarter() -> None:
     assert weights[2] == pytest.approx(0.29 * weights[0], rel=0.03)
 
 
+def test_sharding_is_refused(workplace: Path) -> None:
+    changes = ["quantization=int8", "memory.num_processes=2", "memory.sharding=fsdp"]
+    result = CliRunner().invoke(app, ["train", "config.yaml", *changes, "--dry-run"])
+    assert result.exit_code == 1
+    assert "quantization: weights in 8 or 4 bits are not sharded" in result.output
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    with pytest.raises(ConfigError, match="are not sharded"):
+        shard_frozen_weights(module_of("int8"), accelerator)
+
+
 # Runs.
 
 
@@ -249,9 +262,7 @@ def left_by(folder: str) -> tuple[list[Any], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_equal_to_the_bit(
-    kind: str, workplace: Path, refused_usage: Callable[..., str]
-) -> None:
+def test_a_resumed_run_is_equal_to_the_bit(kind: str, workplace: Path, refused_usage: Callable[..., str]) -> None:
     run_training(RunSettings.parse(values(kind)), None, Progress(quiet=True))
     short = values(kind, output_dir="other")
     run_training(

@@ -9,11 +9,11 @@ from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
 from frostline.errors import EngineError
-from frostline.models.quantization.linear import dequantised_bytes
 from frostline.export.tracing.onnx_annotations import name_axes, strip_origin
 from frostline.export.tracing.onnx_shortcuts import decomposed_where_needed, shortcuts
 from frostline.export.tracing.precision_overrides import widen_sensitive
 from frostline.export.tracing.torch_export import WITHOUT_FAKE_CACHE, quiet, trace_program
+from frostline.models.quantization.linear import dequantised_bytes
 from frostline.runtime.backends.base.options import OPSET
 from frostline.runtime.stage import Network
 

@@ -1,8 +1,8 @@
 """How a weight is stored in 8 or 4 bits, and the values that are computed with.
 
-The numbers are those of torchao (int8 and float8 weight-only, one scale for each row) and of bitsandbytes (NF4 in blocks
-of 64, absmax in fp32, no double quantisation), bit for bit. All of it is arithmetic on plain tensors, so that it works
-on any device, the meta device too.
+The numbers are those of torchao (int8 and float8 weight-only, of fp32 weights, one scale for each row) and of
+bitsandbytes (NF4 in blocks of 64, absmax in fp32, no double quantisation), bit for bit. All of it is arithmetic on
+plain tensors, so that it works on any device, the meta device too.
 """
 
 from __future__ import annotations

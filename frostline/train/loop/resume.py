@@ -62,8 +62,8 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
 
     Raises:
         ConfigError: it is of other experts; its adapter has another rank, another scale, is on other layers, or was
-            trained on top of other base adapters, or of a base that is stored otherwise; or the settings name an adapter to begin with that the run did not
-            begin with.
+            trained on top of other base adapters, or of a base that is stored otherwise; or the settings name an
+            adapter to begin with that the run did not begin with.
         CheckpointError: its state or its settings cannot be read.
     """
     check_same_experts(checkpoint, settings.lora)

@@ -50,8 +50,9 @@ class Footprint:
 class ModelFootprint:
     """What a model needs of memory.
 
-    weights: bytes by stage. dequantised: the same, of weights in 8 or 4 bits as they are computed with. stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of all
-    LoRAs. largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
+    weights: bytes by stage. dequantised: the same, of weights in 8 or 4 bits as they are computed with.
+    stages: by name, measured with a kind of gradient checkpointing. adapter: bytes of all LoRAs.
+    largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
     """
 
     weights: Mapping[str, int]

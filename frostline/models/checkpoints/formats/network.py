@@ -108,7 +108,9 @@ class NetworkFiles:
         assert self.part in ("denoiser", "text_encoder")  # of other parts, names alone do not make Wan's own spelling
         stored = _StoredExactly(self, "cpu", mapped)
         names: Any = {name: name for name in stored}
-        return ExactWeights(stored, cast("dict[str, str]", _spelled_officially(self.part, self.spelling, self.prefix, names)))
+        return ExactWeights(
+            stored, cast("dict[str, str]", _spelled_officially(self.part, self.spelling, self.prefix, names))
+        )
 
 
 def recognise(paths: Sequence[Path]) -> NetworkFiles | None:

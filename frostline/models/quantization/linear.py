@@ -19,6 +19,8 @@ from .storage import FORMATS
 # A network's layers that are stored in fewer bits are in its blocks: nearly all of its weights. The others (embeddings
 # of text and timestep, patches, head) are small, and what they err by reaches every block.
 _BLOCKS = "blocks"
+# The format, the shape (out, in), and the type that is computed in.
+_How = tuple[str, tuple[int, int], torch.dtype]
 
 
 class QuantisedLinear(nn.Linear):
@@ -55,12 +57,11 @@ class QuantisedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight (out, in), of the type that the layer computes in."""
-        return self.dequantise(self.codes, self.scale)
+        return _weight(self.codes, self.scale, self.table, self._how)
 
-    def dequantise(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Return the weight (out, in) of given codes and scales."""
-        shape = (self.out_features, self.in_features)
-        return FORMATS[self.kind].dequantise(codes, scale, shape, self.table).to(self.compute_dtype)
+    @property
+    def _how(self) -> _How:
+        return self.kind, (self.out_features, self.in_features), self.compute_dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute `F.linear` with the dequantised weight, which is not kept for backward."""
@@ -69,7 +70,7 @@ class QuantisedLinear(nn.Linear):
         bias = self.bias
         if dtype := autocast_dtype(input.device.type):
             input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        return _FrozenLinear.apply(input, self.codes, self.scale, bias, self)  # type: ignore[no-any-return]
+        return _FrozenLinear.apply(input, self.codes, self.scale, bias, self.table, self._how)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Return the sizes and how the weight is stored."""
@@ -84,23 +85,29 @@ class QuantisedLinear(nn.Linear):
         return super()._apply(moved, recurse)
 
 
+def _weight(codes: Tensor, scale: Tensor, table: Tensor | None, how: _How) -> Tensor:
+    kind, shape, dtype = how
+    return FORMATS[kind].dequantise(codes, scale, shape, table).to(dtype)
+
+
 class _FrozenLinear(torch.autograd.Function):
     """`F.linear` that keeps the codes for backward, which are in memory anyway, and dequantises them once more."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, layer: QuantisedLinear
+        ctx: Any, input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, table: Tensor | None, how: _How
     ) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        ctx.layer = layer
-        return F.linear(input, layer.dequantise(codes, scale).to(input.dtype), bias)
+        # A few values: what is saved may be moved to main memory.
+        ctx.table, ctx.how = table, how
+        return F.linear(input, _weight(codes, scale, table, how).to(input.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = gradients
-        weight = ctx.layer.dequantise(*ctx.saved_tensors).to(gradient.dtype)
-        return gradient.matmul(weight), None, None, None, None
+        codes, scale = ctx.saved_tensors
+        return gradient.matmul(_weight(codes, scale, ctx.table, ctx.how).to(gradient.dtype)), *5 * [None]
 
 
 def quantise_layers(network: nn.Module, kind: str, dtype: torch.dtype) -> None:

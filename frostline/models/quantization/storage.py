@@ -80,7 +80,8 @@ def _quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dequantise_nf4(codes: Tensor, scale: Tensor, shape: tuple[int, int], table: Tensor | None) -> Tensor:
     assert table is not None
-    values = F.embedding(codes.int(), table).flatten(1) * scale
+    # A layer that has yet to be loaded is on the meta device, and its table is not.
+    values = F.embedding(codes.int(), table.to(codes.device)).flatten(1) * scale
     return values.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 

@@ -184,6 +184,19 @@ def test_plain_layers_are_there_for_a_while(kind: str) -> None:
     assert quantised_layers(quantised) == layers
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_can_be_compiled(kind: str) -> None:
+    quantised = network(kind)
+    results = []
+    for call in (quantised, torch.compile(quantised, backend="aot_eager")):
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = call(x)
+        y.sum().backward()
+        assert x.grad is not None
+        results.append((y, x.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_the_description_says_how_it_is_stored() -> None:
     made = [network(None), *(network(kind, dtype) for kind in KINDS for dtype in TYPES)]
     assert len({describe(each) for each in made}) == 7

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
@@ -61,7 +63,7 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
         EngineError: the exporter cannot write it.
     """
     sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
-    tensors = network.module.state_dict(keep_vars=True).values()
+    tensors: Iterable[Tensor] = network.module.state_dict(keep_vars=True).values()
     weights = sum(sizes.get(id(tensor), tensor.nbytes) for tensor in tensors)
     try:
         with quiet(), torch.no_grad():

@@ -151,7 +151,7 @@ def plain_layers(network: nn.Module) -> Iterator[None]:
         with torch.device("meta"):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
         plain.weight = nn.Parameter(layer.weight, requires_grad=False)
-        plain.bias = layer.bias
+        plain.bias = layer.bias  # type: ignore[assignment]
         _replace(network, path, plain.train(layer.training))
     try:
         yield

@@ -136,7 +136,7 @@ def memory_plan(
     for name in served:
         if name not in weights:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
-    of_engines = {name: size for name, size in (weights | measured.dequantised).items() if name in served}
+    of_engines = {name: size for name, size in {**weights, **measured.dequantised}.items() if name in served}
     divided = _DIVIDED[sharding]
 
     def share(what: str, size: int) -> int:

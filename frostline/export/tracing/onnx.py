@@ -64,7 +64,7 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
     """
     sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
     tensors: Iterable[Tensor] = network.module.state_dict(keep_vars=True).values()
-    weights = sum(sizes.get(id(tensor), tensor.nbytes) for tensor in tensors)
+    weights = sum(sizes.get(id(tensor), tensor.numel() * tensor.element_size()) for tensor in tensors)
     try:
         with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)

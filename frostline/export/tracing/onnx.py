@@ -64,7 +64,9 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
     """
     sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
     tensors: Iterable[Tensor] = network.module.state_dict(keep_vars=True).values()
-    weights = sum(sizes.get(id(tensor), tensor.numel() * tensor.element_size()) for tensor in tensors)
+    weights = 0
+    for tensor in tensors:
+        weights += sizes.get(id(tensor), tensor.nbytes)
     try:
         with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)

@@ -36,6 +36,7 @@ bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	$(VENV_PYTHON) benchmarks/cold.py --rounds 2
 	$(VENV_PYTHON) benchmarks/syncs.py
 	$(VENV_PYTHON) benchmarks/window.py
+	$(VENV_PYTHON) benchmarks/quantization.py
 	$(VENV_PYTHON) benchmarks/guard.py
 	$(VENV_PYTHON) benchmarks/faces.py --rounds 2
 	$(VENV_PYTHON) benchmarks/scoring.py --rounds 2

@@ -27,6 +27,7 @@ GradientCheckpointing: TypeAlias = Literal["none", "block", "full"]
 CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
 BackpropStrategy: TypeAlias = Literal["tail", "last", "random", "uniform", "steps"]
 Sharding: TypeAlias = Literal["ddp", "zero2", "zero3", "fsdp"]
+Quantization: TypeAlias = Literal["none", "int8", "fp8", "nf4"]
 AUTO: Literal["auto"] = "auto"
 # In a plan, the stages that it does not name.
 OTHERS = "*"
@@ -162,6 +163,21 @@ class BaseAdapter(Settings):
             ConfigError: as `parse`.
         """
         return tuple(entry if isinstance(entry, BaseAdapter) else cls.parse(dict(entry)) for entry in entries)
+
+
+class QuantizationSettings(Settings):
+    """How frozen weights are stored, whatever the type that they compute in."""
+
+    quantization: Quantization = Field(
+        default="none",
+        description="store the frozen linear layers of the denoisers' blocks in 8 or 4 bits: none, int8, fp8 or nf4",
+    )
+    text_encoder_quantization: Quantization = Field(
+        default="none", description="store those of the text encoder in 8 or 4 bits: none, int8, fp8 or nf4"
+    )
+
+
+NOT_QUANTISED = QuantizationSettings()
 
 
 def _explain(root: type[Settings], values: Any, problem: dict[str, Any]) -> str:

@@ -43,9 +43,10 @@ def _export_options() -> Decorator:
 
 def _plan_options() -> Decorator:
     from frostline.cli.settings_options import takes_changes
+    from frostline.config import QuantizationSettings
     from frostline.export.recipe import Recipe
 
-    return takes_changes(Recipe, {"precision"})
+    return takes_changes(Recipe, {"precision", *QuantizationSettings.model_fields})
 
 
 @options_on_use(_export_options)

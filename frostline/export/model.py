@@ -44,6 +44,8 @@ def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
     """
     where, family = resolve_device(device), family_of(recipe.model)
     rewards = build_rewards(recipe.rewards, where, recipe.shapes)
-    components = family.load(recipe.model, recipe.dtype, where, defer=False, base_adapters=recipe.base_adapters)
+    components = family.load(
+        recipe.model, recipe.dtype, where, defer=False, base_adapters=recipe.base_adapters, quantization=recipe
+    )
     model = family.video_model(components, recipe.lora)
     return stage_model(model, [stage for reward in rewards for stage in reward.stages], recipe.shapes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import BaseAdapter, LoraSettings, Precision, Settings
+from frostline.config import BaseAdapter, LoraSettings, Precision, QuantizationSettings
 from frostline.errors import ConfigError, EngineError
 from frostline.experts import Experts
 from frostline.recipes import export_recipe
@@ -26,7 +26,7 @@ ALL_STAGES = "all"
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
-class Recipe(Settings):
+class Recipe(QuantizationSettings):
     """What `frostline export` does for one model; command-line flags go before it."""
 
     model: str = Field(

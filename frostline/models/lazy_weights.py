@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+from frostline.models.quantization.linear import QuantisedLinear
 
 log = logging.getLogger(__name__)
 
@@ -127,4 +128,6 @@ def empty_parameters(module: nn.Module, dtype: torch.dtype, device: str | torch.
     for part in module.modules():
         for name, parameter in [*part.named_parameters(recurse=False)]:
             if parameter.is_meta:
-                part._parameters[name] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+                # Codes and scales of a quantised layer keep their types.
+                own = parameter.dtype if isinstance(part, QuantisedLinear) and name != "bias" else dtype
+                part._parameters[name] = nn.Parameter(torch.empty(0, dtype=own, device=device), requires_grad=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import frostline.stages
+from frostline.config import NOT_QUANTISED
 from frostline.errors import ConfigError
 from frostline.models.video_shape import Geometry
 from frostline.models.wan.video_shape import GEOMETRY as DEFAULT_GEOMETRY
@@ -16,7 +17,7 @@ from frostline.models.wan.video_shape import GEOMETRY as DEFAULT_GEOMETRY
 if TYPE_CHECKING:
     import torch
 
-    from frostline.config import BaseAdapter, LoraSettings
+    from frostline.config import BaseAdapter, LoraSettings, QuantizationSettings
     from frostline.experts import ExpertName
     from frostline.models.lora import Adapter
     from frostline.stages.video_model import VideoModel
@@ -136,6 +137,7 @@ class Family(Protocol):
         defer: bool,
         base_adapters: Sequence[BaseAdapter] = (),
         live: bool = True,
+        quantization: QuantizationSettings = NOT_QUANTISED,
     ) -> Any:
         """Load a model, frozen, in eval mode: its components.
 
@@ -144,6 +146,7 @@ class Family(Protocol):
             base_adapters: merged into the denoisers whenever these are read, as `merge_adapter` does.
             live: whether parts that training computes with a gradient are needed, too; where they are not, a family may
                 leave them without weights.
+            quantization: how linear layers of denoisers and text encoder are stored, each quantised as it is read.
         Raises:
             ConfigError: says which file does not fit.
         """
@@ -153,7 +156,9 @@ class Family(Protocol):
         """Return loaded components as a `VideoModel`, with a LoRA injected in place, or without one."""
         ...
 
-    def empty_model(self, spec: Any, dtype: torch.dtype, lora: LoraSettings) -> VideoModel:
+    def empty_model(
+        self, spec: Any, dtype: torch.dtype, lora: LoraSettings, quantization: QuantizationSettings = NOT_QUANTISED
+    ) -> VideoModel:
         """Return a model whose parameters are on the meta device."""
         ...
 

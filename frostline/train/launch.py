@@ -232,6 +232,8 @@ def build_module(settings: RunSettings, device: torch.device) -> TrainingModule:
         dtype=settings.train.weight_dtype,
         device=device,
         base_adapters=settings.base_adapters,
+        quantization=settings.quantization,
+        text_encoder_quantization=settings.text_encoder_quantization,
         **step,
     )
 

@@ -53,12 +53,12 @@ class RunPlanner:
 
     def preview(self, settings: RunSettings) -> Preview:
         """Return what is precomputed."""
-        model = self._measurements.model(settings.train.weight_dtype, settings.lora)
+        model = self._measurements.model(settings.train.weight_dtype, settings.lora, settings)
         return preview(settings, model, self._samples, self.device_bytes)
 
     def weights(self, settings: RunSettings) -> Weights:
         """Return the bytes of the model's parameters."""
-        return self._measurements.weights(settings.train.weight_dtype, settings.lora)
+        return self._measurements.weights(settings.train.weight_dtype, settings.lora, settings)
 
     def cache_bytes(self, settings: RunSettings) -> int:
         """Return what precomputing needs of the frozen-output cache, at most."""
@@ -79,4 +79,5 @@ class RunPlanner:
             judges=self._judges,
             precomputed=self.preview(settings).stages,
             measurements=self._measurements,
+            quantization=settings,
         )

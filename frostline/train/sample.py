@@ -99,6 +99,8 @@ def load_for_sampling(settings: SampleSettings, adapters: Mapping[ExpertName, Un
         dtype=parse_precision(settings.precision),
         device=resolve_device(settings.device),
         base_adapters=settings.base_adapters,
+        quantization=settings.quantization,
+        text_encoder_quantization=settings.text_encoder_quantization,
         num_inference_steps=settings.num_inference_steps,
         grad_start_step=0,
         grad_end_step=settings.num_inference_steps - 1,

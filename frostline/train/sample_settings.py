@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from frostline.config import BaseAdapter, Precision, Settings
+from frostline.config import BaseAdapter, Precision, QuantizationSettings
 from frostline.errors import ConfigError
 from frostline.experts import Experts
 from frostline.stages.families import family_of
@@ -19,7 +19,7 @@ _OF_THE_VIDEO = ("num_frames", "height", "width", "max_pixels")
 _NUM_FRAMES, _MAX_PIXELS = 81, 480 * 832
 
 
-class SampleSettings(Settings):
+class SampleSettings(QuantizationSettings):
     """What to sample, and how."""
 
     model: str = Field(description="video model: tiny, tiny-moe, tiny-ti2v, or a checkpoint folder")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from frostline.config import OTHERS, BaseAdapter, Settings, Sharding
+from frostline.config import OTHERS, BaseAdapter, QuantizationSettings, Settings, Sharding
 from frostline.errors import ConfigError
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.rewards.config import RewardEntry
@@ -228,7 +228,7 @@ class MemorySettings(Settings):
     )
 
 
-class RunSettings(TrainingModuleSettings):
+class RunSettings(TrainingModuleSettings, QuantizationSettings):
     """A training run: the step (`num_inference_steps` … `rewards`), and what is around it."""
 
     model: str = Field(default="tiny", description="tiny, tiny-moe, tiny-ti2v, or the folder of a checkpoint")

@@ -30,6 +30,7 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
         lambda: check_trackers(settings.train.report_to),
         lambda: _check_lora(settings),
         lambda: _check_cache(settings),
+        lambda: _check_sharding(settings),
         lambda: family_of(settings.model).check_base_adapters(settings.model, settings.base_adapters),
     ]
     for check in checks:
@@ -71,6 +72,15 @@ def _check_lora(settings: RunSettings) -> None:
 def _check_cache(settings: RunSettings) -> None:
     if settings.precompute == "always" and settings.cache_bytes == 0:
         raise ConfigError("precompute: always needs the cache, and cache_bytes 0 switches it off")
+
+
+def _check_sharding(settings: RunSettings) -> None:
+    # Only plans have a `memory.sharding`; a run that accelerate shards is refused as it begins.
+    if settings.quantization != "none" and settings.memory.sharding in ("fsdp", "zero3"):
+        raise ConfigError(
+            f"quantization: weights in 8 or 4 bits are not sharded: leave the setting out, or set memory.sharding to "
+            f"ddp, not {settings.memory.sharding}"
+        )
 
 
 def _check_plan(settings: RunSettings, runs: bool) -> None:

@@ -355,6 +355,8 @@ CASES: dict[str, Case] = {
     "cache_bytes": Case(0, a_step),
     "model": Case("tiny-ti2v", a_start),
     "base_adapters": Case([{"path": "lora"}], a_step),
+    "quantization": Case("int8", a_step),
+    "text_encoder_quantization": Case("fp8", a_step),
     "init_adapter": Case("lora", a_run, NO_VALIDATION),
     "precompute": Case("always", precomputed, NO_VALIDATION),
     "output_dir": Case("elsewhere", folders, NO_VALIDATION),
@@ -479,10 +481,10 @@ def observe(
         # Each module has its own, but they are read once.
         patch.setattr(
             "frostline.models.checkpoints.loading.load_components",
-            lambda model, dtype, device, defer, reads=None: (
-                copy.deepcopy(loaded(model, dtype, str(device)))
-                if reads is None
-                else load(model, dtype, device, defer, reads)
+            lambda model, dtype, device, defer, reads=None, storage=None: (
+                load(model, dtype, device, defer, reads, storage)
+                if reads or storage
+                else copy.deepcopy(loaded(model, dtype, str(device)))
             ),
         )
         yield look

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
@@ -13,6 +15,7 @@ from frostline.export.tracing.onnx_annotations import name_axes, strip_origin
 from frostline.export.tracing.onnx_shortcuts import decomposed_where_needed, shortcuts
 from frostline.export.tracing.precision_overrides import widen_sensitive
 from frostline.export.tracing.torch_export import WITHOUT_FAKE_CACHE, quiet, trace_program
+from frostline.models.quantization.linear import dequantised_bytes
 from frostline.runtime.backends.base.options import OPSET
 from frostline.runtime.stage import Network
 
@@ -59,7 +62,11 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
     Raises:
         EngineError: the exporter cannot write it.
     """
-    weights = sum(tensor.nbytes for tensor in network.module.state_dict().values())
+    sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
+    tensors: Iterable[Tensor] = network.module.state_dict(keep_vars=True).values()
+    weights = 0
+    for tensor in tensors:
+        weights += sizes.get(id(tensor), tensor.nbytes)
     try:
         with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from frostline.errors import EngineError
+from frostline.models.quantization.linear import plain_layers
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
@@ -28,7 +29,9 @@ WITHOUT_FAKE_CACHE = functools.partial(dynamo_config.patch, fake_tensor_cache_en
 
 
 def trace_program(network: Network) -> ExportedProgram:
-    """Trace `network` with dynamic open dimensions and its live tensors as inputs; the weights are not copied.
+    """Trace `network` with dynamic open dimensions and its live tensors as inputs.
+
+    The weights are not copied, but for those in 8 or 4 bits, which are dequantised.
 
     Raises:
         EngineError: the tracer cannot express the network.
@@ -39,6 +42,8 @@ def trace_program(network: Network) -> ExportedProgram:
             torch.no_grad(),
             WITHOUT_FAKE_CACHE(),
             fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+            # Of quantised layers, the graph has the values that PyTorch computes with.
+            plain_layers(network.module),
         ):
             program = torch.export.export(
                 _Positional(_dense(network.module)).eval(),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from frostline.deferred_init import deferred_init
 from frostline.errors import ConfigError
 from frostline.models.lazy_weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
 from frostline.models.precision import precision_name
+from frostline.models.quantization.linear import quantise_layers
 from frostline.models.wan.components import WanComponents
 
 from .checkpoint_files import WanFiles, find_files
 from .formats.foreign import stand_in_kind
 from .formats.network import NetworkFiles
+from .quantised_reading import NetworkRead, StoredLayers
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer
@@ -40,28 +42,13 @@ LIVE_PARTS = ("denoiser", "vae_decoder")
 _MISFITS = (RuntimeError, ValueError, TypeError, OSError, LookupError, ArithmeticError, AssertionError)
 
 
-class NetworkRead(Protocol):
-    """A way to read a network in which its weights are not just those in its files.
-
-    files: those that it reads beside the network's. identity: what else the weights depend on.
-    """
-
-    @property
-    def files(self) -> tuple[Path, ...]: ...
-    @property
-    def identity(self) -> str: ...
-
-    def read(self, network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-        """Return what `NetworkFiles.read` returns for the weights as they are to be."""
-        ...
-
-
 def load_components(
     model: str | Path | Sequence[Entry],
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     defer: Collection[str] = (),
     reads: Mapping[str, NetworkRead] | None = None,
+    storage: Mapping[str, str] | None = None,
 ) -> WanComponents:
     """Load a Wan model, frozen, in eval mode.
 
@@ -77,11 +64,12 @@ def load_components(
         defer: which of `DEFERRABLE` to leave on disk until they are needed, see `WanComponents.weights`; and which of
             `LIVE_PARTS` to leave there for good.
         reads: how networks are read, by field, whenever they are; those that are not named, as their files have them.
+        storage: in which of `FORMATS` the linear layers of a network's blocks are stored, by field.
     Raises:
         ConfigError: what was found and what is missing, which file does not fit, or that weights cannot be of `dtype`.
     """
     _ = precision_name(dtype)  # refuses another one
-    files, reads = find_files(model), reads or {}
+    files, reads, storage = find_files(model), reads or {}, storage or {}
     log.info("loading %s: %s, %d networks", files.spec.name, files.variant, len(files.networks))
     log.debug("%s", files)
     loaded: dict[str, Any] = {}
@@ -89,9 +77,9 @@ def load_components(
         if field == "vae" and "vae_encoder" in defer:
             loaded[field] = _vae_without_encoder(files, dtype, device, with_decoder="vae_decoder" not in defer)
         elif field in defer:
-            loaded[field] = _without_weights(files, field, dtype, device)
+            loaded[field] = _without_weights(files, field, dtype, device, storage.get(field))
         else:
-            loaded[field] = _load(files, field, dtype, device, reads.get(field))
+            loaded[field] = _load(files, field, dtype, device, reads.get(field), storage.get(field))
     loaded["vae"].scale = [part.to(device) for part in loaded["vae"].scale]
     for module in loaded.values():
         module.eval().requires_grad_(False)
@@ -103,12 +91,24 @@ def load_components(
     )
 
 
-def _load(files: WanFiles, field: str, dtype: torch.dtype, device: str | torch.device, how: NetworkRead | None) -> Any:
+def _load(
+    files: WanFiles,
+    field: str,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    how: NetworkRead | None,
+    kind: str | None,
+) -> Any:
     network = files.networks[field]
-    state_dict = _read(network, dtype, device, how)
     try:
         # As diffsynth's `load_model`, importing which imports torch's compiler: several seconds.
         module = files.spec.build(field)
+    except _MISFITS as error:
+        raise ConfigError(f"{network} cannot be loaded: {error}") from error
+    if kind is not None:
+        quantise_layers(module, kind, dtype)
+    state_dict = _read(network, dtype, device, how, StoredLayers.of(module))
+    try:
         module.load_state_dict(state_dict, assign=True)
         return module.to(device, dtype)
     except _MISFITS as error:
@@ -129,8 +129,12 @@ def check_files(model: str | Path | Sequence[Entry]) -> None:
     _load_tokenizer(files.tokenizer, files.spec.text_length)
 
 
-def _without_weights(files: WanFiles, field: str, dtype: torch.dtype, device: str | torch.device) -> Any:
+def _without_weights(
+    files: WanFiles, field: str, dtype: torch.dtype, device: str | torch.device, kind: str | None
+) -> Any:
     module = _empty_network(files, field)
+    if kind is not None:
+        quantise_layers(module, kind, dtype)
     empty_parameters(module, dtype, device)
     return module
 
@@ -140,7 +144,7 @@ def _vae_without_encoder(
 ) -> nn.Module:
     module = _empty_network(files, "vae")
     if with_decoder:
-        decoder = _read(files.networks["vae"], dtype, device, None, lambda name: not name.startswith(VAE_ENCODER))
+        decoder = _read(files.networks["vae"], dtype, device, None, None, lambda name: not name.startswith(VAE_ENCODER))
         module.load_state_dict(decoder, strict=False, assign=True)
     empty_parameters(module, dtype, device)
     return module
@@ -174,15 +178,19 @@ def _read(
     dtype: torch.dtype,
     device: str | torch.device,
     how: NetworkRead | None,
+    stored: StoredLayers | None,
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Tensor]:
     """Read weights by their names in the module.
 
     Args:
-        wanted: which of them, where no `how` has to see them all.
+        stored: which layers are stored in fewer bits.
+        wanted: which of them, where neither `how` nor `stored` has to see them all.
     """
+    if stored is not None:
+        return dict(stored.read(network, dtype, device, how))
     if how is not None:
-        return _named_as_in_module(network, how.read(network, dtype, device))
+        return _named_as_in_module(network, dict(how.read(network, dtype, device)))
     return _named_as_in_module(network, network.read(dtype, device, lambda name: wanted(_wrapper(network) + name)))
 
 
@@ -213,11 +221,17 @@ def _frozen_weights(
         parameters = dict(module.named_parameters())
         if part == "vae_encoder":
             parameters = {name: p for name, p in parameters.items() if name.startswith(VAE_ENCODER)}
-        shapes = _named_as_in_module(network, network.shapes)
-        nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in parameters)
+        stored = StoredLayers.of(module)
+        if stored is None:
+            shapes = _named_as_in_module(network, network.shapes)
+            nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in parameters)
+        else:
+            sized = files.spec.build(part).to(dtype)
+            quantise_layers(sized, stored.kind, dtype)
+            nbytes = sum(parameter.nbytes for parameter in sized.parameters())
         how = reads.get(part)
         # Of a file with the decoder's weights, the encoder's alone.
-        read = partial(_read, network, dtype, device, how, parameters.__contains__)
+        read = partial(_read, network, dtype, device, how, stored, parameters.__contains__)
         if how is None:
             weights[part] = PartWeights(parameters, read, network.paths, nbytes)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,8 +57,10 @@ class MergedRead:
         for path, _ in self.adapters:
             check_fits(read_adapter(path, self.layer_path), shapes)
 
-    def read(self, network: NetworkFiles, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-        """Return all weights of `network`, of one type, in Wan's own spelling.
+    def read(
+        self, network: NetworkFiles, dtype: torch.dtype, device: str | torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights of `network`, of one type, one at a time and in Wan's own spelling.
 
         They are those of the file that `frostline adapter merge` writes without a precision, bit for bit, of several
         adapters one after the other: so they are rounded to the type that they are stored in, then to `dtype`.
@@ -69,11 +71,9 @@ class MergedRead:
         adapters = [(read_adapter(path, self.layer_path), scale) for path, scale in self.adapters]
         for adapter, _ in adapters:
             check_fits(adapter, network.shapes)
-        tensors = {}
         # On the CPU, where the merge of a file is computed, too.
         for name, weight in network.read_exact().items():
             stored = network.compute_dtype or weight.dtype
             for adapter, scale in adapters:
                 weight = merged_weight(adapter, name, weight, scale, stored)
-            tensors[name] = weight.to(device, dtype)
-        return tensors
+            yield name, weight.to(device, dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import ConfigError
+from frostline.models.quantization.linear import QuantisedLinear, quantised_layers
 from frostline.models.wan.lora_targets import LORA_TARGETS
 
 from . import FORMATS, PEFT, UniformLora, read_adapter, write_peft
@@ -46,6 +47,10 @@ def inject_lora(
     check_targets(model, target_modules)
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(target_modules))  # type: ignore[arg-type]
+    if quantised_layers(model):
+        from .quantised_layer import QuantisedLoraLinear
+
+        config._register_custom_module({QuantisedLinear: QuantisedLoraLinear})
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.float()

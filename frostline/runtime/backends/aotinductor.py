@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
+from frostline.models.quantization.linear import plain_layers
 from frostline.runtime.engines.manifest import NetworkRecord
 from frostline.runtime.engines.verification import VerifiedEngine
 from frostline.runtime.stage import Network
@@ -103,7 +104,8 @@ class AOTInductorRunner(EngineRunner):
 
     def __init__(self, package: bytes, network: Network) -> None:
         super().__init__(network)
-        weights = _weights(network.module)
+        with plain_layers(network.module):
+            weights = _weights(network.module)
         with self._failures("cannot load"):
             self._model = torch._inductor.aoti_load_package(io.BytesIO(package))
             wanted = self._model.get_constant_fqns()

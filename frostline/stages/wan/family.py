@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from frostline.config import NOT_QUANTISED
 from frostline.models.wan.lora_targets import LORA_TARGETS
 from frostline.models.wan.video_shape import GEOMETRY
 
@@ -14,7 +15,7 @@ from frostline.models.wan.video_shape import GEOMETRY
 if TYPE_CHECKING:
     import torch
 
-    from frostline.config import BaseAdapter, LoraSettings
+    from frostline.config import BaseAdapter, LoraSettings, QuantizationSettings
     from frostline.experts import ExpertName
     from frostline.models.checkpoints.checkpoint_files import Entry
     from frostline.models.lora import Adapter
@@ -130,14 +131,16 @@ def load(
     defer: bool,
     base_adapters: Sequence[BaseAdapter] = (),
     live: bool = True,
+    quantization: QuantizationSettings = NOT_QUANTISED,
 ) -> WanComponents:
     """Load a model, frozen, in eval mode, with adapters merged into its denoisers; see `load_components`."""
     from frostline.models.checkpoints.checkpoint_files import find_files
     from frostline.models.checkpoints.loading import DEFERRABLE, LIVE_PARTS, load_components
 
     deferred = (*(DEFERRABLE if defer else ()), *(() if live else LIVE_PARTS))
+    stored = _storage(quantization)
     if not base_adapters:
-        return load_components(model, dtype, device, defer=deferred)
+        return load_components(model, dtype, device, defer=deferred, storage=stored)
     from .base_adapters import merged_reads
 
     files = find_files(model)
@@ -145,7 +148,7 @@ def load(
     for network, read in reads.items():
         # Of weights that stay on disk, merging them would find a misfit only later.
         read.check(files.networks[network].shapes)
-    return load_components(model, dtype, device, defer=deferred, reads=reads)
+    return load_components(model, dtype, device, defer=deferred, reads=reads, storage=stored)
 
 
 def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:
@@ -163,14 +166,27 @@ def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVide
     return model
 
 
-def empty_model(spec: ModelSpec, dtype: torch.dtype, lora: LoraSettings) -> WanVideoModel:
+def _storage(quantization: QuantizationSettings) -> dict[str, str]:
+    """Return how the layers of networks are stored that are stored in fewer bits."""
+    denoiser, text_encoder = quantization.quantization, quantization.text_encoder_quantization
+    kinds = {"denoiser": denoiser, "denoiser_high_noise": denoiser, "text_encoder": text_encoder}
+    return {network: kind for network, kind in kinds.items() if kind != "none"}
+
+
+def empty_model(
+    spec: ModelSpec, dtype: torch.dtype, lora: LoraSettings, quantization: QuantizationSettings = NOT_QUANTISED
+) -> WanVideoModel:
     """Return a model whose parameters are on the meta device."""
     from frostline.models.meta_tensors import meta_parameters
+    from frostline.models.quantization.linear import quantise_layers
     from frostline.models.wan.components import WanComponents
 
     from .model import WanVideoModel
 
     networks: dict[str, Any] = {name: spec.build(name).eval().requires_grad_(False).to(dtype) for name in spec.networks}
+    for name, kind in _storage(quantization).items():
+        if name in networks:
+            quantise_layers(networks[name], kind, dtype)
     # Nothing is encoded without weights.
     tokenizer: Any = SimpleNamespace(seq_len=spec.text_length)
     with meta_parameters():

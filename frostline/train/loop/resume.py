@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from frostline.config import LoraSettings
+from frostline.config import LoraSettings, QuantizationSettings
 from frostline.documents import read_yaml
 from frostline.errors import CheckpointError, ConfigError, DocumentError
 from frostline.experts import ExpertName
@@ -61,8 +61,8 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
 
     Raises:
         ConfigError: it is of other experts; its adapter has another rank, another scale, is on other layers, or was
-            trained on top of other base adapters; or the settings name an adapter to begin with that the run did not
-            begin with.
+            trained on top of other base adapters, or of a base that is stored otherwise; or the settings name an
+            adapter to begin with that the run did not begin with.
         CheckpointError: its state or its settings cannot be read.
     """
     check_same_experts(checkpoint, settings.lora)
@@ -78,6 +78,12 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
             f"base_adapters: the adapter in {checkpoint.path} was trained on top of {_listed(before)}, not of "
             f"{_listed(now)}"
         )
+    for name in QuantizationSettings.model_fields:
+        if now[name] != before.get(name, "none"):
+            raise ConfigError(
+                f"{name}: the adapter in {checkpoint.path} was trained with {before.get(name, 'none')}, not with "
+                f"{now[name]}: keep it, or begin anew from the adapter with init_adapter"
+            )
 
 
 def read_trained(path: Path, settings: RunSettings) -> dict[ExpertName, Adapter]:

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from frostline.errors import ConfigError
+from frostline.models.quantization.linear import quantised_layers
 from frostline.train.step.module import TrainingModule
 
 
@@ -19,7 +20,8 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
     """Shard what accelerate is set up to shard; returns whether it is. To be called before `accelerator.prepare`.
 
     Raises:
-        ConfigError: accelerate is set up for what is not supported: FSDP1 or DeepSpeed.
+        ConfigError: accelerate is set up for what is not supported: FSDP1 or DeepSpeed, or FSDP2 where weights are
+            quantised.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # It also keeps its own, divided copy of the optimizer, which a checkpoint could not hold bit for bit.
@@ -31,6 +33,8 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
         return False
     if not accelerator.is_fsdp2:
         raise ConfigError("FSDP1 is not supported; use FSDP2 (accelerate launch --fsdp_version 2)")
+    if any(quantised_layers(expert.network) for expert in module.model.experts):
+        raise ConfigError("quantization: weights in 8 or 4 bits are not sharded: leave the setting out, or use DDP")
     from torch.distributed.fsdp import fully_shard
 
     for expert in module.model.experts:

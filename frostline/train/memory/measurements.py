@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from frostline.config import GradientCheckpointing, LoraSettings
+from frostline.config import NOT_QUANTISED, GradientCheckpointing, LoraSettings, QuantizationSettings
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.reward import Reward
 from frostline.stages.families import family_of
@@ -42,13 +42,23 @@ class Measurements:
         self.spec = self.family.read_spec(model)
         self._known: dict[Hashable, Any] = {}
 
-    def model(self, dtype: torch.dtype, lora: LoraSettings) -> VideoModel:
+    def model(
+        self, dtype: torch.dtype, lora: LoraSettings, quantization: QuantizationSettings = NOT_QUANTISED
+    ) -> VideoModel:
         """Return the model, without content."""
-        return self._once(("model", dtype, lora), lambda: self.family.empty_model(self.spec, dtype, lora))
+        return self._once(
+            ("model", dtype, lora, *_stored(quantization)),
+            lambda: self.family.empty_model(self.spec, dtype, lora, quantization),
+        )
 
-    def weights(self, dtype: torch.dtype, lora: LoraSettings) -> Weights:
+    def weights(
+        self, dtype: torch.dtype, lora: LoraSettings, quantization: QuantizationSettings = NOT_QUANTISED
+    ) -> Weights:
         """Return the bytes of its parameters."""
-        return self._once(("weights", dtype, lora), lambda: Weights.of(self.model(dtype, lora)))
+        return self._once(
+            ("weights", dtype, lora, *_stored(quantization)),
+            lambda: Weights.of(self.model(dtype, lora, quantization)),
+        )
 
     def stages(
         self,
@@ -57,15 +67,18 @@ class Measurements:
         shape: VideoShape,
         kind: GradientCheckpointing,
         window: int | None = None,
+        quantization: QuantizationSettings = NOT_QUANTISED,
     ) -> dict[str, Footprint]:
         """Return the footprint of each stage.
 
         Args:
             window: number of latent frames that a step decodes with gradient; None means all of them.
         """
-        model = self.model(dtype, lora)
-        frozen = self._once(("frozen", dtype, shape), lambda: measure_frozen_stages(model, shape))
-        denoisers = self._once(("denoisers", dtype, lora, shape, kind), lambda: measure_denoisers(model, shape, kind))
+        model, stored = self.model(dtype, lora, quantization), _stored(quantization)
+        frozen = self._once(("frozen", dtype, shape, *stored), lambda: measure_frozen_stages(model, shape))
+        denoisers = self._once(
+            ("denoisers", dtype, lora, shape, kind, *stored), lambda: measure_denoisers(model, shape, kind)
+        )
         decoder = self._once(
             ("decoder", dtype, shape, kind, window), lambda: measure_decoder(model, shape, kind, window)
         )
@@ -81,3 +94,7 @@ class Measurements:
         if key not in self._known:
             self._known[key] = measure()
         return cast(_T, self._known[key])
+
+
+def _stored(quantization: QuantizationSettings) -> tuple[str, str]:
+    return quantization.quantization, quantization.text_encoder_quantization

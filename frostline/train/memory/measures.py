@@ -17,6 +17,7 @@ Changes = Mapping[str, Any]
 _DEVICES = (2, 4, 8)
 _SHARES = (0.5, 0.25)
 _LEAST_FRAMES = 5
+_FEWER_BITS = ("int8", "nf4")
 
 
 class Planner(Protocol):
@@ -90,6 +91,11 @@ def _bf16(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
         yield {"train.mixed_precision": "bf16"}
 
 
+def _quantised(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    if settings.memory.sharding == "ddp" and settings.quantization not in _FEWER_BITS:
+        yield from ({"quantization": kind} for kind in _FEWER_BITS)
+
+
 def _window(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     window = settings.decode.num_latent_frames or _latent_frames(settings, planner)
     while (window := window // 2) >= 1:
@@ -144,6 +150,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("recompute more of the forward in backward", "activations", "time", _checkpointing),
     Measure("keep what backward needs in main memory", "activations", "time", _saved_tensors),
     Measure("frozen weights and arithmetic in bf16", "weights", "results", _bf16, in_run=False),
+    Measure("frozen weights in 8 or 4 bits", "weights", "results", _quantised, in_run=False),
     Measure("rewards see a window of each clip, drawn for each step", "activations", "results", _window),
     Measure("gradient through one denoise step, drawn for each step", "activations", "results", _live_steps),
     Measure("fewer frames", "activations", "results", _frames),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from frostline.config import GradientCheckpointing
 from frostline.models.lora.inject import lora_parameters
 from frostline.models.meta_tensors import on_meta
+from frostline.models.quantization.linear import dequantised_bytes
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.active import JUDGE, label_of
 from frostline.rewards.build import networks_of
@@ -50,19 +51,25 @@ class Footprint:
 class Weights:
     """Bytes of a model's parameters.
 
-    stages: by name. adapter: of all LoRAs. largest_blocks: of each denoiser that a gradient flows through, bytes of its
-    largest block by stage.
+    stages: by name. dequantised: the same, of weights in 8 or 4 bits as they are computed with. adapter: of all LoRAs.
+    largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
     """
 
     stages: Mapping[str, int]
+    dequantised: Mapping[str, int]
     adapter: int
     largest_blocks: Mapping[str, int]
 
     @classmethod
     def of(cls, model: VideoModel) -> Weights:
         """Count the parameters of a model; they need no content."""
+        more = {id(p): size for module in model.modules() for p, size in dequantised_bytes(module)}
         return cls(
             _weights(model),
+            dequantised={
+                stage: sum(more.get(id(parameter), parameter.nbytes) for parameter in parameters)
+                for stage, parameters in model.stage_parameters().items()
+            },
             adapter=sum(_bytes(lora_parameters(each.network).values()) for each in model.experts),
             largest_blocks={
                 each.stage: max(_frozen_bytes(block) for block in each.module.blocks) for each in _live_experts(model)

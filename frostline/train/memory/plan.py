@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from frostline.config import GradientCheckpointing, Sharding
+from frostline.config import NOT_QUANTISED, GradientCheckpointing, QuantizationSettings, Sharding
 from frostline.errors import ConfigError
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.video_shape import VideoShape
@@ -101,6 +101,7 @@ def memory_plan(
     judges: Mapping[str, int] | None = None,
     precomputed: Collection[str] = (),
     measurements: Measurements | None = None,
+    quantization: QuantizationSettings = NOT_QUANTISED,
 ) -> MemoryPlan:
     """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
 
@@ -115,6 +116,7 @@ def memory_plan(
         judges: bytes of the networks of each judge, by its name.
         precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
         measurements: of this model, if others were planned before.
+        quantization: how weights are stored; an engine has them dequantised.
     Raises:
         ConfigError: there is no such model, stage or way to shard.
     """
@@ -124,7 +126,7 @@ def memory_plan(
         raise ConfigError(f"num_processes must be at least 1, not {num_processes}")
     measured = Measurements(model) if measurements is None else measurements
     family, spec, lora = measured.family, measured.spec, settings.lora
-    empty, parameters = measured.model(dtype, lora), measured.weights(dtype, lora)
+    empty, parameters = measured.model(dtype, lora, quantization), measured.weights(dtype, lora, quantization)
     of_rewards = measured.rewards(rewards, settings.decode.rewarded(shape, empty.geometry))
     weights = {**parameters.stages, **{name: footprint.weights for name, footprint in of_rewards.items()}}
     trained = {expert.stage for expert in empty.experts if expert.trained}
@@ -133,7 +135,7 @@ def memory_plan(
     for name in served:
         if name not in weights:
             raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(weights)}")
-    of_engines = {name: size for name, size in weights.items() if name in served}
+    of_engines = {name: size for name, size in {**weights, **parameters.dequantised}.items() if name in served}
     divided = _DIVIDED[sharding]
 
     def share(what: str, size: int) -> int:
@@ -157,7 +159,9 @@ def memory_plan(
     held = sum(weights.values()) + sum(of_engines.values()) + sum(judging.values()) + adapter
     choice = least_recomputation(
         settings.gradient_checkpointing,
-        lambda kind: measured.stages(dtype, lora, shape, kind, settings.decode.num_latent_frames) | of_rewards,
+        lambda kind: (
+            measured.stages(dtype, lora, shape, kind, settings.decode.num_latent_frames, quantization) | of_rewards
+        ),
         uses,
         gradients + optimizer,
         None if device_bytes is None else device_bytes - held,

@@ -54,7 +54,8 @@ def load_without_live_parts(settings: RunSettings, device: torch.device) -> Vide
     """
     family = family_of(settings.model)
     adapters = settings.base_adapters
-    components = family.load(settings.model, settings.train.weight_dtype, device, True, adapters, live=False)
+    dtype = settings.train.weight_dtype
+    components = family.load(settings.model, dtype, device, True, adapters, live=False, quantization=settings)
     return family.video_model(components, None)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self, cast
 import torch
 from torch import Tensor, nn
 
-from frostline.config import AUTO, BaseAdapter, GradientCheckpointing
+from frostline.config import AUTO, BaseAdapter, GradientCheckpointing, Quantization, QuantizationSettings
 from frostline.errors import ConfigError, DataError
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.active import ActiveReward
@@ -124,6 +124,8 @@ class TrainingModule(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         base_adapters: Sequence[BaseAdapter | Mapping[str, Any]] = (),
+        quantization: Quantization = "none",
+        text_encoder_quantization: Quantization = "none",
         **settings: Any,
     ) -> Self:
         """Load a model and make it trainable.
@@ -131,13 +133,18 @@ class TrainingModule(nn.Module):
         Args:
             model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `family_of`.
             base_adapters: merged into the denoisers whenever these are read; mappings are as in a run's settings.
+            quantization, text_encoder_quantization: see `QuantizationSettings`.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
             ConfigError: files or settings are not usable.
         """
         parsed = TrainingModuleSettings.parse(settings)
         adapters = BaseAdapter.parse_all(base_adapters)
-        components = family_of(model).load(model, dtype, resolve_device(str(device)), True, adapters)
+        stored = QuantizationSettings.parse(
+            {"quantization": quantization, "text_encoder_quantization": text_encoder_quantization}
+        )
+        where = resolve_device(str(device))
+        components = family_of(model).load(model, dtype, where, True, adapters, quantization=stored)
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module

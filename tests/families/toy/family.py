@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from frostline.config import NOT_QUANTISED
 from frostline.errors import ConfigError
 from frostline.models.video_shape import Geometry
 
@@ -84,7 +85,15 @@ def check_base_adapters(model: str | Path, adapters: Any) -> None:
         raise ConfigError("the toy merges no adapters")
 
 
-def load(model: str | Path, dtype: Any, device: Any, defer: bool, base_adapters: Any = (), live: bool = True) -> Any:
+def load(
+    model: str | Path,
+    dtype: Any,
+    device: Any,
+    defer: bool,
+    base_adapters: Any = (),
+    live: bool = True,
+    quantization: Any = NOT_QUANTISED,
+) -> Any:
     check_base_adapters(model, base_adapters)
     from frostline.stages.toy.model import ToyComponents  # type: ignore[import-not-found]
 
@@ -92,7 +101,17 @@ def load(model: str | Path, dtype: Any, device: Any, defer: bool, base_adapters:
     components = ToyComponents.random(Path(model).name, seed)
     for part in (components.text_encoder, components.vae, components.denoiser):
         part.to(device, dtype)
+    _quantise(components, dtype, quantization)
     return components
+
+
+def _quantise(components: Any, dtype: Any, quantization: Any) -> None:
+    from frostline.models.quantization.linear import quantise_layers
+
+    kinds = {"denoiser": quantization.quantization, "text_encoder": quantization.text_encoder_quantization}
+    for part, kind in kinds.items():
+        if kind != "none":
+            quantise_layers(getattr(components, part), kind, dtype)
 
 
 def video_model(components: Any, lora: Any) -> Any:
@@ -101,10 +120,11 @@ def video_model(components: Any, lora: Any) -> Any:
     return ToyVideoModel(components, lora)
 
 
-def empty_model(spec: ToySpec, dtype: Any, lora: Any) -> Any:
+def empty_model(spec: ToySpec, dtype: Any, lora: Any, quantization: Any = NOT_QUANTISED) -> Any:
     from frostline.stages.toy.model import ToyComponents, ToyVideoModel  # type: ignore[import-not-found]
 
     components = ToyComponents.random(spec.name, 0)
     for part in (components.text_encoder, components.vae, components.denoiser):
         part.to("meta", dtype)
+    _quantise(components, dtype, quantization)
     return ToyVideoModel(components, lora)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from frostline.errors import ConfigError
 
 from .architecture import Shapes, missing_blocks
-from .names import DENOISER, Part, rename
-from .quantised import FP8, StoredWeights, dequantise, find_weights
+from .names import Part
+from .quantised import FP8, StoredWeights, as_rows, dequantise, find_weights
 from .settings_files import read_json
 from .tensor_files import Header, TensorInfo, open_tensors, read_header
 
@@ -88,24 +88,29 @@ class NetworkFiles:
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """
-        exact = _ExactWeights(self, device)
+        exact = _StoredExactly(self, device)
         # Several tensors of diffusers may make one of Wan's: only a conversion tells which.
         names = [n for n in exact if self.spelling == "diffusers" or wanted(n.removeprefix(self.prefix))]
         tensors = {name: exact[name].to(dtype) for name in names}
         official = _spelled_officially(self.part, self.spelling, self.prefix, tensors)
         return {name: tensor for name, tensor in official.items() if wanted(name)}
 
-    def read_exact(self) -> Mapping[str, Tensor]:
-        """Return the tensors of a denoiser by official name, each read on access.
+    def read_exact(self, mapped: bool = False) -> ExactWeights:
+        """Return the tensors of a denoiser or a text encoder by official name, each read on access.
 
         Those of 8 bits are fp32, with their scales applied; the others are as stored.
 
+        Args:
+            mapped: see `open_tensors`.
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """
-        assert self.part == "denoiser"  # of other parts, names alone do not make Wan's own spelling
-        exact = _ExactWeights(self, "cpu")
-        return _Renamed(exact, _official_names(self.spelling, self.prefix, exact))
+        assert self.part in ("denoiser", "text_encoder")  # of other parts, names alone do not make Wan's own spelling
+        stored = _StoredExactly(self, "cpu", mapped)
+        names: Any = {name: name for name in stored}
+        return ExactWeights(
+            stored, cast("dict[str, str]", _spelled_officially(self.part, self.spelling, self.prefix, names))
+        )
 
 
 def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
@@ -132,18 +137,25 @@ def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
     return None
 
 
-class _ExactWeights(Mapping[str, "Tensor"]):
+class _StoredExactly(Mapping[str, "Tensor"]):
     """Weights by the names in their files, read one at a time: those of 8 bits in fp32, the others as stored."""
 
-    def __init__(self, network: NetworkFiles, device: str | torch.device) -> None:
+    def __init__(self, network: NetworkFiles, device: str | torch.device, mapped: bool = False) -> None:
         self._stored = network.stored
-        self._tensors = open_tensors(network.paths, device)
+        self._tensors = open_tensors(network.paths, device, mapped)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor, scale = self._tensors[name], self._stored.scales.get(name)
         if self._stored.infos[name].dtype not in FP8:
             return tensor
         return dequantise(tensor, None if scale is None else self._tensors[scale])
+
+    def as_rows(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return a weight of 8 bits as it is stored, with a scale for each row; None where it has none like that."""
+        if self._stored.infos[name].dtype not in FP8:
+            return None
+        scale = self._stored.scales.get(name)
+        return as_rows(self._tensors[name], None if scale is None else self._tensors[scale])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored.infos)
@@ -152,12 +164,16 @@ class _ExactWeights(Mapping[str, "Tensor"]):
         return len(self._stored.infos)
 
 
-class _Renamed(Mapping[str, "Tensor"]):
-    """Tensors under other names. names: the new one of each."""
+class ExactWeights(Mapping[str, "Tensor"]):
+    """Weights by their official names, read one at a time; see `NetworkFiles.read_exact`. names: those in the files."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    def __init__(self, tensors: _StoredExactly, names: Mapping[str, str]) -> None:
         self._tensors = tensors
-        self._old = {new: old for old, new in names.items()}
+        self._old = names
+
+    def as_rows(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return a weight of 8 bits as it is stored, see `as_rows`; None where it is not stored so."""
+        return self._tensors.as_rows(self._old[name])
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._old[name]]
@@ -191,15 +207,6 @@ def _spelled_officially(
     from .convert import to_official
 
     return to_official(part, plain)
-
-
-def _official_names(spelling: Spelling, prefix: str, names: Iterable[str]) -> dict[str, str]:
-    """Of a denoiser, whose conversion is one of names alone."""
-    plain = {name: name.removeprefix(prefix) for name in names}
-    if spelling != "diffusers":
-        return plain
-    official = rename(plain.values(), DENOISER, to_diffusers=False)
-    return {name: official[short] for name, short in plain.items()}
 
 
 def _official_shapes(

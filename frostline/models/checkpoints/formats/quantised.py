@@ -114,6 +114,25 @@ def dequantise(weight: Tensor, scale: Tensor | None) -> Tensor:
     return values * scale.reshape(-1, *(1 for _ in weight.shape[1:]))
 
 
+def as_rows(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return a weight of 8 bits as `frostline.models.quantization` stores fp8: bytes (out, in), fp32 scales (out, 1).
+
+    Its values are those of `dequantise`.
+
+    Args:
+        scale: as for `dequantise`.
+    Returns:
+        None where it cannot be stored so: it is float8_e5m2, no matrix, or has scales of blocks.
+    """
+    import torch
+
+    if weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or (scale is not None and scale.ndim == 3):
+        return None
+    rows = weight.shape[0]
+    of_rows = torch.ones(1, device=weight.device) if scale is None else scale.float().reshape(-1)
+    return weight.view(torch.uint8), of_rows.expand(rows).reshape(rows, 1).clone()
+
+
 def _scales(infos: Mapping[str, TensorInfo], weights: Mapping[str, TensorInfo], path: Path) -> dict[str, str]:
     scales: dict[str, str] = {}
     for name, info in infos.items():

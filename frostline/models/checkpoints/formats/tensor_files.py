@@ -73,9 +73,12 @@ def read_header(path: Path) -> Header:
         return Header(infos, texts=texts)
 
 
-def open_tensors(paths: Sequence[Path], device: str | torch.device) -> Mapping[str, Tensor]:
+def open_tensors(paths: Sequence[Path], device: str | torch.device, mapped: bool = False) -> Mapping[str, Tensor]:
     """Return the tensors of files, by name, in their stored types; those of safetensors are read on access.
 
+    Args:
+        mapped: on the CPU, memory-map files of torch, so that theirs are read on access, too, if the format allows:
+            these tensors are the file's memory.
     Raises:
         ConfigError: a file cannot be read.
     """
@@ -85,7 +88,7 @@ def open_tensors(paths: Sequence[Path], device: str | torch.device) -> Mapping[s
             if path.suffix == ".safetensors":
                 found: Mapping[str, Tensor] = _Safetensors(path, device)
             else:
-                found = _load_torch(path, device, mapped=False)
+                found = _load_torch(path, device, mapped=mapped)
         tensors.update(dict.fromkeys(found, found))
     return _Joined(tensors)
 

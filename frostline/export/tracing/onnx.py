@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
@@ -63,10 +61,8 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
         EngineError: the exporter cannot write it.
     """
     sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
-    tensors: Iterable[Tensor] = network.module.state_dict(keep_vars=True).values()
-    weights = 0
-    for tensor in tensors:
-        weights += sizes.get(id(tensor), tensor.nbytes)
+    tensors = [*network.module.parameters(), *network.module.buffers()]
+    weights = sum(sizes.get(id(tensor), tensor.numel() * tensor.element_size()) for tensor in tensors)
     try:
         with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)

@@ -118,7 +118,7 @@ def _table(name: str, recipe: Mapping[str, Any]) -> str:
         f"A step of {recipe['step']}, LoRA of rank {rank}. On disk: weights {model} GB, each checkpoint "
         f"{checkpoint:.0f} MB, the cache {cache:.2f} MB a sample at most.",
         "",
-        "| GPU | fits | settings beside the recipe's | recomputed | peak, GB | precompute, GB | main memory, GB |",
+        "| GPU | fits | settings besides the recipe's | recomputed | peak, GB | precompute, GB | main memory, GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for machine, row in recipe["machines"].items():

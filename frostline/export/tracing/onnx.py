@@ -62,7 +62,7 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
     """
     sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
     tensors = [*network.module.parameters(), *network.module.buffers()]
-    weights = sum(sizes.get(id(tensor), tensor.numel() * tensor.element_size()) for tensor in tensors)
+    weights = sum(sizes[id(tensor)] if id(tensor) in sizes else tensor.nbytes for tensor in tensors)
     try:
         with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)

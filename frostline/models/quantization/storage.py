@@ -74,7 +74,7 @@ def _quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4_LEVELS, device=weight.device)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))).clamp(-1, 1)
-    nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     return nearest[:, ::2] << 4 | nearest[:, 1::2], absmax
 
 

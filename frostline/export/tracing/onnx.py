@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
@@ -62,7 +63,7 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
     """
     sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
     tensors = [*network.module.parameters(), *network.module.buffers()]
-    weights = sum(sizes[id(tensor)] if id(tensor) in sizes else tensor.nbytes for tensor in tensors)
+    weights = sum(sizes.get(id(tensor), _nbytes(tensor)) for tensor in tensors)
     try:
         with quiet(), torch.no_grad():
             translated.save(path, external_data=weights > _EMBEDDED_BYTES)
@@ -70,3 +71,7 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
         raise
     except Exception as error:
         raise EngineError(f"network {network.name} cannot be written as ONNX: {error}") from error
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

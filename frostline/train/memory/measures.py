@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from frostline.config import AUTO, CHECKPOINTING
 from frostline.models.video_shape import Geometry, VideoShape
+from frostline.runtime.backends import TORCH
 from frostline.train.memory.plan import MemoryPlan
 from frostline.train.settings import RunSettings
 
@@ -93,7 +94,11 @@ def _bf16(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
 
 def _quantised(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     if settings.memory.sharding == "ddp" and settings.quantization not in _FEWER_BITS:
-        yield from ({"quantization": kind} for kind in _FEWER_BITS)
+        for kind in _FEWER_BITS:
+            yield {"quantization": kind}
+            # An engine has the dequantised weights.
+            if settings.plan.backend != TORCH:
+                yield {"quantization": kind, "plan.backend": TORCH}
 
 
 def _window(settings: RunSettings, planner: Planner) -> Iterator[Changes]:

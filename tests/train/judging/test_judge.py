@@ -171,7 +171,7 @@ def test_a_dry_run_counts_their_weights(tmp_path: Path, monkeypatch: pytest.Monk
         planned.update(judges)
         raise ConfigError("as far as this")
 
-    monkeypatch.setattr("frostline.train.dry_run.memory_plan", plan)
+    monkeypatch.setattr("frostline.train.run_plan.memory_plan", plan)
     page = io.StringIO()
     judged = settings(SFACE, OWN, output_dir=str(tmp_path / "run"), memory={"device_gb": 1})
     print_dry_run(judged, Console(file=page, width=200))

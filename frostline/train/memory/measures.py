@@ -94,11 +94,10 @@ def _bf16(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
 
 def _quantised(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     if settings.memory.sharding == "ddp" and settings.quantization not in _FEWER_BITS:
-        for kind in _FEWER_BITS:
-            yield {"quantization": kind}
-            # An engine has the dequantised weights.
-            if settings.plan.backend != TORCH:
-                yield {"quantization": kind, "plan.backend": TORCH}
+        if settings.plan.backend != TORCH:
+            # The frozen expert's engine has the dequantised weights.
+            yield {"quantization": _FEWER_BITS[0]}
+        yield from ({"quantization": kind, "plan.backend": TORCH} for kind in _FEWER_BITS)
 
 
 def _window(settings: RunSettings, planner: Planner) -> Iterator[Changes]:

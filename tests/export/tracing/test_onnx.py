@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
-from frostline.export.tracing import onnx as onnx_export
+from frostline.export.tracing import onnx_shortcuts
 from frostline.export.tracing.onnx import trace_onnx
+from frostline.runtime.backends.base.options import OPSET
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
@@ -58,7 +59,7 @@ def test_inputs_and_outputs_have_their_names_and_open_dimensions(traced: Path) -
     shape = model.graph.input[0].type.tensor_type.shape.dim
     assert [bool(dim.dim_param) for dim in shape] == [True, True, False]
     assert shape[2].dim_value == 6
-    assert model.opset_import[0].version == onnx_export.OPSET
+    assert model.opset_import[0].version == OPSET
     onnx.checker.check_model(model, full_check=True)
 
 
@@ -112,7 +113,7 @@ def test_arguments_of_operators_are_read_by_name(named: bool, factor: float, ren
         upsample = graph.call_function(aten._upsample_nearest_exact2d.vec, (x, None, factors))
         cast = graph.call_function(aten.to.dtype, (x, torch.half))
     for node in (upsample, cast):
-        onnx_export._respell(node)
+        onnx_shortcuts._respell(node)
     assert (upsample.target is aten.upsample_nearest2d.vec) is renamed
     assert (cast.target, cast.args, cast.kwargs) == (aten._to_copy.default, (x,), {"dtype": torch.half})
 

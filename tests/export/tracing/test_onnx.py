@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import EngineError
+from frostline.export.tracing import onnx as onnx_export
 from frostline.export.tracing import onnx_shortcuts
 from frostline.export.tracing.onnx import trace_onnx
 from frostline.runtime.backends.base.options import OPSET

@@ -1,13 +1,14 @@
 """Runs whose frozen weights have 8 or 4 bits: gradients, engines, caches, plan, resuming, adapters, sampling."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from adapter_files import make_adapter
 from safetensors.torch import load_file
@@ -266,6 +267,15 @@ def left_by(folder: str) -> tuple[list[Any], dict[str, Tensor]]:
     return kept, load_file(Path(folder, "adapter", "adapter_model.safetensors"))
 
 
+@pytest.fixture
+def in_bf16() -> Iterator[None]:
+    """Accelerate keeps the precision of a process: that of other tests is another one."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("in_bf16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_equal_to_the_bit(kind: str, workplace: Path, refused_usage: Callable[..., str]) -> None:
     run_training(RunSettings.parse(values(kind)), None, Progress(quiet=True))

@@ -254,13 +254,15 @@ class _Disk:
             fitting = {path: data for path, data in files.items() if len(data) <= self._max_bytes}
             if len(fitting) < len(files):
                 log.debug("%d entries do not fit into the cache", len(files) - len(fitting))
+            if not fitting:
+                return
             if len(fitting) > 1:
                 self._write_together(fitting)
-            for path, data in fitting.items() if len(fitting) == 1 else ():
+            else:
+                ((path, data),) = fitting.items()
                 with atomic_write(path) as part:
                     part.write_bytes(data)
-            if fitting:
-                self._forget()
+            self._forget()
         except (DataError, EngineError, OSError) as error:
             self._give_up(error)
 

@@ -55,9 +55,9 @@ class TrainerSettings(Settings):
     )
     seed: int = Field(default=0, ge=0, description="of data order, LoRA initialisation and fresh noise")
     max_skipped_steps: int = Field(
-        default=10, ge=1, description="stop after so many steps in a row whose loss or gradient was NaN or infinite"
+        default=10, ge=1, description="stop after N consecutive steps whose loss or gradient is NaN or infinite"
     )
-    checkpointing_steps: int = Field(default=50, ge=1, description="write checkpoint-N every so many steps")
+    checkpointing_steps: int = Field(default=50, ge=1, description="write checkpoint-STEP every N steps")
     save_total_limit: int | None = Field(default=None, ge=1, description="keep only the newest so many checkpoints")
     ema_decay: float | None = Field(
         default=None,
@@ -111,7 +111,7 @@ class VideoSettings(Settings):
     )
     width: int | None = Field(default=None, description="pixels, as height, and goes with it")
     max_pixels: int = Field(default=480 * 832, description="height times width, where these are not given")
-    frame_stride: int = Field(default=1, ge=1, description="take every so manieth frame")
+    frame_stride: int = Field(default=1, ge=1, description="use every Nth frame")
     allow_outside: bool = Field(
         default=False,
         description="let metadata name videos and references, and captions link to files, outside the source's folder",
@@ -171,7 +171,7 @@ class DataSettings(VideoSettings):
 class ValidationSettings(VideoSettings):
     """Held-out starts, generated and scored now and then with noise that never changes."""
 
-    steps: int = Field(default=50, ge=1, description="validate every so many steps, and at the start and the end")
+    steps: int = Field(default=50, ge=1, description="validate every N steps, and at the start and the end")
     num_videos: int = Field(default=5, ge=1, description="of the source's first rows")
     batch_size: int = Field(default=1, ge=1, description="videos generated together, per process")
     noise_seed: int = Field(default=0, ge=0, description="of the start noise")

@@ -108,7 +108,7 @@ def test_it_is_exported_by_its_recipe(tmp_path: Path) -> None:
         list(export_model(load_staged_model(unknown, "cpu"), unknown, EngineStore(tmp_path), ExportOptions()))
 
 
-def test_an_export_is_recalled_by_the_files_that_a_reward_names(tmp_path: Path) -> None:
+def test_an_export_is_reused_by_the_files_that_a_reward_names(tmp_path: Path) -> None:
     file = tmp_path / "weights.bin"
 
     def key() -> str:

@@ -81,8 +81,8 @@ class RunOptions:
     num_workers: processes that decode videos ahead.
     config: the settings of the run, kept beside its files and in every checkpoint, and told to the trackers.
     facts: what else to keep in `run.json`.
-    validate, validation_steps: called with the step at the start, the end and every so many steps, on all processes;
-        what it returns becomes a line of `validation.jsonl`, with the verdict on all lines so far.
+    validate, validation_steps: called with the step at the start, the end and every `validation_steps`, on all
+        processes; what it returns becomes a line of `validation.jsonl`, with the verdict on all lines so far.
     on_step: receives each line of `metrics.jsonl`.
     on_begin: called on the first process once the folder is that of this run: earlier the run may still be refused.
     """

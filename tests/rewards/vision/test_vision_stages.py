@@ -122,7 +122,7 @@ def test_hybrid_is_pytorch(modules: tuple[WanTrainingModule, WanTrainingModule])
     assert backends["pickscore_text"] == backends["subject_consistency_image"] == "onnxruntime"
     assert backends["pickscore_image_live"] == backends["subject_consistency_image_live"] == "torch"
     assert "pickscore_image" not in backends, "frames that need a gradient are not encoded twice"
-    # The second time, prompts and references are recalled; another prompt is encoded.
+    # The second time, prompts and references come from the cache; another prompt is encoded.
     hybrid(data)
     assert hybrid.last_metrics is not None
     assert not {"pickscore_text", "subject_consistency_image"} & hybrid.last_metrics.stages.keys()
@@ -199,7 +199,7 @@ def test_as_many_frames_are_counted_as_are_selected(selection: str, num_frames: 
     assert count_selected(num_frames, selection) == selected.shape[1] - 1
 
 
-def test_an_export_is_recalled_by_the_files_of_a_folder(vision_files: Mapping[str, Any], tmp_path: Path) -> None:
+def test_an_export_is_reused_by_the_files_of_a_folder(vision_files: Mapping[str, Any], tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((Path(vision_files["clip"]["weights"]) / name).read_bytes())
     recipe = Recipe.parse({"model": "tiny", "rewards": [{"type": "clip", "weights": str(tmp_path)}]})

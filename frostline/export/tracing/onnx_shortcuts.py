@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -27,6 +28,11 @@ from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpre
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
+_IN_PLACE = {
+    aten.relu_.default: aten.relu.default,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+}
 # What torch.onnx leaves out by itself.
 _DROPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
 
@@ -49,13 +55,16 @@ def decomposed_where_needed(program: ExportedProgram, opset: int) -> ExportedPro
     """
     copied = copy.copy(program)
     copied._graph_module = copy.deepcopy(program.graph_module)
-    nodes = [node for node in copied.graph.nodes if node.op == "call_function"]
-    for node in nodes:
+    for node in _calls(copied):
         _respell(node)
     known = _translated(opset)
-    if all(node.target in known and not _changes_its_input(node.target) for node in nodes):
+    if all(node.target in known and not _changes_its_input(node.target) for node in _calls(copied)):
         copied.run_decompositions = lambda *_: copied  # type: ignore[method-assign]
     return copied
+
+
+def _calls(program: ExportedProgram) -> list[Node]:
+    return [node for node in program.graph.nodes if node.op == "call_function"]
 
 
 _from_torchlib = ONNXRegistry.from_torchlib
@@ -79,7 +88,7 @@ def _translated(opset: int) -> frozenset[Any]:
 
 
 def _respell(node: Node) -> None:
-    """Replace an operator that torch.onnx lacks by an equivalent one that it has."""
+    """Replace an operator that torch.onnx lacks by an equivalent one that it has, as its decompositions do."""
     if node.target in _CASTS:
         tensor, dtype = _argument(node, "self"), _argument(node, "dtype")
         # Without a type, only the device changes.
@@ -93,6 +102,47 @@ def _respell(node: Node) -> None:
         # At whole factors both variants take the same pixels.
         if factors and all(float(factor).is_integer() for factor in factors):
             node.target = aten.upsample_nearest2d.vec
+    elif node.target in _IN_PLACE:
+        if _only_reader(node):
+            node.target = _IN_PLACE[node.target]
+    elif node.target is aten.min.other:
+        node.target = aten.minimum.default
+    elif node.target is aten.rsub.Scalar:
+        if _argument(node, "alpha") in (None, 1):
+            node.target, node.args = aten.sub.Tensor, (_argument(node, "other"), _argument(node, "self"))
+            node.kwargs = {}
+    elif node.target is aten.adaptive_avg_pool2d.default:
+        if _argument(node, "output_size") == [1, 1]:
+            node.target, node.args = aten.mean.dim, (_argument(node, "self"), [-1, -2], True)
+    elif node.target is aten.batch_norm.default and _argument(node, "training") is False:
+        _respell_batch_norm(node)
+
+
+def _only_reader(node: Node) -> bool:
+    """Return whether no other operator reads the tensor that `node` changes, and the result has the type of all inputs.
+
+    A view would share the memory of another tensor, so the tensor has to be the result of an operator that makes one.
+    """
+    changed = node.all_input_nodes[0]
+    types = {each.meta["val"].dtype for each in (node, *node.all_input_nodes) if each.meta["val"].dtype != torch.bool}
+    return (
+        isinstance(changed.target, OpOverload)
+        and not any(result.alias_info for result in changed.target._schema.returns)
+        and list(changed.users) == [node]
+        and len(types) == 1
+    )
+
+
+def _respell_batch_norm(node: Node) -> None:
+    """Replace a batch normalisation with running statistics by the operator with three results that ONNX has."""
+    names = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+    with node.graph.inserting_before(node):
+        normalised = node.graph.call_function(
+            aten._native_batch_norm_legit_no_training.default, tuple(_argument(node, name) for name in names)
+        )
+    empty = node.meta["val"].new_empty(0)
+    normalised.meta = {**node.meta, "val": (node.meta["val"], empty, empty)}
+    node.target, node.args, node.kwargs = operator.getitem, (normalised, 0), {}
 
 
 def _argument(node: Node, name: str) -> Argument:

@@ -105,7 +105,7 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
     count, _, height, width = places.shape
     steps = torch.arange(-_RADIUS, _RADIUS + 1, device=places.device, dtype=places.dtype)
     # The window is written down transposed, x along its rows: the order that the weights were trained with.
-    around = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1)
+    around = torch.stack([steps[:, None].expand(-1, len(steps)), steps.expand(len(steps), -1)], dim=-1)
     centres = places.permute(0, 2, 3, 1).reshape(count * height * width, 1, 1, 2)
     found = []
     for level, products in enumerate(pyramid):
@@ -120,12 +120,9 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
 def _places(features: Tensor) -> Tensor:
     """(1, 2, h, w): x, y of each entry."""
     height, width = features.shape[-2:]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=features.device, dtype=features.dtype),
-        torch.arange(width, device=features.device, dtype=features.dtype),
-        indexing="ij",
-    )
-    return torch.stack([x, y])[None]
+    y = torch.arange(height, device=features.device, dtype=features.dtype)
+    x = torch.arange(width, device=features.device, dtype=features.dtype)
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])[None]
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,24 @@ export PYTHONUNBUFFERED := 1
 # One after another: a process that had run all of them in one go crashed in native code.
 TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/demo,tests/report,tests/video,tests/docs,tests/test_*.py
 
-.PHONY: demo test test-fast bench test-gpu bench-gpu lint docs venv clean
+.PHONY: demo run-tests test test-all test-fast bench test-gpu bench-gpu lint docs venv clean
 
 demo: venv  ## The main job end to end on the embedded tiny model: results in runs/demo/.
 	.venv/bin/frostline demo
 
-test: venv  ## All tests that need no GPU.
+test: SELECTED := not gpu and not exhaustive
+test: run-tests  ## The tests that need no GPU, in at most 20 minutes of CPU time (see tests/exhaustive.txt).
+
+test-all: SELECTED := not gpu
+test-all: run-tests  ## All tests that need no GPU: before a release.
+
+run-tests: venv
 	set -e; export FROSTLINE_TEST_FOLDER=$$(mktemp -d) OMP_NUM_THREADS=1; trap 'rm -rf "$$FROSTLINE_TEST_FOLDER"' EXIT; \
 		for part in $(TEST_PARTS); do \
-		$(VENV_PYTHON) -m pytest -q -m "not gpu" --numprocesses 2 --dist loadfile $${part//,/ }; done
+		$(VENV_PYTHON) -m pytest -q -m "$(SELECTED)" --numprocesses 2 --dist loadfile $${part//,/ }; done
 
-test-fast: venv  ## Every test but the slow ones (tests/slow.txt).
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu and not slow" --numprocesses 2 --dist loadfile
+test-fast: venv  ## The tests that take less than 0.4 seconds (see tests/slow.txt).
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m "not gpu and not slow and not exhaustive" --numprocesses 2 --dist loadfile
 
 # Which backend is the fastest at which shape is measured anew, and not taken from what the user's cache remembers.
 bench: export FROSTLINE_CACHE_DIR := runs/bench/cache

@@ -118,13 +118,17 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark as slow the files and tests that `slow.txt` lists, and what waits for the engines that tests share."""
-    slow = {*(config.rootpath / "tests" / "slow.txt").read_text().split()}
+    """Mark the tests that `slow.txt` and `exhaustive.txt` list; tests that wait for the shared engines are slow too."""
+    slow, exhaustive = (
+        {*(config.rootpath / "tests" / name).read_text().splitlines()} for name in ("slow.txt", "exhaustive.txt")
+    )
     for item in items:
         assert isinstance(item, pytest.Function)
         path = item.path.relative_to(config.rootpath).as_posix()
         if {path, f"{path}::{item.originalname}"} & slow or "shared_store" in item.fixturenames:
             item.add_marker("slow")
+        if f"{path}::{item.name}" in exhaustive:
+            item.add_marker("exhaustive")
 
 
 @pytest.hookimpl(tryfirst=True)

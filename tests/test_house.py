@@ -124,9 +124,10 @@ def test_make_test_leaves_no_test_out() -> None:
     assert [file for file in files if file not in covered and not covered & {*file.parents}] == []
 
 
-def test_what_counts_as_slow_is_there() -> None:
-    listed = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+@pytest.mark.parametrize("file", ["slow.txt", "exhaustive.txt"])
+def test_listed_tests_are_there(file: str) -> None:
+    listed = (ROOT / "tests" / file).read_text().splitlines()
     assert listed == sorted({*listed})
-    for path, _, name in (line.partition("::") for line in listed):
+    for path, _, name in (line.partition("[")[0].partition("::") for line in listed):
         assert not name or f"\ndef {name}(" in (ROOT / path).read_text(), name
         assert (ROOT / path).is_file(), path

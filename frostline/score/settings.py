@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from frostline.config import Settings
 from frostline.errors import ConfigError
 from frostline.rewards.config import DEFAULT, OF_THE_LOSS, RewardConfig, RewardEntry, default_rewards
 from frostline.rewards.face_identity import Config as FaceIdentityConfig
+from frostline.rewards.face_identity.options import FaceOptions
 from frostline.rewards.frame_selection import ALL
 from frostline.rewards.inputs import Need
 from frostline.score.result import FACE_SCORE, FIELDS
 
 
-class ScoreSettings(Settings):
+class ScoreSettings(FaceOptions):
     """How videos are scored; the names and defaults are the face-identity reward's where both have them."""
 
-    detector: str = Field(default="mtcnn", description="face detector: mtcnn, yunet or scrfd:PATH.onnx")
-    embedder: str = Field(
-        default="sface", description="face embedder: sface, dlib[:PATH.dat], facenet[:TAG or PATH] or arcface:PATH.onnx"
-    )
-    upscale: int = Field(default=1, ge=1, le=8, description="enlarge frames this many times before detection")
-    detection_size: int | None = Field(
-        default=None,
-        ge=32,
-        le=4096,
-        description="resize frames to this longest side before detection, enlarging too; in place of upscale",
-    )
-    min_face_size: int = Field(
-        default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels"
-    )
-    face: Literal["largest", "best"] = Field(
-        default="largest",
-        description="which of several faces in a frame counts: the largest, or the best likeness of the reference",
-    )
-    missing_face: Literal["exclude", "zero"] = Field(
-        default="exclude", description="frames without a face: left out of the mean, or counted as 0"
-    )
     every: int = Field(default=1, ge=1, description="score every Nth frame")
     max_frames: int | None = Field(default=None, ge=1, description="score at most this many frames of a video")
 
@@ -49,15 +28,9 @@ class ScoreSettings(Settings):
     )
 
     @model_validator(mode="after")
-    def _one_size_of_detection(self) -> Self:
-        if self.detection_size is not None and self.upscale > 1:
-            raise ValueError("upscale and detection_size both say how large frames are searched: set one of them")
-        return self
-
-    @model_validator(mode="after")
     def _options_of_faces_have_a_reward(self) -> Self:
         faces = [entry for entry in self.rewards if isinstance(entry, FaceIdentityConfig)]
-        for name in self._of_faces():
+        for name in FaceOptions.model_fields:
             value = getattr(self, name)
             if value == type(self).model_fields[name].default:
                 continue
@@ -66,6 +39,8 @@ class ScoreSettings(Settings):
             for entry in faces:
                 if name in entry.model_fields_set and getattr(entry, name) != value:
                     raise ValueError(f"{name}: is {value} here and {getattr(entry, name)} in rewards: say it once")
+        for entry in faces:
+            FaceOptions.model_construct(**self._options_of(entry)).check_together()
         if any(entry.frames != ALL for entry in faces):
             raise ValueError(f"rewards: {DEFAULT} scores all frames of a file: choose them by every and max_frames")
         return self
@@ -83,15 +58,15 @@ class ScoreSettings(Settings):
     def entries(self) -> tuple[RewardEntry, ...]:
         """The rewards; `face_identity` with the options above, where its entry says nothing else."""
         return tuple(
-            entry.model_copy(update={name: self.of_faces(name, entry) for name in self._of_faces()})
-            if isinstance(entry, FaceIdentityConfig)
-            else entry
+            entry.model_copy(update=self._options_of(entry)) if isinstance(entry, FaceIdentityConfig) else entry
             for entry in self.rewards
         )
 
-    def of_faces(self, name: str, entry: FaceIdentityConfig) -> Any:
-        """One option of a `face_identity` entry: its own where it says so."""
-        return getattr(entry if name in entry.model_fields_set else self, name)
+    def _options_of(self, entry: FaceIdentityConfig) -> dict[str, Any]:
+        """Return the face options of a `face_identity` entry: those that it sets, and these settings for the others."""
+        return {
+            name: getattr(entry if name in entry.model_fields_set else self, name) for name in FaceOptions.model_fields
+        }
 
     @property
     def faces(self) -> FaceIdentityConfig | None:
@@ -154,12 +129,7 @@ class ScoreSettings(Settings):
 
     def _options_of_faces(self) -> dict[str, Any]:
         assert self.faces is not None
-        return {name: getattr(self.faces, name) for name in self._of_faces()}
-
-    @classmethod
-    def _of_faces(cls) -> Iterator[str]:
-        """The options that both have, in the order of these."""
-        return (name for name in ScoreSettings.model_fields if name in FaceIdentityConfig.model_fields)
+        return {name: getattr(self.faces, name) for name in FaceOptions.model_fields}
 
 
 def _label(config: RewardConfig) -> str:

@@ -71,7 +71,19 @@ def test_scrfd_searches_frames_of_the_size_that_is_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parse", [lambda v: RewardEntry.parse({"type": "face_identity", **v}), ScoreSettings.parse])
 def test_upscale_and_detection_size_exclude_each_other(parse: Callable[[dict[str, int]], object]) -> None:
-    with pytest.raises(ConfigError, match="upscale and detection_size both say how large frames are searched"):
+    with pytest.raises(ConfigError, match="upscale and detection_size both set the size of frames for detection"):
         parse({"upscale": 2, "detection_size": 640})
     parse({"upscale": 1, "detection_size": 640})
     parse({"upscale": 2})
+
+
+def test_an_option_of_a_score_is_held_against_those_of_its_rewards() -> None:
+    entry = RewardEntry.parse({"type": "face_identity", "detection_size": 640})
+    with pytest.raises(ConfigError, match="upscale and detection_size both set the size of frames for detection"):
+        ScoreSettings.parse({"upscale": 2, "rewards": (entry,)})
+
+
+def test_a_score_takes_the_order_of_channels(tmp_path: Path) -> None:
+    settings = ScoreSettings.parse({"embedder": f"arcface:{tmp_path}/a.onnx", "channels": "bgr"})
+    assert settings.faces is not None
+    assert settings.faces.channels == "bgr"

@@ -1,3 +1,3 @@
-"""Reward-feedback LoRA training of Wan video models with the frozen stages in engines."""
+"""Train LoRA adapters of Wan video models on reward feedback, with the frozen stages compiled into engines."""
 
 __version__ = "0.1.0"

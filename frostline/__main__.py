@@ -1,4 +1,4 @@
-"""`python -m frostline`, also for `accelerate launch -m frostline`."""
+"""Entry point of `python -m frostline`, also for `accelerate launch -m frostline`."""
 
 from frostline.cli import main
 

@@ -1,13 +1,13 @@
-"""Tell running out of memory from every other error."""
+"""Distinguish out-of-memory errors from all other errors."""
 
 from frostline.errors import EngineMemoryError
 
-# On the CPU torch has no class for it, and says so in words.
+# On the CPU, torch raises a RuntimeError with one of these words instead of an exception class.
 _WORDS = ("DefaultCPUAllocator", "std::bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, main memory or a GPU's."""
+    """Return whether an error means that main memory or GPU memory ran out."""
     if isinstance(error, (MemoryError, EngineMemoryError)):
         return True
     import torch

@@ -1,4 +1,4 @@
-"""Files that appear only whole, are on disk before they are named, and are known by their digest."""
+"""Write files atomically, flush them to disk, and compute their digests."""
 
 import hashlib
 import os
@@ -12,29 +12,29 @@ from frostline.errors import DataError
 
 
 def check_writable(path: Path) -> None:
-    """Look whether `atomic_write` could write there, before the work whose result it is to take.
+    """Check that `atomic_write` can write to `path`, before expensive work starts.
 
     Raises:
-        DataError: it could not; names the file and says why.
+        DataError: `path` cannot be written; the message names the file and the reason.
     """
     if path.is_dir():
         raise DataError(f"{path}: cannot be written: it is a folder")
     folder = next(folder for folder in path.parents if folder.exists())
     if not folder.is_dir():
-        raise DataError(f"{path}: cannot be written: {folder} is no folder")
+        raise DataError(f"{path}: cannot be written: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"{path}: cannot be written: {folder} may not be written to")
+        raise DataError(f"{path}: cannot be written: no permission to write to {folder}")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path` to write to; it is renamed to `path` when the block ends well, else removed.
+    """Yield a hidden path in the same folder; rename it to `path` if the block succeeds, delete it otherwise.
 
-    It starts as an empty file, and ends with the mode of any new file there (the umask, or the folder's default ACL),
-    whatever the writer made of it: safetensors puts a file of mode 0600 in its place.
+    The temporary file is created empty. The final file has the mode of any new file in that folder (the umask, or the
+    folder's default ACL), even if the writer changed the mode: safetensors creates its file with mode 0600.
 
     Raises:
-        DataError: the file cannot be written; names it and says why.
+        DataError: the file cannot be written; the message names the file and the reason.
     """
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
@@ -42,21 +42,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
         part.touch(exist_ok=False)
         mode = stat.S_IMODE(part.stat().st_mode)
         yield part
-        if stat.S_IMODE(part.stat().st_mode) != mode:  # some file systems know no modes, and refuse to set one
+        if stat.S_IMODE(part.stat().st_mode) != mode:  # some file systems do not support modes and refuse to set one
             part.chmod(mode)
         part.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # nothing was written where its folder is a file
+        with suppress(OSError):  # nothing was written if the parent path is a file
             part.unlink()
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk: a rename must not be there before what it names.
+    """Flush a file, or the entries of a folder, to disk, so that a rename is never stored before the renamed content.
 
     Raises:
-        OSError: the disk is full, or it is no file or folder.
+        OSError: the disk is full, or `path` is neither a file nor a folder.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -66,10 +66,10 @@ def sync(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """64 hexadecimal digits, read in chunks.
+    """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in chunks.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Settings, validated: the base of all of them, and those that several rooms share."""
+"""Base class of all settings, and the settings that several packages share."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from frostline.experts import ExpertName, Experts
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 GradientCheckpointing: TypeAlias = Literal["none", "block", "full"]
-# From the fastest to the smallest.
+# From the fastest to the one that needs the least memory.
 CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
 BackpropStrategy: TypeAlias = Literal["tail", "last", "random", "uniform", "steps"]
 Sharding: TypeAlias = Literal["ddp", "zero2", "zero3", "fsdp"]
 Quantization: TypeAlias = Literal["none", "int8", "fp8", "nf4"]
 AUTO: Literal["auto"] = "auto"
-# In a plan, the stages that it does not name.
+# In a plan: all stages that the plan does not name.
 OTHERS = "*"
 
 
-# What PEFT's LoraConfig, transformers' TrainingArguments and others call a setting whose name here does not look alike.
+# Names from PEFT's LoraConfig, transformers' TrainingArguments and others whose frostline name is not similar.
 _NAMES_OF_OTHERS = {
     "r": "lora.rank",
     "lr": "train.learning_rate",
@@ -42,26 +42,26 @@ _NAMES_OF_OTHERS = {
     "save_steps": "train.checkpointing_steps",
     "eval_steps": "validation.steps",
     "train_dataset": "data.source",
-    # Of more than one reward.
+    # For several rewards.
     "plus": "rewards",
 }
-# What pydantic says of what should be a path.
+# The context of pydantic's error for an invalid path.
 _NO_PATH = {"class": "Path"}
 
-# Text that may be, or end in, a path.
+# Settings that contain a path, or end in one.
 _NAMES_WITH_PATHS = ("model", "detector", "embedder")
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable; unknown keys, numbers that are not finite and values of another type refused."""
+    """Base class of all settings. Immutable; rejects unknown keys, non-finite numbers and wrong types."""
 
-    # Strict: `no` would be taken for the number 0, and `yes` for 1.
+    # Strict: otherwise `no` becomes the number 0, and `yes` becomes 1.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _what_is_left_empty_has_its_default(cls, values: Any) -> Any:
-        """A section, list or mapping all of whose entries are commented out is null in YAML."""
+        """Remove null sections, lists and mappings: in YAML, a section whose entries are all commented out is null."""
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None or not cls._is_compound(name)}
@@ -69,7 +69,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_files_have_it(cls, value: Any, info: ValidationInfo) -> Any:
-        """Lists stand for tuples, and text for paths: files and flags have neither."""
+        """Convert lists to tuples and text to paths: files and command-line flags have neither type."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         kinds = (annotation, *get_args(annotation))
         if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
@@ -78,7 +78,7 @@ class Settings(BaseModel):
 
     @classmethod
     def _is_compound(cls, name: Any) -> bool:
-        """Whether a field holds settings, a list or a mapping, and may not be null."""
+        """Return whether a field contains settings, a list or a mapping, and does not accept null."""
         field = cls.model_fields.get(name) if isinstance(name, str) else None
         if field is None or type(None) in get_args(field.annotation):
             return False
@@ -87,7 +87,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _expand_home(cls, value: Any, field: ValidationInfo) -> Any:
-        """Let `~` in a path be the home folder, as a shell does, also behind `scrfd:` and the like."""
+        """Expand `~` to the home folder, also after a prefix such as `scrfd:`."""
         try:
             if isinstance(value, Path):
                 return value.expanduser()
@@ -100,15 +100,15 @@ class Settings(BaseModel):
 
     @classmethod
     def for_values(cls, values: Any) -> type[Settings]:
-        """The class that validates these values: this one, unless it leaves that to one of them."""
+        """Return the class that validates `values`; subclasses may choose a more specific class."""
         return cls
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:
-        """Build from plain values.
+        """Create settings from plain values.
 
         Raises:
-            ConfigError: names each setting that is unknown (and the nearest known name) or out of range.
+            ConfigError: a setting is unknown (the message suggests the nearest name) or out of range.
         """
         try:
             return cls.model_validate(values)
@@ -118,62 +118,71 @@ class Settings(BaseModel):
 
 
 class LoraSettings(Settings):
-    """The adapter on the denoiser; of two denoisers on the experts that are named."""
+    """Settings of the LoRA on the denoiser, or on the selected experts of a model with two denoisers."""
 
-    rank: int = Field(default=32, ge=1, description="inner dimension r of B A")
-    alpha: float | None = Field(default=None, gt=0, description="the scale is alpha / rank; alpha = rank if not given")
+    rank: int = Field(default=32, ge=1, description="rank r of the matrices A and B")
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="scaling numerator: the LoRA output is scaled by alpha / rank; equals rank if not given",
+    )
     target_modules: tuple[str, ...] | None = Field(
         default=None,
         min_length=1,
-        description="names of the adapted layers; the attention and feed-forward layers of all blocks if not given",
+        description="names of the adapted layers; all attention and feed-forward layers if not given",
     )
     experts: Experts = Field(
         default="low",
-        description="of two experts, those with a LoRA: low (low noise levels), high, or both, each with its own",
+        description="experts with a LoRA, in a model with two: low (low noise levels), high, or both (one LoRA each)",
     )
 
     def has_lora(self, expert: ExpertName) -> bool:
-        """Return whether an expert of two has a LoRA; `low` is also the only denoiser of a model with one."""
+        """Return whether `expert` has a LoRA; the only denoiser of a model without experts is `low`."""
         return self.experts in (expert, "both")
 
     def check_experts(self, two_experts: bool) -> None:
-        """Check that a model has the experts that are named.
+        """Check that the model has the selected experts.
 
         Raises:
-            ConfigError: the model has one expert, and another is named.
+            ConfigError: the model has one denoiser, and `experts` is not `low`.
         """
         if not two_experts and self.experts != "low":
-            raise ConfigError(f"lora.experts: {self.experts}: this model has one expert: leave the setting out (low)")
+            raise ConfigError(f"lora.experts: {self.experts}: this model has one expert; remove the setting or use low")
 
 
 class BaseAdapter(Settings):
-    """An adapter that is merged into the denoiser as the model is loaded, in memory alone."""
+    """An adapter that is merged into the denoiser in memory when the model is loaded."""
 
-    path: Path = Field(description="LoRA of any program: a PEFT folder or a .safetensors file; diff and diff_b, too")
-    scale: float = Field(default=1.0, description="strength of the adapter; 1 is as trained")
+    path: Path = Field(
+        description="LoRA in any supported format: a PEFT folder or a .safetensors file, which may contain "
+        "diff and diff_b"
+    )
+    scale: float = Field(default=1.0, description="scale of the adapter; 1 is the scale it was trained with")
     expert: ExpertName | None = Field(
-        default=None, description="of two experts the one that it is for, by noise level; left out where there is one"
+        default=None,
+        description="expert that the adapter is for, in a model with two (by noise level); not given for other models",
     )
 
     @classmethod
     def parse_all(cls, entries: Iterable[BaseAdapter | Mapping[str, Any]]) -> tuple[BaseAdapter, ...]:
-        """Build each that is not built yet from plain values.
+        """Parse the entries that are not `BaseAdapter` objects yet.
 
         Raises:
-            ConfigError: as `parse`.
+            ConfigError: see `parse`.
         """
         return tuple(entry if isinstance(entry, BaseAdapter) else cls.parse(dict(entry)) for entry in entries)
 
 
 class QuantizationSettings(Settings):
-    """How frozen weights are stored, whatever the type that they compute in."""
+    """Storage format of frozen weights, independent of the compute precision."""
 
     quantization: Quantization = Field(
         default="none",
-        description="store the frozen linear layers of the denoisers' blocks in 8 or 4 bits: none, int8, fp8 or nf4",
+        description="quantization of the frozen linear layers in the denoiser blocks: none, int8, fp8 or nf4",
     )
     text_encoder_quantization: Quantization = Field(
-        default="none", description="store those of the text encoder in 8 or 4 bits: none, int8, fp8 or nf4"
+        default="none",
+        description="quantization of the frozen linear layers in the text encoder: none, int8, fp8 or nf4",
     )
 
 
@@ -193,41 +202,41 @@ def _explain(root: type[Settings], values: Any, problem: dict[str, Any]) -> str:
         if isinstance(parent, str):
             section = nested_settings(section, parent) or section
         section = section.for_values(values)
-    # One entry of a list is no place for what another one has.
+    # Do not suggest a setting of another list entry.
     entries = next((f"{'.'.join(parents[:i])}." for i, part in enumerate(parents) if isinstance(part, int)), None)
     return f"{where}: unknown setting, {_suggestion(str(key), section, root, entries)}"
 
 
 def _given(problem: dict[str, Any]) -> str:
-    """What stands there, where it is of another type than it should be."""
+    """Return the given value for the message, if its type is wrong."""
     value = problem["input"]
     if not problem["type"].endswith(("_type", "is_instance_of")) or isinstance(value, dict | list | tuple):
         return ""
-    switch = " (as yes, no, on and off are read without quotes)" if isinstance(value, bool) else ""
+    switch = " (unquoted yes, no, on and off are Booleans)" if isinstance(value, bool) else ""
     return f", not {json.dumps(value, default=repr)[:80]}{switch}"
 
 
 def _suggestion(key: str, section: type[Settings], root: type[Settings], but: str | None) -> str:
-    """The nearest name of the same section, or the same name in another one.
+    """Suggest the nearest name in the same section, or the same name in another section.
 
     Args:
-        but: what the names of no use begin with.
+        but: prefix of the names not to suggest.
     """
     names = [name for name in dotted_names(root) if but is None or not name.startswith(but)]
-    # Where several sections have the name, the first one's stays.
+    # If several sections have the name, suggest the first.
     elsewhere = {name.rpartition(".")[2]: name for name in reversed(names)}
     if key in elsewhere:
-        return f"is {elsewhere[key]} meant?"
+        return f"did you mean {elsewhere[key]}?"
     if (name := _NAMES_OF_OTHERS.get(key)) in elsewhere.values():
-        return f"is {name} meant?"
+        return f"did you mean {name}?"
     close = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     if not close:
         close = [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)]
-    return f"is {close[0]} meant?" if close else f"known are {', '.join(section.model_fields)}"
+    return f"did you mean {close[0]}?" if close else f"valid settings: {', '.join(section.model_fields)}"
 
 
 def nested_settings(settings: type[Settings], field: str) -> type[Settings] | None:
-    """The settings that a field holds (by itself, as one of a union, or in a tuple), or None for a plain value."""
+    """Return the settings class that a field contains (directly, in a union or in a tuple); None for a plain value."""
     annotation = settings.model_fields[field].annotation
     for part in (annotation, *get_args(annotation)):
         part = get_args(part)[0] if get_origin(part) is Annotated else part
@@ -237,7 +246,9 @@ def nested_settings(settings: type[Settings], field: str) -> type[Settings] | No
 
 
 def dotted_names(settings: type[Settings], prefix: str = "") -> Iterator[str]:
-    """All settings, as `section.name`; of a list of sections itself, and what is in those that it has by default."""
+    """Yield all settings as `section.name`. For a list of sections, yield the list and the settings of its default
+    entries.
+    """
     for name, field in settings.model_fields.items():
         nested = nested_settings(settings, name)
         default = field.get_default(call_default_factory=True)

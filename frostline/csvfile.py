@@ -1,4 +1,4 @@
-"""CSV files that people write, spreadsheets among them."""
+"""Read CSV files, including those that spreadsheet programs write."""
 
 import csv
 import io
@@ -9,18 +9,18 @@ from frostline.errors import DataError
 
 
 def csv_records(text: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
-    """Read the rows of CSV text as (line, values by column).
+    """Read the rows of CSV text as (line number, values by column).
 
-    What a row holds beyond the header is a list under None. Empty cells beyond the header, and rows of nothing but
-    empty cells, are what spreadsheets leave behind: they are none.
+    Values without a column are in a list under the key None. Empty cells without a column and empty rows are skipped:
+    spreadsheet programs write them.
 
     Raises:
-        DataError: it is not well-formed; the message begins with the row.
+        DataError: the text is not valid CSV; the message begins with the row.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for record in reader:
-            # The reader tells the line where a row ends; a quoted text may have begun some lines before.
+            # The reader returns the last line of a row; a quoted value may start several lines above.
             line = reader.line_num - sum(str(value).count("\n") for value in record.values())
             beyond = record.pop(None, None) or []
             if any(map(_is_filled, beyond)):
@@ -29,19 +29,19 @@ def csv_records(text: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
                 continue
             yield line, record
     except csv.Error as error:
-        raise DataError(f"row {reader.line_num + 1}: is not well-formed csv: {error}") from error
+        raise DataError(f"row {reader.line_num + 1}: invalid CSV: {error}") from error
 
 
 def csv_columns(text: str) -> list[str]:
-    """Return the names in the header of CSV text.
+    """Return the column names in the header of CSV text.
 
     Raises:
-        DataError: it is not well-formed.
+        DataError: the text is not valid CSV.
     """
     try:
         return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
     except csv.Error as error:
-        raise DataError(f"row 1: is not well-formed csv: {error}") from error
+        raise DataError(f"row 1: invalid CSV: {error}") from error
 
 
 def _is_filled(value: str | None) -> bool:

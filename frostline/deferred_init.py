@@ -1,7 +1,7 @@
-"""Import a few modules of a large package without what its `__init__` files import.
+"""Import single modules of a large package without running its `__init__` files.
 
-`import diffsynth.models.wan_video_dit` first runs `diffsynth/__init__.py`. That imports pandas, modelscope, torchvision
-and torch's compiler, which takes several seconds, for classes that need none of them.
+`import diffsynth.models.wan_video_dit` first runs `diffsynth/__init__.py`, which imports pandas, modelscope,
+torchvision and torch's compiler. This takes several seconds, and the imported class needs none of them.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 
-# Guards the replacement of `sys.meta_path`. Nothing is imported while it is held.
+# Protects `sys.meta_path` while it is replaced. Nothing is imported while this lock is held.
 _META_PATH_LOCK = threading.Lock()
 
 
 @contextmanager
 def deferred_init(package: str) -> Iterator[None]:
-    """Within the block, import `package` and the packages in it without running their `__init__` files.
+    """Import `package` and its subpackages without running their `__init__` files, within the block.
 
-    Such a file runs later, when a name that its package does not have yet is asked for: `package.name`,
-    `from package import name`, `from package import *`, `dir(package)`. It runs in the module object that was in
-    `sys.modules` from the start, so every module and class exists once, whatever the order of imports.
-    (`importlib.util.LazyLoader` would run it as soon as one of the submodules is imported.)
+    An `__init__` file runs later, when a missing name of its package is requested: `package.name`, `from package import
+    name`, `from package import *` or `dir(package)`. It runs in the module object that is already in `sys.modules`, so
+    every module and class exists once, in any order of imports. (`importlib.util.LazyLoader` would run it as soon as a
+    submodule is imported.)
 
-    A package that was imported before is used as it is, and one that is no folder of source files is imported as usual.
+    A package that is already imported stays as it is. A package that is not a folder of source files is imported as
+    usual.
 
     Args:
-        package: a top-level package.
+        package: name of a top-level package.
     """
     finder = _Finder(package)
-    # Another thread may be iterating over the list: after a removal in place it would skip a finder.
+    # Replace the list: another thread may be iterating over it, and would skip a finder after a removal in place.
     with _META_PATH_LOCK:
         sys.meta_path = [finder, *sys.meta_path]
     try:
@@ -60,7 +61,7 @@ class _Finder(MetaPathFinder):
 
 
 class _InitLater(Loader):
-    """Makes a package whose `__init__` file `run` executes."""
+    """Loader that creates a package whose `__init__` file runs later, in `run`."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -77,10 +78,10 @@ class _InitLater(Loader):
         spec.loader_state = self
 
     def run(self, package: ModuleType) -> bool:
-        """Execute the file unless that was done; return False within a call from that very file.
+        """Execute the file once; return False for a call from within that file.
 
-        Other threads wait until it is done. Each package has a lock of its own: for a deadlock, the `__init__` files of
-        two packages would have to import each other.
+        Other threads wait until it has finished. Each package has its own lock, so a deadlock is only possible if the
+        `__init__` files of two packages import each other.
         """
         with self._lock:
             if self._running:
@@ -96,13 +97,13 @@ class _InitLater(Loader):
 
 
 class _Package(ModuleType):
-    """A package whose `__init__` file has not been executed; a plain module afterwards."""
+    """A package whose `__init__` file has not run yet; it becomes a plain module afterwards."""
 
     def __getattr__(self, name: str) -> object:
         spec = self.__spec__
         if spec is None or not spec.loader_state.run(self):
             raise AttributeError(f"partially initialized module {self.__name__!r} has no attribute {name!r}")
-        # The file may have put another object into its place.
+        # The file may have replaced its entry in `sys.modules`.
         return getattr(sys.modules.get(self.__name__, self), name)
 
     def __dir__(self) -> list[str]:

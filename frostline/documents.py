@@ -1,4 +1,4 @@
-"""YAML and JSON as files and flags hold them: plain values alone, and no more of them than were written."""
+"""Read YAML and JSON documents that contain plain values only, with limits on nesting and size."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import yaml
 
 from frostline.errors import ConfigError, DocumentError
 
-# Beyond all that settings need. Aliases count as often as they are used: ten lines of them can stand for 10^9 values.
+# Well above what settings need. Each use of an alias counts: ten lines of aliases can expand to 10^9 values.
 _MAX_BYTES = 2**20
 _MAX_VALUES = 10_000
 _MAX_DEPTH = 50
 _TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep"
-# Of a node whose parts are being looked at.
+# Marks a node whose children are being processed.
 _OPEN = (0, 0)
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _DIGITS = r"[0-9](?:_?[0-9])*"
-# What a word without quotes stands for. Numbers as Python has them: in YAML 1.1 `010` is 8, `1:30` is 90, a date is no
-# text, and `1e-3` is no number.
+# Types of unquoted words. Numbers use Python syntax: in YAML 1.1, `010` is 8, `1:30` is 90, dates are not text, and
+# `1e-3` is not a number.
 _IMPLICIT: Mapping[str, tuple[str, str]] = {
     "null": (r"~|null|Null|NULL|", "~nN\0"),
     "bool": ("|".join(f"{w}|{w.title()}|{w.upper()}" for w in _BOOLEANS), "tTyYoOfFnN"),
@@ -38,12 +38,12 @@ _IMPLICIT: Mapping[str, tuple[str, str]] = {
 
 
 def read_named_yaml(path: Path, where: str) -> Any:
-    """Read a YAML file that the user named, as `read_yaml` does.
+    """Read a YAML file that the user named; see `read_yaml`.
 
     Args:
-        where: what the error calls the file.
+        where: name of the file in error messages.
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     try:
         return read_yaml(path)
@@ -54,51 +54,51 @@ def read_named_yaml(path: Path, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The one document in a file; see `parse_yaml`.
+    """Read the only document in a file; see `parse_yaml`.
 
     Raises:
-        DocumentError: as there, or the file is larger than settings need.
-        OSError: it cannot be read.
+        DocumentError: the document is invalid, or the file is too large.
+        OSError: the file cannot be read.
     """
-    # A pipe of a shell will do as well, so its size says nothing.
+    # The file may be a shell pipe, whose size is unknown.
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
-        raise DocumentError(f"is larger than the {_MAX_BYTES // 2**10} KiB that settings need")
+        raise DocumentError(f"is larger than {_MAX_BYTES // 2**10} KiB, the limit for settings")
     return _in_words("YAML", lambda: yaml.load(content.decode("utf-8-sig"), _Loader))
 
 
 def parse_yaml(text: str) -> Any:
-    """The one document in `text`; None where it is empty.
+    """Parse the only document in `text`; return None if it is empty.
 
-    A key that stands twice is an error: plain YAML would silently take the last.
+    Duplicate keys are an error: YAML parsers usually keep the last one silently.
 
     Raises:
-        DocumentError: it is no YAML, holds other than plain values, or more than settings need.
+        DocumentError: the text is not valid YAML, contains other than plain values, or exceeds the size limits.
     """
     return _in_words("YAML", lambda: yaml.load(text, _Loader))
 
 
 def parse_value(text: str) -> Any:
-    """What follows the `=` of `section.name=value`: a list, a mapping or a text in quotes, else one word as a whole.
+    """Parse the value in `section.name=value`: a list, a mapping or quoted text; anything else is one unquoted word.
 
     Raises:
-        DocumentError: as `parse_yaml`, or something follows what was closed.
+        DocumentError: see `parse_yaml`; or there is text after the closing bracket or quote.
     """
     text = text.strip()
     if text[:1] not in ("[", "{", '"', "'"):
         return _in_words("YAML", lambda: _plain_value(text))
     node = _in_words("YAML", lambda: yaml.compose(text, _Loader))
     if node is not None and node.end_mark.index < len(text):
-        raise DocumentError(f"{text[node.end_mark.index :].strip()!r} follows its end")
+        raise DocumentError(f"unexpected text after the value: {text[node.end_mark.index :].strip()!r}")
     return parse_yaml(text)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value in `text`.
+    """Parse JSON text.
 
     Raises:
-        DocumentError: it is no JSON, or nested too deeply.
+        DocumentError: the text is not valid JSON, or is nested too deeply.
     """
     value = _in_words("JSON", lambda: json.loads(text))
     parts = [value]
@@ -111,7 +111,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """A document that `parse_yaml` reads back, and YAML 1.1 as well."""
+    """Write a document that `parse_yaml` and YAML 1.1 parsers read with the same result."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -130,7 +130,7 @@ def _in_words(kind: str, read: Callable[[], Any]) -> Any:
 
 
 def finite_values(value: Any) -> Any:
-    """Return plain values as JSON has them: a number that is not finite becomes None, a tuple a list."""
+    """Convert plain values to JSON values: non-finite numbers become None, tuples become lists."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -142,7 +142,7 @@ def finite_values(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values; duplicate keys, deep nesting and multiplying aliases refused."""
+    """Loader of plain values; rejects duplicate keys, deep nesting and excessive alias expansion."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -161,7 +161,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise _Refused(f"{key.value} stands twice", node.start_mark)
+                raise _Refused(f"duplicate key {key.value}", node.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return node
 
@@ -173,24 +173,25 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """Well-formed, but not taken."""
+    """A document that is valid YAML but rejected here."""
 
     def __init__(self, problem: str, mark: yaml.Mark | None) -> None:
         super().__init__(problem=problem, problem_mark=mark)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text that is read as text by both rules, and no aliases."""
+    """Dumper that quotes text which YAML 1.1 or `parse_yaml` would read as another type; writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values `node` stands for, and how deep they are nested, aliases written out; raises if it is too much.
+    """Return the number of values in `node` and their nesting depth, with aliases expanded; raise if a limit is
+    exceeded.
 
     Args:
-        known: what was found of other nodes, by their `id`.
+        known: results of other nodes, by `id`.
     """
     if id(node) not in known:
         known[id(node)] = _OPEN
@@ -204,9 +205,9 @@ def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, in
         known[id(node)] = 1 + sum(counts), 1 + max(depths, default=0)
     count, depth = known[id(node)]
     if (count, depth) == _OPEN:
-        raise _Refused("an alias stands for what it is part of", node.start_mark)
+        raise _Refused("an alias refers to a node that contains it", node.start_mark)
     if count > _MAX_VALUES:
-        raise _Refused(f"more than {_MAX_VALUES} values, aliases written out", node.start_mark)
+        raise _Refused(f"more than {_MAX_VALUES} values after alias expansion", node.start_mark)
     if depth > _MAX_DEPTH:
         raise _Refused(_TOO_DEEP, node.start_mark)
     return count, depth
@@ -226,7 +227,7 @@ def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     try:
         return float(text) if node.tag.endswith("float") else int(text, 0)
     except ValueError:
-        raise _Refused(f"{node.value[:40]!r} is no number", node.start_mark) from None
+        raise _Refused(f"{node.value[:40]!r} is not a number", node.start_mark) from None
 
 
 def _construct_bool(loader: _Loader, node: yaml.ScalarNode) -> bool:

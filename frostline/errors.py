@@ -1,49 +1,49 @@
-"""The errors that frostline raises on purpose; the command line turns each into one clear message."""
+"""Exceptions that frostline raises deliberately; the command line prints each as one message."""
 
 
 class FrostlineError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(FrostlineError):
-    """A setting, a flag or a combination of them is not usable."""
+    """A setting, a flag or a combination of them is invalid."""
 
 
 class DocumentError(FrostlineError, ValueError):
-    """A YAML or JSON document cannot be read; whoever knows which file it is says so."""
+    """A YAML or JSON document is invalid; the caller adds the file name."""
 
 
 class DataError(FrostlineError):
-    """A sample, a video or a metadata row is not usable; the message names sample, file and field."""
+    """A sample, a video or a metadata row is invalid; the message names the sample, file and field."""
 
 
 class CheckpointError(FrostlineError):
-    """A checkpoint of a training run is damaged, missing or cannot be written, or the run's folder is taken."""
+    """A training checkpoint is damaged, missing or not writable, or the output folder already contains a run."""
 
 
 class TrainingError(FrostlineError):
-    """Training cannot go on: its numbers are no longer finite."""
+    """Training cannot continue because of non-finite values."""
 
 
 class EngineError(FrostlineError):
-    """An engine cannot be built, loaded, trusted or run."""
+    """An engine cannot be built, loaded, verified or run."""
 
 
 class InputError(EngineError):
-    """An input is not what the engine takes: its name, type or device. It says nothing about the engine."""
+    """An input has a name, type or device that the engine does not accept. The engine itself is not at fault."""
 
 
 class ShapeError(InputError):
-    """An input has a shape that the engine was not built for."""
+    """An input has a shape outside the range that the engine was built for."""
 
 
 class EngineMemoryError(EngineError):
-    """An engine ran out of memory: no verdict on the engine itself."""
+    """An engine ran out of memory. The engine itself is not at fault."""
 
 
 class SharedFolderError(EngineError):
-    """Others could exchange an engine's files while it is loaded. It says nothing about the engine."""
+    """Other users could replace an engine's files while it is loaded. The engine itself is not at fault."""
 
 
 class ParityError(EngineError):
-    """An engine does not compute what the PyTorch stage computes."""
+    """The outputs of an engine differ from those of the PyTorch stage by more than the tolerance."""

@@ -1,7 +1,7 @@
-"""The two denoisers of a model with two experts, as settings and options name them; commands import no settings."""
+"""Names of the two denoisers of a mixture-of-experts model, for settings and options; imports no settings."""
 
 from typing import Literal, TypeAlias
 
 ExpertName: TypeAlias = Literal["low", "high"]
-"""By the noise levels that it serves."""
+"""Named by noise level."""
 Experts: TypeAlias = Literal["low", "high", "both"]

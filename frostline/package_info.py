@@ -1,4 +1,4 @@
-"""What is installed: its versions, and where it lies."""
+"""Versions and locations of installed packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python, and of those of the packages that are installed."""
+    """Return the versions of Python and of those `packages` that are installed."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -21,7 +21,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def package_folder(name: str) -> Path | None:
-    """Where an installed package lies, without importing it; None where it is not installed."""
+    """Return the folder of an installed package without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(name)
     folders = spec.submodule_search_locations if spec else None
     return Path(folders[0]) if folders else None

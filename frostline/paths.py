@@ -1,4 +1,4 @@
-"""Paths from outside: a file may name what lies beside or below it and nothing else, and what is read is a file."""
+"""Checks of untrusted paths: they must stay inside their folder, and name regular files."""
 
 import os
 import stat
@@ -9,42 +9,42 @@ from frostline.errors import DataError
 
 
 def check_inside(folder: Path, value: str, permission: str, allow_outside: bool = False) -> None:
-    """Refuse a path in a file in `folder` that leads out of the folder.
+    """Check that a path from a file in `folder` does not lead out of `folder`.
 
-    Judged by the path as written, not by where links lead: a download cache keeps its files as links into a
-    common store, and the links are the owner's, while the path comes from the file.
+    The path is checked as written, without resolving links: download caches keep their files as links into a common
+    store. The user created the links; the path comes from the file.
 
     Args:
-        permission: what to say for this to be allowed.
+        permission: the option that allows other paths, for the error message.
     Raises:
-        DataError: it does, or it is no path at all.
+        DataError: the path leads out of `folder`, or is invalid.
     """
     check_path(value)
     root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
     if not allow_outside and not path.is_relative_to(root):
-        raise DataError(f"{value} lies outside {folder}; {permission} permits that for a file you trust")
+        raise DataError(f"{value} is outside {folder}; {permission} permits that for a file you trust")
 
 
 def check_path(value: str) -> None:
-    """Refuse what no path can be.
+    """Check that a path contains valid characters only.
 
     Raises:
-        DataError: it holds a NUL character, or one that no encoding of file names has.
+        DataError: the path contains a NUL character or one that file names cannot encode.
     """
     if "\0" in value:
-        raise DataError("the path holds a NUL character")
+        raise DataError("the path contains a NUL character")
     try:
         os.fsencode(value)
     except UnicodeEncodeError as error:
-        raise DataError("the path holds a character that no file name can have") from error
+        raise DataError("the path contains a character that file names cannot have") from error
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to be read; nothing else that a path can lead to, least of all a named pipe, which would wait.
+    """Open a regular file for reading; reject all other kinds, such as a named pipe, which would block.
 
     Raises:
-        DataError: there is no such file, or it is not a regular one.
-        OSError: it cannot be opened.
+        DataError: the file does not exist or is not a regular file.
+        OSError: the file cannot be opened.
     """
     check_path(str(path))
     try:

@@ -1,4 +1,4 @@
-"""Progress on the terminal: spinners and bars on a screen, plain lines where there is none."""
+"""Progress output: spinners and bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ from rich.text import Text
 
 from frostline.terminal import Terminal, error_console
 
-# Between two lines where there is no screen.
+# Minimum interval between two lines in a log.
 _SECONDS_A_LINE = 20.0
 _NAME_WIDTH = 18, 26
-# From this many columns on, a bar is long.
+# Minimum terminal width for a long bar.
 _WIDE, _LONG_BAR, _SHORT_BAR = 100, 24, 10
 _REFRESHES_PER_SECOND = 5.0
 
 
 class Bar(Protocol):
-    """One running bar."""
+    """A running progress bar."""
 
     def advance(self, steps: int) -> None:
-        """Move on by `steps`."""
+        """Advance the bar by `steps`."""
         ...
 
     def describe(self, *parts: str) -> None:
-        """Say what is going on now: the parts that there is room for, the most important first."""
+        """Describe the current work; the most important parts come first, and the last are cut if space is short."""
         ...
 
 
 class Progress:
-    """Shows what runs, how far it is and how long it takes, on standard error; nothing if `quiet`."""
+    """Show running tasks, their progress and duration on standard error; show nothing if `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Terminal(stderr=True, quiet=True) if quiet else error_console()
 
     @contextmanager
     def task(self, name: str) -> Iterator[Bar]:
-        """A task of unknown length."""
+        """Show a task of unknown length."""
         with self._shown(name, None) as bar:
             yield bar
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Bar]:
-        """A task of `total` steps."""
+        """Show a task of `total` steps."""
         with self._shown(name, total) as bar:
             yield bar
 
@@ -88,12 +88,12 @@ class Progress:
             *columns,
             console=self.console,
             refresh_per_second=_REFRESHES_PER_SECOND,
-            # What is piped does not belong on the screen.
+            # Do not print piped output on the screen.
             redirect_stdout=sys.stdout.isatty(),
         ) as live:
             task = live.add_task(name, total=total, parts=(), ended=False)
             yield _ScreenBar(live, task)
-            # A bar tells how far its task came, also where that was ended early.
+            # Leave the bar at its last position if the task ended early.
             live.update(task, ended=True)
             if total is None:
                 live.update(task, total=1, completed=1, parts=())
@@ -111,7 +111,7 @@ class _ScreenBar:
 
 
 class _Lines:
-    """A bar in a log, where nothing moves: a line now and then, and one at the end."""
+    """A progress bar for logs: prints a line periodically, and one at the end."""
 
     def __init__(self, console: Terminal, name: str, total: int | None) -> None:
         self._console, self._name, self._total = console, name, total
@@ -130,7 +130,7 @@ class _Lines:
         self._parts = parts
 
     def end(self) -> None:
-        """Say how far the task came, and how long it took."""
+        """Print the final position and the elapsed time."""
         elapsed = timedelta(seconds=round(time.monotonic() - self._began))
         self._print(", ".join((f"{self._how_far()} in {elapsed}", *(self._parts if self._total else ()))))
 
@@ -142,7 +142,7 @@ class _Lines:
 
 
 class _Name(ProgressColumn):
-    """What the task is called, cut where it is long."""
+    """The name of the task, shortened if necessary."""
 
     def __init__(self) -> None:
         least, most = _NAME_WIDTH
@@ -153,7 +153,7 @@ class _Name(ProgressColumn):
 
 
 class _Bar(BarColumn):
-    """A bar as long as the terminal allows."""
+    """A bar whose length depends on the terminal width."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -165,16 +165,16 @@ class _Bar(BarColumn):
 
 
 class _Left(TimeRemainingColumn):
-    """Estimated time to the end; nothing of a task that has ended."""
+    """Estimated remaining time; empty for a finished task."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.finished or task.fields["ended"] else Text("ETA ", "dim") + super().render(task)
 
 
 class _Parts(ProgressColumn):
-    """What goes on: as many of the parts as there is room for."""
+    """The description of the current work, as many parts as fit."""
 
-    # That of the other columns is at most so old; what is described is shown as soon as it is.
+    # Other columns refresh at a limited rate; this one refreshes on every change.
     max_refresh = None
 
     def __init__(self) -> None:

@@ -137,7 +137,7 @@ def test_what_takes_seconds_is_imported_where_it_is_needed(modules: str, needed:
         (("export", "tiny", "--min-shapes", "video:1x6x3x64x64"), "4k + 1 frames"),
         (("export", "tiny", "--backend", "onnx"), "unknown backend 'onnx'"),
         (("export", "tiny", "--stages", "vae_coder", "--dry-run"), "no stage 'vae_coder'"),
-        (("export", "tiny", "--lora-targets", "nothing", "--dry-run"), "'nothing' is the name of no module"),
+        (("export", "tiny", "--lora-targets", "nothing", "--dry-run"), "'nothing' matches no module"),
         (("demo", "--steps", "0"), "--steps"),
         (("cache", "missing.yaml"), "missing.yaml"),
         (("cache", "missing.yaml", "--batch-size", "0"), "--batch-size"),
@@ -180,7 +180,7 @@ def test_export_then_inspect_verify_tamper_and_remove(tmp_path: Path) -> None:
     assert (manifest["stage"], manifest["verified"]) == ("text_encoder", True)
     assert all(measured["passed"] for measured in manifest["parity"])
     assert runner.invoke(app, ["engines", "verify", *store]).exit_code == 0
-    with pytest.raises(ConfigError, match="nosuch: no such folder of engines"):
+    with pytest.raises(ConfigError, match="nosuch: no such engine folder"):
         runner.invoke(app, ["engines", "verify", "--engines-dir", "nosuch"], catch_exceptions=False)
     listed = json.loads(runner.invoke(app, ["engines", "list", *store, "--json"]).stdout)["engines"]
     assert [(each["key"], each["stage"], each["verified"], each["problem"]) for each in listed] == [
@@ -241,7 +241,7 @@ def test_h_is_short_for_help_everywhere(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [("-v", "-q", "init"), ("init", "-vq"), ("engines", "list", "-q", "-v")])
 def test_verbose_and_quiet_exclude_each_other(arguments: tuple[str, ...], refused_usage: Callable[..., str]) -> None:
-    assert "exclude each other" in refused_usage(*arguments)
+    assert "cannot be combined" in refused_usage(*arguments)
 
 
 def test_plan_names_each_stage_and_why(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_names_and_styles_are_text() -> None:
     table = FittedTable(Column("a [bold]"), title="of [x]")
     table.add_row("[red]\x1b[2J\nb")
     assert printed(table, 80) == ["of [x]", "a [bold]", r"[red]\x1b[2J\nb"]
-    with pytest.raises(ValueError, match="2 cells in 1 columns"):
+    with pytest.raises(ValueError, match="2 cells for 1 columns"):
         table.add_row("1", "2")
 
 

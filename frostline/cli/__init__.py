@@ -1,4 +1,4 @@
-"""The command line: one function a sub-command, no logic. Exit code 2 for usage, 1 for failure."""
+"""The command line: one function for each command, without logic. Exit code 2 for wrong usage, 1 for failure."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ def _options(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Reward-feedback LoRA training of Wan video models with the frozen stages in engines."""
+    """Train LoRA adapters of Wan video models on reward feedback, with the frozen stages compiled into engines."""
     set_verbosity(verbose, quiet)
-    # Chatter of the tracer that a user can do nothing about.
+    # The tracer's deprecation warnings, which users cannot act on.
     warnings.simplefilter("ignore", FutureWarning)
-    # Of Pillow, on large pictures: how large one may be is for `frostline.video` to say.
+    # Pillow's warning about large pictures: `frostline.video` has its own limit.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def main() -> None:
-    """The console script."""
-    # Threads that spin for long while they wait take the cores from an engine's; those that never do take long to wake
-    # up. libgomp's default is 300000, some milliseconds; to be set before torch is imported.
+    """Run the command line."""
+    # Limit how long idle OpenMP threads spin: long spinning takes cores from an engine's threads, and without spinning
+    # they wake up slowly. The default of libgomp, 300000, is some milliseconds. Must be set before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # A name that is no UTF-8 must not end a run because it is printed.
+    # Printing a name that is not valid UTF-8 must not fail.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Typer would turn Ctrl-C into exit code 1; shells and schedulers expect 128 + the signal.
+    # Typer would turn Ctrl-C into exit code 1; shells and schedulers expect 128 + signal number.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:

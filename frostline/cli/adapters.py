@@ -1,4 +1,4 @@
-"""`frostline adapter …`."""
+"""The `frostline adapter` commands."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ app = typer.Typer(no_args_is_help=True, help="Convert a LoRA adapter for other p
 AdapterPath = Annotated[
     Path,
     typer.Argument(
-        help="A PEFT folder or a LoRA .safetensors file; for two experts a folder with such a high_noise and low_noise."
+        help="PEFT folder or LoRA .safetensors file; for two experts, a folder with high_noise and low_noise."
     ),
 ]
 ExpertOption = Annotated[
     Experts | None,
     typer.Option(
         "--expert",
-        help="Of two experts, whose adapter it is: low, high or both; by default both of a folder that has both, else "
-        "low.",
+        help="Experts that the adapter is for: low, high or both. Default: both if the folder "
+        "contains both, otherwise low.",
     ),
 ]
-WeightsType = Annotated[str | None, typer.Option("--precision", help="fp32, fp16 or bf16; as they are if not given.")]
+WeightsType = Annotated[str | None, typer.Option("--precision", help="fp32, fp16 or bf16; unchanged if not given.")]
 
 
 @app.command()
 def convert(
     adapter: AdapterPath,
-    out: Annotated[Path, typer.Option("--out", help="A .safetensors file; a folder for peft, and for two experts.")],
-    to: Annotated[str, typer.Option("--to", help="peft, diffsynth, comfyui, diffusers or musubi.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Output .safetensors file; a folder for the peft format and for two experts.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="Output format: peft, diffsynth, comfyui, diffusers or musubi.")],
     model: Annotated[
         str | None,
-        typer.Option(help="The model that the adapter is for, to check its layers; a Wan model if left out."),
+        typer.Option(help="Model that the adapter is for, to check layer names; any Wan model if not given."),
     ] = None,
     expert: ExpertOption = None,
     precision: WeightsType = None,
 ) -> None:
-    """Write an adapter in the format that another program reads.
+    """Convert an adapter to the format of another program.
 
-    Those of two experts become high_noise and low_noise in a folder.
+    The adapters of two experts are written to a folder as high_noise and low_noise.
     """
     from frostline.models.lora import part_path, read_adapters, write_adapter
     from frostline.models.precision import parse_precision
@@ -66,15 +68,15 @@ def convert(
 def merge(
     model: ModelFolder,
     adapter: AdapterPath,
-    out: Annotated[Path, typer.Option("--out", help="A .safetensors file; for both experts a folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Output .safetensors file; a folder for both experts.")],
     expert: ExpertOption = None,
     lora_scale: LoraScale = 1.0,
     precision: WeightsType = None,
 ) -> None:
-    """Write the denoiser, or one or both of two experts, with the adapter merged, under the official tensor names.
+    """Merge an adapter into the denoiser (one or both experts), and write it with the official tensor names.
 
-    Both are written as a release has them: high_noise_model/ and low_noise_model/ in the folder. Weights of 8 bits
-    become the type of the others, unless a precision is given.
+    Both experts are written to high_noise_model/ and low_noise_model/, as in a release. 8-bit weights get the precision
+    of the other weights, unless --precision is given.
     """
     from frostline.models.lora import check_weights_file, merged_path, read_adapters, write_weights
     from frostline.models.precision import parse_precision

@@ -1,4 +1,4 @@
-"""`frostline engines …`."""
+"""The `frostline engines` commands."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from frostline.cli.options import ENGINES, EnginesDir
 from frostline.errors import ConfigError, FrostlineError
 from frostline.terminal import Terminal
 
-app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust, copy out and remove built engines.")
+app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust, publish and remove engines.")
 
 
 def _keys(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Return the keys of the store that begin like this, each with stage and backend, for the shell to complete."""
+    """Return the engine keys that begin with `incomplete`, with stage and backend, for shell completion."""
     from frostline.runtime.engines.store import EngineStore
 
     found = [record.id for record in EngineStore(Path(context.params.get("engines_dir") or ENGINES)).find()]
     return [(each.key, f"{each.stage} on {each.backend}") for each in found if each.key.startswith(incomplete)]
 
 
-Key = Annotated[str, typer.Argument(help="The key of an engine, or its beginning.", autocompletion=_keys)]
+Key = Annotated[str, typer.Argument(help="Key of an engine, or the beginning of the key.", autocompletion=_keys)]
 
 
 @app.command("list")
 def list_engines(engines_dir: EnginesDir = ENGINES, as_json: Json = False) -> None:
-    """All engines of the store, as their manifests have it; `verify` holds the files against them."""
+    """List all engines in the store without verifying them."""
     from frostline.export.as_json import engine_values
     from frostline.export.tables import engine_table
     from frostline.runtime.engines.store import EngineStore
@@ -43,7 +43,7 @@ def list_engines(engines_dir: EnginesDir = ENGINES, as_json: Json = False) -> No
 
 @app.command()
 def inspect(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
-    """The manifest of one engine, as JSON."""
+    """Print the manifest of an engine as JSON."""
     from frostline.runtime.engines.store import EngineStore
 
     record = EngineStore(engines_dir).by_key(key)
@@ -56,16 +56,18 @@ def inspect(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
 def verify(
     key: Annotated[
         str | None,
-        typer.Argument(help="The key of an engine, or its beginning; all if left out.", autocompletion=_keys),
+        typer.Argument(
+            help="Key of an engine, or the beginning of the key; all engines if not given.", autocompletion=_keys
+        ),
     ] = None,
     engines_dir: EnginesDir = ENGINES,
     as_json: Json = False,
 ) -> None:
-    """Check signatures and hashes; exit code 1 if one does not hold."""
+    """Check signatures and hashes; the exit code is 1 if an engine fails."""
     from frostline.runtime.engines.store import EngineStore
 
     if not engines_dir.is_dir():
-        raise ConfigError(f"{engines_dir}: no such folder of engines")
+        raise ConfigError(f"{engines_dir}: no such engine folder")
     store, console = EngineStore(engines_dir), Terminal(quiet=as_json)
     problems: dict[str, str | None] = {}
     for record in store.find() if key is None else [store.by_key(key)]:
@@ -83,7 +85,7 @@ def verify(
 
 
 @app.command()
-def trust(path: Annotated[Path, typer.Argument(help="The folder of an engine inside the store.")]) -> None:
+def trust(path: Annotated[Path, typer.Argument(help="Folder of an engine in the store.")]) -> None:
     """Sign an engine that was built elsewhere with your key."""
     from frostline.runtime.engines.store import EngineStore
 
@@ -94,10 +96,10 @@ def trust(path: Annotated[Path, typer.Argument(help="The folder of an engine ins
 @app.command()
 def export(
     key: Key,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the files.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the files.")],
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
-    """Copy an engine's ONNX files to DIR, with a script that runs them with onnxruntime and numpy alone."""
+    """Copy the ONNX files of an engine to DIR, with a script that runs them on onnxruntime and numpy only."""
     from frostline.export.publish import publish
     from frostline.runtime.engines.store import EngineStore
 
@@ -108,7 +110,7 @@ def export(
 
 @app.command("rm")
 def remove(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
-    """Delete one engine."""
+    """Delete an engine."""
     from frostline.runtime.engines.store import EngineStore
 
     store = EngineStore(engines_dir)
@@ -120,10 +122,12 @@ def remove(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
 @app.command()
 def prune(
     older_than: Annotated[float | None, typer.Option(min=0, help="Remove engines older than this many days.")] = None,
-    max_size: Annotated[float | None, typer.Option(min=0, help="Keep the newest that fit this many GB.")] = None,
+    max_size: Annotated[
+        float | None, typer.Option(min=0, help="Keep the newest engines up to this size in GB.")
+    ] = None,
     engines_dir: EnginesDir = ENGINES,
 ) -> None:
-    """Delete old engines, and what interrupted builds left."""
+    """Delete old engines and the remains of interrupted builds."""
     from datetime import timedelta
 
     from frostline.runtime.engines.store import EngineStore

@@ -1,4 +1,4 @@
-"""`frostline export` and `plan`."""
+"""The commands `frostline export` and `frostline plan`."""
 
 from __future__ import annotations
 
@@ -54,35 +54,43 @@ def _plan_options() -> Decorator:
 def export(
     *,
     model: Annotated[
-        str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe; none for rewards alone.")
+        str,
+        typer.Argument(
+            help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe; not needed for rewards only."
+        ),
     ] = "",
     changes: dict[str, Any],
     reward: Rewards = None,
     rewards_file: RewardsFile = None,
     base_adapter: BaseAdapters = None,
     opset: Annotated[int | None, typer.Option(min=18, max=23, help="ONNX opset.")] = None,
-    lora_targets: Annotated[str | None, typer.Option(help="Comma-separated names of adapted layers.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="Comma-separated names of the adapted layers.")] = None,
     lora_experts: Annotated[
-        Experts | None, typer.Option(help="Of two experts, those with a LoRA: low, high or both.")
+        Experts | None, typer.Option(help="Experts with a LoRA, in a model with two: low, high or both.")
     ] = None,
-    live_lora: Annotated[bool, typer.Option("--live-lora/--no-live-lora", help="LoRA matrices as inputs.")] = True,
-    atol: Annotated[float | None, typer.Option(min=0, help="Absolute error allowed.")] = None,
-    rtol: Annotated[float | None, typer.Option(min=0, help="Error allowed, relative to the largest value.")] = None,
-    cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Cosine demanded.")] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache file.")] = None,
+    live_lora: Annotated[
+        bool, typer.Option("--live-lora/--no-live-lora", help="Make the LoRA matrices inputs of the engines.")
+    ] = True,
+    atol: Annotated[float | None, typer.Option(min=0, help="Maximum absolute error.")] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="Maximum error relative to the largest value.")] = None,
+    cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Minimum cosine similarity.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT timing cache file.")] = None,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
-    force: Annotated[bool, typer.Option("--force", help="Build engines that are there already.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be built.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild existing engines.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the engines to build and exit.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure.")] = False,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Processes that build; what cores and memory take.")
+        int | None,
+        typer.Option(
+            "--jobs", "-j", min=1, help="Number of parallel builds; limited by cores and memory if not given."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn the frozen stages of a Wan model and of rewards into verified, signed engines.
+    """Build verified, signed engines for the frozen stages of a Wan model and of rewards.
 
-    Options override what a recipe says. Where only stages of rewards are named, the model is not loaded.
+    Options override the recipe. If only stages of rewards are selected, the model is not loaded.
     """
     from frostline.export.export_cache import Receipt, recall, receipt_key, remember
     from frostline.export.recipe import load_recipe, reward_recipe
@@ -95,11 +103,11 @@ def export(
         given = {"rewards": rewards or None, "base_adapters": base_adapters_given(base_adapter) or None}
         recipe = load_recipe(model, {**changes, **given}).with_lora(live_lora, lora_targets, lora_experts)
     elif base_adapter:
-        raise ConfigError("--base-adapter: needs a model")
+        raise ConfigError("--base-adapter: requires a model")
     elif rewards:
         recipe = reward_recipe(rewards, changes)
     else:
-        raise ConfigError("nothing to export: name a model or a recipe, or rewards with --reward")
+        raise ConfigError("nothing to export: give a model or a recipe, or rewards with --reward")
     build = BuildOptions(opset or OPSET, recipe.compute_capabilities, recipe.asked_maximum, timing_cache)
     bounds = {"atol": atol, "rtol": rtol, "cosine": cosine}
     store, receipt = EngineStore(engines_dir), receipt_key(recipe, build, device, bounds)
@@ -138,7 +146,7 @@ def plan(
     engines_dir: EnginesDir = ENGINES,
     as_json: Json = False,
 ) -> None:
-    """Show, per stage, who could serve it, who does, and why."""
+    """Show the available backends of each stage, the selected one, and the reason."""
     from frostline.config import LoraSettings
     from frostline.export.as_json import plan_values
     from frostline.export.exporter import ensure_verified

@@ -1,4 +1,4 @@
-"""`--json`: standard output has one JSON document and nothing else; log and progress are on standard error."""
+"""`--json`: write one JSON document to standard output; logs and progress go to standard error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instea
 
 
 def print_json(values: Any) -> None:
-    """Print plain values as JSON: ASCII, and null for a number that is not finite."""
+    """Print plain values as ASCII JSON; non-finite numbers become null."""
     from frostline.documents import finite_values
 
     typer.echo(json.dumps(finite_values(values), indent=2))

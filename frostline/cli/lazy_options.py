@@ -31,9 +31,9 @@ _MAKE_OPTIONS = "make_options"
 
 
 def options_on_use(options: Callable[[], Decorator]) -> Decorator:
-    """Decorate a command with what `options` returns, once a `LazyOptionsGroup` has found that it is used.
+    """Decorate a command whose options `options` returns; a `LazyOptionsGroup` adds them when the command is used.
 
-    Until then the command has a name and a help text, and no options.
+    Until then, the command has only a name and a help text.
     """
 
     def decorate(command: Command) -> Command:
@@ -44,7 +44,7 @@ def options_on_use(options: Callable[[], Decorator]) -> Decorator:
         def run(**values: Any) -> None:
             make()(**values)
 
-        # Typer reads both.
+        # Typer reads these two attributes.
         cast(Any, run).__signature__ = inspect.Signature()
         run.__annotations__ = {}
         setattr(run, _MAKE_OPTIONS, make)
@@ -54,21 +54,21 @@ def options_on_use(options: Callable[[], Decorator]) -> Decorator:
 
 
 def with_options(command: Command) -> Command:
-    """Return a command with its options; one that is not decorated by `options_on_use` is returned as it is."""
+    """Return a command with its options; return a command without `options_on_use` unchanged."""
     make = getattr(command, _MAKE_OPTIONS, None)
     return command if make is None else make()
 
 
 def is_lazy(command: object) -> bool:
-    """Return whether a command gets its options when it is used."""
+    """Return whether the options of a command are added when it is used."""
     return hasattr(command, _MAKE_OPTIONS)
 
 
 class LazyOptionsGroup(TyperGroup):
-    """A group that makes the options of a command when its arguments are parsed or completed, or its help is shown."""
+    """A command group that adds the options of a command when it is parsed or completed, or its help is shown."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Return name, command and remaining arguments, as Click's groups do."""
+        """Return name, command and remaining arguments; see `click.Group.resolve_command`."""
         name, command, remaining = super().resolve_command(ctx, args)
         if command is not None and is_lazy(command.callback):
             program = typer.Typer(add_completion=False)

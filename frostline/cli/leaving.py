@@ -1,4 +1,4 @@
-"""How a command ends the process."""
+"""End the process."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
 
 
 def leave(code: int | str | None) -> NoReturn:
-    """Exit; without Python's own end where native code still runs for a build that was interrupted."""
+    """Exit; skip Python's shutdown if native code of an interrupted build is still running."""
     if work_left_behind():
         _end(code)
     sys.exit(code)
 
 
 def at_once(command: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """A command that ends as soon as it has cleaned up after an interrupt.
+    """Decorate a command so that an interrupt ends the process right after the cleanup.
 
-    Python takes seconds to tear down a tracer and its graphs, for nobody.
+    Tearing down a tracer and its graphs would take seconds and has no effect.
     """
 
     @functools.wraps(command)

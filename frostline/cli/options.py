@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-# `frostline --help` imports no settings.
+# Keeps `frostline --help` from importing the settings.
 if TYPE_CHECKING:
     from frostline.config import BaseAdapter
     from frostline.rewards.config import RewardEntry
 
 Model = Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe.")]
 ModelFolder = Annotated[str, typer.Argument(help="tiny, tiny-moe, tiny-ti2v, or a checkpoint folder.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
-EnginesDir = Annotated[Path, typer.Option("--engines-dir", help="The engine store.")]
-LoraScale = Annotated[float, typer.Option("--lora-scale", help="Strength of the adapter; 1 is as trained.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto (a GPU if available).")]
+EnginesDir = Annotated[Path, typer.Option("--engines-dir", help="Folder of the engine store.")]
+LoraScale = Annotated[
+    float, typer.Option("--lora-scale", help="Scale of the adapter; 1 is the scale it was trained with.")
+]
 Rewards = Annotated[
     list[str] | None,
     typer.Option(
         "--reward",
         metavar="NAME[:WEIGHTS],…",
-        help="Rewards, comma-separated: face_identity, clip:FOLDER, …, or package.module:Class of your own.",
+        help="Comma-separated rewards: face_identity, clip:FOLDER, …, or a class of your own as package.module:Class.",
     ),
 ]
 RewardsFile = Annotated[
@@ -31,7 +33,7 @@ RewardsFile = Annotated[
     typer.Option(
         "--rewards-file",
         metavar="FILE",
-        help="YAML or JSON with a list of rewards and all their settings, or a training configuration.",
+        help="YAML or JSON file with a list of rewards and their settings, or a training configuration.",
     ),
 ]
 BaseAdapters = Annotated[
@@ -39,18 +41,18 @@ BaseAdapters = Annotated[
     typer.Option(
         "--base-adapter",
         metavar="PATH[,scale=S][,expert=low|high]",
-        help="A LoRA that is merged into the denoiser as the model is loaded, as base_adapters in training; several of "
-        "them by several such options.",
+        help="LoRA to merge into the denoiser when the model is loaded, as base_adapters in a "
+        "training configuration; may be given several times.",
     ),
 ]
 ENGINES = Path("engines")
 
 
 def rewards_given(names: Sequence[str] | None, file: Path | None) -> tuple[RewardEntry, ...]:
-    """Return the rewards that `--rewards-file` lists, then those of `--reward`; none where neither is given.
+    """Return the rewards of `--rewards-file`, then those of `--reward`; None if neither is given.
 
     Raises:
-        ConfigError: there is no such reward, or it refuses its settings.
+        ConfigError: a reward does not exist, or its settings are invalid.
     """
     from frostline.rewards.argument import parse_rewards, read_rewards
 
@@ -59,10 +61,10 @@ def rewards_given(names: Sequence[str] | None, file: Path | None) -> tuple[Rewar
 
 
 def base_adapters_given(arguments: Sequence[str] | None) -> tuple[BaseAdapter, ...]:
-    """Return the adapters that `--base-adapter` names. One whose path has a comma belongs in a file.
+    """Return the adapters of `--base-adapter`. A path that contains a comma must be given in a configuration file.
 
     Raises:
-        ConfigError: one is not as it should be.
+        ConfigError: an argument is invalid.
     """
     from frostline.config import BaseAdapter
     from frostline.documents import parse_value

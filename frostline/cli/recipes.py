@@ -1,4 +1,4 @@
-"""`frostline init`."""
+"""The command `frostline init`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def _names(incomplete: str) -> list[str]:
 
 def init(
     name: Annotated[
-        str | None, typer.Argument(help="Name of a model; lists them if left out.", autocompletion=_names)
+        str | None, typer.Argument(help="Name of a model; lists the names if not given.", autocompletion=_names)
     ] = None,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder.")] = Path(),
 ) -> None:
-    """Copy the training configuration and the export recipe of a model, to be edited."""
+    """Copy the training configuration and the export recipe of a model, for editing."""
     if name is None:
         typer.echo("\n".join(recipe_names()))
         return

@@ -1,4 +1,4 @@
-"""`frostline score`."""
+"""The command `frostline score`."""
 
 from __future__ import annotations
 
@@ -32,43 +32,44 @@ def score(
     videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO…", help="Videos or pictures.")] = None,
     reward: Rewards = None,
     rewards_file: RewardsFile = None,
-    reference: Annotated[
-        str | None, typer.Option(help="A picture or video of the person, or of what else videos should show.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt of all videos that --pairs names none of.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Picture or video of the expected person or content.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt of all videos without a prompt in --pairs.")] = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="CSV: video[,reference][,prompt], or a dataset's metadata.csv.")
+        Path | None,
+        typer.Option(help="CSV file with the columns video[,reference][,prompt], or the metadata.csv of a dataset."),
     ] = None,
     settings: ScoreSettings,
-    backend: Annotated[str, typer.Option(help="auto, torch, or one whose engines are built if need be.")] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Frames that a reward looks at in one call.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Results, .jsonl or .csv, one row a video.")] = None,
-    report: Annotated[Path | None, typer.Option(help="One HTML page with curves and pictures.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the results in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
+    backend: Annotated[
+        str, typer.Option(help="auto, torch, or a backend whose engines are built if necessary.")
+    ] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Number of frames a reward processes at once.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Output file, .jsonl or .csv, with one row for each video.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page with curves and pictures.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the results in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite the results in --out.")] = False,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[COLUMN=]NUMBER",
-            help="Exit with 1 if the mean score is lower: that of the first reward, or of a column.",
+            help="Exit with code 1 if the mean of the first reward, or of the named column, is lower.",
         ),
     ] = None,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Let --pairs name files outside its folder.")
+        bool, typer.Option("--allow-outside", help="Allow --pairs to name files outside its folder.")
     ] = False,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
     as_json: Json = False,
 ) -> None:
-    """Score videos by the rewards of training, on batched engines.
+    """Score videos with the rewards used in training, on batched engines.
 
-    By default, by how much their face is the reference's.
+    The default reward measures the similarity of the face to the reference.
     """
     from frostline.atomic_io import check_writable
     from frostline.score.request import gather_pairs
 
     if resume and out is None:
-        raise ConfigError("--resume goes on from the results in --out, which is missing")
+        raise ConfigError("--resume continues from the results in --out, which is not given")
     bars = _bars(fail_under or [])
     settings = settings.with_rewards(rewards_given(reward, rewards_file))
     _check_columns([column for column, _ in bars], settings.labels())
@@ -100,14 +101,14 @@ def score(
 
 
 def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:
-    """Refuse, before anything is scored, a column of no reward; metrics begin with its name."""
+    """Check, before scoring, that each column belongs to a reward; metric names begin with the reward's name."""
     for column in columns:
         if column and not any(f"{column}_".startswith(f"{label}_") for label in labels):
-            raise ConfigError(f"--fail-under {column}: there is no such score, there are {', '.join(labels)}")
+            raise ConfigError(f"--fail-under {column}: no such score; valid columns: {', '.join(labels)}")
 
 
 def _bars(texts: Sequence[str]) -> list[tuple[str, float]]:
-    """Column, empty for that of the first reward, and the least mean."""
+    """Parse pairs of column (empty for the first reward) and minimum mean."""
     bars = []
     for text in texts:
         column, _, number = text.rpartition("=")

@@ -26,13 +26,13 @@ _SAME_NAMES: Mapping[str, str] = {}
 def takes_settings(
     settings: type[Settings], argument: str | None = None, flags: Mapping[str, str] = _SAME_NAMES
 ) -> Decorator:
-    """Put options in the place of a command's parameter `settings`, which gets what they are parsed to.
+    """Replace the parameter `settings` of a command by options, whose values are parsed to that parameter.
 
     Args:
-        argument: the field that is given by its position, without a flag.
-        flags: field to flag, where that is not the field's own name.
+        argument: the field that is a positional argument.
+        flags: flags of fields whose flag is not the field's name.
     Raises:
-        ConfigError: (by the command) a value is not valid.
+        ConfigError: (by the command) a value is invalid.
     """
     options = [
         _parameter(name, field, flags.get(name), positional=name == argument)
@@ -44,10 +44,10 @@ def takes_settings(
 def takes_changes(
     settings: type[Settings], fields: Collection[str], flags: Mapping[str, str] = _SAME_NAMES
 ) -> Decorator:
-    """Put options for `fields` in the place of a command's parameter `changes`, which gets their values.
+    """Replace the parameter `changes` of a command by options for `fields`, whose values are passed in that parameter.
 
-    For settings that a file may hold: the value of an option that is not given is None, and its default, which the file
-    goes before, is only shown.
+    For settings that a file may set as well: an option that is not given has the value None. Its default is only shown
+    in the help, because the value in the file takes precedence over it.
     """
     plain = _plain_fields(settings)
     options = [_parameter(name, plain[name], flags.get(name), change=True) for name in plain if name in fields]
@@ -60,10 +60,10 @@ def _in_place_of(
     gather: Callable[[dict[str, Any]], Any],
     types: Mapping[str, Any] | None = None,
 ) -> Decorator:
-    """Put options in the place of a command's parameter, which gets what is gathered of their values.
+    """Replace a parameter of a command by options; the parameter gets the result of gathering their values.
 
     Args:
-        types: what names in the command's annotations stand for that its module imports for type checking alone.
+        types: names in the command's annotations that its module imports only for type checking.
     """
 
     def decorate(command: Command) -> Command:
@@ -78,7 +78,7 @@ def _in_place_of(
             for own in signature.parameters.values()
             for parameter in (options if own.name == name else [own])
         ]
-        # Typer reads both.
+        # Typer reads these two attributes.
         cast(Any, run).__signature__ = signature.replace(parameters=parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -93,7 +93,7 @@ def _plain_fields(settings: type[Settings]) -> dict[str, FieldInfo]:
 def _parameter(
     name: str, field: FieldInfo, flag: str | None, positional: bool = False, change: bool = False
 ) -> inspect.Parameter:
-    """Return a field as a parameter that Typer understands; of a `change` the value is None unless it is given."""
+    """Return a Typer parameter for a field; for a `change`, the value is None if the option is not given."""
     kind, optional = _kind(name, field)
     required, default = field.is_required(), None if field.is_required() else _text_of_tuple(field.default)
     help_ = _sentence(f"{field.description}; comma-separated" if kind is tuple else f"{field.description}")
@@ -111,7 +111,7 @@ def _parameter(
             max=_bound(field, "le"),
             show_default=str(default) if change and default else True,
         )
-    # The settings say which choices there are, and take apart what is separated by commas.
+    # The settings class checks the choices and splits comma-separated values.
     given = kind if isinstance(kind, type) and kind is not tuple else str
     return inspect.Parameter(
         name,
@@ -122,10 +122,10 @@ def _parameter(
 
 
 def _kind(name: str, field: FieldInfo) -> tuple[Any, bool]:
-    """Return a field's type (`tuple` for all of them, a `Literal` as it is), and whether it may be None.
+    """Return a field's type (`tuple` for any tuple, a `Literal` unchanged), and whether it may be None.
 
     Raises:
-        TypeError: no option can stand for it.
+        TypeError: the type has no equivalent option.
     """
     annotation = field.annotation
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
@@ -141,7 +141,7 @@ def _text_of_tuple(default: Any) -> Any:
 
 
 def _bound(field: FieldInfo, side: Literal["ge", "le"]) -> Any:
-    """Return the smallest (`ge`) or largest (`le`) value; an open bound is left to the settings."""
+    """Return the smallest (`ge`) or largest (`le`) value; the settings class checks open bounds."""
     return next((bound for part in field.metadata if (bound := getattr(part, side, None)) is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""`frostline demo`, `cache`, `train`, `report` and `sample`."""
+"""The commands `frostline demo`, `cache`, `train`, `report` and `sample`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("runs/demo"),
     engines_dir: EnginesDir = ENGINES,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
-    starts: Annotated[int, typer.Option(min=1, help="Held-out starts to score.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of data order and noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 40,
+    starts: Annotated[int, typer.Option(min=1, help="Number of validation samples to score.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data order and noise.")] = 0,
 ) -> None:
-    """Train a face-identity LoRA on the embedded tiny model and show what it did."""
+    """Train a face-identity LoRA on the built-in tiny model and show the result."""
     from frostline.demo.run import DemoSettings, run_demo
     from frostline.demo.table import print_summary
 
@@ -37,25 +37,29 @@ def demo(
 
 
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file; `frostline init` writes one.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. lora.rank=16.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file; `frostline init` writes one.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, for example lora.rank=16.")] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            help="latest, a checkpoint's name, its folder, or a run's folder, whose configuration is taken if none is "
-            "given."
+            help="latest, a checkpoint (name or folder), or a run's folder, whose configuration is used "
+            "if none is given."
         ),
     ] = None,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="The run's folder, in place of the configuration's.")
+        Path | None, typer.Option("--output-dir", help="Output folder of the run; overrides the configuration.")
     ] = None,
     init_adapter: Annotated[
-        Path | None, typer.Option(help="A LoRA to begin with: a PEFT folder or a .safetensors file.")
+        Path | None, typer.Option(help="Initial LoRA: a PEFT folder or a .safetensors file.")
     ] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings, explained.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and data, show what would run.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings with their descriptions.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check settings and data, and show the run without starting it.")
+    ] = False,
 ) -> None:
-    """Train a reward LoRA; under `accelerate launch -m frostline train …` on many GPUs."""
+    """Train a reward LoRA; use `accelerate launch -m frostline train …` for several GPUs."""
     from frostline.train.config_file import commented_yaml, load_run_settings
 
     if config is not None and "=" in str(config) and not config.exists():
@@ -66,7 +70,7 @@ def train(
         run = find_run(resume, output_dir)
         run.enter()
         config, output_dir, resume = run.config, run.output_dir, run.resume
-    # JSON is YAML: no path is then taken for a number.
+    # JSON is valid YAML; it keeps paths from being parsed as numbers.
     paths = {"init_adapter": init_adapter, "output_dir": output_dir}
     given = [f"{name}={json.dumps(str(path))}" for name, path in paths.items() if path is not None]
     settings = load_run_settings(config, [*(overrides or []), *given])
@@ -75,7 +79,7 @@ def train(
         return
     if config is None:
         raise ConfigError(
-            "a configuration file is needed: `frostline init NAME` writes one; `--resume DIR` takes that of a run"
+            "no configuration file: `frostline init NAME` writes one; `--resume DIR` uses the one of a run"
         )
 
     if dry_run:
@@ -89,34 +93,39 @@ def train(
     if outcome.stopped_by is not None:
         if first:
             again = f"frostline train --resume {shlex.quote(str(settings.output_dir))}"
-            typer.echo(f"stopped after step {outcome.step}: `{again}` goes on from there", err=True)
+            typer.echo(f"stopped after step {outcome.step}; resume with `{again}`", err=True)
         raise typer.Exit(128 + outcome.stopped_by)
     if not first:
         return
     if outcome.verdict:
-        typer.echo(f"held-out starts: {outcome.verdict}")
+        typer.echo(f"validation samples: {outcome.verdict}")
     if outcome.stopped_by_judge:
         typer.echo(
-            f"ended at step {outcome.step} of {settings.train.max_train_steps}, as a judge fell at "
-            f"{settings.train.stop_when_judge_falls} validations in a row (train.stop_when_judge_falls); "
-            f"--resume latest goes on. The adapter is in {settings.output_dir / 'adapter'}"
+            f"ended at step {outcome.step} of {settings.train.max_train_steps}, because a judge "
+            f"fell in {settings.train.stop_when_judge_falls} consecutive validations "
+            "(train.stop_when_judge_falls). Continue with --resume latest. The adapter is in "
+            f"{settings.output_dir / 'adapter'}"
         )
     else:
         typer.echo(f"{outcome.step} steps. The adapter is in {settings.output_dir / 'adapter'}")
 
 
 def cache(
-    config: Annotated[Path, typer.Argument(help="The YAML file of a training run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.name=value, e.g. data.num_frames=33.")] = None,
+    config: Annotated[Path, typer.Argument(help="YAML file of a training run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.name=value, for example data.num_frames=33.")
+    ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples computed together; the run's own batches, equal to the bit, if not given."),
+        typer.Option(min=1, help="Batch size; the run's own batches if not given, for bit-identical results."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show memory and disk space that it takes, and what is there already.")
+        bool, typer.Option("--dry-run", help="Print the required memory and disk space and the existing entries.")
     ] = False,
 ) -> None:
-    """Compute what is frozen of a run's samples into its cache; under `accelerate launch -m frostline cache …` too."""
+    """Precompute the outputs of the frozen stages for all samples of a run; also with `accelerate launch -m frostline
+    cache …`.
+    """
     from frostline.train.config_file import load_run_settings
 
     settings = load_run_settings(config, [*(overrides or [])])
@@ -133,12 +142,12 @@ def cache(
         typer.echo(f"{done}. The cache is in {settings.frozen_cache_dir}")
 
 
-def report(run: Annotated[Path, typer.Argument(help="The output_dir of a training run.")]) -> None:
-    """Write a training run's report.html."""
+def report(run: Annotated[Path, typer.Argument(help="Output folder of a training run.")]) -> None:
+    """Write the report.html of a training run."""
     from frostline.train.loop.run_dir import check_is_run
 
     check_is_run(run)
-    # The page draws plots, which takes seconds to import.
+    # Imports a plotting library, which takes seconds.
     from frostline.train.report.page import write_report
 
     typer.echo(f"wrote {write_report(run)}")
@@ -154,16 +163,16 @@ def _sample_options() -> Decorator:
 @options_on_use(_sample_options)
 def sample(
     *,
-    out: Annotated[Path, typer.Option("--out", help="The .mp4 file to write.")],
+    out: Annotated[Path, typer.Option("--out", help="Output .mp4 file.")],
     settings: SampleSettings,
     base_adapter: BaseAdapters = None,
 ) -> None:
-    """Make a clip from a picture and a prompt, to look at what an adapter does."""
+    """Generate a clip from a picture and a prompt, to see the effect of an adapter."""
     from frostline.train.sample import sample_clip
 
     settings = settings.model_copy(update={"base_adapters": base_adapters_given(base_adapter)})
     with progress().task(f"sample {settings.num_frames} frames"):
         clip = sample_clip(settings, out)
     if clip.face_score is not None:
-        typer.echo(f"face score {clip.face_score:.3f}, face found in {clip.detection_rate:.0%} of the frames")
+        typer.echo(f"face score {clip.face_score:.3f}, face detected in {clip.detection_rate:.0%} of the frames")
     typer.echo(f"wrote {out}")

@@ -1,4 +1,4 @@
-"""`-v` and `-q`: how much of the log is on the console; given before the command or behind it."""
+"""`-v` and `-q` set how much of the log is printed; they may be given before or after the command."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from frostline.progress import Progress
 from frostline.terminal.logs import console_shows, log_to_console
 
 Verbose: TypeAlias = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log more: files that are loaded, times of stages.")
+    bool, typer.Option("--verbose", "-v", help="Log more: loaded files and times of stages.")
 ]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors alone, without bars.")]
+Quiet: TypeAlias = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Log warnings and errors only, without progress bars.")
+]
 
 
 def set_verbosity(verbose: bool, quiet: bool) -> None:
-    """Show on the console what the options say.
+    """Set the level of the console log.
 
     Raises:
-        BadParameter: both are given.
+        BadParameter: both options are given.
     """
     if verbose and quiet:
-        raise typer.BadParameter("--verbose and --quiet exclude each other")
+        raise typer.BadParameter("--verbose and --quiet cannot be combined")
     if not is_first_process():
         level = logging.ERROR
     else:
@@ -36,7 +38,7 @@ def set_verbosity(verbose: bool, quiet: bool) -> None:
 
 
 def takes_verbosity(command: Command) -> Command:
-    """Give a command the options `-v` and `-q`, of which each goes before those in front of the command."""
+    """Add the options `-v` and `-q` to a command; they override those given before the command."""
     if is_lazy(command):
         return options_on_use(lambda: lambda _: takes_verbosity(with_options(command)))(command)
 
@@ -52,17 +54,17 @@ def takes_verbosity(command: Command) -> Command:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
         for name, option in (("verbose", Verbose), ("quiet", Quiet))
     ]
-    # Typer reads both.
+    # Typer reads these two attributes.
     cast(Any, run).__signature__ = signature.replace(parameters=[*own, *added])
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     return run
 
 
 def progress() -> Progress:
-    """Return bars on the console; none with `-q`, and none in the second process of a launcher and those after it."""
+    """Return progress bars for the console; hidden with `-q`, and in all processes of a launcher but the first."""
     return Progress(quiet=not console_shows(logging.INFO))
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes of a launcher, the only one that shows more than errors."""
+    """Return whether this is the first process of a launcher; the others print errors only."""
     return os.environ.get("RANK", "0") == "0"

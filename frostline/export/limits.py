@@ -1,16 +1,16 @@
-"""Engines that take no tensors above a size: how large those of a network become, and the range that stays below it.
+"""Limit the shapes of engines whose backend does not support tensors above a certain size.
 
-A stage's range of shapes is a box. At its far corner, 32 videos of 1024×1024 pixels, the VAE of Wan2.1 makes
+A stage's range of shapes is a box. At its far corner, 32 videos of 1024×1024 pixels, the VAE of Wan2.1 has a tensor of
 
     32 × 96 × 4 × 1024 × 1024 = 12,884,901,888 elements,
 
-96 channels of four frames, and its attention, whose one head of 384 channels no engine fuses, scores each of 128×128
-positions against each:
+96 channels of four frames. Its attention has one head of 384 channels, which no engine fuses, and computes scores of
+each of 128×128 positions against each other:
 
     32 × 1 × 16,384 × 16,384 = 8,589,934,592.
 
-TensorRT takes 2^31 - 1 = 2,147,483,647. So its engines get a smaller box: of these two, 5 and 7 videos would fit. What
-a network makes depends on its channels, so every network is run once, on tensors without content.
+TensorRT supports 2^31 - 1 = 2,147,483,647 elements, so its engines get a smaller box: 5 and 7 videos would fit,
+respectively. The sizes inside a network depend on its channels, so every network is run once on meta tensors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.stage import Network, Stage
 
-# Dimensions whose default maximum is lowered, in this order, and the lowest maximum; None: the typical extent. The
-# number of videos is lowered before their size, because training needs few at once. For face detection the size comes
+# Dimensions whose default maximum is lowered, in this order, and their lowest maximum (None: the typical value). The
+# number of videos is lowered before their size, because training uses few at once. For face detection the size comes
 # first, because there are many images: at 1024 pixels, faces of 20 pixels are still found in images of 1700.
 _LOWERED: tuple[tuple[tuple[str, ...], int | None], ...] = (
     (("face_height", "face_width"), 1024),
@@ -47,14 +47,14 @@ _FUSED_HEAD = 256
 
 @dataclass(frozen=True)
 class LargestTensor:
-    """The largest tensor of a network: what makes it, and its shape."""
+    """The largest tensor of a network: the operation that creates it, and its shape."""
 
     operation: str
     shape: tuple[int, ...]
 
     @property
     def elements(self) -> int:
-        """How many it has."""
+        """Return the number of its elements."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -62,13 +62,13 @@ class LargestTensor:
 
 
 def within_limit(network: Network, backend: str, limit: int | None, asked: frozenset[str] = frozenset()) -> Network:
-    """Return `network`, its largest shapes lowered until no tensor has more than `limit` elements.
+    """Return `network` with its maximum shapes lowered until no tensor has more than `limit` elements.
 
     Args:
-        backend: whose limit it is.
-        asked: dimensions that may not be lowered, because the user set their largest extent.
+        backend: the backend with this limit.
+        asked: dimensions that must not be lowered, because the user set their maximum.
     Raises:
-        EngineError: a tensor is still larger; the message names the largest one.
+        EngineError: a tensor is still too large; the message names the largest one.
     """
     if limit is None:
         return network
@@ -82,36 +82,36 @@ def within_limit(network: Network, backend: str, limit: int | None, asked: froze
     largest = largest_tensor(network)
     if largest.elements > limit:
         raise EngineError(
-            f"{backend} takes tensors of at most {limit:,} elements, and network {network.name} has {largest} at its "
-            "largest shapes: lower --max-shapes"
+            f"{backend} supports tensors of at most {limit:,} elements, but network {network.name} "
+            f"has {largest} at its maximum shapes: lower --max-shapes"
         )
     return network
 
 
 def check_served(stage: Stage, manifest: Manifest, asked: frozenset[str]) -> None:
-    """Check that an existing engine serves the largest extents that the user set.
+    """Check that an existing engine supports the maximum sizes that the user set.
 
     Raises:
-        EngineError: it was built for less.
+        EngineError: it supports less.
     """
     for lowered in _lowered_inputs(stage, manifest):
         if lowered.dimensions & asked:
             raise EngineError(
-                f"the {manifest.backend} engine of {stage.name} takes {lowered}, which is asked for: its tensors "
-                "would be too large. Lower --max-shapes"
+                f"the {manifest.backend} engine of {stage.name} supports {lowered}, which is less than "
+                "requested, because its tensors would be too large: lower --max-shapes"
             )
 
 
 def served_note(stage: Stage, manifest: Manifest) -> str:
-    """Return a note if an engine serves less than its stage's range of shapes; otherwise an empty string."""
+    """Return a note if an engine supports less than its stage's range of shapes; otherwise an empty string."""
     lowered = _lowered_inputs(stage, manifest)
     return f"limited by the size of its tensors: at most {', '.join(map(str, lowered))}" if lowered else ""
 
 
 def largest_tensor(network: Network) -> LargestTensor:
-    """Return the largest of all tensors at the largest shapes: inputs, outputs, and what the network makes in between.
+    """Return the largest tensor at the maximum shapes, of all inputs, outputs and intermediate results.
 
-    Of attention, the scores count where they are not left inside of one kernel.
+    Attention scores count unless they stay inside a fused kernel.
     """
     specs = (*network.inputs, *network.live_specs)
     watch = _LargestOf()
@@ -125,7 +125,7 @@ def largest_tensor(network: Network) -> LargestTensor:
 
 
 class _LargestOf(TorchFunctionMode):
-    """Within the block, watches what functions return."""
+    """Record the largest tensor that functions return within the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _LargestOf(TorchFunctionMode):
         return result
 
     def _see_scores(self, query: Tensor, key: Tensor) -> None:
-        """Of (B, heads, L, channels) against (B, heads, S, channels)."""
+        """Record the scores of (B, heads, L, channels) against (B, heads, S, channels)."""
         fused = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= _FUSED_HEAD
         if not fused:
             self.see("attention scores", (*query.shape[:-1], key.shape[-2]))
@@ -162,7 +162,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _lower(network: Network, group: Sequence[Dimension], floor: int | None, limit: int) -> Network:
-    """Return the largest extents of `group` that fit, no dimension below its floor."""
+    """Return the largest sizes of `group` that fit, with no dimension below its lower limit."""
     floors = {d.name: min(d.max, max(d.opt, floor or d.opt)) for d in group}
 
     def at(extent: int) -> Network:
@@ -179,14 +179,14 @@ def _lower(network: Network, group: Sequence[Dimension], floor: int | None, limi
 
 
 def _dimensions(network: Network) -> list[Dimension]:
-    """Return the open dimensions, each once."""
+    """Return the dynamic dimensions without duplicates."""
     found = {extent.name: extent for spec in network.inputs for extent in spec.shape if isinstance(extent, Dimension)}
     return list(found.values())
 
 
 @dataclass(frozen=True)
 class _LoweredInput:
-    """An input of a network whose largest shape an engine does not serve, because of these dimensions."""
+    """A network input whose maximum shape an engine does not support, because of these dimensions."""
 
     name: str
     served: tuple[int, ...]
@@ -199,7 +199,7 @@ class _LoweredInput:
 
 
 def _lowered_inputs(stage: Stage, manifest: Manifest) -> list[_LoweredInput]:
-    """Of each network the first such input: the others go with it."""
+    """Return the first such input of each network; the others depend on the same dimensions."""
     entries = {entry.name: entry for entry in manifest.networks}
     lowered = []
     for network in stage.networks:

@@ -1,4 +1,4 @@
-"""Load the model that a recipe names, with its stages, or the stages of its rewards alone."""
+"""Load the model of a recipe with its stages, or only the stages of its rewards."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def load_stages(recipe: Recipe, device: str) -> LoadedStages:
-    """What a recipe exports: where it names stages of rewards alone, without the model.
+    """Load what a recipe exports; without the model if all its stages belong to rewards.
 
     Args:
-        device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
+        device: `cpu`, `cuda`, …, or `auto` (a GPU if available).
     Raises:
         ConfigError: the model or a reward cannot be loaded.
     """
@@ -29,7 +29,7 @@ def load_stages(recipe: Recipe, device: str) -> LoadedStages:
     for active in build_rewards(recipe.rewards, resolve_device(device), recipe.shapes):
         for stage in active.stages:
             if stage.name in stages:
-                raise ConfigError(f"rewards: two have a stage {stage.name}: export them one after the other")
+                raise ConfigError(f"rewards: two have a stage {stage.name}: export them separately")
             stages[stage.name] = stage
     return LoadedStages(stages)
 
@@ -38,7 +38,7 @@ def load_staged_model(recipe: Recipe, device: str) -> StagedModel:
     """Return the recipe's model with its stages, in the recipe's precision.
 
     Args:
-        device: `cpu`, `cuda`, …, or `auto`: a GPU if there is one.
+        device: `cpu`, `cuda`, …, or `auto` (a GPU if available).
     Raises:
         ConfigError: the model or a reward cannot be loaded.
     """

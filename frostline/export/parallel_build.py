@@ -45,7 +45,7 @@ Seconds = dict[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class _Work:
-    """What every process is told: the same for all stages."""
+    """The part of the task that is the same for all stages."""
 
     recipe: Recipe
     device: str
@@ -56,7 +56,7 @@ class _Work:
 
 
 def fitting_jobs(staged: LoadedStages) -> int:
-    """Return the number of processes that cores and free memory allow: at most one per stage, and one on a GPU."""
+    """Return the number of processes for the available cores and memory: at most one per stage, and one on a GPU."""
     if staged.device.type != "cpu":
         return 1
     weights = sum(tensor.numel() * tensor.element_size() for tensor in staged.weights())
@@ -78,32 +78,32 @@ def build_ahead(
     """Build the engines of `stages` for the recipe's backends in `jobs` processes, without verification.
 
     The caller verifies them afterwards, so that latencies are measured without other load. A failed build is not
-    reported here: the caller builds that engine again, and gets the error. An exception, such as Ctrl-C, ends the
+    reported here: the caller builds that engine again and gets the error. An exception, such as Ctrl-C, ends the
     processes and leaves no incomplete engine.
 
     Args:
-        force: build engines that exist already.
+        force: rebuild existing engines.
         announce: called with the progress.
     Returns:
-        Seconds of each build, by stage and backend; nothing for those that were there or failed.
+        Seconds of each build, by stage and backend; without those that existed or failed.
     """
     threads = max(1, torch.get_num_threads() // jobs)
     work = _Work(recipe, str(staged.device), store.root, options, force, threads)
-    # The longest first, or it would be left for the end.
+    # Longest builds first, so that none of them starts last.
     ordered = sorted(stages, key=_graph_size, reverse=True)
     others = set(active_children())
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (work,))
     try:
         seconds = _collect({pool.submit(_build, stage.name): stage.name for stage in ordered}, announce)
     except BaseException as error:
-        # To wait for them could take minutes.
+        # Waiting for them could take minutes.
         _kill(set(active_children()) - others)
         pool.shutdown(cancel_futures=True)
         with suppress(EngineError):
             store.prune()
         if not isinstance(error, BrokenProcessPool):
             raise
-        log.warning("a process that was building died (out of memory?): going on in this one")
+        log.warning("a build process died (out of memory?): continuing in this process")
         return {}
     pool.shutdown()
     return seconds
@@ -122,11 +122,11 @@ def _collect(futures: Mapping[Future[Seconds], str], announce: Callable[[str], N
 
 
 def _kill(processes: Collection[BaseProcess]) -> None:
-    """End processes and all that they started, compilers among them, at once."""
+    """Kill processes and all their child processes, such as compilers, at once."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             family = psutil.Process(process.pid)
-            # Or it could start another one meanwhile.
+            # Otherwise it could start another one in the meantime.
             family.suspend()
             for member in (*family.children(recursive=True), family):
                 with suppress(psutil.NoSuchProcess):
@@ -139,12 +139,12 @@ _worker: tuple[_Work, LoadedStages] | None = None
 
 
 def _prepare(work: _Work) -> None:
-    """First thing in a process: load the model, once for all stages that come."""
+    """Initialise a process: load the model once for all its stages."""
     global _worker
     if sys.platform == "linux":
-        # A killed parent cannot stop its processes; the kernel can.
+        # A killed parent cannot stop its child processes, but the kernel can.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # Ctrl-C goes to all processes of a terminal; the one that asked for the work ends it.
+    # Ctrl-C reaches all processes of a terminal; the parent process ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(work.threads)
     logging.getLogger("frostline").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""How close an engine comes to PyTorch on the same inputs, by Polygraphy's comparison."""
+"""Compare an engine with PyTorch on the same inputs, with Polygraphy's comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from frostline.runtime.engines import manifest
 from frostline.runtime.engines.tolerance import Tolerance
 
-# `torch.quantile` takes no more than 2^24 values.
+# `torch.quantile` supports at most 2^24 values.
 _QUANTILE_LIMIT = 2**24
 _ERRORS = ("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel")
 
@@ -23,7 +23,7 @@ def compare(
     actual: Mapping[str, Tensor],
     tolerance: Tolerance,
 ) -> list[manifest.Parity]:
-    """Measure every output; an output of another shape, not finite, or missing, fails with infinite error."""
+    """Compare every output; a missing or non-finite output, or one of another shape, fails with an infinite error."""
     return [_compare_output(network, case, name, expected[name], actual.get(name), tolerance) for name in expected]
 
 
@@ -36,7 +36,7 @@ def _compare_output(
     if expected.numel() == 0:
         return manifest.Parity(**where, **dict.fromkeys(_ERRORS, 0.0), cosine=1.0, passed=True)
     reference, value = expected.double().flatten().cpu(), actual.double().flatten().cpu()
-    # Relative to the output's scale: entries near zero have no meaningful relative error of their own.
+    # Relative to the scale of the output, because relative errors of entries near zero are meaningless.
     scale = max(reference.abs().max().item(), torch.finfo(torch.float32).tiny)
     error, cosine = _polygraphy(reference, value, tolerance.atol + tolerance.rtol * scale, tolerance.cosine)
     p99 = _p99((value - reference).abs())
@@ -54,7 +54,7 @@ def _compare_output(
 
 
 def _polygraphy(reference: Tensor, value: Tensor, bound: float, least_cosine: float) -> tuple[Any, Any]:
-    """Polygraphy's results, true where they are within the bounds: of the largest error, and of the cosine."""
+    """Return Polygraphy's results for the largest error and the cosine similarity; each is true if within its bound."""
     from polygraphy.comparator import CosineSimilarityCompareFunc, IterationResult, SimpleCompareFunc
     from polygraphy.logger import G_LOGGER
 
@@ -63,7 +63,7 @@ def _polygraphy(reference: Tensor, value: Tensor, bound: float, least_cosine: fl
         SimpleCompareFunc(atol=bound, rtol=0, check_error_stat="max"),
         CosineSimilarityCompareFunc(cosine_similarity_threshold=least_cosine),
     )
-    # It would print a report of its own on every output.
+    # Otherwise it prints a report on every output.
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         error, cosine = (check(*results)["output"] for check in checks)
     return error, cosine

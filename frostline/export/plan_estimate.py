@@ -1,4 +1,4 @@
-"""Estimate a plan: the candidates of each stage, and the predicted time of a whole training step."""
+"""Estimate a plan: the candidate backends of each stage, and the predicted time of a training step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from frostline.stages.provider import Use
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend that could serve a stage. ms and torch_ms come from one interleaved run; None: never measured."""
+    """An available backend of a stage. ms and torch_ms are from one interleaved run; None if not measured."""
 
     backend: str
     ms: float | None
@@ -37,7 +37,8 @@ class StageGain:
 class StepGain:
     """Predicted milliseconds of one step: the frozen part in torch and as planned, and the live part in torch.
 
-    unmeasured: stages that are not included, because they were not measured.
+    Attributes:
+        unmeasured: stages that are not included, because they were not measured.
     """
 
     torch_ms: float
@@ -47,7 +48,7 @@ class StepGain:
 
 
 def stage_gains(runtime: Runtime) -> list[StageGain]:
-    """Return all stages of the runtime with all backends; engines that are refused are dropped."""
+    """Return all stages of the runtime with all backends, without rejected engines."""
     refused = runtime.check_engines()
     gains = []
     for name, choice in runtime.plan.items():
@@ -57,10 +58,10 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
 
 
 def step_gain(runtime: Runtime, uses: Sequence[Use]) -> StepGain:
-    """Return the sums over all stages that were measured.
+    """Return the sums over all measured stages.
 
     Args:
-        uses: of a step whose frozen outputs are not cached.
+        uses: uses of stages in a step without cached outputs.
     """
     frozen, live = (Counter[str](), Counter[str]())
     for use in uses:
@@ -73,7 +74,8 @@ def step_gain(runtime: Runtime, uses: Sequence[Use]) -> StepGain:
             continue
         torch_ms += frozen[name] * latency[TORCH]
         planned_ms += frozen[name] * latency[choice.backend]
-        # All large weights are frozen: backward has the input's gradient alone to compute, as much work as forward.
+        # All large weights are frozen: backward only computes the gradient of the input, which takes as long as
+        # forward.
         live_ms += 2 * live[name] * latency[TORCH]
     return StepGain(torch_ms, planned_ms, live_ms, unmeasured)
 
@@ -93,7 +95,7 @@ def _candidate(runtime: Runtime, stage: str, backend: str, refused: bool) -> Can
     if manifest is None:
         return Candidate(backend, None, None, None, record.bytes, record.problem or "damaged")
     worst = max((parity.max_abs for parity in manifest.parity), default=None)
-    served = "slower than the chosen one" if manifest.verified else "built, not verified here"
+    served = "slower than the selected backend" if manifest.verified else "built, not verified here"
     note = "refused" if refused else served
     latency = manifest.latency_ms
     return Candidate(backend, latency.get(backend), latency.get(TORCH), worst, record.bytes, note)

@@ -16,25 +16,25 @@ from frostline.runtime.hints import export_command
 
 SCRIPT = "run.py"
 _TEMPLATE = Path(__file__).with_name("run_onnx.py.template")
-# numpy has no bf16, and what is no ONNX file runs on its own builder's machine alone.
+# numpy has no bf16, and files other than ONNX only work on the machine that built them.
 _DTYPES = {"float32", "float16", "int64", "int32", "bool"}
 
 
 def publish(engine: VerifiedEngine, folder: Path) -> list[Path]:
-    """Write the ONNX files of a verified engine and `run.py` into a new folder.
+    """Write the ONNX files of a verified engine and `run.py` to a new folder.
 
-    The files are hashed again as they are copied, and the folder appears whole or not at all.
+    The files are hashed again while they are copied, and the folder is created atomically.
 
     Returns:
-        The files written.
+        The written files.
     Raises:
         ConfigError: the folder exists and is not empty, or cannot be written.
-        EngineError: the engine has no ONNX files, or types that numpy lacks.
+        EngineError: the engine has no ONNX files, or types that numpy does not have.
     """
     manifest = engine.manifest
     _check_portable(manifest)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not an empty folder: name another")
+        raise ConfigError(f"{folder} exists and is not an empty folder: choose another")
     part = folder.absolute().with_name(f".{folder.absolute().name}.{uuid4().hex[:8]}.part")
     try:
         part.mkdir(parents=True)
@@ -55,14 +55,15 @@ def _check_portable(manifest: Manifest) -> None:
     files = {network.artifact for network in manifest.networks}
     if not all(file.endswith(".onnx") for file in files):
         raise EngineError(
-            f"{manifest.backend} engine {manifest.key} has no ONNX files, and runs with {manifest.backend} alone: "
-            f"build one with `{export_command(manifest.stage, DEFAULT_BACKEND)}`"
+            f"{manifest.backend} engine {manifest.key} has no ONNX files and only runs with "
+            f"{manifest.backend}: build another with "
+            f"`{export_command(manifest.stage, DEFAULT_BACKEND)}`"
         )
     tensors = (tensor for network in manifest.networks for tensor in (*network.inputs, *network.outputs))
     if missing := {tensor.dtype for tensor in tensors} - _DTYPES:
         raise EngineError(
-            f"engine {manifest.key} takes or returns {', '.join(sorted(missing))}, which numpy lacks: "
-            "export the model with --precision fp32 or fp16"
+            f"engine {manifest.key} has inputs or outputs of type {', '.join(sorted(missing))}, "
+            "which numpy does not have: export the model with --precision fp32 or fp16"
         )
 
 

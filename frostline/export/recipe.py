@@ -1,4 +1,4 @@
-"""Export recipes: which model, stages, backends, precision and shapes, as YAML files in `engines/`."""
+"""Export recipes: model, stages, backends, precision and shapes, as YAML files in `engines/`."""
 
 from __future__ import annotations
 
@@ -27,29 +27,31 @@ _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
 class Recipe(QuantizationSettings):
-    """What `frostline export` does for one model; command-line flags go before it."""
+    """Settings of an export of one model; command-line flags override them."""
 
     model: str = Field(
-        description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint; empty: stages of rewards alone"
+        description="tiny, tiny-moe, tiny-ti2v, or the folder of a Wan checkpoint; empty for stages of rewards only"
     )
     stages: tuple[str, ...] = Field(default=(ALL_STAGES,), description="stages to export, or all")
     backends: tuple[str, ...] = Field(
         default=(DEFAULT_BACKEND,),
-        description="backends to build engines of; for each stage those that compute in its precision",
+        description="backends to build engines for; each stage uses those that support its precision",
     )
     precision: Precision = Field(default="fp32", description="floating-point type of the Wan stages")
     compute_capabilities: tuple[str, ...] = Field(
         default=(), description="GPUs to build TensorRT engines for: compute capabilities such as 8.9, or current"
     )
-    min_shapes: str = Field(default="", description="smallest shapes, in trtexec syntax, such as video:1x5x3x64x64")
-    opt_shapes: str = Field(default="", description="shapes to tune for, in trtexec syntax")
-    max_shapes: str = Field(default="", description="largest shapes, in trtexec syntax")
+    min_shapes: str = Field(default="", description="minimum shapes, in trtexec syntax, such as video:1x5x3x64x64")
+    opt_shapes: str = Field(default="", description="shapes to optimise for, in trtexec syntax")
+    max_shapes: str = Field(default="", description="maximum shapes, in trtexec syntax")
     base_adapters: tuple[BaseAdapter, ...] = Field(
-        default=(), description="adapters that are merged into the denoiser as the model is loaded, as in training"
+        default=(), description="adapters to merge into the denoiser when the model is loaded, as in training"
     )
-    lora: LoraSettings | None = Field(default=LoraSettings(), description="null exports a denoiser without live LoRA")
+    lora: LoraSettings | None = Field(
+        default=LoraSettings(), description="LoRA whose matrices are inputs of the denoiser engine; null for none"
+    )
     rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
-        default_factory=default_rewards, description="whose stages are exported beside the model's, each by its type"
+        default_factory=default_rewards, description="rewards whose stages are also exported, each by its type"
     )
 
     @field_validator("stages", "backends", "compute_capabilities", mode="before")
@@ -61,7 +63,7 @@ class Recipe(QuantizationSettings):
     @field_validator("compute_capabilities", mode="before")
     @classmethod
     def _written_as_numbers(cls, value: Any) -> Any:
-        """In YAML, `[8.9, 12.0]` are numbers."""
+        """Convert numbers to text: in YAML, `[8.9, 12.0]` are numbers."""
         if not isinstance(value, list | tuple | float):
             return value
         parts = [value] if isinstance(value, float) else value
@@ -71,7 +73,7 @@ class Recipe(QuantizationSettings):
     @classmethod
     def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
-            raise ValueError("names none: nothing would be exported")
+            raise ValueError("empty list: nothing to export")
         return value
 
     @field_validator("compute_capabilities")
@@ -81,7 +83,7 @@ class Recipe(QuantizationSettings):
             if name != "current" and not _CAPABILITY.fullmatch(name):
                 digits = re.sub(r"\D", "", name)
                 example = f"{digits[:-1]}.{digits[-1]}" if len(digits) in (2, 3) else "8.9"
-                raise ValueError(f"{name!r} is no compute capability: write {example}, or current")
+                raise ValueError(f"{name!r} is not a compute capability: use a value such as {example}, or current")
         return value
 
     @model_validator(mode="after")
@@ -91,33 +93,33 @@ class Recipe(QuantizationSettings):
             known = (*(family_of(self.model).STAGES if self.model else ()), *of_rewards)
             for name in self.stages:
                 if name not in (ALL_STAGES, *known):
-                    raise ValueError(f"stages: no stage {name!r}: there are {', '.join(known) or 'none'}")
+                    raise ValueError(f"stages: there is no stage {name!r}; valid stages: {', '.join(known) or 'none'}")
         if not self.model and ALL_STAGES in self.stages:
-            raise ValueError("model: is empty, so stages must name those of rewards, not all")
+            raise ValueError("model: empty, so stages must name stages of rewards, not all")
         return self
 
     @model_validator(mode="after")
     def _can_be_exported(self) -> Self:
-        """Fail before a model is loaded, which takes seconds or minutes."""
+        """Check before a model is loaded, which takes seconds or minutes."""
         _ = self.shapes
         for backend in self.backends:
             check_backend(backend)
         return self
 
     def check(self, device: str) -> None:
-        """Hold the recipe against this installation, before a model is loaded for it.
+        """Check the recipe against this installation, before its model is loaded.
 
         Raises:
-            ConfigError: a backend is not installed, or does not build for the GPUs asked for; or the LoRA's rank is out
-                of the range that engines serve, or a base adapter is of another model.
+            ConfigError: a backend is not installed or does not build for the requested GPUs; the LoRA's rank is out of
+                the range that engines support; or a base adapter is for another model.
         """
         if not self.of_rewards_alone:
             family_of(self.model).check_base_adapters(self.model, self.base_adapters)
         low, _, high = self.shapes.rank
         if self.lora is not None and not low <= self.lora.rank <= high and self._adapted & {*self.stages}:
             raise ConfigError(
-                f"lora.rank: {self.lora.rank} is out of the range that engines serve, {low} to {high}: "
-                "choose another one, or export with --no-live-lora"
+                f"lora.rank: {self.lora.rank} is out of the range that engines support, {low} to "
+                f"{high}: choose another rank, or export with --no-live-lora"
             )
         for name in self.backends:
             if reason := get_backend(name).unavailable():
@@ -135,39 +137,39 @@ class Recipe(QuantizationSettings):
 
     @property
     def of_rewards_alone(self) -> bool:
-        """Whether it exports stages of rewards alone, for which no model is loaded."""
+        """Return whether only stages of rewards are exported, for which no model is loaded."""
         known = stage_names(self.rewards)
         return not self.model or (known is not None and {*self.stages} <= {*known})
 
     @property
     def shapes(self) -> ShapeRange:
-        """The range of shapes.
+        """Return the range of shapes.
 
         Raises:
-            ConfigError: a shape string is ill-formed.
+            ConfigError: a shape string is invalid.
         """
         geometry = family_of(self.model).GEOMETRY
         return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes, geometry)
 
     @property
     def asked_maximum(self) -> frozenset[str]:
-        """The open dimensions whose largest extent the recipe names."""
+        """Return the dynamic dimensions whose maximum the recipe sets."""
         return asked_maximum(self.max_shapes, family_of(self.model).GEOMETRY)
 
     def backends_for(self, precision: str) -> tuple[str, ...]:
-        """Return the backends that compute in a precision; all if none does, so that the build reports it."""
+        """Return the backends that support a precision; all if none does, so that the build reports the error."""
         able = tuple(name for name in self.backends if precision in get_backend(name).precisions)
         return able or self.backends
 
     @property
     def _adapted(self) -> set[str]:
-        """The stages with a LoRA, by all names that a recipe may call them."""
+        """Return the stages with a LoRA, by all names that a recipe may use for them."""
         lora = self.lora or LoraSettings()
         adapted = {"denoiser": lora.has_lora("low"), "denoiser_high_noise": lora.has_lora("high")}
         return {ALL_STAGES, *(stage for stage, has_lora in adapted.items() if has_lora)}
 
     def with_lora(self, live: bool, target_modules: str | None, experts: Experts | None = None) -> Recipe:
-        """This recipe with a live LoRA on other layers (comma-separated) or experts, or without any."""
+        """Return this recipe with a live LoRA on other layers (comma-separated) or experts, or without a LoRA."""
         if not live:
             return self.model_copy(update={"lora": None})
         changes: dict[str, Any] = {} if experts is None else {"experts": experts}
@@ -180,17 +182,17 @@ class Recipe(QuantizationSettings):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type that `precision` names."""
+        """Return the floating-point type for `precision`."""
         from frostline.models.precision import DTYPES
 
         return DTYPES[self.precision]
 
 
 def reward_recipe(rewards: Sequence[RewardEntry], changes: dict[str, Any]) -> Recipe:
-    """A recipe of rewards without a model: all of their stages, unless `changes` name some.
+    """Return a recipe of rewards without a model: all of their stages, unless `changes` selects some.
 
     Raises:
-        ConfigError: a reward or a field is not usable, or the rewards have no stages.
+        ConfigError: a reward or a field is invalid, or the rewards have no stages.
     """
     stages = stage_names(rewards)
     if stages is None:
@@ -204,13 +206,13 @@ def reward_recipe(rewards: Sequence[RewardEntry], changes: dict[str, Any]) -> Re
 
 
 def load_recipe(model: str, changes: dict[str, Any]) -> Recipe:
-    """Return the recipe that `model` names, with `changes` put over it.
+    """Return the recipe that `model` names, with `changes` applied.
 
     Args:
-        model: a `.yaml` file, the name of one of `frostline init`, or a model, which gets the default recipe.
-        changes: fields of `Recipe`; those that are None change nothing.
+        model: a `.yaml` file, a name known to `frostline init`, or a model, which gets the default recipe.
+        changes: fields of `Recipe`; fields that are None have no effect.
     Raises:
-        ConfigError: the file or a field is not usable.
+        ConfigError: the file or a field is invalid.
     """
     path = _find(model)
     values: dict[str, Any] = {"model": model}
@@ -230,7 +232,8 @@ def _find(model: str) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    # The command line imports this file, for the options of `frostline export`: without PyYAML.
+    # Imported here, because the command line imports this module for the options of `frostline export`, and should not
+    # import PyYAML.
     from frostline.documents import read_named_yaml
 
     values = read_named_yaml(path, f"recipe {path}")

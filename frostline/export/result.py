@@ -1,4 +1,4 @@
-"""What became of one stage on one backend in an export."""
+"""The result of one stage on one backend in an export."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ Status = Literal["built", "present", "planned", "failed"]
 
 @dataclass(frozen=True)
 class ExportRow:
-    """What became of one stage on one backend.
+    """The result of one stage on one backend.
 
-    note: why it failed, or was not verified. bounds: that its engine had to keep.
+    Attributes:
+        note: why it failed or was not verified.
+        bounds: the tolerance of its engine.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""Export a whole model: every stage of a recipe on every backend of it."""
+"""Export a whole model: every stage of a recipe on each of its backends."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ from frostline.stages.staged_model import LoadedStages
 class ExportOptions:
     """Options of an export that are not in the recipe.
 
-    build: build options of the backends. force: build engines that exist already.
-    dry_run: only list what would be built. strict: stop at the first failure.
-    atol, rtol, cosine: override the tolerance of every stage.
-    jobs: number of build processes; see `frostline.export.parallel_build.fitting_jobs`.
+    Attributes:
+        build: build options of the backends.
+        force: rebuild existing engines.
+        dry_run: list the engines to build, without building.
+        strict: stop at the first failure.
+        atol, rtol, cosine: override the tolerance of every stage.
+        jobs: number of build processes; see `frostline.export.parallel_build.fitting_jobs`.
     """
 
     build: BuildOptions = field(default_factory=BuildOptions)
@@ -42,7 +45,7 @@ class ExportOptions:
     cosine: float | None = None
 
     def tolerance(self, of_stage: Tolerance) -> Tolerance:
-        """Return the tolerance of a stage with this export's bounds over it."""
+        """Return the tolerance of a stage, overridden by the bounds of this export."""
         bounds = {"atol": self.atol, "rtol": self.rtol, "cosine": self.cosine}
         return replace(of_stage, **{name: bound for name, bound in bounds.items() if bound is not None})
 
@@ -54,9 +57,10 @@ def export_model(
     options: ExportOptions,
     announce: Callable[[str], None] = lambda step: None,
 ) -> Iterator[ExportRow]:
-    """Export what the recipe names, one row as each is done; a failure is a row, and the others go on.
+    """Export the stages of a recipe; yield a row after each. A failure yields a row and does not stop the others.
 
-    With several jobs all is built first, and then verified here: who measures latencies must be alone.
+    With several jobs, all engines are built first and then verified in this process, because latencies must be measured
+    without other load.
 
     Args:
         announce: called with a short description of each phase.
@@ -68,7 +72,7 @@ def export_model(
     ahead = {} if options.dry_run else _build_ahead(staged, recipe, planned, store, options, announce)
     traces: dict[str, Traces] = {}
     for backend, stage in planned:
-        # One stage's at a time.
+        # The traces of one stage at a time.
         traces = {stage.name: traces.get(stage.name, Traces())}
         if options.dry_run:
             yield ExportRow(stage.name, backend, "planned", 0.0)
@@ -100,7 +104,7 @@ def export_model(
 
 
 def planned_exports(staged: LoadedStages, recipe: Recipe) -> list[tuple[str, Stage]]:
-    """Backend and stage of each export, in order: stage by stage, so that a stage is traced once.
+    """Return backend and stage of each export, stage by stage, so that each stage is traced once.
 
     Raises:
         ConfigError: see `export_model`.
@@ -121,7 +125,7 @@ def _build_ahead(
     options: ExportOptions,
     announce: Callable[[str], None],
 ) -> Seconds:
-    """Build in several processes, where there are several stages to be built."""
+    """Build in several processes if several stages have to be built."""
     if options.jobs == 1:
         return {}
     lacking = [
@@ -140,5 +144,5 @@ def _stage_names(wanted: Sequence[str], known: dict[str, Stage]) -> Sequence[str
         return list(known)
     for name in wanted:
         if name not in known:
-            raise ConfigError(f"the model has no stage {name!r}; it has {', '.join(known)}")
+            raise ConfigError(f"the model has no stage {name!r}; valid stages: {', '.join(known)}")
     return wanted

@@ -21,7 +21,7 @@ _STYLES = {"built": "green", "present": "dim", "planned": "cyan", "failed": "bol
 
 
 def export_table(rows: Iterable[ExportRow]) -> FittedTable:
-    """Return what an export did, with the parity and the latency of each engine."""
+    """Return a table of an export, with parity and latency of each engine."""
     table = FittedTable(
         Column("stage"),
         Column("backend"),
@@ -39,7 +39,7 @@ def export_table(rows: Iterable[ExportRow]) -> FittedTable:
 
 
 def export_notes(rows: Iterable[ExportRow]) -> list[str]:
-    """Why exports failed or went unverified, each reason once with the stages that it concerns."""
+    """Return why exports failed or were not verified: each reason once, with its stages."""
     stages: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.note:
@@ -48,7 +48,7 @@ def export_notes(rows: Iterable[ExportRow]) -> list[str]:
 
 
 def engine_table(records: Iterable[EngineRecord]) -> FittedTable:
-    """Return the engines of a store; the key, by which the other commands take one, is always shown."""
+    """Return a table of the engines of a store. The key, which other commands take, is always shown."""
     table = FittedTable(
         Column("model", drop=2),
         Column("stage"),
@@ -75,7 +75,7 @@ def engine_table(records: Iterable[EngineRecord]) -> FittedTable:
 
 
 def plan_table(gains: Iterable[StageGain]) -> FittedTable:
-    """Per stage: torch, the engines that there are, the choice and its reason."""
+    """Return a table of stages: torch, the available engines, the choice and its reason."""
     table = FittedTable(
         Column("stage"),
         Column("candidate"),
@@ -101,22 +101,22 @@ def plan_table(gains: Iterable[StageGain]) -> FittedTable:
 
 
 def step_gain_lines(gain: StepGain) -> list[str]:
-    """Return the predicted gain of one training step, in words."""
+    """Return the predicted gain of one training step as sentences."""
     if not gain.torch_ms:
-        return ["no engine was measured on this machine: nothing to predict"]
-    left_out = f"; not counted, because not timed here: {', '.join(gain.unmeasured)}" if gain.unmeasured else ""
+        return ["no engine was measured on this machine; nothing to predict"]
+    left_out = f"; without stages that were not timed here: {', '.join(gain.unmeasured)}" if gain.unmeasured else ""
     whole_torch, whole_planned = gain.torch_ms + gain.live_ms, gain.planned_ms + gain.live_ms
     return [
-        f"frozen part of one step, uncached: {gain.torch_ms:.0f} ms in {TORCH}, {gain.planned_ms:.0f} ms as "
-        f"planned ({gain.torch_ms / gain.planned_ms:.2f}x){left_out}",
-        f"whole step, with a live part of about {gain.live_ms:.0f} ms (no checkpointing, backward as long "
-        f"as forward): {whole_torch:.0f} ms in {TORCH}, {whole_planned:.0f} ms as planned "
-        f"({whole_torch / whole_planned:.2f}x)",
+        f"frozen part of one step, uncached: {TORCH} {gain.torch_ms:.0f} ms, planned "
+        f"{gain.planned_ms:.0f} ms ({gain.torch_ms / gain.planned_ms:.2f}x){left_out}",
+        f"whole step, including a live part of about {gain.live_ms:.0f} ms (no checkpointing, "
+        f"backward as long as forward): {TORCH} {whole_torch:.0f} ms, planned "
+        f"{whole_planned:.0f} ms ({whole_torch / whole_planned:.2f}x)",
     ]
 
 
 def _measured(manifest: Manifest | None) -> tuple[str, str, str, str]:
-    """Largest error, lowest cosine, engine and torch latency."""
+    """Return the largest error, the lowest cosine similarity, and the latencies of engine and torch."""
     if manifest is None or not manifest.parity:
         return "", "", "", ""
     worst = max(parity.max_abs for parity in manifest.parity)

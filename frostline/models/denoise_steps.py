@@ -1,4 +1,4 @@
-"""Which Euler steps of a training step carry gradient."""
+"""Select the Euler steps of a training step that have a gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from frostline.models.schedule import FlowMatchSchedule
 
 
 class BackpropOptions(Protocol):
-    """What the settings say of the steps with gradient; see `frostline.train.settings.BackpropSettings`."""
+    """Settings of the steps with a gradient; see `frostline.train.settings.BackpropSettings`."""
 
     @property
     def strategy(self) -> BackpropStrategy: ...
@@ -33,7 +33,7 @@ class BackpropOptions(Protocol):
 
 
 class StepSettings(Protocol):
-    """What the settings of a training step say of its Euler steps; see `frostline.train.settings`."""
+    """Settings of a training step that affect its Euler steps; see `frostline.train.settings`."""
 
     @property
     def num_inference_steps(self) -> int: ...
@@ -55,21 +55,23 @@ class StepSettings(Protocol):
 
 @dataclass(frozen=True)
 class DenoiseSteps:
-    """The steps of one denoising trajectory, and which of them may be live, that is, carry gradient.
+    """The steps of one denoising trajectory, and those that may be live, that is, have a gradient.
 
-    start, end: first and last step that may be live; the steps after `end` are not computed.
-    high_noise: number of leading steps that the high-noise expert serves; 0 where there is one expert.
-    strategy: `tail` makes all of `start … end` live (the reference, arXiv 2510.14255), `last` only `end`, `random`
-        draws `num_steps` of them for each training step, `uniform` takes `num_steps` at equal distances from a drawn
-        offset, `steps` takes those listed. The names are VideoX-Fun's; `tail` and `last` are DRaFT-K and DRaFT-1
-        (arXiv 2309.17400).
-    lv_samples: how many more times the last step is computed live, on the generated clip with fresh noise (DRaFT-LV).
-    kl_terms: number of live steps with a KL term, drawn for each training step; None means all of them.
-    on_data: whether the denoiser is also live on the data's own clip, for the flow-matching loss.
-    boundary: sigma below which the last expert serves; 1 where it is the only one.
-    experts: those of two with a LoRA.
-    stop_latent_gradient: whether live steps are given their latents without gradient, so that the gradient of the
-        reward reaches each through the sum of the Euler steps alone.
+    Attributes:
+        start, end: first and last step that may be live; the steps after `end` are not computed.
+        high_noise: number of leading steps of the high-noise expert; 0 for a model with one expert.
+        strategy: `tail`: all steps from `start` to `end` are live (the reference, arXiv 2510.14255); `last`: only
+            `end`; `random`: `num_steps` random steps in each training step; `uniform`: `num_steps` steps at equal
+            distances from a random offset; `steps`: the listed steps. The names are VideoX-Fun's; `tail` and `last` are
+            DRaFT-K and DRaFT-1 (arXiv 2309.17400).
+        lv_samples: number of additional live evaluations of the last step, on the generated clip with fresh noise
+            (DRaFT-LV).
+        kl_terms: number of live steps with a KL term, selected at random in each training step; None means all.
+        on_data: whether the denoiser is also live on the data's own clip, for the flow-matching loss.
+        boundary: sigma below which the last expert is used; 1 for a model with one expert.
+        experts: experts with a LoRA, in a model with two.
+        stop_latent_gradient: whether live steps get their latents without a gradient, so that the gradient of the
+            reward reaches each step only through the sum of the Euler steps.
     """
 
     start: int
@@ -87,12 +89,12 @@ class DenoiseSteps:
 
     @classmethod
     def of(cls, settings: StepSettings, boundary: float, two_experts: bool) -> Self:
-        """Return those of a training step.
+        """Return the steps of a training step.
 
         Args:
-            boundary: the model's own, which the settings may override.
+            boundary: the model's own boundary, which the settings may override.
         Raises:
-            ConfigError: the model has one expert, and `lora.experts` names another.
+            ConfigError: the model has one expert, but `lora.experts` names another.
         """
         settings.lora.check_experts(two_experts)
         schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
@@ -115,9 +117,9 @@ class DenoiseSteps:
         )
 
     def draw(self) -> tuple[int, ...]:
-        """Return the live steps of one training step, ascending; the random ones from torch's generator of the CPU.
+        """Return the live steps of one training step in ascending order; random ones use torch's CPU generator.
 
-        Steps of an expert without LoRA may be among them: see `with_graph`; their KL term is zero.
+        They may include steps of an expert without a LoRA (see `with_graph`); the KL term of such steps is zero.
         """
         if self.strategy == "random":
             return self._at(torch.randperm(len(self._window))[: self.num_steps].sort().values.tolist())
@@ -127,29 +129,29 @@ class DenoiseSteps:
 
     @property
     def may_be_live(self) -> tuple[int, ...]:
-        """The steps that are live in some draw."""
+        """Return the steps that are live in any draw."""
         return self._window if self.drawn else self._fixed
 
     @property
     def most_live(self) -> tuple[int, ...]:
-        """The live steps of the draw that keeps most for backward."""
+        """Return the live steps of the draw that keeps most activations for backward."""
         if not self.drawn:
             return self._fixed
         return self._window[: self.num_steps] if self.experts == "high" else self._window[-self.num_steps :]
 
     @property
     def live_with_lora(self) -> int:
-        """How many live steps, at most, a denoiser with a LoRA serves."""
+        """Return the maximum number of live steps whose denoiser has a LoRA."""
         return len(self.with_lora(self.most_live))
 
     def with_lora(self, live: Sequence[int]) -> tuple[int, ...]:
-        """Return those of the live steps that a denoiser with a LoRA serves."""
+        """Return those of the live steps whose denoiser has a LoRA."""
         return tuple(step for step in live if self._has_lora(step))
 
     def with_graph(self, live: Sequence[int]) -> tuple[int, ...]:
-        """Return those of the live steps that keep activations for backward, ascending.
+        """Return those of the live steps that keep activations for backward, in ascending order.
 
-        They have a LoRA, or are behind a step that has one, and pass its gradient on through their latents.
+        These steps have a LoRA, or follow a step that has one and pass on its gradient through their latents.
         """
         adapted = self.with_lora(live)
         if not adapted or self.stop_latent_gradient:
@@ -158,45 +160,45 @@ class DenoiseSteps:
 
     @property
     def live_uses(self) -> int:
-        """How often, at most, denoisers run live: each time they keep activations for backward."""
+        """Return the maximum number of live denoiser evaluations, each of which keeps activations for backward."""
         return len(self.with_graph(self.most_live)) + self.lv_samples + self.on_data
 
     @property
     def kl_uses(self) -> int:
-        """How many live steps, at most, are compared with the model without LoRA."""
+        """Return the maximum number of live steps that are compared with the model without LoRA."""
         return self.live_with_lora if self.kl_terms is None else min(self.kl_terms, self.live_with_lora)
 
     @property
     def clips(self) -> int:
-        """How many clips are decoded and rewarded for each sample."""
+        """Return the number of clips that are decoded and rewarded for each sample."""
         return 1 + self.lv_samples
 
     def check_live(self) -> None:
-        """Refuse steps that may train nothing, or never one of the two experts that have a LoRA.
+        """Check that every draw trains a LoRA, and that each expert with a LoRA can be trained.
 
         Raises:
-            ConfigError: no live step has a LoRA, or in some draw none has; or no step of one expert is ever live; or
-                the last step is to be repeated, and has no LoRA.
+            ConfigError: no live step has a LoRA in some or all draws; no step of one expert is ever live; or the last
+                step is to be repeated, but has no LoRA.
         """
         if self.lv_samples and not self._has_lora(self.end):
             raise ConfigError(
-                f"backprop.lv_samples: the last step, {self.end}, is that of an expert without LoRA: lora.experts is "
-                f"{self.experts}"
+                f"backprop.lv_samples: the last step, {self.end}, belongs to an expert without a LoRA: "
+                f"lora.experts is {self.experts}"
             )
         if self.experts == "both":
             self._check_both()
         elif self.experts == "high" and self._latest_first() >= self.high_noise:
-            before = "a step with gradient has to be before these"
-            drawn = f"a draw of {self.num_steps} steps up to grad_end_step {self.end} may be among these alone"
+            before = "an earlier step must have a gradient"
+            drawn = f"a draw of {self.num_steps} steps up to grad_end_step {self.end} may contain only these"
             raise ConfigError(
-                f"grad_start_step {self.start}: the low-noise expert, which has no LoRA, serves the steps from "
-                f"{self.high_noise} on; {drawn if self.drawn else before}"
+                f"grad_start_step {self.start}: the low-noise expert, which has no LoRA, runs the steps "
+                f"from {self.high_noise} on; {drawn if self.drawn else before}"
             )
         elif self.experts == "low" and self._earliest_last() < self.high_noise:
-            beyond = "a step with gradient has to be beyond them"
-            drawn = f"a draw of {self.num_steps} steps from grad_start_step {self.start} on may be among these alone"
+            beyond = "a later step must have a gradient"
+            drawn = f"a draw of {self.num_steps} steps from grad_start_step {self.start} on may contain only these"
             raise ConfigError(
-                f"grad_end_step {self.end}: the high-noise expert, which has no LoRA, serves the first "
+                f"grad_end_step {self.end}: the high-noise expert, which has no LoRA, runs the first "
                 f"{self.high_noise} steps; {drawn if self.drawn else beyond}"
             )
 
@@ -206,8 +208,8 @@ class DenoiseSteps:
             if not served:
                 steps = f"the first {self.high_noise}" if expert == "high" else f"those from {self.high_noise} on"
                 raise ConfigError(
-                    f"lora.experts: both: no step with gradient is one of the {expert}-noise expert, whose LoRA would "
-                    f"not be trained: it serves {steps}, and the steps with gradient are "
+                    f"lora.experts: both: the LoRA of the {expert}-noise expert would not be trained: this "
+                    f"expert runs {steps}, but the steps with a gradient are "
                     f"{', '.join(map(str, self.may_be_live))}"
                 )
 
@@ -215,13 +217,13 @@ class DenoiseSteps:
         return self.experts in ("high" if step < self.high_noise else "low", "both")
 
     def _earliest_last(self) -> int:
-        """The last live step of the draw that ends first."""
+        """Return the last live step of the draw that ends first."""
         if not self.drawn:
             return self._fixed[-1]
         return self._window[self.num_steps - 1] if self.strategy == "random" else self._spaced(0.0)[-1]
 
     def _latest_first(self) -> int:
-        """The first live step of the draw that begins last."""
+        """Return the first live step of the draw that starts last."""
         if not self.drawn:
             return self._fixed[0]
         first = -self.num_steps if self.strategy == "random" else math.ceil(len(self._window) / self.num_steps) - 1
@@ -229,7 +231,7 @@ class DenoiseSteps:
 
     @property
     def drawn(self) -> bool:
-        """Whether the live steps differ from one training step to another."""
+        """Return whether the live steps differ between training steps."""
         return self.strategy in ("random", "uniform")
 
     @property
@@ -238,7 +240,7 @@ class DenoiseSteps:
 
     @property
     def _fixed(self) -> tuple[int, ...]:
-        """The live steps of a strategy that draws none."""
+        """Return the live steps of a strategy without random selection."""
         if self.strategy == "steps":
             return self.steps
         return (self.end,) if self.strategy == "last" else self._window
@@ -247,6 +249,6 @@ class DenoiseSteps:
         return tuple(self._window[place] for place in places)
 
     def _spaced(self, offset: float) -> tuple[int, ...]:
-        """At equal distances; `offset` in [0, 1) of a distance."""
+        """Return steps at equal distances; `offset` is in [0, 1), as a fraction of the distance."""
         distance = len(self._window) / self.num_steps
         return self._at([int((offset + number) * distance) for number in range(self.num_steps)])

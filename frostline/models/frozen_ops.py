@@ -1,7 +1,8 @@
-"""Operations of frozen networks that a gradient flows through: backward is to the input alone and needs little kept.
+"""Operations of frozen networks with a gradient to their input only, which keep little memory for backward.
 
-PyTorch's own keep the inputs of a convolution, which only the gradient of its weights needs, and every intermediate
-result of a normalisation. These keep nothing and one tensor. Without a gradient to compute, they are PyTorch's own.
+PyTorch's own operations keep the inputs of a convolution, which only the gradient of its weights needs, and every
+intermediate result of a normalisation. These operations keep nothing and one tensor, respectively. Without a gradient,
+PyTorch's operations are used.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class _Convolution(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         gradient = gradients[0].contiguous(memory_format=ctx.layout)
-        # Never read: it tells size and layout of the result.
+        # Not read: it only provides size and layout of the result.
         x = empty_as(ctx.shape, gradient)
         none = [0] * len(stride)
         around = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
         if groups == max(stride) == 1 and min(around) >= 0 and _is_slow(x, weight, stride, padding, dilation):
-            # Through the mirrored kernel it is a convolution again, which `convolve` knows to be quick with.
+            # With the mirrored kernel it is a convolution again, which `convolve` runs fast.
             mirrored = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
             return (convolve(gradient, mirrored, None, stride, around, dilation, groups), *6 * [None])
         gradient, _, _ = _aten.convolution_backward(
@@ -77,13 +78,13 @@ def convolve(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Convolve over two or three dimensions; on a CPU, three dimensions always in oneDNN.
+    """Convolve over two or three dimensions; on a CPU, three dimensions always use oneDNN.
 
-    At batch 1 torch picks a slow path of its own for fp32: about five times slower, same numbers to 1e-6.
+    At batch size 1, torch uses its own slow path for fp32: about five times slower, with results equal to 1e-6.
     """
     if weight.ndim == 4:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    # autocast acts on the public operator only, and a tracer must see that one too.
+    # autocast only applies to the public operator, and a tracer must see that one as well.
     traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
     if not _in_onednn(x, weight) or torch.is_autocast_enabled("cpu") or traced:
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
@@ -95,7 +96,7 @@ def _in_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_slow(x: Tensor, weight: Tensor, *options: tuple[int, ...]) -> bool:
-    """Return whether torch's own gradient takes the slow path that `convolve` avoids."""
+    """Return whether torch's own gradient uses the slow path that `convolve` avoids."""
     if weight.ndim == 4 or not _in_onednn(x, weight) or isinstance(x, FakeTensor):
         return False
     none = [0] * len(options[0])
@@ -103,7 +104,7 @@ def _is_slow(x: Tensor, weight: Tensor, *options: tuple[int, ...]) -> bool:
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """Apply `F.prelu` with a slope that broadcasts to `x`, and gets no gradient."""
+    """Apply `F.prelu` with a slope that broadcasts to `x` and gets no gradient."""
     return _PReLU.apply(x, slope)  # type: ignore[no-any-return]
 
 
@@ -128,8 +129,8 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, front: int | Tensor = 0) -> Tensor:
     Args:
         x: (B, C, T, H, W).
         gamma: (C, 1, 1, 1).
-        front: frames before the first one, for a causal convolution: a number of zero frames, or
-            (B, C, front, H, W), which are not normalised.
+        front: frames before the first one, for a causal convolution: a number of zero frames, or (B, C, front, H, W),
+            which are not normalised.
     Returns:
         (B, C, front + T, H, W).
     """
@@ -169,7 +170,7 @@ class _RMSNormSiLU(torch.autograd.Function):
             scaled = (run * inverse).mul_(gamma)
             along = _aten.silu_backward(gradient.to(scaled.dtype), scaled).mul_(gamma)
             del scaled
-            # What lengthens a pixel as a whole changes nothing.
+            # Scaling a pixel's vector does not change the result.
             share = (along * run).sum(1, keepdim=True) / length.square()
             share = torch.where(length > _SMALLEST_LENGTH, share * inverse, 0)
             parts.append(along.mul_(inverse).addcmul_(run, share, value=-1).to(x.dtype))
@@ -178,7 +179,7 @@ class _RMSNormSiLU(torch.autograd.Function):
 
 
 def _runs(x: Tensor) -> tuple[Tensor, ...]:
-    """Split (B, C, T, H, W) into runs of frames, which bounds the memory of intermediate results."""
+    """Split (B, C, T, H, W) into groups of frames, which limits the memory of intermediate results."""
     return x.split(max(1, _ELEMENTS_AT_ONCE * x.shape[2] // x.numel()), dim=2)
 
 
@@ -200,7 +201,7 @@ def _inverse(length: Tensor, channels: int) -> Tensor:
 
 
 def empty_as(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Memory for a tensor of another shape, its channels last where those of `like` are."""
+    """Return an uninitialised tensor of another shape, channels last if `like` is."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
 
 

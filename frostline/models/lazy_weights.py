@@ -1,4 +1,4 @@
-"""Weights of a frozen part that need not be in memory: they leave when an engine serves it, and come back from disk."""
+"""Weights of frozen parts that can be released while an engine replaces them, and read again from disk."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from frostline.models.quantization.linear import QuantisedLinear
 
 log = logging.getLogger(__name__)
 
-# The parts that no gradient ever flows to, by the names of their stages.
+# Parts without a gradient, by the names of their stages.
 FROZEN_PARTS = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
 
-# Prefixes of the VAE encoder's weights, which are in one file with the decoder's.
+# Name prefixes of the VAE encoder's weights, which are in one file with the decoder's.
 VAE_ENCODER = ("model.encoder.", "model.conv1.")
 
 
 class PartWeights:
     """The parameters of one frozen part.
 
-    While they are away the parameters stay in their modules, the same objects, of their type and on their device, but
-    empty: a network that computes with them fails instead of answering wrongly.
+    While the weights are released, the parameters stay in their modules as the same objects, with their dtype and
+    device, but empty: a network that uses them raises an error instead of returning wrong results.
 
     Args:
-        parameters: by the names that `read` gives them.
-        read: the tensors, from the files; may return more than these.
-        files: where they come from.
-        nbytes: that they take while they are in memory.
-        identity: what they depend on beside files, such as the scale of an adapter that `read` merges.
-        code: further modules, by name, whose code reads them.
+        parameters: by their names in `read`.
+        read: reads the tensors from the files; may return more than these.
+        files: the files of the tensors.
+        nbytes: size of the weights in memory.
+        identity: what the weights depend on besides files, such as the scale of an adapter that `read` merges.
+        code: names of further modules whose code reads them.
     """
 
     def __init__(
@@ -68,39 +68,39 @@ class PartWeights:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """The modules whose code reads the tensors."""
+        """Return the modules whose code reads the tensors."""
         return ((self._read.func if isinstance(self._read, partial) else self._read).__module__, *self._code)
 
     @property
     def resident(self) -> bool:
-        """Whether the weights are in memory."""
+        """Return whether the weights are in memory."""
         return all(parameter.numel() > 0 for parameter in self._parameters.values())
 
     @property
     def as_read(self) -> bool:
-        """Whether they are in memory and have been neither changed nor moved since they were read."""
+        """Return whether the weights are in memory and neither changed nor moved since they were read."""
         return self.resident and self._memory() == self._as_read
 
     def release(self) -> None:
-        """Give their memory back, unless they were changed or moved: the files could not bring that back."""
+        """Release the memory, unless the weights were changed or moved, because the files could not restore that."""
         if self.resident and not self.as_read:
-            log.warning("the weights of %s were changed in memory: they stay there", self._files[0])
+            log.warning("the weights of %s were changed in memory and are not released", self._files[0])
             return
         for parameter in self._parameters.values():
             parameter.data = parameter.data.new_empty(0)
 
     def restore(self) -> None:
-        """Read them again where they are away.
+        """Read the weights again if they have been released.
 
         Raises:
-            ConfigError: a file is gone or is not the one of before.
+            ConfigError: a file is missing or has changed.
         """
         if self.resident:
             return
         if self._source() != self.source:
             names = ", ".join(map(str, self._files))
             which = "it has" if len(self._files) == 1 else "one of them has"
-            raise ConfigError(f"{names}: {which} changed since it was loaded: start again")
+            raise ConfigError(f"{names}: {which} changed since it was loaded: restart the program")
         tensors = self._read()
         for name, parameter in self._parameters.items():
             parameter.data = tensors[name]
@@ -124,7 +124,7 @@ class PartWeights:
 
 
 def empty_parameters(module: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Leave `module` without the weights that are on the meta device: each of these becomes an empty parameter."""
+    """Replace each weight of `module` on the meta device by an empty parameter."""
     for part in module.modules():
         for name, parameter in [*part.named_parameters(recurse=False)]:
             if parameter.is_meta:

@@ -1,6 +1,6 @@
-"""Results of operations on meta tensors, remembered: a network repeats few operations at few shapes.
+"""Cache the results of operations on meta tensors: a network repeats few operations at few shapes.
 
-PyTorch computes the shapes of most results in Python, which takes up to milliseconds for each.
+PyTorch computes most result shapes in Python, which takes up to milliseconds for each operation.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Operations at certain shapes. A denoiser, a VAE and a text encoder at one size have some thousand.
+# Maximum number of cached operations. A denoiser, a VAE and a text encoder at one size have some thousand.
 _MOST = 50_000
 _results: dict[Hashable, Any] = {}
 _UNKNOWN, _NOT_KEPT = object(), object()
 
 
 class _Made:
-    """What a result is made of again: shape, strides and type."""
+    """What is needed to create a result again: shape, strides and dtype."""
 
     __slots__ = ("dtype", "shape", "strides")
 
@@ -31,10 +31,10 @@ class _Made:
 
 
 def call_on_meta(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return `func(*args, **kwargs)`, an operator on meta tensors, without asking PyTorch twice for a shape.
+    """Return `func(*args, **kwargs)`, an operator on meta tensors; PyTorch computes each result shape only once.
 
-    What was seen before is made anew: new tensors of the same shapes, strides and types, each with a storage of its
-    own. Operators that write to an argument, or return a view of one, are called each time.
+    A cached result is created again as new tensors with the same shapes, strides and dtypes, each with its own storage.
+    Operators that write to an argument, or return a view of one, are always called.
     """
     if not _makes_new_tensors(func):
         return func(*args, **kwargs)
@@ -64,7 +64,7 @@ def _key(value: Any) -> Hashable:
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
-    # 1, 1.0 and True are equal, and make other types of a result.
+    # 1, 1.0 and True are equal, but lead to different result types.
     return type(value), value
 
 
@@ -77,7 +77,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _taken_apart(result: Any, inputs: set[int]) -> Any:
-    """What a result can be made of again; `_NOT_KEPT` where a tensor of it is no new one, or is part of a larger."""
+    """Return what is needed to create a result again; `_NOT_KEPT` if a tensor is not new or is part of a larger one."""
     storages = set(inputs)
     for tensor in _tensors((result,)):
         storage = tensor.untyped_storage()

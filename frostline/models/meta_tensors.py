@@ -1,4 +1,4 @@
-"""Run networks on the meta device: tensors have shapes, dtypes and storages of a size, but no data."""
+"""Run networks on the meta device: tensors have shapes, dtypes and storage sizes, but no data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from frostline.models.meta_results import call_on_meta
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
-# Operations that change their first argument, and return it.
+# Operations that modify their first argument and return it.
 _IN_PLACE = frozenset(
     {
         _aten.add_.Tensor,
@@ -37,7 +37,7 @@ _RANDOM = frozenset({Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Within the block, parameters that modules register are moved to the meta device; buffers stay as they are."""
+    """Move parameters to the meta device when modules register them within the block; buffers are unchanged."""
     with deferred_init("diffsynth"):
         from diffsynth.core.vram.initialization import skip_model_initialization
 
@@ -47,20 +47,20 @@ def meta_parameters() -> Iterator[None]:
 
 @contextmanager
 def on_meta(*modules: nn.Module) -> Iterator[None]:
-    """Within the block, every operation runs on the meta device, whatever device a tensor is on or is created on.
+    """Run every operation within the block on the meta device, whatever the device of its tensors.
 
-    So a step of any size is run for its shapes and its memory alone: nothing of size is allocated or computed.
-    `FakeTensorMode` of torch, which also keeps track of the device that each tensor would be on, takes twice as long.
+    A step of any size can then be run to obtain its shapes and memory, without allocating or computing anything.
+    torch's `FakeTensorMode`, which also keeps track of each tensor's device, takes twice as long.
 
     Args:
-        modules: their parameters and buffers are on the meta device within the block, and as they were afterwards.
+        modules: their parameters and buffers are on the meta device within the block, and restored afterwards.
     """
     before = [(part, dict(part._parameters), dict(part._buffers)) for module in modules for part in module.modules()]
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
-            # A compiled function that is once called within a dispatch mode is never compiled again.
+            # A compiled function that is called once within a dispatch mode is never compiled again.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # Anomaly detection looks at values, and here are none.
+        # Anomaly detection inspects values, which do not exist here.
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         try:
             for part, parameters, buffers in before:
@@ -82,7 +82,7 @@ def on_meta(*modules: nn.Module) -> Iterator[None]:
 class _OnMeta(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        # By identity, with the tensor itself, whose identity another one would take over.
+        # By identity; the tensor is kept, because its identity could otherwise be reused.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(
@@ -116,9 +116,9 @@ def _takes_device(func: Any) -> bool:
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Within the block, attention of meta tensors is one kernel, as on real devices, and makes no tensor of all scores.
+    """Run attention of meta tensors as one kernel within the block, as on real devices, without a tensor of all scores.
 
-    A `TorchFunctionMode` would not see what gradient checkpointing recomputes in backward.
+    A `TorchFunctionMode` would miss the recomputation by gradient checkpointing in backward.
     """
     unfused = F.scaled_dot_product_attention
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -139,7 +139,7 @@ def _fused_attention() -> Iterator[None]:
 
 
 class _NoRandomNumbers(TorchFunctionMode):
-    """Leave meta tensors as they are: `normal_` on one would import torch's compiler, which takes seconds."""
+    """Do nothing for meta tensors: `normal_` on one would import torch's compiler, which takes seconds."""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""The floating-point types of weights, by the names that settings and flags use."""
+"""Floating-point types of weights, with the names used in settings and flags."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def precision_name(dtype: object) -> str:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Return the type that autocast computes in on a device; None where it is off, or the device has none (meta)."""
+    """Return the compute type of autocast on a device; None if it is off, or not supported by the device (meta)."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

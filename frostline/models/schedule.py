@@ -1,4 +1,4 @@
-"""The flow-matching schedule and its Euler step, as Wan samples (`FlowMatchScheduler` of diffsynth)."""
+"""The flow-matching schedule and its Euler step, as used by Wan (`FlowMatchScheduler` of diffsynth)."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class FlowMatchSchedule:
     """`u_i = 1 - i/N`, `sigma_i = s u_i / (1 + (s - 1) u_i)`, `t_i = 1000 sigma_i` for i = 0…N.
 
     Raises:
-        ConfigError: fewer than one step, or a shift that is not positive and finite.
+        ConfigError: there is less than one step, or the shift is not positive and finite.
     """
 
     num_inference_steps: int = 8
@@ -31,12 +31,12 @@ class FlowMatchSchedule:
 
     @cached_property
     def sigmas(self) -> Tensor:
-        """(N + 1,) float64, from 1 down to 0."""
+        """Return (N + 1,) float64 sigmas, from 1 down to 0."""
         u = 1 - torch.arange(self.num_inference_steps + 1, dtype=torch.float64) / self.num_inference_steps
         return self._shifted(u)
 
     def drawn_sigma(self, lowest: float = 0.0, highest: float = 1.0) -> float:
-        """Draw a sigma in [lowest, highest) whose u is uniform, from torch's generator of the CPU.
+        """Return a random sigma in [lowest, highest) whose u is uniform, from torch's CPU generator.
 
         Args:
             lowest, highest: in [0, 1].
@@ -46,7 +46,7 @@ class FlowMatchSchedule:
 
     @cached_property
     def timesteps(self) -> Tensor:
-        """(N + 1,) float64, from 1000 down to 0."""
+        """Return (N + 1,) float64 timesteps, from 1000 down to 0."""
         return TRAIN_TIMESTEPS * self.sigmas
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
@@ -54,7 +54,7 @@ class FlowMatchSchedule:
         return latents + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity
 
     def high_noise_steps(self, boundary: float) -> int:
-        """Return how many leading steps the high-noise expert serves: those with `t_i >= boundary * 1000`."""
+        """Return the number of leading steps for the high-noise expert: those with `t_i >= boundary * 1000`."""
         return int((self.sigmas[:-1] >= boundary).sum())
 
     def _shifted(self, u: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The extents of videos: what a step computes on, and which of them a model takes."""
+"""Sizes of videos: those of a training step, and those that a model supports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from frostline.errors import ConfigError
 
 @dataclass(frozen=True)
 class VideoShape:
-    """What a step computes on: samples, frames, pixels."""
+    """Size of the videos in a step: samples, frames, pixels."""
 
     batch_size: int
     num_frames: int
@@ -22,17 +22,19 @@ class VideoShape:
 
     @property
     def pixels(self) -> int:
-        """Of all frames of all samples."""
+        """Return the number of pixels in all frames of all samples."""
         return self.batch_size * self.num_frames * self.height * self.width
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Which videos a model takes, and the size of their latents.
+    """The video sizes that a model supports, and the size of their latents.
 
-    temporal_stride: the first frame has a latent frame of its own, and so have each `temporal_stride` frames after it.
-    spatial_stride: pixels per latent, in height and width.
-    spatial_multiple: height and width of a video are multiples of it.
+    Attributes:
+        temporal_stride: the first frame has its own latent frame, and each following group of `temporal_stride` frames
+            has one.
+        spatial_stride: pixels per latent, in height and width.
+        spatial_multiple: height and width of a video must be multiples of it.
     """
 
     temporal_stride: int
@@ -48,26 +50,26 @@ class Geometry:
         )
 
     def num_frames(self, latent_frames: int) -> int:
-        """Return the frames of a video that has so many latent frames."""
+        """Return the number of frames of a video with this number of latent frames."""
         return self.temporal_stride * (latent_frames - 1) + 1
 
     def fitting_frames(self, num_frames: int) -> int:
-        """Return the smallest number of frames that the model takes and that is not below `num_frames`."""
+        """Return the smallest supported number of frames that is at least `num_frames`."""
         return self.num_frames(-(-(num_frames - 1) // self.temporal_stride) + 1)
 
     def nearest_side(self, pixels: int) -> int:
-        """Return the multiple of `spatial_multiple` nearest to a height or width, at least one; halfway goes up."""
+        """Return the nearest multiple of `spatial_multiple` to a height or width, at least one; rounds halves up."""
         return nearest_multiple(pixels, self.spatial_multiple)
 
     def square_side(self, pixels: int) -> int:
-        """Return the side of the square nearest to so many pixels."""
+        """Return the side of the square whose area is nearest to this number of pixels."""
         return self.nearest_side(math.isqrt(pixels))
 
     def check_frames(self, num_frames: int) -> None:
-        """Refuse a number of frames that the model does not take.
+        """Check that the model supports this number of frames.
 
         Raises:
-            ConfigError: says which numbers it takes.
+            ConfigError: it does not; the message gives the valid numbers.
         """
         stride = self.temporal_stride
         if num_frames < 1 or num_frames % stride != 1 % stride:
@@ -77,14 +79,14 @@ class Geometry:
     def check_cut(
         self, num_frames: int, height: int | None, width: int | None, max_pixels: int, frame_stride: int
     ) -> None:
-        """Refuse what the model does not take; see `VideoSettings` for the arguments.
+        """Check that the model supports these sizes; see `VideoSettings` for the arguments.
 
         Raises:
-            ConfigError: says which values it takes.
+            ConfigError: it does not; the message gives the valid values.
         """
         self.check_frames(num_frames)
         if (height is None) != (width is None):
-            raise ConfigError("height and width go together: set both or neither")
+            raise ConfigError("height and width must be set together")
         multiple = self.spatial_multiple
         for name, side in (("height", height), ("width", width)):
             if side is not None and (side < multiple or side % multiple):
@@ -96,5 +98,5 @@ class Geometry:
 
 
 def nearest_multiple(size: int, multiple: int) -> int:
-    """Return the multiple of `multiple` nearest to a size in pixels, at least one; halfway goes up."""
+    """Return the nearest multiple of `multiple` to a size in pixels, at least one; halves are rounded up."""
     return max(multiple, (size + multiple // 2) // multiple * multiple)

@@ -1,4 +1,4 @@
-"""A reward at work: its settings, its stages, and what its references are cached by."""
+"""A reward in use: its settings, its stages, and the cache key of its references."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from frostline.runtime.runtime import Runtime
     from frostline.runtime.stage import Runner, Stage
 
-# An example of settings, within a sentence.
+# An example of settings for messages.
 _CODE = re.compile(r",? *`[^`]*`")
 
 
 JUDGE = "judge_"
-"""What the names of a judge's scores begin with."""
+"""Prefix of the names of a judge's scores."""
 
 
 @dataclass(frozen=True)
 class RewardStages:
-    """The stages of one reward, served by a runtime; those of others are no business of it, nor of what it caches."""
+    """The stages of one reward, run by a runtime. Stages of other rewards affect neither it nor its cache."""
 
     runtime: Runtime
     names: Collection[str]
@@ -39,19 +39,19 @@ class RewardStages:
     def __getitem__(self, stage: str) -> Runner:
         if stage not in self.names:
             brought = ", ".join(self.names) or "none"
-            raise ConfigError(f"a reward runs its own stages alone: it asks for {stage!r}, and brings {brought}")
+            raise ConfigError(f"a reward can only run its own stages: it requested {stage!r}, but has {brought}")
         return self.runtime[stage]
 
     def live(self, stage: str) -> AbstractContextManager[None]:
-        """Time what PyTorch computes of the stage with gradient within the block, as `<stage>_live`."""
+        """Time the PyTorch computation of the stage with a gradient within the block, as `<stage>_live`."""
         return self.runtime.clock.measure(f"{stage}_live", TORCH)
 
 
 def check_scores(name: str, scored: RewardScore, count: int) -> None:
-    """Refuse what is not one number for each of `count` videos.
+    """Check that scores contain one number for each of `count` videos.
 
     Args:
-        name: what the error calls the reward.
+        name: name of the reward in the error.
     Raises:
         ConfigError: score, validity or a metric has another shape.
     """
@@ -59,20 +59,21 @@ def check_scores(name: str, scored: RewardScore, count: int) -> None:
     for what, values in {"score": scored.score, "valid": scored.valid, **scored.metrics}.items():
         if values.shape != (count,):
             raise ConfigError(
-                f"the reward {name} gives {what} of shape {tuple(values.shape)} for {videos}, not ({count},)"
+                f"the reward {name} returns {what} of shape {tuple(values.shape)} for {videos}, not ({count},)"
             )
 
 
 def label_of(reward: Reward, config: RewardConfig) -> str:
-    """Return the label that the settings give a reward; of a class of the user's, its name."""
+    """Return the label that the settings give a reward; for a user's class, its name."""
     return reward.name if ":" in config.type else config.label
 
 
 @dataclass(frozen=True, eq=False)
 class ActiveReward:
-    """A reward with its settings and the stages that it brings.
+    """A reward with its settings and its stages.
 
-    references_key: what its references depend on beside the sample and the weights and backends of its stages.
+    Attributes:
+        references_key: what its references depend on besides the sample and the weights and backends of its stages.
     """
 
     reward: Reward
@@ -82,35 +83,37 @@ class ActiveReward:
 
     @property
     def name(self) -> str:
-        """What logs call its score."""
+        """Return the name of its score in logs."""
         return self.reward.name
 
     @property
     def label(self) -> str:
-        """What its score is called where several rewards of one type may be: that of its settings, or of its class."""
+        """Return the label of its score, which distinguishes several rewards of one type: from its settings or its
+        class.
+        """
         return label_of(self.reward, self.config)
 
     @property
     def about(self) -> str:
-        """What it scores, in a sentence: what its settings say of themselves."""
+        """Return a sentence about what it scores, from the docstring of its settings."""
         return _CODE.sub("", " ".join((type(self.config).__doc__ or "").partition("\n\n")[0].split()))
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """Those of its stages."""
+        """Return the names of its stages."""
         return tuple(stage.name for stage in self.stages)
 
     def references(self, sample: RewardInputs, runtime: Runtime) -> Mapping[str, Tensor]:
-        """What the reward is to know of the reference videos."""
+        """Compute what the reward keeps of the reference videos."""
         return self.reward.references(sample, RewardStages(runtime, self.stage_names))
 
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], runtime: Runtime
     ) -> RewardScore:
-        """What the reward says of generated (B, T, 3, H, W) frames in [0, 1], differentiable to them.
+        """Score generated (B, T, 3, H, W) frames in [0, 1]; differentiable with respect to the frames.
 
         Raises:
-            ConfigError: it says something else than a number of each video.
+            ConfigError: the reward does not return one number for each video.
         """
         chosen = select_frames(frames, self.config.frames)
         scored = self.reward.score(chosen, sample, references, RewardStages(runtime, self.stage_names))
@@ -118,7 +121,7 @@ class ActiveReward:
         by_frame = scored.frame_scores
         if by_frame is not None and (by_frame.ndim != 2 or len(by_frame) != len(frames)):
             raise ConfigError(
-                f"the reward {self.name} gives frame_scores of shape {tuple(by_frame.shape)} for {len(frames)} videos, "
-                f"not ({len(frames)}, T)"
+                f"the reward {self.name} returns frame_scores of shape {tuple(by_frame.shape)} for "
+                f"{len(frames)} videos, not ({len(frames)}, T)"
             )
         return scored

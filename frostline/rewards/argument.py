@@ -1,4 +1,4 @@
-"""Rewards as the command line names them, `--reward face_identity,clip:DIR`, and as a file lists them."""
+"""Parse rewards from the command line, `--reward face_identity,clip:DIR`, and from files."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ _EXAMPLE = "such as face_identity, clip:FOLDER or package.module:Class"
 def parse_rewards(arguments: Iterable[str]) -> tuple[RewardEntry, ...]:
     """Parse the values of an option that may be given several times, each of them comma-separated.
 
-    `NAME` is a reward of frostline, `NAME:WEIGHTS` one with its setting `weights`, and any other `package.module:Class`
-    a class of the user's. What has more settings, or a comma in its path, belongs in a file: `read_rewards`.
+    `NAME` is a built-in reward, `NAME:WEIGHTS` a built-in reward with its setting `weights`, and any other
+    `package.module:Class` a user's class. A reward with more settings, or with a comma in its path, must be given in a
+    file: see `read_rewards`.
 
     Raises:
-        ConfigError: there is no such reward, or it refuses the weights.
+        ConfigError: there is no such reward, or its weights are invalid.
     """
     parts = [part.strip() for argument in arguments for part in argument.split(",")]
     if not all(parts):
-        raise ConfigError(f"--reward: names nothing before or after a comma: name rewards, {_EXAMPLE}")
+        raise ConfigError(f"--reward: empty name before or after a comma: name rewards, {_EXAMPLE}")
     return tuple(_parse(part) for part in parts)
 
 
 def read_rewards(path: Path) -> tuple[RewardEntry, ...]:
-    """Read a YAML or JSON file: a list of rewards, or a training configuration, of which `rewards` alone is read.
+    """Read a YAML or JSON file: a list of rewards, or a training configuration, of which only `rewards` is read.
 
     Raises:
-        ConfigError: the file cannot be read, has no list of rewards, or an entry is not valid.
+        ConfigError: the file cannot be read, has no list of rewards, or an entry is invalid.
     """
-    # The command line imports this file: without PyYAML.
+    # Imported here, because the command line imports this module and should not import PyYAML.
     from frostline.documents import read_named_yaml
 
     document = read_named_yaml(path, f"{path}:")
     entries = document.get("rewards") if isinstance(document, dict) else document
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path}: must be a list of rewards, or a mapping with one as `rewards`")
+        raise ConfigError(f"{path}: must be a list of rewards, or a mapping that contains one as `rewards`")
     return tuple(_entry(entry, f"{path}, rewards.{number}") for number, entry in enumerate(entries))
 
 
@@ -49,9 +50,9 @@ def _parse(text: str) -> RewardEntry:
     if not colon or name not in builtin_names():
         return _entry({"type": text}, where)
     if "weights" not in entry_class(name).model_fields:
-        raise ConfigError(f"{where}: the reward {name} has no weights to choose: write {name}")
+        raise ConfigError(f"{where}: the reward {name} has no setting weights: use {name}")
     if not weights:
-        raise ConfigError(f"{where}: no weights are named behind the colon")
+        raise ConfigError(f"{where}: no weights are given after the colon")
     return _entry({"type": name, "weights": str(Path(weights).expanduser())}, where)
 
 

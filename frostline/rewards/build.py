@@ -1,4 +1,4 @@
-"""From entries of the settings to rewards."""
+"""Create rewards from entries of the settings."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from frostline.stages.shapes import ShapeRange
 
 # The sections of the settings that list rewards.
 REWARDS, JUDGES = "rewards", "validation.judges"
-# What only weighs a score says nothing of references.
+# Settings that only affect the weight of a score, and do not affect references.
 _OF_ANY_REWARD = {*RewardConfig.model_fields} - {"type"}
 _INTERFACE = ("name", "unscored", "stages", "live_networks", "references", "score")
 
 
 class FrozenNetworks(nn.ModuleList):
-    """The networks of rewards; whoever puts a module around them into training mode wakes no dropout in them."""
+    """The networks of rewards; calling `train` on a module that contains them does not enable dropout."""
 
     def __init__(self, rewards: Sequence[ActiveReward]) -> None:
         super().__init__(network for active in rewards for network in networks_of(active.reward))
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Stay as they are."""
+        """Stay in eval mode."""
         return super().train(False)
 
 
 def build_rewards(
     entries: Sequence[RewardEntry], device: torch.device | str, shapes: ShapeRange, section: str = REWARDS
 ) -> tuple[ActiveReward, ...]:
-    """All rewards, or judges, of a section of the settings, their networks on `device`, and their stages.
+    """Create all rewards, or judges, of a section of the settings, with their networks on `device`, and their stages.
 
     Args:
-        section: `rewards` or `validation.judges`, to be named in errors.
+        section: `rewards` or `validation.judges`, for error messages.
     Raises:
-        ConfigError: a class cannot be found or made, a file is missing, or two rewards go by one name, or two judges by
-            one label.
+        ConfigError: a class cannot be found or instantiated, a file is missing, or two rewards have the same name, or
+            two judges the same label.
     """
     made = [_make(f"{section}.{number}", entry) for number, entry in enumerate(entries)]
     _check_names(section, made)
@@ -59,19 +59,19 @@ def build_rewards(
         names = {stage.name for stage in stages}
         if names != {*config.stage_names()}:
             raise ConfigError(
-                f"{section}.{number} {config.type}: the stages that it brings ({_listed(names)}) are not those that "
-                f"its Config names in uses ({_listed(config.stage_names())})"
+                f"{section}.{number} {config.type}: its stages ({_listed(names)}) differ from those in "
+                f"uses of its Config ({_listed(config.stage_names())})"
             )
         active.append(ActiveReward(reward, config, stages, _references_key(reward, config, stages)))
     return tuple(active)
 
 
 def check_rewards(entries: Sequence[RewardEntry], runs: bool, section: str = REWARDS) -> None:
-    """Refuse what can be refused before a model is loaded, by making the rewards.
+    """Check rewards before a model is loaded, by creating them.
 
     Args:
-        runs: whether a run follows; where it does not, nothing of the user's is imported, only looked for.
-        section: as for `build_rewards`.
+        runs: whether a run follows; otherwise the user's modules are only searched for, not imported.
+        section: see `build_rewards`.
     Raises:
         ConfigError: see `build_rewards`.
     """
@@ -86,26 +86,26 @@ def check_rewards(entries: Sequence[RewardEntry], runs: bool, section: str = REW
 
 
 def make_builtin(entries: Sequence[RewardEntry], section: str = REWARDS) -> list[tuple[Reward, RewardConfig]]:
-    """Make the rewards among `entries` that are frostline's own: no module of the user's is imported.
+    """Create the built-in rewards among `entries`, without importing a user's module.
 
     Raises:
-        ConfigError: what one needs, such as a file of weights, cannot be had.
+        ConfigError: a requirement, such as a file of weights, is missing.
     """
     own = [(number, entry) for number, entry in enumerate(entries) if isinstance(entry, RewardConfig)]
     return [_make(f"{section}.{number}", entry) for number, entry in own]
 
 
 def resolve(entries: Sequence[RewardEntry], section: str = REWARDS) -> tuple[RewardConfig, ...]:
-    """The settings of each reward; a class of the user's is imported for them.
+    """Return the settings of each reward; imports a user's class.
 
     Raises:
-        ConfigError: there is no such class, or its `Config` refuses the entry.
+        ConfigError: there is no such class, or the entry is invalid for its `Config`.
     """
     return tuple(_resolved(f"{section}.{number}", entry)[0] for number, entry in enumerate(entries))
 
 
 def networks_of(reward: Reward) -> list[nn.Module]:
-    """The networks of a reward: itself, or else those that are its attributes."""
+    """Return the networks of a reward: the reward itself, or its attributes."""
     parts = [reward] if isinstance(reward, nn.Module) else vars(reward).values()
     return [part for part in parts if isinstance(part, nn.Module)]
 
@@ -120,18 +120,18 @@ def _make(where: str, entry: RewardEntry) -> tuple[Reward, RewardConfig]:
     try:
         reward = made_by(config)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where} {entry.type}: cannot be made of its Config: {error}") from error
+        raise ConfigError(f"{where} {entry.type}: cannot be created from its Config: {error}") from error
     for name in _INTERFACE:
         if not hasattr(reward, name):
             raise ConfigError(
-                f"{where} {entry.type}: is no reward, it has no {name!r}: let it inherit from "
+                f"{where} {entry.type}: is not a reward, it has no {name!r}: inherit from "
                 "frostline.rewards.reward.Reward (see ARCHITECTURE.md)"
             )
     return reward, config
 
 
 def _resolved(where: str, entry: RewardEntry) -> tuple[RewardConfig, type[Any] | None]:
-    """The settings of a reward; and the class that is made of them, where that is the user's."""
+    """Return the settings of a reward; for a user's class, also the class."""
     if isinstance(entry, RewardConfig):
         return entry, None
     assert isinstance(entry, ClassEntry)
@@ -139,11 +139,11 @@ def _resolved(where: str, entry: RewardEntry) -> tuple[RewardConfig, type[Any] |
     config = getattr(made_by, "Config", None)
     if not (isinstance(config, type) and issubclass(config, RewardConfig)):
         raise ConfigError(
-            f"{where} {entry.type}: is no reward, it has no Config that is a frostline.rewards.config.RewardConfig "
-            "(see ARCHITECTURE.md)"
+            f"{where} {entry.type}: is not a reward, it has no Config that is a "
+            "frostline.rewards.config.RewardConfig (see ARCHITECTURE.md)"
         )
     if beside := sorted(entry.options.keys() & RewardConfig.model_fields.keys()):
-        raise ConfigError(f"{where}.options.{beside[0]}: belongs beside options, as {where}.{beside[0]}")
+        raise ConfigError(f"{where}.options.{beside[0]}: move this setting out of options, to {where}.{beside[0]}")
     try:
         return config.parse(entry.values()), made_by
     except ConfigError as error:
@@ -151,14 +151,14 @@ def _resolved(where: str, entry: RewardEntry) -> tuple[RewardConfig, type[Any] |
 
 
 def _check_names(section: str, made: Sequence[tuple[Reward, RewardConfig]]) -> None:
-    """Two of one name could not be told apart in logs, nor, of rewards, two stages of one name in the runtime."""
+    """Check that names are unique in logs, and that stage names of rewards are unique in the runtime."""
     if section == REWARDS:
-        names, advice = [reward.name for reward, _ in made], "leave one out, and give the other its weight"
+        names, advice = [reward.name for reward, _ in made], "remove one and add its weight to the other"
     else:
-        names, advice = [label_of(reward, config) for reward, config in made], "leave one out"
+        names, advice = [label_of(reward, config) for reward, config in made], "remove one"
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{section}: two go by the name {name!r}: {advice}")
+            raise ConfigError(f"{section}: two have the name {name!r}: {advice}")
 
 
 def _references_key(reward: Reward, config: RewardConfig, stages: Sequence[Stage]) -> str:
@@ -172,7 +172,7 @@ def _references_key(reward: Reward, config: RewardConfig, stages: Sequence[Stage
 
 
 def _state(reward: Reward, stages: Sequence[Stage]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a reward and of its networks; without those of its stages, which count by themselves."""
+    """Return the tensors of a reward and its networks, without those of its stages, which are hashed separately."""
     of_stages = [network.module.state_dict(keep_vars=True) for stage in stages for network in stage.networks]
     counted = {id(tensor) for state in of_stages for tensor in state.values()}
     for number, network in enumerate(networks_of(reward)):

@@ -1,8 +1,8 @@
-"""Settings of rewards: a list of entries, each validated by the reward that its `type` names.
+"""Settings of rewards: a list of entries, each validated by the settings class of its `type`.
 
-A type without a colon is a file or folder beside this one, found by its name alone: it has a `Config`. One with a colon
-is a class of the user's, whose module is not imported here: whoever only looks at settings does not ask to run it.
-Neither is torch.
+A type without a colon is the name of a file or folder in this package that defines `Config`. A type with a colon is a
+user's class; its module is not imported here, because reading settings must not run user code. torch is not imported
+either.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ if TYPE_CHECKING:
 OnUnscored = Literal["skip", "zero", "error"]
 DEFAULT = "face_identity"
 OF_THE_LOSS = frozenset({"weight", "baseline", "scale", "cap"})
-"""Settings of any reward that only weigh its score in the loss."""
-_CAP = "score of a sample above which there is no more gain and no gradient; no cap if not given"
-_FRAMES = "generated frames that are looked at: all, first, last, every:N or random:N"
+"""Settings of any reward that only affect the weight of its score in the loss."""
+_CAP = "maximum score of a sample, above which there is no gain and no gradient; no maximum if not given"
+_FRAMES = "generated frames to score: all, first, last, every:N or random:N"
 _DEFINES_A_CONFIG = re.compile(r"^class Config\(", re.MULTILINE)
 
 
 class RewardEntry(Settings):
-    """One of the rewards, whose parts in the loss are added: `-(score - baseline) / scale * weight`."""
+    """One of the rewards, whose terms in the loss are added: `-(score - baseline) / scale * weight`."""
 
     type: str = Field(
-        description="name of a reward (a file or folder in frostline/rewards), or package.module:Class of your own"
+        description="name of a built-in reward (a file or folder in frostline/rewards), or your own class "
+        "as package.module:Class"
     )
 
     @classmethod
     def for_values(cls, values: Any) -> type[RewardEntry]:
-        """The class that validates an entry with these values, which their type decides."""
+        """Return the class that validates an entry with these values, depending on its type."""
         try:
             return entry_class(values["type"]) if cls is RewardEntry else cls
         except (KeyError, TypeError, ValueError):
@@ -70,12 +71,13 @@ class RewardEntry(Settings):
 
 
 class RewardConfig(RewardEntry):
-    """What the settings say of a reward; each reward has a subclass with fields of its own.
+    """Settings of a reward; each reward has a subclass with further fields.
 
-    uses: of the stages that the reward brings, in a training step; told without loading anything.
-    stage_code: the modules whose code makes them; those of the whole reward where it names none.
-    needs: what it needs of a sample beside the generated frames.
-    needs_neighbours: whether it compares frames that follow each other, so that none may be left out.
+    Attributes:
+        uses: uses of its stages in a training step, known without loading anything.
+        stage_code: modules whose code defines the stages; the whole reward if empty.
+        needs: what it needs of a sample besides the generated frames.
+        needs_neighbours: whether it compares consecutive frames, so that none may be skipped.
     """
 
     uses: ClassVar[tuple[Use, ...]] = ()
@@ -85,11 +87,12 @@ class RewardConfig(RewardEntry):
 
     weight: float = Field(default=0.1, ge=0, description="weight of the reward in the loss")
     baseline: float = Field(default=0.0, description="score at which the reward is zero")
-    scale: float = Field(default=1.0, gt=0, description="spread of scores that counts as one unit")
+    scale: float = Field(default=1.0, gt=0, description="standard deviation used to normalise the score")
     cap: float | None = Field(default=None, description=_CAP)
     frames: str = Field(default=ALL, description=_FRAMES)
     on_unscored: OnUnscored = Field(
-        default="skip", description="samples that cannot be scored: no reward, a score of 0, or an error"
+        default="skip",
+        description="samples that cannot be scored: ignore them, count them as score 0, or raise an error",
     )
 
     @model_validator(mode="before")
@@ -101,12 +104,12 @@ class RewardConfig(RewardEntry):
     @classmethod
     def _frames_can_be_selected(cls, value: str) -> str:
         if check_selection(value) != ALL and cls.needs_neighbours:
-            raise ValueError(f"this reward compares neighbouring frames: it takes {ALL} alone, not {value!r}")
+            raise ValueError(f"this reward compares neighbouring frames: it only supports {ALL}, not {value!r}")
         return value
 
     @property
     def label(self) -> str:
-        """What its score is called where several rewards of one type may be: those of judges and of files."""
+        """Return the label of its score in judges and files, which distinguishes rewards of one type."""
         return self.type
 
     def step_uses(self) -> tuple[Use, ...]:
@@ -114,47 +117,47 @@ class RewardConfig(RewardEntry):
         return self.uses
 
     def stage_names(self) -> tuple[str, ...]:
-        """Return the names of the stages that the reward brings."""
+        """Return the names of the reward's stages."""
         return tuple(dict.fromkeys(use.stage for use in self.step_uses()))
 
     def build(self) -> Reward:
-        """Make the reward; what takes long to import is imported here. Only rewards of frostline are made this way.
+        """Create the reward; imports that take long are made here. Only for built-in rewards.
 
         Raises:
-            ConfigError: what it needs, such as a file of weights, cannot be had.
+            ConfigError: a requirement, such as a file of weights, is missing.
         """
         raise NotImplementedError(f"{type(self).__module__}.Config.build")
 
 
 class ClassEntry(RewardEntry):
-    """A reward of the user's, `package.module:Class`. What is null here is as the class's `Config` has it."""
+    """A reward of a user, `package.module:Class`. Null settings have the defaults of the class's `Config`."""
 
     weight: float | None = Field(default=None, ge=0, description="weight of the reward in the loss")
     baseline: float | None = Field(default=None, description="score at which the reward is zero")
-    scale: float | None = Field(default=None, gt=0, description="spread of scores that counts as one unit")
+    scale: float | None = Field(default=None, gt=0, description="standard deviation used to normalise the score")
     cap: float | None = Field(default=None, description=_CAP)
     frames: str | None = Field(default=None, description=_FRAMES)
     on_unscored: OnUnscored | None = Field(
-        default=None, description="samples that cannot be scored: no reward, a score of 0, or an error"
+        default=None, description="samples that cannot be scored: ignore them, count them as score 0, or raise an error"
     )
-    options: dict[str, Any] = Field(default={}, description="the fields of the class's own Config")
+    options: dict[str, Any] = Field(default={}, description="fields of the class's own Config")
 
     def values(self) -> dict[str, Any]:
-        """What the class's `Config` is made of."""
+        """Return the values for the class's `Config`."""
         own = self.model_dump(exclude={"options"}, exclude_none=True)
         return {**self.options, **own}
 
 
 def default_rewards() -> tuple[RewardEntry, ...]:
-    """The reward of faces alone, as it is by default."""
+    """Return the default rewards: only the face-identity reward."""
     return (RewardEntry.parse({"type": DEFAULT}),)
 
 
 def entry_class(name: object) -> type[RewardEntry]:
-    """The class that validates an entry of this type.
+    """Return the class that validates an entry of this type.
 
     Raises:
-        ValueError: there is no such reward; says which there are.
+        ValueError: there is no such reward; the message lists the valid names.
     """
     if not isinstance(name, str):
         raise ValueError(f"must name a reward, {_known()}")
@@ -162,7 +165,7 @@ def entry_class(name: object) -> type[RewardEntry]:
 
 
 def stage_names(entries: Iterable[RewardEntry]) -> tuple[str, ...] | None:
-    """The stages that rewards bring; None where only a class that is not imported here could tell."""
+    """Return the stage names of rewards; None if a class would have to be imported to know them."""
     names: list[str] = []
     for entry in entries:
         if not isinstance(entry, RewardConfig):
@@ -172,7 +175,7 @@ def stage_names(entries: Iterable[RewardEntry]) -> tuple[str, ...] | None:
 
 
 def code_of_stages(entries: Iterable[RewardEntry]) -> list[str]:
-    """The modules whose code makes the stages of rewards; what they import is for the caller to follow."""
+    """Return the modules that define the stages of rewards; the caller follows their imports."""
     modules: list[str] = []
     for entry in entries:
         if isinstance(entry, RewardConfig):
@@ -183,7 +186,7 @@ def code_of_stages(entries: Iterable[RewardEntry]) -> list[str]:
 
 
 def builtin_names() -> list[str]:
-    """The rewards of frostline, told from their sources: none is imported."""
+    """Return the names of the built-in rewards from their sources, without importing any."""
     found = []
     for module in pkgutil.iter_modules(_folders()):
         spec = PathFinder.find_spec(f"{__package__}.{module.name}", _folders())
@@ -203,11 +206,11 @@ def _builtin_config(name: str) -> type[RewardConfig]:
         if inspect.isclass(config) and issubclass(config, RewardConfig):
             return config
     close = difflib.get_close_matches(name, builtin_names(), n=1, cutoff=0.5)
-    raise ValueError(f"there is no reward {name!r}, {f'is {close[0]} meant?' if close else _known()}")
+    raise ValueError(f"there is no reward {name!r}, {f'did you mean {close[0]}?' if close else _known()}")
 
 
 def _known() -> str:
-    return f"known are {', '.join(builtin_names())}, and package.module:Class of your own"
+    return f"valid names: {', '.join(builtin_names())}, or your own class as package.module:Class"
 
 
 def _folders() -> list[str]:

@@ -1,4 +1,4 @@
-"""Rewards that look at each frame by itself, or with the few before it, and pool what they saw."""
+"""Rewards that compute features of each frame (or of a few consecutive ones) and pool them into a score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from frostline.rewards.inputs import COMPARES
 from frostline.rewards.reward import Reward, RewardScore
 
-# A reward may be one file with its settings, which must be read without torch.
+# A reward may be one file that includes its settings, which must be read without importing torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class FrameReward(Reward):
-    """Computes a few numbers for each frame, its features, and pools those of a video into a score.
+    """Computes a few numbers (features) for each frame, and pools those of a video into a score.
 
-    Training scores whole batches; `frostline score` computes the features while frames are decoded and pools them at
-    the end, so that a long video takes no more memory than a short one.
+    Training scores whole batches. `frostline score` computes features while frames are decoded and pools them at the
+    end, so that a long video takes no more memory than a short one.
 
     Attributes:
-        window: frames that one row of features is computed from: a frame and the `window - 1` before it.
-        uses_start: whether frame 0 counts in training, where it is the start frame that the generated video is given.
+        window: number of frames for one row of features: a frame and the `window - 1` frames before it.
+        uses_start: whether frame 0, the given first frame of the generated video, counts in training.
     """
 
     window: ClassVar[int] = 1
@@ -33,17 +33,17 @@ class FrameReward(Reward):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Return what it needs of a sample; a class whose settings decide that returns what they say."""
+        """Return what it needs of a sample; override this if it depends on the settings."""
         return self.Config.needs
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether it looks at the reference, or at the clip."""
+        """Return whether it uses the reference or the clip."""
         return bool(self.needs & COMPARES)
 
     @abstractmethod
     def features(self, frames: Tensor, run: RewardStages) -> Tensor:
-        """Compute features without gradient, networks on the plan's backends.
+        """Compute features without a gradient, with networks on the planned backends.
 
         Args:
             frames: (B, T, 3, H, W) in [0, 1], consecutive.
@@ -52,31 +52,32 @@ class FrameReward(Reward):
         """
 
     def live_features(self, frames: Tensor, run: RewardStages) -> Tensor:
-        """Compute the same features in PyTorch, differentiable to the frames."""
+        """Compute the same features in PyTorch, differentiable with respect to the frames."""
         return self.features(frames, run)
 
     def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> Mapping[str, Tensor]:
-        """Return what is kept of the reference, without gradient: tensors of B rows.
+        """Return what to keep of the reference, without a gradient: tensors of B rows.
 
         Args:
-            features: (B, R, D) of the reference's frames; None where `needs_reference` is false.
-            prompts: B of them.
+            features: (B, R, D) of the reference's frames; None if `needs_reference` is false.
+            prompts: B prompts.
         """
         return {}
 
     @abstractmethod
     def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
-        """Score videos by their features (B, T, D), differentiable to them. T is at least 1."""
+        """Score videos from their features (B, T, D), differentiable with respect to them. T is at least 1."""
 
     def references(self, sample: RewardInputs, run: RewardStages) -> Mapping[str, Tensor]:
-        """Compute features of the reference pictures, or else of the clip, and keep what `reference` says of them.
+        """Compute features of the reference pictures or, without pictures, of the clip, and return the result of
+        `reference`.
 
-        A reward that needs the clip looks at that, whatever pictures there are.
+        A reward that needs the clip uses it even if there are pictures.
         """
         features = None
         if self.needs_reference:
             pictures = sample.reference[0] if sample.reference and "clip" not in self.needs else None
-            # Samples with pictures of their own come one by one.
+            # Samples with their own pictures are processed one by one.
             frames = self._scored(sample.video) if pictures is None else pictures[None]
             features = self.features(frames, run)
         return self.reference(features, sample.prompts, run)
@@ -84,7 +85,9 @@ class FrameReward(Reward):
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
     ) -> RewardScore:
-        """Score generated (B, T, 3, H, W) frames in [0, 1], differentiable to them where gradients are enabled."""
+        """Score generated (B, T, 3, H, W) frames in [0, 1]; differentiable with respect to them if gradients are
+        enabled.
+        """
         import torch
 
         compute = self.live_features if torch.is_grad_enabled() and frames.requires_grad else self.features

@@ -1,11 +1,11 @@
-"""Which generated frames a reward looks at: its cost is then the same for a clip of any length."""
+"""Select the generated frames to score, so that the cost is the same for clips of any length."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
-# Settings are read without torch.
+# Settings are read without importing torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -14,24 +14,24 @@ _FORM = re.compile(r"all|first|last|(every|random):([1-9]\d*)")
 
 
 def check_selection(text: str) -> str:
-    """Return `text`, which must be `all`, `first`, `last`, `every:N` or `random:N`.
+    """Return `text` if it is `all`, `first`, `last`, `every:N` or `random:N`.
 
     Raises:
         ValueError: it is something else.
     """
     if _FORM.fullmatch(text) is None:
-        raise ValueError(f"must be all, first, last, every:N or random:N with N of at least 1, not {text!r}")
+        raise ValueError(f"must be all, first, last, every:N or random:N with N >= 1, not {text!r}")
     return text
 
 
 def select_frames(frames: Tensor, selection: str) -> Tensor:
-    """Return the start frame and the selected ones of the frames after it, in their order.
+    """Return the start frame and the selected frames after it, in their order.
 
     Args:
-        frames: (B, T, 3, H, W). Frame 0 is given to the generated video, so the selection is among frames 1…T-1:
-            `first` is frame 1, `last` frame T-1, `every:N` frames 1, 1 + N, ….
-        selection: see `check_selection`. `random:N` draws anew at each call from torch's generator of the CPU; where
-            no gradient is computed, as in validation, the N frames are evenly spaced instead, so that results compare.
+        frames: (B, T, 3, H, W). Frame 0 is given to the generated video, so frames 1…T-1 are selected from: `first` is
+            frame 1, `last` frame T-1, `every:N` frames 1, 1 + N, ….
+        selection: see `check_selection`. `random:N` selects other frames in each call, with torch's CPU generator.
+            Without gradients, as in validation, the N frames are evenly spaced instead, so that results are comparable.
     """
     import torch
 
@@ -56,7 +56,7 @@ def select_frames(frames: Tensor, selection: str) -> Tensor:
 
 
 def evenly_spaced(count: int, among: int) -> Tensor:
-    """Return `count` indices (int64) below `among`, at equal distances."""
+    """Return `count` int64 indices below `among` at equal distances."""
     import torch
 
     return (torch.arange(count) + 0.5).mul(among / count).long()

@@ -1,36 +1,39 @@
-"""What a reward is told of samples beside the generated frames."""
+"""The inputs of a reward besides the generated frames."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-# Cached conditions depend on what this file imports.
+# The cache key of conditions depends on the imports of this file.
 if TYPE_CHECKING:
     from torch import Tensor
 
 Need = Literal["prompt", "reference", "clip", "latents"]
-"""What a reward may need of a sample: its prompt, what shows how it should look (pictures, or else its clip), its clip
-whatever pictures there are, the generated latents."""
+"""What a reward may need of a sample: its prompt, its reference (pictures, otherwise its clip), its clip even if there
+are pictures, or the generated latents.
+"""
 COMPARES: frozenset[Need] = frozenset({"reference", "clip"})
-"""The needs of rewards that compare: in scoring, with the reference video or picture."""
+"""The needs of rewards that compare; when scoring, with the reference video or picture."""
 KEEPS: frozenset[Need] = frozenset({*COMPARES, "prompt"})
-"""The needs of rewards that keep something of each sample: their `references` are called."""
+"""The needs of rewards that keep data of each sample: their `references` method is called."""
 
 
 @dataclass(frozen=True, eq=False)
 class RewardInputs:
     """B samples.
 
-    prompts: one each.
-    video: the clip of the sample, (B, T, 3, H, W) in [0, 1]; frame 0 is the start frame that the generated video is
-        given.
-    valid_frames: number of frames of each clip that count; the frames after them are copies of the last one. For a
-        picture it is 2: rewards leave out frame 0. For a sample without a video it is 0: no frame means anything.
-    reference: of each sample, pictures (R, 3, h, w) in [0, 1] that show the subject, where the data names them apart
-        from the clip; None where the clip is its own reference. Every picture counts, also the first. Empty: all None.
-    fps: frames per second of each clip, None where it is not known. Empty: all None.
-    latents: (B, C, F, h, w), the generated latents; only of samples whose generated frames are scored.
+    Attributes:
+        prompts: B prompts.
+        video: the clip of each sample, (B, T, 3, H, W) in [0, 1]; frame 0 is the given first frame of the generated
+            video.
+        valid_frames: number of frames of each clip that count; later frames are copies of the last one. It is 2 for a
+            picture, because rewards skip frame 0, and 0 for a sample without a video, whose frames are undefined.
+        reference: for each sample, pictures (R, 3, h, w) in [0, 1] of the subject, if the data contains them separately
+            from the clip; None if the clip is its own reference. Every picture counts, including the first. Empty: all
+            None.
+        fps: frames per second of each clip; None if unknown. Empty: all None.
+        latents: (B, C, F, h, w) generated latents; only if generated frames are scored.
     """
 
     prompts: tuple[str, ...]
@@ -41,7 +44,7 @@ class RewardInputs:
     latents: Tensor | None = None
 
     def rows(self, indices: list[int]) -> RewardInputs:
-        """Some of the samples."""
+        """Return some of the samples."""
         return replace(
             self,
             prompts=tuple(self.prompts[index] for index in indices),
@@ -53,6 +56,6 @@ class RewardInputs:
         )
 
     def row(self, index: int) -> RewardInputs:
-        """One sample, its clip without padding."""
+        """Return one sample, with its clip without padding."""
         one = self.rows([index])
         return replace(one, video=one.video[:, : one.valid_frames[0]])

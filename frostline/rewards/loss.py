@@ -1,4 +1,4 @@
-"""How rewards join the loss."""
+"""Combine rewards into the loss."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from frostline.rewards.reward import RewardScore
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """What the rewards say together.
+    """The combined result of the rewards.
 
-    loss: 0-dim with graph. scores: 0-dim without, by reward; each the mean of the samples that count. totals: of each,
-    the sum that this process has of it, and over how many samples.
+    Attributes:
+        loss: 0-dim, with graph.
+        scores: 0-dim, without graph, by reward; each the mean of the samples that count.
+        totals: for each reward, the sum in this process and the number of samples in the sum.
     """
 
     loss: Tensor
@@ -28,16 +30,17 @@ class RewardLoss:
 def reward_loss(
     scores: Sequence[tuple[ActiveReward, RewardScore]], mean_count: Callable[[Tensor], Tensor] = lambda count: count
 ) -> RewardLoss:
-    """The sum of `-(score - baseline) / scale * weight`, each score the mean over the samples that count.
+    """Return the sum of `-(score - baseline) / scale * weight`, with each score the mean over the samples that count.
 
-    In the loss, the score of a sample is at most the reward's `cap`; what is reported is the score itself.
+    In the loss, the score of a sample is limited to the reward's `cap`; the reported score is not.
 
-    Samples that a reward cannot score count as 0 or not at all, as `on_unscored` says; their gradient is zero either
-    way. Without a sample that counts there is no reward: a loss of 0 that is still connected to the graph.
+    Samples that a reward cannot score count as 0 or are ignored, depending on `on_unscored`; their gradient is zero in
+    both cases. If no sample counts, the loss is 0, but still connected to the graph.
 
     Args:
-        mean_count: from the number of samples that count here to its mean over all processes. Where gradients are
-            averaged over processes, each then weighs its samples as one process with all of them would.
+        mean_count: maps the number of samples that count in this process to the mean over all processes. If gradients
+            are averaged over processes, each process then weights its samples as a single process with all samples
+            would.
     """
     total: Tensor | None = None
     means, totals = {}, {}
@@ -45,7 +48,7 @@ def reward_loss(
         config = active.config
         counts = torch.ones_like(scored.valid) if config.on_unscored == "zero" else scored.valid
         everywhere = mean_count(counts.sum().float())
-        # The share of this process: 1 on average.
+        # The fraction for this process: 1 on average.
         share = counts.sum() / everywhere.clamp(min=torch.finfo(torch.float32).tiny)
         score, count = torch.where(counts, scored.score, 0), counts.sum()
         gained = score if config.cap is None else score.clamp(max=config.cap)

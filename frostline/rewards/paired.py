@@ -1,8 +1,8 @@
-"""Paired comparison: the same starts with the same noise before and after, held against each other frame by frame.
+"""Paired comparison: the same samples with the same noise before and after training, compared frame by frame.
 
-The mean over the frames that could be scored misleads where their number changes: a model that hides the face in its
-worst frames has a better mean and shows the person less. So what is compared are frames that were scored both before
-and after, and beside them all frames, with one that could not be scored as 0.
+A mean over the scored frames is misleading if their number changes: a model that hides the face in its worst frames has
+a better mean, but shows the person less. The comparison therefore uses frames that were scored both before and after;
+in addition, all frames are compared, with 0 for frames that could not be scored.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 Values = Sequence[float | None]
-"""Numbers, with None or NaN where there is none."""
+"""Numbers; None or NaN if missing."""
 
 Missing = Literal["exclude", "zero"]
-"""Frames that one side lacks: left out, or 0."""
+"""Treatment of frames without a score on one side: exclude them, or count them as 0."""
 
 
 @dataclass(frozen=True)
 class PairedGain:
-    """How much one measure changed.
+    """The change of one measure.
 
-    differences: after - before of each start, NaN of one that was not scored on both sides. frames: pairs of frames
-    that these are means of; None where whole videos were compared.
+    Attributes:
+        differences: after - before for each sample; NaN if it was not scored on both sides.
+        frames: number of frame pairs that these are means of; None if whole videos were compared.
     """
 
     differences: tuple[float, ...]
@@ -32,27 +33,27 @@ class PairedGain:
 
     @property
     def found(self) -> list[float]:
-        """The differences that are numbers."""
+        """Return the differences that are not NaN."""
         return [difference for difference in self.differences if not math.isnan(difference)]
 
     @property
     def starts(self) -> int:
-        """How many starts were compared."""
+        """Return the number of compared samples."""
         return len(self.found)
 
     @property
     def starts_up(self) -> int:
-        """How many of them rose."""
+        """Return the number of samples with an increase."""
         return sum(difference > 0 for difference in self.found)
 
     @property
     def gain(self) -> float:
-        """The mean difference; NaN where nothing was compared."""
+        """Return the mean difference; NaN if nothing was compared."""
         return math.fsum(self.found) / self.starts if self.found else math.nan
 
     @property
     def error(self) -> float:
-        """The standard error of the gain, from the spread over starts; NaN with fewer than two of them."""
+        """Return the standard error of the gain over samples; NaN with fewer than two."""
         if self.starts < 2:
             return math.nan
         spread = math.fsum((difference - self.gain) ** 2 for difference in self.found) / (self.starts - 1)
@@ -60,24 +61,24 @@ class PairedGain:
 
 
 def pair_videos(before: Values, after: Values) -> PairedGain:
-    """Compare one number of each start.
+    """Compare one number per sample.
 
     Raises:
-        ValueError: the starts differ in number.
+        ValueError: the numbers of samples differ.
     """
     pairs = zip(_numbers(before), _numbers(after), strict=True)
     return PairedGain(tuple(a - b for b, a in pairs))
 
 
 def pair_frames(before: Sequence[Values], after: Sequence[Values], missing: Missing = "exclude") -> PairedGain:
-    """Compare one number of each frame of each start: the mean over starts of the mean over frames.
+    """Compare one number per frame of each sample: the mean over samples of the mean over frames.
 
     Args:
-        before, after: of each start the scores of its frames.
-        missing: `exclude` compares the frames that have a score on both sides. `zero` compares all of them, 0 standing
-            for a score that is missing; of a start without any score on either side there is still nothing to say.
+        before, after: for each sample, the scores of its frames.
+        missing: `exclude` compares the frames with a score on both sides. `zero` compares all of them, with 0 for
+            missing scores; a sample without any score on either side is still excluded.
     Raises:
-        ValueError: starts, or frames of a start, differ in number.
+        ValueError: the numbers of samples, or of frames of a sample, differ.
     """
     differences, frames = [], 0
     for one, other in zip(before, after, strict=True):

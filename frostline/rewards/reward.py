@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""The interface of rewards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from frostline.stages.provider import StageProvider
 
-# A reward may be one file with its settings, which must be read without torch.
+# A reward may be one file that includes its settings, which must be read without importing torch.
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RewardScore:
-    """What a reward says of B generated videos.
+    """The result of a reward for B generated videos.
 
-    score: (B,) with graph; 0 with zero gradient where `valid` is False. valid: (B,) bool, whether there was anything
-    to score. metrics: further figures of each video, (B,) without graph, by name.
-    frame_scores: (B, T) without graph, of each frame that was looked at, NaN where it could not be scored; None of a
-    reward that says nothing of single frames. By them validation pairs the frames of two generated videos.
+    Attributes:
+        score: (B,) with graph; 0 with zero gradient if `valid` is False.
+        valid: (B,) bool, whether the video could be scored.
+        metrics: further values for each video, (B,) without graph, by name.
+        frame_scores: (B, T) without graph, for each scored frame, NaN if it could not be scored; None if the reward
+            does not score single frames. Validation uses them to pair the frames of two generated videos.
     """
 
     score: Tensor
@@ -39,10 +41,12 @@ class RewardScore:
 
 @dataclass(frozen=True, eq=False)
 class LiveNetwork:
-    """A network that a reward computes with gradient, for the memory plan.
+    """A network that a reward computes with a gradient, for the memory plan.
 
-    stage: its name, that of its stage where it has one. inputs: of one use, whose gradient is that of the first.
-    uses: how many of these a training step makes.
+    Attributes:
+        stage: its name; the name of its stage if it has one.
+        inputs: inputs of one use; the gradient is computed for the first.
+        uses: number of uses in a training step.
     """
 
     stage: str
@@ -52,17 +56,17 @@ class LiveNetwork:
 
 
 class Reward(StageProvider, Protocol):
-    """Scores generated videos. A reward inherits from this class and is made of its `Config` alone.
+    """Scores generated videos. Subclasses are created from their `Config` only.
 
     Networks are attributes (`nn.Module`): they are moved to the device and frozen before `stages` is called. A reward
-    keeps no runtime: `run` hands out its own stages, each on the backend that the plan names.
+    does not store a runtime: `run` provides its own stages, each on the planned backend.
 
     Attributes:
-        Config: the settings that it is made of.
-        name: what logs call its score.
-        unscored: what is said of samples that it cannot score.
-        reference_files: small files, such as a tokenizer's, that its references depend on beside code, settings and
-            weights; their content counts.
+        Config: the class of its settings.
+        name: name of its score in logs.
+        unscored: description of samples that it cannot score, for messages.
+        reference_files: small files, such as a tokenizer's, whose content affects its references, besides code,
+            settings and weights.
     """
 
     Config: type[RewardConfig]
@@ -71,22 +75,22 @@ class Reward(StageProvider, Protocol):
     reference_files: Sequence[Path] = ()
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """Return the stages that the reward brings; their names are those in `Config.uses`."""
+        """Return the stages of the reward; their names must be those in `Config.uses`."""
         return ()
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
-        """Return what `score` computes with gradient in a step of this shape, for the memory plan."""
+        """Return what `score` computes with a gradient in a step of this shape, for the memory plan."""
         return ()
 
     def references(self, sample: RewardInputs, run: RewardStages) -> Mapping[str, Tensor]:
-        """Return what is to be known of the reference: tensors of B rows, without gradient, cached for each sample.
+        """Return data of the reference: tensors of B rows, without a gradient, cached for each sample.
 
-        Videos come without what pads them: T may be less than the generated videos have.
+        Videos have no padding: T may be smaller than for the generated videos.
         """
         return {}
 
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
     ) -> RewardScore:
-        """Score generated (B, T, 3, H, W) frames in [0, 1], differentiable to them."""
+        """Score generated (B, T, 3, H, W) frames in [0, 1]; differentiable with respect to them."""
         ...

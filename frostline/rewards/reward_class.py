@@ -1,6 +1,6 @@
-"""The class that an entry of `rewards` names: imported, or only looked for.
+"""Find the class that an entry of `rewards` names, with or without importing it.
 
-To import a module is to run it, which whoever looks at the settings of somebody else does not ask for.
+Importing a module runs it, which must not happen when someone only inspects another user's settings.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SOURCE = ".py"
 
 
 def import_reward(path: str, where: str) -> type[Any]:
-    """The class, its module imported.
+    """Import the module and return the class.
 
     Args:
         path: `package.module:Class`.
-        where: the entry of the settings, to be named in errors.
+        where: the entry of the settings, for error messages.
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such class.
     """
     module_name, name = _split(path, where)
     try:
@@ -40,12 +40,12 @@ def import_reward(path: str, where: str) -> type[Any]:
 
 
 def look_for_reward(path: str, where: str) -> None:
-    """Look in the source of the module for the class, running nothing of it nor of the packages around it.
+    """Search the source of the module for the class, without running the module or its parent packages.
 
-    What a module has under that name by other means than `class`, or a module without source, is left to the run.
+    If the name may be defined by other means than `class`, or the module has no source, the check is left to the run.
 
     Raises:
-        ConfigError: the module is not there or has no such name.
+        ConfigError: there is no such module or class.
     """
     module_name, name = _split(path, where)
     spec = _find_module(module_name)
@@ -72,7 +72,7 @@ def _split(path: str, where: str) -> tuple[str, str]:
 
 
 def _find_module(name: str) -> ModuleSpec | None:
-    """As `importlib.util.find_spec`, which would import the packages that the module is in."""
+    """Return the spec like `importlib.util.find_spec`, but without importing parent packages."""
     package, *rest = name.split(".")
     try:
         spec = importlib.util.find_spec(package)
@@ -86,7 +86,7 @@ def _find_module(name: str) -> ModuleSpec | None:
 
 
 def _names(tree: ast.AST) -> Iterator[str]:
-    """What a module may hold under a name: its classes, and whatever it imports or assigns; `*` for all of another."""
+    """Yield the names that a module may define: classes, imports, assignments; `*` for all names of another module."""
     for node in ast.iter_child_nodes(tree):
         match node:
             case ast.ClassDef():

@@ -1,4 +1,4 @@
-"""A reward of one file, and an example of one: generated videos as sharp as the reference, no more and no less."""
+"""A reward in a single file, also an example: generated videos as sharp as the reference, neither more nor less."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from frostline.rewards.config import RewardConfig
 from frostline.rewards.frame_reward import FrameReward
 from frostline.rewards.reward import Reward, RewardScore
 
-# Settings are read without torch: what needs it imports it where it is called, or lies in a file of its own.
+# Settings are read without importing torch: import it in functions, or in a separate file.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,14 +28,14 @@ class Config(RewardConfig):
     )
 
     def build(self) -> Reward:
-        """Make the reward."""
+        """Create the reward."""
         return SharpnessReward(self)
 
 
 class SharpnessReward(FrameReward):
     """`-log(s / s_ref)^2`, where s is the mean squared Laplacian of the luminance.
 
-    0 is the best score: as sharp as the reference. Nothing is won by sharpening past it.
+    0 is the best score: as sharp as the reference. Further sharpening lowers the score.
     """
 
     Config = Config
@@ -45,7 +45,7 @@ class SharpnessReward(FrameReward):
         self.floor = config.floor
 
     def features(self, frames: Tensor, run: RewardStages) -> Tensor:
-        """The mean squared Laplacian (B, T, 1) of each frame."""
+        """Return the mean squared Laplacian (B, T, 1) of each frame."""
         import torch
         import torch.nn.functional as F
 
@@ -55,12 +55,12 @@ class SharpnessReward(FrameReward):
         return edges.square().flatten(1).mean(dim=1).unflatten(0, frames.shape[:2])[..., None]
 
     def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
-        """The sharpness (B,) of the reference."""
+        """Return the sharpness (B,) of the reference."""
         assert features is not None
         return {"sharpness": self._pooled(features)}
 
     def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
-        """All videos can be scored."""
+        """Return the scores; all videos can be scored."""
         import torch
 
         ratio = self._pooled(features) / references["sharpness"]
@@ -68,5 +68,5 @@ class SharpnessReward(FrameReward):
         return RewardScore(-ratio.log().square(), valid, {"sharpness_ratio": ratio.detach()})
 
     def _pooled(self, features: Tensor) -> Tensor:
-        """(B,) at least `floor`."""
+        """Return (B,) means, at least `floor`."""
         return features[..., 0].mean(dim=1) + self.floor

@@ -1,4 +1,4 @@
-"""Let all processes of a distributed run serve a stage from the same backend."""
+"""Choose the same backend for a stage in all processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from frostline.errors import EngineError
 
 
 def several_processes() -> bool:
-    """Return whether this is one of several processes that train together."""
+    """Return whether this is one of several processes of a training run."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 

@@ -1,4 +1,4 @@
-"""Networks with a narrower range of shapes than their stage has: what an engine cannot serve, it need not take."""
+"""Restrict the range of shapes of a network to what an engine was built for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def bounded(network: Network, largest: Mapping[str, Sequence[int]]) -> Network:
     """Return `network` with the largest shapes that an engine was built for.
 
     Args:
-        largest: by input, live ones included; of inputs that are not named, the network's own.
+        largest: largest shape by input name, including live inputs; other inputs keep the range of the network.
     """
     extents: dict[str, int] = {}
     for spec in (*network.inputs, *network.live_specs):
@@ -24,10 +24,10 @@ def bounded(network: Network, largest: Mapping[str, Sequence[int]]) -> Network:
 
 
 def with_largest(network: Network, extents: Mapping[str, int]) -> Network:
-    """Return `network` with other upper bounds of its open dimensions.
+    """Return `network` with other upper bounds of its dynamic dimensions.
 
     Args:
-        extents: by dimension, in its own units; none may be below what the dimension's typical extent is.
+        extents: upper bound by dimension, in units of the dimension; at least the dimension's typical value.
     """
     return replace(
         network,

@@ -1,11 +1,11 @@
-"""The frozen-output cache: what a frozen stage computed once is read back instead of computed again.
+"""The cache of frozen outputs: outputs of a frozen stage are computed once and read afterwards.
 
-An entry is a dict of tensors under the hash of all that it depends on (`content_key`): it never goes stale,
-it is only forgotten. On disk it is a plain safetensors file that carries a digest of its own content, and the user's
-signature of that digest: what others wrote, or altered, is computed again.
+An entry is a dict of tensors, stored under the hash of everything that it depends on (`content_key`). Entries are
+therefore never stale; they are only evicted. On disk, an entry is a plain safetensors file with a digest of its content
+and the user's signature of that digest. Entries that other users wrote or changed are computed again.
 
-Entries that were computed in one batch appear on disk together or not at all: a process that is killed between two of
-them would otherwise leave the rest to be computed in a smaller batch, whose last bits may differ.
+Entries that were computed in one batch are written to disk together or not at all: if a process was killed between two
+of them, the rest would later be computed in a smaller batch, and the results could differ in the last bits.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
-_HOT_BYTES = 256 * 2**20  # memory spent in front of a disk cache
-_ABANDONED_SECONDS = 3600  # a temporary file this old has no living writer
+_HOT_BYTES = 256 * 2**20  # memory in front of a disk cache
+_ABANDONED_SECONDS = 3600  # a temporary file older than this has no active writer
 
 
 class _Hash(Protocol):
@@ -45,9 +45,11 @@ class _Hash(Protocol):
 
 
 def content_key(**parts: object) -> str:
-    """64 hexadecimal digits over all parts: tensors, str, bytes, numbers, None, and lists or dicts of them.
+    """Return a hash of all parts, as 64 hexadecimal digits: tensors, str, bytes, numbers, None, and lists or dicts of
+    them.
 
-    Tensors count by dtype, shape and bytes, on any device; dicts in any order; lists and tuples are alike.
+    The hash of a tensor covers dtype, shape and bytes, on any device. The order of a dict has no effect; a list and a
+    tuple with the same items have the same hash.
     """
     digest = hashlib.sha256()
     _feed(digest, parts)
@@ -55,7 +57,7 @@ def content_key(**parts: object) -> str:
 
 
 def _feed(digest: _Hash, part: object) -> None:
-    """Hash one part behind its kind and length, so that no two different values spell the same bytes."""
+    """Hash a part with its type and length first, so that different values never yield the same bytes."""
     match part:
         case None:
             digest.update(b"none;")
@@ -88,9 +90,9 @@ def _feed_bytes(digest: _Hash, kind: bytes, data: bytes | memoryview) -> None:
 
 
 class FrozenOutputCache:
-    """Tensors by content key, in memory and (given a `root`) on disk; the least recently used are forgotten.
+    """Store tensors by content key, in memory and (given a `root`) on disk; the least recently used are evicted.
 
-    Any number of processes may share one `root`. Nothing that goes wrong on disk ever stops the caller.
+    Any number of processes may share one `root`. Disk errors never raise exceptions.
     """
 
     def __init__(self, root: Path | None, max_bytes: int) -> None:
@@ -101,20 +103,20 @@ class FrozenOutputCache:
 
     @property
     def corrupted(self) -> int:
-        """How many entries were found damaged on disk, and dropped."""
+        """Return the number of entries that were found damaged on disk and dropped."""
         return self._disk.corrupted if self._disk else 0
 
     @property
     def writable(self) -> bool:
-        """Whether entries can be kept; False once writing to the disk has failed."""
+        """Return whether entries can be written; False after writing to the disk has failed."""
         return self._disk is None or self._disk.writable
 
     def on_disk(self, key: str) -> int | None:
-        """Return the size of an entry's file in bytes, without looking into it; None where there is none."""
+        """Return the size of an entry's file in bytes without reading it; None if there is none."""
         return None if self._disk is None else self._disk.size(key)
 
     def get(self, key: str, device: torch.device | str = "cpu") -> Tensors | None:
-        """Return the caller's own copy of an entry, or None."""
+        """Return a copy of an entry, or None."""
         tensors = self._memory.get(key)
         if tensors is not None:
             if self._disk:
@@ -128,11 +130,11 @@ class FrozenOutputCache:
         return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a copy of `tensors`, without their graph."""
+        """Store a copy of `tensors`, detached from their graph."""
         self.put_batch({key: tensors})
 
     def put_batch(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keep a copy of each of these entries, by key; on disk all of them appear together."""
+        """Store a copy of each of these entries, by key; they become visible on disk together."""
         own = {key: {name: _own_copy(tensor) for name, tensor in entry.items()} for key, entry in entries.items()}
         for key, entry in own.items():
             self._memory.put(key, entry)
@@ -142,7 +144,7 @@ class FrozenOutputCache:
     def get_or_compute(
         self, key: str, compute: Callable[[], Mapping[str, Tensor]], device: torch.device | str = "cpu"
     ) -> Tensors:
-        """Return the entry if there is one, else what `compute` returns, kept for the next time."""
+        """Return an entry; if there is none, call `compute`, store its result and return it."""
         cached = self.get(key, device)
         if cached is not None:
             return cached
@@ -156,7 +158,7 @@ def _own_copy(tensor: Tensor) -> Tensor:
 
 
 class _Memory:
-    """Entries in this process, the most recently used last."""
+    """Entries in the memory of this process, the most recently used last."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -184,11 +186,11 @@ def _size(tensors: Tensors) -> int:
 
 
 class _ForeignError(Exception):
-    """An entry is whole, and was not signed with this user's key."""
+    """An entry is intact but was not signed with this user's key."""
 
 
 class _Disk:
-    """Entries as files `<key>.safetensors`; the time of last change is the time of last use."""
+    """Entries as files `<key>.safetensors`; the modification time is the time of last use."""
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root = root
@@ -203,7 +205,7 @@ class _Disk:
         path = self._path(key)
         try:
             with open_regular(path) as file:
-                # What is larger is none of ours; or of a cache that was larger, and is forgotten next.
+                # Larger files are not entries, or were written with a larger limit; they are evicted next.
                 data = file.read() if os.fstat(file.fileno()).st_size <= self._max_bytes else None
         except (OSError, DataError):
             return None
@@ -217,9 +219,9 @@ class _Disk:
         except EngineError as error:
             self._give_up(error)
             return None
-        except Exception as error:  # a damaged file may make the parser say anything
+        except Exception as error:  # a damaged file may cause any exception in the parser
             self.corrupted += 1
-            log.warning("cache entry %s is damaged (%s): computing it again", path, error)
+            log.warning("cache entry %s is damaged (%s) and is computed again", path, error)
             _unlink(path)
             return None
         self.touch(key)
@@ -229,7 +231,7 @@ class _Disk:
         if not self._met_foreign:
             self._met_foreign = True
             log.warning(
-                "the cache %s has entries that were not signed with your key (%s): they are computed again",
+                "the cache %s contains entries that were not signed with your key (%s); they are computed again",
                 self._root,
                 signing.key_path(),
             )
@@ -244,7 +246,7 @@ class _Disk:
         try:
             os.utime(self._path(key))
         except OSError:
-            log.debug("cannot touch cache entry %s", key)  # gone or read-only: it only ages sooner
+            log.debug("cannot update the time of cache entry %s", key)  # deleted or read-only; it is evicted earlier
 
     def put_batch(self, entries: Mapping[str, Tensors]) -> None:
         if not self.writable:
@@ -253,7 +255,7 @@ class _Disk:
             files = {self._path(key): _encode(key, tensors) for key, tensors in entries.items()}
             fitting = {path: data for path, data in files.items() if len(data) <= self._max_bytes}
             if len(fitting) < len(files):
-                log.debug("%d entries do not fit into the cache", len(files) - len(fitting))
+                log.debug("%d entries exceed the size of the cache", len(files) - len(fitting))
             if not fitting:
                 return
             if len(fitting) > 1:
@@ -267,9 +269,9 @@ class _Disk:
             self._give_up(error)
 
     def _write_together(self, files: Mapping[Path, bytes]) -> None:
-        """Write a folder of all files under a name that no reader looks for, rename it, and move the files out of it.
+        """Write all files to a folder with a temporary name, rename the folder, and move the files out of it.
 
-        Whoever opens the cache after a kill moves out what the rename had made whole.
+        If the process is killed after the rename, the next process that opens the cache moves the files.
         """
         name = uuid4().hex
         part, batch = self._root / f".{name}.part", self._root / f"{name}.batch"
@@ -285,19 +287,19 @@ class _Disk:
     def _give_up(self, error: Exception) -> None:
         if self.writable:
             self.writable = False
-            log.warning("cannot write to the cache %s (%s): going on without it", self._root, error)
+            log.warning("cannot write to the cache %s (%s); continuing without it", self._root, error)
 
     def _path(self, key: str) -> Path:
         return self._root / f"{key}.safetensors"
 
     def _forget(self) -> None:
-        """Delete the entries used longest ago until the rest fits, and what dead writers left behind."""
+        """Delete the least recently used entries until the rest fits, and temporary files of ended processes."""
         entries, total = [], 0
         for file in os.scandir(self._root):
             try:
                 status = file.stat()
             except FileNotFoundError:
-                continue  # another process was faster
+                continue  # another process deleted it first
             if file.name.endswith(".safetensors"):
                 entries.append((status.st_mtime_ns, status.st_size, Path(file.path)))
                 total += status.st_size
@@ -319,26 +321,26 @@ def _encode(key: str, tensors: Tensors) -> bytes:
 
 
 def _decode(key: str, data: bytes) -> Tensors:
-    """Return the tensors of a file; raises if any of them, or the key, is not what this user wrote."""
+    """Return the tensors of a file; raise if the content or the key is not what this user wrote."""
     tensors = safetensors.torch.load(data)
     (header_bytes,) = struct.unpack_from("<Q", data)
     metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
     stated, _, signature = metadata["seal"].partition(" ")
     digest = content_key(key=key, tensors=tensors)
     if stated != digest:
-        raise ValueError("its digest differs")
+        raise ValueError("the digest differs")
     if not signing.verify(_signed(digest), signature):
         raise _ForeignError
     return tensors
 
 
 def _signed(digest: str) -> bytes:
-    # Of the digest, which is of all bytes: to sign these would be to read them twice.
+    # The signature is of the digest, which covers all bytes: signing the bytes would read them twice.
     return f"frostline cache entry {digest}".encode()
 
 
 def _spread(batch: Path) -> None:
-    """Move the entries of a whole batch to where readers look for them; another process may do the same meanwhile."""
+    """Move the entries of a complete batch to their final paths; another process may do the same at the same time."""
     if batch.is_symlink():
         return
     try:

@@ -1,4 +1,4 @@
-"""What engines run on: `cpu`, or GPUs by compute capability, `sm_89`; and in which arithmetic."""
+"""Devices of engines (`cpu`, or GPUs by compute capability such as `sm_89`), and full fp32 precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from frostline.errors import ConfigError
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Within the block, fp32 is fp32 on GPUs: torch's convolutions use TF32, of 10 bits of mantissa, unless told."""
+    """Use full fp32 precision on GPUs within the block: by default, torch's convolutions use TF32 with a 10-bit
+    mantissa.
+    """
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -23,10 +25,10 @@ def full_fp32() -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1` means here.
+    """Return the device for `auto` (a GPU if available), `cpu`, `cuda` or `cuda:1`.
 
     Raises:
-        ConfigError: it means none, or one that this machine lacks.
+        ConfigError: the name is invalid, or this machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,14 +40,14 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is none of auto, cpu, cuda, cuda:1, …")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"device: {name} is asked for, but torch finds no GPU here")
+            raise ConfigError(f"device: {name} is requested, but torch finds no GPU")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"device: {name} is asked for, but there are only {torch.cuda.device_count()} GPUs here")
+            raise ConfigError(f"device: {name} is requested, but there are only {torch.cuda.device_count()} GPUs")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """Return `cpu`, or the compute capability such as `sm_90`."""
+    """Return `cpu`, or the compute capability, such as `sm_90`."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -53,7 +55,7 @@ def device_name(device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that tensors of this process can still have."""
+    """Return the memory of the device, in bytes, that is available to tensors of this process."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     free, _ = torch.cuda.mem_get_info(device)
@@ -61,18 +63,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Memory of the device, whoever has it."""
+    """Return the total memory of the device in bytes."""
     if device.type != "cuda":
         return psutil.virtual_memory().total
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def sm_name(compute_capability: str) -> str:
-    """Return `sm_89` of `8.9`."""
+    """Return `sm_89` for `8.9`."""
     return "sm_" + compute_capability.replace(".", "")
 
 
 def compute_capabilities(target: str) -> tuple[str, ...]:
-    """Return the inverse: `8.9` and `12.0` of `sm_89+sm_120`; nothing of `cpu`."""
+    """Return `8.9` and `12.0` for `sm_89+sm_120`; empty for `cpu`."""
     names = (name.removeprefix("sm_") for name in target.split("+") if name.startswith("sm_"))
     return tuple(f"{name[:-1]}.{name[-1]}" for name in names)

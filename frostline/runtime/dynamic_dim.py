@@ -1,4 +1,4 @@
-"""Extents that an engine leaves open."""
+"""Dynamic dimensions of engines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ Size = Literal["min", "opt", "max"]
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dimension that an engine leaves open: `multiple * n` with `min <= n <= max`.
+    """A dynamic dimension: `multiple * n` with `min <= n <= max`.
 
-    Dimensions of one name share n: a video's height may be 16 n while its latents' is 2 n.
+    Dimensions of the same name share n: the height of a video may be 16 n, and the height of its latents 2 n.
 
-    whole: the multiple of the extent that `name` itself means, 16 for the height of a video.
+    Attributes:
+        whole: the multiple of the quantity that `name` refers to; 16 for the height of a video.
     """
 
     name: str
@@ -27,7 +28,7 @@ class Dimension:
 
     @property
     def axis(self) -> str:
-        """The name of such an axis: `height` for 16 n where `whole` is 16, and `height/8` for 2 n."""
+        """Return the name of the axis: `height` for 16 n if `whole` is 16, and `height/8` for 2 n."""
         return self.axis_of(self.multiple)
 
     def axis_of(self, multiple: int) -> str:
@@ -42,5 +43,5 @@ class Dimension:
         return rest == 0 and self.min <= blocks <= self.max
 
     def at(self, size: Size) -> int:
-        """Return the extent at one end, or in the middle, of the range."""
+        """Return the size at the minimum, the typical value, or the maximum of the range."""
         return self.multiple * getattr(self, size)

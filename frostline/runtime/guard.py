@@ -1,4 +1,4 @@
-"""Detect that a stage's modules have changed since its engines were bound to them."""
+"""Detect changes of a stage's modules since its engines were bound to them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from frostline.runtime.backends.base.inputs import LiveCheck
 from frostline.runtime.identity.architecture import adapter_parameters
 from frostline.runtime.stage import ModuleTensors, Network, Stage
 
-# Bytes from the middle of each tensor that are compared as well: 16 values of fp32.
+# Number of bytes from the middle of each tensor to compare: 16 values of fp32.
 _PROBE_BYTES = 64
 
 
 class WeightGuard:
-    """A snapshot of a stage's module tree and its frozen tensors, which takes microseconds to compare.
+    """A snapshot of a stage's module tree and frozen tensors; comparing it takes microseconds.
 
-    It detects replaced modules and parameter objects, moved memory (`p.data = x`), and changes in place that autograd
-    counts. PEFT merges through `weight.data += delta`, which neither moves memory nor is counted, so that for tensors
-    on the CPU some bytes are compared as well. On a GPU that would make the host wait: there the bytes are compared
-    only if a live tensor has changed too, as it does when an adapter is merged and reset.
+    It detects replaced modules and parameters, moved memory (`p.data = x`), and in-place changes that autograd counts.
+    PEFT merges with `weight.data += delta`, which neither moves memory nor is counted. Therefore, some bytes of tensors
+    on the CPU are compared as well. On a GPU, this would make the host wait: there the bytes are compared only if a
+    live tensor has changed too, as happens when an adapter is merged and reset.
 
-    A write through `.data` to part of a tensor, or on a GPU without a change of a live tensor, is not detected:
+    Not detected: a write through `.data` to part of a tensor, or on a GPU without a change of a live tensor.
     `Runtime.replan` hashes the weights again.
 
     Args:
@@ -47,13 +47,13 @@ class WeightGuard:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights were spread over processes: FSDP then swaps the tensors of a layer at each use."""
+        """Return whether weights were sharded over processes: FSDP then replaces the tensors of a layer at each use."""
         return any(hasattr(owner.get(key), "_local_tensor") for owner, key, *_ in self._tensors)
 
     def holds(self) -> bool:
-        """Return whether all is as it was."""
+        """Return whether nothing has changed since the snapshot."""
         if self._weights is not None and not self._weights.resident:
-            return True  # released; compared once they are read again
+            return True  # released; compared after they are read again
         for owner, key, tensor, address, version in self._tensors:
             if owner.get(key) is not tensor or tensor.data_ptr() != address or _version(tensor) != version:
                 return False
@@ -66,7 +66,7 @@ class WeightGuard:
         return self._gpu_probe is None or self._gpu_holds(self._gpu_probe)
 
     def restored(self) -> bool:
-        """Return whether weights that were released have been read again from the files of the snapshot."""
+        """Return whether released weights have been read again from the files of the snapshot."""
         return self.from_files and self._weights is not None and self._weights.as_read
 
     def _count_live(self) -> int:
@@ -83,7 +83,7 @@ class WeightGuard:
 
 
 class LiveGuard:
-    """Checks that engines can take the live tensors of a stage and the adapter switches of its modules.
+    """Check that engines support the live tensors of a stage and the adapter switches of its modules.
 
     Args:
         stage: its module tree must not change during the lifetime of the guard.
@@ -102,7 +102,7 @@ class LiveGuard:
                     self._gone = str(error)
 
     def conflict(self) -> str | None:
-        """Return why no engine computes what the modules compute now, or None."""
+        """Return why no engine matches the current state of the modules, or None."""
         if self._gone is not None:
             return self._gone
         if (reason := self._module_state()) is not None:
@@ -116,8 +116,8 @@ class LiveGuard:
 
 
 def _frozen(network: Network) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
-    """Yield the dict that holds it, its key and itself, for each tensor that an engine may keep a copy of."""
-    # Where matrices of a LoRA are inputs, those of other adapters change nothing of what engines compute.
+    """Yield the containing dict, the key and the tensor, for each tensor that an engine may have a copy of."""
+    # If LoRA matrices are inputs, the matrices of other adapters do not change what engines compute.
     left_out = adapter_parameters(network.module) if network.live else set()
     left_out |= {id(tensor) for tensor in network.live.values()}
     for part in network.module.modules():
@@ -131,12 +131,12 @@ def _edges(module: nn.Module) -> Iterator[tuple[dict[str, nn.Module | None], str
 
 
 def _version(tensor: Tensor) -> int:
-    # Tensors made in inference mode have no counter.
+    # Tensors created in inference mode have no version counter.
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _middle(tensor: Tensor) -> tuple[int, int]:
-    """Return address and size of the bytes in the middle of a dense tensor on the CPU; a size of 0 for others."""
+    """Return address and size of the bytes in the middle of a dense tensor on the CPU; size 0 for other tensors."""
     if tensor.device.type != "cpu":
         return 0, 0
     storage = tensor.untyped_storage()

@@ -1,6 +1,6 @@
-"""Native calls that take minutes, in a thread of their own: Ctrl-C and other exceptions reach the caller at once.
+"""Run long native calls in their own thread, so that Ctrl-C and other exceptions reach the caller at once.
 
-Python runs signal handlers in the main thread, between two of its instructions: while native code runs there, none.
+Python runs signal handlers in the main thread between two bytecode instructions; a native call there delays them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 _Result = TypeVar("_Result")
 
-# How long work that was cancelled is waited for: who pressed Ctrl-C waits as well.
+# Maximum time to wait for cancelled work, because the user who pressed Ctrl-C is waiting.
 _PATIENCE_SECONDS = 0.5
 _POLL_SECONDS = 0.1
 
@@ -22,14 +22,14 @@ _left_behind: list[threading.Thread] = []
 def run_interruptibly(
     work: Callable[[], _Result], cancelled: threading.Event, poll: Callable[[], None] = lambda: None
 ) -> _Result:
-    """Return the result of `work`, which runs in a thread.
+    """Return the result of `work`, which runs in its own thread.
 
-    Where `poll` or a signal handler raises, `cancelled` is set, and the exception goes on as soon as `work` has ended;
-    or without it, if that takes too long: `work_left_behind` then says so.
+    If `poll` or a signal handler raises, `cancelled` is set, and the exception is raised as soon as `work` has ended.
+    If this takes too long, it is raised earlier, and `work_left_behind` returns True from then on.
 
     Args:
-        cancelled: what `work` should end for.
-        poll: called here several times a second, and once when the work is done.
+        cancelled: `work` should end when this is set.
+        poll: called in this thread several times a second, and once when the work is done.
     """
     future: Future[_Result] = Future()
 
@@ -55,5 +55,5 @@ def run_interruptibly(
 
 
 def work_left_behind() -> bool:
-    """Return whether native code still runs for a caller that was interrupted: an orderly exit would pull it down."""
+    """Return whether native code of an interrupted call still runs; a normal exit of the process would crash it."""
     return any(thread.is_alive() for thread in _left_behind)

@@ -1,4 +1,4 @@
-"""The engines that are in memory, each loaded when it is first used."""
+"""The engines in memory, each loaded at first use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ FindRecord = Callable[[str, str], EngineRecord | None]
 class LoadedStage:
     """A stage on one backend.
 
-    networks: runners of its networks, by name. run: computes the whole stage; takes inputs and variant.
+    Attributes:
+        networks: runners of its networks, by name.
+        run: computes the whole stage; its arguments are inputs and variant.
     """
 
     networks: Mapping[str, Runner]
@@ -33,12 +35,12 @@ class LoadedStage:
 
 
 class LoadedEngines:
-    """Stages on backends. Not for several threads at once.
+    """Stages on backends. Not thread-safe.
 
     Args:
         stages: by name.
-        store: None where there are no engines.
-        find: the engine of a stage on a backend.
+        store: None if there are no engines.
+        find: returns the engine of a stage on a backend.
     """
 
     def __init__(self, stages: Mapping[str, Stage], store: EngineStore | None, find: FindRecord) -> None:
@@ -51,10 +53,10 @@ class LoadedEngines:
         return stage_and_backend in self._loaded
 
     def load(self, name: str, backend: str) -> LoadedStage:
-        """Return a stage on a backend, torch among them.
+        """Return a stage on a backend, or on torch.
 
         Raises:
-            EngineError: there is no engine, or it is refused or does not load.
+            EngineError: there is no engine, or it is rejected or cannot be loaded.
         """
         stage = self._stages[name]
         if not holds_weights(backend):
@@ -70,7 +72,7 @@ class LoadedEngines:
         """Return the engine of a stage after checking its signature and hashes.
 
         Raises:
-            EngineError: there is none, or it is refused.
+            EngineError: there is none, or it is rejected.
         """
         record = self._find(name, backend)
         if self._store is None or record is None:
@@ -78,35 +80,34 @@ class LoadedEngines:
         return self._store.verify(record)
 
     def unload(self, name: str, keep: Collection[str] = ()) -> None:
-        """Give back the memory of a stage's engines, but of those on the backends `keep`."""
+        """Release the engines of a stage, except those on the backends `keep`."""
         for key in [key for key in self._loaded if key[0] == name and key[1] not in keep]:
             del self._loaded[key]
 
     def unload_borrowers(self, name: str) -> None:
-        """Give back those that compute with the module's own weights: these are elsewhere now."""
+        """Release the engines that use the module's own weights, which have been moved."""
         self.unload(name, keep=[backend for _, backend in self._loaded if holds_weights(backend)])
 
     def _load(self, stage: Stage, backend: str) -> Mapping[str, Runner]:
         engine = self.verify(stage.name, backend)
         if not engine.manifest.verified:
             raise EngineError(
-                f"engine {engine.path} was built but never compared with PyTorch: "
-                "`frostline plan MODEL` does so on this machine"
+                f"engine {engine.path} was never compared with PyTorch: run `frostline plan MODEL` on this machine"
             )
         if not engine.manifest.keeps(stage.tolerance):
             again = export_command(stage.name, backend)
-            log.warning("stage %s: its %s engine was verified within looser bounds: `%s`", stage.name, backend, again)
+            log.warning("stage %s: its %s engine was verified with looser tolerances: `%s`", stage.name, backend, again)
         networks = {network.name: network for network in stage.networks}
         return get_backend(backend).load(engine, networks, stage.networks[0].device)
 
 
 def holds_weights(backend: str) -> bool:
-    """Return whether an engine of this backend has weights of its own."""
+    """Return whether engines of this backend contain their own weights."""
     return backend != TORCH and get_backend(backend).holds_weights
 
 
 def weight_bytes(stage: Stage) -> int:
-    """Size of a stage's weights, each counted once."""
+    """Return the size of a stage's weights in bytes; shared weights are counted once."""
     if stage.weights is not None:
         return stage.weights.nbytes
     parameters = (p for network in stage.networks for p in network.module.parameters())

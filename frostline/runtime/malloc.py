@@ -1,4 +1,4 @@
-"""CPU memory of tensors: keep the memory that one training step frees for the next step."""
+"""Memory of CPU tensors: keep the memory that one training step frees for the next step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _TOP_PAD = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library hold on to freed memory until the process ends.
+    """Keep freed memory in the process until it ends.
 
-    By default glibc returns the memory of large tensors to the system at once, and the system zeroes each page when it
-    is allocated again, which is a considerable part of a step on the CPU. With this setting, the process keeps its peak
-    memory.
+    By default, glibc returns the memory of large tensors to the system at once, and the system zeroes each page when it
+    is allocated again. This takes a considerable part of a training step on the CPU. With this setting, the process
+    keeps its peak memory.
 
     Returns:
         Whether it took effect; only glibc is supported.

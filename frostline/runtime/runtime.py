@@ -1,7 +1,7 @@
-"""The runtime: serves each frozen stage from the backend that the plan names, and swaps backends on demand.
+"""The runtime: run each frozen stage on the backend that the plan selects, and switch backends on demand.
 
-Before an engine serves, the stage's modules are compared with what the engine was bound to (`runtime/guard.py`): it
-never computes with weights, adapters or switches that the module no longer has.
+Before an engine is used, the stage's modules are compared with the state that the engine was bound to
+(`runtime/guard.py`), so that it never computes with outdated weights, adapters or switches.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ log = logging.getLogger(__name__)
 
 
 class Runtime:
-    """Serves frozen stages, to any number of threads.
+    """Run frozen stages; thread-safe.
 
-    Engines run side by side where their backend allows it. PyTorch computes one stage at a time: diffsynth's VAE keeps
-    caches in its modules, and a LoRA is switched off in place for the KL reference. `use` and `replan` concern all
-    threads. A deep copy serves copies of the stages, with their own weights, and loads its engines anew.
+    Engines run concurrently if their backend allows it. PyTorch computes one stage at a time: diffsynth's VAE keeps
+    caches in its modules, and a LoRA is disabled in place for the KL reference. `use` and `replan` affect all threads.
+    A deep copy contains copies of the stages with their own weights, and loads its engines again.
 
     Args:
         stages: by name.
-        plan: `auto` (per stage and shape the fastest verified engine, measured on this machine, torch where none is
-            faster), one backend for all stages, or a mapping of stage to backend, of which `*` names the backend of
-            the stages that it leaves out (`auto` if not given).
-        engines: the engine store; None serves everything from torch.
-        strict: raise where an engine fails, instead of falling back to torch.
+        plan: `auto` (the fastest verified engine for each stage and shape, measured on this machine; torch if none is
+            faster), one backend for all stages, or a mapping of stage to backend, in which `*` is the backend of all
+            other stages (`auto` if not given).
+        engines: the engine store; None runs everything on torch.
+        strict: raise if an engine fails, instead of falling back to torch.
     Raises:
         ConfigError: the plan names an unknown stage or backend.
-        EngineError: `strict`, and an engine that the plan names cannot be had.
+        EngineError: `strict`, and an engine that the plan names is not available.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Runtime:
         self.stages = dict(stages)
         self.strict = strict
         self.clock = StageClock()
-        # Stages that nothing will be asked of, because the cache has it all: what they need is not made ready.
+        # Stages that are not used because all their outputs are cached: they are not prepared.
         self.idle: frozenset[str] = frozenset()
         self._store = EngineStore(engines) if engines is not None else None
-        # Held to decide and to load, never while an engine computes; taken before the other where both are.
+        # Held while choosing and loading, never while an engine computes. If both locks are needed, this one is
+        # acquired first.
         self._lock = threading.RLock()
         self._torch_lock = threading.RLock()
         self._digests = WeightDigests(self.stages)
@@ -82,9 +83,9 @@ class Runtime:
         self.replan(plan)
 
     def replan(self, plan: PlanSetting) -> None:
-        """Choose the backends again, for instance after an export; engines that failed before are tried again.
+        """Choose the backends again, for example after an export; engines that failed before are tried again.
 
-        Weights are hashed again, which detects the changes that `WeightGuard` cannot.
+        Weights are hashed again, which detects the changes that `WeightGuard` cannot detect.
         """
         wanted = expand_plan(plan, self.stages)
         with self._lock:
@@ -109,30 +110,30 @@ class Runtime:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Runtime holds engines of this process and cannot be pickled: save the adapter with "
-            "`module.save_adapter(folder)`, and load model and adapter in the other process"
+            "a Runtime contains engines of this process and cannot be pickled: save the adapter "
+            "with `module.save_adapter(folder)`, and load model and adapter in the other process"
         )
 
     @property
     def plan(self) -> Plan:
-        """What serves each stage now; where that depends on the shape, at the one that came last."""
+        """Return the current backend of each stage; if it depends on the shape, for the latest shape."""
         latest = {name: self.trials.latest(name) or choice for name, choice in self._plan.items() if choice.candidates}
         return Plan({**self._plan, **latest})
 
     def __getitem__(self, stage: str) -> Runner:
-        """Return the stage as a callable that follows the plan, also when it changes later."""
+        """Return the stage as a callable that follows the plan, including later changes."""
         if stage not in self.stages:
-            raise ConfigError(f"there is no stage {stage!r}: this runtime serves {', '.join(self.stages)}")
+            raise ConfigError(f"there is no stage {stage!r}; valid stages: {', '.join(self.stages)}")
         return _PlannedRunner(self, stage)
 
     @contextmanager
     def use(self, **backends: str) -> Iterator[None]:
-        """Serve the named stages from other backends within the block, e.g. `use(vae_encoder="torch")`."""
+        """Run the named stages on other backends within the block, e.g. `use(vae_encoder="torch")`."""
         with self._lock:
             chosen = {}
             for name, backend in backends.items():
                 if name not in self.stages:
-                    raise ConfigError(f"there is no stage {name!r}: this runtime serves {', '.join(self.stages)}")
+                    raise ConfigError(f"there is no stage {name!r}; valid stages: {', '.join(self.stages)}")
                 chosen[name] = self._choose(name, backend)
             before = {name: (self._plan[name], self._wanted[name]) for name in chosen}
             self._plan |= chosen
@@ -145,9 +146,10 @@ class Runtime:
                 self._wanted |= {name: wanted for name, (_, wanted) in before.items()}
 
     def check_engines(self) -> set[tuple[str, str]]:
-        """Check signatures and hashes of all engines in the plan, before any of them is loaded.
+        """Check signatures and hashes of all engines in the plan before any of them is loaded.
 
-        An engine that is refused is replaced, as it would be on loading. Return stage and backend of each.
+        A rejected engine is replaced by another backend, as on loading. Return stage and backend of each rejected
+        engine.
         """
         refused = set()
         for name, choice in [*self._plan.items()]:
@@ -160,12 +162,11 @@ class Runtime:
         return refused
 
     def release_weights(self, *stages: str, engines: bool = False) -> None:
-        """Release PyTorch weights that are not needed now; they are read again on the next use.
+        """Release PyTorch weights that are not needed now; they are read again at the next use.
 
         Args:
-            stages: for instance those with cached outputs; if none is named, those served by an engine that has its own
-                copy of the weights.
-            engines: give back the memory of the engines of `stages`, too.
+            stages: for example those with cached outputs; if empty, those that run on an engine with its own weights.
+            engines: also release the engines of `stages`.
         """
         for name in stages or [name for name, choice in self._plan.items() if holds_weights(choice.backend)]:
             if engines:
@@ -175,7 +176,7 @@ class Runtime:
                 weights.release()
 
     def pending_bytes(self) -> int:
-        """Return the size of weights that are not in memory yet and will be once every stage has run as planned."""
+        """Return the size of weights that are not in memory yet but will be once every stage has run as planned."""
         pending = 0
         for name, choice in ((name, choice) for name, choice in self._plan.items() if name not in self.idle):
             stage = self.stages[name]
@@ -187,16 +188,18 @@ class Runtime:
         return pending
 
     def fingerprint(self, stage: str) -> str:
-        """Return an id of what the outputs depend on besides the inputs: the weights and the possible backends."""
+        """Return an id of everything that the outputs depend on besides the inputs: the weights and the possible
+        backends.
+        """
         weights = self._weights_of(stage)
         choice = self._plan[stage]
         backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend
         return f"{backends} {weights}"
 
     def admits(self, stage: str, inputs: Tensors) -> bool:
-        """Return whether the backend of a stage with one network serves inputs of these shapes in one call.
+        """Return whether the backend of a stage with one network supports inputs of these shapes in one call.
 
-        The backend is the one that served the stage last, which is torch, for any shape, if it was the fastest.
+        The backend is the one that was last used for the stage; torch supports any shape.
         """
         latest = self.trials.latest(stage)
         choice = latest or self._plan[stage]
@@ -208,16 +211,16 @@ class Runtime:
     def run(
         self, stage: str, inputs: Tensors, *, variant: str | None = None, use: str | None = None
     ) -> dict[str, Tensor]:
-        """Run one stage as planned; a failing engine is replaced by torch, with one warning.
+        """Run a stage as planned; if an engine fails, use torch and log one warning.
 
-        If PyTorch fails on the same inputs, the inputs are at fault and the engine stays in use.
+        If PyTorch fails on the same inputs, the inputs are at fault, and the engine stays in use.
 
         Args:
             variant: one of the stage's variants; None runs the modules as they are.
-            use: name of this use in the timings; by default the stage's name.
+            use: name of this use in the timings; the stage's name by default.
         Raises:
-            EngineError: `strict`, and no engine computes this; or the weights are sharded over processes, and an
-                engine failed in this one: the others would wait for it.
+            EngineError: `strict`, and no engine can compute this; or the weights are sharded over processes, and an
+                engine failed in this process, for which the other processes would wait.
         """
         case = Case(inputs, variant)
         backend = self._backend_at(stage, case)
@@ -226,10 +229,10 @@ class Runtime:
             return outputs
 
     def networks_at(self, stage: str, inputs: Tensors) -> tuple[str, dict[str, Runner]]:
-        """Return the backend that serves inputs of these shapes, and the stage's networks on it, by name.
+        """Return the backend for inputs of these shapes, and the stage's networks on it, by name.
 
         For callers that combine the networks in another way. These calls are not timed. If an engine fails, torch
-        computes that network and all that are called after it, with one warning.
+        computes that network and all that are called after it, and one warning is logged.
         """
         case = Case(inputs)
         backend = serving = self._backend_at(stage, case)
@@ -245,10 +248,11 @@ class Runtime:
         return backend, {network.name: partial(run, network.name) for network in self.stages[stage].networks}
 
     def agree_across_processes(self) -> None:
-        """Load the engines that the plan names; an engine that fails in one process is dropped in all of them.
+        """Load the engines that the plan names; an engine that fails in one process is dropped in all processes.
 
-        A collective call, to be made before weights are sharded: afterwards a process that falls back to torch on its
-        own would deadlock waiting for the others. If the plans of the processes differ, torch serves the stage.
+        This is a collective call, to be made before weights are sharded: afterwards, a process that falls back to torch
+        on its own would deadlock, waiting for the others. If the plans of the processes differ, the stage runs on
+        torch.
         """
         for name in [name for name in self.stages if name not in self.idle] if several_processes() else ():
             backend = self._plan[name].backend
@@ -265,14 +269,14 @@ class Runtime:
         if choice.backend == TORCH and wanted not in (AUTO, TORCH):
             if self.strict:
                 raise EngineError(choice.reason)
-            log.warning("%s; torch serves it meanwhile", choice.reason)
+            log.warning("%s; using torch in the meantime", choice.reason)
         return choice
 
     def _finder(self, name: str) -> FindRecord | None:
         return None if self._store is None else partial(self.record, name)
 
     def _backend_at(self, stage: str, case: Case) -> str:
-        """Return the backend that serves inputs of these shapes, the stage's modules being what they are now."""
+        """Return the backend for inputs of these shapes and the current state of the stage's modules."""
         with self._lock:
             if self._wanted[stage] == TORCH or self._store is None:
                 return TORCH
@@ -282,33 +286,36 @@ class Runtime:
                 return TORCH
             if (reason := self._conflict(stage)) is not None:
                 if self.strict:
-                    raise EngineError(f"stage {stage}: no engine computes what the module does: {reason}")
-                self._warn_once(f"stage {stage}: torch serves it for now: {reason}")
+                    raise EngineError(f"stage {stage}: no engine matches the current state of the module: {reason}")
+                self._warn_once(f"stage {stage}: using torch for now: {reason}")
                 return TORCH
             if not choice.candidates:
                 return choice.backend
             return self.trials.choose(self.stages[stage], choice, case).backend
 
     def _conflict(self, stage: str) -> str | None:
-        """Return why engines cannot compute what the stage's modules compute now; None if they can."""
+        """Return why engines do not match the current state of the stage's modules; None if they do."""
         if stage not in self._live_guards:
             self._live_guards[stage] = LiveGuard(self.stages[stage])
         guard = self._live_guards[stage]
         if guard.conflict() is None:
             return None
         with self._torch_lock:
-            return guard.conflict()  # another thread may have switched the LoRA off for as long as it held the lock
+            return guard.conflict()  # another thread may have disabled the LoRA while it held the lock
 
     def _drop_candidate(self, stage: str, backend: str, error: Exception) -> None:
-        """Drop a backend of a stage; from now on the remaining candidates serve it, or torch."""
+        """Drop a backend of a stage; from now on the remaining candidates or torch are used."""
         with self._lock:
-            if backend in (self._plan[stage].backend, *self._plan[stage].candidates):  # or another thread was faster
+            if backend in (
+                self._plan[stage].backend,
+                *self._plan[stage].candidates,
+            ):  # or another thread dropped it first
                 self._drop(stage, backend, error)
 
     def _drop(self, stage: str, backend: str, error: Exception) -> None:
         rest = tuple(name for name in self._plan[stage].candidates if name != backend)
         left = " or ".join((*rest, TORCH))
-        log.warning("stage %s: backend %s failed, %s serves it from now on (%s)", stage, backend, left, error)
+        log.warning("stage %s: backend %s failed, using %s from now on (%s)", stage, backend, left, error)
         self._plan[stage] = Choice(rest[0] if rest else TORCH, f"{backend} failed: {error}", {}, rest)
         self.trials.forget(stage)
 
@@ -331,7 +338,7 @@ class Runtime:
             return self._digests[name]
 
     def _choose_again(self, name: str) -> None:
-        """Serve a stage whose weights have changed with engines of the new ones, or torch."""
+        """Use engines of the new weights for a stage whose weights have changed, or torch."""
         self._engines.unload(name)
         self.trials.forget(name)
         before = self._plan[name]
@@ -341,7 +348,7 @@ class Runtime:
             message = f"stage {name}: its weights have changed since its engine was built: {choice.reason}"
             if self.strict:
                 raise EngineError(message)
-            self._warn_once(f"{message}; torch serves it meanwhile")
+            self._warn_once(f"{message}; using torch in the meantime")
 
     def _load(self, name: str, backend: str) -> LoadedStage:
         with self._lock:
@@ -366,22 +373,25 @@ class Runtime:
                 raise
             if self._digests.sharded(stage):
                 raise EngineError(
-                    f"stage {stage}: backend {backend} failed in one of several processes over which the weights are "
-                    f"sharded, where it cannot fall back to torch alone: start again with plan {stage}=torch ({error})"
+                    f"stage {stage}: backend {backend} failed in one of several processes with sharded "
+                    "weights, where a single process cannot fall back to torch: start again with plan "
+                    f"{stage}=torch ({error})"
                 ) from error
-            outputs = on(TORCH)  # raises where the inputs are wrong, or memory is short: no fault of the engine
+            outputs = on(
+                TORCH
+            )  # raises if the inputs are invalid or memory runs out, which is not a fault of the engine
             self._blame(stage, backend, error)
             return outputs, TORCH
 
     def _blame(self, stage: str, backend: str, error: Exception) -> None:
-        """Decide what serves after an engine failed where PyTorch did not."""
+        """Choose the backend to use after an engine failed on inputs that PyTorch accepts."""
         if self.strict:
             raise error
         if isinstance(error, InputError):
             what = "shape" if isinstance(error, ShapeError) else "input"
-            self._warn_once(f"stage {stage}: torch serves this {what} ({error})")
+            self._warn_once(f"stage {stage}: using torch for this {what} ({error})")
         elif isinstance(error, EngineMemoryError):
-            self._warn_once(f"stage {stage}: backend {backend} ran out of memory, torch serves this call ({error})")
+            self._warn_once(f"stage {stage}: backend {backend} ran out of memory, using torch for this call ({error})")
         else:
             self._drop_candidate(stage, backend, error)
 

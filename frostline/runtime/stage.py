@@ -1,4 +1,4 @@
-"""Stages, which the runtime serves: their networks, and the specs of their input and output tensors."""
+"""Stages, which the runtime runs: their networks, and the specs of their input and output tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 class Runner(Protocol):
     """Runs one network, or a whole stage, on some backend.
 
-    Tensors in and out are torch's, on the stage's device. Outputs belong to the caller: no later call changes them.
+    Inputs and outputs are torch tensors on the stage's device. The caller owns the outputs: later calls do not change
+    them.
     """
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]: ...
@@ -33,7 +34,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input of a network: its name, its shape with open dimensions, its dtype, and what a sample looks like."""
+    """An input of a network: its name, its shape with dynamic dimensions, its dtype, and its sample values."""
 
     name: str
     shape: tuple[int | Dimension, ...]
@@ -41,7 +42,7 @@ class TensorSpec:
     fill: Fill | None = None
 
     def shape_at(self, size: Size) -> tuple[int, ...]:
-        """Return the shape with all open dimensions at their smallest, typical or largest extent."""
+        """Return the shape with all dynamic dimensions at their minimum, typical value or maximum."""
         return tuple(d.at(size) if isinstance(d, Dimension) else d for d in self.shape)
 
     def admits(self, shape: Sequence[int]) -> bool:
@@ -56,7 +57,7 @@ class TensorSpec:
         return self.random(self.shape_at(size), generator)
 
     def random(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Random values of a shape that the spec admits; standard normal where `fill` says nothing."""
+        """Return random values for a shape within the spec; standard normal if `fill` is None."""
         values = self.fill(shape, generator) if self.fill else torch.randn(shape, generator=generator)
         return values.to(self.dtype)
 
@@ -65,8 +66,8 @@ class ModuleTensors(Mapping[str, Tensor]):
     """Tensors of a module by name, looked up at each use: a parameter object may be replaced at any time.
 
     Args:
-        module: which holds them.
-        paths: from the names here to those of `module.named_parameters()`.
+        module: the module that contains them.
+        paths: maps the names used here to names in `module.named_parameters()`.
     """
 
     def __init__(self, module: nn.Module, paths: Mapping[str, str]) -> None:
@@ -76,17 +77,17 @@ class ModuleTensors(Mapping[str, Tensor]):
         self.look_up()
 
     def look_up(self) -> None:
-        """Find the modules that hold the tensors, again after the module tree has changed.
+        """Find the modules that contain the tensors, again after the module tree has changed.
 
         Raises:
-            EngineError: one of them is gone.
+            EngineError: a parameter no longer exists.
         """
         for name, path in self._paths.items():
             owner, _, leaf = path.rpartition(".")
             try:
                 self._owners[name] = (self._module.get_submodule(owner), leaf)
             except AttributeError as error:
-                raise EngineError(f"the module no longer has its parameter {path}") from error
+                raise EngineError(f"the module no longer has the parameter {path}") from error
 
     def __getitem__(self, name: str) -> Tensor:
         owner, leaf = self._owners[name]
@@ -103,11 +104,12 @@ class ModuleTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Network:
-    """One graph that a backend compiles.
+    """A graph that a backend compiles.
 
-    module: takes the inputs positionally, in order, then the live tensors; returns the outputs in order.
-    live: tensors of the trainer, by input name, that engines read in place: after an optimizer step the engine
-        computes with the new values. Their open dimensions, and random values that show, are in `live_specs`.
+    Attributes:
+        module: takes the inputs as positional arguments, in order, then the live tensors; returns the outputs in order.
+        live: tensors of the trainer, by input name, that engines read in place: after an optimizer step, the engine
+            uses the new values. `live_specs` contains their dynamic dimensions and random sample values.
     """
 
     name: str
@@ -119,50 +121,50 @@ class Network:
 
     @property
     def weight(self) -> Tensor:
-        """One of the weights, to tell device and floating-point type by."""
+        """Return one of the weights, which determines device and floating-point type."""
         tensors = itertools.chain(self.module.parameters(), self.module.buffers())
         return next(tensor for tensor in tensors if tensor.is_floating_point())
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.weight.device
 
     def samples(self, size: Size, seed: int = 0) -> dict[str, Tensor]:
-        """Random inputs, without the live ones."""
+        """Return random inputs, without the live ones."""
         generator = torch.Generator().manual_seed(seed)
         return {spec.name: spec.sample(size, generator).to(self.device) for spec in self.inputs}
 
     def check_names(self, inputs: Mapping[str, Tensor]) -> None:
-        """Hold the names of the inputs against the network's.
+        """Check the names of the inputs.
 
         Raises:
-            InputError: names one that is missing or not known.
+            InputError: an input is missing or unknown.
         """
         names = {spec.name for spec in self.inputs}
         if wrong := sorted(inputs.keys() ^ names):
             raise InputError(f"network {self.name} {'lacks its' if wrong[0] in names else 'has no'} input {wrong[0]}")
 
     def check_shapes(self, inputs: Mapping[str, Tensor]) -> None:
-        """Hold the inputs against the range that engines are built for.
+        """Check that the shapes of the inputs are in the range that engines are built for.
 
         Raises:
-            ShapeError: names the input, its shape and the range.
+            ShapeError: they are not; the message names the input, its shape and the range.
         """
         for spec in self.inputs:
             shape = tuple(inputs[spec.name].shape)
             if not spec.admits(shape):
                 raise ShapeError(
-                    f"network {self.name}: input {spec.name} has shape {shape}, the engine serves "
+                    f"network {self.name}: input {spec.name} has shape {shape}, the engine supports "
                     f"{spec.shape_at('min')} to {spec.shape_at('max')}"
                 )
 
     @torch.no_grad()
     def reference(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what PyTorch computes on the same inputs.
+        """Return the outputs of PyTorch for the same inputs.
 
         Raises:
-            InputError: an input is missing or not known.
+            InputError: an input is missing or unknown.
         """
         self.check_names(inputs)
         positional = [inputs[spec.name] for spec in self.inputs]
@@ -179,19 +181,21 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A named computation that any backend may serve while it is frozen: here one network, and nothing around it.
+    """A named computation that any backend may run while it is frozen. This class has one network and nothing around
+    it.
 
-    A stage of several networks, or with work around them, overrides `torch` and `run`. Stages are data and methods,
-    never closures: a deep copy of a module has stages of its own, which compute with its own weights.
+    A stage with several networks, or with work around them, overrides `torch` and `run`. Stages are data and methods,
+    never closures: a deep copy of a module has its own stages, which use its own weights.
 
-    A stage may have variants, by name: the same weights used in another way, such as a denoiser without its LoRA. The
+    A stage may have named variants: the same weights used in another way, such as a denoiser without its LoRA. The
     variant None is the module as it is.
 
-    networks: the parts that backends compile.
-    tolerance: maximum difference of an engine's outputs from PyTorch's.
-    weights: weights of a stage that is always frozen; they can be released while an engine serves it.
-    description: inputs and outputs in words, for the users of its ONNX files.
-    license: SPDX identifier of the weights' licence, None where it is not known.
+    Attributes:
+        networks: the parts that backends compile.
+        tolerance: maximum deviation of an engine's outputs from PyTorch's.
+        weights: weights of a stage that is always frozen; they can be released while an engine is used.
+        description: inputs and outputs in words, for users of its ONNX files.
+        license: SPDX identifier of the weights' licence; None if unknown.
     """
 
     name: str
@@ -203,7 +207,7 @@ class Stage:
     license: str | None = None
 
     def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Compute the stage in plain PyTorch, the reference that engines are compared with."""
+        """Compute the stage in PyTorch, the reference for engines."""
         return self.networks[0].reference(inputs)
 
     def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
@@ -211,30 +215,30 @@ class Stage:
         return on[self.networks[0].name](**inputs)
 
     def cases(self) -> Mapping[str, Case]:
-        """Return realistic inputs by name, at which engines are compared with PyTorch; the first one is timed."""
+        """Return realistic inputs by name, on which engines are compared with PyTorch; the first one is timed."""
         return {"sample": Case(self.networks[0].samples("opt"))}
 
     def module_state(self) -> ModuleState:
-        """Return a check for a state of the modules, other than their tensors, in which engines compute otherwise.
+        """Return a check of module state, other than tensors, that makes engines compute something else.
 
-        It is made anew where the module tree has changed, and called before each use of an engine.
+        It is created again when the module tree has changed, and called before each use of an engine.
         """
         return _always_as_exported
 
     def restore_weights(self) -> None:
-        """Make sure that PyTorch can compute the stage: its weights may be away."""
+        """Make sure that PyTorch can compute the stage: its weights may have been released."""
         if self.weights is not None and not self.weights.resident:
             log.info("stage %s: reading its weights", self.name)
             self.weights.restore()
 
 
 def in_torch(network: Network) -> Runner:
-    """Return one network in PyTorch."""
+    """Run one network in PyTorch."""
     return lambda **inputs: network.reference(inputs)
 
 
 ModuleState = Callable[[], str | None]
-"""Returns why no engine computes what the modules compute now, or None."""
+"""Return why no engine matches the current state of the modules, or None."""
 
 
 def _always_as_exported() -> None:

@@ -1,4 +1,4 @@
-"""Milliseconds per use of a stage, measured without making a GPU wait."""
+"""Milliseconds for each use of a stage, measured without making a GPU wait."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import torch
 class StageTime:
     """Total time of one use of a stage while times were collected.
 
-    backend: the backends that served it, comma-separated.
+    Attributes:
+        backend: the backends that were used, comma-separated.
     """
 
     backend: str
@@ -32,7 +33,7 @@ class StageTimes:
         self._spans: list[tuple[str, str, _Span]] = []
 
     def read(self) -> dict[str, StageTime]:
-        """Return the times since the last read, by use; on a GPU this waits for the work to end."""
+        """Return the times since the last read, by use. On a GPU, this waits for the work to end."""
         collected, self._spans = self._spans, []
         by_use: dict[str, list[tuple[str, _Span]]] = defaultdict(list)
         for use, backend, span in collected:
@@ -49,7 +50,7 @@ class StageTimes:
 
 
 class StageClock:
-    """Times each use of a stage, frozen or live, in any thread, for those who collect times meanwhile."""
+    """Time each use of a stage, frozen or live, in any thread, while times are being collected."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,7 +58,7 @@ class StageClock:
 
     @contextmanager
     def collect(self) -> Iterator[StageTimes]:
-        """Collect the uses that end within the block; blocks may be nested, and each gets all of its own."""
+        """Collect the uses that end within the block. Blocks may be nested; each collects all uses within it."""
         times = StageTimes()
         with self._lock:
             self._collecting.append(times)
@@ -69,7 +70,7 @@ class StageClock:
 
     @contextmanager
     def measure(self, use: str, backend: str) -> Iterator[None]:
-        """Time the block as a use: a stage's name where it is frozen, `denoise_tail`, …"""
+        """Time the block as one use: the name of a frozen stage, `denoise_tail`, …"""
         span = _Span()
         try:
             yield
@@ -81,7 +82,7 @@ class StageClock:
 
 
 class _Span:
-    """One use: CUDA events where there is a GPU at work, else the wall clock."""
+    """One use: CUDA events if a GPU is used, otherwise wall-clock time."""
 
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_initialized()

@@ -1,7 +1,7 @@
 """Small cache files in the user's cache folder: digests of weights, latencies of engines.
 
-Their content is trusted, so each is signed with the user's key. A file that was altered, or that another user signed,
-is ignored.
+Their content is trusted, so each file is signed with the user's key. A file that was changed, or that another user
+signed, is ignored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _MAX_BYTES = 2**20
 
 
 def cache_folder() -> Path:
-    """Return `FROSTLINE_CACHE_DIR`, or the user's cache folder of the platform."""
+    """Return `FROSTLINE_CACHE_DIR`, or the platform's cache folder of the user."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
-    import platformdirs  # only this default needs it
+    import platformdirs  # imported only for this default
 
     return platformdirs.user_cache_path("frostline")
 
@@ -42,16 +42,16 @@ def recall(note: Path) -> str | None:
 
 
 def remember(note: Path, text: str, *, keep: bool = False) -> None:
-    """Write a note, whole or not at all; where that is not possible, the next run computes it again.
+    """Write a note atomically; if that is not possible, the next run computes the value again.
 
     Args:
-        keep: a note that another process wrote meanwhile stays.
+        keep: keep a note that another process wrote in the meantime.
     """
     try:
         with atomic_write(note) as part:
             part.write_text(f"{text}\n{signing.sign(_signed(note, text))}\n")
             if keep:
-                # Fails where the note is there by now; else both are the same file, and to rename it changes nothing.
+                # Fails if the note exists by now; otherwise both names are the same file, and the rename has no effect.
                 os.link(part, note)
     except FrostlineError as error:
         if not (keep and note.is_file()):
@@ -59,5 +59,5 @@ def remember(note: Path, text: str, *, keep: bool = False) -> None:
 
 
 def _signed(note: Path, text: str) -> bytes:
-    """Return the signed bytes: text and name of the note, so that no note can be passed off as another."""
+    """Return the bytes to sign: text and name of the note, so that no note can be used in place of another."""
     return f"frostline note {note.parent.name}/{note.name}\n{text}".encode()

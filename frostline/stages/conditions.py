@@ -1,4 +1,4 @@
-"""The frozen inputs of a denoiser, as a model family describes them."""
+"""Frozen inputs of a denoiser, as a model family declares them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-# Who describes conditions imports this file: what it imports is part of what identifies their cached values.
+# Modules that declare conditions import this file, so its own imports are part of the cache key of the conditions.
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class ConditionInputs:
-    """What B samples give to the denoiser.
+    """The inputs of a batch of B samples for the denoiser.
 
-    sample_id: names for logs. prompts: B strings. first_frame: (B, 3, H, W) in [0, 1], on the CPU. num_frames: of the
-    videos to generate.
+    Attributes:
+        sample_id: names for log messages.
+        prompts: B strings.
+        first_frame: (B, 3, H, W) in [0, 1], on the CPU.
+        num_frames: number of frames of the videos to generate.
     """
 
     sample_id: tuple[str, ...]
@@ -27,10 +30,13 @@ class ConditionInputs:
 
 @dataclass(frozen=True)
 class Condition:
-    """What is computed frozen of B samples, once for each, and then cached: an input of the denoiser, for instance.
+    """A frozen, cached result for each of B samples, such as an input of the denoiser.
 
-    name: of the tensor, or of the result where that is several. stages: that compute it. keys: content key of each row.
-    compute: takes indices of rows, returns the tensors by name, with one row for each.
+    Attributes:
+        name: name of the tensor, or of the result if it has several tensors.
+        stages: names of the stages that compute it.
+        keys: content key of each row.
+        compute: takes indices of rows; returns the tensors by name, with one row for each index.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Denoiser stages of any family: noisy latents to velocity, the LoRA alive.
+"""Denoiser stages of any family: noisy latents to velocity, with a live LoRA.
 
-The adapter matrices and their scale are inputs of the graph, bound to the trainer's own memory: after an optimizer
-step the engine is on-policy with nothing to rebuild, and with scale 0 the same engine is the KL reference.
+The adapter matrices and their scale are inputs of the graph, bound to the trainer's own memory. After an optimizer step
+the engine uses the updated LoRA without a rebuild; with scale 0, the same engine computes the KL reference.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from frostline.runtime.dynamic_dim import Dimension
     from frostline.runtime.engines.tolerance import Tolerance
 
-# The variant without the LoRA: the reference of the KL term. The variant None is the policy, the model as it is.
+# The variant without the LoRA: the reference of the KL term. The variant None is the policy, the model with its LoRA.
 REFERENCE = "reference"
 
 _LORA_SCALE = "lora_scale"
-# What random adapters add to a layer, relative to its input: in bf16, too, several times what engines may differ by.
+# The change of a layer's output by random adapters, relative to its input: several times the tolerance of engines, also
+# in bf16.
 _RANDOM_LORA = 0.5
 _DESCRIPTION = (
     "Predict the flow-matching velocity (noise minus clip) from noisy latents. timestep: sigma times 1000. Inputs that "
@@ -53,14 +54,14 @@ _DESCRIPTION = (
 
 
 class LiveLoraDenoiser(nn.Module):
-    """A denoiser for tracing.
+    """Wrap a denoiser for tracing.
 
-    The positional inputs are those that `inputs` names, then `lora_scale` (0-dim, `alpha / rank`, or 0 for the KL
-    reference), then the adapter matrices. The last two are missing where the denoiser has no adapter.
+    The positional inputs are those in `inputs`, then `lora_scale` (0-dim; `alpha / rank`, or 0 for the KL reference),
+    then the adapter matrices. Without an adapter, the last two are omitted.
 
     Args:
         denoiser: takes its inputs by name.
-        network: the part of it that the LoRA is in.
+        network: the submodule that contains the LoRA.
     """
 
     def __init__(self, denoiser: nn.Module, network: nn.Module, inputs: tuple[str, ...]) -> None:
@@ -72,7 +73,7 @@ class LiveLoraDenoiser(nn.Module):
         self.adapter_names = [prefix + name for name in lora_parameters(network)]
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Predict the velocity, (B, C, F, h, w)."""
+        """Return the velocity, (B, C, F, h, w)."""
         inputs = dict(zip(self.inputs, tensors, strict=False))
         if not self.adapter_names:
             return self.denoiser(**inputs)
@@ -84,23 +85,24 @@ class LiveLoraDenoiser(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserStage(Stage):
-    """One network. Where it has a LoRA, the variant `REFERENCE` is the model without it.
+    """A denoiser with one network. If it has a LoRA, the variant `REFERENCE` is the model without it.
 
-    The variant is known on the host: a scale that is read from a tensor would make the host wait for a GPU.
+    The variant is known on the host: reading the scale from a tensor would make the host wait for a GPU.
 
-    lora_network: the part of the denoiser that the LoRA is in.
+    Attributes:
+        lora_network: the submodule that contains the LoRA.
     """
 
     denoiser: nn.Module
     lora_network: nn.Module
 
     def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Predict the velocity."""
+        """Return the velocity."""
         with adapters_off(self.lora_network) if variant == REFERENCE else nullcontext():
             return {"velocity": self.denoiser(**inputs)}
 
     def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Predict the velocity; the network takes the variant as the LoRA scale."""
+        """Return the velocity; the network gets the variant as the LoRA scale."""
         (network,) = self.networks
         if network.live:
             scale = 0.0 if variant == REFERENCE else active_scale(self.lora_network)
@@ -108,13 +110,13 @@ class DenoiserStage(Stage):
         return on[network.name](**inputs)
 
     def cases(self) -> Mapping[str, Case]:
-        """Return random inputs, where there is a LoRA once for each variant."""
+        """Return random inputs; with a LoRA, one case for each variant."""
         (network,) = self.networks
         inputs = {name: tensor for name, tensor in network.samples("opt").items() if name != _LORA_SCALE}
         return {"sample": Case(inputs), **({"base": Case(inputs, REFERENCE)} if network.live else {})}
 
     def module_state(self) -> ModuleState:
-        """Return a check of the LoRA layers' switches."""
+        """Return a check of the LoRA layers' state."""
         return LoraSwitches(self.lora_network).conflict
 
 
@@ -130,12 +132,12 @@ def denoiser_stage(
     license: str | None = None,
     weights: PartWeights | None = None,
 ) -> DenoiserStage:
-    """Make the stage of a denoiser.
+    """Create the stage of a denoiser.
 
     Args:
-        denoiser: takes `inputs` by name, of which the first two are `latents` and `timestep`.
-        lora_network: the part of it that the LoRA is in, if it has one.
-        rank: the range of LoRA ranks that engines serve.
+        denoiser: takes `inputs` by name; the first two are `latents` and `timestep`.
+        lora_network: the submodule that contains the LoRA, if any.
+        rank: the range of LoRA ranks that engines support.
     """
     adapter = lora_parameters(lora_network)
     scale = lora_scale(lora_network) if adapter else 0.0
@@ -163,7 +165,7 @@ def denoiser_stage(
 
 
 def random_timesteps(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return timesteps of samples, uniform in [0, 1000]."""
+    """Return random timesteps, uniform in [0, 1000]."""
     return 1000 * torch.rand(shape, generator=generator)
 
 
@@ -179,7 +181,8 @@ def _adapter_spec(parameter_name: str, matrix: Tensor, rank: Dimension, scale: f
     gain = 1.0 if first else _RANDOM_LORA / scale
 
     def fill(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        # Each sums over its second dimension: B A x, times the scale, is then of the size of x at any rank and scale.
+        # Each matrix sums over its second dimension, so that scale · B A x has the magnitude of x at any rank and
+        # scale.
         return gain / math.sqrt(shape[1]) * torch.randn(shape, generator=generator)
 
     return TensorSpec(name, shape, matrix.dtype, fill)

@@ -1,4 +1,4 @@
-"""The model families: packages in this folder, each with a module `family` that has the functions of `Family`."""
+"""Model families: each is a subpackage with a module `family` that defines the functions of `Family`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from frostline.models.lora import Adapter
     from frostline.stages.video_model import VideoModel
 
-# The family of models that no other family recognises: it reports their errors. Its geometry is `DEFAULT_GEOMETRY`.
+# The family for models that no other family recognises; it reports the errors. Its geometry is `DEFAULT_GEOMETRY`.
 _DEFAULT = "wan"
 
 
 class ModelSpec(Protocol):
-    """A model without its weights.
+    """The sizes of a model, without its weights.
 
-    two_experts: whether it has a denoiser for high noise levels of its own. needs_image: whether it generates from a
-    first frame. from_files: whether the sizes are those of files; False where they are of the release that the model
-    is named after.
+    Attributes:
+        two_experts: whether it has a separate denoiser for high noise levels.
+        needs_image: whether it generates from a first frame.
+        from_files: whether the sizes were read from files; False if they are those of the release with the model's
+            name.
     """
 
     @property
@@ -49,12 +51,14 @@ class ModelSpec(Protocol):
 
 
 class Family(Protocol):
-    """What a family's module `family` contains; importing it imports no torch.
+    """The contents of a family's module `family`. Importing it must not import torch.
 
-    GEOMETRY: the weakest demands on videos that any of its models has. STAGES: names of all stages that one may have.
-    FROZEN_STAGES: of those, the stages that carry no gradient, unless it is an expert that has a LoRA.
-    LORA_TARGETS: names of the layers that a LoRA adapts unless it is told otherwise. PACKAGES: whose code its networks
-    are, other than torch.
+    Attributes:
+        GEOMETRY: the least strict requirements on videos of any of its models.
+        STAGES: names of all stages that a model may have.
+        FROZEN_STAGES: those of STAGES without a gradient, unless the stage is an expert with a LoRA.
+        LORA_TARGETS: default names of the layers that a LoRA adapts.
+        PACKAGES: packages, other than torch, that contain the code of its networks.
     """
 
     __name__: str
@@ -65,68 +69,69 @@ class Family(Protocol):
     PACKAGES: tuple[str, ...]
 
     def recognises(self, model: object) -> bool:
-        """Return whether a name, folder or list of files is a model of the family, or `model` such components."""
+        """Return whether a name, a folder, a list of files or loaded components are a model of the family."""
         ...
 
     def read_spec(self, model: str | Path) -> ModelSpec:
-        """Return a model's sizes from its files; no weights are read.
+        """Return a model's sizes from its files, without reading weights.
 
         Raises:
-            ConfigError: the files do not make a model.
+            ConfigError: the files are not a complete model.
         """
         ...
 
     def trained_video(self, model: str | Path) -> tuple[int, int, int] | None:
-        """Return frames, height and width that a model was trained at; None where no one size is known."""
+        """Return the frames, height and width that a model was trained with; None if they are not known."""
         ...
 
     def files(self, model: str | Path) -> Sequence[Path]:
-        """Return all files that a model is loaded from.
+        """Return all files that are needed to load a model.
 
         Raises:
-            ConfigError: they do not make a model.
+            ConfigError: the files are not a complete model.
         """
         ...
 
     def check_files(self, model: str | Path) -> None:
-        """Raise what `load` would raise, as far as can be told without reading weights."""
+        """Raise the errors of `load` that can be detected without reading weights."""
         ...
 
     def check_lora(self, model: str | Path, lora: LoraSettings) -> None:
-        """Raise a ConfigError where the LoRA's target modules are not those of linear layers."""
+        """Raise a ConfigError if the LoRA's target modules are not linear layers of the model."""
         ...
 
     def layer_path(self, name: str, *, flat: bool = False) -> str | None:
-        """Return the path of a layer in the denoiser by its name in adapter files; see `LayerPath`."""
+        """Return the path of a layer in the denoiser for its name in adapter files; see `LayerPath`."""
         ...
 
     def diffusers_path(self, layer: str) -> str | None:
-        """Return the path in diffusers of a layer of the denoiser; None if diffusers does not have it."""
+        """Return the diffusers path of a layer of the denoiser; None if diffusers does not have the layer."""
         ...
 
     def check_adapter(self, model: str | Path, adapter: Adapter, expert: ExpertName) -> None:
-        """Raise a ConfigError where an adapter is of another model.
+        """Raise a ConfigError if an adapter is for another model.
 
         Args:
-            expert: of two, one that the model has; `low` is also the only denoiser of a model with one.
+            expert: an expert of the model; the only denoiser of a model without experts is `low`.
         """
         ...
 
     def merge_adapter(
         self, model: str | Path, adapter: Adapter, expert: ExpertName, lora_scale: float, dtype: torch.dtype | None
     ) -> Mapping[str, torch.Tensor]:
-        """Return the weights of a denoiser, with an adapter merged, by their names there.
+        """Return the weights of a denoiser with an adapter merged, by their names in the denoiser.
 
         Args:
-            expert: as for `check_adapter`.
-            dtype: type of the weights; None keeps their types, and computes weights of 8 bits in that of the others.
+            expert: see `check_adapter`.
+            dtype: type of the weights; None keeps their types, and converts 8-bit weights to the type of the other
+                weights.
         Raises:
-            ConfigError: the adapter is of another model, or a merged weight is not finite.
+            ConfigError: the adapter is for another model, or a merged weight is not finite.
         """
         ...
 
     def check_base_adapters(self, model: str | Path, adapters: Sequence[BaseAdapter]) -> None:
-        """Raise a ConfigError where an adapter cannot be read, is of another model, or names no expert of it."""
+        """Raise a ConfigError if an adapter cannot be read, is for another model, or names a missing expert."""
         ...
 
     def load(
@@ -139,21 +144,21 @@ class Family(Protocol):
         live: bool = True,
         quantization: QuantizationSettings = NOT_QUANTISED,
     ) -> Any:
-        """Load a model, frozen, in eval mode: its components.
+        """Load the components of a model, frozen, in eval mode.
 
         Args:
-            defer: leave on disk until they are needed the weights that an engine may serve.
-            base_adapters: merged into the denoisers whenever these are read, as `merge_adapter` does.
-            live: whether parts that training computes with a gradient are needed, too; where they are not, a family may
-                leave them without weights.
-            quantization: how linear layers of denoisers and text encoder are stored, each quantised as it is read.
+            defer: leave weights on disk until they are needed, if an engine may replace them.
+            base_adapters: merged into the denoisers each time these are read; see `merge_adapter`.
+            live: whether the parts that training computes with a gradient are needed; otherwise a family may leave out
+                their weights.
+            quantization: storage format of the linear layers in denoisers and text encoder, quantised while reading.
         Raises:
-            ConfigError: says which file does not fit.
+            ConfigError: a file does not match; the message names it.
         """
         ...
 
     def video_model(self, components: Any, lora: LoraSettings | None) -> VideoModel:
-        """Return loaded components as a `VideoModel`, with a LoRA injected in place, or without one."""
+        """Return loaded components as a `VideoModel`, with a LoRA injected in place, if given."""
         ...
 
     def empty_model(
@@ -167,34 +172,34 @@ __all__ = ["DEFAULT_GEOMETRY", "Family", "ModelSpec", "all_stages", "check_adapt
 
 
 def family_of(model: str | Path | Sequence[object] | object) -> Family:
-    """Return the family of a model: the first that recognises it.
+    """Return the family of a model: the first one that recognises it.
 
     Args:
-        model: the name of a built-in model, a folder, a list of files, or what `Family.load` returned.
+        model: name of a built-in model, a folder, a list of files, or the return value of `Family.load`.
     """
     return next((family for family in _families() if family.recognises(model)), default_family())
 
 
 def check_adapters(model: str | Path, adapters: Mapping[ExpertName, Adapter]) -> None:
-    """Check that a model has the experts that adapters are for, and that these are of the model.
+    """Check that a model has the experts of the adapters, and that the adapters are for this model.
 
     Raises:
-        ConfigError: it has not, or one is of another model.
+        ConfigError: an expert is missing, or an adapter is for another model.
     """
     family = family_of(model)
     if "high" in adapters and not family.read_spec(model).two_experts:
-        raise ConfigError(f"{adapters['high'].path} is for the high-noise expert of two, and {model} has one expert")
+        raise ConfigError(f"{adapters['high'].path} is for the high-noise expert, but {model} has one expert")
     for expert, adapter in adapters.items():
         family.check_adapter(model, adapter, expert)
 
 
 def default_family() -> Family:
-    """Return the family of a model that no other family recognises."""
+    """Return the family for models that no other family recognises."""
     return _family(_DEFAULT)
 
 
 def all_stages() -> tuple[str, ...]:
-    """Return the names of the stages of all families, each once."""
+    """Return the names of the stages of all families, without duplicates."""
     return tuple(dict.fromkeys(stage for family in (default_family(), *_families()) for stage in family.STAGES))
 
 

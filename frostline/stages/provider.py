@@ -1,4 +1,4 @@
-"""What brings stages, what hands them out, and how often a step uses them."""
+"""Protocols for objects that have stages and objects that run them, and the uses of stages in a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-# Settings of rewards import this file, and settings must be read without torch.
+# The settings of rewards import this file, and reading settings must not import torch.
 if TYPE_CHECKING:
     from frostline.runtime.stage import Runner, Stage
     from frostline.stages.shapes import ShapeRange
@@ -15,15 +15,15 @@ Phase = Literal["conditioning", "rollout", "tail", "decode", "reward"]
 
 
 class StageProvider(Protocol):
-    """Has networks, and says which frozen computations they are used for: a video model, or a reward."""
+    """An object with networks that run as frozen stages: a video model, or a reward."""
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """Return the stages, whose engines serve the range of shapes."""
+        """Return the stages; their engines support the given range of shapes."""
         ...
 
 
 class Stages(Protocol):
-    """Frozen stages by name, each on the backend that serves it: a `Runtime`."""
+    """Frozen stages by name, each on its planned backend; a `Runtime` implements this."""
 
     def __getitem__(self, stage: str) -> Runner: ...
 
@@ -32,8 +32,11 @@ class Stages(Protocol):
 class Use:
     """A use of a stage in a training step.
 
-    stage: its name. live: whether a gradient flows through it. count: how many times a step uses it so.
-    phase: of the step.
+    Attributes:
+        stage: name of the stage.
+        live: whether a gradient flows through it.
+        count: number of such uses in a step.
+        phase: phase of the step.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""The range of shapes that engines serve, and how the command line spells it."""
+"""The range of shapes that engines support, and its syntax on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from frostline.stages.families import DEFAULT_GEOMETRY
 
 Range = tuple[int, int, int]
 
-# What the extents of a tensor on the command line say about which dimension; a number is fixed.
+# The dimension that each size of a tensor on the command line sets; a number is a fixed size.
 _LAYOUTS: dict[str, tuple[str | int, ...]] = {
     "video": ("batch", "frames", 3, "height", "width"),
     "faces": ("faces", 3, "side", "side"),
@@ -24,12 +24,17 @@ _LAYOUTS: dict[str, tuple[str | int, ...]] = {
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """Smallest, typical and largest extents.
+    """Minimum, typical and maximum sizes of dimensions.
 
-    batch: samples. latent_frames: of a video's latents. height, width: pixels, multiples of what the model takes.
-    rank: of the LoRA. faces: crops or frames in one call of a face network. face_height, face_width:
-    pixels of the images that the first network of the face detector scans. images: pictures in one call of a network
-    that sees each as a whole, such as CLIP; more than the largest extent are computed in several calls.
+    Attributes:
+        batch: number of samples.
+        latent_frames: number of latent frames of a video.
+        height, width: in pixels; multiples of the model's spatial multiple.
+        rank: rank of the LoRA.
+        faces: number of crops or frames in one call of a face network.
+        face_height, face_width: size, in pixels, of the images for the first network of the face detector.
+        images: number of pictures in one call of a network that processes whole pictures, such as CLIP; larger batches
+            are split.
     """
 
     batch: Range = (1, 2, 32)
@@ -51,20 +56,20 @@ class ShapeRange:
                 )
 
     def dimension(self, name: str) -> Dimension:
-        """Return the open dimension `name` of this class."""
+        """Return the dynamic dimension `name` of this class."""
         low, typical, high = getattr(self, name)
         return Dimension(name, low, typical, high)
 
     def pixels(self, name: str, per_block: int, multiple: int) -> Dimension:
-        """Return `height` or `width` of a tensor that has `per_block` entries for every `multiple` pixels.
+        """Return `height` or `width` of a tensor with `per_block` entries for every `multiple` pixels.
 
         Raises:
-            ConfigError: an extent is no multiple of what the model takes.
+            ConfigError: a size is not a multiple of what the model requires.
         """
         extents: Range = getattr(self, name)
         for extent in extents:
             if extent % multiple:
-                raise ConfigError(f"shapes: {name} {extent} is not a multiple of {multiple}, as this model wants")
+                raise ConfigError(f"shapes: {name} {extent} is not a multiple of {multiple}, as this model requires")
         low, typical, high = (extent // multiple for extent in extents)
         return Dimension(name, low, typical, high, per_block, multiple)
 
@@ -72,16 +77,16 @@ class ShapeRange:
 def parse_shapes(
     min_shapes: str = "", opt_shapes: str = "", max_shapes: str = "", geometry: Geometry = DEFAULT_GEOMETRY
 ) -> ShapeRange:
-    """Return a range from trtexec's spelling, `name:1x5x3x64x64,…`; what is not named keeps its default.
+    """Parse a range in trtexec syntax, `name:1x5x3x64x64,…`; other tensors keep their defaults.
 
     Names are `video` (batch, frames, 3, height, width), `faces` (count, 3, side, side) and `frames` (count, 3, height,
-    width) of the face stages, and `images` (count, 3, side, side) of stages that see pictures as a whole. Defaults give
-    way where a given shape would not fit them.
+    width) of the face stages, and `images` (count, 3, side, side) of stages that process whole pictures. Defaults are
+    adjusted if a given shape contradicts them.
 
     Args:
-        geometry: the videos that the model takes.
+        geometry: the requirements of the model on videos.
     Raises:
-        ConfigError: says which part is ill-formed and how it should look.
+        ConfigError: a part is invalid; the message names it and shows the expected form.
     """
     low = _extents("--min-shapes", min_shapes, geometry)
     typical = _extents("--opt-shapes", opt_shapes, geometry)
@@ -100,24 +105,24 @@ def parse_shapes(
 
 
 def asked_maximum(max_shapes: str, geometry: Geometry = DEFAULT_GEOMETRY) -> frozenset[str]:
-    """Return the dimensions of `ShapeRange` whose largest extent `--max-shapes` names.
+    """Return the dimensions of `ShapeRange` whose maximum `--max-shapes` sets.
 
     Raises:
-        ConfigError: as `parse_shapes`.
+        ConfigError: see `parse_shapes`.
     """
     return frozenset(_extents("--max-shapes", max_shapes, geometry))
 
 
 def _extents(flag: str, text: str, geometry: Geometry) -> dict[str, int]:
-    """Return the extents of dimensions of `ShapeRange` that one flag names."""
+    """Return the sizes of dimensions of `ShapeRange` that one flag sets."""
     extents: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, shape = part.partition(":")
         layout = _LAYOUTS.get(name.strip())
         if layout is None:
-            raise ConfigError(f"{flag}: unknown tensor {name!r}, known are {', '.join(_LAYOUTS)}")
+            raise ConfigError(f"{flag}: unknown tensor {name!r}; valid names: {', '.join(_LAYOUTS)}")
         if not re.fullmatch(r"\d+(x\d+)*", shape.strip()):
-            raise ConfigError(f"{flag}: {part!r} is not of the form {name}:{_example(layout)}")
+            raise ConfigError(f"{flag}: {part!r} is not in the form {name}:{_example(layout)}")
         numbers = [int(number) for number in shape.split("x")]
         if len(numbers) != len(layout):
             raise ConfigError(f"{flag}: {name} has {len(layout)} dimensions, {_example(layout)}, not {shape}")

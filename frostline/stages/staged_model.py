@@ -1,4 +1,4 @@
-"""Loaded stages: those of a model with its LoRA, which training and export start from, or those of rewards alone."""
+"""Loaded stages: of a model with its LoRA, the start of training and export, or of rewards only."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ class LoadedStages:
 
     @property
     def device(self) -> torch.device:
-        """Where their networks are."""
+        """Return the device of their networks."""
         return next(iter(self.stages.values())).networks[0].device
 
     def weights(self) -> list[Tensor]:
-        """Return the parameters of all stages, each once."""
+        """Return the parameters of all stages, without duplicates."""
         networks = (network for stage in self.stages.values() for network in stage.networks)
         return [*{id(weight): weight for network in networks for weight in network.module.parameters()}.values()]
 
 
 @dataclass(frozen=True)
 class StagedModel(LoadedStages):
-    """A video model with its LoRA and its stages, those of rewards among them."""
+    """A video model with its LoRA and its stages, including those of rewards."""
 
     model: VideoModel
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return self.model.device
 
 
 def stage_model(model: VideoModel, of_rewards: Iterable[Stage], shapes: ShapeRange) -> StagedModel:
-    """Build all stages of a model.
+    """Create all stages of a model.
 
     Args:
-        of_rewards: the stages that rewards bring.
+        of_rewards: the stages of rewards.
     Raises:
-        ConfigError: two stages go by one name.
+        ConfigError: two stages have the same name.
     """
     stages = {stage.name: stage for stage in model.stages(shapes)}
     for stage in of_rewards:
         if stage.name in stages:
-            raise ConfigError(f"rewards: the stage {stage.name} is there already: call that of the reward otherwise")
+            raise ConfigError(
+                f"rewards: a stage {stage.name} already exists: choose another name for the reward's stage"
+            )
         stages[stage.name] = stage
     return StagedModel(stages, model)

@@ -1,4 +1,4 @@
-"""The bounds that engines must keep, by the floating-point type of the weights."""
+"""The tolerances of engines by floating-point type of the weights."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import torch
 from frostline.models.precision import precision_name
 from frostline.runtime.engines.tolerance import Tolerance
 
-# The bounds by the type of the weights, both sides computing in that type. Measured on small models of random weights,
-# the worst of ONNX Runtime, OpenVINO and AOTInductor, relative to the largest output: 6e-6, 3e-3 and 2.6e-2, of which
-# the VAE encoder and the face embedder have the most.
+# Both sides compute in the type of the weights. The largest deviations measured on small models with random weights,
+# relative to the largest output, with ONNX Runtime, OpenVINO and AOTInductor: 6e-6, 3e-3 and 2.6e-2. The VAE encoder
+# and the face embedder have the largest ones.
 _TOLERANCES: Mapping[torch.dtype, Tolerance] = {
-    # Engines only reorder sums, and a deep network gathers much of that.
+    # Engines only change the order of sums, but deviations accumulate in deep networks.
     torch.float32: Tolerance(atol=1e-5, rtol=5e-5, cosine=0.999999),
-    # 11 bits of mantissa, rounded at other places: engines keep in fp32 what PyTorch rounds between two kernels.
+    # 11 bits of mantissa, and rounding at other places: engines keep values in fp32 that PyTorch rounds between two
+    # kernels.
     torch.float16: Tolerance(atol=1e-3, rtol=1e-2, cosine=0.99999),
-    # The same with 8 bits.
+    # The same with 8 bits of mantissa.
     torch.bfloat16: Tolerance(atol=8e-3, rtol=8e-2, cosine=0.999),
 }
 
 
 def tolerance(dtype: torch.dtype) -> Tolerance:
-    """Return the bounds that the engine of a stage must keep, its weights being of `dtype`.
+    """Return the tolerance of a stage's engines for weights of `dtype`.
 
     Raises:
-        ConfigError: weights cannot be of this type.
+        ConfigError: weights cannot have this type.
     """
     precision_name(dtype)
     return _TOLERANCES[dtype]

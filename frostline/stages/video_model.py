@@ -1,7 +1,6 @@
-"""What training, export and memory plan need of a video diffusion model, whatever its family.
+"""The interface of video diffusion models of any family, for training, export and memory plan.
 
-A family is a package in this folder (see `families.py`): its stages, one file each, and a class with the methods of
-`VideoModel`.
+A family is a subpackage (see `families.py`) with one file for each stage, and a class with the methods of `VideoModel`.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ Compute = Callable[..., dict[str, Tensor]]
 class DenoiserModule(Protocol):
     """A denoiser in PyTorch: `module(latents=…, timestep=…, **conditions)` returns the velocity (B, C, F, h, w).
 
-    checkpoint_blocks: keep the input of every block for backward, and recompute the rest.
-    blocks: its transformer blocks.
+    Attributes:
+        checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
+        blocks: its transformer blocks.
     """
 
     checkpoint_blocks: bool
@@ -41,15 +41,15 @@ class DenoiserModule(Protocol):
     def blocks(self) -> nn.ModuleList: ...
 
     def parameters(self) -> Any:
-        """As `nn.Module` has it."""
+        """See `nn.Module.parameters`."""
         ...
 
     def compile_blocks(self) -> None:
-        """Run every block in `torch.compile`, live and frozen."""
+        """Compile every block with `torch.compile`, for live and frozen uses."""
         ...
 
     def first_blocks(self, count: int) -> AbstractContextManager[None]:
-        """Run only the first `count` transformer blocks inside the context."""
+        """Run only the first `count` transformer blocks within the context."""
         ...
 
 
@@ -57,8 +57,11 @@ class DenoiserModule(Protocol):
 class Expert:
     """A denoiser and the stage of its frozen uses.
 
-    stage: name of the stage, whose output is `velocity`. module: computes the same in PyTorch, live.
-    network: the module that the LoRA is injected into. trained: whether it carries the LoRA.
+    Attributes:
+        stage: name of the stage, whose output is `velocity`.
+        module: computes the same in PyTorch, with a gradient.
+        network: the submodule that the LoRA is injected into.
+        trained: whether it has a LoRA.
     """
 
     stage: str
@@ -71,13 +74,16 @@ class Expert:
 class Decoder:
     """The VAE decoder with a gradient.
 
-    stage: name of the stage of its frozen uses. dtype: of the latents that it takes.
-    whole: decodes (B, C, F, h, w) to (B, 3, T, H, W) in [-1, 1] at once.
-    networks: computes of the stage's networks, in PyTorch, for backward.
-    assemble: decodes with such networks; behind frames whose caches are given, or else from the first frame on.
-    caches: from such networks and the leading latent frames of a clip, (B, C, F, h, w) with F of at least 1, what the
-        decoder has to know of them to decode the frames behind them.
-    go_on: decodes the latent frames behind those at once: (B, C, n, h, w) to (B, 3, n * temporal stride, H, W).
+    Attributes:
+        stage: name of the stage of its frozen uses.
+        dtype: type of the input latents.
+        whole: decodes all latents at once: (B, C, F, h, w) to (B, 3, T, H, W) in [-1, 1].
+        networks: PyTorch implementations of the stage's networks, for backward.
+        assemble: decodes with such networks, starting after the frames whose caches are given, or at the first frame.
+        caches: computes, with such networks, the caches after the leading latent frames (B, C, F, h, w), F >= 1, that
+            are needed to decode the following frames.
+        go_on: decodes the latent frames after those caches at once: (B, C, n, h, w) to (B, 3, n * temporal stride, H,
+            W).
     """
 
     stage: str
@@ -99,13 +105,18 @@ class FrozenCall:
 
 
 class VideoModel(StageProvider, Protocol):
-    """A loaded model of some family, its LoRA injected.
+    """A loaded model of any family, with its LoRA injected.
 
-    components: what the family's loader returned.
-    geometry: the videos that it takes. latent_channels: C of the latents. dtype: of latents and conditions.
-    boundary: the first of two experts serves the steps with sigma of at least this.
-    experts: one denoiser, or two, that of the high noise levels first. lora_config: None without LoRA.
-    needs_image: whether it generates from a first frame. condition_names: what `conditions` returns.
+    Attributes:
+        components: the return value of the family's loader.
+        geometry: its requirements on videos.
+        latent_channels: C of the latents.
+        dtype: type of latents and conditions.
+        boundary: with two experts, the first one handles the steps with sigma >= boundary.
+        experts: one denoiser, or two; the one for high noise levels is first.
+        lora_config: None without a LoRA.
+        needs_image: whether it generates from a first frame.
+        condition_names: names of the return values of `conditions`.
     """
 
     @property
@@ -136,15 +147,15 @@ class VideoModel(StageProvider, Protocol):
         ...
 
     def clip_latents(self, video: Tensor, run: Stages) -> Condition:
-        """Return the latents (B, C, F, h, w) of whole clips, (B, T, 3, H, W) in [0, 1] on the CPU, as a condition."""
+        """Return the latents (B, C, F, h, w) of whole clips (B, T, 3, H, W) in [0, 1] on the CPU, as a condition."""
         ...
 
     def denoiser_inputs(self, conditions: Tensors) -> Tensors:
-        """Return those conditions that the denoiser takes as inputs."""
+        """Return the conditions that the denoiser takes as inputs."""
         ...
 
     def constrain(self, latents: Tensor, conditions: Tensors) -> Tensor:
-        """Replace the given part of (B, C, F, h, w) latents, such as the first frame; after all steps but the last.
+        """Replace the given part of (B, C, F, h, w) latents, such as the first frame, after all steps but the last.
 
         Return `latents` unchanged if the model has no given part.
         """
@@ -155,21 +166,21 @@ class VideoModel(StageProvider, Protocol):
         ...
 
     def uses(self, steps: DenoiseSteps) -> Sequence[Use]:
-        """Return how often a step without cached outputs uses each stage."""
+        """Return the number of uses of each stage in a step without cached outputs."""
         ...
 
     def modules(self) -> Sequence[nn.Module]:
-        """Return the modules that hold all weights and tables."""
+        """Return the modules that contain all weights and tables."""
         ...
 
     def stage_parameters(self) -> Mapping[str, Sequence[nn.Parameter]]:
-        """Return the frozen parameters of each stage, the LoRA not among them."""
+        """Return the frozen parameters of each stage, without the LoRA."""
         ...
 
     def frozen_calls(self, shape: VideoShape) -> Mapping[str, FrozenCall]:
-        """Return a call of each stage that conditions a step of this shape, on inputs without meaning."""
+        """Return a call of each conditioning stage for a step of this shape, on placeholder inputs."""
         ...
 
     def denoiser_sample(self, shape: VideoShape) -> dict[str, Tensor]:
-        """Return inputs of the denoiser at this shape, without meaning: latents, timestep and conditions."""
+        """Return placeholder inputs of the denoiser at this shape: latents, timestep and conditions."""
         ...

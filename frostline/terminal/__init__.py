@@ -1,4 +1,4 @@
-"""The terminal: one console for standard error, log lines, and tables that fit."""
+"""Terminal output: one console for standard error, log lines, and tables that fit the width."""
 
 from frostline.terminal.console import Terminal, error_console, print_error
 

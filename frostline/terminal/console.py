@@ -1,4 +1,4 @@
-"""Consoles that show names and prompts from outside, and never obey control characters in them."""
+"""Consoles that escape control characters in untrusted names and prompts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.text import Text
 
 from frostline.escaping import printable
 
-# Columns of what is no screen: a file or another program gets whole lines.
+# Width if the output is not a terminal: lines in files and pipes are never wrapped.
 _UNLIMITED = 10_000
 
 
 class Terminal(Console):
-    """Rich's console, which escapes all control sequences but its own, and never cuts or wraps what is piped."""
+    """A rich console that escapes all control sequences except its own, and never cuts or wraps piped output."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -24,12 +24,12 @@ class Terminal(Console):
 
     @property
     def is_screen(self) -> bool:
-        """Whether lines can be drawn again: a terminal that understands more than plain text."""
+        """Return whether lines can be redrawn: the output is a terminal, and not a dumb one."""
         return self._is_a_tty() and not self.is_dumb_terminal
 
     @property
     def size(self) -> ConsoleDimensions:
-        """Return columns and lines; without a terminal as many columns as a line takes."""
+        """Return columns and lines; the number of columns is unlimited if the output is not a terminal."""
         size = super().size
         return size if self._width is not None or self._is_a_tty() else ConsoleDimensions(_UNLIMITED, size.height)
 
@@ -40,16 +40,16 @@ class Terminal(Console):
     def _is_a_tty(self) -> bool:
         try:
             return self.file.isatty()
-        except (AttributeError, ValueError):  # no file, or a closed one
+        except (AttributeError, ValueError):  # no file, or a closed file
             return False
 
 
 @functools.cache
 def error_console() -> Terminal:
-    """Return the console of standard error, which log lines and progress bars share: neither writes into the other."""
+    """Return the console of standard error, which log lines and progress bars share so that they do not overlap."""
     return Terminal(stderr=True)
 
 
 def print_error(message: str) -> None:
-    """Say on standard error what went wrong."""
+    """Print an error message on standard error."""
     error_console().print(Text("error: ", "bold red") + Text(message), highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The log: on the console as much as the user wants to see, and all of it in a file."""
+"""Logging: selected levels on the console, all messages in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STYLES = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "bold
 
 
 class ConsoleLog(logging.Handler):
-    """Prints log lines on the console of standard error, above the progress bar if there is one."""
+    """Print log lines on the console of standard error, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -35,9 +35,9 @@ class ConsoleLog(logging.Handler):
 
 
 def log_to_console(level: int) -> None:
-    """Show messages of frostline from this level on, and warnings of other packages; in place of an earlier call.
+    """Show frostline's messages from `level` on, and warnings of other packages. Replaces the setup of an earlier call.
 
-    Loggers of frostline let all pass: the handlers decide what they take.
+    frostline's loggers pass on all messages; the handlers filter them.
     """
     root = logging.getLogger()
     for handler in [*root.handlers]:
@@ -51,15 +51,15 @@ def log_to_console(level: int) -> None:
 
 
 def console_shows(level: int) -> bool:
-    """Whether messages of this level are on the console; yes where no log was set up."""
+    """Return whether messages of this level are shown on the console; True if logging is not set up."""
     levels = [handler.level for handler in logging.getLogger().handlers if isinstance(handler, ConsoleLog)]
     return all(level >= shown for shown in levels)
 
 
 class LogFile(logging.Handler):
-    """A file of all messages, with time and logger; keeps them in memory until it is told where the file is.
+    """Write all messages with time and logger name to a file; keep them in memory until `open` is called.
 
-    A file that can no longer be written is given up with one warning: a log does not end a run.
+    If the file can no longer be written, logging to it stops with one warning; the run continues.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LogFile(logging.Handler):
         self._given_up = False
 
     def open(self, path: Path) -> None:
-        """Append what was kept to the file, and from now on each message."""
+        """Write the kept messages to the file, and each message from now on."""
         with self.lock or threading.RLock():
             waiting, self._waiting = self._waiting, []
             try:
@@ -97,26 +97,26 @@ class LogFile(logging.Handler):
             try:
                 file.close()
             except OSError as error:
-                log.debug("the log file was not closed: %s", error)
+                log.debug("cannot close the log file: %s", error)
         super().close()
 
     def _give_up(self, error: OSError) -> None:
-        # First: the warning comes here too.
+        # Set first: this handler also gets the warning.
         self._given_up, file, self._file = True, self._file, None
-        log.warning("the log file cannot be written, the run goes on without it: %s", error)
+        log.warning("cannot write the log file; the run continues without it: %s", error)
         if file is not None:
             try:
                 file.close()
             except OSError as again:
-                log.debug("the log file was not closed: %s", again)
+                log.debug("cannot close the log file: %s", again)
 
 
 @contextmanager
 def logged_to_file(active: bool = True) -> Iterator[LogFile]:
-    """Within the block all messages of frostline go to a `LogFile`, also the error that ends the block.
+    """Write all messages of frostline within the block to a `LogFile`, including an exception that ends the block.
 
     Args:
-        active: whether this process writes a log; of several, the first does.
+        active: whether this process writes a log; in a distributed run, only the first process does.
     """
     handler, logger = LogFile(), logging.getLogger("frostline")
     if not active:
@@ -129,7 +129,7 @@ def logged_to_file(active: bool = True) -> Iterator[LogFile]:
     try:
         yield handler
     except Exception as error:
-        # The console gets it from whoever catches it.
+        # The caller that catches the error prints it on the console.
         handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, "%s", (error,), sys.exc_info()))
         raise
     finally:
@@ -139,7 +139,7 @@ def logged_to_file(active: bool = True) -> Iterator[LogFile]:
 
 
 class _Lines(logging.Formatter):
-    """Escapes control characters of names, as the console does."""
+    """Escape control characters, as the console does."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: nothing is cut, and what is piped is whole."""
+"""Tables that fit the terminal without cutting cells; piped output is complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from frostline.escaping import printable_name
 
 _GAP = 2
-# A sentence or a path is not broken into narrower columns than this.
+# Minimum width of a column with sentences or paths.
 _NARROW = 24
 
 
@@ -21,9 +21,12 @@ _NARROW = 24
 class Column:
     """A column of a `FittedTable`.
 
-    right: align to the right, as numbers. drop: columns leave a terminal that is too narrow from the highest number
-    down; 0 stays. wraps: may be broken into lines: a sentence. path: may be broken, and may lose the folder that all
-    rows share.
+    Attributes:
+        title: header of the column.
+        right: align to the right, for numbers.
+        drop: priority for dropping the column in a narrow terminal; the highest number is dropped first, 0 never.
+        wraps: whether cells may be broken into lines, for sentences.
+        path: whether cells may be broken into lines, and the common folder of all rows may be removed.
     """
 
     title: str
@@ -34,11 +37,11 @@ class Column:
 
 
 class FittedTable:
-    """A table for `Console.print`, as wide as its content where there is room.
+    """A table for `Console.print`, as wide as its content if the terminal is wide enough.
 
-    On a narrower terminal, one after the other until it fits: paths lose the folder that they share, which is named
-    above; columns that may be dropped and have one value in all rows are named below; others are dropped, in the order
-    that they say; and at last each row becomes a block of lines.
+    In a narrower terminal, these steps are applied in order until the table fits: the common folder of paths is removed
+    and printed above; columns with `drop` and the same value in all rows are removed and printed below; further columns
+    are dropped by priority; finally, each row is printed as a block of lines.
 
     Args:
         title: a line above the table.
@@ -50,13 +53,13 @@ class FittedTable:
         self.rows: list[tuple[Text, ...]] = []
 
     def add_row(self, *cells: str | Text) -> None:
-        """Add a row of plain or styled text, one cell for each column; control characters are escaped.
+        """Add a row of plain or styled text with one cell for each column; control characters are escaped.
 
         Raises:
-            ValueError: there are more or fewer cells than columns.
+            ValueError: the number of cells differs from the number of columns.
         """
         if len(cells) != len(self.columns):
-            raise ValueError(f"{len(cells)} cells in {len(self.columns)} columns")
+            raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
         self.rows.append(tuple(cell if isinstance(cell, Text) else Text(printable_name(cell)) for cell in cells))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -78,7 +81,7 @@ class FittedTable:
 
 
 class _Layout:
-    """What is shown of a table."""
+    """The visible part of a table."""
 
     def __init__(self, columns: list[Column], rows: list[list[Text]]) -> None:
         self.columns, self.rows = columns, rows
@@ -88,12 +91,12 @@ class _Layout:
         self._dropped: list[str] = []
 
     def least_width(self) -> int:
-        """Columns of the terminal that the table takes at least."""
+        """Return the minimum width of the table in characters."""
         widths = (self._width(index) for index in range(len(self.columns)))
         return sum(widths) + _GAP * (len(self.columns) - 1)
 
     def share_folders(self) -> None:
-        """Name once the folder that all paths of a column begin with; from now on paths may be broken."""
+        """Remove the common folder from path columns and print it above; paths may be broken from now on."""
         self._paths_break = True
         for index, column in enumerate(self.columns):
             folder = _shared_folder([row[index].plain for row in self.rows]) if column.path else ""
@@ -103,7 +106,7 @@ class _Layout:
                     row[index] = row[index][len(folder) :]
 
     def share_values(self) -> None:
-        """Name once the value of each column that may be dropped and has one in all rows."""
+        """Remove columns with `drop` that have the same value in all rows, and print the values below."""
         for index, column in reversed([*enumerate(self.columns)]):
             values = {row[index].plain for row in self.rows}
             if column.drop and len(self.rows) > 1 and len(values) == 1:
@@ -112,14 +115,14 @@ class _Layout:
                 self._remove(index)
 
     def drop(self, width: int) -> None:
-        """Drop columns until the table fits, or none is left that may be dropped."""
+        """Drop columns until the table fits or none is left that may be dropped."""
         while self.least_width() > width and any(column.drop for column in self.columns):
             index = max(range(len(self.columns)), key=lambda index: self.columns[index].drop)
             self._dropped.insert(0, self.columns[index].title)
             self._remove(index)
 
     def table(self) -> Table:
-        """Return the columns that are left as a table of rich."""
+        """Return the remaining columns as a rich table."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in self.columns:
             table.add_column(
@@ -133,11 +136,11 @@ class _Layout:
         return table
 
     def below(self) -> Iterator[Text]:
-        """What the columns had that are not shown."""
+        """Yield lines about the removed columns."""
         if self._shared:
             yield Text(f"all: {', '.join(self._shared)}", "dim")
         if self._dropped:
-            yield Text(f"not shown, for the width of the terminal: {', '.join(self._dropped)}", "dim")
+            yield Text(f"not shown because the terminal is too narrow: {', '.join(self._dropped)}", "dim")
 
     def _width(self, index: int) -> int:
         column = self.columns[index]
@@ -151,7 +154,7 @@ class _Layout:
 
 
 def _blocks(columns: Sequence[Column], rows: Sequence[Sequence[Text]]) -> Iterator[Text]:
-    """Each row as lines of title and value, with an empty line behind it."""
+    """Yield each row as lines of title and value, followed by an empty line."""
     for row in rows:
         for column, cell in zip(columns, row, strict=True):
             if cell.plain:
@@ -160,7 +163,7 @@ def _blocks(columns: Sequence[Column], rows: Sequence[Sequence[Text]]) -> Iterat
 
 
 def _shared_folder(paths: Sequence[str]) -> str:
-    """The folder, with the slash behind it, in which all paths are; empty where there is none, or one path."""
+    """Return the common folder of all paths, with a trailing slash; empty if there is none, or for one path."""
     if len(paths) < 2:
         return ""
     first, last = min(paths), max(paths)

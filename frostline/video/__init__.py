@@ -1,8 +1,9 @@
-"""Videos and pictures in and out.
+"""Read and write videos and pictures.
 
-A video in memory is a `torch.uint8` tensor `(T, 3, H, W)`, RGB, upright and in square pixels: what a player shows.
-A still picture is a one-frame video. Pictures and animations are read through Pillow, everything else through PyAV;
-the content of a file decides, not its name. Every fault is a `DataError` that names the file and the reason.
+A video in memory is a `torch.uint8` tensor `(T, 3, H, W)`, RGB, upright and in square pixels, as a player displays it.
+A still picture is a one-frame video. Pictures and animations are read with Pillow, everything else with PyAV; the
+format is detected from the content of a file, not from its name. Every error is a `DataError` that names the file and
+the reason.
 """
 
 from .info import MEDIA_SUFFIXES, VideoInfo

@@ -1,4 +1,4 @@
-"""Video files, through PyAV: the stream that a player shows, every frame of it that can be decoded, as displayed."""
+"""Read video files with PyAV: all decodable frames of the stream that a player shows, as displayed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +21,15 @@ from frostline.errors import DataError
 from .info import MAX_FRAME_PIXELS, VideoInfo, check_size
 from .orientation import BY_EXIF, BY_ROTATION, UPRIGHT, Orientation, rotation_degrees, swaps_sides, upright
 
-# The demuxers that may open a file. Playlists (HLS, DASH, concat) are left out on purpose: they make one file
-# read others, or the network. The audio ones are there only so that an audio file is told to be one.
+# Supported demuxers. Playlists (HLS, DASH, concat) are excluded: they make a file read other files, or the network.
+# Audio demuxers are included only to report that a file is an audio file.
 _DEMUXERS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,av1,obu,ivf,flv,ogg,asf,mjpeg,yuv4mpegpipe,"
     "mp3,wav,flac,aac"
 )
-# Their headers say how long the file is; of other containers FFmpeg tells the duration of what is there.
+# These containers state the duration in their headers; for others, FFmpeg measures the available content.
 _STATING_DURATION = ("matroska", "flv")
-_UNKNOWN_OR_PROGRESSIVE = (0, 1)  # of `field_order`
+_UNKNOWN_OR_PROGRESSIVE = (0, 1)  # values of `field_order`
 _VP8_SHOWN = 0x10  # in a packet's first byte
 _MPEG4_SAME_AGAIN_BYTES = 8
 
@@ -39,22 +39,26 @@ def opened_container(file: BinaryIO, path: Path) -> Iterator["Container"]:
     """Open a video file.
 
     Raises:
-        DataError: it is none, or has no video stream.
+        DataError: it is not a video, or has no video stream.
         FFmpegError: it is damaged.
     """
-    # FFmpeg gets a handle without a name: a path can then never be taken for a URL, a protocol or a
-    # number pattern of images, and the format is told by content alone.
+    # FFmpeg gets a file object without a name, so that a path cannot be interpreted as a URL, a protocol or an image
+    # number pattern, and the format is detected from the content alone.
     try:
         options = {"format_whitelist": _DEMUXERS}
         container = av.open(file, "r", options=options, metadata_errors="replace")
-    except av.error.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
+    except av.error.ArgumentError as error:  # FFmpeg's error for a format that is not in the list
         raise DataError(f"{path}: not a known video or image format") from error
     with container:
         yield Container(container, path)
 
 
 class Container:
-    """An open video file. notes: what its reader is to be told."""
+    """An open video file.
+
+    Attributes:
+        notes: warnings for the user.
+    """
 
     def __init__(self, container: InputContainer, path: Path) -> None:
         self._container = container
@@ -93,7 +97,7 @@ class Container:
         return min(self._packets, limit)
 
     def frames(self, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Every so many frames, as (number, uint8 `(H, W, 3)`), RGB, upright and in square pixels."""
+        """Yield every Nth frame as (number, uint8 `(H, W, 3)`), RGB, upright and in square pixels."""
         orientation: Orientation | None = None
         for number, frame in enumerate(self._decoded()):
             if orientation is None:
@@ -102,20 +106,20 @@ class Container:
                 yield number, upright(self._rgb(frame), orientation)
 
     def losses(self) -> list[str]:
-        """What was lost of the frames so far; of all, where `frames` has come to its end."""
+        """Yield messages about lost frames so far; complete once `frames` is exhausted."""
         lost, what = self._failed, "of its frames"
         if self._at_end and (expected := self._expected_frames()):
             lost, what = max(0, expected - self._frames), f"of its {expected} frames"
         reason = f" ({self._reason})" if self._reason else ""
-        said = [f"{lost} {what} cannot be decoded{reason}: the others are used"] if lost else []
+        said = [f"{lost} {what} cannot be decoded{reason}: using the others"] if lost else []
         if self._damaged:
-            said.append(f"{self._damaged} of its frames are damaged: they are used as the decoder repaired them")
+            said.append(f"{self._damaged} of its frames are damaged: using them as the decoder repaired them")
         return said + self._missing_end()
 
     def _demuxed(self) -> Iterator[Packet]:
-        """The stream's packets; where the container breaks off, they end."""
+        """Yield the stream's packets, up to the point where the container is truncated."""
         try:
-            # Of all streams: together they tell how far the file goes.
+            # Read all streams: together they show how far the file goes.
             for packet in self._container.demux():
                 if packet.pts is not None and packet.time_base:
                     end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -127,7 +131,7 @@ class Container:
             self._reason = reason_of(error)
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Every frame that can be decoded, at least one: a damaged packet takes no others with it.
+        """Yield every decodable frame, at least one; a damaged packet does not affect others.
 
         Raises:
             DataError: no frame can be decoded.
@@ -142,10 +146,10 @@ class Container:
             raise DataError(f"{self._path}: the video has no frames")
 
     def _frames_of(self, packet: Packet | None) -> Iterator[VideoFrame]:
-        """What a packet gives; None: what the decoder still holds."""
+        """Return the frames of a packet; None flushes the decoder."""
         try:
             frames = cast("list[VideoFrame]", self._stream.decode(packet))
-        except av.error.EOFError:  # it was asked for that already
+        except av.error.EOFError:  # the decoder has already been flushed
             return
         except av.error.FFmpegError as error:
             self._failed += 1
@@ -157,17 +161,17 @@ class Container:
             yield frame
 
     def _counted_frames(self) -> int | None:
-        """How many frames are shown, by the container's own list of them; of the others none has a whole one."""
+        """Return the number of displayed frames in the container's index; None without a complete index."""
         if "mov" not in self._container.format.name or not (self._stream.frames or self._at_end):
             return None
-        # Edit lists are heeded: what they hide is marked, or left out.
+        # Edit lists are applied: frames that they hide are marked or omitted.
         return sum(not entry.is_discard for entry in self._stream.index_entries) or None
 
     def _expected_frames(self) -> int | None:
-        """How many frames the packets should have given; None where that cannot be told."""
+        """Return the expected number of frames from the packets; None if unknown."""
         if (counted := self._counted_frames()) is not None:
             return counted
-        # Of interlaced video, two packets may be one frame.
+        # In interlaced video, two packets may form one frame.
         whole = self._stream.codec_context.field_order in _UNKNOWN_OR_PROGRESSIVE
         return self._packets if whole and self._packets >= self._frames else None
 
@@ -175,10 +179,10 @@ class Container:
         stated, rate = self._stated_seconds(), float(self._stream.average_rate or 0)
         if not self._at_end or not rate or stated is None or stated - self._end_seconds < 1.5 / rate:
             return []
-        return [f"it breaks off after {self._end_seconds:.2f} of {stated:.2f} seconds: what is there is used"]
+        return [f"it ends after {self._end_seconds:.2f} of {stated:.2f} seconds: using the available part"]
 
     def _stated_seconds(self) -> float | None:
-        """How long the file says it is, where it says so in its header."""
+        """Return the duration in the file's header, if it states one."""
         name, stream = self._container.format.name, self._stream
         if name == "avi" and stream.frames and stream.average_rate:
             return float(stream.frames / stream.average_rate)
@@ -193,14 +197,14 @@ class Container:
         return None if self._container.duration is None else self._container.duration / av.time_base
 
     def _displayed_size(self, frame: VideoFrame) -> tuple[int, int]:
-        """(width, height) in square pixels; the side that is stored too short is the one that grows."""
+        """Return (width, height) in square pixels; the side that is stored too short is enlarged."""
         ratio = self._stream.sample_aspect_ratio
         if not ratio or ratio < 0:
             return frame.width, frame.height
         return round(frame.width * max(ratio, Fraction(1))), round(frame.height / min(ratio, Fraction(1)))
 
     def _rgb(self, frame: VideoFrame) -> np.ndarray:
-        """A decoded frame of any pixel format as uint8 `(H, W, 3)`, by its own colour matrix and range."""
+        """Convert a decoded frame of any pixel format to uint8 `(H, W, 3)`, using its colour matrix and range."""
         width, height = self._displayed_size(frame)
         check_size(width, height, self._path)
         if (width, height) == (frame.width, frame.height):
@@ -209,10 +213,10 @@ class Container:
         return cast(np.ndarray, stretched.to_ndarray())
 
     def _orientation(self, frame: VideoFrame) -> Orientation:
-        """How the stored picture is turned and mirrored to become upright."""
+        """Return how the stored picture must be rotated and mirrored to be upright."""
         try:
             matrix = frame.side_data.get("DISPLAYMATRIX")
-        except ValueError:  # PyAV stumbles over any side data newer than it knows; it still tells the rotation
+        except ValueError:  # PyAV fails on side data that is newer than it; the rotation is still available
             return BY_ROTATION.get(frame.rotation % 360, UPRIGHT)
         if matrix is None:
             return UPRIGHT
@@ -227,32 +231,32 @@ class Container:
 
 
 def reason_of(error: Exception) -> str:
-    """The cause in words, without FFmpeg's error number and without the nameless handle's name."""
+    """Return the cause in words, without FFmpeg's error number and the placeholder name of the file object."""
     if isinstance(error, av.error.EOFError):
-        return "it ends with no frames read"
+        return "the file ends with no frames read"
     return getattr(error, "strerror", None) or str(error)
 
 
 def _shown_stream(container: InputContainer, path: Path) -> tuple[VideoStream, list[str]]:
-    """The stream that players show, with a note where there are others; cover art in an audio file is none."""
+    """Return the stream that players show, with a note if there are others; ignore cover art of an audio file."""
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
         if container.streams.audio:
-            raise DataError(f"{path}: no video stream in it, only audio")
-        raise DataError(f"{path}: no video stream in it: it has no frames, or is cut off or damaged")
+            raise DataError(f"{path}: contains no video stream, only audio")
+        raise DataError(f"{path}: contains no video stream: it has no frames, or is truncated or damaged")
     best = container.streams.best("video")
     shown = next((stream for stream in streams if best is not None and stream.index == best.index), streams[0])
     if shown.codec_context is None:
-        raise DataError(f"{path}: its video is of a codec that this build of FFmpeg has no decoder for")
+        raise DataError(f"{path}: this build of FFmpeg has no decoder for the video's codec")
     if len(streams) == 1:
         return shown, []
-    return shown, [f"it has {len(streams)} video streams: number {shown.index} is used, which players show"]
+    return shown, [f"it has {len(streams)} video streams: using number {shown.index}, which players show"]
 
 
 def _is_a_frame(packet: Packet, codec: str) -> bool:
-    """Whether a packet should give a frame that is shown."""
+    """Return whether a packet should produce a displayed frame."""
     if packet.size == 0 or packet.is_discard:
         return False
-    if codec == "vp8":  # it has pictures that are only there for others to refer to
+    if codec == "vp8":  # the codec has pictures that are only references for others
         return bool(memoryview(packet)[0] & _VP8_SHOWN)
     return codec != "mpeg4" or packet.size > _MPEG4_SAME_AGAIN_BYTES

@@ -1,27 +1,28 @@
-"""What is common to pictures and videos: their description, their names, and how large they may be."""
+"""Common code for pictures and videos: description, file names, and size limits."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from frostline.errors import DataError
 
-# By these the files of a folder are found; what a file is, its content says.
+# Suffixes that select the files in a folder; the format is detected from the content.
 _VIDEOS = ".3g2 .3gp .asf .avi .flv .m2ts .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv"
 _PICTURES = ".apng .avif .avifs .bmp .gif .heic .heif .hif .jfif .jpeg .jpg .png .tif .tiff .webp"
 MEDIA_SUFFIXES = frozenset(f"{_VIDEOS} {_PICTURES}".split(" "))
 
-# Four times 8K: more is what a damaged file claims, and would fill the memory.
+# Four times 8K: larger sizes come from damaged files and would fill the memory.
 MAX_FRAME_PIXELS = 4 * 7680 * 4320
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says about itself, without decoding more than its first frame.
+    """What a file states about itself, without decoding more than its first frame.
 
-    `frames` and `duration` (seconds) are None where the file does not say. `width` and `height` are of the picture
-    as `read_video` returns it: upright, in square pixels. `rotation` is how far the stored picture is turned
-    counter-clockwise to become upright: 0, 90, 180 or 270 degrees. `fps` is 0 for a still picture, and of an
-    animation that of its first frame.
+    Attributes:
+        frames, duration: number and seconds; None if the file does not state them.
+        width, height: of the picture as `read_video` returns it: upright, in square pixels.
+        rotation: counter-clockwise rotation, in degrees, that makes the stored picture upright: 0, 90, 180 or 270.
+        fps: 0 for a still picture; for an animation, the rate of its first frame.
     """
 
     frames: int | None
@@ -33,10 +34,10 @@ class VideoInfo:
 
 
 def check_size(width: int, height: int, path: Path) -> None:
-    """Refuse a frame that is too large to be one.
+    """Check that a frame is not too large.
 
     Raises:
-        DataError: it is; names the file and the size.
+        DataError: it is; the message names the file and the size.
     """
     if width * height > MAX_FRAME_PIXELS:
         raise DataError(f"{path}: a frame of {width}x{height} pixels is too large, or the file is damaged")

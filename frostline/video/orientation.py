@@ -1,4 +1,4 @@
-"""How a stored picture is turned and mirrored to become upright."""
+"""Rotate and mirror stored pictures to make them upright."""
 
 import math
 
@@ -26,7 +26,7 @@ BY_EXIF: dict[int, Orientation] = {
 
 
 def upright(picture: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """Turn and mirror a `(H, W, 3)` picture as the orientation says; contiguous."""
+    """Rotate and mirror a `(H, W, 3)` picture by an orientation; the result is contiguous."""
     a, b, c, d = orientation
     if a == 0:
         picture, x_sign, y_sign = picture.swapaxes(0, 1), c, b
@@ -36,12 +36,14 @@ def upright(picture: np.ndarray, orientation: Orientation) -> np.ndarray:
 
 
 def swaps_sides(orientation: Orientation) -> bool:
-    """Whether height and width change places."""
+    """Return whether height and width are swapped."""
     return orientation[0] == 0
 
 
 def rotation_degrees(orientation: Orientation) -> int:
-    """Return the counter-clockwise turn of an orientation, its mirroring (left to right, after it) taken off."""
+    """Return the counter-clockwise rotation of an orientation, without its mirroring (left to right, applied
+    afterwards).
+    """
     a, b, c, d = orientation
     mirrored = a * d - b * c < 0
     return round(math.degrees(math.atan2(-b, -a if mirrored else a))) % 360

@@ -1,4 +1,4 @@
-"""Pictures and animations, through Pillow: PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, HEIC."""
+"""Read pictures and animations with Pillow: PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, HEIC."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from .info import VideoInfo, check_size
 from .orientation import BY_EXIF, UPRIGHT, Orientation, rotation_degrees, upright
 
 HEAD_BYTES = 64
-"""So much of a file's start tells what it is."""
+"""Number of bytes at the start of a file that determine its format."""
 
 _EXIF_ORIENTATION = 0x0112
 _NEW_SUBFILE_TYPE = 0x00FE
@@ -24,9 +24,11 @@ _NEW_SUBFILE_TYPE = 0x00FE
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """A format of pictures.
+    """A picture format.
 
-    signature: what a file of it begins with. animated: its further pictures are frames, not pages or other views.
+    Attributes:
+        signature: the first bytes of a file.
+        animated: whether further pictures are frames, not pages or other views.
     """
 
     name: str
@@ -42,16 +44,16 @@ _FORMATS = (
     PictureFormat("WEBP", re.compile(rb"RIFF.{4}WEBP", re.DOTALL), animated=True),
     PictureFormat("BMP", re.compile(rb"BM.{4}\0{4}", re.DOTALL)),
     PictureFormat("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
-    # `mif1` says only that it is a picture; what it is coded in stands behind it.
+    # `mif1` only means that it is a picture; the codec is in the following brands.
     PictureFormat("AVIF", re.compile(_BRAND % rb"avi[fs]|mif1.{4}(?:.{4})*?avif", re.DOTALL), animated=True),
     PictureFormat("HEIF", re.compile(_BRAND % rb"hei[cmxs]|mif1", re.DOTALL)),
 )
-# Motion JPEG is JPEG pictures one behind the other, as is a phone's photo with its preview: the name tells them apart.
+# Motion JPEG is a sequence of JPEG pictures, as is a phone's photo with its preview; the file name distinguishes them.
 _MOTION_JPEG_SUFFIXES = (".mjpeg", ".mjpg")
 
 
 def picture_format(head: bytes, path: Path) -> PictureFormat | None:
-    """Tell by the first `HEAD_BYTES` of a file which kind of picture it is; None for any other file."""
+    """Return the picture format for the first `HEAD_BYTES` of a file; None for other files."""
     found = next((kind for kind in _FORMATS if kind.signature.match(head)), None)
     if found is not None and found.name == "JPEG" and path.suffix.lower() in _MOTION_JPEG_SUFFIXES:
         return None
@@ -60,10 +62,10 @@ def picture_format(head: bytes, path: Path) -> PictureFormat | None:
 
 @contextmanager
 def opened_picture(file: BinaryIO, path: Path, kind: PictureFormat) -> Iterator["Picture"]:
-    """Open a file whose content is a picture of this kind.
+    """Open a picture file of this format.
 
     Raises:
-        DataError: it is damaged, too large, or of a sort that cannot be read.
+        DataError: it is damaged, too large, or of an unsupported kind.
     """
     if kind.name == "HEIF":
         # Takes a while to import.
@@ -78,7 +80,11 @@ def opened_picture(file: BinaryIO, path: Path, kind: PictureFormat) -> Iterator[
 
 
 class Picture:
-    """An open picture or animation. notes: what its reader is to be told."""
+    """An open picture or animation.
+
+    Attributes:
+        notes: warnings for the user.
+    """
 
     def __init__(self, image: Image.Image, path: Path, kind: PictureFormat) -> None:
         self._image = image
@@ -86,7 +92,7 @@ class Picture:
         self._kind = kind
         with _told_as_damage(path, kind):
             pictures: int = getattr(image, "n_frames", 1)
-        # Of some animated PNGs the first picture is a stand-in for programs that show no animation.
+        # In some animated PNGs, the first picture is a fallback for programs without animation.
         self._first = int(pictures > 1 and getattr(image, "default_image", False))
         self._count = pictures - self._first if kind.animated else 1
         self.notes = self._notes(pictures)
@@ -104,7 +110,7 @@ class Picture:
         return min(self._count, limit)
 
     def frames(self, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Every so many frames, as (number, uint8 `(H, W, 3)`), RGB and upright. An animation may break off."""
+        """Yield every Nth frame as (number, uint8 `(H, W, 3)`), RGB and upright. An animation may be truncated."""
         for number in range(self._count):
             try:
                 orientation = self._load(number)
@@ -118,26 +124,26 @@ class Picture:
                 yield number, upright(_rgb(self._image, self._path), orientation)
 
     def losses(self) -> list[str]:
-        """What was lost on the way; `frames` has noted it."""
+        """Yield messages about lost frames; `frames` records them."""
         return []
 
     def _notes(self, pictures: int) -> list[str]:
-        # Behind a JPEG phones put its preview and the like, which nobody would look for.
+        # JPEG files of phones contain a preview after the picture, which is not worth a warning.
         if self._kind.animated or pictures == 1 or self._kind.name == "JPEG":
             return []
         which = "primary" if self._kind.name == "HEIF" else "first"
-        return [f"the {which} one of its {pictures} pictures is used"]
+        return [f"using the {which} one of its {pictures} pictures"]
 
     def _load(self, number: int) -> Orientation:
-        """Decode a frame; returns how it is to be turned."""
+        """Decode a frame; return its orientation."""
         with _told_as_damage(self._path, self._kind):
             if self._kind.animated:
                 self._image.seek(self._first + number)
             check_size(self._image.width, self._image.height, self._path)
             if self._kind.name == "TIFF" and getattr(self._image, "tag_v2", {}).get(_NEW_SUBFILE_TYPE, 0) & 1:
-                raise DataError(f"{self._path}: its picture is a thumbnail, as in a camera's raw file")
+                raise DataError(f"{self._path}: it only contains a thumbnail, like a camera's raw file")
             self._image.load()
-            # After loading: of some formats, Pillow has turned the picture then.
+            # After loading: for some formats, Pillow has already rotated the picture.
             return BY_EXIF.get(self._image.getexif().get(_EXIF_ORIENTATION, 1), UPRIGHT)
 
 
@@ -148,20 +154,20 @@ def _told_as_damage(path: Path, kind: PictureFormat) -> Iterator[None]:
     except DataError:
         raise
     except MemoryError as error:
-        raise DataError(f"{path}: the {kind.name} picture does not fit into memory") from error
-    except Exception as error:  # Pillow's decoders let through whatever a damaged file provokes
+        raise DataError(f"{path}: not enough memory for the {kind.name} picture") from error
+    except Exception as error:  # Pillow's decoders raise many types of exceptions for damaged files
         reason = str(error).partition(" <_io")[0] or type(error).__name__
         raise DataError(f"{path}: cannot be read as a {kind.name} picture: {reason}") from error
 
 
 def _rgb(image: Image.Image, path: Path) -> np.ndarray:
-    """A picture of any mode as uint8 `(H, W, 3)`."""
-    if image.mode.startswith("I"):  # one channel of 16 bits, also where it is kept in 32
+    """Convert a picture of any mode to uint8 `(H, W, 3)`."""
+    if image.mode.startswith("I"):  # one channel of 16 bits, even if stored in 32
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise DataError(f"{path}: its pixels have 32 bits a channel; 8 and 16 can be read")
+            raise DataError(f"{path}: its pixels have 32 bits per channel; supported are 8 and 16")
         grey = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise DataError(f"{path}: its pixels are floating-point numbers; integers of 8 and 16 bits can be read")
+        raise DataError(f"{path}: its pixels are floating-point numbers; supported are integers of 8 and 16 bits")
     return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Videos and pictures in: whole, frame by frame, or only described."""
+"""Read videos and pictures: completely, frame by frame, or only their description."""
 
 import functools
 import logging
@@ -20,7 +20,7 @@ from .pictures import HEAD_BYTES, Picture, opened_picture, picture_format
 
 logger = logging.getLogger(__name__)
 
-# Files that are brought along by mistake, by what they begin with.
+# Common other files, by their first bytes.
 _OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
     b"<!doctype html": "a web page",
@@ -36,23 +36,23 @@ _OTHERS = {
     b"\0\0\0\x0cjp  ": "a JPEG 2000 picture",
 }
 _MAX_VIDEO_PIXELS = 2**32
-"""Of all frames that are read at once: 12 GiB."""
+"""Maximum size of all frames that are read at once: 12 GiB."""
 
 
 def read_video(path: str | Path, max_frames: int | None = None, stride: int = 1) -> torch.Tensor:
     """Read frames 0, stride, 2*stride, … (at most `max_frames`) as uint8 `(T, 3, H, W)`, RGB, upright.
 
-    What is lost of a damaged file is told in the log.
+    Lost frames of a damaged file are logged.
 
     Raises:
-        DataError: the file cannot be read, its frames are of unequal size, or all of them do not fit into memory.
+        DataError: the file cannot be read, its frames differ in size, or they do not fit into memory.
     """
     path = Path(path)
     arrays: list[np.ndarray] = []
     for _, picture in equal_frames(path, max_frames, stride):
         arrays.append(picture)
         if len(arrays) * picture.size > 3 * _MAX_VIDEO_PIXELS:
-            raise DataError(f"{path}: too long to be read at once: give max_frames, or use stream_video")
+            raise DataError(f"{path}: too long to be read at once: set max_frames, or use stream_video")
     try:
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     except (MemoryError, RuntimeError) as error:  # the latter is torch's
@@ -67,12 +67,12 @@ def stream_video(
     stride: int = 1,
     warn: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames that `read_video` reads one after the other, as (number in the file, uint8 `(H, W, 3)`).
+    """Yield the frames of `read_video` one after the other, as (number in the file, uint8 `(H, W, 3)`).
 
-    Holds one frame at a time, and lets frames differ in size. Frames that cannot be decoded are left out.
+    Only one frame is in memory at a time, and frames may differ in size. Frames that cannot be decoded are skipped.
 
     Args:
-        warn: told what was lost, and what was chosen; by default the log is, once a process.
+        warn: called with warnings about lost frames and choices; by default each is logged once per process.
     Raises:
         DataError: the file cannot be read.
     """
@@ -92,24 +92,24 @@ def stream_video(
 def equal_frames(
     path: Path, max_frames: int | None = None, stride: int = 1, warn: Callable[[str], None] | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """`stream_video`, of frames that are all of one size.
+    """Yield the frames of `stream_video`, which must all have the same size.
 
     Raises:
-        DataError: they are not, or the file cannot be read.
+        DataError: sizes differ, or the file cannot be read.
     """
     first: tuple[int, ...] | None = None
     for number, picture in stream_video(path, max_frames, stride, warn):
         first = first or picture.shape
         if picture.shape != first:
             raise DataError(
-                f"{path}: frames of unequal size: frame 0 is {first[1]}x{first[0]}, "
-                f"frame {number} is {picture.shape[1]}x{picture.shape[0]}"
+                f"{path}: frames differ in size: frame 0 is {first[1]}x{first[0]}, frame {number} is "
+                f"{picture.shape[1]}x{picture.shape[0]}"
             )
         yield number, picture
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Describe a file; decodes its first frame, so a file that passes can be read.
+    """Describe a file. The first frame is decoded, so a file without an error can be read.
 
     Raises:
         DataError: it cannot be read.
@@ -130,7 +130,7 @@ def count_frames(path: str | Path, limit: int) -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Picture | Container]:
-    """The file as what it is; anything that hinders becomes a DataError that names the file."""
+    """Open a file of any format; convert all errors to a DataError that names the file."""
     try:
         with open_regular(path) as file:
             head = file.read(HEAD_BYTES)
@@ -143,7 +143,7 @@ def _opened(path: Path) -> Iterator[Picture | Container]:
             with opened_container(file, path) if kind is None else opened_picture(file, path, kind) as source:
                 yield source
     except MemoryError as error:
-        raise DataError(f"{path}: its frames do not fit into memory") from error
+        raise DataError(f"{path}: not enough memory for its frames") from error
     except (av.error.FFmpegError, OSError) as error:
         raise DataError(f"{path}: cannot be read as a video: {reason_of(error)}") from error
 

@@ -1,4 +1,4 @@
-"""Videos out: H.264 in mp4."""
+"""Write videos: H.264 in mp4."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -18,21 +18,21 @@ from frostline.errors import ConfigError, DataError
 
 
 def write_video(path: str | Path, frames: torch.Tensor, fps: float = 16, crf: int = 18, lossless: bool = False) -> Path:
-    """Write `(T, 3, H, W)` frames (uint8, or float in [0, 1]) as an H.264 mp4; returns the path.
+    """Write `(T, 3, H, W)` frames (uint8, or float in [0, 1]) as an H.264 mp4; return the path.
 
-    The default is yuv420p, which plays everywhere and needs even sizes: an odd height or width is padded by
-    repeating the last row or column. `lossless=True` stores RGB as it is: any size, read back bit for bit,
-    but few players show it. The file is written beside its place and renamed, so it appears only complete.
+    The default is yuv420p, which all players support and which needs even sizes: an odd height or width is padded by
+    repeating the last row or column. `lossless=True` stores RGB without loss, for any size; it is read back bit for
+    bit, but few players support it. The file is written atomically.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
-        raise DataError(f"{path}: videos are written as .mp4")
+        raise DataError(f"{path}: videos must be written to a .mp4 file")
     if not fps > 0:
         raise ConfigError(f"fps must be above 0, not {fps}")
     pixels = _as_uint8(frames, path)
     height, width = pixels.shape[-2:]
     if not lossless:
-        # Replicate padding wants floats; uint8 survives the trip through float32 exactly.
+        # Replicate padding needs floats; converting uint8 to float32 and back is exact.
         pad = (0, width % 2, 0, height % 2)
         pixels = F.pad(pixels.float(), pad, mode="replicate").to(torch.uint8) if any(pad) else pixels
     with atomic_write(path) as part:
@@ -44,21 +44,21 @@ def write_video(path: str | Path, frames: torch.Tensor, fps: float = 16, crf: in
 
 
 def _as_uint8(frames: torch.Tensor, path: Path) -> torch.Tensor:
-    """Frames as uint8 `(T, 3, H, W)`, from uint8 or from floats in [0, 1] (rounded, clamped)."""
+    """Convert frames from uint8 or floats in [0, 1] (rounded, clamped) to uint8 `(T, 3, H, W)`."""
     if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
-        raise DataError(f"{path}: frames to write must be (T, 3, H, W), not {tuple(frames.shape)}")
+        raise DataError(f"{path}: frames must have shape (T, 3, H, W), not {tuple(frames.shape)}")
     if frames.dtype == torch.uint8:
         return frames
     if not frames.is_floating_point():
-        raise DataError(f"{path}: frames to write must be uint8 or float in [0, 1], not {frames.dtype}")
+        raise DataError(f"{path}: frames must be uint8 or float in [0, 1], not {frames.dtype}")
     pixels = frames.detach().float()
     if not torch.isfinite(pixels).all():
-        raise DataError(f"{path}: frames to write hold NaN or infinite pixels")
+        raise DataError(f"{path}: frames contain NaN or infinite pixels")
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _encode(path: Path, pixels: np.ndarray, fps: float, crf: int, lossless: bool) -> None:
-    """Encode uint8 `(T, H, W, 3)` into a new mp4 file."""
+    """Encode uint8 `(T, H, W, 3)` frames to a new mp4 file."""
     codec = "libx264rgb" if lossless else "libx264"
     if codec not in av.codecs_available:
         raise ConfigError(f"this build of PyAV has no {codec} encoder: install av from its PyPI wheel")
@@ -69,7 +69,7 @@ def _encode(path: Path, pixels: np.ndarray, fps: float, crf: int, lossless: bool
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         if not lossless:
-            # Without these tags players guess the colour matrix from the size, and small videos look tinted.
+            # Without these tags, players guess the colour matrix from the size, and small videos look tinted.
             stream.codec_context.colorspace = Colorspace.ITU709
             stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
             stream.codec_context.color_range = ColorRange.MPEG

@@ -58,7 +58,7 @@ def test_a_full_disk_is_said_and_the_process_lives(backend: str, tmp_path: Path)
     stage = Stage(name="layers", model="toy", networks=(network,), tolerance=Tolerance(1e-5, 1e-5, 0.999))
     with small_disk(tmp_path / "disk", "8k") as root:
         store = EngineStore(root)
-        with pytest.raises(EngineError, match=r"the disk is full\. Free some space, or name another disk"):
+        with pytest.raises(EngineError, match=r"the disk is full\. Free some space, or use another disk"):
             export_stage(stage, backend, store)
         assert store.find() == []
         assert [path.suffix for path in (root / "toy" / "layers").iterdir()] == [".lock"]

@@ -94,7 +94,9 @@ def test_samples_go_before_pixels() -> None:
     assert largest_shape(within_limit(wide, "b", 2 * 10 * 32 * 32 - 1)) == (2, 2, 28, 28)
     # All that is left are the typical shapes.
     assert largest_shape(within_limit(wide, "b", 2 * 10 * 8 * 8)) == (2, 2, 8, 8)
-    with pytest.raises(EngineError, match=r"b takes tensors of at most 1,279 elements, and network wide has conv2d of"):
+    with pytest.raises(
+        EngineError, match=r"b supports tensors of at most 1,279 elements, but network wide has conv2d of"
+    ):
         within_limit(wide, "b", 2 * 10 * 8 * 8 - 1)
 
 
@@ -153,14 +155,14 @@ def test_a_range_that_was_asked_for_is_refused_with_the_arithmetic(stage: Stage,
     asked = BuildOptions(asked_maximum=frozenset({"batch", "height", "width"}))
     with pytest.raises(
         EngineError,
-        match=r"onnxruntime takes tensors of at most 51,200 elements, and network wide has conv2d of "
+        match=r"onnxruntime supports tensors of at most 51,200 elements, but network wide has conv2d of "
         r"32 x 10 x 32 x 32 = 327,680 elements at its largest shapes: lower --max-shapes",
     ):
         build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=asked)
     assert EngineStore(tmp_path).find() == []
     # An engine that was built without being asked for that range has the same key.
     build_stage(stage, "onnxruntime", EngineStore(tmp_path))
-    with pytest.raises(EngineError, match=r"takes x:5x2x32x32 instead of 32x2x32x32, which is asked for"):
+    with pytest.raises(EngineError, match=r"supports x:5x2x32x32 instead of 32x2x32x32, which is less than requested"):
         build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=asked)
     faces = BuildOptions(asked_maximum=frozenset({"faces"}))
     assert not build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=faces)[1]
@@ -182,7 +184,7 @@ def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, 
         stage = make_module(lora={"rank": rank}).stages["denoiser"]
         found = find_engine(store, stage, "onnxruntime", weights_sha256(stage))
         assert found is not None, "the rank is no part of what identifies an engine"
-        with pytest.raises(ShapeError, match=r"lora_A has shape .*, and engines serve .*: choose another LoRA rank"):
+        with pytest.raises(ShapeError, match=r"lora_A has shape .*, engines support .*: choose another LoRA rank"):
             export_stage(stage, "onnxruntime", store, force=True)
         with pytest.raises(ShapeError, match="choose another LoRA rank"):
             verify_engine_parity(stage, store, store.verify(found))

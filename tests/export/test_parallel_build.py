@@ -55,7 +55,7 @@ def test_a_process_that_dies_leaves_the_work_to_this_one(
         patch.setattr(StagedModel, "device", "meta")
         built = build_ahead(staged, RECIPE, [*staged.stages.values()][:1], store, BuildOptions(), jobs=1)
     assert built == {}
-    assert "going on in this one" in caplog.text
+    assert "continuing in this process" in caplog.text
     assert not list(store.find())
 
 

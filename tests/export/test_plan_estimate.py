@@ -91,8 +91,8 @@ def test_a_step_costs_uses_times_latency() -> None:
     assert gain.planned_ms == pytest.approx(1 + 8 * 4 + 7)
     assert gain.live_ms == pytest.approx(2 * 4 * 10)
     frozen, whole = step_gain_lines(gain)
-    assert "90 ms in torch, 40 ms as planned (2.25x)" in frozen
-    assert "170 ms in torch, 120 ms as planned (1.42x)" in whole
+    assert "torch 90 ms, planned 40 ms (2.25x)" in frozen
+    assert "torch 170 ms, planned 120 ms (1.42x)" in whole
 
 
 def test_stages_that_are_unused_or_unmeasured_do_not_count() -> None:

@@ -122,7 +122,7 @@ def test_an_altered_engine_is_not_copied(engine: VerifiedEngine, tmp_path: Path)
     ("changes", "reason"),
     [
         ({"artifact": "denoiser.engine"}, "has no ONNX files"),
-        ({"outputs": [{"name": "velocity", "dtype": "bfloat16"}]}, "bfloat16, which numpy lacks"),
+        ({"outputs": [{"name": "velocity", "dtype": "bfloat16"}]}, "bfloat16, which numpy does not have"),
     ],
 )
 def test_what_only_its_own_backend_runs_is_refused(

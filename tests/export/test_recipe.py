@@ -124,7 +124,7 @@ def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora: {rank: 257}", r"lora\.rank: 257 is out of the range that engines serve, 2 to 256: choose another"),
+        ("lora: {rank: 257}", r"lora\.rank: 257 is out of the range that engines support, 2 to 256: choose another"),
         ("lora: {rank: 1}", r"lora\.rank: 1 is out of the range"),
         ("backends: [onnxruntime, tensorrt]", r"backend tensorrt: .*pip install 'frostline\[tensorrt\]'"),
         ("backends: tensorrt-rtx\ncompute_capabilities: [9.0]", "does not build for sm_90, only for .*SM89"),
@@ -165,41 +165,53 @@ def test_shapes_are_parsed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: tiny\nprecison: fp32\n", "precison: unknown setting, is precision meant"),
-        ("model: tiny\nbackend: onnxruntime\n", "backend: unknown setting, is backends meant"),
-        ("model: tiny\nlora: {rnak: 8}\n", r"lora\.rnak: unknown setting, is rank meant"),
+        ("model: tiny\nprecison: fp32\n", "precison: unknown setting, did you mean precision"),
+        ("model: tiny\nbackend: onnxruntime\n", "backend: unknown setting, did you mean backends"),
+        ("model: tiny\nlora: {rnak: 8}\n", r"lora\.rnak: unknown setting, did you mean rank"),
         (
             "model: tiny\nrewards: [{type: sharpness, scael: 8}]\n",
-            r"rewards\.0\.scael: unknown setting, is scale",
+            r"rewards\.0\.scael: unknown setting, did you mean scale",
         ),
         (
             "model: tiny\nrewards: [{type: sharpnes}]\n",
-            r"rewards\.0\.type: there is no reward 'sharpnes', is sharp",
+            r"rewards\.0\.type: there is no reward 'sharpnes', did you mean sharp",
         ),
         (
             "model: tiny\nrewards: [{weight: 1}]\n",
-            r"rewards\.0\.type: must name a reward, known are aesthetic",
+            r"rewards\.0\.type: must name a reward, valid names: aesthetic",
         ),
-        ("model: tiny\nreward: {scale: 8}\n", "reward: unknown setting, is rewards meant"),
+        ("model: tiny\nreward: {scale: 8}\n", "reward: unknown setting, did you mean rewards"),
         (
             "model: tiny\nrewards: []\nstages: face_detector\n",
-            "stages: no stage 'face_detector': there are text",
+            "stages: there is no stage 'face_detector'; valid stages: text",
         ),
-        ("model: tiny\nxyzzy: 1\n", "xyzzy: unknown setting, known are .*model, stages"),
+        ("model: tiny\nxyzzy: 1\n", "xyzzy: unknown setting, valid settings: .*model, stages"),
         ("model: tiny\nprecision: fp8\n", "precision: .*'fp32', 'fp16' or 'bf16'"),
         ("model: tiny\nlora: {rank: 0}\n", r"lora\.rank: .*greater than or equal to 1"),
         ("precision: fp32\n", "model: Field required"),
         ("- tiny\n", "must be a mapping of settings"),
         ("", "must be a mapping of settings"),
         ("model: [tiny\n", "cannot be read"),
-        ("model: tiny\nstages: []\n", "stages: names none: nothing would be exported"),
-        ("model: tiny\nbackends: []\n", "backends: names none: nothing would be exported"),
-        ("model: tiny\nstages: vae\n", "stages: no stage 'vae': there are text_encoder, "),
+        ("model: tiny\nstages: []\n", "stages: empty list: nothing to export"),
+        ("model: tiny\nbackends: []\n", "backends: empty list: nothing to export"),
+        ("model: tiny\nstages: vae\n", "stages: there is no stage 'vae'; valid stages: text_encoder, "),
         ("model: tiny\nbackends: [tensort]\n", "unknown backend 'tensort'"),
-        ("model: tiny\ncompute_capabilities: [sm_89]\n", "'sm_89' is no compute capability: write 8.9, or current"),
-        ("model: tiny\ncompute_capabilities: sm_120\n", "'sm_120' is no compute capability: write 12.0, or current"),
-        ("model: tiny\ncompute_capabilities: ['89']\n", "'89' is no compute capability: write 8.9, or current"),
-        ("model: tiny\ncompute_capabilities: [ada]\n", "'ada' is no compute capability: write 8.9, or current"),
+        (
+            "model: tiny\ncompute_capabilities: [sm_89]\n",
+            "'sm_89' is not a compute capability: use a value such as 8.9, or current",
+        ),
+        (
+            "model: tiny\ncompute_capabilities: sm_120\n",
+            "'sm_120' is not a compute capability: use a value such as 12.0, or current",
+        ),
+        (
+            "model: tiny\ncompute_capabilities: ['89']\n",
+            "'89' is not a compute capability: use a value such as 8.9, or current",
+        ),
+        (
+            "model: tiny\ncompute_capabilities: [ada]\n",
+            "'ada' is not a compute capability: use a value such as 8.9, or current",
+        ),
         ("model: !!python/object/apply:os.getcwd []\n", "cannot be read"),
     ],
 )

@@ -54,11 +54,13 @@ def test_recipes_of_rewards_alone() -> None:
     assert reward_recipe(parse_rewards(["face_identity"]), {"stages": "face_embedder"}).stages == ("face_embedder",)
     assert Recipe(model="tiny", stages=("face_detector",)).of_rewards_alone
     assert not Recipe(model="tiny").of_rewards_alone
-    with pytest.raises(ConfigError, match="no stage 'vae_encoder': there are face_detector, face_embedder"):
+    with pytest.raises(
+        ConfigError, match="there is no stage 'vae_encoder'; valid stages: face_detector, face_embedder"
+    ):
         reward_recipe(parse_rewards(["face_identity"]), {"stages": "vae_encoder"})
     with pytest.raises(ConfigError, match="these rewards have no stages"):
         reward_recipe(parse_rewards(["sharpness"]), {})
-    with pytest.raises(ConfigError, match="model: is empty"):
+    with pytest.raises(ConfigError, match="model: empty"):
         Recipe.parse({"model": ""})
 
 

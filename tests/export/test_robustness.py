@@ -240,7 +240,7 @@ def test_an_engine_that_does_not_load_is_deleted(
     "error",
     [
         EngineMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        ShapeError("lora has shape (64, 8), engines serve (1, 8) to (32, 8)"),
+        ShapeError("lora has shape (64, 8), engines support (1, 8) to (32, 8)"),
     ],
     ids=str,
 )
@@ -292,8 +292,6 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(nursery: Nursery, stage: St
 def test_what_a_backend_does_not_compute_in_is_refused_before_tracing(tmp_path: Path) -> None:
     recipe = Recipe(model="tiny", stages=("text_encoder",), precision="bf16", lora=None)
     stage = load_staged_model(recipe, "cpu").stages["text_encoder"]
-    with pytest.raises(
-        EngineError, match="onnxruntime does not compute in bf16: export text_encoder in fp16 or fp32, or"
-    ):
+    with pytest.raises(EngineError, match="onnxruntime does not support bf16: export text_encoder in fp16 or fp32, or"):
         export_stage(stage, "onnxruntime", EngineStore(tmp_path))
     assert list(tmp_path.iterdir()) == []

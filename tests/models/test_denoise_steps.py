@@ -45,17 +45,20 @@ def test_each_step_is_drawn_as_often(strategy: str) -> None:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (DenoiseSteps(0, 2, 3), r"grad_end_step 2.* serves the first 3 steps; a step with gradient"),
-        (DenoiseSteps(0, 7, 3, "steps", 0, (0, 2)), "a step with gradient has to be beyond them"),
-        (DenoiseSteps(0, 7, 3, "random", 3), "a draw of 3 steps from grad_start_step 0 on may be among these alone"),
+        (DenoiseSteps(0, 2, 3), r"grad_end_step 2.* runs the first 3 steps; a later step must have"),
+        (DenoiseSteps(0, 7, 3, "steps", 0, (0, 2)), "a later step must have a gradient"),
+        (DenoiseSteps(0, 7, 3, "random", 3), "a draw of 3 steps from grad_start_step 0 on may contain only these"),
         (DenoiseSteps(0, 7, 3, "uniform", 1), "a draw of 1 steps from grad_start_step 0"),
-        (DenoiseSteps(3, 7, 3, experts="high"), "grad_start_step 3: the low-noise expert, which has no LoRA, serves"),
-        (DenoiseSteps(0, 7, 3, "last", experts="high"), "from 3 on; a step with gradient has to be before these"),
-        (DenoiseSteps(0, 7, 3, "random", 5, experts="high"), "a draw of 5 steps up to grad_end_step 7 may be among"),
+        (DenoiseSteps(3, 7, 3, experts="high"), "grad_start_step 3: the low-noise expert, which has no LoRA, runs"),
+        (DenoiseSteps(0, 7, 3, "last", experts="high"), "from 3 on; an earlier step must have a gradient"),
+        (DenoiseSteps(0, 7, 3, "random", 5, experts="high"), "a draw of 5 steps up to grad_end_step 7 may contain"),
         (DenoiseSteps(0, 7, 3, "uniform", 1, experts="high"), "a draw of 1 steps up to grad_end_step 7"),
-        (DenoiseSteps(3, 7, 3, experts="both"), r"no step with gradient is one of the high-noise.* the first 3, and"),
-        (DenoiseSteps(0, 2, 3, experts="both"), r"one of the low-noise expert.* those from 3 on, and .* are 0, 1, 2"),
-        (DenoiseSteps(0, 7, 3, "last", experts="both"), "the steps with gradient are 7"),
+        (DenoiseSteps(3, 7, 3, experts="both"), r"the LoRA of the high-noise.* the first 3, but"),
+        (
+            DenoiseSteps(0, 2, 3, experts="both"),
+            r"the LoRA of the low-noise expert.* those from 3 on, but .* are 0, 1, 2",
+        ),
+        (DenoiseSteps(0, 7, 3, "last", experts="both"), "the steps with a gradient are 7"),
     ],
 )
 def test_steps_that_may_train_nothing_are_refused(steps: DenoiseSteps, message: str) -> None:

@@ -34,7 +34,7 @@ def test_the_fitting_number_of_frames_is_the_next_that_the_model_takes(geometry:
     ("cut", "message"),
     [
         ({"num_frames": 8}, r"num_frames must be 8k\+1 \(1, 9, 17, …\), not 8"),
-        ({"height": 48}, "height and width go together"),
+        ({"height": 48}, "height and width must be set together"),
         ({"height": 48, "width": 64}, "height must be a multiple of 32, not 48"),
         ({"max_pixels": 1000}, "max_pixels must be at least 1024, not 1000"),
         ({"frame_stride": 0}, "frame_stride must be at least 1, not 0"),

@@ -23,11 +23,11 @@ def test_names_weights_and_classes() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "names nothing"),
-        ("sharpness,,clip:x", "names nothing"),
-        ("sharpnes", "is sharpness meant?"),
-        ("sharpness:x", "the reward sharpness has no weights to choose"),
-        ("clip:", "no weights are named"),
+        ("", "empty name"),
+        ("sharpness,,clip:x", "empty name"),
+        ("sharpnes", "did you mean sharpness?"),
+        ("sharpness:x", "the reward sharpness has no setting weights"),
+        ("clip:", "no weights are given"),
     ],
 )
 def test_what_names_no_reward_is_refused(text: str, said: str) -> None:
@@ -51,7 +51,7 @@ def test_a_file_has_all_settings(tmp_path: Path) -> None:
         ("rewards: []", "must be a list of rewards"),
         ("{type: sharpness}", "must be a list of rewards"),
         ("- sharpness", r"rewards\.0: must be a mapping with a type"),
-        ("- {type: sharpness, flor: 1}", r"rewards\.0: flor: unknown setting, is floor meant"),
+        ("- {type: sharpness, flor: 1}", r"rewards\.0: flor: unknown setting, did you mean floor"),
         ("- [", "cannot be read: it"),
     ],
 )

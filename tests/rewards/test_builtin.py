@@ -68,9 +68,9 @@ def test_a_new_reward_is_a_file_and_nothing_else(
     settings = load_run_settings(None, ["rewards=[{type: warmth, red: 2}]", "rewards.0.weight=1"])
     assert "red: 2.0" in commented_yaml(settings)
     assert RunSettings.parse(settings.model_dump(mode="json")) == settings
-    with pytest.raises(ConfigError, match=r"rewards\.0\.rd: unknown setting, is red meant"):
+    with pytest.raises(ConfigError, match=r"rewards\.0\.rd: unknown setting, did you mean red"):
         load_run_settings(None, ["rewards=[{type: warmth, rd: 2}]"])
-    with pytest.raises(ConfigError, match=r"rewards\.0\.type: there is no reward 'warmht', is warmth meant"):
+    with pytest.raises(ConfigError, match=r"rewards\.0\.type: there is no reward 'warmht', did you mean warmth"):
         load_run_settings(None, ["rewards=[{type: warmht}]"])
     module = make_module(
         num_inference_steps=3,

@@ -81,11 +81,14 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no module": ([{"type": "no.such.module:Class"}], "no.such.module cannot be imported"),
     "no class": ([{"type": "frostline.rewards.sharpness:Sharpnes"}], "has no class 'Sharpnes'"),
     "a function": ([{"type": "frostline.rewards.loss:reward_loss"}], "has no class"),
-    "no config": ([{"type": "own_rewards:NoConfig"}], "rewards.0 own_rewards:NoConfig: is no reward, it has no Config"),
-    "no reward": ([{"type": "own_rewards:NoReward"}], "is no reward, it has no 'unscored': let it inherit from"),
+    "no config": (
+        [{"type": "own_rewards:NoConfig"}],
+        "rewards.0 own_rewards:NoConfig: is not a reward, it has no Config",
+    ),
+    "no reward": ([{"type": "own_rewards:NoReward"}], "is not a reward, it has no 'unscored': inherit from"),
     "an option too many": (
         [SHARPNESS, {**BRIGHTNESS, "options": {"ofset": 1}}],
-        "rewards.1.options (own_rewards:Brightness): ofset: unknown setting, is offset meant?",
+        "rewards.1.options (own_rewards:Brightness): ofset: unknown setting, did you mean offset?",
     ),
     "an option of another type": (
         [{**BRIGHTNESS, "options": {"offset": "1"}}],
@@ -97,21 +100,21 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "what is no option": (
         [{**BRIGHTNESS, "options": {"weight": 1}}],
-        "rewards.0.options.weight: belongs beside",
+        "rewards.0.options.weight: move this setting",
     ),
     "a class that refuses": (
         [{**BRIGHTNESS, "options": {"offset": 2}}],
-        "cannot be made of its Config: an off",
+        "cannot be created from its Config: an off",
     ),
-    "one name twice": ([SHARPNESS, SHARPNESS], "rewards: two go by the name 'sharpness'"),
+    "one name twice": ([SHARPNESS, SHARPNESS], "rewards: two have the name 'sharpness'"),
     "faces twice": (
         [{"type": "face_identity"}, {"type": "face_identity", "detector": "yunet"}],
-        "rewards: two go by the name 'face_score'",
+        "rewards: two have the name 'face_score'",
     ),
     "code for a path": ([{"type": "os; import sys:exit"}], "must be package.module:Class"),
     "an undeclared stage": (
         [{"type": "own_rewards:Undeclared"}],
-        "the stages that it brings (features) are not those that its Config names in uses (none)",
+        "its stages (features) differ from those in uses of its Config (none)",
     ),
 }
 
@@ -187,12 +190,14 @@ def test_a_reward_may_keep_nothing_and_look_at_the_video(make_module: MakeModule
 def test_a_reward_runs_its_own_stages_alone(make_module: MakeModule) -> None:
     module = make_module(rewards=[{"type": "own_rewards:Curious"}], **QUICK)
     clips = held_out_clips(1, seed=1, num_frames=5, size=32)
-    with pytest.raises(ConfigError, match="runs its own stages alone: it asks for 'vae_encoder', and brings none"):
+    with pytest.raises(ConfigError, match="can only run its own stages: it requested 'vae_encoder', but has none"):
         module.forward_preprocess({"prompt": clips.prompts, "video": clips.video})
 
 
 def test_a_score_of_all_videos_together_is_none(make_module: MakeModule) -> None:
     module = make_module(rewards=[{"type": "own_rewards:OfAllTogether"}], **QUICK)
     clips = held_out_clips(2, seed=1, num_frames=5, size=32)
-    with pytest.raises(ConfigError, match=r"the reward brightness gives score of shape \(\) for 2 videos, not \(2,\)"):
+    with pytest.raises(
+        ConfigError, match=r"the reward brightness returns score of shape \(\) for 2 videos, not \(2,\)"
+    ):
         module({"prompt": clips.prompts, "video": clips.video})

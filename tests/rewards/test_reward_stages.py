@@ -104,7 +104,9 @@ def test_it_is_exported_by_its_recipe(tmp_path: Path) -> None:
     (row,) = export_model(load_staged_model(recipe, "cpu"), recipe, EngineStore(tmp_path), ExportOptions())
     assert (row.stage, row.status) == ("features", "built")
     unknown = recipe.model_copy(update={"stages": ("featurse",)})
-    with pytest.raises(ConfigError, match=r"the model has no stage 'featurse'; it has text_encoder, .*, features"):
+    with pytest.raises(
+        ConfigError, match=r"the model has no stage 'featurse'; valid stages: text_encoder, .*, features"
+    ):
         list(export_model(load_staged_model(unknown, "cpu"), unknown, EngineStore(tmp_path), ExportOptions()))
 
 
@@ -145,4 +147,4 @@ def test_a_plan_names_its_stage(runs: bool) -> None:
     assert list(problems(RunSettings.parse(settings), runs)) == []
     settings["plan"] = {"backend": "torch", "stages": {"feature": "torch"}}
     found = [str(problem) for problem in problems(RunSettings.parse(settings), runs)]
-    assert [problem.startswith("plan.stages: there is no stage 'feature', only") for problem in found] == [True] * runs
+    assert [problem.startswith("plan.stages: there is no stage 'feature'; valid") for problem in found] == [True] * runs

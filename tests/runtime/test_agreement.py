@@ -36,4 +36,4 @@ def test_a_failure_in_one_process_over_sharded_weights_is_an_error_and_no_fall_b
     found: list[dict[str, Any]],
 ) -> None:
     assert found[0]["failure"] == ""
-    assert "cannot fall back to torch alone: start again with plan scaled=torch (broken)" in found[1]["failure"]
+    assert "cannot fall back to torch: start again with plan scaled=torch (broken)" in found[1]["failure"]

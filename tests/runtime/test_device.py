@@ -16,7 +16,7 @@ def test_names_of_no_device(name: str) -> None:
 def test_devices_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="finds no GPU here"):
+    with pytest.raises(ConfigError, match="finds no GPU"):
         resolve_device("cuda")
 
 

@@ -289,7 +289,7 @@ def test_memory_that_ran_out_does_not_cost_the_engine(
         served_by(runtime, rows())
         served_by(runtime, rows())
     (message,) = warnings(caplog)
-    assert "ran out of memory, torch serves this call" in message
+    assert "ran out of memory, using torch for this call" in message
     assert runtime.plan["scaled"].backend == ORT
 
 

@@ -126,7 +126,7 @@ def test_without_a_store_torch_serves_everything(stages: dict[str, Stage]) -> No
     [
         ("onnx", "unknown backend 'onnx': use one of torch, onnxruntime"),
         ({"first": "onnx"}, "unknown backend 'onnx'"),
-        ({"third": "torch"}, "there is no stage 'third', only first, second"),
+        ({"third": "torch"}, "there is no stage 'third'; valid stages: first, second"),
     ],
 )
 def test_unknown_names_in_a_plan(plan: str | dict[str, str], message: str, stages: dict[str, Stage]) -> None:
@@ -290,7 +290,7 @@ def test_networks_whose_engine_fails_are_served_by_torch_with_one_warning(
         assert torch.equal(networks["first"](x=x)["y"], expected(stages, "first", x))
     assert len(calls) == 1
     (message,) = warnings(caplog)
-    assert "torch serves it from now on (out of memory)" in message
+    assert "using torch from now on (out of memory)" in message
     assert runtime.networks_at("first", {"x": rows()})[0] == "torch"
     with pytest.raises(RuntimeError, match="out of memory"):
         strict.networks_at("first", {"x": rows()})[1]["first"](x=rows())

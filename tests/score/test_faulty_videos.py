@@ -89,7 +89,7 @@ REPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (lambda path: path.mkdir(), "not a regular file"),
     "zero_bytes": (lambda path: path.touch(), "empty (0 bytes)"),
     "unreadable": (_text, "cannot be read as a video"),
-    "index_cut_off": (_index_cut_off, "cut off or damaged"),
+    "index_cut_off": (_index_cut_off, "truncated or damaged"),
     "zero_frames": (video_files.no_frames, "no frames"),
     "audio_only": (video_files.audio_only, "only audio"),
 }

@@ -239,7 +239,7 @@ def test_results_of_other_prompts_are_not_gone_on_from(
 
 def test_what_does_not_go_together_is_refused(people: Path) -> None:
     pairs = pairs_of(people, "half")
-    with pytest.raises(ConfigError, match="two go by the name 'sharpness'"):
+    with pytest.raises(ConfigError, match="two have the name 'sharpness'"):
         score(pairs, {"type": "sharpness"}, {"type": "sharpness", "floor": 0.1})
     with pytest.raises(ConfigError, match="detector: is a setting of the reward face_identity, which is not among"):
         score(pairs, {"type": "sharpness"}, detector="yunet")

@@ -228,7 +228,7 @@ def test_its_adapter_is_merged(toy: Path, adapter: Path, tmp_path: Path) -> None
         (["merge", "tiny", "{adapter}", "--out", "{out}.safetensors"], "layers that the denoiser does not have"),
         (
             ["convert", "{adapter}", "--to", "diffusers", "--out", "{out}.safetensors", "--model", "{toy}"],
-            "blocks.0.proj has no name in diffusers",
+            "blocks.0.proj does not exist in diffusers",
         ),
     ],
     ids=["no model", "a model of another family", "merged into another family", "unknown to diffusers"],

@@ -71,14 +71,17 @@ def test_shapes_are_read(low: str, typical: str, high: str, expected: dict[str, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"min_shapes": "clip:1x5x3x64x64"}, "--min-shapes: unknown tensor 'clip', known are video, faces, frames, im"),
+        (
+            {"min_shapes": "clip:1x5x3x64x64"},
+            "--min-shapes: unknown tensor 'clip'; valid names: video, faces, frames, im",
+        ),
         ({"opt_shapes": "1x5x3x64x64"}, "--opt-shapes: unknown tensor '1x5x3x64x64'"),
-        ({"max_shapes": "video"}, "--max-shapes: 'video' is not of the form video:batchxframesx3xheightxwidth"),
+        ({"max_shapes": "video"}, "--max-shapes: 'video' is not in the form video:batchxframesx3xheightxwidth"),
         ({"max_shapes": "video:1x5x3x64"}, "--max-shapes: video has 5 dimensions"),
         ({"max_shapes": "video:1x5x3x64x64x64"}, "video has 5 dimensions"),
-        ({"max_shapes": "video:1x5x3x64x-64"}, "is not of the form"),
-        ({"max_shapes": "video:1x5x3x64xhigh"}, "is not of the form"),
-        ({"max_shapes": "video:1x5x3x6.4x64"}, "is not of the form"),
+        ({"max_shapes": "video:1x5x3x64x-64"}, "is not in the form"),
+        ({"max_shapes": "video:1x5x3x64xhigh"}, "is not in the form"),
+        ({"max_shapes": "video:1x5x3x6.4x64"}, "is not in the form"),
         ({"max_shapes": "video:1x3x5x64x64"}, "4k \\+ 1 frames, not 3"),
         ({"max_shapes": "video:1x5x4x64x64"}, "4 must be 3"),
         ({"max_shapes": "video:1x8x3x64x64"}, "4k \\+ 1 frames, not 8"),
@@ -165,7 +168,7 @@ def test_a_model_that_wants_multiples_of_32() -> None:
     shapes = parse_shapes("video:1x5x3x64x64", "video:2x9x3x96x96", "video:4x17x3x128x160")
     latent = shapes.pixels("height", 2, 32)
     assert [latent.at(size) for size in ("min", "opt", "max")] == [4, 6, 8]
-    with pytest.raises(ConfigError, match="width 48 is not a multiple of 32, as this model wants"):
+    with pytest.raises(ConfigError, match="width 48 is not a multiple of 32, as this model requires"):
         parse_shapes("video:1x5x3x64x48").pixels("width", 32, 32)
 
 

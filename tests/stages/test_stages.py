@@ -276,7 +276,7 @@ def test_an_engine_that_was_verified_within_looser_bounds_is_measured_anew(
     assert export_stage(replace(other, tolerance=LOOSE), "onnxruntime", store).built
     assert not export_stage(replace(other, tolerance=LOOSE), "onnxruntime", store).built
     Runtime({"text_encoder": other}, "onnxruntime", tmp_path)["text_encoder"](**other.cases()["sample"].inputs)
-    assert caplog.text.count("its onnxruntime engine was verified within looser bounds") == 1
+    assert caplog.text.count("its onnxruntime engine was verified with looser tolerances") == 1
     assert "frostline export MODEL --stages text_encoder --backend onnxruntime" in caplog.text
     with pytest.raises(ParityError, match="differs from PyTorch"):
         export_stage(other, "onnxruntime", store)
@@ -292,7 +292,7 @@ def test_an_engine_that_keeps_bounds_that_are_asked_for_later_is_present(
         patch.setattr(exporter, "verify_engine_parity", lambda *_: pytest.fail("measured again"))
         assert export_stage(stage, "onnxruntime", store) == Exported(first.manifest, built=False)
     Runtime({"text_encoder": stage}, "onnxruntime", tmp_path)["text_encoder"](**stage.cases()["sample"].inputs)
-    assert "looser bounds" not in caplog.text
+    assert "looser tolerances" not in caplog.text
     tight = replace(stage, tolerance=Tolerance(atol=0, rtol=0, cosine=1))
     with pytest.raises(ParityError):
         export_stage(tight, "onnxruntime", store)

@@ -259,10 +259,10 @@ def test_resuming_on_other_ones_is_refused(workplace: Path, refused_usage: Calla
 
 
 REFUSED = {
-    "missing": ("tiny", "nowhere", "nowhere holds no adapter"),
-    "other_model": ("tiny-ti2v", "peft", "peft/adapter_model.safetensors does not fit the model: blocks.2"),
-    "no_expert": ("tiny-moe", "peft", "tiny-moe has two experts: say whether peft is for low or high"),
-    "one_expert": ("tiny", "peft,expert=high", "tiny has one denoiser: leave high of peft out"),
+    "missing": ("tiny", "nowhere", "nowhere contains no adapter"),
+    "other_model": ("tiny-ti2v", "peft", "peft/adapter_model.safetensors does not match the model: blocks.2"),
+    "no_expert": ("tiny-moe", "peft", "tiny-moe has two experts: set the expert of peft to low or high"),
+    "one_expert": ("tiny", "peft,expert=high", "tiny has one denoiser: remove expert high of peft"),
     "bad_expert": ("tiny", "peft,expert=middle", "expert: Input should be 'low' or 'high'"),
     "bad_scale": ("tiny", "peft,scale=strong", "scale: Input should be a valid number"),
 }
@@ -300,7 +300,7 @@ def test_what_cannot_be_merged_is_refused(
 def test_an_adapter_that_only_merging_takes_says_so(workplace: Path, refused_usage: Callable[..., str]) -> None:
     said = refused_usage("train", "config.yaml", "--init-adapter", "distilled.safetensors")
     assert f"has differences of {len(DIFFERENCES)} whole parameters" in said
-    assert "name it in base_adapters" in said
+    assert "use base_adapters" in said
 
 
 def moe_adapter(folder: Path) -> Path:

@@ -146,7 +146,7 @@ def test_adapters_of_both_experts(face: Path, make_module: Callable[..., WanTrai
     module = make_module("tiny-moe", lora={"rank": 4, "experts": "both"}, lora_spread=0)
     with pytest.raises(ConfigError, match="rank 2, not 4"):
         module.load_adapter(tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"is for the high-noise expert of two, and tiny has one expert"):
+    with pytest.raises(ConfigError, match=r"is for the high-noise expert, but tiny has one expert"):
         clip(face, tmp_path / "clip.mp4", adapter=tmp_path / "a")
     with pytest.raises(ConfigError, match="expert: says whose adapter it is, and none is given"):
         clip(face, tmp_path / "clip.mp4", expert="high")
@@ -174,14 +174,14 @@ def test_sizes(face: Path, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"num_frames": 8}, "num_frames must be 4k"),
-        ({"height": 64}, "height and width go together"),
+        ({"height": 64}, "height and width must be set together"),
         ({"height": 60, "width": 64}, "height must be a multiple of 16 for tiny, not 60"),
         ({"image": None}, "tiny starts from a picture: give --image"),
         ({"model": "Wan2.1-T2V-1.3B", "image": None}, "without an image, height and width"),
         ({"image": None, "height": 64, "width": 64}, "tiny starts from a picture"),
         ({"plan": "vae_encoder=,x"}, "is neither auto"),
         ({"plan": "vae_coder=torch"}, "there is no stage 'vae_coder'"),
-        ({"adapter": Path("nowhere")}, "nowhere holds no adapter"),
+        ({"adapter": Path("nowhere")}, "nowhere contains no adapter"),
         ({"precision": "fp8"}, "precision"),
         ({"prompt": ""}, "prompt"),
     ],
@@ -194,7 +194,7 @@ def test_what_cannot_be_sampled(changes: dict[str, Any], said: str, face: Path, 
 
 def test_an_adapter_of_another_model_is_named(face: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"adapter_model\.safetensors does not fit the model: blocks\.2.* is not there"
+        ConfigError, match=r"adapter_model\.safetensors does not match the model: blocks\.2.* is missing"
     ):
         clip(face, tmp_path / "clip.mp4", model="tiny-ti2v", adapter=adapter)
 
@@ -202,7 +202,7 @@ def test_an_adapter_of_another_model_is_named(face: Path, adapter: Path, tmp_pat
 def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.png: no such file"):
         clip(tmp_path / "nowhere.png", tmp_path / "clip.mp4")
-    with pytest.raises(ConfigError, match=r"clip\.avi: clips are written as \.mp4"):
+    with pytest.raises(ConfigError, match=r"clip\.avi: clips are written to a \.mp4 file"):
         clip(tmp_path / "nowhere.png", tmp_path / "clip.avi")
 
 

@@ -121,7 +121,7 @@ def test_output_dir_goes_before_the_file(place: Path, monkeypatch: pytest.Monkey
         (["--resume", "nowhere"], "is not the folder of a run (no run.json and config.yaml of frostline)"),
         (["--resume", "latest"], "name the folder of a run, or a configuration file"),
         (["--resume", "latest", "--output-dir", "data"], "data is not the folder of a run"),
-        (["--output-dir", "my/run"], "a configuration file is needed"),
+        (["--output-dir", "my/run"], "no configuration file"),
     ],
 )
 def test_what_is_no_run_is_not_taken_up(

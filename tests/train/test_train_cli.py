@@ -166,12 +166,12 @@ def _quantise(folder: Path) -> None:
     save_file({**load_file(path), **packed}, path)
 
 
-CONVOLUTION = "'patch_embedding' names patch_embedding, a Conv3d: only linear layers can have a LoRA"
+CONVOLUTION = "'patch_embedding' matches patch_embedding, a Conv3d: only linear layers can have a LoRA"
 
 REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no file": (_nothing, ["gone.yaml"], 2, "gone.yaml: no such configuration file"),
-    "nothing": (_nothing, [], 2, "a configuration file is needed"),
-    "unknown key": (_nothing, ["CONFIG", "train.learning_rat=1"], 2, "is learning_rate meant?"),
+    "nothing": (_nothing, [], 2, "no configuration file"),
+    "unknown key": (_nothing, ["CONFIG", "train.learning_rat=1"], 2, "did you mean learning_rate?"),
     "no data": (_nothing, ["CONFIG", "data.source=null"], 2, "data.source: is needed"),
     "data is gone": (_nothing, ["CONFIG", "data.source=gone"], 1, "gone: no such file or folder"),
     "bad rows": (_break_a_video, ["CONFIG", "data.source=bad"], 1, "2 of 2 rows cannot be trained on"),
@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "dry run": (_break_a_video, ["CONFIG", "data.source=bad", "--dry-run"], 1, "missing.mp4"),
     "bad validation": (_break_a_video, ["CONFIG", "validation.source=bad"], 1, "validation: "),
     "no tracker": (_nothing, ["CONFIG", "train.report_to=trackio"], 2, "trackio is not installed: pip install trackio"),
-    "no gpu": (_nothing, ["CONFIG", "device=cuda"], 2, "torch finds no GPU here"),
+    "no gpu": (_nothing, ["CONFIG", "device=cuda"], 2, "torch finds no GPU"),
     "no model": (_nothing, ["CONFIG", "model=nowhere"], 2, "nowhere"),
     "no reward": (_nothing, ["CONFIG", "rewards.0.type=no.module:Class"], 2, "no.module cannot be imported"),
     "no backend": (_nothing, ["CONFIG", "plan.backend=tensorflow"], 2, "tensorflow"),
@@ -194,8 +194,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         2,
         "unknown face embedder 'sfase'",
     ),
-    "faces twice": (_nothing, ["CONFIG", FACES_TWICE], 2, "rewards: two go by the name 'face_score'"),
-    "dry run, faces twice": (_nothing, ["CONFIG", "--dry-run", FACES_TWICE], 1, "rewards: two go by the name"),
+    "faces twice": (_nothing, ["CONFIG", FACES_TWICE], 2, "rewards: two have the name 'face_score'"),
+    "dry run, faces twice": (_nothing, ["CONFIG", "--dry-run", FACES_TWICE], 1, "rewards: two have the name"),
     "infinite": (_nothing, ["CONFIG", "train.learning_rate=inf"], 2, "train.learning_rate"),
     "dry run, no stage": (_nothing, ["CONFIG", "--dry-run", "plan.stages={vae: torch}"], 1, "there is no stage 'vae'"),
     "dry run, no backend": (_nothing, ["CONFIG", "--dry-run", "plan.backend=tensorflow"], 1, "tensorflow"),
@@ -221,12 +221,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     ),
     "dry run, no place": (_nothing, ["CONFIG", "--dry-run", "output_dir=config.yaml/run"], 1, "cannot be written to"),
     "dry run, no checkpoint": (_nothing, ["CONFIG", "--dry-run", "--resume", "gone"], 1, "gone: no such folder"),
-    "dry run, no gpu": (_nothing, ["CONFIG", "--dry-run", "device=cuda"], 1, "torch finds no GPU here"),
+    "dry run, no gpu": (_nothing, ["CONFIG", "--dry-run", "device=cuda"], 1, "torch finds no GPU"),
     "dry run, misnamed": (
         _misname,
         ["CONFIG", "--dry-run", "model=misnamed"],
         1,
-        "time_embedding.2.weight is missing, and 1 more tensors do not fit",
+        "time_embedding.2.weight is missing, and 1 more tensors do not match",
     ),
     "dry run, unsized": (_misname, ["CONFIG", "--dry-run", "model=unsized"], 1, "cannot be loaded"),
     "misnamed": (_misname, ["CONFIG", "model=misnamed"], 2, "time_embedding.2.weight is missing"),
@@ -374,7 +374,7 @@ NOT_RESUMED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         _nothing,
         ["lora.target_modules=[q,k,v,o,ffn.0,ffn.2,ffn.3]"],
         2,
-        "'ffn.3' is the name of no module of the denoiser",
+        "'ffn.3' matches no module of the denoiser",
     ),
     "damaged": (_damage, [], 1, "none of the 2 checkpoints in killed is intact"),
     "settings": (_alias_its_settings, [], 1, "config.yaml is not valid YAML: line 1, column 7: an alias stands for"),

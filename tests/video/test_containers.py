@@ -51,7 +51,7 @@ def test_the_stream_that_players_show_is_read(tmp_path: Path, suffix: str, codec
     several_streams(path, (codec, 64, levels, Disposition(0)), ("libx264", 96, shown, Disposition.default))
     means, notes = streamed(path)
     assert means == pytest.approx(shown, abs=2)
-    assert notes == ["it has 2 video streams: number 1 is used, which players show"]
+    assert notes == ["it has 2 video streams: using number 1, which players show"]
     assert probe_video(path).width == 96
     assert count_frames(path, 100) == 8
 
@@ -82,7 +82,7 @@ def test_a_damaged_packet_takes_no_others_with_it(tmp_path: Path, name: str) -> 
     means, notes = streamed(path)
     assert len(means) == 23
     (note,) = notes
-    assert note.startswith("1 of its 24 frames cannot be decoded") and note.endswith(": the others are used")
+    assert note.startswith("1 of its 24 frames cannot be decoded") and note.endswith(": using the others")
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -112,7 +112,7 @@ def test_a_file_that_is_cut_off_says_so(tmp_path: Path, name: str, codec: str) -
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     means, notes = streamed(path)
     assert 1 <= len(means) < 24
-    assert any(note.startswith("it breaks off after 0.") and " of 1.50 seconds" in note for note in notes), notes
+    assert any(note.startswith("it ends after 0.") and " of 1.50 seconds" in note for note in notes), notes
 
 
 def test_an_mp4_file_that_is_cut_off_says_how_many_frames_it_lost(tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ def test_of_several_pictures_in_one_file_the_choice_is_told(tmp_path: Path) -> N
         views.add_from_pillow(page)
     views.save(tmp_path / "a.heic", primary_index=2, quality=95)
     for name, level, said in (
-        ("a.tif", LEVELS[0], "the first one of its 4 pictures is used"),
-        ("a.heic", LEVELS[2], "the primary one of its 4 pictures is used"),
+        ("a.tif", LEVELS[0], "using the first one of its 4 pictures"),
+        ("a.heic", LEVELS[2], "using the primary one of its 4 pictures"),
     ):
         notes: list[str] = []
         ((_, picture),) = stream_video(tmp_path / name, warn=notes.append)
@@ -175,7 +175,7 @@ def _jpeg_xl(path: Path) -> None:
 
 UNREADABLE = {
     "float": (_float_tiff, "its pixels are floating-point numbers"),
-    "raw": (_thumbnail_first, "its picture is a thumbnail, as in a camera's raw file"),
+    "raw": (_thumbnail_first, "it only contains a thumbnail, like a camera's raw file"),
     "cut": (_cut_jpeg, "cannot be read as a JPEG picture: image file is truncated"),
     "heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(200)), "cannot be read as a HEIF picture"),
     "jpeg_xl": (_jpeg_xl, "it is a JPEG XL picture"),

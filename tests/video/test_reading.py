@@ -107,7 +107,7 @@ def test_unequal_frames_are_refused(tmp_path: Path) -> None:
     ]
     path = tmp_path / "joined.h264"
     path.write_bytes(b"".join(parts))
-    with pytest.raises(DataError, match=r"joined\.h264: frames of unequal size: frame 0 is 64x32, frame 3 is 32x32"):
+    with pytest.raises(DataError, match=r"joined\.h264: frames differ in size: frame 0 is 64x32, frame 3 is 32x32"):
         read_video(path)
     assert read_video(path, max_frames=3).shape == (3, 3, 32, 64)
 
@@ -163,7 +163,7 @@ BAD_FILES = {
     "playlist": (_playlist, "cannot be read as a video: Invalid data"),
     "concat_list": (_concat_list, "not a known video or image format"),
     "cut_off_start": (_cut_off_start, "cannot be read as a video"),
-    "index_cut_off": (_index_cut_off, "cut off or damaged"),
+    "index_cut_off": (_index_cut_off, "truncated or damaged"),
     "data_cut_off": (_data_cut_off, "no frame can be decoded"),
     "audio_only": (audio_only, "only audio"),
     "no_frames": (no_frames, "no frames"),
@@ -188,6 +188,6 @@ def test_a_video_is_not_read_at_once_beyond_all_measure(tmp_path: Path, monkeypa
     path = huge_gif(tmp_path / "a.gif", side=64, frames=12)
     assert read_video(path).shape == (12, 3, 64, 64)
     monkeypatch.setattr(reading, "_MAX_VIDEO_PIXELS", 10 * 64 * 64)
-    with pytest.raises(DataError, match=r"a\.gif: too long to be read at once: give max_frames"):
+    with pytest.raises(DataError, match=r"a\.gif: too long to be read at once: set max_frames"):
         read_video(path)
     assert read_video(path, max_frames=10).shape == (10, 3, 64, 64)

@@ -12,9 +12,9 @@ from frostline.video import write_video
 @pytest.mark.parametrize(
     ("frames", "fragment"),
     [
-        (torch.zeros(2, 16, 16, 3), "must be (T, 3, H, W), not (2, 16, 16, 3)"),
-        (torch.zeros(0, 3, 16, 16), "must be (T, 3, H, W)"),
-        (torch.zeros(3, 16, 16), "must be (T, 3, H, W)"),
+        (torch.zeros(2, 16, 16, 3), "must have shape (T, 3, H, W), not (2, 16, 16, 3)"),
+        (torch.zeros(0, 3, 16, 16), "must have shape (T, 3, H, W)"),
+        (torch.zeros(3, 16, 16), "must have shape (T, 3, H, W)"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "uint8 or float in [0, 1], not torch.int64"),
         (torch.full((2, 3, 16, 16), torch.nan), "NaN"),
     ],
@@ -29,7 +29,7 @@ def test_bad_frames_are_not_written(tmp_path: Path, frames: torch.Tensor, fragme
 
 def test_bad_targets_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     video = torch.zeros(5, 3, 48, 64)
-    with pytest.raises(DataError, match=r"written as \.mp4"):
+    with pytest.raises(DataError, match=r"written to a \.mp4 file"):
         write_video(tmp_path / "a.avi", video)
     with pytest.raises(ConfigError, match="fps"):
         write_video(tmp_path / "a.mp4", video, fps=0)

@@ -18,24 +18,24 @@ from frostline.models.quantization.linear import dequantised_bytes
 from frostline.runtime.backends.base.options import OPSET
 from frostline.runtime.stage import Network
 
-# Larger weights than this cannot be inside the protobuf: they go to `<file>.data`.
+# Larger weights do not fit into the protobuf and go to `<file>.data`.
 _EMBEDDED_BYTES = 1_500_000_000
 
 
 def trace_onnx(network: Network, path: Path, opset: int = OPSET) -> None:
-    """Write `network` to `path`, its open dimensions dynamic, its live tensors as inputs.
+    """Write `network` to `path`, with dynamic dimensions, and live tensors as inputs.
 
     Raises:
-        EngineError: the exporter cannot express the network.
+        EngineError: the exporter does not support an operation of the network.
     """
     save_onnx(network, translate(network, trace_program(network), opset), path)
 
 
 def translate(network: Network, program: ExportedProgram, opset: int) -> ONNXProgram:
-    """Translate a program of `trace_program` to ONNX; it shares the weights of the network.
+    """Translate a program of `trace_program` to ONNX. The result shares the weights of the network.
 
     Raises:
-        EngineError: the exporter cannot express the network.
+        EngineError: the exporter does not support an operation of the network.
     """
     try:
         with quiet(), torch.no_grad(), WITHOUT_FAKE_CACHE(), shortcuts():

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: names of axes, metadata; and nothing of the machine that wrote it."""
+"""Annotate an ONNX file with axis names and metadata, and remove information about the machine that wrote it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MULTIPLE = re.compile(r"(?:(\d+)\*)?(s\d+)")
 
 
 def name_axes(model: ir.Model, network: Network) -> None:
-    """Name the open axes as the network's inputs do, where the tracer wrote `s21` and `2*s89`.
+    """Replace the tracer's names of dynamic axes, such as `s21` and `2*s89`, by those of the network's inputs.
 
-    Equal names mean equal extents: `height` of a video, `height/8` of its latents.
+    Equal names mean equal sizes: `height` of a video, `height/8` of its latents.
     """
     dimensions: dict[str, Dimension] = {}
     for value, spec in zip(model.graph.inputs, (*network.inputs, *network.live_specs), strict=True):
@@ -46,10 +46,10 @@ def _in_expression(symbol: str, dimensions: Mapping[str, Dimension]) -> str:
 
 
 def strip_origin(model: ir.Model) -> None:
-    """Remove the exporter's notes: source lines, absolute paths, the traced graph as text.
+    """Remove the exporter's notes: source lines, absolute paths, and the traced graph as text.
 
-    Also the types that it notes of initializers: they have their own, and onnxruntime's `quantize_dynamic` refuses a
-    graph in which they still have the old one.
+    Also remove its type annotations of initializers. They are redundant, and onnxruntime's `quantize_dynamic` rejects a
+    graph in which they still have the old type.
     """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()
@@ -66,7 +66,7 @@ def strip_origin(model: ir.Model) -> None:
 
 
 def describe(model: ir.Model, stage: Stage, network: Network) -> None:
-    """Write the producer, the model, its stage and licence, and a text about inputs and outputs."""
+    """Write the producer, the model, its stage and licence, and a description of inputs and outputs."""
     model.producer_name, model.producer_version = "frostline", version("frostline")
     model.graph.name = f"{stage.name}.{network.name}" if network.name != stage.name else stage.name
     model.metadata_props.update(
@@ -75,7 +75,7 @@ def describe(model: ir.Model, stage: Stage, network: Network) -> None:
             "stage": stage.name,
             "network": network.name,
             "precision": precision_name(network.weight.dtype),
-            # ONNX's own name for it.
+            # The name that ONNX uses for it.
             "model_license": stage.license or "not stated",
         }
     )

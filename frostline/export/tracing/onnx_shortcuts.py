@@ -1,6 +1,6 @@
-"""Translate programs to ONNX without what torch.onnx and onnxscript repeat, or try by brute force, to no effect.
+"""Translate programs to ONNX without redundant work of torch.onnx and onnxscript.
 
-Each shortcut leaves the file as it would be without, byte for byte: `tests/export/tracing/test_onnx_shortcuts.py`.
+Each shortcut leaves the file unchanged, byte for byte: see `tests/export/tracing/test_onnx_shortcuts.py`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _IN_PLACE = {
     aten.add_.Tensor: aten.add.Tensor,
     aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
 }
-# What torch.onnx leaves out by itself.
+# Operators that torch.onnx omits.
 _DROPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
 
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """Take all of them in this block."""
+    """Apply all shortcuts within the block."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry)))
         stack.enter_context(patch.object(_TypePromotionInterpreter, "run_node", _promote))
@@ -48,10 +48,10 @@ def shortcuts() -> Iterator[None]:
 
 
 def decomposed_where_needed(program: ExportedProgram, opset: int) -> ExportedProgram:
-    """Return a copy that torch.onnx may change, and does not trace again if ONNX has all of its operators.
+    """Return a copy that torch.onnx may change; decompose it only if ONNX lacks one of its operators.
 
-    To decompose operators, `run_decompositions` traces the whole graph a second time with its open dimensions, which
-    takes most of an export. In the networks here there is hardly ever an operator to decompose.
+    To decompose operators, `run_decompositions` traces the whole graph a second time with its dynamic dimensions, which
+    takes most of an export. The networks here hardly ever contain an operator to decompose.
     """
     copied = copy.copy(program)
     copied._graph_module = copy.deepcopy(program.graph_module)
@@ -74,24 +74,25 @@ _match_anywhere = SimplePatternMatcher.match
 
 @functools.cache
 def _registry(opset_version: int) -> ONNXRegistry:
-    """Return what torch.onnx fills anew for each export, which takes a second: the translations of all operators.
+    """Return torch.onnx's registry of operator translations, which it otherwise creates again for each export in a
+    second.
 
-    An export only reads it; it would add to it for a custom translation, and there is none here.
+    An export only reads it; it would only be modified for custom translations, which are not used here.
     """
     return _from_torchlib(opset_version)
 
 
 @functools.cache
 def _translated(opset: int) -> frozenset[Any]:
-    """Return the operators that torch.onnx translates or leaves out."""
+    """Return the operators that torch.onnx translates or omits."""
     return frozenset(get_onnx_implemented_overloads(_registry(max(opset, TORCHLIB_OPSET)))) | _DROPPED
 
 
 def _respell(node: Node) -> None:
-    """Replace an operator that torch.onnx lacks by an equivalent one that it has, as its decompositions do."""
+    """Replace an operator that torch.onnx lacks by an equivalent one, as its decompositions do."""
     if node.target in _CASTS:
         tensor, dtype = _argument(node, "self"), _argument(node, "dtype")
-        # Without a type, only the device changes.
+        # Without a dtype, only the device changes.
         node.target, node.args, node.kwargs = (
             aten._to_copy.default,
             (tensor,),
@@ -99,7 +100,7 @@ def _respell(node: Node) -> None:
         )
     elif node.target is aten._upsample_nearest_exact2d.vec:
         factors = cast("list[float] | None", _argument(node, "scale_factors"))
-        # At whole factors both variants take the same pixels.
+        # At integer factors, both variants select the same pixels.
         if factors and all(float(factor).is_integer() for factor in factors):
             node.target = aten.upsample_nearest2d.vec
     elif node.target in _IN_PLACE:
@@ -146,9 +147,9 @@ def _respell_batch_norm(node: Node) -> None:
 
 
 def _argument(node: Node, name: str) -> Argument:
-    """Return an argument of an operator by its name in the schema; None where it is not given."""
+    """Return an argument of an operator by its name in the schema; None if it is not given."""
     names = [argument.name for argument in cast(OpOverload, node.target)._schema.arguments]
-    # Arguments that the schema makes keyword-only come last, so positions and names agree.
+    # Keyword-only arguments come last in the schema, so positions and names agree.
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(name)
 
 
@@ -157,10 +158,10 @@ def _changes_its_input(target: object) -> bool:
 
 
 def _promote(self: _TypePromotionInterpreter, node: Node) -> Any:
-    """Make the type promotion of an operator explicit, and compute it again only if that changed it.
+    """Make the type promotion of an operator explicit, and compute its result again only if that changed.
 
-    torch.onnx computes the whole graph again, with open dimensions, to have the results that are in it already. A
-    promotion leaves the type of the result as it was, so what follows keeps its result.
+    torch.onnx computes the whole graph again with dynamic dimensions, although the results are already in the graph. A
+    promotion does not change the type of the result, so the following results stay valid.
     """
     if node.op != "call_function" or "val" not in node.meta:
         return _run_node(self, node)
@@ -176,10 +177,10 @@ def _promote(self: _TypePromotionInterpreter, node: Node) -> Any:
 
 
 def _match(self: SimplePatternMatcher, model: Any, graph: Any, node: OnnxNode, **options: Any) -> MatchResult:
-    """Match a pattern that ends at `node`, unless the operator of the node already rules that out.
+    """Match a pattern that ends at `node`, unless the operator of the node already excludes a match.
 
-    For a pattern with several results, onnxscript tries all combinations of the nodes of the graph first, for each node
-    of the graph: the time grows with the square of the number of layers.
+    For a pattern with several results, onnxscript otherwise tries all combinations of nodes for each node of the graph:
+    the time grows with the square of the number of layers.
     """
     last = self.pattern.output_nodes[0].op_identifier()
     if last is not None and last[1] != node.op_type:

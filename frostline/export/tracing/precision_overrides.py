@@ -1,8 +1,8 @@
-"""Islands of fp32 in a graph of fp16 or bf16: what sums many values, or exponentiates, does so in fp32.
+"""Run sensitive operations of a graph in fp16 or bf16 in fp32: sums over many values, and exponentials.
 
-PyTorch's kernels accumulate in fp32 whatever the type of their input. An ONNX graph that says fp16 leaves that to the
-engine: a softmax loses its small weights, a sum of squares overflows at 65504. The casts make it explicit. RoPE, RMS
-norm and the timestep sinusoid are fp32 in the modules already.
+PyTorch's kernels accumulate in fp32 for every input type. In an fp16 ONNX graph, accumulation is left to the engine: a
+softmax loses its small weights, and a sum of squares overflows at 65504. Casts make fp32 explicit. RoPE, RMS norm and
+the timestep sinusoid already use fp32 in the modules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def widen_sensitive(model: ir.Model) -> None:
-    """Wrap every sensitive operation of a narrow type in casts to fp32 and back."""
+    """Wrap every sensitive operation of a 16-bit type in casts to fp32 and back."""
     for node in list(model.graph):
         dtype = node.inputs[0].dtype if node.op_type in _SENSITIVE and node.inputs[0] else None
         if dtype is not None and dtype in _NARROW:

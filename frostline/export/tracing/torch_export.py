@@ -24,17 +24,17 @@ from frostline.models.quantization.linear import plain_layers
 from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
-# With open dimensions, making an entry of this cache takes longer than computing it.
+# With dynamic dimensions, creating an entry of this cache takes longer than computing the value.
 WITHOUT_FAKE_CACHE = functools.partial(dynamo_config.patch, fake_tensor_cache_enabled=False)
 
 
 def trace_program(network: Network) -> ExportedProgram:
-    """Trace `network` with dynamic open dimensions and its live tensors as inputs.
+    """Trace `network` with dynamic dimensions, and with its live tensors as inputs.
 
-    The weights are not copied, but for those in 8 or 4 bits, which are dequantised.
+    Weights are not copied, except 8-bit and 4-bit weights, which are dequantised.
 
     Raises:
-        EngineError: the tracer cannot express the network.
+        EngineError: the tracer does not support an operation of the network.
     """
     try:
         with (
@@ -42,7 +42,7 @@ def trace_program(network: Network) -> ExportedProgram:
             torch.no_grad(),
             WITHOUT_FAKE_CACHE(),
             fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-            # Of quantised layers, the graph has the values that PyTorch computes with.
+            # The graph contains the dequantised values that PyTorch computes with.
             plain_layers(network.module),
         ):
             program = torch.export.export(
@@ -58,7 +58,7 @@ def trace_program(network: Network) -> ExportedProgram:
 
 
 def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
-    """Return what `torch.export` wants to know of the open dimensions, per input; equal names share one symbol."""
+    """Return the `dynamic_shapes` argument of `torch.export`, per input; equal names share one symbol."""
     symbols: dict[str, Any] = {}
 
     def symbol(dimension: Dimension) -> Any:
@@ -71,7 +71,7 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
 
 
 def _dense(module: nn.Module) -> nn.Module:
-    """Return the module, or a dense copy: the tracer specialises small images if weights are channels last."""
+    """Return the module or a dense copy: with channels-last weights, the tracer specialises small images."""
     if all(tensor.is_contiguous() for tensor in itertools.chain(module.parameters(), module.buffers())):
         return module
     module = copy.deepcopy(module)
@@ -81,10 +81,10 @@ def _dense(module: nn.Module) -> nn.Module:
 
 
 def _drop_asserts(program: ExportedProgram) -> None:
-    """Remove the tracer's checks at run time.
+    """Remove the tracer's run-time checks.
 
-    It cannot prove that pooling of odd sizes, and memory layouts at batch 1, are nothing special, and would refuse
-    them. Runners hold shapes against the range, and parity is measured at its lower end.
+    The tracer cannot prove that pooling of odd sizes and memory layouts at batch size 1 need no special case, and its
+    checks would reject them. Runners check shapes against the range, and parity is measured at its lower end.
     """
     graph = program.graph_module.graph
     for node in list(graph.nodes):
@@ -96,7 +96,7 @@ def _drop_asserts(program: ExportedProgram) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence an exporter's chatter; its errors are exceptions."""
+    """Suppress an exporter's output; its errors are exceptions."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -118,18 +118,18 @@ def _samples(network: Network) -> tuple[Tensor, ...]:
 
 
 def _without_extent_one(spec: TensorSpec) -> TensorSpec:
-    """Return the spec with typical extents of at least 2 where it is open: to the tracer, a 1 is a constant."""
+    """Return the spec with typical values of at least 2 for dynamic dimensions: the tracer treats 1 as a constant."""
     shape = (replace(extent, opt=max(extent.opt, 2)) if _is_open(extent) else extent for extent in spec.shape)
     return replace(spec, shape=tuple(shape))
 
 
 def _is_open(extent: int | Dimension) -> TypeGuard[Dimension]:
-    """Return whether engines leave it open: a range of one extent is fixed."""
+    """Return whether a dimension is dynamic; a range of one value is fixed."""
     return isinstance(extent, Dimension) and extent.min < extent.max
 
 
 class _Positional(nn.Module):
-    """Gives every network one signature, `forward(*inputs)`, so that dynamic shapes are given in one way."""
+    """Give every network the signature `forward(*inputs)`, so that dynamic shapes have one form."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -137,5 +137,5 @@ class _Positional(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         outputs = self.module(*inputs)
-        # Outputs of engines are dense, so those of the traced network have to be as well.
+        # Outputs of engines are dense, so those of the traced network must be as well.
         return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(each.contiguous() for each in outputs)

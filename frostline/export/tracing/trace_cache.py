@@ -1,4 +1,4 @@
-"""Traces of networks, each made once for all backends: tracing takes seconds to minutes."""
+"""Traces of networks, each created once for all backends: tracing takes seconds to minutes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Traces:
-    """The graphs of one stage's networks, each made on first use. They share the weights of the networks."""
+    """The graphs of one stage's networks, each created at first use. They share the weights of the networks."""
 
     def __init__(self) -> None:
         self._programs: dict[str, ExportedProgram] = {}
@@ -38,7 +38,7 @@ class Traces:
         return self._translated[key]
 
     def save_onnx(self, stage: Stage, network: Network, opset: int, path: Path) -> None:
-        """Write `network` of `stage` to `path`, described; see `frostline.export.tracing.onnx.save_onnx`."""
+        """Write `network` of `stage` to `path` with a description; see `frostline.export.tracing.onnx.save_onnx`."""
         from frostline.export.tracing.onnx import save_onnx
         from frostline.export.tracing.onnx_annotations import describe
 

@@ -1,4 +1,4 @@
-"""Find the files of a Wan model: built-in, a folder in Wan's or diffusers' layout, or single files."""
+"""Find the files of a Wan model: a built-in model, a folder in Wan's or diffusers' layout, or single files."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ Entry: TypeAlias = "str | Path | ModelConfig | Sequence[str | Path]"
 
 _TINY = Path(__file__).parents[1] / "tiny" / "weights"
 EMBEDDED = ("tiny", "tiny-moe", "tiny-ti2v")
-# Frames, height and width of the clips that these were trained on.
+# Frames, height and width of the training clips of these models.
 EMBEDDED_VIDEO = (9, 96, 96)
 _TOKENIZERS = (Path("google") / "umt5-xxl", Path("tokenizer"))
 # The official text encoder always pads to this many tokens.
 TEXT_LENGTH = 512
-# Of two experts, as released: Wan2.2 I2V A14B and T2V A14B.
+# The released boundary of models with two experts: Wan2.2 I2V A14B and T2V A14B.
 _BOUNDARY_IMAGE, _BOUNDARY_TEXT = 0.9, 0.875
-# How a person calls the parts, and where they would be.
+# Names of the parts in messages, and their usual locations.
 _CALLED: Mapping[str, str] = {
     "denoiser": "the denoiser (diffusion_pytorch_model*.safetensors, or transformer/)",
-    "denoiser_high_noise": "the high-noise expert (high_noise_model/, or transformer/ beside transformer_2/)",
+    "denoiser_high_noise": "the high-noise expert (high_noise_model/, or transformer/ next to transformer_2/)",
     "vae": "the VAE (Wan2.*_VAE.pth, or vae/)",
     "text_encoder": "the text encoder (models_t5*.pth, or text_encoder/)",
     "image_encoder": "the image encoder (models_clip*.pth, or image_encoder/)",
     "tokenizer": "the tokenizer (google/umt5-xxl/, or tokenizer/)",
 }
-# diffusers lets `transformer` begin; where there are two, it is the high-noise expert.
+# In diffusers, `transformer` runs first; in a model with two experts, it is the high-noise expert.
 _DIFFUSERS_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 
 
 @dataclass(frozen=True)
 class WanFiles:
-    """What a Wan model is, and the files of each of its networks, by the same names as in the spec."""
+    """The spec of a Wan model, and the files of each of its networks, with the same keys as in the spec."""
 
     spec: ModelSpec
     networks: Mapping[str, NetworkFiles]
@@ -61,21 +61,21 @@ class WanFiles:
 
     @property
     def denoiser(self) -> NetworkFiles:
-        """The files of the denoiser; of two experts, of the low-noise one."""
+        """Return the files of the denoiser; with two experts, those of the low-noise expert."""
         return self.networks["denoiser"]
 
     def expert(self, expert: ExpertName) -> NetworkFiles:
-        """Return the files of one of two experts; the only denoiser of a model counts as the low-noise one."""
+        """Return the files of an expert; the only denoiser of a model without experts is `low`."""
         return self.networks["denoiser_high_noise" if expert == "high" else "denoiser"]
 
     @property
     def variant(self) -> str:
-        """What the model does, in words."""
+        """Return a description of what the model does."""
         experts = ", two experts" if self.spec.two_experts else ""
         return _variant(self.spec.networks["denoiser"]) + experts
 
     def paths(self) -> Iterator[Path]:
-        """Every file that the model is loaded from."""
+        """Return all files of the model."""
         for network in self.networks.values():
             yield from network.paths
             config = network.paths[0].parent / "config.json"
@@ -89,7 +89,7 @@ class WanFiles:
 
 
 def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
-    """Find the files of the parts of `model`; see `load_components`."""
+    """Find the files of each part of `model`; see `load_components`."""
     if not isinstance(model, str | Path):
         return _from_list(model)
     if str(model) in EMBEDDED:
@@ -103,7 +103,7 @@ def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
 
 
 def released_boundary(denoiser: Mapping[str, Any]) -> float:
-    """Return the boundary of a released model with such a denoiser; see `ModelSpec`."""
+    """Return the boundary of the released model with this denoiser; see `ModelSpec`."""
     return _BOUNDARY_IMAGE if denoiser["require_vae_embedding"] else _BOUNDARY_TEXT
 
 
@@ -125,26 +125,26 @@ def _denoiser_in(folder: Path) -> NetworkFiles:
     if not found and (quantised := _gguf_in(folder)):
         raise ConfigError(f"{quantised[0]} is {GGUF}")
     if len(found) != 1 or found[0].part != "denoiser":
-        raise ConfigError(f"{folder} holds no Wan denoiser, or more than one")
+        raise ConfigError(f"{folder} contains no Wan denoiser, or more than one")
     return found[0]
 
 
 def _from_folder(folder: Path) -> WanFiles:
-    """Read a folder in Wan's layout or with single files; the part of each is detected from tensor names."""
+    """Find the files in a folder in Wan's layout or with single files; each part is detected from tensor names."""
     config = read_json(folder / "config.json")
     groups = shard_groups(folder)
     parts: dict[str, list[NetworkFiles]] = {}
     if (folder / "low_noise_model").is_dir() or (folder / "high_noise_model").is_dir():
         for field, name in (("denoiser", "low_noise_model"), ("denoiser_high_noise", "high_noise_model")):
             if not (folder / name).is_dir():
-                raise ConfigError(f"one of two experts is missing: {folder / name}")
+                raise ConfigError(f"incomplete: one of the two experts is missing: {folder / name}")
             parts[field] = [_denoiser_in(folder / name)]
     strange = [*_sort_in(groups, parts), *_gguf_in(folder)]
     return _assemble(folder.resolve().name, str(folder), parts, _tokenizer_in(folder), config, strange)
 
 
 def _gguf_in(folder: Path) -> list[Path]:
-    """Files that are of no use, but say why a part is missing."""
+    """Return GGUF files, which are not supported, to explain why a part is missing."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
 
 
@@ -170,7 +170,7 @@ def _from_diffusers_folder(folder: Path) -> WanFiles:
 
 
 def _from_list(entries: Sequence[Entry]) -> WanFiles:
-    """Single files, lists of shards, diffsynth's `ModelConfig`s, and the folder of the tokenizer."""
+    """Find the files in a list of files, lists of shards, diffsynth `ModelConfig`s, and the tokenizer's folder."""
     groups: list[tuple[Path, ...]] = []
     tokenizer = None
     for entry in entries:
@@ -195,16 +195,16 @@ def _from_list(entries: Sequence[Entry]) -> WanFiles:
 
 
 def _told_apart(one: NetworkFiles, other: NetworkFiles) -> tuple[NetworkFiles, NetworkFiles]:
-    """Of two experts the high-noise one, then the low-noise one, by the words that only one of their paths has.
+    """Return the high-noise expert, then the low-noise expert, by the words that only one of their paths contains.
 
     Raises:
-        ConfigError: these do not tell.
+        ConfigError: the paths do not show which is which.
     """
     paths = [network.paths[0].absolute() for network in (one, other)]
-    # A folder that both lie in says nothing of either, and may be called "workflows".
+    # A common parent folder says nothing about either, and may be called "workflows".
     shared = os.path.commonpath(paths)
     own_parts = [path.relative_to(shared).parts for path in paths]
-    # As diffusers has them: the first stage of sampling, and the second.
+    # Named as in diffusers: the first stage of sampling, and the second.
     folders = [parts[:1] for parts in own_parts]
     if folders == [("transformer",), ("transformer_2",)]:
         return one, other
@@ -220,21 +220,24 @@ def _told_apart(one: NetworkFiles, other: NetworkFiles) -> tuple[NetworkFiles, N
     if (first, second) == (["low"], ["high"]):
         return other, one
     raise ConfigError(
-        f"{one} and {other} are two denoisers, and their names do not tell which is the high-noise expert: "
-        'put "high" into the name of one and "low" into that of the other, or give the folder of the whole model'
+        f"{one} and {other} are both denoisers, and their names do not show which is the "
+        'high-noise expert: put "high" in the name of one and "low" in the name of the other, '
+        "or give the folder of the whole model"
     )
 
 
 def _paths_of(entry: Any) -> Sequence[str | Path]:
     if hasattr(entry, "origin_file_pattern"):  # a `ModelConfig`
         if entry.path is None:
-            raise ConfigError(f"ModelConfig of {entry.model_id} has no path: frostline downloads nothing, give it one")
+            raise ConfigError(
+                f"ModelConfig of {entry.model_id} has no path: frostline does not download models; set the path"
+            )
         entry = entry.path
     return [entry] if isinstance(entry, str | Path) else entry
 
 
 def _sort_in(groups: Sequence[tuple[Path, ...]], parts: dict[str, list[NetworkFiles]]) -> list[Path]:
-    """Put each group under its part; returns the files that are no part of Wan."""
+    """Add each group of files to its part; return the files that are not part of Wan."""
     strange = []
     for paths in groups:
         network = recognise(paths)
@@ -275,12 +278,12 @@ def _assemble(
     if missing:
         raise ConfigError(f"{where}: {_found(one, arguments, strange)}; missing: {', '.join(missing)}")
     assert tokenizer is not None
-    # Wan2.2 takes no CLIP feature, whatever lies beside it.
+    # Wan2.2 does not use a CLIP feature, even if there is an image encoder.
     wanted = [field for field in NETWORKS if field in one and (field != "image_encoder" or takes_clip)]
     networks = {field: one[field] for field in wanted}
     boundary = config.get("boundary", released_boundary(arguments))
     files = WanFiles(_spec(name, networks, config.get("text_len", TEXT_LENGTH), boundary), networks, tokenizer)
-    _ = files.variant  # refuses one that is not known
+    _ = files.variant  # raises if the name is unknown
     return files
 
 
@@ -293,21 +296,21 @@ def _arguments(network: NetworkFiles) -> dict[str, Any]:
     try:
         return network_arguments(network.part, network.shapes, network.config)
     except (LookupError, ValueError, TypeError, ArithmeticError) as error:
-        what = "holds no Wan denoiser" if network.part == "denoiser" else "cannot be loaded"
+        what = "contains no Wan denoiser" if network.part == "denoiser" else "cannot be loaded"
         raise ConfigError(f"{network} {what}: {error}") from error
 
 
 def _variant(arguments: Mapping[str, Any]) -> str:
-    """Return what a denoiser does, in words.
+    """Return a description of what a denoiser does.
 
     Raises:
-        ConfigError: it wants conditions that frostline does not make.
+        ConfigError: it needs conditions that frostline does not support.
     """
     extra = arguments["in_dim"] - arguments["out_dim"]
     if arguments["has_image_pos_emb"]:
-        raise ConfigError("a first-and-last-frame denoiser, which frostline does not train")
+        raise ConfigError("a first-and-last-frame denoiser, which frostline does not support")
     if extra not in (0, arguments["out_dim"] + MASK_CHANNELS):
-        raise ConfigError(f"a denoiser with {extra} channels of control, which frostline does not train")
+        raise ConfigError(f"a denoiser with {extra} control channels, which frostline does not support")
     if arguments["fuse_vae_embedding_in_latents"]:
         return "text-and-image-to-video, first frame pinned"
     if not arguments["require_vae_embedding"]:

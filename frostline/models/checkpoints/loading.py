@@ -36,9 +36,9 @@ _T = TypeVar("_T")
 
 # Parts whose weights may stay on disk until they are needed.
 DEFERRABLE = FROZEN_PARTS
-# Parts that are of no use without weights, but to those who only run the others.
+# Parts whose weights are not needed by callers that only run other parts.
 LIVE_PARTS = ("denoiser", "vae_decoder")
-# What diffsynth's classes and torch raise where tensors make no network, or another one.
+# Exceptions of diffsynth's classes and torch for tensors that do not match the network.
 _MISFITS = (RuntimeError, ValueError, TypeError, OSError, LookupError, ArithmeticError, AssertionError)
 
 
@@ -52,23 +52,24 @@ def load_components(
 ) -> WanComponents:
     """Load a Wan model, frozen, in eval mode.
 
-    The part in each file is detected from its tensor names, in Wan's format or that of diffusers; the sizes
-    by their shapes. So folders need not follow a layout by heart:
+    The part in each file is detected from its tensor names, in Wan's or diffusers' format; sizes are inferred from
+    shapes. A folder therefore does not have to follow a layout exactly.
 
     Args:
-        model: `tiny`, `tiny-moe` (two experts), `tiny-ti2v` (pinned first frame); a folder as Wan releases it
-            (denoiser, or `low_noise_model/` and `high_noise_model/`; VAE, text encoder, `google/umt5-xxl/`, and CLIP
-            where the denoiser takes it); a folder as diffusers has it (`model_index.json`, `transformer/`, …); or a
-            list of files, of shards of one network, of diffsynth `ModelConfig`s with a `path`, and of the tokenizer's
-            folder; of two experts in a list, `high` and `low` in their names tell which is which.
-        defer: which of `DEFERRABLE` to leave on disk until they are needed, see `WanComponents.weights`; and which of
-            `LIVE_PARTS` to leave there for good.
-        reads: how networks are read, by field, whenever they are; those that are not named, as their files have them.
-        storage: in which of `FORMATS` the linear layers of a network's blocks are stored, by field.
+        model: `tiny`, `tiny-moe` (two experts) or `tiny-ti2v` (fixed first frame); a folder as in Wan's releases
+            (denoiser, or `low_noise_model/` and `high_noise_model/`; VAE, text encoder, `google/umt5-xxl/`, and CLIP if
+            the denoiser uses it); a folder in diffusers' layout (`model_index.json`, `transformer/`, …); or a list of
+            files, of shards of one network, of diffsynth `ModelConfig`s with a `path`, and of the tokenizer's folder.
+            In a list, `high` and `low` in the names identify two experts.
+        defer: parts of `DEFERRABLE` to leave on disk until they are needed (see `WanComponents.weights`), and parts of
+            `LIVE_PARTS` to leave there permanently.
+        reads: how to read networks, by field; other networks are read from their files.
+        storage: storage format, one of `FORMATS`, of the linear layers in a network's blocks, by field.
     Raises:
-        ConfigError: what was found and what is missing, which file does not fit, or that weights cannot be of `dtype`.
+        ConfigError: parts are missing (the message lists what was found), a file does not match, or `dtype` is not
+            possible.
     """
-    _ = precision_name(dtype)  # refuses another one
+    _ = precision_name(dtype)  # raises for other names
     files, reads, storage = find_files(model), reads or {}, storage or {}
     log.info("loading %s: %s, %d networks", files.spec.name, files.variant, len(files.networks))
     log.debug("%s", files)
@@ -101,7 +102,8 @@ def _load(
 ) -> Any:
     network = files.networks[field]
     try:
-        # As diffsynth's `load_model`, importing which imports torch's compiler: several seconds.
+        # Equivalent to diffsynth's `load_model`, whose import takes several seconds because it imports torch's
+        # compiler.
         module = files.spec.build(field)
     except _MISFITS as error:
         raise ConfigError(f"{network} cannot be loaded: {error}") from error
@@ -118,10 +120,10 @@ def _load(
 
 
 def check_files(model: str | Path | Sequence[Entry]) -> None:
-    """Look whether `load_components` could load a model, without reading weights: tensors by name and shape, tokenizer.
+    """Check that `load_components` can load a model, without reading weights: tensor names, shapes, tokenizer.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: see `load_components`.
     """
     files = find_files(model)
     for field in files.networks:
@@ -151,10 +153,10 @@ def _vae_without_encoder(
 
 
 def _empty_network(files: WanFiles, field: str) -> nn.Module:
-    """Return one of the networks, on the meta device.
+    """Return one of the networks on the meta device.
 
     Raises:
-        ConfigError: its tensors are not those of the files.
+        ConfigError: its tensors do not match those in the files.
     """
     network = files.networks[field]
     try:
@@ -168,7 +170,7 @@ def _empty_network(files: WanFiles, field: str) -> nn.Module:
         first = odd[0]
         what = f"has shape {found.get(first)}, not {wanted.get(first)}"
         what = "is missing" if first not in found else what if first in wanted else "is unknown"
-        more = f", and {len(odd) - 1} more tensors do not fit" if len(odd) > 1 else ""
+        more = f", and {len(odd) - 1} more tensors do not match" if len(odd) > 1 else ""
         raise ConfigError(f"{network} cannot be loaded: {first} {what}{more}")
     return module
 
@@ -184,8 +186,8 @@ def _read(
     """Read weights by their names in the module.
 
     Args:
-        stored: which layers are stored in fewer bits.
-        wanted: which of them, where neither `how` nor `stored` has to see them all.
+        stored: layers to store in fewer bits.
+        wanted: names to return, if neither `how` nor `stored` needs all weights.
     """
     if stored is not None:
         return dict(stored.read(network, dtype, device, how))
@@ -199,7 +201,7 @@ def _wrapper(network: NetworkFiles) -> str:
 
 
 def _named_as_in_module(network: NetworkFiles, values: Mapping[str, _T]) -> dict[str, _T]:
-    """By the names that diffsynth's class has for them, without the text tower of CLIP, which plays no part."""
+    """Return tensors by their names in diffsynth's class, without CLIP's text tower, which is not used."""
     wrapper = _wrapper(network)
     return {wrapper + name: value for name, value in values.items() if not name.startswith("textual.")}
 
@@ -230,7 +232,7 @@ def _frozen_weights(
             quantise_layers(sized, stored.kind, dtype)
             nbytes = sum(parameter.nbytes for parameter in sized.parameters())
         how = reads.get(part)
-        # Of a file with the decoder's weights, the encoder's alone.
+        # Only the encoder's part of a file that also contains the decoder.
         read = partial(_read, network, dtype, device, how, stored, parameters.__contains__)
         if how is None:
             weights[part] = PartWeights(parameters, read, network.paths, nbytes)
@@ -246,7 +248,7 @@ def _load_tokenizer(folder: Path, text_length: int) -> HuggingfaceTokenizer:
 
     try:
         return HuggingfaceTokenizer(str(folder), seq_len=text_length, clean="whitespace")
-    except Exception as error:  # transformers raises many types of its own
+    except Exception as error:  # transformers raises many types of exceptions
         for path in sorted(folder.iterdir()):
             if path.is_file() and (kind := stand_in_kind(path)):
                 raise ConfigError(f"{path} cannot be read: it is {kind}") from error

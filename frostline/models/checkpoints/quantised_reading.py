@@ -1,4 +1,4 @@
-"""Read a network whose layers are stored in 8 or 4 bits: each weight is quantised before the next one is read."""
+"""Read a network with layers in 8 or 4 bits: each weight is quantised before the next one is read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 
 class NetworkRead(Protocol):
-    """A way to read a network in which its weights are not just those in its files.
+    """A way to read a network whose weights differ from those in its files.
 
-    files: those that it reads beside the network's. identity: what else the weights depend on.
+    Attributes:
+        files: further files that it reads.
+        identity: what else the weights depend on.
     """
 
     @property
@@ -32,20 +34,24 @@ class NetworkRead(Protocol):
     def read(
         self, network: NetworkFiles, dtype: torch.dtype, device: str | torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what `NetworkFiles.read` returns for the weights as they are to be, one at a time."""
+        """Yield the final weights one at a time, in the format of `NetworkFiles.read`."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredLayers:
-    """Which layers of a network are stored in fewer bits. kind: one of `FORMATS`, of all of them."""
+    """The layers of a network that are stored in fewer bits.
+
+    Attributes:
+        kind: storage format of all of them, one of `FORMATS`.
+    """
 
     kind: str
     paths: frozenset[str]
 
     @classmethod
     def of(cls, module: nn.Module) -> StoredLayers | None:
-        """Return those of a module; None where it has none."""
+        """Return the quantised layers of a module; None if it has none."""
         layers = quantised_layers(module)
         return cls(next(iter(layers.values())).kind, frozenset(layers)) if layers else None
 
@@ -54,14 +60,14 @@ class StoredLayers:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of a denoiser or a text encoder, by their names in the module.
 
-        Files of 8 bits keep theirs as fp8, if there is a scale for each row or one for the whole weight, and nothing
-        is merged; all others are dequantised, and quantised as the weights of other files are.
+        8-bit weights in a file stay fp8 if they have a scale for each row or one for the whole weight, and nothing is
+        merged. All other 8-bit weights are dequantised and quantised again, like the weights of other files.
 
         Args:
-            dtype: of all other weights, to which these are rounded before they are quantised, too.
-            how: how weights are read that are not just those in the files.
+            dtype: type of all other weights; weights are also rounded to it before they are quantised.
+            how: reader for weights that differ from those in the files.
         Raises:
-            ConfigError: a file cannot be read, or as `how` does.
+            ConfigError: a file cannot be read, or `how` raises it.
         """
         if how is not None:
             for name, weight in how.read(network, dtype, device):
@@ -73,14 +79,14 @@ class StoredLayers:
             if path is not None and self.kind == "fp8":
                 kept = weights.as_rows(name)
             if path is None or kept is None:
-                # Copied, because it may be the memory of a file.
+                # Copied, because it may share the memory of a file.
                 yield from self._stored(name, weights[name].to(device, dtype, copy=True))
             else:
                 codes, scale = (tensor.to(device, copy=True) for tensor in kept)
                 yield from ((f"{path}.codes", codes), (f"{path}.scale", scale))
 
     def _layer(self, name: str) -> str | None:
-        """Return the path of the layer whose weight goes by a name."""
+        """Return the path of the layer that owns a weight."""
         path, _, leaf = name.rpartition(".")
         return path if leaf == "weight" and path in self.paths else None
 

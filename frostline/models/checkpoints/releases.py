@@ -1,4 +1,4 @@
-"""The spec of a Wan model, from its files or, if there are none, from the release that it is named after."""
+"""The spec of a Wan model: from its files or, if there are none, from the release with its name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _I2V_14B_CLIP = _denoiser(36, 5120, 13824, 40, 40, has_image_input=True, require
 _TI2V_5B = _denoiser(48, 3072, 14336, 24, 30, out_dim=48, seperated_timestep=True, fuse_vae_embedding_in_latents=True)
 _BASE = {"text_encoder": _TEXT_ENCODER, "vae": _VAE}
 
-# As released by Wan-AI, by the names of the repositories.
+# Released by Wan-AI; the keys are the names of the repositories.
 RELEASED: Mapping[str, Mapping[str, Arguments]] = {
     "Wan2.1-T2V-1.3B": {**_BASE, "denoiser": _denoiser(16, 1536, 8960, 12, 30)},
     "Wan2.1-T2V-14B": {**_BASE, "denoiser": _T2V_14B},
@@ -49,17 +49,17 @@ RELEASED: Mapping[str, Mapping[str, Arguments]] = {
 
 
 def read_spec(model: str | Path) -> ModelSpec:
-    """Return what `model` is, by the shapes in its files; no weights are read.
+    """Return the spec of `model` from the shapes in its files, without reading weights.
 
-    Where there is no such folder, its name may be that of a release, with or without `-Diffusers`.
+    If there is no such folder, the name may be that of a release, with or without `-Diffusers`.
 
     Raises:
-        ConfigError: it is neither, or its files do not make a model.
+        ConfigError: neither exists, or the files are not a complete model.
     """
     if str(model) in EMBEDDED or Path(model).exists():
         return find_files(model).spec
     name = Path(model).name.removesuffix("-Diffusers")
     if name not in RELEASED:
-        raise ConfigError(f"{model} is neither a directory nor named after a release ({', '.join(RELEASED)})")
+        raise ConfigError(f"{model} is neither a directory nor the name of a release ({', '.join(RELEASED)})")
     networks = RELEASED[name]
     return ModelSpec(name, networks, TEXT_LENGTH, released_boundary(networks["denoiser"]), from_files=False)

@@ -1,6 +1,6 @@
-"""Five-point face alignment: landmarks to the template of an embedder, differentiable to the pixels.
+"""Five-point face alignment: map landmarks to an embedder's template, differentiable with respect to the pixels.
 
-Pixel centres lie at integers everywhere here, as in OpenCV and insightface: the top left pixel is at (0, 0).
+Pixel centres are at integer coordinates, as in OpenCV and insightface: the top left pixel is at (0, 0).
 """
 
 import torch
@@ -8,30 +8,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ARCFACE_SIZE = 112
-"""Side in pixels of the square crop that `ARCFACE_TEMPLATE` is drawn on."""
+"""Side in pixels of the square crop of `ARCFACE_TEMPLATE`."""
 
 ARCFACE_TEMPLATE = torch.tensor(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
     dtype=torch.float64,
 )
-"""(5, 2) x, y in a crop of 112 by 112 of: left eye, right eye, nose, left and right corner of the mouth.
+"""(5, 2) x, y in a crop of 112 by 112 pixels: left eye, right eye, nose, left and right corner of the mouth.
 
 Source: `arcface_dst` of insightface, the alignment that ArcFace-format embedders are trained with.
 """
 
 _SMALLEST_SPREAD = 1e-6
-"""Square pixels; below it landmarks are one point, and a larger divisor keeps the scale finite."""
+"""Variance in square pixels below which landmarks count as one point; dividing by at least this value keeps the scale
+finite.
+"""
 
 _SMALLEST_SCALE = 1e-3
-"""Crop pixels per image pixel; below it landmarks do not resemble the template, and no face is that large."""
+"""Lower limit, in crop pixels per image pixel, below which landmarks do not resemble the template; no face is that
+large.
+"""
 
 
 def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
-    """Least-squares rotation, uniform scale and shift from landmarks to a template.
+    """Return the least-squares rotation, uniform scale and translation from landmarks to a template.
 
-    Closed form of Umeyama (1991) restricted to proper rotations: a mirrored face stays mirrored. Landmarks
-    that span no area (all equal, or uncorrelated with the template) give the pure shift of their centroid,
-    so that the result is always finite and invertible.
+    Closed form of Umeyama (1991), restricted to proper rotations: a mirrored face stays mirrored. For degenerate
+    landmarks (all equal, or uncorrelated with the template), the result is the translation of their centroid, so that
+    it is always finite and invertible.
 
     Args:
         landmarks: (N, 5, 2) pixels.
@@ -58,24 +62,24 @@ def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
 
 
 def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE, template: Tensor | None = None) -> Tensor:
-    """Crop one face per image so that its landmarks lie on a template.
+    """Crop one face per image so that its landmarks match a template.
 
-    The landmarks are constants here, as detection carries no gradient; the pixels are not. Outside the
-    image the crop is 0: give images whose 0 is black to match `cv2.warpAffine`.
+    Landmarks get no gradient, because detection has none; pixels do. Outside the image the crop is 0: use images whose
+    0 is black to match `cv2.warpAffine`.
 
     Args:
         images: (N, 3, H, W), any float dtype, any range. Half precision is sampled in float32.
         landmarks: (N, 5, 2) pixels, one face per image.
         size: side of the crop in pixels.
-        template: (5, 2) pixels of the crop: where the landmarks go; the ArcFace template scaled to `size` by default.
+        template: (5, 2) target positions in pixels of the crop; by default the ArcFace template scaled to `size`.
 
     Returns:
-        (N, 3, size, size), float64 for float64 images and float32 otherwise, bilinear, differentiable to
+        (N, 3, size, size), float64 for float64 images and float32 otherwise; bilinear, differentiable with respect to
         `images`.
     """
     height, width = images.shape[-2:]
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    if len(images) == 0:  # grid_sample refuses an empty batch
+    if len(images) == 0:  # grid_sample does not support an empty batch
         return images.new_zeros(0, images.shape[1], size, size)
     with torch.no_grad():
         template = scaled_template(size, size) if template is None else template
@@ -85,16 +89,15 @@ def align_faces(images: Tensor, landmarks: Tensor, size: int = ARCFACE_SIZE, tem
 
 
 def scaled_template(height: int, width: int) -> Tensor:
-    """Return the (5, 2) float64 ArcFace template, stretched from 112×112 over a `height`×`width` image.
+    """Return the (5, 2) float64 ArcFace template, stretched from 112×112 to a `height`×`width` image.
 
-    insightface's scaling, a plain factor without the half-pixel shift, because that is what embedders were
-    trained on.
+    As in insightface, the scaling has no half-pixel shift, because embedders were trained with it.
     """
     return ARCFACE_TEMPLATE * torch.tensor([width / ARCFACE_SIZE, height / ARCFACE_SIZE], dtype=torch.float64)
 
 
 def _sampling_grid(transform: Tensor, size: int, height: int, width: int) -> Tensor:
-    """Return the (N, size, size, 2) grid for `grid_sample` of crops by (N, 2, 3) transforms."""
+    """Return the (N, size, size, 2) grid for `grid_sample` from (N, 2, 3) transforms."""
     a, b = transform[:, 0, 0, None, None], transform[:, 1, 0, None, None]
     steps = torch.arange(size, dtype=transform.dtype, device=transform.device)
     dx = steps[None, None, :] - transform[:, 0, 2, None, None]

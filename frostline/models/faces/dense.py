@@ -1,4 +1,4 @@
-"""What the single-network detectors (YuNet, SCRFD) share: candidates on three grids, for batches of frames."""
+"""Shared code of the single-network detectors (YuNet, SCRFD): candidates on three grids, for batches of frames."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from .detections import Detections, check_frames, join_detections, no_detections
 from .nms import nms
 
 STRIDES = (8, 16, 32)
-"""Pixels between neighbouring cells of the three grids."""
+"""Distance in pixels between neighbouring cells of the three grids."""
 
 MULTIPLE = STRIDES[-1]
-"""Frames are padded on the right and below until their sides divide by this."""
+"""Frames are padded on the right and at the bottom until their sides are multiples of this."""
 
-_PIXELS_AT_ONCE = 4_000_000  # frame pixels searched at once: bounds the activations at about 400 MB
+_PIXELS_AT_ONCE = 4_000_000  # frame pixels processed at once: limits the activations to about 400 MB
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """K possible faces in N frames, before suppression.
 
-    boxes: (K, 4) float32 left, top, right, bottom. scores: (K,) in [0, 1]. landmarks: (K, 5, 2) x, y.
-    frame_index: (K,) int64. rivals: (K, 4), the boxes by which overlap is judged.
+    Attributes:
+        boxes: (K, 4) float32 left, top, right, bottom.
+        scores: (K,) in [0, 1].
+        landmarks: (K, 5, 2) x, y.
+        frame_index: (K,) int64.
+        rivals: (K, 4), the boxes that determine overlap.
     """
 
     boxes: Tensor
@@ -35,8 +39,8 @@ class Candidates:
     rivals: Tensor
 
     def best(self, overlap: float, num_frames: int, frame_size: tuple[int, int]) -> Detections:
-        """Return the candidates that no better one of their frame overlaps by more than `overlap`, as IoU."""
-        # All frames in one call, shifted apart; in double precision, where the shift rounds nothing that matters.
+        """Return the candidates without a better candidate in their frame whose IoU exceeds `overlap`."""
+        # All frames in one call, shifted apart; in double precision, in which the shift causes no relevant rounding.
         rivals = self.rivals.double()
         reach = (rivals.abs().amax() + 1).ceil() if len(rivals) else rivals.new_ones(())
         shifted = rivals + (self.frame_index * (2 * reach))[:, None]
@@ -55,10 +59,10 @@ class Candidates:
 
 
 def detect_in_parts(frames: Tensor, upscale: int, find: Callable[[Tensor], Candidates], overlap: float) -> Detections:
-    """Faces of (N, 3, H, W) uint8 RGB frames, some at a time; N may be 0.
+    """Detect faces in (N, 3, H, W) uint8 RGB frames, a part of them at a time; N may be 0.
 
     Args:
-        find: candidates in (n, 3, h, w) uint8 RGB frames, n >= 1, in their pixels.
+        find: returns the candidates in (n, 3, h, w) uint8 RGB frames, n >= 1, in pixels of these frames.
         overlap: see `Candidates.best`.
     """
     check_frames(frames)
@@ -75,17 +79,17 @@ def detect_in_parts(frames: Tensor, upscale: int, find: Callable[[Tensor], Candi
 
 
 def padded(height: int, width: int) -> tuple[int, int]:
-    """Return the sides rounded up to what the strides divide."""
+    """Return the sides rounded up to multiples of the largest stride."""
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
 
 
 def cell_places(cells: Tensor, width: int, anchors: int, stride: int) -> Tensor:
-    """(K, 2) x, y in pixels of the top left corners of cells, numbered along rows, `anchors` to each cell."""
+    """Return (K, 2) x, y in pixels of the top left corners of cells in row-major order, `anchors` per cell."""
     place = cells // anchors
     columns = width // stride
     return stride * torch.stack([place % columns, place // columns], dim=1).float()
 
 
 def gather_strides(pick: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
-    """Boxes, scores, landmarks and frames of the candidates that `pick` finds at each stride, joined."""
+    """Return boxes, scores, landmarks and frames of the candidates that `pick` finds at each stride, concatenated."""
     return tuple(torch.cat(parts) for parts in zip(*map(pick, STRIDES), strict=True))

@@ -1,4 +1,4 @@
-"""What a face detector returns, and how frames reach it: 8-bit pixels, enlarged where faces are small."""
+"""The output of face detectors, and their input: 8-bit pixels, enlarged if faces are small."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,19 @@ from frostline.errors import DataError
 
 from .alignment import scaled_template
 
-_PIXELS_AT_ONCE = 4_000_000  # frame pixels resized at once: bounds their float copies at about 100 MB
+_PIXELS_AT_ONCE = 4_000_000  # frame pixels resized at once: limits their float copies to about 100 MB
 
 
 @dataclass(frozen=True, eq=False)
 class ChosenFaces:
-    """One face of each frame, the one that counts. The leading shape is `(N,)`, or `(B, T)` after `reshape`.
+    """The selected face of each frame. The leading shape is `(N,)`, or `(B, T)` after `reshape`.
 
     Attributes:
         found: (N,) bool.
-        boxes: (N, 4) float32 left, top, right, bottom in pixels; 0 where no face was found.
-        landmarks: (N, 5, 2) float32 x, y in pixels. Where no face was found: the ArcFace template stretched
-            over the frame, so that aligning such a frame stays finite.
-        probability: (N,) float32 in [0, 1]; 0 where no face was found.
+        boxes: (N, 4) float32 left, top, right, bottom in pixels; 0 if no face was found.
+        landmarks: (N, 5, 2) float32 x, y in pixels. If no face was found: the ArcFace template stretched over the
+            frame, so that aligning such a frame stays finite.
+        probability: (N,) float32 in [0, 1]; 0 if no face was found.
     """
 
     found: Tensor
@@ -33,7 +33,7 @@ class ChosenFaces:
     probability: Tensor
 
     def reshape(self, *leading: int) -> "ChosenFaces":
-        """Return the same faces with another leading shape, for instance `faces.reshape(B, T)`."""
+        """Return the same faces with another leading shape, for example `faces.reshape(B, T)`."""
         return ChosenFaces(
             found=self.found.reshape(leading),
             boxes=self.boxes.reshape(*leading, 4),
@@ -47,11 +47,11 @@ class Detections:
     """All faces of a batch of frames, ordered by frame, and within a frame by descending box area.
 
     Attributes:
-        boxes: (M, 4) float32 left, top, right, bottom in pixels; may reach outside the frame.
+        boxes: (M, 4) float32 left, top, right, bottom in pixels; may extend beyond the frame.
         probabilities: (M,) float32 in [0, 1].
         landmarks: (M, 5, 2) float32 x, y in pixels: eyes, nose, corners of the mouth, left before right.
         frame_index: (M,) int64, ascending.
-        num_frames: N, the frames that were searched.
+        num_frames: N, the number of searched frames.
         frame_size: (H, W) of those frames in pixels.
     """
 
@@ -66,20 +66,20 @@ class Detections:
         return len(self.boxes)
 
     def numbers(self) -> Tensor:
-        """Return (N,) int64, how many faces are in each frame."""
+        """Return (N,) int64, the number of faces in each frame."""
         return torch.bincount(self.frame_index, minlength=self.num_frames)
 
     def largest_rows(self) -> Tensor:
-        """Which of the detections are the largest of their frames (by box area); their order puts those first."""
+        """Return the index of the largest detection (by box area) of each frame, which is the frame's first."""
         frames = torch.arange(self.num_frames, device=self.boxes.device)
         return torch.searchsorted(self.frame_index, frames)[self.numbers() > 0]
 
     def largest(self) -> ChosenFaces:
-        """Choose the largest face of each of the N frames."""
+        """Select the largest face of each of the N frames."""
         return self.choose(self.largest_rows())
 
     def choose(self, rows: Tensor) -> ChosenFaces:
-        """Choose these detections, at most one of each frame; a frame with none of them counts as without a face."""
+        """Select these detections, at most one in each frame; other frames count as frames without a face."""
         device, frames = self.boxes.device, self.frame_index[rows]
         found = torch.zeros(self.num_frames, dtype=torch.bool, device=device)
         boxes = torch.zeros(self.num_frames, 4, device=device)
@@ -92,7 +92,7 @@ class Detections:
         return ChosenFaces(found, boxes, landmarks, probability)
 
     def divided(self, factor: int) -> "Detections":
-        """These detections in the pixels of frames that were `factor` times smaller on each side."""
+        """Return these detections in pixels of frames with sides `factor` times smaller."""
         height, width = self.frame_size
         return replace(
             self,
@@ -102,7 +102,7 @@ class Detections:
         )
 
     def resized(self, height: int, width: int) -> "Detections":
-        """These detections in the pixels of frames of another size, of which these were made by resizing."""
+        """Return these detections in pixels of the original frames of another size, before resizing."""
         scale = self.boxes.new_tensor([width / self.frame_size[1], height / self.frame_size[0]])
         corners = (self.boxes.unflatten(1, (2, 2)) + 0.5) * scale - 0.5
         landmarks = (self.landmarks + 0.5) * scale - 0.5
@@ -110,18 +110,20 @@ class Detections:
 
 
 class FaceDetector(Protocol):
-    """Finds faces in frames; `BatchedMTCNN` is one."""
+    """Finds faces in frames; `BatchedMTCNN` is an example."""
 
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of (N, 3, H, W) uint8 RGB frames, in their pixels, searched `upscale` times larger."""
+        """Detect faces in (N, 3, H, W) uint8 RGB frames, enlarged `upscale` times; the result is in pixels of the
+        frames.
+        """
         ...
 
 
 def check_frames(frames: Tensor) -> None:
-    """Frames must be (N, 3, H, W) uint8.
+    """Check that frames are (N, 3, H, W) uint8.
 
     Raises:
-        DataError: they are not; says what they are.
+        DataError: they are not; the message gives their shape and dtype.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
         got = f"{tuple(frames.shape)} {frames.dtype}"
@@ -141,7 +143,7 @@ def no_detections(num_frames: int, frame_size: tuple[int, int], device: torch.de
 
 
 def best_rows(frame_index: Tensor, scores: Tensor) -> Tensor:
-    """Which of (M,) faces have the highest score of their frames, (M,) ascending; of equals, the first."""
+    """Return the index of the best of (M,) faces in each frame by score, ascending; the first if scores are equal."""
     order = scores.argsort(descending=True, stable=True)
     order = order[frame_index[order].argsort(stable=True)]
     ordered = frame_index[order]
@@ -151,7 +153,7 @@ def best_rows(frame_index: Tensor, scores: Tensor) -> Tensor:
 
 
 def join_detections(parts: Sequence[Detections]) -> Detections:
-    """Detections of one or more consecutive runs of equally sized frames as those of one batch."""
+    """Concatenate the detections of one or more consecutive batches of equally sized frames."""
     starts = torch.tensor([0, *(part.num_frames for part in parts)]).cumsum(0).tolist()
     return Detections(
         boxes=torch.cat([part.boxes for part in parts]),
@@ -164,15 +166,15 @@ def join_detections(parts: Sequence[Detections]) -> Detections:
 
 
 def quantize_frames(frames: Tensor) -> Tensor:
-    """Frames in [0, 1] as the uint8 pixels a video writer would store: times 255, rounded, clamped.
+    """Convert frames in [0, 1] to the uint8 pixels of a video file: times 255, rounded, clamped.
 
-    Detection in training then sees what detection in the written video will see.
+    Detection in training then sees the same pixels as detection in the written video.
     """
     return (frames.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def upscale_frames(frames: Tensor, factor: int) -> Tensor:
-    """(N, 3, H, W) uint8 frames, N >= 1, bicubically enlarged `factor` times on each side, rounded to uint8."""
+    """Enlarge (N, 3, H, W) uint8 frames, N >= 1, `factor` times on each side (bicubic), and round to uint8."""
     if factor == 1:
         return frames
     enlarged = F.interpolate(frames.float(), scale_factor=factor, mode="bicubic", align_corners=False)
@@ -180,10 +182,10 @@ def upscale_frames(frames: Tensor, factor: int) -> Tensor:
 
 
 def resize_frames(frames: Tensor, longest_side: int) -> Tensor:
-    """(N, 3, H, W) uint8 frames with their longest side resized to this many pixels, rounded to uint8.
+    """Resize (N, 3, H, W) uint8 frames so that the longest side has this many pixels, and round to uint8.
 
-    Bicubic both ways: where it enlarges a whole number of times, it is `upscale_frames`; where it shrinks, pixels are
-    averaged first, as Pillow does.
+    Bicubic in both directions. Enlarging by an integer factor equals `upscale_frames`; shrinking averages pixels first,
+    as Pillow does.
     """
     height, width = frames.shape[-2:]
     longest = max(height, width)

@@ -1,4 +1,4 @@
-"""Face detectors by their setting: which networks they are made of, and how to make one from running networks."""
+"""Face detectors by setting: the networks of each, and how to create a detector from running networks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from .yunet import YUNET_OUTPUTS, YuNet, YuNetNetwork
 
 @dataclass(frozen=True)
 class DetectorNetwork:
-    """One network of a detector: a module that takes `images` (N, 3, H, W) float32 and returns a tuple.
+    """A network of a detector: a module that takes `images` (N, 3, H, W) float32 and returns a tuple.
 
-    outputs: their names. side: of its square input, None where any size will do that divides by `multiple`.
+    Attributes:
+        outputs: names of the outputs.
+        side: side of its square input; None if any multiple of `multiple` is supported.
     """
 
     module: nn.Module
@@ -36,10 +38,12 @@ class DetectorNetwork:
 
 @dataclass(frozen=True)
 class DetectorModel:
-    """A detector that is not yet tied to where its networks run.
+    """A detector that is independent of where its networks run.
 
-    name: what reports and the engine store call it. make: a detector from running networks, by name. license: SPDX
-    identifier of the weights' licence, None where it is not known.
+    Attributes:
+        name: name in reports and in the engine store.
+        make: creates a detector from running networks, by name.
+        license: SPDX identifier of the weights' licence; None if unknown.
     """
 
     name: str
@@ -48,7 +52,7 @@ class DetectorModel:
     license: str | None = None
 
     def modules(self) -> nn.ModuleDict:
-        """Return the networks' modules by name, to move them about."""
+        """Return the networks' modules by name, to move them to a device."""
         return nn.ModuleDict({name: network.module for name, network in self.networks.items()})
 
     def in_torch(self) -> FaceDetector:
@@ -60,11 +64,11 @@ def load_detector(spec: str, min_face_size: int = 20, detection_size: int | None
     """Return a detector by its setting: `mtcnn`, `yunet` or `scrfd:PATH.onnx`.
 
     Args:
-        min_face_size: side in pixels of the smallest face that MTCNN looks for; the others find what they find.
-        detection_size: longest side of the frames that it is given, where they are resized: SCRFD, which shrinks those
-            of more than 640 pixels, then leaves them as they are.
+        min_face_size: side in pixels of the smallest face that MTCNN searches for; the other detectors ignore it.
+        detection_size: longest side of the frames, if they are resized first: SCRFD, which shrinks frames of more than
+            640 pixels, then leaves them unchanged.
     Raises:
-        ConfigError: there is no such detector, or its weights cannot be had.
+        ConfigError: there is no such detector, or its weights are not available.
     """
     kind, _, argument = spec.partition(":")
     if spec == "mtcnn":
@@ -82,7 +86,7 @@ def load_detector(spec: str, min_face_size: int = 20, detection_size: int | None
 
 
 def mtcnn_model(modules: Mapping[str, nn.Module], **settings: Any) -> DetectorModel:
-    """MTCNN of these networks; `settings` are `BatchedMTCNN`'s."""
+    """Return MTCNN with these networks; `settings` are the arguments of `BatchedMTCNN`."""
     networks = {
         name: DetectorNetwork(module, MTCNN_OUTPUTS[name], MTCNN_INPUT_SIZES[name]) for name, module in modules.items()
     }
@@ -96,7 +100,7 @@ def _single(
     detector: Callable[[Network], FaceDetector],
     license: str | None = None,
 ) -> DetectorModel:
-    """Return a detector of one fully convolutional network."""
+    """Return a detector with one fully convolutional network."""
     network = DetectorNetwork(module.eval().requires_grad_(False), outputs, multiple=MULTIPLE)
     key = name.partition("-")[0]
     return DetectorModel(name, {key: network}, lambda running: detector(running[key]), license)

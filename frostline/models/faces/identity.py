@@ -1,4 +1,4 @@
-"""The identity reward: how much the faces of a generated video are the person of a reference video."""
+"""The identity reward: similarity of the faces in a generated video to the person in a reference video."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,30 +11,29 @@ from .alignment import align_faces
 from .detections import ChosenFaces, Detections, FaceDetector, best_rows, quantize_frames, resize_frames
 from .embedders import FaceEmbedder
 
-_PIXELS_AT_ONCE = 4_000_000  # frame pixels aligned at once: bounds their float copies at about 100 MB
+_PIXELS_AT_ONCE = 4_000_000  # frame pixels aligned at once: limits their float copies to about 100 MB
 
-_FACES_AT_ONCE = 256  # embedded: a frame may be full of them
+_FACES_AT_ONCE = 256  # faces embedded at once: a frame may contain many
 
 FaceChoice = Literal["largest", "best"]
-"""Which of several faces in a frame counts: the largest, or the one nearest to the reference."""
+"""The face of a frame that counts if there are several: the largest, or the most similar to the reference."""
 
 MissingFace = Literal["exclude", "zero"]
-"""What a generated frame without a face does to the score: it does not count, or it counts as cosine 0."""
+"""The effect of a generated frame without a face on the score: it is ignored, or counts as cosine similarity 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class IdentityScore:
-    """Identity of B generated videos of T frames with their references. Cosines lie in [-1, 1], rates in
-    [0, 1].
+    """Identity of B generated videos of T frames with their references. Cosines are in [-1, 1], rates in [0, 1].
 
     Attributes:
-        face_score: (B,) the reward, differentiable. 0 with zero gradient where `valid` is False.
-        frame_scores: (B, T) mean cosine of each frame with the reference faces; 0 where there is no face.
-        detection_rate: (B,) share of the generated frames that have a face.
-        face_score_missing_zero: (B,) the score when missing faces count as 0, whatever the reward uses.
-        valid: (B,) bool, False where the reference video has no face at all, or, where missing faces are excluded, the
-            generated one.
-        compared: (B, T) bool, the frames that have a face, of videos whose reference has one.
+        face_score: (B,) the reward, differentiable. 0 with zero gradient if `valid` is False.
+        frame_scores: (B, T) mean cosine of each frame with the reference faces; 0 without a face.
+        detection_rate: (B,) fraction of the generated frames with a face.
+        face_score_missing_zero: (B,) the score if missing faces count as 0, independent of the setting of the reward.
+        valid: (B,) bool, False if the reference video has no face or, if missing faces are ignored, the generated video
+            has none.
+        compared: (B, T) bool, the frames with a face, in videos whose reference has one.
     """
 
     face_score: Tensor
@@ -46,11 +45,11 @@ class IdentityScore:
 
 
 class ReferenceFaces(NamedTuple):
-    """Embedded faces of B reference videos, R frames each.
+    """Embedded faces of B reference videos with R frames each.
 
     Attributes:
         embeddings: (B, R, D) float32, unit norm.
-        found: (B, R) bool; the embedding of a frame without a face has no meaning.
+        found: (B, R) bool; the embedding of a frame without a face is undefined.
     """
 
     embeddings: Tensor
@@ -64,11 +63,11 @@ def identity_score(
     reference_found: Tensor,
     missing_face: MissingFace = "exclude",
 ) -> IdentityScore:
-    """Compute the pooled identity reward: every generated face against every reference face.
+    """Compute the identity reward: every generated face against every reference face.
 
-    With e_i the generated and g_j the reference embeddings of frames that have a face, a frame scores
-    `mean_j cos(e_i, g_j)`, and a video scores the mean over its frames with a face (`exclude`) or over all
-    its frames, one without a face counting 0 (`zero`).
+    Let e_i be the generated and g_j the reference embeddings of frames with a face. The score of a frame is `mean_j
+    cos(e_i, g_j)`. The score of a video is the mean over its frames with a face (`exclude`), or over all its frames,
+    with 0 for frames without a face (`zero`).
 
     Args:
         embeddings: (B, T, D) unit norm, differentiable. Values at frames without a face are ignored.
@@ -83,15 +82,15 @@ def identity_score(
 
 
 def mean_reference(reference: Tensor, reference_found: Tensor) -> Tensor:
-    """Return (B, D) mean of the (B, R, D) reference embeddings that (B, R) says are faces; 0 where none is."""
+    """Return the (B, D) mean of those (B, R, D) reference embeddings that are faces by (B, R); 0 if there are none."""
     total = torch.where(reference_found[..., None], reference, 0).sum(dim=1)
     return total / reference_found.sum(dim=1).clamp(min=1)[:, None]
 
 
 def frame_cosines(embeddings: Tensor, reference_mean: Tensor) -> Tensor:
-    """Return (…) mean cosine of each of (…, D) embeddings with the reference embeddings that have this mean (…, D).
+    """Return (…) mean cosines of (…, D) embeddings with the reference embeddings, given the mean (…, D) of the latter.
 
-    All being of unit norm, it is the dot product with their mean.
+    Since all embeddings have unit norm, this is the dot product with their mean.
     """
     return (embeddings * reference_mean).sum(dim=-1)
 
@@ -99,7 +98,7 @@ def frame_cosines(embeddings: Tensor, reference_mean: Tensor) -> Tensor:
 def pool_frames(
     cosines: Tensor, found: Tensor, has_reference: Tensor, missing_face: MissingFace = "exclude"
 ) -> IdentityScore:
-    """Return the scores of B videos from the (B, T) cosines of their frames, which are ignored where no face was found.
+    """Return the scores of B videos from the (B, T) cosines of their frames; frames without a face are ignored.
 
     Args:
         found: (B, T) bool.
@@ -122,11 +121,11 @@ def pool_frames(
 
 
 class FrameFaces(NamedTuple):
-    """What was seen in N frames, of which K faces were looked at: the largest of each, or all.
+    """The faces in N frames; K of them were embedded: the largest face of each frame, or all.
 
     Attributes:
-        numbers: (N,) int64, how many faces are in each frame.
-        frame_index: (K,) int64, ascending; within a frame the largest comes first.
+        numbers: (N,) int64, the number of faces in each frame.
+        frame_index: (K,) int64, ascending; within a frame the largest face comes first.
         boxes: (K, 4) and landmarks: (K, 5, 2), in pixels.
         embeddings: (K, D) unit norm.
     """
@@ -139,7 +138,7 @@ class FrameFaces(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence["FrameFaces"]) -> "FrameFaces":
-        """Join the faces of one or more consecutive runs of frames."""
+        """Concatenate the faces of one or more consecutive batches of frames."""
         moved, start = [], 0
         for part in parts:
             moved.append(part._replace(frame_index=part.frame_index + start))
@@ -147,7 +146,7 @@ class FrameFaces(NamedTuple):
         return cls(*(torch.cat(column) for column in zip(*moved, strict=True)))
 
     def split(self, lengths: Sequence[int]) -> list["FrameFaces"]:
-        """Split into runs of these numbers of frames: the inverse of `join`."""
+        """Split into batches of these numbers of frames, the inverse of `join`."""
         runs, start = [], 0
         for length in lengths:
             own = (self.frame_index >= start) & (self.frame_index < start + length)
@@ -157,9 +156,11 @@ class FrameFaces(NamedTuple):
         return runs
 
     def chosen(self, reference_mean: Tensor | None = None) -> "FrameFaces":
-        """Return one face of each frame that has any: the nearest to the reference, or the largest where there is none.
+        """Return one face of each frame with faces: the most similar to the reference, or the largest without a
+        reference.
 
-        reference_mean: (D,).
+        Args:
+            reference_mean: (D,).
         """
         area = -torch.arange(len(self.frame_index), device=self.frame_index.device)  # the largest comes first
         scores = area if reference_mean is None else frame_cosines(self.embeddings, reference_mean)
@@ -168,20 +169,19 @@ class FrameFaces(NamedTuple):
 
 
 class FaceIdentity:
-    """Scores videos against references: detect (no gradient), align, embed (gradient to the pixels), compare.
+    """Score videos against references: detect (no gradient), align, embed (gradient to the pixels), compare.
 
-    `detector`, `embedder` and `reference_embedder` are plain attributes: assign engine-backed ones to swap
-    them. An embedder takes faces (N, 3, S, S) RGB in [-1, 1] and returns (N, D) unit-norm embeddings; faces are aligned
-    to the template of `embedder`.
+    `detector`, `embedder` and `reference_embedder` are plain attributes that can be replaced by engine-backed ones. An
+    embedder takes faces (N, 3, S, S) RGB in [-1, 1] and returns (N, D) unit-norm embeddings. Faces are aligned to the
+    template of `embedder`.
 
     Args:
-        detector: finds the faces; no gradient flows through it.
-        embedder: embeds generated faces; must be differentiable if the score is to be trained on.
-        upscale: how many times larger the detector sees the frames; frames of 64–96 px need 2.
-        missing_face: what frames without a face do to `face_score`.
-        face: which face of a generated frame counts. Of a reference it is the largest.
-        detection_size: longest side in pixels of the frames that the detector sees, enlarged or shrunk to it, in place
-            of `upscale`.
+        detector: finds the faces, without a gradient.
+        embedder: embeds generated faces; must be differentiable if the score is used for training.
+        upscale: factor by which frames are enlarged for the detector; frames of 64–96 px need 2.
+        missing_face: effect of frames without a face on `face_score`.
+        face: which face of a generated frame counts. In a reference it is the largest.
+        detection_size: longest side in pixels to which frames are resized for the detector, instead of `upscale`.
     """
 
     def __init__(
@@ -205,13 +205,13 @@ class FaceIdentity:
 
     @torch.no_grad()
     def detect(self, frames: Tensor, reference_mean: Tensor | None = None) -> ChosenFaces:
-        """Detect the scored face in each frame of (B, T, 3, H, W) videos in [0, 1], on their 8-bit pixels.
+        """Detect the scored face in each frame of (B, T, 3, H, W) videos in [0, 1], on 8-bit pixels.
 
         Args:
-            reference_mean: (B, D), to which the best face is the nearest; without it, or where the largest face counts,
-                that is taken.
+            reference_mean: (B, D), to select the most similar face; without it, or if the setting is `largest`, the
+                largest face is selected.
         Returns:
-            Faces of which the leading shape is (B, T).
+            Faces with the leading shape (B, T).
         """
         B, T = frames.shape[:2]
         frames = frames.flatten(0, 1)
@@ -224,37 +224,38 @@ class FaceIdentity:
         return detections.choose(rows).reshape(B, T)
 
     def embed(self, frames: Tensor, faces: ChosenFaces) -> Tensor:
-        """(B, T, D) unit-norm embeddings of one face a frame, differentiable to the (B, T, 3, H, W) frames
+        """Return (B, T, D) unit-norm embeddings of one face per frame, differentiable w.r.t. the (B, T, 3, H, W) frames
         in [0, 1].
 
-        Frames without a face are embedded too (aligned by their stand-in landmarks), so that the graph always
-        reaches the frames; `identity_score` gives them zero gradient.
+        Frames without a face are embedded too (with substitute landmarks), so that the graph always reaches the frames;
+        `identity_score` gives them zero gradient.
         """
         return self._embed(self.embedder, frames, faces)
 
     @torch.no_grad()
     def references(self, videos: Tensor) -> ReferenceFaces:
-        """Faces of the frames 1…T-1 of (B, T, 3, H, W) reference videos in [0, 1].
+        """Return the faces in frames 1 to T-1 of (B, T, 3, H, W) reference videos in [0, 1].
 
-        Frame 0 is left out: it is the start frame that the generated video is given.
+        Frame 0 is excluded because it is the given first frame of the generated video.
         """
         return self.faces_of(videos[:, 1:])
 
     @torch.no_grad()
     def faces_of(self, frames: Tensor) -> ReferenceFaces:
-        """Faces of all of (B, R, 3, H, W) reference pictures in [0, 1], the largest of each."""
+        """Return the largest face in each of (B, R, 3, H, W) reference pictures in [0, 1]."""
         faces = self.detect(frames)
         return ReferenceFaces(self._embed(self.reference_embedder, frames, faces), faces.found)
 
     def score(self, frames: Tensor, references: ReferenceFaces) -> IdentityScore:
-        """Identity of generated (B, T, 3, H, W) frames in [0, 1] with what `references` returned."""
+        """Return the identity of generated (B, T, 3, H, W) frames in [0, 1] with the result of `references`."""
         return self.score_against(frames, mean_reference(*references), references.found.any(dim=1))
 
     def score_against(self, frames: Tensor, reference_mean: Tensor, has_reference: Tensor) -> IdentityScore:
-        """Identity of generated (B, T, 3, H, W) frames in [0, 1] with references of these (B, D) mean embeddings.
+        """Return the identity of generated (B, T, 3, H, W) frames in [0, 1] with references of these (B, D) mean
+        embeddings.
 
         Args:
-            has_reference: (B,) bool, False where there is no reference face, and the mean means nothing.
+            has_reference: (B,) bool, False if there is no reference face and the mean is undefined.
         """
         faces = self.detect(frames, reference_mean)
         cosines = frame_cosines(self.embed(frames, faces), reference_mean[:, None])
@@ -262,7 +263,7 @@ class FaceIdentity:
 
     @torch.no_grad()
     def observe(self, pixels: Tensor) -> FrameFaces:
-        """Detect and embed faces in (N, 3, H, W) uint8 frames without gradient, equal to `detect` and `embed`."""
+        """Detect and embed faces in (N, 3, H, W) uint8 frames without a gradient; equal to `detect` and `embed`."""
         detections = self._detections(pixels)
         rows = slice(None) if self.face == "best" else detections.largest_rows()
         embeddings = self._embed_detections(pixels, detections, rows)
@@ -270,18 +271,18 @@ class FaceIdentity:
         return FrameFaces(detections.numbers(), places, boxes, landmarks, embeddings)
 
     def _detections(self, pixels: Tensor) -> Detections:
-        """All faces of (N, 3, H, W) uint8 frames, in their pixels."""
+        """Return all faces in (N, 3, H, W) uint8 frames, in pixels of the frames."""
         if self.detection_size is None:
             return self.detector.detect(pixels, upscale=self.upscale)
         found = self.detector.detect(resize_frames(pixels, self.detection_size))
         return found.resized(pixels.shape[-2], pixels.shape[-1])
 
     def _embed_detections(self, frames: Tensor, detections: Detections, rows: Tensor | slice) -> Tensor:
-        """Return (K, D) embeddings, without gradient, of some faces in (N, 3, H, W) frames, uint8 or in [0, 1]."""
+        """Return (K, D) embeddings, without gradient, of selected faces in (N, 3, H, W) frames, uint8 or in [0, 1]."""
         places, landmarks = detections.frame_index[rows], detections.landmarks[rows]
         run_length = max(1, _PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
         crops = []
-        # Of no faces, one part without any.
+        # Without faces: one empty part.
         for place, points in zip(places.split(run_length), landmarks.split(run_length), strict=True):
             pictures = frames[place]
             pictures = pictures if pictures.is_floating_point() else pictures.float() / 255
@@ -291,7 +292,7 @@ class FaceIdentity:
 
     def _embed(self, embedder: Callable[[Tensor], Tensor], frames: Tensor, faces: ChosenFaces) -> Tensor:
         B, T = frames.shape[:2]
-        # The reward is measured in float32 whatever autocast the trainer runs its model in.
+        # The reward is computed in float32, independent of the trainer's autocast.
         with torch.autocast(frames.device.type, enabled=False):
             pictures, landmarks = frames.flatten(0, 1).float(), faces.landmarks.flatten(0, 1)
             crops = align_faces(pictures, landmarks, self.image_size, self.template)

@@ -1,12 +1,11 @@
-"""MTCNN face detection over whole batches of frames, equal to facenet-pytorch's `MTCNN.detect` on each frame.
+"""MTCNN face detection for batches of frames, equal to facenet-pytorch's `MTCNN.detect` on each frame.
 
 Method: Zhang et al. 2016, "Joint Face Detection and Alignment Using Multi-task Cascaded Convolutional Networks".
 
-P-Net proposes boxes on an image pyramid, R-Net rejects and refines them, O-Net decides and places five
-landmarks. facenet-pytorch supplies networks and weights, and its arithmetic is followed operation by
-operation; what differs is the batching: P-Net sees all frames of one scale at once, R-Net and O-Net the
-candidates of all frames, and the crops of all candidates are cut in one gather. The networks are injected,
-so that engines can serve them.
+P-Net proposes boxes on an image pyramid, R-Net rejects and refines them, O-Net decides and predicts five landmarks.
+Networks and weights are facenet-pytorch's, and each operation is equal to it; only the batching differs: P-Net
+processes all frames at one scale at once, R-Net and O-Net the candidates of all frames, and all candidates are cropped
+in one gather. The networks are passed in, so that engines can run them.
 """
 
 from collections.abc import Mapping
@@ -22,20 +21,20 @@ from .mtcnn_networks import MTCNN_INPUT_SIZES, MTCNN_OUTPUTS, load_mtcnn_network
 from .networks import Network, as_network
 from .nms import nms
 
-_PNET_CELL = 12  # pixels that one P-Net output looks at ...
+_PNET_CELL = 12  # receptive field of a P-Net output in pixels ...
 _PNET_STRIDE = 2  # ... and the distance between two outputs
-_NETWORK_BATCH = 1024  # candidates a call of R-Net or O-Net: bounds memory at about 100 MB
-_PIXELS_AT_ONCE = 16_000_000  # frame pixels searched at once: bounds the pyramid at about 300 MB
+_NETWORK_BATCH = 1024  # candidates in a call of R-Net or O-Net: limits memory to about 100 MB
+_PIXELS_AT_ONCE = 16_000_000  # frame pixels processed at once: limits the pyramid to about 300 MB
 
 
 class BatchedMTCNN:
-    """Detects faces in all frames of a batch at once. Holds no weights: see `networks`.
+    """Detect faces in all frames of a batch at once. Contains no weights: see `networks`.
 
     Args:
         networks: `pnet`, `rnet` and `onet` as `Network` functions on the device of the frames; None loads
-            facenet-pytorch's own in PyTorch, for frames on the CPU.
+            facenet-pytorch's networks in PyTorch, for frames on the CPU.
         min_face_size: side in pixels of the smallest face to find.
-        thresholds: least probability after P-Net, R-Net and O-Net.
+        thresholds: minimum probabilities after P-Net, R-Net and O-Net.
         factor: ratio of neighbouring scales of the pyramid.
     """
 
@@ -55,14 +54,14 @@ class BatchedMTCNN:
 
     @torch.no_grad()
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of all frames; a frame's faces do not depend on the other frames.
+        """Detect faces in all frames; the result for a frame does not depend on the other frames.
 
-        Frames in which there is nothing to find, or too small to hold a face, have no faces; N may be 0.
+        Frames without a face, or too small to contain one, have no detections; N may be 0.
 
         Args:
             frames: (N, 3, H, W) uint8 RGB.
-            upscale: search the frames enlarged this many times (bicubic), so that smaller faces are found:
-                the frames of 64–96 px that the tests and the embedded tiny model use need 2.
+            upscale: factor by which frames are enlarged (bicubic) to find smaller faces: the frames of 64–96 px in the
+                tests and the built-in tiny model need 2.
         """
         check_frames(frames)
         height, width = frames.shape[-2:]
@@ -74,7 +73,7 @@ class BatchedMTCNN:
         return join_detections(parts).divided(upscale)
 
     def _detect(self, frames: Tensor) -> Detections:
-        """Faces of (N, 3, H, W) uint8 frames, N >= 1: propose, refine, decide."""
+        """Detect faces in (N, 3, H, W) uint8 frames, N >= 1: propose, refine, decide."""
         integral = _integral_image(frames)
         boxes, frame_index = _inside(integral, *self._propose(frames))
         if len(boxes):
@@ -84,7 +83,7 @@ class BatchedMTCNN:
         return self._decide(integral, boxes, frame_index)
 
     def _scales(self, height: int, width: int) -> list[float]:
-        """Scales of the pyramid, largest first; none where the frame is smaller than the smallest face."""
+        """Return the scales of the pyramid, largest first; none if the frame is smaller than the smallest face."""
         scale = _PNET_CELL / self.min_face_size
         shortest = min(height, width) * scale
         scales = []
@@ -95,7 +94,7 @@ class BatchedMTCNN:
         return scales
 
     def _propose(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Square candidate boxes (K, 4) and their frames (K,) from P-Net on every scale."""
+        """Return square candidate boxes (K, 4) and their frames (K,) from P-Net at every scale."""
         pixels = frames.float()
         proposals = [self._propose_at(pixels, scale, len(frames)) for scale in self._scales(*frames.shape[-2:])]
         boxes, scores, regression, frame_index = map(torch.cat, zip(*proposals, strict=True))
@@ -105,7 +104,7 @@ class BatchedMTCNN:
         return _squared(boxes + regression * size), frame_index[keep]
 
     def _propose_at(self, pixels: Tensor, scale: float, num_frames: int) -> tuple[Tensor, ...]:
-        """Boxes (K, 4), scores (K,), regression (K, 4) and frames (K,) of one scale of (N, 3, H, W) pixels."""
+        """Return boxes (K, 4), scores (K,), regression (K, 4) and frames (K,) for (N, 3, H, W) pixels at one scale."""
         height, width = pixels.shape[-2:]
         resized = F.interpolate(pixels, (int(height * scale + 1), int(width * scale + 1)), mode="area")
         outputs = self.networks["pnet"](images=_normalized(resized))
@@ -120,7 +119,7 @@ class BatchedMTCNN:
         return boxes[keep], scores[keep], regression[keep], frame_index[keep]
 
     def _refine(self, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the candidates that R-Net accepts, moved by its regression and squared."""
+        """Return the candidates that R-Net accepts, moved by its regression and made square."""
         regression, scores = self._classify("rnet", integral, boxes, frame_index)
         accepted = scores > self.thresholds[1]
         boxes, scores, regression, frame_index = (part[accepted] for part in (boxes, scores, regression, frame_index))
@@ -128,7 +127,7 @@ class BatchedMTCNN:
         return _squared(_moved(boxes[keep], regression[keep])), frame_index[keep]
 
     def _decide(self, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> Detections:
-        """Return the faces among the candidates by O-Net, ordered as `Detections` promises."""
+        """Return the faces among the candidates by O-Net, in the order of `Detections`."""
         regression, landmarks, scores = self._classify("onet", integral, boxes, frame_index)
         accepted = scores > self.thresholds[2]
         boxes, scores, regression, landmarks, frame_index = (
@@ -154,7 +153,7 @@ class BatchedMTCNN:
         )
 
     def _classify(self, name: str, integral: "IntegralImage", boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of R-Net or O-Net on the crops of the candidates, in the order of `MTCNN_OUTPUTS`."""
+        """Return the outputs of R-Net or O-Net on the crops of the candidates, in the order of `MTCNN_OUTPUTS`."""
         size = MTCNN_INPUT_SIZES[name]
         assert size is not None
         names = MTCNN_OUTPUTS[name]
@@ -166,12 +165,11 @@ class BatchedMTCNN:
 
 
 class IntegralImage(NamedTuple):
-    """Sums of frame pixels: any rectangle of any frame sums up from four entries, exactly, as pixels are
-    integers.
+    """Sums of frame pixels: any rectangle of any frame is an exact sum of four entries, because pixels are integers.
 
     Attributes:
-        sums: (N * (H + 1) * (W + 1), 4) int32 or int64; entry (n, y, x) sums the red, green and blue pixels above y
-            and left of x. The fourth is empty: four are moved at once.
+        sums: (N * (H + 1) * (W + 1), 4) int32 or int64; entry (n, y, x) is the sum of the red, green and blue pixels
+            above y and left of x. The fourth value is unused; four values are loaded at once.
         num_frames: N.
         frame_size: (H, W).
     """
@@ -182,7 +180,7 @@ class IntegralImage(NamedTuple):
 
 
 def _integral_image(frames: Tensor) -> IntegralImage:
-    """Integral images of (N, 3, H, W) uint8 frames."""
+    """Return the integral images of (N, 3, H, W) uint8 frames."""
     N, _, H, W = frames.shape
     dtype = torch.int32 if 255 * H * W < 2**31 else torch.int64
     sums = frames.new_zeros((N, H + 1, W + 1, 4), dtype=dtype)
@@ -191,25 +189,26 @@ def _integral_image(frames: Tensor) -> IntegralImage:
 
 
 def _pixel_ranges(integral: IntegralImage, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(K,) int64 left, top (first pixel), right, bottom (first pixel beyond) inside the frame, as facenet rounds."""
+    """Return (K,) int64 left, top (first pixel), right, bottom (first pixel beyond) inside the frame, rounded like
+    facenet.
+    """
     height, width = integral.frame_size
     left, top, right, bottom = boxes.trunc().long().unbind(1)
     return left.clamp(min=1) - 1, top.clamp(min=1) - 1, right.clamp(max=width), bottom.clamp(max=height)
 
 
 def _inside(integral: IntegralImage, boxes: Tensor, frame_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the candidates that cover at least one pixel of their frame (facenet raises where one does not)."""
+    """Return the candidates that cover at least one pixel of their frame (facenet raises otherwise)."""
     left, top, right, bottom = _pixel_ranges(integral, boxes)
     covers = (right > left) & (bottom > top)
     return boxes[covers], frame_index[covers]
 
 
 def _crops(integral: IntegralImage, boxes: Tensor, frame_index: Tensor, size: int) -> Tensor:
-    """(K, 3, size, size) float32 crops of the boxes, channels last, equal to `F.interpolate(crop, size, mode="area")`
-    on each.
+    """Return (K, 3, size, size) float32 crops of the boxes, channels last, equal to `F.interpolate(crop, size,
+    mode="area")`.
 
-    Area interpolation averages the pixels [floor(i * length / size), ceil((i + 1) * length / size)) of each
-    axis.
+    Area interpolation averages the pixels [floor(i * length / size), ceil((i + 1) * length / size)) of each axis.
     """
     left, top, right, bottom = _pixel_ranges(integral, boxes)
     cell = torch.arange(size, device=boxes.device)
@@ -235,12 +234,12 @@ def _crops(integral: IntegralImage, boxes: Tensor, frame_index: Tensor, size: in
 
 
 def _normalized(pixels: Tensor) -> Tensor:
-    """Pixels 0–255 as the networks want them."""
+    """Normalise pixels in 0–255 for the networks."""
     return (pixels - 127.5) * 0.0078125
 
 
 def _squared(boxes: Tensor) -> Tensor:
-    """Return the boxes grown to squares about their centres."""
+    """Return the boxes enlarged to squares around their centres."""
     size = boxes[:, 2:] - boxes[:, :2]
     side = size.amax(dim=1, keepdim=True)
     corner = boxes[:, :2] + size * 0.5 - side * 0.5
@@ -248,22 +247,22 @@ def _squared(boxes: Tensor) -> Tensor:
 
 
 def _moved(boxes: Tensor, regression: Tensor) -> Tensor:
-    """Return the boxes moved by a regression in units of their size; MTCNN counts sides with both end pixels."""
+    """Return the boxes moved by a regression in units of their size; MTCNN includes both end pixels in sides."""
     size = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
     return boxes + regression * size
 
 
 def _rows_per_frame(frame_index: Tensor, num_frames: int) -> tuple[Tensor, ...]:
-    """For each frame the indices of its entries, in their order."""
+    """Return, for each frame, the indices of its entries in their order."""
     order = frame_index.argsort(stable=True)
     return order.split(torch.bincount(frame_index, minlength=num_frames).tolist())
 
 
 def _nms_per_frame(boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold: float, num_frames: int) -> Tensor:
-    """Indices that survive non-maximum suppression, by frame and then by descending score.
+    """Return the indices that remain after non-maximum suppression, by frame and then by descending score.
 
-    Each frame by itself: `batched_nms` shifts the boxes of each frame apart, which rounds them, and a frame
-    would depend on its place in the batch.
+    Frames are processed separately: `batched_nms` shifts the boxes of each frame apart, which rounds them, so that the
+    result would depend on the frame's position in the batch.
     """
     kept = [rows[nms(boxes[rows], scores[rows], threshold)] for rows in _rows_per_frame(frame_index, num_frames)]
     return torch.cat(kept)
@@ -272,7 +271,9 @@ def _nms_per_frame(boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold
 def _final_nms_per_frame(
     boxes: Tensor, scores: Tensor, frame_index: Tensor, threshold: float, num_frames: int
 ) -> Tensor:
-    """Indices of the final faces, by frame and then by descending area; overlap is a share of the smaller box."""
+    """Return the indices of the final faces, by frame and then by descending area; overlap is relative to the smaller
+    box.
+    """
     kept = [
         rows[_nms_over_smaller_box(boxes[rows], scores[rows], threshold)]
         for rows in _rows_per_frame(frame_index, num_frames)
@@ -284,10 +285,9 @@ def _final_nms_per_frame(
 
 
 def _nms_over_smaller_box(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Greedy suppression of boxes whose intersection exceeds a share of the smaller of the two.
+    """Greedily suppress boxes whose intersection exceeds a fraction of the smaller of the two.
 
-    A handful of boxes: on the CPU and in numpy, whose sort decides between equal scores as it does in
-    facenet.
+    There are only a few boxes: computed on the CPU in numpy, whose sort orders equal scores as in facenet.
     """
     corners = boxes.cpu().numpy()
     area = (corners[:, 2] - corners[:, 0] + 1) * (corners[:, 3] - corners[:, 1] + 1)

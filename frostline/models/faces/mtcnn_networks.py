@@ -1,7 +1,7 @@
 """The three networks of MTCNN (arXiv 1604.02878), with the weights in the facenet-pytorch wheel.
 
-Layers and names are those of `facenet_pytorch.models.mtcnn`, so that its files load. The package itself is not
-imported: all of torchvision comes with it, which takes longer than torch.
+Layers and names are those of `facenet_pytorch.models.mtcnn`, so that its files can be loaded. The package itself is not
+imported: it imports all of torchvision, which takes longer than importing torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MTCNN_OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "rnet": ("regression", "probability"),
     "onet": ("regression", "landmarks", "probability"),
 }
-"""Output names of each network, in the order in which its module returns them."""
+"""Output names of each network, in the order of its return values."""
 
 MTCNN_INPUT_SIZES: Mapping[str, int | None] = {"pnet": None, "rnet": 24, "onet": 48}
-"""Side in pixels of each network's square input; P-Net is fully convolutional: any size from 12 up."""
+"""Side in pixels of each network's square input; P-Net is fully convolutional and supports any size from 12."""
 
 
 def load_mtcnn_networks() -> dict[str, nn.Module]:
@@ -45,7 +45,7 @@ def load_mtcnn_networks() -> dict[str, nn.Module]:
     networks: dict[str, nn.Module] = {"pnet": _PNet(), "rnet": _RNet(), "onet": _ONet()}
     for name, network in networks.items():
         network.load_state_dict(torch.load(folder / "data" / f"{name}.pt", "cpu", weights_only=True))
-        # Pooling is 2 to 4 times as fast so on CPUs.
+        # This pooling is 2 to 4 times as fast on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network.eval().requires_grad_(False)
     return networks
@@ -109,10 +109,10 @@ class _ONet(nn.Module):
 
 
 def _flatten(x: Tensor) -> Tensor:
-    """Return (N, C, H, W) as (N, W * H * C): the weights come from Caffe's Matlab layout."""
+    """Return (N, C, H, W) as (N, W * H * C): the weights use the layout of Caffe's Matlab interface."""
     return x.permute(0, 3, 2, 1).flatten(1)
 
 
 def _face_probability(scores: Tensor) -> Tensor:
-    """Of the two classes in dimension 1, the second."""
+    """Return the probability of the second of two classes in dimension 1."""
     return scores.softmax(dim=1)[:, 1]

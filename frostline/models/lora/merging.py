@@ -1,4 +1,4 @@
-"""Adapters in the weights of a model."""
+"""Merge adapters into the weights of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that a denoiser with weights of these shapes, by official name, has all layers of the adapter.
 
     Raises:
-        ConfigError: a layer or a parameter is not there, or has another shape.
+        ConfigError: a layer or a parameter is missing, or has another shape.
     """
     for name, wanted in _changed(adapter).items():
         _check_shape(adapter, name, shapes.get(name), wanted)
@@ -28,15 +28,15 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
 def merge_adapter(
     tensors: Mapping[str, Tensor], adapter: Adapter, lora_scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return the weights of a denoiser with the adapter in them, `W + lora_scale * (alpha / rank * B A + difference)`.
+    """Return the weights of a denoiser with the adapter merged, `W + lora_scale * (alpha / rank * B A + difference)`.
 
     Computed in fp32, one weight at a time, and rounded once.
 
     Args:
-        tensors: in Wan's own spelling, of the types in their files, so that nothing is rounded twice.
-        dtype: of all weights that are returned; the type that each has if not given.
+        tensors: by name in Wan's format, with the types in their files, so that nothing is rounded twice.
+        dtype: type of all returned weights; each keeps its type if not given.
     Raises:
-        ConfigError: the adapter is of another model, or a merged weight is not finite.
+        ConfigError: the adapter is for another model, or a merged weight is not finite.
     """
     changed = _changed(adapter)
     for name in sorted(changed.keys() - tensors.keys()):
@@ -50,10 +50,10 @@ def merge_adapter(
 
 
 def merged_weight(adapter: Adapter, name: str, weight: Tensor, lora_scale: float, dtype: torch.dtype) -> Tensor:
-    """Return a weight with an adapter that fits it merged, computed in fp32 and rounded once; see `merge_adapter`.
+    """Return a weight with a matching adapter merged, computed in fp32 and rounded once; see `merge_adapter`.
 
     Args:
-        name: in Wan's own spelling; of a weight that the adapter does not change, too.
+        name: in Wan's format; may be a weight that the adapter does not change.
     Raises:
         ConfigError: the result is not finite.
     """
@@ -66,22 +66,22 @@ def merged_weight(adapter: Adapter, name: str, weight: Tensor, lora_scale: float
 
 
 def check_weights_file(out: Path) -> None:
-    """Refuse, before weights are merged, a place to which they could not be written.
+    """Check, before weights are merged, that they can be written to `out`.
 
     Raises:
-        ConfigError: it is no .safetensors file.
+        ConfigError: it is not a .safetensors file.
         DataError: it cannot be written.
     """
     if out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: weights are written as .safetensors")
+        raise ConfigError(f"{out}: weights must be written to a .safetensors file")
     check_writable(out)
 
 
 def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:
-    """Write tensors as one safetensors file, which appears only complete.
+    """Write tensors to one safetensors file atomically.
 
     Raises:
-        ConfigError: it is no .safetensors file.
+        ConfigError: it is not a .safetensors file.
         DataError: it cannot be written.
     """
     check_weights_file(out)
@@ -96,17 +96,17 @@ def _changed(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 def _check_shape(adapter: Adapter, name: str, found: tuple[int, ...] | None, wanted: tuple[int, ...]) -> None:
     if found != wanted:
-        what = "not there" if found is None else f"of shape {found}"
-        raise ConfigError(f"{adapter.path} does not fit the model: {name} is {what}, not {wanted}")
+        what = "missing" if found is None else f"of shape {found}"
+        raise ConfigError(f"{adapter.path} does not match the model: {name} is {what}, the adapter requires {wanted}")
 
 
 def _update(adapter: Adapter, name: str) -> Tensor:
-    """Return what the adapter adds to a parameter, in fp32."""
+    """Return the values that the adapter adds to a parameter, in fp32."""
     difference = adapter.differences.get(name)
     return adapter.layers[name.removesuffix(".weight")].delta() if difference is None else difference.float()
 
 
 def _not_finite(name: str, weight: Tensor, dtype: torch.dtype) -> str:
     if is_finite(weight):
-        return f"{name} has merged values too large for {dtype}: choose --precision bf16 or fp32"
-    return f"{name} has NaN or infinity after the merge: the model is damaged, or the LoRA scale too large"
+        return f"{name} has merged values too large for {dtype}: use --precision bf16 or fp32"
+    return f"{name} has NaN or infinite values after the merge: the model is damaged, or the LoRA scale is too large"

@@ -1,4 +1,4 @@
-"""The names of tensors in adapter files, of any program, as paths in Wan's own denoiser.
+"""Map tensor names in adapter files of several programs to paths in Wan's denoiser.
 
 Sources: `PeftModel.save_pretrained`; `GeneralLoRALoader` of diffsynth; `comfy/lora.py` and
 `comfy/weight_adapter/lora.py` of ComfyUI; `WanLoraLoaderMixin` of diffusers; `networks/lora.py` of musubi-tuner;
@@ -16,32 +16,34 @@ from frostline.models.checkpoints.formats.names import DENOISER, rename
 
 
 class LayerPath(Protocol):
-    """The path in a family's denoiser of a module or bare parameter, by its name in a file; None if there is none.
+    """Returns the path of a module or bare parameter in a family's denoiser for its name in a file; None if there is
+    none.
 
-    flat: whether the name has underscores for dots.
+    Args:
+        flat: whether the name has underscores instead of dots.
     """
 
     def __call__(self, name: str, *, flat: bool = False) -> str | None: ...
 
 
 class DiffusersPath(Protocol):
-    """The path in diffusers of a module of a family's denoiser; None if diffusers does not have it."""
+    """Returns the diffusers path of a module of a family's denoiser; None if diffusers does not have it."""
 
     def __call__(self, layer: str) -> str | None: ...
 
 
 Kind = Literal["down", "up", "up_bias", "alpha", "weight_difference", "bias_difference", "modulation_difference"]
 
-# What programs put before the path of a layer. In diffusers a pipeline of two experts has `transformer_2`.
+# Prefixes of layer paths in files. In diffusers, a pipeline with two experts has `transformer_2`.
 _WRAPPERS = re.compile(
     r"(?:(?:base_model\.model|model|diffusion_model|transformer|transformer_2|pipe|dit|dit2|unet)\.)*"
 )
-# kohya's programs write a path with underscores for dots, which only the network's own names tell apart.
+# kohya's programs write paths with underscores instead of dots, which only the network's own names can resolve.
 _FLAT = re.compile(r"(lora_(?:unet|transformer)_+)(.+)")
 _TEXT_ENCODER = re.compile(
     r"(?:base_model\.model\.)?(?:text_encoders?(?:_\d)?|te\d?|cond_stage_model|conditioner)\..+|lora_te\d?_.+"
 )
-# After the path of the layer. PEFT puts the name of the adapter behind that of the matrix.
+# Suffixes after the path of the layer. PEFT appends the name of the adapter to that of the matrix.
 _KINDS: tuple[tuple[str, Kind], ...] = (
     (r"(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight", "down"),
     (r"(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight", "up"),
@@ -52,7 +54,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("diff_m", "modulation_difference"),
 )
 _TENSORS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple((re.compile(rf"(.+?)\.{end}"), kind) for end, kind in _KINDS)
-# Names that only this way of adapting has, which is more than two matrices a layer.
+# Names that identify adapters with more than two matrices per layer.
 _OTHER_WAYS = (
     (re.compile(r".*\.(dora_scale|lora_magnitude_vector.*)"), "DoRA"),
     (re.compile(r".*\.(hada_\w+)"), "LoHa"),
@@ -61,18 +63,22 @@ _OTHER_WAYS = (
     (re.compile(r".*\.lora_mid(\..+)?"), "a LoRA with a third matrix (Tucker decomposition)"),
     (re.compile(r".*\.(reshape_weight|set_weight)"), "weights of another shape"),
 )
-# Parameters without a module of their own.
+# Parameters that do not belong to a submodule.
 _BARE = re.compile(r".*\.(modulation|emb_pos)")
-# Layers whose weight is no matrix, which a LoRA cannot change.
+# Layers whose weight is not a matrix, which a LoRA cannot change.
 _NO_MATRIX = re.compile(r".*\.(norm\w*|modulation|emb_pos)|img_emb\.proj\.[04]")
 
 
 @dataclass(frozen=True)
 class TensorName:
-    """The parsed name of one tensor.
+    """The parsed name of a tensor.
 
-    prefix: what stands before the layer. plain: the layer as the file spells it. kind: what the tensor is of the layer.
-    layer: the module path in `WanModel`, of differences the name of the parameter; None if there is no such layer.
+    Attributes:
+        prefix: prefix before the layer.
+        plain: the layer as written in the file.
+        kind: role of the tensor in the layer.
+        layer: the module path in `WanModel`, or the name of the parameter for a difference; None if there is no such
+            layer.
     """
 
     prefix: str
@@ -82,17 +88,17 @@ class TensorName:
 
 
 def is_of_text_encoder(name: str) -> bool:
-    """Return whether a tensor belongs to a text encoder, which some programs adapt along with the denoiser."""
+    """Return whether a tensor belongs to a text encoder, which some programs adapt together with the denoiser."""
     return _TEXT_ENCODER.fullmatch(name) is not None
 
 
 def other_way(name: str) -> str | None:
-    """Return the kind of adapter, other than LoRA, that has tensors of this name; None if unknown."""
+    """Return the kind of adapter, other than LoRA, that uses this tensor name; None if unknown."""
     return next((way for pattern, way in _OTHER_WAYS if pattern.fullmatch(name)), None)
 
 
 def parse_name(name: str, layer_path: LayerPath) -> TensorName | None:
-    """Parse the name of a tensor; None if it is not a LoRA's."""
+    """Parse the name of a tensor; return None if it is not a LoRA tensor."""
     for pattern, kind in _TENSORS:
         if match := pattern.fullmatch(name):
             prefix, plain, flat = _without_prefix(match[1])
@@ -101,10 +107,10 @@ def parse_name(name: str, layer_path: LayerPath) -> TensorName | None:
 
 
 def denoiser_path(name: str, *, flat: bool = False) -> str | None:
-    """Return the path in `WanModel` of a module or bare parameter, by its name there or in diffusers; None if unknown.
+    """Return the path in `WanModel` of a module or bare parameter for its name there or in diffusers; None if unknown.
 
     Args:
-        flat: whether the name has underscores for dots.
+        flat: whether the name has underscores instead of dots.
     """
     for pattern, official in _patterns(flat):
         if match := pattern.fullmatch(name):
@@ -113,7 +119,7 @@ def denoiser_path(name: str, *, flat: bool = False) -> str | None:
 
 
 def diffusers_path(layer: str) -> str | None:
-    """Return the path in diffusers of a module of `WanModel`; None if there is none."""
+    """Return the diffusers path of a module of `WanModel`; None if there is none."""
     return rename([layer], DENOISER, to_diffusers=True).get(layer)
 
 
@@ -132,7 +138,7 @@ def _official(layer: str, kind: Kind, flat: bool, layer_path: LayerPath) -> str 
 
 
 def _without_prefix(layer: str) -> tuple[str, str, bool]:
-    """Prefix, layer without it, and whether that has underscores for dots."""
+    """Return the prefix, the layer without it, and whether the layer has underscores instead of dots."""
     if match := _FLAT.fullmatch(layer):
         return match[1], match[2], True
     match = _WRAPPERS.match(layer)
@@ -142,7 +148,7 @@ def _without_prefix(layer: str) -> tuple[str, str, bool]:
 
 @cache
 def _patterns(flat: bool) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """How layers are called in both spellings, and in `WanModel`."""
+    """Return patterns of layer names in both formats, with the names in `WanModel`."""
     rows = []
     for official, diffusers in DENOISER:
         for name in dict.fromkeys((official, diffusers)):

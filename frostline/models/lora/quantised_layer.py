@@ -10,15 +10,15 @@ from frostline.errors import ConfigError
 
 
 class QuantisedLoraLinear(Linear):
-    """PEFT's layer, which cannot be merged: the sum would be written to a dequantised copy, and be lost."""
+    """PEFT's layer without merging: the result would be written to a dequantised copy and lost."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> Any:
-        """Refuse to merge.
+        """Raise an error.
 
         Raises:
             ConfigError: always.
         """
         raise ConfigError(
-            "a LoRA cannot be merged into quantised weights: save the adapter, and merge it into the model's files "
-            "with `frostline adapter merge`"
+            "a LoRA cannot be merged into quantised weights: save the adapter, and merge it into "
+            "the model's files with `frostline adapter merge`"
         )

@@ -15,13 +15,13 @@ from frostline.models.checkpoints.formats.settings_files import parse_json
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# Where a file's metadata holds PEFT's config, as JSON, if diffusers wrote it (`loaders/lora_base.py`), and what stands
-# before its fields there.
+# Key of PEFT's config, as JSON, in the metadata of files that diffusers wrote (`loaders/lora_base.py`), and the prefix
+# of its fields.
 METADATA, _OF_DENOISER = "lora_adapter_metadata", re.compile(r"transformer(?:_2)?\.(.+)")
-# What `init_lora_weights` begins with where PEFT takes a part of the base weights away as training starts
-# (`peft/tuners/lora/layer.py`): the matrices then hold that part, too.
+# Prefix of the values of `init_lora_weights` for which PEFT removes a part of the base weights when training starts
+# (`peft/tuners/lora/layer.py`): the matrices then contain that part.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-# Fields that make a layer compute something else than `W x + alpha / rank * B A x`.
+# Fields that make a layer compute something other than `W x + alpha / rank * B A x`.
 _COMPUTES_ELSE = (
     *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "layer_replication"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "trainable_token_indices"),
@@ -30,7 +30,11 @@ _COMPUTES_ELSE = (
 
 @dataclass(frozen=True)
 class Stated:
-    """A config of PEFT's. where: for messages."""
+    """A config of PEFT.
+
+    Attributes:
+        where: name of its source in messages.
+    """
 
     config: LoraConfig
     where: str
@@ -40,26 +44,26 @@ class Stated:
         return self._of(layer, self.config.alpha_pattern, self.config.lora_alpha)
 
     def check(self, ranks: Mapping[str, int], path: Path) -> None:
-        """Check that PEFT, which follows the config, would load all matrices of `path`.
+        """Check that PEFT, given this config, would load all matrices of `path`.
 
         Args:
             ranks: by the names of the layers in the file.
         Raises:
-            ConfigError: the config says other ranks, or does not target a layer.
+            ConfigError: the config states other ranks, or does not target a layer.
         """
         from peft.tuners.tuners_utils import check_target_module_exists
 
         for layer, rank in ranks.items():
             said = self._of(layer, self.config.rank_pattern, self.config.r)
             if rank != said:
-                raise ConfigError(f"{path} has rank {rank}, {self.where} says {said:g} ({layer})")
-        # A weight may be named itself, too; its matrices are those of the layer.
+                raise ConfigError(f"{path} has rank {rank}, but {self.where} states {said:g} ({layer})")
+        # A target may also be a weight; its matrices are those of the layer.
         weights = tuple(f".{name}" for name in self.config.target_parameters or ())
         for layer in ranks:
             if not check_target_module_exists(self.config, layer) and not f".{layer}.weight".endswith(weights):
                 raise ConfigError(
-                    f"{self.where} does not target {layer}, so PEFT would leave out its matrices in {path}: "
-                    f"correct the config, or take them out of the file"
+                    f"{self.where} does not target {layer}, so PEFT would ignore its matrices in {path}: "
+                    "correct the config, or remove them from the file"
                 )
 
     def _of(self, layer: str, pattern: Mapping[str, float] | None, default: float) -> float:
@@ -72,28 +76,29 @@ class Stated:
 
 
 def read_alpha(value: object, where: str) -> float:
-    """Return the alpha of a layer, or of all.
+    """Return the alpha of a layer, or of all layers.
 
     Args:
-        where: for messages, to stand before the value.
+        where: name of the source in messages.
     Raises:
-        ConfigError: it is no positive number, nor the text of one.
+        ConfigError: the value is not a positive number or its text.
     """
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
-            raise ConfigError(f"{where} is {value!r}, and a positive number is needed") from None
+            raise ConfigError(f"{where} must be a positive number, not {value!r}") from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{where} is {_shown(value)}, and a positive number is needed")
+        raise ConfigError(f"{where} must be a positive number, not {_shown(value)}")
     return value
 
 
 def stated_in_header(metadata: Mapping[str, str], path: Path) -> Stated | None:
-    """Return what diffusers says in a file: under the name of the denoiser, or, of a model alone, under none.
+    """Return the config that diffusers stores in a file: with the denoiser's name as prefix, or without for a single
+    model.
 
-    What kohya's programs say there (`ss_network_alpha`) does not count: it is of the training, and their converter
-    leaves it as it was when it multiplies alpha into the matrices.
+    Metadata of kohya's programs (`ss_network_alpha`) is ignored: it describes the training, and their converter does
+    not change it when it multiplies alpha into the matrices.
 
     Raises:
         ConfigError: see `state`.
@@ -108,30 +113,33 @@ def stated_in_header(metadata: Mapping[str, str], path: Path) -> Stated | None:
 
 
 def state(settings: Mapping[str, Any], where: str) -> Stated:
-    """Return what these fields of PEFT's `LoraConfig` say.
+    """Parse the fields of PEFT's `LoraConfig`.
 
     Raises:
-        ConfigError: they are none, are of more than two matrices a layer on the base weights as they are, or have a
-            rank or alpha that is no number.
+        ConfigError: the fields are invalid, describe other than two matrices per layer on unchanged base weights, or
+            have a rank or alpha that is not a number.
     """
     from peft import LoraConfig
 
     start = str(settings.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_BASE):
         way = (
-            "merge it in PEFT (merge_and_unload) and take the merged model"
-            if start == "loftq"  # which rounds besides, so no matrices make good what it does
-            else "save it as an ordinary LoRA, by save_pretrained of PEFT with path_initial_model_for_weight_conversion"
+            "merge it with PEFT (merge_and_unload) and use the merged model"
+            if start == "loftq"  # it also rounds, so no matrices can undo its effect
+            else "convert it to an ordinary LoRA with PEFT's save_pretrained and "
+            "path_initial_model_for_weight_conversion"
         )
-        raise ConfigError(f"{where}: init_lora_weights {start!r} is not supported, it changes the base weights: {way}")
+        raise ConfigError(
+            f"{where}: init_lora_weights {start!r} is not supported because it changes the base weights: {way}"
+        )
     try:
         config = LoraConfig.from_peft_type(**{**settings, **_numbers(settings, where)})
     except ConfigError:
         raise
-    except Exception as error:  # peft raises many types of its own
+    except Exception as error:  # peft raises many types of exceptions
         raise ConfigError(f"{where} cannot be read: {error}") from error
     if not isinstance(config, LoraConfig) or not config.target_modules:
-        raise ConfigError(f"{where} is no LoRA with target_modules")
+        raise ConfigError(f"{where} is not a LoRA config with target_modules")
     for name in _COMPUTES_ELSE:
         if getattr(config, name, None):
             raise ConfigError(f"{where}: {name} is not supported")
@@ -139,7 +147,7 @@ def state(settings: Mapping[str, Any], where: str) -> Stated:
 
 
 def _numbers(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Ranks and alphas, each a number."""
+    """Return ranks or alphas, each a number."""
     numbers: dict[str, Any] = {}
     if "lora_alpha" in settings:
         numbers["lora_alpha"] = read_alpha(settings["lora_alpha"], f"{where}: lora_alpha")
@@ -158,7 +166,7 @@ def _numbers(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _read_rank(value: object, where: str) -> int:
     rank = read_alpha(value, where)
     if rank != int(rank):
-        raise ConfigError(f"{where} is {_shown(value)}, and a whole number is needed")
+        raise ConfigError(f"{where} must be a whole number, not {_shown(value)}")
     return int(rank)
 
 

@@ -1,4 +1,4 @@
-"""Adapters in the format of each program."""
+"""Write adapters in the format of each program."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ PEFT = "peft"
 
 @dataclass(frozen=True)
 class Format:
-    """How one program names the tensors of a layer, and what its files can say.
+    """The tensor names of a program, and the features that its files support.
 
-    prefix: before the layer's path. down, up: of the matrices A and B, after it.
-    stores_alpha: whether a tensor `.alpha` beside them gives the scale; else, but in PEFT's config, it is multiplied
-        into B.
-    diffusers: whether layers go by diffusers' names. flat: whether these have underscores for dots.
-    convolutions, differences: whether the program applies these.
+    Attributes:
+        prefix: prefix of the layer's path.
+        down, up: suffixes of the matrices A and B.
+        stores_alpha: whether a tensor `.alpha` gives the scale; otherwise (except with PEFT's config) it is multiplied
+            into B.
+        diffusers: whether layers have diffusers' names.
+        flat: whether layer paths have underscores instead of dots.
+        convolutions, differences: whether the program supports these.
     """
 
     prefix: str
@@ -45,7 +48,8 @@ class Format:
     differences: bool = False
 
 
-# Sources: see `names`. ComfyUI finds the difference of a parameter without a module of its own under its whole name.
+# Sources: see `names`. ComfyUI uses the full name for the difference of a parameter that does not belong to a
+# submodule.
 FORMATS: Mapping[str, Format] = {
     PEFT: Format("base_model.model.", ".lora_A.weight", ".lora_B.weight"),
     "diffsynth": Format("", ".lora_A.default.weight", ".lora_B.default.weight", convolutions=False),
@@ -66,21 +70,21 @@ def write_adapter(
     layer_path: LayerPath = denoiser_path,
     in_diffusers: DiffusersPath = diffusers_path,
 ) -> None:
-    """Write `adapter` in one of `FORMATS`: a folder for PEFT, else one safetensors file.
+    """Write `adapter` in one of `FORMATS`: a folder for PEFT, otherwise one safetensors file.
 
     Args:
-        dtype: of all tensors but alphas; as they are if not given.
-        layer_path: the names of the layers that the denoiser has.
-        in_diffusers: their names in diffusers.
+        dtype: type of all tensors except alphas; unchanged if not given.
+        layer_path: returns the path of a layer in the denoiser.
+        in_diffusers: returns the path of a layer in diffusers.
     Raises:
-        ConfigError: the format is unknown, goes into another kind of file, or cannot say what the adapter does; a layer
-            is not in the denoiser, or not in diffusers; a value is too large for `dtype`.
+        ConfigError: the format is unknown, needs another kind of file, or cannot represent the adapter; a layer does
+            not exist in the denoiser or in diffusers; a value is too large for `dtype`.
         DataError: `out` cannot be written.
     """
     if name not in FORMATS:
         raise ConfigError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
     if name != PEFT and out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: adapters in the format of {name} are one .safetensors file")
+        raise ConfigError(f"{out}: an adapter in {name} format must be a .safetensors file")
     style = FORMATS[name]
     _check_expressible(adapter, name, layer_path)
     names = (
@@ -92,8 +96,7 @@ def write_adapter(
     for tensor_name, tensor in tensors.items():
         if not is_finite(tensor):
             raise ConfigError(
-                f"{adapter.path}: {tensor_name} has values too large for {tensor.dtype}: choose --precision bf16 or "
-                f"fp32"
+                f"{adapter.path}: {tensor_name} has values too large for {tensor.dtype}: use --precision bf16 or fp32"
             )
     if name == PEFT:
         write_peft(tensors, _peft_config(adapter), out)
@@ -102,10 +105,10 @@ def write_adapter(
 
 
 def write_peft(tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.save_pretrained` does.
+    """Write `adapter_config.json` and `adapter_model.safetensors`, like `PeftModel.save_pretrained`.
 
     Raises:
-        DataError: the folder cannot be written to.
+        DataError: the folder cannot be written.
     """
     write_tensors(tensors, folder / WEIGHTS_FILE)
     try:
@@ -115,10 +118,10 @@ def write_peft(tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path) 
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file, which appears only complete.
+    """Write one safetensors file atomically.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -142,7 +145,7 @@ def _check_expressible(adapter: Adapter, name: str, layer_path: LayerPath) -> No
         )
     convolution = next((layer for layer, pair in adapter.layers.items() if pair.down.ndim > 2), None)
     if convolution and not style.convolutions:
-        raise ConfigError(f"{adapter.path} changes {convolution}, a convolution, which {name} does not read")
+        raise ConfigError(f"{adapter.path} changes {convolution}, a convolution, which {name} does not support")
 
 
 def _names_in_diffusers(adapter: Adapter, in_diffusers: DiffusersPath) -> dict[str, str]:
@@ -150,7 +153,7 @@ def _names_in_diffusers(adapter: Adapter, in_diffusers: DiffusersPath) -> dict[s
     for layer in adapter.layers:
         name = in_diffusers(layer)
         if name is None:
-            raise ConfigError(f"{adapter.path}: the layer {layer} has no name in diffusers: choose another format")
+            raise ConfigError(f"{adapter.path}: the layer {layer} does not exist in diffusers: choose another format")
         names[layer] = name
     return names
 
@@ -158,7 +161,11 @@ def _names_in_diffusers(adapter: Adapter, in_diffusers: DiffusersPath) -> dict[s
 def _pairs(
     adapter: Adapter, style: Format, names: Mapping[str, str], *, folded: bool, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return the matrices of all layers. names: name of each layer in the format."""
+    """Return the matrices of all layers.
+
+    Args:
+        names: name of each layer in the format.
+    """
     tensors: dict[str, Tensor] = {}
     for layer, pair in adapter.layers.items():
         name = style.prefix + (names[layer].replace(".", "_") if style.flat else names[layer])
@@ -171,13 +178,13 @@ def _pairs(
 
 
 def _difference_name(parameter: str) -> str:
-    """Return what ComfyUI calls the difference of a parameter."""
+    """Return ComfyUI's name for the difference of a parameter."""
     layer, _, leaf = parameter.rpartition(".")
     return {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}.get(leaf, f"{parameter}.diff")
 
 
 def _peft_config(adapter: Adapter) -> LoraConfig:
-    """Return the most common rank and alpha, and by their whole paths the layers that have others."""
+    """Return a config with the most common rank and alpha, and the full paths of the layers with other values."""
     from peft import LoraConfig
 
     pairs: Mapping[str, LoraPair] = adapter.layers

@@ -1,8 +1,8 @@
-"""A small ONNX interpreter in torch operations: frozen weights, differentiable to its input.
+"""A small ONNX interpreter in torch operations, with frozen weights and a gradient to its input.
 
-It covers the operations of face embedders in the ArcFace format (SFace, iresnet, MobileFaceNet) and of face
-detectors (YuNet, SCRFD). Everything that depends on constants alone, quantised weights included, is computed
-once at load.
+It covers the operations of face embedders in the ArcFace format (SFace, iresnet, MobileFaceNet) and of face detectors
+(YuNet, SCRFD). Everything that depends only on constants, including quantised weights, is computed once when the file
+is loaded.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ class _Step:
 class OnnxGraph(nn.Module):
     """An ONNX graph with one input and one or more outputs as a frozen PyTorch module.
 
-    Weights become float32 buffers, batch normalisation is folded into the convolution or matrix product
-    before it, and the batch dimension is free whatever batch the file was exported with. Graph inputs that
-    nothing reads, or that merely name weights, are ignored.
+    Weights become float32 buffers, batch normalisation is folded into the preceding convolution or matrix product, and
+    any batch size is supported, whatever the file was exported with. Unused graph inputs and those that name weights
+    are ignored.
 
     Args:
-        path: the .onnx file. Its external data, if any, must lie in the same folder.
+        path: the .onnx file. Its external data, if any, must be in the same folder.
 
     Attributes:
-        operations: the operations that run at each forward, in order, as ONNX names them.
-        output_names: of the outputs, in the file's order.
+        operations: ONNX names of the operations in each forward pass, in order.
+        output_names: names of the outputs in the file's order.
 
     Raises:
-        ConfigError: the file is missing, malformed or unsafe, or uses something that is not supported.
+        ConfigError: the file is missing, malformed or unsafe, or uses unsupported features.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -71,14 +71,15 @@ class OnnxGraph(nn.Module):
         self._steps = _with_releases(steps, self.output_names)
         self.operations = tuple(step.op for step in steps)
 
-        self._arguments: dict[str, Argument] = {}  # shapes, axes and factors: python values for tracing
-        self._buffer_names: dict[str, str] = {}  # ONNX names may hold dots, which buffers must not
+        self._arguments: dict[str, Argument] = {}  # shapes, axes and factors: Python values for tracing
+        self._buffer_names: dict[str, str] = {}  # ONNX names may contain dots, buffer names must not
         factors = {name for step in steps if step.op == "Resize" for name in step.inputs[2:3]}
         for name in dict.fromkeys(name for step in steps for name in step.inputs if name in constants):
             value = constants[name]
             if value.is_floating_point() and name not in factors:
                 self._buffer_names[name] = f"weight_{len(self._buffer_names)}"
-                # Convolutions run channels last where their weights are, which is faster backward on CPUs.
+                # Convolutions run in channels-last layout if their weights have it, which makes backward faster on
+                # CPUs.
                 layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
                 self.register_buffer(self._buffer_names[name], value.contiguous(memory_format=layout))
             else:
@@ -86,7 +87,7 @@ class OnnxGraph(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Any:
-        """Compute the outputs for the input `x` (float32, batch first): a tuple in the order of `output_names`."""
+        """Compute the outputs for the input `x` (float32, batch first), as a tuple in the order of `output_names`."""
         values: dict[str, Argument] = {self._input: x, "": None, **self._arguments}
         values |= {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
         for step in self._steps:
@@ -97,14 +98,14 @@ class OnnxGraph(nn.Module):
         return tuple(values[name] for name in self.output_names)
 
     def extra_repr(self) -> str:
-        """Return a digest of the graph without its tensors: it distinguishes graphs with equal weights."""
-        # Only constants have tensors for attributes, and those were computed at load.
+        """Return a digest of the graph without its tensors, which distinguishes graphs with equal weights."""
+        # Only constants have tensors as attributes, and those were computed when loading.
         nodes = [(step.op, step.inputs, step.output, sorted(step.attributes.items())) for step in self._steps]
         graph = repr((self._input, self.output_names, nodes, self._arguments, self._buffer_names))
         return f"graph={hashlib.sha256(graph.encode()).hexdigest()[:16]}"
 
     def _fold_constants(self, steps: list[_Step], constants: dict[str, Tensor]) -> list[_Step]:
-        """Check all steps, compute those that read only constants into `constants`, return the others."""
+        """Check all steps, compute those that read only constants into `constants`, and return the others."""
         remaining = []
         for step in steps:
             operation = OPERATIONS.get(step.op)
@@ -127,15 +128,15 @@ class OnnxGraph(nn.Module):
 
     def _only(self, what: str, names: list[str]) -> str:
         if len(names) != 1:
-            raise ConfigError(f"{self.path} must have one {what}, it has {len(names)}: {', '.join(names)}")
+            raise ConfigError(f"{self.path} must have one {what}, but has {len(names)}: {', '.join(names)}")
         return names[0]
 
 
 class OnnxModule(OnnxGraph):
-    """An `OnnxGraph` of one output, which it returns as it is.
+    """An `OnnxGraph` with one output, which is returned directly.
 
     Raises:
-        ConfigError: the file has several outputs, or is not usable.
+        ConfigError: the file has several outputs, or is invalid.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -143,22 +144,22 @@ class OnnxModule(OnnxGraph):
         self._only("output", list(self.output_names))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the output for the input `x`, float32, batch first."""
+        """Compute the output for the input `x` (float32, batch first)."""
         (result,) = super().forward(x)
         return result
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """Return an ONNX model with its external data, read only from inside the model's own folder.
+    """Return an ONNX model with its external data, which must be in the folder of the file.
 
     Raises:
-        ConfigError: the file is missing or no ONNX model, or its external data lies elsewhere.
+        ConfigError: the file is missing or not an ONNX model, or its external data is elsewhere.
     """
     if not path.is_file():
         raise ConfigError(f"no such ONNX file: {path}")
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises its own kinds
+    except Exception as error:  # protobuf raises its own types of exceptions
         raise ConfigError(f"{path} is not an ONNX model: {error}") from error
     folder = path.parent.resolve()
     for tensor in _tensors(model.graph):
@@ -168,22 +169,22 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """All tensors that this module may read from a graph."""
+    """Return all tensors that this module may read from a graph."""
     yield from graph.initializer
     for node in graph.node:
         yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
 
 
 def _load_external(tensor: onnx.TensorProto, path: Path, folder: Path) -> None:
-    """Bring one tensor's data in from its file, which must lie in `folder` once all links are followed."""
+    """Load a tensor's external data; after resolving all links, its file must be in `folder`."""
     location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
     target = (folder / location).resolve()
     if not location or Path(location).is_absolute() or folder not in target.parents:
-        raise ConfigError(f"{path} keeps the weight {tensor.name} outside its folder: {location!r}")
+        raise ConfigError(f"{path} stores the weight {tensor.name} outside its folder: {location!r}")
     try:
         load_external_data_for_tensor(tensor, str(folder))
-    except Exception as error:  # onnx raises its own kinds
-        raise ConfigError(f"{path} cannot read its external data {location!r}: {error}") from error
+    except Exception as error:  # onnx raises its own types of exceptions
+        raise ConfigError(f"{path}: cannot read the external data {location!r}: {error}") from error
     tensor.data_location = onnx.TensorProto.DEFAULT
     del tensor.external_data[:]
 
@@ -203,7 +204,7 @@ def _steps(graph: onnx.GraphProto) -> list[_Step]:
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """Return a node's attributes as Python values and tensors, without those that are at their defaults."""
+    """Return a node's attributes as Python values and tensors, without those that have their default value."""
     attributes = {}
     for attribute in node.attribute:
         value = helper.get_attribute_value(attribute)
@@ -215,13 +216,13 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _to_torch(array: np.ndarray) -> Tensor:
-    """Return a tensor of its own memory; every float type becomes float32, as do types that numpy does not know."""
+    """Return a tensor with its own memory; all float types, also those that numpy lacks, become float32."""
     known = array.dtype.kind in "biu"
     return torch.from_numpy(array.copy() if known else array.astype(np.float32))
 
 
 def _free_batch(steps: list[_Step], constants: dict[str, Tensor]) -> None:
-    """Let activations keep their batch: a leading 1 in a Reshape is the batch the file was exported with."""
+    """Support any batch size: a leading 1 in a Reshape is the batch size that the file was exported with."""
     for step in steps:
         shape = constants.get(step.inputs[1]) if step.op == "Reshape" else None
         if shape is not None and shape.numel() > 1 and shape[0] == 1:
@@ -229,13 +230,13 @@ def _free_batch(steps: list[_Step], constants: dict[str, Tensor]) -> None:
 
 
 def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], outputs: tuple[str, ...]) -> list[_Step]:
-    """Fold each BatchNormalization into the Conv or Gemm before it, where nothing else reads its result."""
+    """Fold each BatchNormalization into the preceding Conv or Gemm, if no other node reads the result of that."""
     readers: dict[str, int] = dict.fromkeys(outputs, 1)
     for step in steps:
         for name in step.inputs:
             readers[name] = readers.get(name, 0) + 1
     folded: list[_Step] = []
-    position: dict[str, int] = {}  # of the step in `folded` that computes a value
+    position: dict[str, int] = {}  # index in `folded` of the step that computes a value
     for step in steps:
         at = position.get(step.inputs[0]) if step.op == "BatchNormalization" else None
         producer = folded[at] if at is not None else None
@@ -253,13 +254,13 @@ def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], outputs:
 
 
 def _foldable(step: _Step, constants: Mapping[str, Tensor]) -> bool:
-    """Return whether a per-channel affine map of the step's result can be moved into its weights exactly."""
+    """Return whether a per-channel affine map of the step's result can be folded exactly into its weights."""
     weighted = step.op == "Conv" or (step.op == "Gemm" and step.attributes.get("beta", 1.0) == 1.0)
     return weighted and all(name in constants for name in step.inputs[1:] if name)
 
 
 def _scaled_weights(step: _Step, norm: _Step, constants: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a Conv or Gemm with the normalisation after it folded in, computed in float64."""
+    """Return weight and bias of a Conv or Gemm with the following normalisation folded in, computed in float64."""
     gamma, beta, mean, variance = (constants[name].double() for name in norm.inputs[1:5])
     scale = gamma / torch.sqrt(variance + norm.attributes.get("epsilon", 1e-5))
     weight = constants[step.inputs[1]].double()
@@ -271,7 +272,7 @@ def _scaled_weights(step: _Step, norm: _Step, constants: Mapping[str, Tensor]) -
 
 
 def _with_releases(steps: list[_Step], outputs: tuple[str, ...]) -> list[_Step]:
-    """Return the steps, each with the results that it is the last to read, so that memory is freed on the way."""
+    """Return the steps, each with the values that it is the last to read, so that their memory can be freed."""
     seen = set(outputs)
     results = {step.output for step in steps}
     reversed_steps = []

@@ -1,8 +1,8 @@
-"""ONNX operations as torch functions: positional arguments are the node's inputs, keywords its attributes.
+"""ONNX operations as torch functions: positional arguments are the node's inputs, keyword arguments its attributes.
 
-Signatures follow the ONNX operator specification (https://onnx.ai/onnx/operators), opsets 7 to 21; what is
-not in a signature is not supported. Several operations read as an input since some opset what was an
-attribute before: one parameter takes both.
+Signatures follow the ONNX operator specification (https://onnx.ai/onnx/operators), opsets 7 to 21; attributes that are
+not in a signature are not supported. In several operations, an attribute became an input in some opset: one parameter
+accepts both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +15,13 @@ from torch import Tensor
 from frostline.models import frozen_ops as frozen
 
 Argument = Tensor | list[int] | list[float] | int | None
-"""What a node reads: a value, python numbers (shapes, axes, factors), or nothing for an omitted input."""
+"""An input of a node: a value, Python numbers (shapes, axes, factors), or None for an omitted input."""
 
 Integers = Tensor | Sequence[int]
-"""A shape or axes: a tensor while constants are folded, python integers at run time.
+"""A shape or axes: a tensor while constants are folded, Python integers at run time.
 
-What a graph computes from the shape of its input stays python integers too, so that a tracer sees open dimensions.
+Values that a graph computes from the shape of its input also stay Python integers, so that a tracer sees dynamic
+dimensions.
 """
 
 
@@ -43,7 +44,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, ratio: Tensor | float = 0.5, training_mode: Tensor | None = None, *, seed: int = 0) -> Tensor:
-    """Frozen networks do not drop."""
+    """Return the input: frozen networks do not use dropout."""
     return x
 
 
@@ -92,7 +93,7 @@ def batch_normalization(
     momentum: float = 0.9,
     training_mode: int = 0,
 ) -> Tensor:
-    """With the running statistics, as in inference."""
+    """Normalise with the running statistics, as in inference."""
     return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
 
 
@@ -233,7 +234,7 @@ def slice_(
 
 
 def cast(x: Tensor | list[int] | int, *, to: int, saturate: int = 1) -> Tensor | list[int] | int:
-    """Only between integers and between floats: the interpreter has one type of each."""
+    """Convert between integers, or between floats: the interpreter has one type of each."""
     return x
 
 
@@ -248,14 +249,14 @@ def resize(
     nearest_mode: bytes = b"round_prefer_floor",
     cubic_coeff_a: float = -0.75,
 ) -> Tensor:
-    """Nearest neighbour as PyTorch has it, height and width by whole factors or to given sizes."""
+    """Resize with PyTorch's nearest-neighbour interpolation, by integer factors or to given sizes."""
     if (mode, coordinate_transformation_mode, nearest_mode) != (b"nearest", b"asymmetric", b"floor"):
-        raise ValueError(f"resizing is supported as nearest, asymmetric, floor, not {mode.decode()}")
+        raise ValueError(f"resize is only supported as nearest, asymmetric, floor, not {mode.decode()}")
     if sizes is not None:
         return F.interpolate(x, size=tuple(_integers(sizes)[2:]), mode="nearest")
     factors = [int(factor) for factor in scales or ()]
     if len(factors) != 4 or factors != list(scales or ()):
-        raise ValueError(f"resizing is supported by whole factors, not {scales}")
+        raise ValueError(f"resize is only supported by integer factors, not {scales}")
     return F.interpolate(x, size=(x.shape[2] * factors[2], x.shape[3] * factors[3]), mode="nearest")
 
 
@@ -307,7 +308,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "Transpose": transpose,
     "Unsqueeze": unsqueeze,
 }
-"""ONNX operation to torch function."""
+"""Maps ONNX operations to torch functions."""
 
 
 def _live(x: Tensor) -> bool:
@@ -320,7 +321,7 @@ def _integers(values: Integers) -> list[int]:
 
 
 def _split_padding(x: Tensor, pads: Sequence[int] | None, value: float) -> tuple[Tensor, tuple[int, int]]:
-    """ONNX padding [top, left, bottom, right] as torch's own where it is symmetric, else applied to `x`."""
+    """Return torch's padding for ONNX padding [top, left, bottom, right] if it is symmetric; otherwise pad `x`."""
     top, left, bottom, right = pads or (0, 0, 0, 0)
     if (top, left) == (bottom, right):
         return x, (top, left)

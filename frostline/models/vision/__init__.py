@@ -1,1 +1,1 @@
-"""Networks that look at pictures as a whole: CLIP's two towers, DINOv2, and how pictures are prepared for them."""
+"""Networks for whole pictures: CLIP's two towers, DINOv2, and the preparation of their input."""

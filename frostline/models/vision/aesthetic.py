@@ -1,7 +1,7 @@
-"""The predictor of LAION's improved-aesthetic-predictor: from a picture's CLIP embedding to a rating of 1 to 10.
+"""The predictor of LAION's improved-aesthetic-predictor: CLIP embedding of a picture to a rating from 1 to 10.
 
-Source: github.com/christophschuhmann/improved-aesthetic-predictor, whose networks are linear layers with dropout
-between them, and nothing else.
+Source: github.com/christophschuhmann/improved-aesthetic-predictor. The network consists of linear layers with dropout
+between them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def load_predictor(file: Path, dim: int) -> nn.Sequential:
     """Load `sac+logos+ava1-l14-linearMSE.pth`, or the same tensors in a .safetensors file, in float32, frozen.
 
     Args:
-        dim: D of the embeddings, which have unit length.
+        dim: D of the unit-norm embeddings.
     Returns:
-        (…, D) to (…, 1).
+        A module that maps (…, D) to (…, 1).
     Raises:
         ConfigError: the file cannot be read, or has other tensors.
     """
@@ -40,5 +40,5 @@ def load_predictor(file: Path, dim: int) -> nn.Sequential:
     try:
         predictor.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ConfigError(f"{file}: is no aesthetic predictor of embeddings of {dim} numbers: {error}") from error
+        raise ConfigError(f"{file}: is not an aesthetic predictor for embeddings of {dim} numbers: {error}") from error
     return predictor.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""CLIP (Radford et al. 2021, arXiv:2103.00020): pictures and texts as points on one sphere.
+"""CLIP (Radford et al. 2021, arXiv:2103.00020): pictures and texts as unit vectors in one space.
 
-The towers compute as `transformers.CLIPModel`, whose layers and weights they have. Whatever floating-point type the
-weights are of, towers take and return float32.
+The towers are equivalent to `transformers.CLIPModel`, with its layers and weights. For weights of any floating-point
+type, towers take and return float32.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_con
 
 
 class ImageTower(nn.Module):
-    """Prepared pictures to unit vectors; differentiable to the pixels.
+    """Map prepared pictures to unit vectors; differentiable with respect to the pixels.
 
     Attributes:
-        image_size: S, side of its input in pixels. dim: D.
+        image_size: S, side of its input in pixels.
+        dim: D.
     """
 
     def __init__(self, model: CLIPModel) -> None:
@@ -43,7 +44,7 @@ class ImageTower(nn.Module):
         self.dim = int(config.projection_dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) to (N, D)."""
+        """Map (N, 3, S, S) to (N, D)."""
         x = self.first_norm(self.embeddings(pixels.to(self.projection.weight.dtype)))
         for layer in self.layers:
             x = _first(layer(x, attention_mask=None))
@@ -51,10 +52,11 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Tokens to unit vectors.
+    """Map tokens to unit vectors.
 
     Attributes:
-        length: L, number of tokens. dim: D.
+        length: L, number of tokens.
+        dim: D.
     """
 
     def __init__(self, model: CLIPModel) -> None:
@@ -65,11 +67,11 @@ class TextTower(nn.Module):
         self.length = int(config.max_position_embeddings)
         self.vocabulary = int(config.vocab_size)
         self.dim = int(_any(model.config).projection_dim)
-        # Configurations of before transformers 4.31 have 2 here and mean the largest token.
+        # In configurations from before transformers 4.31, the value 2 stands for the largest token.
         self.end = None if config.eos_token_id == 2 else int(config.eos_token_id)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(N, L) int64 to (N, D): what is known where the text ends."""
+        """Map (N, L) int64 to (N, D), the output at the end of the text."""
         x = self.embeddings(input_ids=tokens)
         mask = torch.full((self.length, self.length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)[None, None]
         for layer in self.layers:
@@ -83,11 +85,12 @@ class TextTower(nn.Module):
 class Clip:
     """A loaded model.
 
-    scale: factor from the cosine of a picture and a text to the score that the model is known for.
-    prepare: frames (N, 3, H, W) in [0, 1] to the input of the image tower.
-    tokenizer: of transformers.
-    processor_files: what `prepare` and `tokenizer` were read from.
-    clean: what is done to texts before `tokenizer` sees them.
+    Attributes:
+        scale: factor from the cosine similarity of a picture and a text to the published score of the model.
+        prepare: frames (N, 3, H, W) in [0, 1] to the input of the image tower.
+        tokenizer: a tokenizer of transformers.
+        processor_files: the files of `prepare` and `tokenizer`.
+        clean: applied to texts before `tokenizer`.
     """
 
     image: ImageTower
@@ -99,19 +102,21 @@ class Clip:
     clean: Callable[[str], str] | None = None
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """(N, L) int64, cut and padded to L; with what is padded changes nothing, as texts end before it."""
+        """Return (N, L) int64 tokens, truncated and padded to L; the padding value has no effect, as texts end before
+        it.
+        """
         cleaned = [self.clean(text) if self.clean else text for text in texts]
         padded = self.tokenizer(cleaned, padding="max_length", max_length=self.text.length, truncation=True)
         return torch.tensor(padded["input_ids"])
 
 
 def load_clip(folder: Path, processor: Path | None = None) -> Clip:
-    """Load a folder as `CLIPModel.save_pretrained` writes it, in float32; the score is the model's logit.
+    """Load a folder written by `CLIPModel.save_pretrained`, in float32; the score is the model's logit.
 
     Args:
-        processor: folder with `preprocessor_config.json` and the tokenizer's files; `folder` itself if None.
+        processor: folder with `preprocessor_config.json` and the tokenizer's files; `folder` if None.
     Raises:
-        ConfigError: files are missing or of another model.
+        ConfigError: files are missing or belong to another model.
     """
     from transformers import CLIPModel
 
@@ -127,32 +132,32 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     """Load CLIP's tokenizer from `vocab.json` and `merges.txt`, or from `tokenizer.json`.
 
     Args:
-        vocabulary: number of tokens that the model knows.
+        vocabulary: size of the model's vocabulary.
     Raises:
-        ConfigError: files are missing, damaged or of another tokenizer.
+        ConfigError: files are missing, damaged or belong to another tokenizer.
     """
     from transformers import CLIPTokenizer
 
     if not tokenizer_files(folder):
-        raise ConfigError(f"{folder}: has no tokenizer; a folder of CLIP has vocab.json and merges.txt")
+        raise ConfigError(f"{folder}: has no tokenizer; a CLIP folder contains vocab.json and merges.txt")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many types
+    except Exception as error:  # transformers and tokenizers raise many types of exceptions
         raise ConfigError(f"{folder}: has no CLIP tokenizer: {error}") from error
     if len(tokenizer) != vocabulary:
-        raise ConfigError(f"{folder}: its tokenizer knows {len(tokenizer)} tokens, the model {vocabulary}")
+        raise ConfigError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, the model {vocabulary}")
     return tokenizer
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """Return those of a tokenizer's files that are there; none where the vocabulary is missing."""
+    """Return the existing files of a tokenizer; none if the vocabulary is missing."""
     found = tuple(path for name in _TOKENIZER_FILES if (path := folder / name).is_file())
     names = {path.name for path in found}
     return found if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names else ()
 
 
 def _any(part: Any) -> Any:
-    """Let be what transformers types too widely."""
+    """Return the argument with type Any, because transformers' annotations are too wide."""
     return part
 
 

@@ -1,4 +1,4 @@
-"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193): what a picture shows, as a point on a sphere."""
+"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193): the content of a picture as a unit vector."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Dinov2(nn.Module):
-    """Prepared pictures to the unit vector of the class token; differentiable to the pixels.
+    """Map prepared pictures to the unit vector of the class token; differentiable with respect to the pixels.
 
-    It takes and returns float32, whatever floating-point type the weights are of.
+    Input and output are float32, for weights of any floating-point type.
 
     Args:
-        image_size: S, side of its input in pixels; a multiple of the side of a patch.
+        image_size: S, side of its input in pixels; a multiple of the patch size.
     Attributes:
         dim: D.
     """
@@ -35,22 +35,22 @@ class Dinov2(nn.Module):
         self.dim = int(model.config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) to (N, D)."""
+        """Map (N, 3, S, S) to (N, D)."""
         x = self.model(pixel_values=pixels.to(self.model.dtype)).last_hidden_state[:, 0]
         return F.normalize(x.float(), dim=1)
 
 
 def load_dinov2(folder: Path) -> tuple[Dinov2, Preparation]:
-    """Load a folder as `Dinov2Model.save_pretrained` and the processor's write it, in float32.
+    """Load a folder written by `Dinov2Model.save_pretrained` and by the processor, in float32.
 
     Raises:
-        ConfigError: files are missing or of another model.
+        ConfigError: files are missing or belong to another model.
     """
     from transformers import Dinov2Model
 
     model, prepare = load_pretrained(Dinov2Model, folder), Preparation.read(folder)
     if prepare.crop % model.config.patch_size:
         raise ConfigError(
-            f"{folder}: pictures of {prepare.crop} pixels are no whole number of patches of {model.config.patch_size}"
+            f"{folder}: the picture size {prepare.crop} is not a multiple of the patch size {model.config.patch_size}"
         )
     return Dinov2(model, prepare.crop), prepare

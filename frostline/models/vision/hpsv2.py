@@ -1,7 +1,7 @@
-"""HPS v2 (Wu et al. 2023, arXiv:2306.09341): a ViT-H/14 of open_clip that learned what people prefer.
+"""HPS v2 (Wu et al. 2023, arXiv:2306.09341): a ViT-H/14 of open_clip, trained on human preferences.
 
-It is published as one file with open_clip's names. open_clip keeps queries, keys and values in one matrix, and its
-projections transposed; otherwise the network is `transformers.CLIPModel`.
+It is published as one file with open_clip's names. open_clip stores queries, keys and values in one matrix, and its
+projections transposed; otherwise the network is equivalent to `transformers.CLIPModel`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .clip import Clip, ImageTower, TextTower, load_tokenizer, tokenizer_files
 from .folders import from_transformers
 from .letterbox import Letterbox
 
-# Numbers of heads are in no tensor. Those of other models of open_clip differ, and so do their proportions.
+# The numbers of heads are not stored in tensors. Other models of open_clip have other numbers, and other sizes.
 _HEADS = 16
 _PROPORTIONS = (5, 4)
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -55,10 +55,10 @@ _IN_BLOCK = re.compile(r"(?P<tower>.*resblocks)\.(?P<number>\d+)\.(?P<part>.+?)[
 def load_hpsv2(file: Path, processor: Path) -> Clip:
     """Load `HPS_v2_compressed.pt`, `HPS_v2.1_compressed.pt` or the same tensors in a .safetensors file, in float32.
 
-    The score is the cosine itself, as HPSv2's own script gives it.
+    The score is the cosine similarity itself, as in HPSv2's own script.
 
     Args:
-        processor: folder with the files of CLIP's tokenizer, which is that of open_clip's ViT-H/14.
+        processor: folder with the files of CLIP's tokenizer, which open_clip's ViT-H/14 also uses.
     Raises:
         ConfigError: a file is missing, or has other tensors than those of HPS v2.
     """
@@ -70,20 +70,20 @@ def load_hpsv2(file: Path, processor: Path) -> Clip:
 
 
 def read_open_clip(file: Path) -> dict[str, Tensor]:
-    """Read a checkpoint of open_clip: tensors by name, alone or under `state_dict`."""
+    """Read a checkpoint of open_clip: tensors by name, at the top level or in `state_dict`."""
     if file.suffix == ".safetensors":
         return dict(open_tensors([file], "cpu"))
     with reading([file]):
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
         content = content.get("state_dict", content) if isinstance(content, dict) else content
         if not isinstance(content, dict):
-            raise ValueError("it has no tensors by name")
+            raise ValueError("it has no named tensors")
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of open_clip's `CLIP` to those of `transformers.CLIPModel`; unknown names stay."""
+    """Rename the tensors of open_clip's `CLIP` to those of `transformers.CLIPModel`; unknown names are unchanged."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner, _, kind = name.rpartition(".")
@@ -114,21 +114,21 @@ def clean_text(text: str) -> str:
 
 
 def _build(tensors: Mapping[str, Tensor], file: Path) -> Any:
-    """The model, every tensor of the file used and every one of the model from the file."""
+    """Build the model, checking that all tensors of the file are used and all tensors of the model are loaded."""
     from transformers import CLIPConfig, CLIPModel
 
     try:
         config = CLIPConfig(**_settings(tensors))
     except KeyError as error:
-        raise ConfigError(f"{file}: is no checkpoint of HPS v2: it has no tensor {error}") from None
+        raise ConfigError(f"{file}: is not a checkpoint of HPS v2: it has no tensor {error}") from None
     except (IndexError, ValueError) as error:
-        raise ConfigError(f"{file}: is no checkpoint of HPS v2: {error}") from None
+        raise ConfigError(f"{file}: is not a checkpoint of HPS v2: {error}") from None
     state = to_transformers(tensors)
     return from_transformers(CLIPModel, None, str(file), every_tensor=True, config=config, state_dict=state)
 
 
 def _settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Those of `transformers.CLIPConfig`, from the shapes of tensors."""
+    """Return the settings of `transformers.CLIPConfig` from the shapes of tensors."""
     width, _, patch, _ = tensors["visual.conv1.weight"].shape
     vocabulary, text_width = tensors["token_embedding.weight"].shape
     dim = tensors["text_projection"].shape[1]

@@ -1,4 +1,4 @@
-"""Whole pictures in a square: how HPS v2 prepares them."""
+"""Whole pictures padded to a square, the preparation of HPS v2."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .preparation import as_8_bit
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Resize the longest side, put black around the shorter one, normalise; as HPSv2's own `ResizeMaxSize` does.
+    """Resize the longest side, pad the shorter one with black, normalise; equal to HPSv2's `ResizeMaxSize`.
 
-    The picture is that of an 8-bit file, and what is resized is not rounded again. The gradient is that of the picture
-    before it is rounded.
+    The picture is first rounded to 8 bits; the resized picture is not rounded again. The gradient is that of the
+    picture before rounding.
 
-    side: S of the square in pixels.
-    mean, std: of each channel, of values in [0, 1].
+    Attributes:
+        side: S of the square in pixels.
+        mean, std: for each channel, for values in [0, 1].
     """
 
     side: int
@@ -26,7 +27,7 @@ class Letterbox:
     std: tuple[float, float, float]
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Prepare (N, 3, H, W) frames in [0, 1], of any floating-point type: (N, 3, S, S) float32."""
+        """Map (N, 3, H, W) frames in [0, 1], of any floating-point type, to (N, 3, S, S) float32."""
         pixels = as_8_bit(frames.float())
         longest = max(pixels.shape[-2:])
         rows, columns = size = tuple(max(1, round(extent * self.side / longest)) for extent in pixels.shape[-2:])

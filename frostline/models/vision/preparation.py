@@ -1,4 +1,4 @@
-"""How pictures become the input of a vision network: transformers' image processors in differentiable operations."""
+"""Preparation of pictures for vision networks: transformers' image processors in differentiable operations."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True)
 class Preparation:
-    """Resize the shortest side, crop the centre, normalise; as `transformers.CLIPImageProcessor` does.
+    """Resize the shortest side, crop the centre, normalise; equal to `transformers.CLIPImageProcessor`.
 
-    The result is that of the picture as an 8-bit file, which is what a processor of transformers is given. The
-    gradient is that of the picture before it is rounded.
+    The picture is first rounded to 8 bits, which is the input of transformers' processors. The gradient is that of the
+    picture before rounding.
 
-    shortest: pixels of the shortest side after resizing. crop: side of the square in the centre.
-    mean, std: of each channel, of values in [0, 1].
+    Attributes:
+        shortest: shortest side in pixels after resizing.
+        crop: side of the square in the centre.
+        mean, std: for each channel, for values in [0, 1].
     """
 
     shortest: int
@@ -41,16 +43,16 @@ class Preparation:
         """Read `preprocessor_config.json`.
 
         Raises:
-            ConfigError: the file is missing, or asks for something else than to resize, crop and normalise.
+            ConfigError: the file is missing, or contains steps other than resizing, cropping and normalising.
         """
         path = folder / PREPARATION_FILE
-        values = read_json(path, "it is published with the weights and says how pictures are prepared for them")
+        values = read_json(path, "it is published with the weights and describes the preparation of pictures")
         try:
             return cls._parse(values)
         except KeyError as error:
-            raise ConfigError(f"{path}: lacks {error}") from None
+            raise ConfigError(f"{path}: {error} is missing") from None
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path}: asks for a preparation that is not supported: {error}") from None
+            raise ConfigError(f"{path}: this preparation is not supported: {error}") from None
 
     @classmethod
     def _parse(cls, values: dict[str, Any]) -> Self:
@@ -58,7 +60,7 @@ class Preparation:
         shortest = size["shortest_edge"] if isinstance(size, dict) else size
         side = crop["height"] if isinstance(crop, dict) else crop
         if isinstance(crop, dict) and crop["height"] != crop["width"]:
-            raise ValueError(f"a crop of {json.dumps(crop)} is no square")
+            raise ValueError(f"a crop of {json.dumps(crop)} is not a square")
         for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             if not values.get(step, True):
                 raise ValueError(f"{step} is false")
@@ -72,12 +74,12 @@ class Preparation:
         return cls(int(shortest), int(side), mean, std, _INTERPOLATION[resample])
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Prepare (N, 3, H, W) frames in [0, 1], of any floating-point type: (N, 3, S, S) float32."""
+        """Map (N, 3, H, W) frames in [0, 1], of any floating-point type, to (N, 3, S, S) float32."""
         height, width = frames.shape[-2:]
         short, long = min(height, width), max(height, width)
         longest = int(self.shortest * long / short)
         rows, columns = (self.shortest, longest) if height <= width else (longest, self.shortest)
-        # Rounded in between, as Pillow and torchvision do.
+        # Round in between, like Pillow and torchvision.
         resized = self._resized(self._resized(as_8_bit(frames.float()), height, columns), rows, columns)
         square = self._centre(resized)
         mean, std = (square.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
@@ -90,7 +92,7 @@ class Preparation:
         return as_8_bit(F.interpolate(frames, size, mode=self.interpolation, antialias=True, align_corners=False))
 
     def _centre(self, frames: Tensor) -> Tensor:
-        """The centre; black around what is smaller."""
+        """Crop the centre; pad smaller pictures with black."""
         missing = [max(0, self.crop - extent) for extent in frames.shape[-2:]]
         if any(missing):
             top, left = missing[0] // 2, missing[1] // 2
@@ -100,7 +102,7 @@ class Preparation:
 
 
 def as_8_bit(frames: Tensor) -> Tensor:
-    """Round and clip to the levels of an 8-bit picture; the gradient is passed as it is."""
+    """Round and clip to 8-bit levels; the gradient is passed through unchanged."""
     with torch.no_grad():
         levels = (frames * 255).round().clamp(0, 255) / 255
         change = levels - frames

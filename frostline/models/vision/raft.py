@@ -1,7 +1,8 @@
 """RAFT optical flow with torchvision's networks and weights, as one function that engines can be built from.
 
-Method: Teed and Deng 2020, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow". torchvision's own
-`RAFT` keeps the correlations of the last call in the module and returns the flow of every update; here it is the last.
+Method: Teed and Deng 2020, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow". torchvision's `RAFT` stores
+the correlations of the last call in the module and returns the flow of every update; this function returns only the
+last.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from frostline.errors import ConfigError
 from frostline.models.weight_files import read_weights
 
 STRIDE = 8
-"""Pixels for each entry of the features: sides of pictures are multiples of it."""
+"""Pixels per entry of the features; sides of pictures must be multiples of it."""
 
 SMALLEST_SIDE = 128
-"""The correlations are halved three times, and two entries must be left."""
+"""The correlations are halved three times, and at least two entries must remain."""
 
 _LEVELS, _RADIUS = 4, 3
 
 
 class RaftFlow(nn.Module):
-    """The small RAFT: flow from the first picture of a pair to the second.
+    """The small RAFT network: flow from the first picture of a pair to the second.
 
     Args:
-        updates: how many times the flow is refined.
+        updates: number of refinements of the flow.
     """
 
     def __init__(self, updates: int = 12) -> None:
         super().__init__()
         from torchvision.models.optical_flow import raft_small
 
-        # On no device, and so without drawing random numbers.
+        # On the meta device, so that no random numbers are generated.
         with torch.device("meta"):
             network = raft_small(weights=None)
         self.feature_encoder = network.feature_encoder
@@ -45,7 +46,7 @@ class RaftFlow(nn.Module):
         self.updates = updates
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """(N, 3, H, W) RGB in [-1, 1], H and W multiples of 8 and at least 128, to (N, 2, H, W): x, y in pixels."""
+        """Map (N, 3, H, W) RGB in [-1, 1], H and W multiples of 8 and at least 128, to (N, 2, H, W): x, y in pixels."""
         count, _, height, width = first.shape
         features, target = self.feature_encoder(first), self.feature_encoder(second)
         pyramid = _correlations(features, target)
@@ -56,7 +57,7 @@ class RaftFlow(nn.Module):
         start = _places(features)
         places = start.expand(count, -1, -1, -1)
         for _ in range(self.updates):
-            # Each update is a step of its own: no gradient goes through where it starts from (the paper's section 3.3).
+            # No gradient flows between updates (section 3.3 of the paper).
             places = places.detach()
             found = _look_up(pyramid, places)
             hidden, change = self.update_block(hidden, context, found, places - start)
@@ -83,15 +84,17 @@ def load_raft(path: Path, updates: int = 12) -> RaftFlow:
         if found.get(name) != expected.get(name):
             shape = found.get(name, "missing")
             raise ConfigError(
-                f"{path} does not contain the weights of torchvision's raft_small: {name} is {shape}, not "
-                f"{expected.get(name, 'one of them')}"
+                f"{path} does not contain the weights of torchvision's raft_small: {name} has shape "
+                f"{shape}, expected {expected.get(name, 'no such tensor')}"
             )
     network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def _correlations(features: Tensor, target: Tensor) -> list[Tensor]:
-    """Of each entry of (N, C, h, w) features with all of the other ones: (N·h·w, 1, h, w), and halved three times."""
+    """Return the correlations of all pairs of entries of (N, C, h, w) features: (N·h·w, 1, h, w), and halved three
+    times.
+    """
     count, channels, height, width = features.shape
     products = features.flatten(2).transpose(1, 2) @ target.flatten(2) / channels**0.5
     pyramid = [products.reshape(count * height * width, 1, height, width)]
@@ -101,10 +104,10 @@ def _correlations(features: Tensor, target: Tensor) -> list[Tensor]:
 
 
 def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
-    """(N, levels · 49, h, w): around each of (N, 2, h, w) places its correlations, seven to a side at each level."""
+    """Return (N, levels · 49, h, w) correlations around each of (N, 2, h, w) positions, 7×7 at each level."""
     count, _, height, width = places.shape
     steps = torch.arange(-_RADIUS, _RADIUS + 1, device=places.device, dtype=places.dtype)
-    # The window is written down transposed, x along its rows: the order that the weights were trained with.
+    # The window is transposed, with x along its rows: the order that the weights were trained with.
     around = torch.stack([steps[:, None].expand(-1, len(steps)), steps.expand(len(steps), -1)], dim=-1)
     centres = places.permute(0, 2, 3, 1).reshape(count * height * width, 1, 1, 2)
     found = []
@@ -118,7 +121,7 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
 
 
 def _places(features: Tensor) -> Tensor:
-    """(1, 2, h, w): x, y of each entry."""
+    """Return (1, 2, h, w): x, y of each entry."""
     height, width = features.shape[-2:]
     y = torch.arange(height, device=features.device, dtype=features.dtype)
     x = torch.arange(width, device=features.device, dtype=features.dtype)
@@ -127,9 +130,11 @@ def _places(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowSize:
-    """What size pictures are given to the network.
+    """The input size of the network.
 
-    height, width: that they are resized to. padded_height, padded_width: with their last row and column repeated.
+    Attributes:
+        height, width: size to which pictures are resized.
+        padded_height, padded_width: size after repeating the last row and column.
     """
 
     height: int
@@ -137,10 +142,10 @@ class FlowSize:
 
     @classmethod
     def of(cls, height: int, width: int, shortest: int | None) -> FlowSize:
-        """Keep the aspect.
+        """Return the size for the aspect ratio of the pictures.
 
         Args:
-            shortest: pixels of the shortest side; by default pictures stay as they are, if they are not too small.
+            shortest: shortest side in pixels; by default pictures are not resized, unless they are too small.
         """
         short = min(height, width)
         wanted = max(short, SMALLEST_SIDE) if shortest is None else shortest
@@ -155,7 +160,7 @@ class FlowSize:
         return -(-self.width // STRIDE) * STRIDE
 
     def prepare(self, frames: Tensor) -> Tensor:
-        """(N, 3, H, W) frames in [0, 1] as the network takes them, differentiable."""
+        """Return (N, 3, H, W) frames in [0, 1] as network input, differentiable."""
         pictures = frames.float()
         if pictures.shape[-2:] != (self.height, self.width):
             pictures = F.interpolate(
@@ -165,6 +170,6 @@ class FlowSize:
         return F.pad(pictures * 2 - 1, missing, mode="replicate")
 
     def motion(self, flow: Tensor) -> Tensor:
-        """(N,) mean length of (N, 2, h, w) flow as a share of the diagonal, without what was padded."""
+        """Return the (N,) mean length of (N, 2, h, w) flow as a fraction of the diagonal, without the padding."""
         seen = flow[..., : self.height, : self.width]
         return torch.linalg.vector_norm(seen, dim=1).mean(dim=(1, 2)) / (self.height**2 + self.width**2) ** 0.5

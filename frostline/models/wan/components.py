@@ -1,4 +1,4 @@
-"""What a loaded Wan model consists of, as diffsynth's own objects."""
+"""The components of a loaded Wan model, as diffsynth's own objects."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 class WanComponents:
     """A loaded Wan model; all its parts are frozen and in eval mode.
 
-    spec: what the model is; the properties below ask it.
-    weights: by stage name, the weights of frozen parts that may leave memory and come back.
+    Attributes:
+        spec: description of the model; the properties below depend on it.
+        weights: by stage name, the weights of frozen parts that can be released and read again.
 
     Raises:
-        ConfigError: the networks are not those that `spec` describes.
+        ConfigError: the networks do not match `spec`.
     """
 
     spec: ModelSpec
@@ -47,24 +48,24 @@ class WanComponents:
         optional = {name for name in ("denoiser_high_noise", "image_encoder") if getattr(self, name) is not None}
         there, wanted = {"text_encoder", "vae", "denoiser", *optional}, {*self.spec.networks}
         if there != wanted:
-            raise ConfigError(f"{self.name}: the spec has the networks {sorted(wanted)}, the model {sorted(there)}")
+            raise ConfigError(f"{self.name}: the spec has the networks {sorted(wanted)}, the model has {sorted(there)}")
         for name, module in self.modules():
             _check_size(f"{self.name}: {name}", module, self.spec.networks[name])
         _check_size(f"{self.name}: tokenizer", self.tokenizer, {"seq_len": self.text_length})
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The neural networks that are there, by field name."""
+        """Return the loaded networks by field name."""
         for name in self.spec.networks:
             yield name, getattr(self, name)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return self.denoiser.patch_embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the denoiser, whose latents and conditions are of it too."""
+        """Return the dtype of the denoiser, its latents and its conditions."""
         return self.denoiser.patch_embedding.weight.dtype
 
     @property
@@ -104,8 +105,8 @@ class WanComponents:
 
 
 def _check_size(what: str, module: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse a module that was made with other arguments, as far as it keeps them."""
+    """Check the stored constructor arguments of a module."""
     inner = getattr(module, "model", module)  # diffsynth wraps the VAE
     for name, value in arguments.items():
         if (found := vars(inner).get(name, value)) != value:
-            raise ConfigError(f"{what} has {name} {found}, and the spec says {value}")
+            raise ConfigError(f"{what} has {name} {found}, but the spec states {value}")

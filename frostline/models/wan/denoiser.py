@@ -1,4 +1,4 @@
-"""An own forward of diffsynth's `WanModel`: the same weights, real-valued, batched, exportable."""
+"""A forward pass for diffsynth's `WanModel` with the same weights: real-valued, batched and exportable."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BlockForward = Callable[..., Tensor]
 class Denoiser(nn.Module):
     """`v(x_i, t_i)`: equal to `diffsynth.pipelines.wan_video.model_fn_wan_video`, for any batch.
 
-    diffsynth's function computes RoPE in complex128, shares one timestep between all samples where the first
-    frame is pinned, and its `WanModel.forward` is out of date; this forward has none of these limits.
+    diffsynth's function computes RoPE in complex128 and uses one timestep for all samples if the first frame is fixed,
+    and its `WanModel.forward` is out of date; this class has none of these limits.
 
     Args:
         model: the weights; LoRA layers may have been injected.
 
     Attributes:
-        checkpoint_blocks: keep the input of every block for backward, and recompute the rest.
+        checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
     """
 
     cos_f: Tensor
@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
     sin_w: Tensor
     frequency_coarse: Tensor
     frequency_fine: Tensor
-    # How blocks are run, not what they compute; see `frostline.runtime.identity.architecture`.
+    # Attributes that affect how blocks are run, not their results; see `frostline.runtime.identity.architecture`.
     RUN_SETTINGS = frozenset({"checkpoint_blocks", "run_block"})
     _TABLES = ("cos_f", "cos_h", "cos_w", "sin_f", "sin_h", "sin_w", "frequency_coarse", "frequency_fine")
 
@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
-        # `.to(torch.bfloat16)` must move the tables, never round them.
+        # `.to(torch.bfloat16)` must move the tables but not round them.
         exact = {name: getattr(self, name) for name in self._TABLES}
         super()._apply(fn, recurse)
         device = self.model.patch_embedding.weight.device
@@ -66,17 +66,17 @@ class Denoiser(nn.Module):
         return self
 
     def compile_blocks(self) -> None:
-        """Run every block in `torch.compile`, live and frozen: one block is compiled, and all are like it."""
+        """Compile every block with `torch.compile`, for live and frozen uses: one is compiled, and all share it."""
         self.run_block = torch.compile(_block)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks."""
+        """Return the transformer blocks."""
         return cast(nn.ModuleList, self.model.blocks)
 
     @contextmanager
     def first_blocks(self, count: int) -> Iterator[None]:
-        """Within the block of code, run the first `count` blocks alone."""
+        """Run only the first `count` blocks within the context."""
         blocks = self.blocks
         self.model.blocks = blocks[:count]
         try:
@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
 
     @property
     def pins_first_frame(self) -> bool:
-        """Whether the first frame's latents are given and carry timestep 0 (Wan2.2 TI2V)."""
+        """Return whether the first frame's latents are given and have timestep 0 (Wan2.2 TI2V)."""
         return self.model.seperated_timestep and self.model.fuse_vae_embedding_in_latents
 
     def forward(
@@ -97,12 +97,12 @@ class Denoiser(nn.Module):
         y: Tensor | None = None,
         clip_feature: Tensor | None = None,
     ) -> Tensor:
-        """Predict the velocity.
+        """Return the velocity.
 
         Args:
             latents: (B, C, F, H, W) noisy latents, H and W even.
             timestep: (B,) float in [0, 1000].
-            context: (B, L, text_dim) text embeddings, zero past the prompt's end.
+            context: (B, L, text_dim) text embeddings, zero after the prompt's end.
             y: (B, 4 + C, F, H, W) mask and image latents, for models that take them.
             clip_feature: (B, 257, 1280) image embedding, for models that take it.
         Returns:
@@ -112,7 +112,8 @@ class Denoiser(nn.Module):
         x = latents if y is None else torch.cat([latents, y], dim=1)
         x = model.patch_embedding(x)
         grid = (x.shape[2], x.shape[3], x.shape[4])
-        # Dense: of transposed tokens Inductor computes a wrong gradient where their number leaves a rest in a register.
+        # Dense, because Inductor computes a wrong gradient for transposed tokens if their number is not a multiple of
+        # the vector size.
         x = x.flatten(2).transpose(1, 2).contiguous()
         time, modulation = self._time_embedding(timestep, grid, x.dtype)
         context = model.text_embedding(context)
@@ -120,7 +121,7 @@ class Denoiser(nn.Module):
             context = torch.cat([model.img_emb(clip_feature), context], dim=1)
         cos = grid_table((self.cos_f, self.cos_h, self.cos_w), grid)
         sin = grid_table((self.sin_f, self.sin_h, self.sin_w), grid)
-        # A trace takes the operations themselves, never what was compiled of them.
+        # Tracing must see the operations themselves, not compiled code.
         run_block = _block if torch.compiler.is_exporting() else self.run_block
         per_block = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in cast("list[DiTBlock]", model.blocks):
@@ -135,11 +136,11 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the embedding of the timestep and the modulation of the blocks, computed in fp32 and rounded once.
 
-        As Wan computes them: in bf16, the sinusoid alone would be off by up to 4e-3.
+        As in Wan: in bf16, the sinusoid alone would have errors of up to 4e-3.
 
         Returns:
-            (B, dim) and (B, 6, dim), both of `dtype`; (B, tokens, dim) and (B, tokens, 6, dim) where the first frame is
-            pinned at timestep 0.
+            (B, dim) and (B, 6, dim), both of `dtype`; (B, tokens, dim) and (B, tokens, 6, dim) if the first frame is
+            fixed at timestep 0.
         """
         if self.pins_first_frame:
             frames, tokens = grid[0], grid[1] * grid[2]
@@ -147,7 +148,7 @@ class Denoiser(nn.Module):
             timestep = (timestep[:, None] * later)[:, :, None].expand(-1, -1, tokens).flatten(1)
         sinusoid = timestep_sinusoid(timestep, self.frequency_coarse, self.frequency_fine)
         device = sinusoid.device.type
-        # Autocast would round the layers' inputs. Where it is off, a trace is to have no part of it.
+        # Autocast would round the layers' inputs. If autocast is off, a trace must not contain it.
         with torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext():
             time = _in_fp32(self.model.time_embedding, sinusoid)
             modulation = _in_fp32(self.model.time_projection, time)
@@ -155,7 +156,7 @@ class Denoiser(nn.Module):
 
 
 def _in_fp32(network: nn.Module, x: Tensor) -> Tensor:
-    """Return what `network` computes of fp32 `x` with fp32 copies of its weights, of whatever type these are."""
+    """Return the result of `network` for fp32 `x`, with fp32 copies of its weights of any type."""
     parameters = dict(network.named_parameters())
     if all(parameter.dtype == torch.float32 for parameter in parameters.values()):
         return network(x)

@@ -1,4 +1,4 @@
-"""The layers of Wan's denoiser that a LoRA adapts unless it is told otherwise."""
+"""The layers of Wan's denoiser that a LoRA adapts by default."""
 
-# Of every block: the projections of its attentions, and its feed-forward layers.
+# In every block: the projections of the attention layers, and the feed-forward layers.
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")

@@ -1,4 +1,4 @@
-"""What a Wan model is, without its weights."""
+"""The description of a Wan model, without its weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a Wan model is, without its weights.
+    """The description of a Wan model, without its weights.
 
-    name: names the model in the engine store.
-    networks: the constructor arguments of each network, by its field in `WanComponents`; all those that the properties
-        below read are stated, defaults too.
-    text_length: tokens in a text context; prompts are padded or cut to it.
-    boundary: the high-noise expert serves timesteps from `boundary * 1000` up; of no effect without one.
-    license: of the weights, as the model card states it: an SPDX identifier; None where it states none.
-    from_files: whether it is that of files, or of the release that the model is named after. No part of what the model
-        is, so specs that differ in it alone are equal.
+    Attributes:
+        name: name of the model in the engine store.
+        networks: the constructor arguments of each network, by its field in `WanComponents`; includes all arguments
+            that the properties below read, also defaults.
+        text_length: number of tokens in a text context; prompts are padded or truncated to it.
+        boundary: the high-noise expert handles timesteps from `boundary * 1000`; unused for models with one expert.
+        license: SPDX identifier of the weights' licence in the model card; None if it states none.
+        from_files: whether the description was read from files, or is that of the release with this name. Ignored when
+            specs are compared.
     """
 
     name: str
@@ -37,7 +38,7 @@ class ModelSpec:
     from_files: bool = field(default=True, compare=False)
 
     def build(self, field: str) -> nn.Module:
-        """Return one of the networks, its parameters on the meta device."""
+        """Return one of the networks with its parameters on the meta device."""
         from frostline.models.meta_tensors import meta_parameters
 
         with meta_parameters():
@@ -45,41 +46,41 @@ class ModelSpec:
 
     @property
     def two_experts(self) -> bool:
-        """Whether a second denoiser serves the high noise levels."""
+        """Return whether a second denoiser handles the high noise levels."""
         return "denoiser_high_noise" in self.networks
 
     @property
     def takes_image_latents(self) -> bool:
-        """Whether the denoiser is conditioned on `y`: the mask and latents of the first frame."""
+        """Return whether the denoiser takes `y`: the mask and latents of the first frame."""
         denoiser = self.networks["denoiser"]
         return denoiser["require_vae_embedding"] and denoiser["in_dim"] > self.latent_channels
 
     @property
     def takes_clip_feature(self) -> bool:
-        """Whether the denoiser is conditioned on the CLIP feature of the first frame."""
+        """Return whether the denoiser takes the CLIP feature of the first frame."""
         denoiser = self.networks["denoiser"]
         return denoiser["has_image_input"] and denoiser["require_clip_embedding"]
 
     @property
     def pins_first_frame(self) -> bool:
-        """Whether the first frame's latents are given and kept through sampling (Wan2.2 TI2V)."""
+        """Return whether the first frame's latents are given and fixed during sampling (Wan2.2 TI2V)."""
         denoiser = self.networks["denoiser"]
         return denoiser["seperated_timestep"] and denoiser["fuse_vae_embedding_in_latents"]
 
     @property
     def needs_image(self) -> bool:
-        """Whether it generates from a first frame."""
+        """Return whether the model generates from a first frame."""
         return self.takes_image_latents or self.pins_first_frame
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a video's latents."""
+        """Return the number of channels of a video's latents."""
         return self.networks["vae"]["z_dim"]
 
     @property
     def geometry(self) -> Geometry:
-        """The videos that it takes."""
-        # The VAE of Wan2.2 TI2V, the one that has a decoder of another width, halves once more.
+        """Return the video sizes that the model supports."""
+        # The VAE of Wan2.2 TI2V, the only one whose decoder has another width, halves once more.
         stride = 2 * SPATIAL_STRIDE if "dec_dim" in self.networks["vae"] else SPATIAL_STRIDE
-        # The denoiser takes patches of the latents.
+        # The denoiser uses patches of the latents.
         return Geometry(TEMPORAL_STRIDE, stride, stride * self.networks["denoiser"]["patch_size"][1])

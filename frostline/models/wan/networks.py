@@ -1,4 +1,4 @@
-"""diffsynth's classes from the arguments that say how large they are."""
+"""Create diffsynth's classes from arguments for their sizes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def build_network(field: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Return a network of this size, with whatever weights its constructor gives it.
+    """Return a network of this size, with the initial weights of its constructor.
 
     Args:
         field: its name in `WanComponents`.
-        arguments: as in `ModelSpec.networks`.
+        arguments: see `ModelSpec.networks`.
     """
     with deferred_init("diffsynth"):
         return _BUILDERS[field](**arguments)
@@ -60,5 +60,5 @@ _BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
     "denoiser_high_noise": _denoiser,
     "image_encoder": _image_encoder,
 }
-# The fields of `WanComponents` that are networks, in the order in which they are gone through.
+# The fields of `WanComponents` that are networks, in the order of processing.
 NETWORKS = tuple(_BUILDERS)

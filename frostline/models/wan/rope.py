@@ -1,6 +1,6 @@
 """Rotary position embedding and timestep sinusoid of the Wan denoiser in real fp32 arithmetic.
 
-diffsynth computes both in complex128 and float64, which neither ONNX nor TensorRT can express.
+diffsynth computes both in complex128 and float64, which neither ONNX nor TensorRT supports.
 """
 
 import torch
@@ -11,7 +11,7 @@ _EXACT_BITS = 13
 
 
 def rope_table(frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (positions, half) float32, of a complex table (positions, half)."""
+    """Return cosine and sine, each (positions, half) float32, of a complex table (positions, half)."""
     return frequencies.real.float().contiguous(), frequencies.imag.float().contiguous()
 
 
@@ -19,7 +19,7 @@ def grid_table(tables: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int]
     """Return one table for a (frames, height, width) token grid from the three axes' tables.
 
     Args:
-        tables: per axis (positions, half of the axis).
+        tables: for each axis, (positions, half of the axis).
     Returns:
         (frames * height * width, 1, head_dim / 2).
     """
@@ -38,7 +38,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
 
 
 def sinusoid_frequencies(freq_dim: int) -> tuple[Tensor, Tensor]:
-    """Return `10000^(-k / half)` split into a part of few mantissa bits and the rest, each (freq_dim / 2,) float32."""
+    """Return `10000^(-k / half)` as the sum of a part with few mantissa bits and the rest, each (freq_dim / 2,)
+    float32.
+    """
     half = freq_dim // 2
     exact = torch.pow(10000, -torch.arange(half, dtype=torch.float64).div(half))
     mantissa, exponent = torch.frexp(exact)
@@ -49,8 +51,8 @@ def sinusoid_frequencies(freq_dim: int) -> tuple[Tensor, Tensor]:
 def timestep_sinusoid(timestep: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
     """Return `[cos(t f), sin(t f)]` in fp32, within 1e-6 of float64 for t in [0, 1000].
 
-    A plain fp32 product `t f` is off by up to 6e-5 rad at t = 1000. Here the bulk of the angle,
-    `round(t) * coarse`, is exact, and the small rest joins by the angle-addition formulas.
+    A plain fp32 product `t f` has errors of up to 6e-5 rad at t = 1000. Here the main part of the angle, `round(t) *
+    coarse`, is exact, and the small rest is added with the angle-addition formulas.
 
     Args:
         timestep: (…,) float.

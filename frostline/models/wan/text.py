@@ -1,4 +1,4 @@
-"""Prompts to text context, batched, around diffsynth's `WanTextEncoder` and `HuggingfaceTokenizer`."""
+"""Prompts to text context, batched, with diffsynth's `WanTextEncoder` and `HuggingfaceTokenizer`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class TextEncoder(nn.Module):
-    """Token ids to context, zero past each prompt's end.
+    """Map token ids to context, which is zero after each prompt's end.
 
-    `WanVideoUnit_PromptEmbedder` of diffsynth does the same for one prompt; for a batch it would cut every prompt
-    at the length of the shortest.
+    `WanVideoUnit_PromptEmbedder` of diffsynth does the same for one prompt; in a batch it would truncate every prompt
+    to the length of the shortest.
     """
 
     def __init__(self, model: WanTextEncoder) -> None:
@@ -25,7 +25,7 @@ class TextEncoder(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode.
+        """Return the context.
 
         Args:
             ids, mask: (B, L) int64, padded on the right.
@@ -46,7 +46,7 @@ class TextEncoder(nn.Module):
 
 
 def _finite(tokens: Tensor) -> Tensor:
-    """diffsynth's `fp16_clamp`, less the look at the values, which no tracer could follow."""
+    """diffsynth's `fp16_clamp` without its check of the values, which cannot be traced."""
     if tokens.dtype != torch.float16:
         return tokens
     bound = torch.finfo(torch.float16).max - 1000
@@ -54,12 +54,12 @@ def _finite(tokens: Tensor) -> Tensor:
 
 
 def count_tokens(tokenizer: HuggingfaceTokenizer, prompt: str) -> int:
-    """Return how many tokens a prompt has before it is cut to what the text encoder takes."""
+    """Return the number of tokens of a prompt before truncation."""
     ids: Any = tokenizer([prompt], padding=False, truncation=False, return_tensors=None, verbose=False)
     return len(ids[0])
 
 
 def tokenize(tokenizer: HuggingfaceTokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both (B, L) int64, L fixed by the tokenizer."""
+    """Return token ids and mask, both (B, L) int64, with L fixed by the tokenizer."""
     ids, mask = tokenizer(list(prompts), return_mask=True, add_special_tokens=True)
     return ids, mask

@@ -1,4 +1,4 @@
-"""Decoding with the Wan VAE in PyTorch, live or frozen, for any batch, around diffsynth's `WanVideoVAE`."""
+"""Decode with the Wan VAE in PyTorch, live or frozen, for any batch, with diffsynth's `WanVideoVAE`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
     """Decode (B, C, F, h, w) normalised latents to a video (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
 
-    With a gradient to compute, all frames are decoded at once (`decode_clip`), which keeps 40 GB for 81 frames of
-    480×480 in bf16 (diffsynth's loop 154 GB); `train/memory/recompute.py` needs less. Without, chunk by chunk.
+    With a gradient, all frames are decoded at once (`decode_clip`), which keeps 40 GB for 81 frames of 480×480 in bf16
+    (diffsynth's loop: 154 GB); `train/memory/recompute.py` needs less. Without a gradient, frames are decoded chunk by
+    chunk.
     """
     if torch.is_grad_enabled():
         return decode_clip(vae, latents).clamp(-1, 1)
@@ -29,13 +30,13 @@ def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
 
 
 def decode_from(vae: WanVideoVAE, latents: Tensor, caches: Mapping[str, Tensor]) -> Tensor:
-    """Decode latent frames that are not the first of their clip, all at once, differentiable to them.
+    """Decode latent frames that are not the first of their clip, all at once, differentiable with respect to them.
 
     Args:
         latents: (B, C, n, h, w), normalised.
-        caches: of the frames before, as `decoder_caches` returns them.
+        caches: the caches after the preceding frames, from `decoder_caches`.
     Returns:
-        (B, 3, 4n, 8h, 8w) in [-1, 1], equal to that part of the whole clip decoded.
+        (B, 3, 4n, 8h, 8w) in [-1, 1], equal to this part of the whole decoded clip.
     """
     return decode_chunk(vae, latents, [*caches.values()])[0].clamp(-1, 1)
 
@@ -51,9 +52,9 @@ def decoder_chunks(vae: WanVideoVAE) -> dict[str, Callable[..., dict[str, Tensor
 
 
 def use_onednn_conv3d(module: nn.Module) -> None:
-    """Let every fp32 `Conv3d` in `module` run in oneDNN on a CPU, whatever the batch.
+    """Run every fp32 `Conv3d` in `module` in oneDNN on a CPU, for any batch size.
 
-    At batch 1 torch picks a slow path of its own: about five times slower, same numbers to 1e-6.
+    At batch size 1, torch uses its own slow path: about five times slower, with results equal to 1e-6.
     """
     for convolution in module.modules():
         if isinstance(convolution, nn.Conv3d):

@@ -1,7 +1,7 @@
-"""The Wan VAE a chunk at a time: static networks that encode and decode videos of any length.
+"""The Wan VAE in chunks: static networks that encode and decode videos of any length.
 
-The causal convolutions of the VAE look back two frames. diffsynth keeps what they saw in lists inside the module; here
-it enters and leaves as tensors. One network takes the first frame, another every four frames after it.
+The causal convolutions of the VAE use the two preceding frames. diffsynth stores these in lists inside the module; here
+they are input and output tensors. One network processes the first frame, another each following group of four frames.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 ChunkNetworks = Mapping[str, Callable[..., dict[str, Tensor]]]
 
-# What diffsynth's cache list holds: a tensor, nothing yet, or "Rep" for an upsampling that let the first frame pass.
+# The content of diffsynth's cache list: a tensor, None, or "Rep" for an upsampling layer that did not change the first
+# frame.
 _Slot = Tensor | str | None
 
 
 class _VaeChunk(nn.Module):
-    """What encoder and decoder share: the statistics of the latents, and which caches there are.
+    """Common base of encoder and decoder: the statistics of the latents, and the list of caches.
 
-    `_run` computes one chunk, (B, C, frames, H, W) to the same with other extents, and updates `slots` in place.
+    `_run` computes one chunk, (B, C, frames, H, W) to another (B, C, frames, H, W), and updates `slots` in place.
     """
 
     mean: Tensor
@@ -48,17 +49,17 @@ class _VaeChunk(nn.Module):
 
     @torch.no_grad()
     def _probe(self, first: Tensor, following: Tensor) -> None:
-        """Learn which slots are in use and what shape their caches have from the second chunk on."""
+        """Determine which slots are in use, and the shapes of their caches from the second chunk on."""
         slots: list[_Slot] = [None] * self._slots
         for chunk in (first, following):
             self._run(chunk, slots)
         caches = [(slot, cache) for slot, cache in enumerate(slots) if isinstance(cache, Tensor)]
         self._in_use = [slot for slot, _ in caches]
-        # Channels, frames, and how many entries there are for each one of the chunk's height (a fraction if fewer).
+        # Channels, frames, and the number of entries for each entry of the chunk's height (a fraction if fewer).
         self.cache_shapes = [(cache.shape[1], cache.shape[2], cache.shape[3] / first.shape[3]) for _, cache in caches]
 
     def _probed_on(self, other: _VaeChunk) -> None:
-        """Take from a chunk of the same sizes what `_probe` would learn."""
+        """Copy the results of `_probe` from a chunk of the same sizes."""
         self._in_use, self.cache_shapes = other._in_use, other.cache_shapes
 
     def _first(self, chunk: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +72,7 @@ class _VaeChunk(nn.Module):
         return (output, *caches)
 
     def _padded(self, cache: _Slot, chunk: Tensor, channels: int, frames: int, per_pixel: float) -> Tensor:
-        """As deep as the caches of later chunks. Zeros in front are what the convolutions themselves would pad with."""
+        """Pad to the depth of later caches with leading zeros, which are equal to the convolutions' own padding."""
         if isinstance(cache, Tensor):
             return F.pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0))
         up = round(per_pixel)
@@ -86,17 +87,17 @@ class _VaeChunk(nn.Module):
 
 
 class VaeEncoderFirst(_VaeChunk):
-    """Encode the first frame of a video; the caches let `VaeEncoderNext` go on from it.
+    """Encode the first frame of a video; `VaeEncoderNext` continues with its caches.
 
     Args:
-        sizes: a VAE of the same sizes, on the meta device, where the encoder's weights are not in memory.
+        sizes: a VAE of the same sizes on the meta device, if the encoder's weights are not in memory.
     """
 
     def __init__(self, vae: WanVideoVAE, sizes: WanVideoVAE | None = None) -> None:
         super().__init__(vae, vae.model.encoder)
         self.encoder = vae.model.encoder
         self.to_moments = vae.model.conv1
-        # 2 for the Wan2.2 TI2V VAE, which folds 2×2 pixels into channels, else 1.
+        # 2 for the Wan2.2 TI2V VAE, which folds 2×2 pixels into channels; otherwise 1.
         self.spatial_patch = math.isqrt(self.encoder.conv1.in_channels // 3)
         if sizes is not None:
             self._probed_on(type(self)(sizes))
@@ -127,7 +128,7 @@ class VaeEncoderNext(VaeEncoderFirst):
         """Encode (B, 3, 4, H, W) in [-1, 1].
 
         Args:
-            caches: what the chunk before returned behind its latents.
+            caches: the caches that the previous chunk returned.
         Returns:
             latents (B, C, 1, H/8, W/8), then the caches for the next chunk.
         """
@@ -135,17 +136,17 @@ class VaeEncoderNext(VaeEncoderFirst):
 
 
 class VaeDecoderFirst(_VaeChunk):
-    """Decode the first latent frame of a video; the caches let `VaeDecoderNext` go on from it.
+    """Decode the first latent frame of a video; `VaeDecoderNext` continues with its caches.
 
     Args:
-        sizes: as for `VaeEncoderFirst`.
+        sizes: see `VaeEncoderFirst`.
     """
 
     def __init__(self, vae: WanVideoVAE, sizes: WanVideoVAE | None = None) -> None:
         super().__init__(vae, vae.model.decoder)
         self.decoder = vae.model.decoder
         self.from_latents = vae.model.conv2
-        # As in the encoder; this decoder also wants to know which chunk is the first.
+        # As in the encoder; this decoder also needs to know which chunk is the first.
         last = self.decoder.head[-1]
         assert isinstance(last, nn.Conv3d)
         self.spatial_patch = math.isqrt(last.out_channels // 3)
@@ -180,7 +181,7 @@ class VaeDecoderNext(VaeDecoderFirst):
         """Decode (B, C, 1, h, w) normalised latents.
 
         Args:
-            caches: what the chunk before returned behind its video.
+            caches: the caches that the previous chunk returned.
         Returns:
             video (B, 3, 4, 8h, 8w) in [-1, 1], then the caches for the next chunk.
         """
@@ -202,24 +203,24 @@ def encode_in_chunks(networks: ChunkNetworks, video: Tensor) -> Tensor:
 
 
 def decode_in_chunks(networks: ChunkNetworks, latents: Tensor, caches: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Decode whole latents; equal to `VideoVAE_.decode` of diffsynth, clamped.
+    """Decode all latents of a clip; equal to diffsynth's `VideoVAE_.decode`, clamped.
 
     Args:
         networks: "first" and "next", taking `latents=`, "next" also `cache_NN=`; both return `video` and
             `next_cache_NN`.
         latents: (B, C, F, h, w), normalised.
-        caches: of the frames before these latents, as `decoder_caches` returns them; None where these are the first.
+        caches: the caches after the preceding frames, from `decoder_caches`; None if these latents are the first.
     Returns:
-        (B, 3, 4F - 3, 8h, 8w) in [-1, 1]; 4F frames where there are frames before.
+        (B, 3, 4F - 3, 8h, 8w) in [-1, 1]; 4F frames if there are preceding frames.
     """
     return _in_chunks(networks, "latents", latents.split(1, dim=2), "video", caches)
 
 
 def decoder_caches(networks: ChunkNetworks, latents: Tensor) -> dict[str, Tensor]:
-    """Decode the leading latent frames of a clip for the caches alone, with which the next ones can be decoded.
+    """Decode the leading latent frames of a clip to obtain the caches for decoding the following frames.
 
     Args:
-        networks: as for `decode_in_chunks`.
+        networks: see `decode_in_chunks`.
         latents: (B, C, F, h, w), normalised, F of at least 1.
     Returns:
         `cache_NN`, as the network "next" takes them.
@@ -257,5 +258,5 @@ def _one_chunk(
 
 
 def _as_inputs(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The caches that a chunk returned, by the names that the next chunk takes them by."""
+    """Return the caches of a chunk by their input names in the next chunk."""
     return {name.removeprefix("next_"): cache for name, cache in outputs.items()}

@@ -1,8 +1,8 @@
-"""The decoder of the Wan VAE with a gradient to the latents: over all frames of a clip at once, or a chunk at a time.
+"""The decoder of the Wan VAE with a gradient to the latents, for all frames of a clip at once or in chunks.
 
 diffsynth decodes one latent frame after another and passes each causal convolution its previous input frames. With the
-whole clip in memory, these frames are part of the input: one convolution a layer, and no copies of caches in forward or
-backward. Decoding in chunks, with the caches as tensors, needs less memory.
+whole clip in memory, these frames are part of the input: each layer is one convolution, and no caches are copied in
+forward or backward. Decoding in chunks, with the caches as tensors, needs less memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def decode_clip(vae: WanVideoVAE, latents: Tensor) -> Tensor:
-    """Decode as `VideoVAE_.decode` of diffsynth does, for both of its decoders.
+    """Decode like diffsynth's `VideoVAE_.decode`, for both of its decoders.
 
     Args:
         latents: (B, C, F, h, w), normalised.
@@ -38,10 +38,10 @@ def decode_chunk(vae: WanVideoVAE, latents: Tensor, caches: Sequence[Tensor] = (
 
     Args:
         latents: (B, C, n, h, w), normalised; n is 1 for the first frame, and any number after it.
-        caches: what the call for the frames before returned behind its video; nothing for the first frame.
+        caches: the caches that the previous call returned; empty for the first frame.
     Returns:
-        video, (B, 3, 1, H, W) of the first frame and (B, 3, 4n, H, W) of others, not clamped; then what every causal
-        convolution saw last, in the order of `VaeDecoderFirst`.
+        video, (B, 3, 1, H, W) for the first frame and (B, 3, 4n, H, W) for others, not clamped; then the last input
+        frames of every causal convolution, in the order of `VaeDecoderFirst`.
     """
     before = _Caches(caches)
     video = _decode(vae, latents, before)
@@ -49,7 +49,7 @@ def decode_chunk(vae: WanVideoVAE, latents: Tensor, caches: Sequence[Tensor] = (
 
 
 class _Before:
-    """What comes before the frames that a causal convolution is given: nothing, for they are the whole clip."""
+    """The frames before the input of a causal convolution; none, if the input is the whole clip."""
 
     first = True
 
@@ -58,11 +58,11 @@ class _Before:
         return _frames_in_front(layer)
 
     def saw(self, layer: CausalConv3d, x: Tensor) -> None:
-        """Record the input frames of a convolution, with the preceding ones."""
+        """Record the input frames of a convolution, including the preceding ones."""
 
 
 class _Caches(_Before):
-    """What the convolutions saw last in the chunk before, in the order in which they run, and what they see now."""
+    """The last input frames of the convolutions in the previous chunk, in the order of execution, and in this chunk."""
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
         self.first = not caches
@@ -73,7 +73,7 @@ class _Caches(_Before):
         return _frames_in_front(layer) if self.first else next(self._rest).to(like.dtype)
 
     def saw(self, layer: CausalConv3d, x: Tensor) -> None:
-        # A copy: a part of them would hold on to all of them.
+        # A copy: a slice would keep the whole tensor in memory.
         self.seen.append(x[:, :, x.shape[2] - _frames_in_front(layer) :].clone())
 
 
@@ -84,7 +84,7 @@ def _decode(vae: WanVideoVAE, latents: Tensor, before: _Before) -> Tensor:
     mean, scale = (part.to(latents).view(1, -1, 1, 1, 1) for part in vae.scale)
     x = latents / scale + mean
     if x.device.type == "cpu":
-        # oneDNN's convolutions then neither read nor write a layout of their own.
+        # oneDNN's convolutions then do not convert from and to their own layout.
         x = x.contiguous(memory_format=torch.channels_last_3d)
     x = _convolved(decoder.conv1, _convolved_within(vae.model.conv2, x), before)
     x = _layers((*decoder.middle, *decoder.upsamples), x, before)
@@ -117,7 +117,9 @@ def _residual_block(block: ResidualBlock, x: Tensor, before: _Before) -> Tensor:
 
 
 def _upsampled(layer: Resample, x: Tensor, before: _Before) -> Tensor:
-    """Twice the height and width, and where it does so in time, two frames of each but the first of all."""
+    """Double height and width and, for upsampling in time, return two frames for each frame except the first of the
+    clip.
+    """
     if layer.mode == "upsample3d":
         alone = 1 if before.first else 0
         if x.shape[2] > alone:
@@ -130,10 +132,10 @@ def _upsampled(layer: Resample, x: Tensor, before: _Before) -> Tensor:
 
 
 def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolve (N, C, H, W) frames, enlarged twice (nearest), with a 3×3 kernel, without making the enlarged frames.
+    """Convolve (N, C, H, W) frames, enlarged twice (nearest), with a 3×3 kernel, without creating the enlarged frames.
 
     Where two rows are equal, the kernel's weights for them add up. So each of the four pixels that one becomes is a
-    convolution with a 2×2 kernel of its own: four products of nine.
+    convolution with its own 2×2 kernel: four products instead of nine.
     """
     kernels = _of_pairs(_of_pairs(layer.weight.float(), 2), 4).to(layer.weight.dtype)
     bias = None if layer.bias is None else layer.bias.repeat(4)
@@ -142,13 +144,15 @@ def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _of_pairs(kernels: Tensor, axis: int) -> Tensor:
-    """Kernels of 3 along `axis` as those of 2 for the first and for the second of two equal entries: (2, …)."""
+    """Convert kernels of size 3 along `axis` to kernels of size 2 for the first and the second of two equal entries:
+    (2, …).
+    """
     before, at, after = kernels.split(1, axis)
     return torch.stack([torch.cat([before, at + after], axis), torch.cat([before + at, after], axis)])
 
 
 class _InterleavedPixels(torch.autograd.Function):
-    """(N, 2 columns × 2 rows × C, H + 1, W + 1) windows of 2×2 pixels to (N, C, 2H, 2W)."""
+    """Convert (N, 2 columns × 2 rows × C, H + 1, W + 1) windows of 2×2 pixels to (N, C, 2H, 2W)."""
 
     @staticmethod
     def forward(ctx: Any, windows: Tensor) -> Tensor:
@@ -182,7 +186,7 @@ def _pixels_and_windows(pixels: Tensor, windows: Tensor) -> list[tuple[Tensor, T
 
 
 class _InterleavedFrames(torch.autograd.Function):
-    """(B, C, 0 or 1, H, W), then two of each frame that follows, the halves of its channels: (B, C, T, H, W)."""
+    """Interleave (B, C, 0 or 1, H, W) and the two halves of the channels of each following frame to (B, C, T, H, W)."""
 
     @staticmethod
     def forward(ctx: Any, alone: Tensor, doubled: Tensor) -> Tensor:

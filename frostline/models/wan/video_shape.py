@@ -1,4 +1,4 @@
-"""The videos that Wan takes."""
+"""The video sizes that Wan supports."""
 
 from frostline.models.video_shape import Geometry
 
@@ -6,10 +6,10 @@ from frostline.models.video_shape import Geometry
 TEMPORAL_STRIDE = 4
 # The VAE halves height and width three times; that of Wan2.2 TI2V once more.
 SPATIAL_STRIDE = 8
-# What all variants demand: the denoiser takes 2x2 patches of the latents. `ModelSpec.geometry` is what a model demands.
+# Requirements of all variants: the denoiser uses 2x2 patches of the latents. See `ModelSpec.geometry` for one model.
 GEOMETRY = Geometry(TEMPORAL_STRIDE, SPATIAL_STRIDE, spatial_multiple=2 * SPATIAL_STRIDE)
 
-# Channels of `y` that say which of a latent frame's four video frames are given.
+# Channels of `y` that mark which of a latent frame's four video frames are given.
 MASK_CHANNELS = TEMPORAL_STRIDE
 # Tokens and width of the CLIP feature of the first frame.
 CLIP_FEATURE = (257, 1280)

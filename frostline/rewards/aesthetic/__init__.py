@@ -1,4 +1,4 @@
-"""The aesthetic reward: how people would rate the frames, by LAION's predictor. Here are its settings alone."""
+"""The aesthetic reward: predicted human rating of the frames. This module contains only its settings."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class Config(VisionConfig):
     published: ClassVar[str] = f"openai/clip-vit-large-patch14 from Hugging Face ({CLIP_FOLDER})"
 
     predictor: Path | None = Field(
-        default=None, description="file of the predictor, sac+logos+ava1-l14-linearMSE.pth or the same as .safetensors"
+        default=None,
+        description="file of the predictor, sac+logos+ava1-l14-linearMSE.pth or the same weights as .safetensors",
     )
 
     def build(self) -> Reward:
         """Load CLIP's image tower and the predictor.
 
         Raises:
-            ConfigError: a file is missing or of another model.
+            ConfigError: a file is missing or belongs to another model.
         """
         from frostline.rewards.aesthetic.reward import AestheticReward
 

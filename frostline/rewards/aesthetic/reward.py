@@ -1,4 +1,4 @@
-"""CLIP's image tower as a stage, and the predictor on its embeddings, which is small, always in PyTorch."""
+"""CLIP's image tower as a stage, and the small predictor on its embeddings, which always runs in PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AestheticReward(VisionReward):
         self.predictor = load_predictor(file, tower.dim)
 
     def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
-        """All videos can be scored."""
+        """Return the scores; all videos can be scored."""
         frames = self.predictor(features)[..., 0]
         score = frames.mean(dim=1)
         return RewardScore(score, torch.ones_like(score, dtype=torch.bool), frame_scores=frames.detach())

@@ -1,4 +1,4 @@
-"""The CLIP reward: does every frame show what the prompt says? Here are its settings alone."""
+"""The CLIP reward: similarity of every frame to the prompt. This module contains only its settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from frostline.stages.provider import Use
 
 
 class Config(ImageTextConfig):
-    """Likeness of the generated frames to the prompt by any CLIP model; the score is the mean logit."""
+    """Similarity of the generated frames to the prompt by any CLIP model; the score is the mean logit."""
 
     uses: ClassVar[tuple[Use, ...]] = image_text_uses("clip")
     published: ClassVar[str] = f"a CLIP model from Hugging Face, such as openai/clip-vit-large-patch14 ({CLIP_FOLDER})"

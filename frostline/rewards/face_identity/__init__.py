@@ -1,6 +1,6 @@
-"""The face-identity reward: are the faces of a generated video those of the reference?
+"""The face-identity reward: similarity of the faces in a generated video to those of the reference.
 
-Here are its settings alone, which are read without torch.
+This module contains only its settings, which are read without importing torch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Config(FaceOptions, RewardConfig):
-    """The person of the reference video in every generated frame; the score is a mean cosine."""
+    """The person of the reference video in every generated frame; the score is a mean cosine similarity."""
 
-    # The detector sees the reference and the generated frames; the references are embedded without gradient.
+    # The detector runs on the reference and the generated frames; references are embedded without a gradient.
     uses: ClassVar[tuple[Use, ...]] = (
         Use("face_detector", live=False, count=1, phase="conditioning"),
         Use("face_embedder", live=False, count=1, phase="conditioning"),
@@ -30,18 +30,18 @@ class Config(FaceOptions, RewardConfig):
     stage_code: ClassVar[tuple[str, ...]] = (f"{__name__}.stages",)
 
     baseline: float = Field(default=0.54, description="score at which the reward is zero")
-    scale: float = Field(default=0.16, gt=0, description="spread of scores that counts as one unit")
+    scale: float = Field(default=0.16, gt=0, description="standard deviation used to normalise the score")
 
     @property
     def label(self) -> str:
-        """`face_sface`, `face_facenet`, …: by the kind of its embedder."""
+        """Return `face_sface`, `face_facenet`, …, depending on the embedder."""
         return f"face_{self.embedder.partition(':')[0]}"
 
     def build(self) -> Reward:
         """Load detector and embedder.
 
         Raises:
-            ConfigError: there is no such network, or its weights cannot be had.
+            ConfigError: there is no such network, or its weights are missing.
         """
         from frostline.rewards.face_identity.reward import FaceIdentityReward
 

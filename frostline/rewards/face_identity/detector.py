@@ -1,4 +1,4 @@
-"""`face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the networks of one detector."""
+"""The stage `face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the networks of one detector."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from frostline.runtime.stage import Case, Network, Runner, Stage, Tensors, Tenso
 from frostline.stages.shapes import ShapeRange
 from frostline.stages.tolerances import tolerance
 
-# Of `faces.png`, one below the other: of two clips of the embedded model's renderer, three frames each.
+# The content of `faces.png`, from top to bottom: two clips of the built-in model's renderer, three frames each.
 _FRAMES = 6
-# Three shallow networks, whose probabilities are held against thresholds.
+# Three shallow networks, whose probabilities are compared with thresholds.
 _FP32_TOLERANCE = Tolerance(atol=1e-5, rtol=1e-5, cosine=0.999999)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaceDetectorStage(Stage):
-    """The networks of a detector; what lies between them stays in torch."""
+    """The networks of a detector; the computations between them run in torch."""
 
     detector: DetectorModel
 
@@ -46,7 +46,7 @@ class FaceDetectorStage(Stage):
         }
 
     def cases(self) -> Mapping[str, Case]:
-        """Return frames with faces in them."""
+        """Return frames that contain faces."""
         with resources.files("frostline.rewards.face_identity").joinpath("faces.png").open("rb") as file:
             strip = torch.from_numpy(np.array(Image.open(file).convert("RGB")))
         frames = strip.permute(2, 0, 1).unflatten(1, (_FRAMES, -1)).movedim(1, 0).contiguous()
@@ -54,18 +54,19 @@ class FaceDetectorStage(Stage):
 
 
 def detector_tolerance(dtype: torch.dtype) -> Tolerance:
-    """The bounds that an engine of the detector must keep, its weights being of `dtype`."""
+    """Return the tolerance of a detector's engines for weights of `dtype`."""
     return _FP32_TOLERANCE if dtype == torch.float32 else tolerance(dtype)
 
 
 def build(detector: DetectorModel, shapes: ShapeRange) -> Stage:
-    """The stage."""
+    """Return the stage."""
     networks = {name: replace(n, module=with_fp32_edges(n.module)) for name, n in detector.networks.items()}
     weight = next(iter(detector.networks.values())).module
     return FaceDetectorStage(
         name="face_detector",
         model=detector.name,
-        description="Find faces in images: the networks of the detector, whose outputs are decoded outside of them.",
+        description="Find faces in images: the networks of the detector; their outputs are decoded outside "
+        "of the engine.",
         license=detector.license,
         networks=tuple(_network(name, network, shapes) for name, network in networks.items()),
         tolerance=detector_tolerance(weights_dtype(weight)),
@@ -84,10 +85,10 @@ def _network(name: str, network: DetectorNetwork, shapes: ShapeRange) -> Network
 
 
 def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:
-    """An open side of images; where sides must divide by something, one of so many blocks."""
+    """Return a dynamic side of images; if sides must be multiples of a number, it counts blocks."""
     pixels = shapes.dimension(name)
     if multiple > 1:
         low, typical, high = (-(-extent // multiple) for extent in (pixels.min, pixels.opt, pixels.max))
         return Dimension(name, low, typical, high, multiple, multiple)
-    # With an odd typical extent: from an even one AOTInductor infers that all are, and pools odd ones wrongly.
+    # With an odd typical value: from an even one, AOTInductor infers that all are even, and pools odd ones wrongly.
     return replace(pixels, opt=min((pixels.opt - 1) | 1, pixels.max))

@@ -1,4 +1,4 @@
-"""`face_embedder`: aligned faces (N, 3, S, S) in [-1, 1] to unit-norm embeddings (N, D)."""
+"""The stage `face_embedder`: aligned faces (N, 3, S, S) in [-1, 1] to unit-norm embeddings (N, D)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from frostline.stages.tolerances import tolerance
 
 
 def build(module: nn.Module, shapes: ShapeRange) -> Stage:
-    """The frozen use of the embedder: reference faces and scoring.
+    """Return the stage of the frozen uses: reference faces and scoring.
 
     Args:
-        module: what `load_embedder` returns.
+        module: the return value of `load_embedder`.
     """
     embedder = cast(FaceEmbedder, module)
     side = embedder.image_size
@@ -26,9 +26,7 @@ def build(module: nn.Module, shapes: ShapeRange) -> Stage:
     return Stage(
         name="face_embedder",
         model=embedder.name,
-        description=(
-            "Embed aligned faces, RGB in [-1, 1], as vectors of unit length: their dot product measures likeness."
-        ),
+        description=("Embed aligned faces, RGB in [-1, 1], as unit vectors: their dot product measures similarity."),
         license=getattr(module, "license", None),
         networks=(network,),
         tolerance=tolerance(weights_dtype(module)),

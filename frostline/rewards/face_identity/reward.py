@@ -1,4 +1,4 @@
-"""Detection frozen, embedding live."""
+"""The face-identity reward: detection is frozen, embedding is live."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class FaceIdentityReward(Reward):
         self.networks = nn.ModuleDict({"detector": self.faces.detector.modules(), "embedder": self.faces.embedder})
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """`face_detector` and `face_embedder`."""
+        """Return `face_detector` and `face_embedder`."""
         return build_face_stages(self.faces, shapes)
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
-        """The embedder, once for the start frame and for each frame that is looked at."""
+        """Return the embedder, used once for the start frame and for each selected frame."""
         embedder = self.faces.embedder
         side = cast(FaceEmbedder, embedder).image_size
         face = torch.zeros(1, 3, side, side, device=self.faces.device)
@@ -48,7 +48,7 @@ class FaceIdentityReward(Reward):
         return (LiveNetwork("face_embedder", embedder, (face,), shape.batch_size * frames),)
 
     def identity(self, run: RewardStages) -> FaceIdentity:
-        """What compares faces: detector and frozen embedder as the plan serves them, the live embedder in PyTorch."""
+        """Return the scorer: detector and frozen embedder as planned, the live embedder in PyTorch."""
         live, config = cast(FaceEmbedder, self.faces.embedder), self.config
         identity = FaceIdentity(
             *(ServedDetector(run), live, config.upscale, config.missing_face, config.face, config.detection_size)
@@ -57,20 +57,23 @@ class FaceIdentityReward(Reward):
         return identity
 
     def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
-        """The mean embedding (B, D) of the faces in the reference pictures, or else in frames 1…T-1 of the clips.
+        """Return the mean embedding (B, D) of the faces in the reference pictures or, without pictures, in frames 1…T-1
+        of the clips.
 
-        Of the faces in a picture the largest counts. A clip whose sample has pictures is not looked at.
+        In a picture, the largest face counts. The clip of a sample with pictures is not used.
 
-        found: (B,) whether there is any face, without which the mean means nothing.
+        found: (B,) whether there is any face; otherwise the mean is undefined.
         """
         pictures = sample.reference[0] if sample.reference else None
         identity = self.identity(run)
-        # Samples with pictures of their own come one by one.
+        # Samples with their own pictures are processed one by one.
         faces = identity.references(sample.video) if pictures is None else identity.faces_of(pictures[None])
         return {"mean": mean_reference(*faces), "found": faces.found.any(dim=1)}
 
     def identity_score(self, frames: Tensor, references: Mapping[str, Tensor], run: RewardStages) -> IdentityScore:
-        """All there is to say of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames."""
+        """Compute all measures of generated (B, T, 3, H, W) frames in [0, 1]; differentiable with respect to the
+        frames.
+        """
         identity = self.identity(run)
         faces = identity.detect(frames, references["mean"])
         with run.live("face_embedder"):
@@ -81,7 +84,7 @@ class FaceIdentityReward(Reward):
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
     ) -> RewardScore:
-        """The face score, with the detection rate and the cosine of each frame beside it."""
+        """Return the face score, with the detection rate and the cosine similarity of each frame as metrics."""
         score = self.identity_score(frames, references, run)
         metrics = {
             "detection_rate": score.detection_rate,

@@ -1,4 +1,4 @@
-"""The face stages as the detector and the embedder that `models.faces` knows, on whichever backend the plan names."""
+"""The face stages with the interfaces of `models.faces`, on the planned backends."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from frostline.stages.provider import Stages
 
 @dataclass(frozen=True)
 class ServedDetector:
-    """The `face_detector` stage as a `FaceDetector`, on whichever backend the plan names."""
+    """The `face_detector` stage as a `FaceDetector`, on the planned backend."""
 
     run: Stages
 
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of (N, 3, H, W) uint8 frames, in their pixels, searched `upscale` times larger."""
+        """Detect faces in (N, 3, H, W) uint8 frames, enlarged `upscale` times; results are in pixels of the frames."""
         larger = upscale_frames(frames, upscale)
         found = self.run["face_detector"](frames=larger)
         height, width = larger.shape[-2:]
@@ -38,12 +38,12 @@ class ServedEmbedder:
 
     @classmethod
     def of(cls, embedder: FaceEmbedder, run: Stages) -> ServedEmbedder:
-        """The stage that was made from `embedder`."""
+        """Return the wrapper of the stage that was created from `embedder`."""
         return cls(run, embedder.name, embedder.image_size, embedder.embedding_dim, embedder.template)
 
     @torch.no_grad()
     def __call__(self, faces: Tensor) -> Tensor:
-        """(N, 3, S, S) RGB faces in [-1, 1] to (N, D) unit-norm vectors; N may be 0."""
+        """Map (N, 3, S, S) RGB faces in [-1, 1] to (N, D) unit-norm vectors; N may be 0."""
         if len(faces) == 0:
             return faces.new_zeros(0, self.embedding_dim)
         return self.run["face_embedder"](faces=faces)["embeddings"]

@@ -1,4 +1,4 @@
-"""The face networks, and the stages that they are: `face_detector` and `face_embedder`."""
+"""The face networks and their stages, `face_detector` and `face_embedder`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ from frostline.stages.shapes import ShapeRange
 
 @dataclass(frozen=True)
 class FaceModels:
-    """The networks. embedder: what `load_embedder` returns."""
+    """The networks.
+
+    Attributes:
+        embedder: the return value of `load_embedder`.
+    """
 
     detector: DetectorModel
     embedder: nn.Module
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Return the device of the networks."""
         return next(itertools.chain(self.embedder.parameters(), self.embedder.buffers())).device
 
 
 def load_faces(
     detector: str, embedder: str, min_face_size: int, detection_size: int | None = None, channels: Channels = "rgb"
 ) -> FaceModels:
-    """The networks by their settings.
+    """Load the networks for these settings.
 
     Raises:
-        ConfigError: there is no such network, or its weights cannot be had.
+        ConfigError: there is no such network, or its weights are missing.
     """
     loaded = load_embedder(embedder, channels)
     assert isinstance(loaded, nn.Module)
@@ -43,5 +47,5 @@ def load_faces(
 
 
 def build_face_stages(faces: FaceModels, shapes: ShapeRange) -> tuple[Stage, Stage]:
-    """Both stages; they need no model of videos."""
+    """Return both stages; they need no video model."""
     return face_detector.build(faces.detector, shapes), face_embedder.build(faces.embedder, shapes)

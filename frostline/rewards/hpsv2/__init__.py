@@ -1,4 +1,4 @@
-"""HPS v2 (Wu et al. 2023, arXiv:2306.09341): what people prefer for a prompt. Here are its settings alone."""
+"""HPS v2 (Wu et al. 2023, arXiv:2306.09341): human preference for a prompt. This module contains only its settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Config(ImageTextConfig):
-    """Human Preference Score v2 of the generated frames for the prompt: a mean cosine, mostly of 0.2 to 0.35."""
+    """Human Preference Score v2 of the generated frames for the prompt: a mean cosine, mostly 0.2 to 0.35."""
 
     uses: ClassVar[tuple[Use, ...]] = image_text_uses("hpsv2")
     published: ClassVar[str] = "HPS_v2.1_compressed.pt or HPS_v2_compressed.pt of xswu/HPSv2 from Hugging Face"
@@ -22,11 +22,13 @@ class Config(ImageTextConfig):
 
     # The model's preferences are softmax(100 cosine).
     scale: float = Field(
-        default=0.01, gt=0, description="spread of scores that counts as one unit; 0.01 is 1 of the model's logits"
+        default=0.01,
+        gt=0,
+        description="standard deviation used to normalise the score; 0.01 corresponds to 1 of the model's logits",
     )
 
     def load(self) -> Clip:
-        """Load the file, and the tokenizer from beside it or from `processor`."""
+        """Load the file, and the tokenizer from its folder or from `processor`."""
         from frostline.models.vision.hpsv2 import load_hpsv2
 
         weights = self.existing("weights", self.published)

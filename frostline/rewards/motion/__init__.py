@@ -1,4 +1,4 @@
-"""The motion reward: does a generated video move as much as the reference? Here are its settings alone."""
+"""The motion reward: amount of motion relative to the reference. This module contains only its settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from frostline.rewards.reward import Reward
 
 WEIGHTS = "https://download.pytorch.org/models/raft_small_C_T_V2-01064c6d.pth"
-"""Where torchvision publishes the weights of `raft_small`."""
+"""Download URL of torchvision's weights of `raft_small`."""
 
 STAGE = "motion_flow"
 
@@ -23,7 +23,7 @@ STAGE = "motion_flow"
 class Config(RewardConfig):
     """As much motion as in the reference, `rewards: [{type: motion, weight: 0.05}]`: 0 is the best score."""
 
-    # The clip of a sample is the reference, whose flow is computed without gradient.
+    # The clip of a sample is the reference; its flow is computed without a gradient.
     uses: ClassVar[tuple[Use, ...]] = (
         Use(STAGE, live=False, count=1, phase="conditioning"),
         Use(STAGE, live=True, count=1, phase="reward"),
@@ -34,42 +34,46 @@ class Config(RewardConfig):
 
     flow: Literal["pixels", "raft"] = Field(
         default="pixels",
-        description="what motion is measured by: pixels, the change of luminance between frames, which needs no "
+        description="measure of motion: pixels, the change of luminance between frames, which needs no "
         "weights; or raft, the length of the optical flow",
     )
     weights: Path | None = Field(
-        default=None, description="of raft: file of torchvision's raft_small, .pth or .safetensors; none is downloaded"
+        default=None,
+        description="for raft: file of torchvision's raft_small, .pth or .safetensors; it is not downloaded",
     )
-    updates: int = Field(default=12, ge=1, le=32, description="of raft: how many times the flow is refined")
+    updates: int = Field(default=12, ge=1, le=32, description="for raft: number of refinements of the flow")
     size: int | None = Field(
         default=None,
         ge=128,
-        description="of raft: pixels of the shortest side that frames are resized to; by default they are only "
-        "enlarged, to 128, where they are smaller",
+        description="for raft: shortest side in pixels to which frames are resized; by default, frames are "
+        "only enlarged to 128 if they are smaller",
     )
     floor: float = Field(
-        default=1e-4, gt=0, description="motion (see flow) that is added to both, so that videos may stand still"
+        default=1e-4,
+        gt=0,
+        description="constant that is added to both amounts of motion (see flow), so that videos without "
+        "motion are valid",
     )
 
     @model_validator(mode="after")
     def _weights_go_with_raft(self) -> Self:
         if (self.flow == "raft") == (self.weights is None):
             raise ValueError(
-                f"flow: raft needs weights, the path of a file such as {WEIGHTS}"
+                f"flow: raft needs weights: set it to the path of a file such as {WEIGHTS}"
                 if self.flow == "raft"
-                else "flow: pixels takes no weights: set flow to raft, or leave weights out"
+                else "flow: pixels does not use weights: set flow to raft, or remove weights"
             )
         return self
 
     def step_uses(self) -> tuple[Use, ...]:
-        """Of the network, if there is one."""
+        """Return the uses of the network, if there is one."""
         return self.uses if self.flow == "raft" else ()
 
     def build(self) -> Reward:
         """Load the network, if there is one.
 
         Raises:
-            ConfigError: its file is missing or of another network.
+            ConfigError: its file is missing or belongs to another network.
         """
         from frostline.rewards.motion.reward import MotionReward
 

@@ -1,4 +1,4 @@
-"""How much a video moves, held against how much the reference does."""
+"""The amount of motion in a video relative to the reference."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from frostline.runtime.stage import Stage
 from frostline.stages.shapes import ShapeRange
 
 _LUMA = (0.299, 0.587, 0.114)
-# Of pairs in one call: bounds the correlations, which grow with the square of it, to about 1 GB.
+# Maximum number of pairs in one call: limits the correlations, which grow quadratically, to about 1 GB.
 _PIXELS_AT_ONCE = 500_000
 
 
 class MotionReward(FrameReward):
     """`-log(m / m_ref)^2`, where m is the mean motion between neighbouring frames.
 
-    0 is the best score: as much motion as in the reference. To stand still costs as much as to move too fast.
+    0 is the best score: as much motion as in the reference. Too little motion is penalised like too much.
 
-    Motion is that from one frame to the next, whatever their rate: the mean length of the optical flow as a share of
-    the frame's diagonal, or the mean absolute change of the luminance in [0, 1].
+    Motion is measured between consecutive frames, independent of the frame rate: the mean length of the optical flow as
+    a fraction of the frame's diagonal, or the mean absolute change of the luminance in [0, 1].
     """
 
     Config = MotionConfig
     name = "motion"
-    unscored = "a reference that stands still"
+    unscored = "a reference without motion"
     window = 2
     uses_start = True
 
@@ -45,11 +45,11 @@ class MotionReward(FrameReward):
         self.network = load_raft(config.weights, config.updates) if config.weights else None
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """`motion_flow`, where the motion is measured by it."""
+        """Return `motion_flow`, if motion is measured with it."""
         return () if self.network is None else (flow_stage(self.network, shapes, self.config.size),)
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
-        """The pairs of one call: those of the others are computed again for their gradient."""
+        """Return the pairs of one call: the others are recomputed for their gradient."""
         if self.network is None:
             return ()
         size = FlowSize.of(shape.height, shape.width, self.config.size)
@@ -60,14 +60,14 @@ class MotionReward(FrameReward):
 
     @torch.no_grad()
     def features(self, frames: Tensor, run: RewardStages) -> Tensor:
-        """(B, T - 1, 2): the motion from each frame to the next, and the mean absolute change of its luminance."""
+        """Return (B, T - 1, 2): the motion from each frame to the next, and the mean absolute change of luminance."""
         if self.network is None:
             return self.live_features(frames, run)
         flow = run[STAGE]
         return self._features(frames, lambda first, second: flow(first=first, second=second)["flow"])
 
     def live_features(self, frames: Tensor, run: RewardStages) -> Tensor:
-        """The same in PyTorch, differentiable to the frames."""
+        """Return the same features in PyTorch, differentiable with respect to the frames."""
         network = self.network
         if network is None:
             change = _change(frames)
@@ -76,28 +76,28 @@ class MotionReward(FrameReward):
             return self._features(frames, partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False))
 
     def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
-        """The motion (B,) of the reference, and whether (B,) there is any: no two frames of a picture differ."""
+        """Return the motion (B,) of the reference, and whether (B,) there is any; a repeated picture has none."""
         assert features is not None
         return {"motion": self._pooled(features), "moves": features[..., 1].sum(dim=1) > 0}
 
     def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
-        """Videos whose reference moves can be scored."""
+        """Score videos whose reference has motion."""
         valid = references["moves"]
         ratio = torch.where(valid, self._pooled(features) / references["motion"], 1)
         return RewardScore(-ratio.log().square(), valid, {"motion_ratio": ratio.detach()})
 
     def _features(self, frames: Tensor, flow: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """By a function from first and second pictures (N, 3, h, w) to the flow (N, 2, h, w)."""
+        """Compute features with a function from first and second pictures (N, 3, h, w) to the flow (N, 2, h, w)."""
         size = FlowSize.of(frames.shape[-2], frames.shape[-1], self.config.size)
         first, second = (part.flatten(0, 1).split(_pairs_at_once(size)) for part in (frames[:, :-1], frames[:, 1:]))
-        # The reward is measured in float32 whatever autocast the trainer runs its model in.
+        # The reward is computed in float32, independent of the trainer's autocast.
         with torch.autocast(frames.device.type, enabled=False):
             motion = [size.motion(flow(size.prepare(a), size.prepare(b))) for a, b in zip(first, second, strict=True)]
         change = _change(frames)
         return torch.stack([torch.cat(motion).reshape(change.shape), change], dim=2)
 
     def _pooled(self, features: Tensor) -> Tensor:
-        """(B,) at least `floor`, of any number of pairs."""
+        """Return (B,) means, at least `floor`, of any number of pairs."""
         return features[..., 0].sum(dim=1) / max(1, features.shape[1]) + self.config.floor
 
 
@@ -107,7 +107,7 @@ def _pairs_at_once(size: FlowSize) -> int:
 
 
 def _change(frames: Tensor) -> Tensor:
-    """(B, T - 1) mean absolute difference of the luminance of neighbouring (B, T, 3, H, W) frames in [0, 1]."""
+    """Return (B, T - 1) mean absolute differences of luminance between consecutive (B, T, 3, H, W) frames in [0, 1]."""
     frames = frames.float()
     luma = (frames * frames.new_tensor(_LUMA)[:, None, None]).sum(dim=2)
     return (luma[:, 1:] - luma[:, :-1]).abs().mean(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""`motion_flow`: pairs of pictures to the optical flow between them."""
+"""The stage `motion_flow`: pairs of pictures to the optical flow between them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.stages.shapes import ShapeRange
 
 PAIRS_AT_ONCE = 8
-"""Most pairs in one call."""
+"""Maximum number of pairs in one call."""
 
 _LONGEST = 4
-"""Sides of the resized pictures, in multiples of the shortest, that engines serve whatever the range of videos is."""
+"""Sides of the resized pictures, in multiples of the shortest, that engines support for any range of videos."""
 
-# Pixels, and not numbers around 1; each update starts from the rounding of the one before.
+# Outputs are in pixels rather than around 1, and each update starts from the rounded result of the previous one.
 _TOLERANCE = Tolerance(atol=1e-3, rtol=1e-3, cosine=0.99999)
 
 
 def flow_stage(network: RaftFlow, shapes: ShapeRange, shortest: int | None) -> Stage:
-    """The frozen use: references and scoring.
+    """Return the stage of the frozen uses: references and scoring.
 
     Args:
         shortest: see `FlowSize`.
@@ -39,7 +39,7 @@ def flow_stage(network: RaftFlow, shapes: ShapeRange, shortest: int | None) -> S
 
 
 def _sides(shapes: ShapeRange, shortest: int | None) -> tuple[Dimension, Dimension]:
-    """Height and width of the prepared pictures, in blocks."""
+    """Return height and width of the prepared pictures, in blocks."""
     low = SMALLEST_SIDE // STRIDE
     typical, largest = (FlowSize.of(shapes.height[k], shapes.width[k], shortest) for k in (1, 2))
     longest = max(largest.padded_height, largest.padded_width, _LONGEST * (shortest or SMALLEST_SIDE)) // STRIDE

@@ -1,4 +1,6 @@
-"""PickScore (Kirstain et al. 2023, arXiv:2305.01569): what people pick for a prompt. Here are its settings alone."""
+"""PickScore (Kirstain et al. 2023, arXiv:2305.01569): human choice for a prompt. This module contains only its
+settings.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from frostline.stages.provider import Use
 
 
 class Config(ImageTextConfig):
-    """PickScore of the generated frames for the prompt, a mean logit: 1 more makes a picture e times as preferred."""
+    """PickScore of the generated frames for the prompt, a mean logit: adding 1 multiplies the preference by e."""
 
     uses: ClassVar[tuple[Use, ...]] = image_text_uses("pickscore")
     published: ClassVar[str] = f"yuvalkirstain/PickScore_v1 from Hugging Face ({CLIP_FOLDER})"

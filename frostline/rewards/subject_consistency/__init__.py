@@ -1,4 +1,4 @@
-"""The subject-consistency reward: does the subject look the same in all frames? Here are its settings alone."""
+"""The subject-consistency reward: similarity of the subject in all frames. This module contains only its settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Config(VisionConfig):
-    """Likeness of each generated frame to the first and to the one before, by DINOv2; the score is a mean cosine."""
+    """Similarity of each generated frame to the first and the previous one, by DINOv2; the score is a mean cosine."""
 
-    # The first is of references alone, where `anchor` asks for them.
+    # The first use is for references only, if `anchor` requires them.
     uses: ClassVar[tuple[Use, ...]] = (
         Use("subject_consistency_image", live=False, count=1, phase="conditioning"),
         Use("subject_consistency_image", live=True, count=1, phase="reward"),
@@ -36,18 +36,18 @@ class Config(VisionConfig):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """Return what it needs, as `anchor` says."""
+        """Return what it needs, depending on `anchor`."""
         return frozenset({"reference"}) if self.anchor == "reference" else frozenset()
 
     def step_uses(self) -> tuple[Use, ...]:
-        """Return the uses of a step: references are looked at only where the anchor is of them."""
+        """Return the uses of a step; references are only used if the anchor depends on them."""
         return self.uses if self.anchor == "reference" else self.uses[1:]
 
     def build(self) -> Reward:
         """Load DINOv2.
 
         Raises:
-            ConfigError: a file is missing or of another model.
+            ConfigError: a file is missing or belongs to another model.
         """
         from frostline.rewards.subject_consistency.reward import SubjectConsistencyReward
 

@@ -1,4 +1,4 @@
-"""Cosines between frames, as VBench's subject consistency has them (Huang et al. 2024, arXiv:2311.17982)."""
+"""Cosine similarities between frames, as in VBench's subject consistency (Huang et al. 2024, arXiv:2311.17982)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from frostline.rewards.vision.reward import VisionReward
 class SubjectConsistencyReward(VisionReward):
     """The mean over frames t >= 1 of `(max(0, cos(a, d_t)) + max(0, cos(d_{t-1}, d_t))) / 2`.
 
-    d_t is what DINOv2 says of frame t; the anchor a is d_0, or the mean of the reference's d. Frame 0 is the start
-    frame that the generated video is given.
+    d_t is DINOv2's vector of frame t; the anchor a is d_0, or the mean of d over the reference. Frame 0 is the given
+    first frame of the generated video.
     """
 
     Config = SubjectConsistencyConfig
     uses_start = True
     unscored = "a single frame"
-    description = "Describe prepared pictures (images, 3, side, side) as unit vectors, which are close for one subject."
+    description = (
+        "Describe prepared pictures (images, 3, side, side) as unit vectors, which are similar for the same subject."
+    )
 
     def __init__(self, config: SubjectConsistencyConfig) -> None:
         folder = config.existing("weights", config.published)
@@ -34,11 +36,11 @@ class SubjectConsistencyReward(VisionReward):
         super().__init__(config, network, prepare, [folder / PREPARATION_FILE])
 
     def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
-        """The anchor (B, D), of unit length, where it is of the reference."""
+        """Return the anchor (B, D), of unit norm, if it depends on the reference."""
         return {} if features is None else {"anchor": F.normalize(features.mean(dim=1), dim=1)}
 
     def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
-        """A video of one frame cannot be scored."""
+        """Return the scores; a video with one frame cannot be scored."""
         before, after = features[:, :-1], features[:, 1:]
         anchor = references["anchor"][:, None] if self.needs_reference else features[:, :1]
         cosines = torch.stack([(other * after).sum(dim=2) for other in (anchor, before)]).clamp(min=0)

@@ -1,1 +1,1 @@
-"""What rewards have in common whose network sees each frame as a whole, as CLIP and DINOv2 do."""
+"""Common code of rewards whose network processes whole frames, such as CLIP and DINOv2."""

@@ -1,4 +1,4 @@
-"""Frames against the prompt: CLIP, PickScore, HPS v2."""
+"""Compare frames with the prompt: CLIP, PickScore, HPS v2."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from frostline.stages.shapes import ShapeRange
 
 
 class ImageTextReward(VisionReward):
-    """The cosine of each frame with the prompt, times the model's `scale`, as a mean over the frames."""
+    """The cosine similarity of each frame with the prompt, times the model's `scale`, averaged over the frames."""
 
     Config = ImageTextConfig
     description = (
-        "Encode prepared pictures (images, 3, side, side) as unit vectors, whose dot products with those of prompts "
-        "say how well they fit."
+        "Encode prepared pictures (images, 3, side, side) as unit vectors; the dot product "
+        "with a prompt's vector measures how well they match."
     )
 
     def __init__(self, config: ImageTextConfig, clip: Clip) -> None:
@@ -39,19 +39,19 @@ class ImageTextReward(VisionReward):
         return f"{self.config.type}_text"
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """Both towers."""
+        """Return both towers."""
         self.prompts_at_once = shapes.batch[-1]
         return (*super().stages(shapes), text_stage(self.text_stage_name, self.clip, self.config.license, shapes))
 
     @torch.no_grad()
     def reference(self, features: Tensor | None, prompts: Sequence[str], run: RewardStages) -> dict[str, Tensor]:
-        """The prompts' unit vectors (B, D)."""
+        """Return the prompts' unit vectors (B, D)."""
         tokens = self.clip.tokens(prompts).to(next(self.text.parameters()).device)
         serve = run[self.text_stage_name]
         return {"text": torch.cat([serve(tokens=t)["features"] for t in tokens.split(self.prompts_at_once)])}
 
     def pool(self, features: Tensor, references: Mapping[str, Tensor]) -> RewardScore:
-        """All videos can be scored."""
+        """Return the scores; all videos can be scored."""
         frames = self.clip.scale * (features * references["text"][:, None]).sum(dim=2)
         score = frames.mean(dim=1)
         return RewardScore(score, torch.ones_like(score, dtype=torch.bool), frame_scores=frames.detach())

@@ -1,4 +1,4 @@
-"""Rewards whose features are what an image network says of each frame."""
+"""Rewards whose features are the output of an image network for each frame."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from frostline.stages.shapes import ShapeRange
 
 
 class VisionReward(FrameReward):
-    """Prepares frames, and computes the features of each: on engines, or in PyTorch where a gradient is needed.
+    """Prepares frames and computes the features of each: on engines, or in PyTorch if a gradient is needed.
 
     Args:
         image: an `ImageNetwork`; its stage is `<type>_image`.
-        prepare: frames (N, 3, H, W) in [0, 1] to its input, differentiable.
-        files: small files that decide what is computed, beside the weights.
+        prepare: maps frames (N, 3, H, W) in [0, 1] to its input, differentiable.
+        files: small files that affect the result, besides the weights.
     Attributes:
         description: what the image network computes, for the users of its ONNX file.
     """
@@ -52,7 +52,7 @@ class VisionReward(FrameReward):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Return what the settings say."""
+        """Return what the settings require."""
         return self.config.needs
 
     @property
@@ -61,12 +61,12 @@ class VisionReward(FrameReward):
         return f"{self.config.type}_image"
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """The image network."""
+        """Return the stage of the image network."""
         self.at_once = shapes.images[-1]
         return (image_stage(self.image_stage_name, self.image, self.description, self.config.license, shapes),)
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
-        """The image network, once for each frame that is looked at."""
+        """Return the image network, used once for each selected frame."""
         side = cast(ImageNetwork, self.image).image_size
         picture = torch.zeros(1, 3, side, side, device=next(self.image.parameters()).device)
         frames = count_selected(shape.num_frames, self.config.frames) + self.uses_start
@@ -74,18 +74,18 @@ class VisionReward(FrameReward):
 
     @torch.no_grad()
     def features(self, frames: Tensor, run: RewardStages) -> Tensor:
-        """(B, T, D), of as many frames at once as an engine takes."""
+        """Return (B, T, D), computed for as many frames at once as an engine supports."""
         serve = run[self.image_stage_name]
         features = [serve(images=images)["features"] for images in self._prepared(frames)]
         return torch.cat(features).unflatten(0, frames.shape[:2])
 
     def live_features(self, frames: Tensor, run: RewardStages) -> Tensor:
-        """(B, T, D), in PyTorch, differentiable to the frames."""
+        """Return (B, T, D), computed in PyTorch, differentiable with respect to the frames."""
         images = torch.cat([*self._prepared(frames)])
         with run.live(self.image_stage_name):
             features = self.image(images)
         return features.unflatten(0, frames.shape[:2])
 
     def _prepared(self, frames: Tensor) -> Iterator[Tensor]:
-        """A few at a time: what comes in between is as large as the frames."""
+        """Prepare a few frames at a time: intermediate results are as large as the frames."""
         return (self.prepare(part) for part in frames.flatten(0, 1).split(self.at_once))

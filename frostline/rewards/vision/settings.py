@@ -1,4 +1,4 @@
-"""Settings of rewards on vision networks, which are read without torch."""
+"""Settings of rewards with vision networks, which are read without importing torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLIP_FOLDER = "config.json, model.safetensors, preprocessor_config.json, vocab.j
 
 
 def image_text_uses(name: str) -> tuple[Use, ...]:
-    """Return the uses of a reward's two towers: prompts for the references, generated frames with gradient."""
+    """Return the uses of a reward's two towers: prompts for the references, generated frames with a gradient."""
     return (
         Use(f"{name}_text", live=False, count=1, phase="conditioning"),
         Use(f"{name}_image", live=True, count=1, phase="reward"),
@@ -29,10 +29,11 @@ def image_text_uses(name: str) -> tuple[Use, ...]:
 
 
 class VisionConfig(RewardConfig):
-    """What the settings of all these rewards have.
+    """Settings of all rewards with vision networks.
 
-    published: what to download for `weights`, and which files of it.
-    license: SPDX identifier of the weights' licence, None where it is not known.
+    Attributes:
+        published: what to download for `weights`, and which of its files.
+        license: SPDX identifier of the weights' licence; None if unknown.
     """
 
     stage_code: ClassVar[tuple[str, ...]] = ("frostline.rewards.vision.stages",)
@@ -40,52 +41,52 @@ class VisionConfig(RewardConfig):
     published: ClassVar[str]
     license: ClassVar[str | None] = None
 
-    weights: Path | None = Field(default=None, description="where the weights are; nothing is downloaded")
+    weights: Path | None = Field(default=None, description="path of the weights; they are not downloaded")
     precision: Precision = Field(
         default="fp32",
-        description="floating-point type of the weights: fp32, fp16 or bf16; half of the memory and time",
+        description="floating-point type of the weights: fp32, fp16 or bf16; 16 bits need half the memory and time",
     )
 
     def existing(self, field: str, what: str) -> Path:
-        """Return the path that a field has.
+        """Return the path in a field.
 
         Args:
-            what: to download, if there is none.
+            what: what to download if the path is missing.
         Raises:
-            ConfigError: it is not set, or nothing is there.
+            ConfigError: the field is not set, or the path does not exist.
         """
         path: Path | None = getattr(self, field)
         advice = f"download {what}, and set {field} of the reward {self.type} to its path"
         if path is None:
             raise ConfigError(f"the reward {self.type} needs {field}: {advice}")
         if not path.exists():
-            raise ConfigError(f"{path}: there is no such file or folder; {advice}")
+            raise ConfigError(f"{path}: no such file or folder; {advice}")
         return path
 
 
 class ImageTextConfig(VisionConfig):
-    """Settings of rewards that hold frames against the prompt."""
+    """Settings of rewards that compare frames with the prompt."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"prompt"})
 
     processor: Path | None = Field(
         default=None,
-        description="folder with the tokenizer (vocab.json, merges.txt) and preprocessor_config.json, if they are not "
-        "with the weights",
+        description="folder with the tokenizer (vocab.json, merges.txt) and preprocessor_config.json, if "
+        "they are not in the folder of the weights",
     )
 
     def build(self) -> Reward:
         """Load both towers.
 
         Raises:
-            ConfigError: a file is missing or of another model.
+            ConfigError: a file is missing or belongs to another model.
         """
         from frostline.rewards.vision.image_text import ImageTextReward
 
         return ImageTextReward(self, self.load())
 
     def load(self) -> Clip:
-        """Load the weights: here a folder of `transformers.CLIPModel`."""
+        """Load the weights, by default a folder of `transformers.CLIPModel`."""
         from frostline.models.vision.clip import load_clip
 
         weights = self.existing("weights", self.published)

@@ -19,7 +19,7 @@ _PROMPTS = ("a person talks and smiles", "two cats", "")
 
 
 class ImageNetwork(Protocol):
-    """An `nn.Module` from prepared pictures (N, 3, S, S) to features (N, D), both float32. image_size: S."""
+    """An `nn.Module` that maps prepared pictures (N, 3, S, S) to features (N, D), both float32. image_size: S."""
 
     image_size: int
 
@@ -28,7 +28,7 @@ class ImageNetwork(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TextStage(Stage):
-    """A text tower, its samples real prompts."""
+    """A text tower, whose samples are real prompts."""
 
     clip: Clip
 
@@ -38,7 +38,7 @@ class TextStage(Stage):
 
 
 def image_stage(name: str, module: nn.Module, description: str, license: str | None, shapes: ShapeRange) -> Stage:
-    """The frozen use of an image network, an `ImageNetwork`: the references and scoring."""
+    """Return the stage of the frozen uses of an `ImageNetwork`: references and scoring."""
     side = cast(ImageNetwork, module).image_size
     images = TensorSpec("images", (shapes.dimension("images"), 3, side, side))
     network = Network(name, module, (images,), ("features",))
@@ -53,7 +53,7 @@ def image_stage(name: str, module: nn.Module, description: str, license: str | N
 
 
 def text_stage(name: str, clip: Clip, license: str | None, shapes: ShapeRange) -> Stage:
-    """The text tower of `clip`."""
+    """Return the stage of the text tower of `clip`."""
     tower = clip.text
     tokens = TensorSpec(
         "tokens", (shapes.dimension("batch"), tower.length), torch.int64, partial(_random_tokens, tower)
@@ -62,8 +62,8 @@ def text_stage(name: str, clip: Clip, license: str | None, shapes: ShapeRange) -
     return TextStage(
         name=name,
         model=name.removesuffix("_text"),
-        description="Encode prompts: tokens (batch, length) to unit vectors, whose dot products with those of pictures "
-        "say how well they fit.",
+        description="Encode prompts: tokens (batch, length) to unit vectors; the dot product with a "
+        "picture's vector measures how well they match.",
         license=license,
         networks=(network,),
         tolerance=tolerance(network.weight.dtype),
@@ -72,7 +72,7 @@ def text_stage(name: str, clip: Clip, license: str | None, shapes: ShapeRange) -
 
 
 def _random_tokens(tower: TextTower, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Texts of all lengths that end as the tower wants it."""
+    """Return texts of all lengths with the end token that the tower expects."""
     end = tower.vocabulary - 1 if tower.end is None else tower.end
     tokens = torch.randint(0, min(end, tower.vocabulary - 1), shape, generator=generator)
     ends = torch.randint(1, shape[1], (shape[0], 1), generator=generator)

@@ -1,7 +1,8 @@
-"""The backends by name, found without importing any.
+"""Find the backends by name without importing any of them.
 
-Each module in here but `base`, a file or a folder, is one backend. It is called as its module, with dashes for
-underscores, and defines one subclass of `frostline.runtime.backends.base.backend.Backend`.
+Each module in this package except `base`, a file or a folder, is one backend. The backend's name is the module's name
+with dashes instead of underscores. The module defines one subclass of
+`frostline.runtime.backends.base.backend.Backend`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from .base.backend import Backend
 
 TORCH = "torch"
-# Which come first in lists, and of equally fast ones: no backend can say that of itself. The others follow by name.
+# Order of preference, in lists and among equally fast backends. All others follow by name.
 _FIRST = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-# It is installed with frostline, and runs everywhere.
+# Installed with frostline, and available on every machine.
 DEFAULT_BACKEND = _FIRST[0]
 _NO_BACKEND = "base"
 
@@ -32,17 +33,17 @@ def backend_names() -> tuple[str, ...]:
 
 
 def check_backend(name: str) -> None:
-    """Check that there is a backend of this name.
+    """Check that a backend of this name exists.
 
     Raises:
-        ConfigError: there is none; the message lists those that there are.
+        ConfigError: it does not exist; the message lists the valid names.
     """
     if name not in (names := backend_names()):
         raise ConfigError(f"unknown backend {name!r}: use one of {', '.join((TORCH, *names))}")
 
 
 def module_name(name: str) -> str:
-    """Return the dotted name of the module that a backend is in.
+    """Return the dotted name of a backend's module.
 
     Raises:
         ConfigError: there is no such backend.
@@ -53,11 +54,11 @@ def module_name(name: str) -> str:
 
 @cache
 def get_backend(name: str) -> Backend:
-    """Return the backend of this name; the first call imports its module, and torch.
+    """Return the backend of this name. The first call imports its module, and torch.
 
     Raises:
-        ConfigError: there is none.
-        TypeError: its module does not define it.
+        ConfigError: there is no such backend.
+        TypeError: the module does not define exactly one backend.
     """
     from .base.backend import Backend
 
@@ -65,12 +66,12 @@ def get_backend(name: str) -> Backend:
     own = (kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__)
     kinds = [kind for kind in own if issubclass(kind, Backend)]
     if len(kinds) != 1:
-        raise TypeError(f"{module.__name__} must define one subclass of Backend, and defines {len(kinds)}")
+        raise TypeError(f"{module.__name__} must define one subclass of Backend, but defines {len(kinds)}")
     return kinds[0](name)
 
 
 def engine_packages() -> tuple[str, ...]:
-    """Return the pip packages that engines run on, installed or not; imports all backends, and torch."""
+    """Return the pip packages that engines of any backend need, installed or not. Imports all backends, and torch."""
     return tuple(dict.fromkeys(package for name in backend_names() for package in get_backend(name).packages))
 
 

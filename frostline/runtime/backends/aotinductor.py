@@ -1,8 +1,8 @@
-"""AOTInductor: torch's own compiler, ahead of time.
+"""AOTInductor: torch's ahead-of-time compiler.
 
-The compiled package holds code and no weights: it reads those of the module that the trainer has, where they lie, so
-there is no second copy of the network, and an update in place is seen at the next call. The tensors of a LoRA are
-inputs, as in every backend: one engine serves all ranks.
+A compiled package contains code but no weights. It reads the weights of the trainer's module in place, so the network
+is not duplicated, and the next call uses updated values. LoRA tensors are inputs, as in every backend: one engine
+serves all ranks.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ if TYPE_CHECKING:
 # The tracer's wrapper around `Network.module`.
 _PREFIX = "module."
 _SETTINGS = {
-    # Folded constants would not follow an update of the weights that they came from.
+    # Folded constants would not follow updates of the weights they were computed from.
     "aot_inductor.use_runtime_constant_folding": False,
     "aot_inductor.package_constants_in_so": False,
-    # No channels last: at batch 1 torch's convolution answers in another layout than the compiler took for granted,
-    # and the output was garbage.
+    # Channels-last layout is off: at batch size 1, torch's convolution returned another layout than the compiler
+    # assumed, and the output was wrong.
     "layout_optimization": False,
 }
 
 
 class AOTInductor(Backend):
-    """Packages that torch's compiler makes of exported programs."""
+    """Build packages with torch's compiler from exported programs."""
 
     source = "exported_program"
     holds_weights = False
-    # A package is bound to the version of torch that compiled it.
+    # A package only works with the torch version that compiled it.
     packages = ("torch",)
-    install = "apt install g++, or name another one in CXX"
+    install = "apt install g++, or set CXX to another compiler"
 
     def library(self) -> ModuleType:
         """Return torch."""
         return torch
 
     def unavailable(self) -> str | None:
-        """Return what is missing to compile: a C++ compiler, which no pip package brings."""
+        """Return the reason if there is no C++ compiler, which is not available as a pip package; otherwise None."""
         if shutil.which(_compiler()) is None:
             return f"{self.name} needs the C++ compiler {_compiler()}: {self.install}"
         return None
@@ -77,29 +77,29 @@ class AOTInductor(Backend):
                 torch._inductor.aoti_compile_and_package(source, package_path=package, inductor_configs=settings)
         except Exception as error:
             raise EngineError(f"AOTInductor cannot compile {network.name}: {error}") from error
-        # Not by torch's writer of packages, which ends the process where the disk is full.
+        # Not written by torch's package writer, which ends the process if the disk is full.
         path.write_bytes(package.getbuffer())
         return path.name
 
     def make_runner(
         self, engine: VerifiedEngine, entry: NetworkRecord, network: Network, device: torch.device
     ) -> EngineRunner:
-        """Load a package, which runs its code: hence only that of a verified engine."""
+        """Load a package. This runs its code, so the engine must be verified."""
         return AOTInductorRunner(engine.read(entry.artifact), network)
 
 
 class AOTInductorRunner(EngineRunner):
-    """Runs one package, which is one model, on the weights of `network.module`.
+    """Run one package, which contains one model, with the weights of `network.module`.
 
     Args:
         package: the content of a verified file.
         network: names of inputs and outputs, weights and live tensors.
     Raises:
-        EngineError: the package cannot be loaded, or reads tensors that are no weights of the module.
+        EngineError: the package cannot be loaded, or reads tensors that are not weights of the module.
     """
 
     library_name = "AOTInductor"
-    # How torch's allocators say that memory ran out, from where no Python exception comes through.
+    # Messages of torch's allocators when memory runs out; no Python exception is raised there.
     out_of_memory = ("out of memory", "can't allocate memory", "bad_alloc", "failed to map segment")
 
     def __init__(self, package: bytes, network: Network) -> None:
@@ -110,8 +110,10 @@ class AOTInductorRunner(EngineRunner):
             self._model = torch._inductor.aoti_load_package(io.BytesIO(package))
             wanted = self._model.get_constant_fqns()
             if strange := sorted(set(wanted) - weights.keys()):
-                raise LookupError(f"it reads {strange[0]}, which is neither parameter nor buffer of the module")
-            # The package keeps addresses only: whoever holds this runner keeps the tensors alive.
+                raise LookupError(
+                    f"the package reads {strange[0]}, which is neither a parameter nor a buffer of the module"
+                )
+            # The package only stores addresses: this runner has to keep the tensors alive.
             self._constants = {name: weights[name] for name in wanted}
             self._model.load_constants(self._constants, check_full_update=True, user_managed=True)
 
@@ -124,17 +126,17 @@ class AOTInductorRunner(EngineRunner):
 
 
 def _compiler() -> str:
-    """Return what compiles and links a package.
+    """Return the compiler and linker for packages.
 
-    Not g++, which may link its own copy of libstdc++ into a package: beside torch's that ends in a crash on load.
+    This is not g++, which may link its own copy of libstdc++ into a package; loading that next to torch's copy crashes.
     """
     return os.environ.get("CXX", "gcc")
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """By the names that the tracer gave them; a tensor with several names has an entry for each.
+    """Return the weights by their names in the traced program; a tensor with several names has several entries.
 
-    Those that are not dense are copied: the package was compiled for dense ones.
+    Non-dense tensors are copied, because the package was compiled for dense ones.
     """
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {_PREFIX + name: tensor.detach().contiguous() for name, tensor in named}

@@ -1,7 +1,7 @@
-"""ONNX Runtime: the engine that runs everywhere.
+"""ONNX Runtime: available on every machine.
 
-Inputs, outputs and live tensors are shared with torch through DLPack, nothing is copied. Every call has a binding of
-its own, so that any number of threads may share a session.
+Inputs, outputs and live tensors are shared with torch through DLPack without copying. Every call has its own binding,
+so any number of threads can share a session.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
 _CUDA_SETTINGS = {
-    # TF32 has 10 bits of mantissa: no fp32 engine would be equal to PyTorch.
+    # TF32 has a mantissa of 10 bits: fp32 engines would differ from PyTorch.
     "use_tf32": "0",
-    # An exhaustive search runs every algorithm at each new shape, and a face detector's shapes never end.
+    # An exhaustive search would try every algorithm at each new shape; a face detector gets new shapes all the time.
     "cudnn_conv_algo_search": "HEURISTIC",
 }
-# What ONNX Runtime computes on the host by design, even for a GPU: a few integers that are shapes.
+# Operations that ONNX Runtime runs on the host by design, even for a GPU: a few integers that are shapes.
 _SHAPE_ARITHMETIC = frozenset(
     (
         *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Mod", "Mul"),
@@ -45,9 +45,9 @@ _SHAPE_ARITHMETIC = frozenset(
 
 
 class OnnxRuntime(Backend):
-    """ONNX files as they are: ONNX Runtime optimises them as it loads."""
+    """Use ONNX files without building: ONNX Runtime optimises them when it loads them."""
 
-    # Up to opset 21 ONNX has no bf16 convolution, and the providers lack more of its operations.
+    # Up to opset 21, ONNX has no bf16 convolution, and the providers lack further bf16 operations.
     precisions = frozenset({"fp32", "fp16"})
     packages = ("onnxruntime-gpu", "onnxruntime")
     install = "pip install onnxruntime-gpu"
@@ -70,18 +70,18 @@ class OnnxRuntime(Backend):
 
 
 class OnnxRuntimeRunner(EngineRunner):
-    """Runs one ONNX file.
+    """Run one ONNX file.
 
     Args:
         model: the content of a verified file, or its path.
         network: names of inputs and outputs, and the live tensors to bind.
-        device: where the tensors are.
+        device: the device of the tensors.
     Raises:
-        EngineError: the file cannot be loaded, or part of the graph would run on another provider than asked for.
+        EngineError: the file cannot be loaded, or part of the graph would run on another provider.
     """
 
     library_name = "ONNX Runtime"
-    # How its arenas, and CUDA, say that memory ran out; its exceptions have no type of their own for that.
+    # Messages of its arenas and of CUDA when memory runs out; its exceptions have no type for that.
     out_of_memory = ("Failed to allocate memory for requested buffer", "CUDA failure 2: out of memory", "bad_alloc")
     one_call_at_a_time = False
 
@@ -94,14 +94,14 @@ class OnnxRuntimeRunner(EngineRunner):
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         network = self._network
         binding = self._session.io_binding()
-        # Referenced until the run ends: a binding does not own its tensors.
+        # Keep references until the run ends: a binding does not own its tensors.
         kept = {name: tensor.contiguous() for name, tensor in {**network.live, **inputs}.items()}
         for name, tensor in kept.items():
             _bind(binding, name, tensor)
         for name in network.outputs:
             binding.bind_output(name, self._device.type, self._device.index or 0)
         if self._device.type == "cuda":
-            # ONNX Runtime works on a stream of its own.
+            # ONNX Runtime works on its own stream.
             torch.cuda.current_stream(self._device).synchronize()
         self._session.run_with_iobinding(binding)
         return {
@@ -121,11 +121,11 @@ def _bind(binding: onnxruntime.IOBinding, name: str, tensor: Tensor) -> None:
 def _open_session(model: bytes | Path, name: str, device: torch.device) -> onnxruntime.InferenceSession:
     import onnxruntime
 
-    # Errors only. Those end in exceptions, and its warnings about providers are of no use to the user.
+    # Log errors only. They also raise exceptions, and warnings about providers do not help the user.
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Spinning threads of two pools (torch's and this one) would fight for the same cores.
+    # Spinning threads of two pools (torch's and this one) would compete for the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.intra_op_num_threads = torch.get_num_threads()
@@ -145,7 +145,7 @@ def _open_session(model: bytes | Path, name: str, device: torch.device) -> onnxr
 
 
 def _left_to_the_cpu(session: onnxruntime.InferenceSession) -> str:
-    """Return operations the requested provider does not implement: ONNX Runtime silently runs them on the CPU."""
+    """Return the operations that the provider does not implement, and that ONNX Runtime silently runs on the CPU."""
     counts = Counter(
         node.op_type
         for part in session.get_provider_graph_assignment_info()

@@ -1,7 +1,7 @@
-"""OpenVINO: the fastest of the engines on most CPUs, in fp32 because it is told so.
+"""OpenVINO: the fastest backend on most CPUs; fp32 has to be requested explicitly.
 
 Inputs and outputs share memory with torch. Live tensors are bound again when their address changes. A runner has one
-infer request, which one thread uses at a time: it takes all cores anyway.
+infer request, which one thread uses at a time: a request uses all cores anyway.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .base.backend import Backend, keep_onnx
 from .base.options import BuildOptions
 from .base.runner import EngineRunner
 
-# Kernels that are kept for shapes seen before. OpenVINO's own number is 5000, and a face detector's shapes never end. A
-# few hundred are enough for every shape that a rollout takes in turn.
+# Number of cached kernels for shapes seen before. OpenVINO's default is 5000, which a face detector would fill, as its
+# shapes vary all the time. A few hundred are enough for all shapes of a rollout.
 _CACHED_KERNELS = 512
-# numpy, through which memory is shared, has no bfloat16: its bytes travel under another name.
+# Memory is shared through numpy, which has no bfloat16 type: its bytes are passed as another type.
 _AS_NUMPY = {torch.bfloat16: torch.int16}
 
 
 class OpenVino(Backend):
-    """ONNX files as they are: OpenVINO compiles them as it loads."""
+    """Use ONNX files without building: OpenVINO compiles them when it loads them."""
 
     packages = ("openvino",)
     install = "pip install 'frostline[openvino]'"
@@ -42,12 +42,12 @@ class OpenVino(Backend):
         return openvino
 
     def version(self) -> str:
-        """Return the installed version, without the build's name."""
+        """Return the installed version without the build name."""
         return super().version().split("-")[0]
 
     def obstacle(self, device: torch.device, target: str) -> str | None:
-        """Return why it cannot run on `device`, or None."""
-        return None if device.type == "cpu" else f"the model is on {device.type}, and OpenVINO serves CPUs here"
+        """Return why an engine cannot run on `device`, or None."""
+        return None if device.type == "cpu" else f"the model is on {device.type}, but OpenVINO only supports CPUs here"
 
     def build(self, network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
         """Keep the ONNX file."""
@@ -61,7 +61,7 @@ class OpenVino(Backend):
 
 
 class OpenVinoRunner(EngineRunner):
-    """Runs one ONNX file on the CPU.
+    """Run one ONNX file on the CPU.
 
     Args:
         model: the content of a verified file, or its path.
@@ -71,7 +71,7 @@ class OpenVinoRunner(EngineRunner):
     """
 
     library_name = "OpenVINO"
-    # How its CPU plugin says that memory ran out.
+    # Messages of its CPU plugin when memory runs out.
     out_of_memory = ("bad_alloc", "could not allocate", "Cannot allocate memory", "failed to map segment")
 
     def __init__(self, model: bytes | Path, network: Network) -> None:
@@ -81,7 +81,7 @@ class OpenVinoRunner(EngineRunner):
         self._bound: dict[str, Tensor] = {}
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Kept until the run is over: OpenVINO shares this memory but does not own it.
+        # Kept until the end of the run: OpenVINO shares this memory but does not own it.
         contiguous = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
         self._bind_live()
         for name, tensor in contiguous.items():
@@ -91,21 +91,21 @@ class OpenVinoRunner(EngineRunner):
         return {name: _to_torch(output) for name, output in outputs.items()}
 
     def _bind_live(self) -> None:
-        """Bind the live tensors that are not bound yet, or whose address has changed.
+        """Bind the live tensors that are not bound yet or whose address has changed.
 
-        Bound tensors are referenced, so that no other tensor can be allocated at their address.
+        References to bound tensors are kept, so that no other tensor can be allocated at the same address.
         """
         for name, tensor in self._network.live.items():
             bound = self._bound.get(name)
             if not tensor.is_contiguous():
-                tensor = tensor.contiguous()  # a copy, which has to be made at each call
+                tensor = tensor.contiguous()  # a copy that is needed at each call
             elif bound is not None and bound.data_ptr() == tensor.data_ptr() and bound.shape == tensor.shape:
                 continue
             self._bound[name] = tensor.detach()
             self._request.set_tensor(name, _share(tensor))
 
     def _fresh_output(self, name: str) -> Any:
-        """Return an empty tensor, which OpenVINO grows to the output's shape."""
+        """Return an empty tensor, which OpenVINO resizes to the output's shape."""
         import openvino
 
         port = self._request.model_outputs[self._network.outputs.index(name)]
@@ -117,7 +117,7 @@ class OpenVinoRunner(EngineRunner):
 def _compile(model: bytes | Path) -> Any:
     import openvino
 
-    # On CPUs with bfloat16 instructions, OpenVINO would use them unasked.
+    # On CPUs with bfloat16 instructions, OpenVINO would use them by default.
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

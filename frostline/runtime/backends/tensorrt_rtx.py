@@ -1,4 +1,4 @@
-"""TensorRT-RTX, which builds for named compute capabilities on any machine, and finishes compiling where it runs."""
+"""TensorRT-RTX: builds for named compute capabilities on any machine, and finishes compiling on the target machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .tensorrt.backend import TensorRTBackend
 
 
 class TensorRTRTX(TensorRTBackend):
-    """Plans for NVIDIA RTX GPUs."""
+    """Build plans for NVIDIA RTX GPUs."""
 
     packages = ("tensorrt-rtx",)
     install = "pip install 'frostline[tensorrt-rtx]'"

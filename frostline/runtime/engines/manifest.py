@@ -1,4 +1,4 @@
-"""The manifest of one engine: what it computes, from which files, built by what, how close to PyTorch."""
+"""The manifest of an engine: what it computes, its files, how it was built, and its deviation from PyTorch."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from pydantic import (
 from frostline.errors import EngineError
 from frostline.runtime.engines.tolerance import Tolerance
 
-# One component of a path: never hidden (hidden names are the store's own), never a step upwards.
+# One path component: never hidden (the store uses hidden names itself), and never a parent folder.
 NAME = r"[A-Za-z0-9_](?:\.?[A-Za-z0-9_-])*"
 KEY = r"[A-Za-z0-9_]+"
 
@@ -31,12 +31,12 @@ Shape = tuple[NonNegativeInt, ...]
 
 
 def canonical_json(value: object) -> bytes:
-    """Return the one spelling of a JSON value, for hashing and signing: sorted keys, ASCII, two spaces."""
+    """Return the canonical form of a JSON value for hashing and signing: sorted keys, ASCII, indented by two spaces."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 
 class _Part(BaseModel):
-    # Infinity and NaN are legal measurements (a relative error against zero); JSON has no number for them.
+    # Infinity and NaN are valid measurements (such as a relative error against zero) but not valid JSON numbers.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
@@ -48,7 +48,7 @@ class Artifact(_Part):
 
 
 class NetworkInput(_Part):
-    """One input, with the smallest, the typical and the largest shape that the engine takes."""
+    """An input, with the minimum, typical and maximum shape that the engine supports."""
 
     name: str
     dtype: str
@@ -73,7 +73,7 @@ class NetworkOutput(_Part):
 
 
 class NetworkRecord(_Part):
-    """One network of the stage (most have one, the face detector has three), and the file that holds it."""
+    """A network of the stage (most stages have one, the face detector has three), and its file."""
 
     name: str
     artifact: Name
@@ -82,7 +82,7 @@ class NetworkRecord(_Part):
 
 
 class Parity(_Part):
-    """Engine output against PyTorch output, for one output of one network on one test case."""
+    """Deviation of an engine's output from PyTorch's, for one output of one network on one test case."""
 
     network: str
     case: str
@@ -97,14 +97,14 @@ class Parity(_Part):
     passed: bool
 
     def keeps(self, bounds: Tolerance) -> bool:
-        """Return whether it is within bounds, which may be others than those that it was held against."""
+        """Return whether the deviation is within `bounds`, which may differ from those of the original comparison."""
         scale = self.max_abs / self.max_rel if self.max_rel else 0.0
         return self.max_abs <= bounds.atol + bounds.rtol * scale and self.cosine >= bounds.cosine
 
 
 @dataclass(frozen=True, order=True)
 class EngineId:
-    """Which engine: the four words that are also its place in the store."""
+    """The four values that identify an engine and determine its path in the store."""
 
     model: str
     stage: str
@@ -116,7 +116,8 @@ class EngineId:
             word = getattr(self, what)
             if not re.fullmatch(pattern, word):
                 raise EngineError(
-                    f"{what} {word!r} cannot name a folder: use letters, digits, '_' and (not in keys) '-' and '.'"
+                    f"{what} {word!r} is not a valid folder name: use letters, digits, '_' and (not in "
+                    "keys) '-' and '.'"
                 )
 
     def path(self, root: Path) -> Path:
@@ -125,7 +126,7 @@ class EngineId:
 
     @classmethod
     def of_path(cls, path: Path) -> "EngineId | None":
-        """Return the inverse of `path`; None for a path that no engine can have."""
+        """Return the inverse of `path`; None if the path is not that of an engine."""
         backend, _, key = path.name.rpartition("-")
         try:
             return cls(path.parents[1].name, path.parent.name, backend, key)
@@ -134,7 +135,7 @@ class EngineId:
 
 
 class Manifest(_Part):
-    """Everything known about one engine. `artifacts` is filled in by `Build.commit`."""
+    """All metadata of an engine. `Build.commit` sets `artifacts`."""
 
     format_version: Literal[1] = 1
     stage: Name
@@ -152,26 +153,26 @@ class Manifest(_Part):
     build_seconds: float = Field(default=0.0, ge=0)
     parity: tuple[Parity, ...] = ()
     tolerance: Tolerance | None = None
-    latency_ms: dict[str, float] = Field(default={}, description="by backend, all in one interleaved run")
-    measured_on: str = Field(default="", description="the machine that latency_ms is of")
+    latency_ms: dict[str, float] = Field(default={}, description="by backend, all from one interleaved run")
+    measured_on: str = Field(default="", description="the machine on which latency_ms was measured")
     verified: bool = Field(default=False, description="parity was measured on a device that runs the engine")
     created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
 
     @property
     def id(self) -> EngineId:
-        """The engine that this manifest describes."""
+        """Return the identity of the engine."""
         return EngineId(self.model, self.stage, self.backend, self.key)
 
     def fields(self) -> dict[str, object]:
-        """Return the plain JSON value of this manifest."""
+        """Return the manifest as a plain JSON value."""
         return json.loads(self.model_dump_json())
 
     def updated(self, **changes: object) -> Self:
-        """Return a copy with some fields replaced, validated as a whole (which `model_copy` is not)."""
+        """Return a copy with some fields replaced, fully validated (`model_copy` does not validate)."""
         return self.model_validate({**dict(self), **changes})
 
     def keeps(self, bounds: Tolerance) -> bool:
-        """Return whether the engine was compared with PyTorch, and what was measured is within bounds."""
+        """Return whether the engine was compared with PyTorch, and all measurements are within the bounds."""
         if not self.verified:
             return False
         if self.tolerance is not None and bounds.permits(self.tolerance):

@@ -1,4 +1,4 @@
-"""Checks that no other user can replace a file between its verification and its opening."""
+"""Check that no other user can replace a file between its verification and its opening."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _GROUP_AND_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def check_private(root: Path, files: Iterable[Path]) -> None:
-    """Refuse files that users other than this one and root can write to or replace.
+    """Check that only this user and root can write to or replace these files.
 
     Args:
         root: everything below it must belong to this user or root. Its parent folders may belong to other users, who
             could then replace it as a whole, but must not be writable by anyone else.
     Raises:
-        SharedFolderError: names the path, who can write to it, and the command that fixes it.
+        SharedFolderError: other users have access; the message names the path, the users, and a command that fixes it.
     """
     root = root.resolve()
     paths = dict.fromkeys(path for file in files for path in (file.resolve(), *file.resolve().parents))
@@ -29,21 +29,21 @@ def check_private(root: Path, files: Iterable[Path]) -> None:
         status = path.stat()
         if path.is_relative_to(root) and status.st_uid not in (0, os.geteuid()):
             raise SharedFolderError(
-                f"{path} belongs to another user (uid {status.st_uid}), who could exchange it while it is loaded: copy "
-                "it to a folder of your own"
+                f"{path} belongs to another user (uid {status.st_uid}), who could replace it while it "
+                "is loaded: copy it to a folder of your own"
             )
         if open_to := _open_to(status):
             raise SharedFolderError(
-                f"{path} can be written to by {open_to} (mode {stat.S_IMODE(status.st_mode):04o}), who could exchange "
-                f"it while it is loaded. Run: chmod go-w {path}"
+                f"{path} can be written to by {open_to} (mode {stat.S_IMODE(status.st_mode):04o}), who "
+                f"could replace it while it is loaded. Run: chmod go-w {path}"
             )
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder, and its missing parents, that only this user can write to.
+    """Create a folder and its missing parents, writable by this user only.
 
     Raises:
-        OSError: that is not possible.
+        OSError: the folder cannot be created.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
@@ -51,10 +51,10 @@ def make_private_folder(folder: Path) -> None:
 
 
 def make_private(file: Path) -> None:
-    """Take from others the right to write to a file, which they have where the umask is 0.
+    """Remove the write permission of other users from a file, which they have if the umask is 0.
 
     Raises:
-        OSError: it is not this user's file.
+        OSError: the file belongs to another user.
     """
     mode = stat.S_IMODE(file.stat().st_mode)
     if mode & _GROUP_AND_OTHERS:
@@ -73,7 +73,7 @@ def _open_to(status: os.stat_result) -> str | None:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return whether a group has this user as its only member, as private user groups have."""
+    """Return whether this user is the only member of a group, as in private user groups."""
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:

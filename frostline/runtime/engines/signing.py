@@ -1,4 +1,4 @@
-"""The per-user key that signs engine manifests, and whatever else is believed because this user wrote it.
+"""The per-user key that signs engine manifests and all other files that are trusted because this user wrote them.
 
 Engines are executable code, so an engine is loaded only if this user's key signed its manifest. Cached outputs and
 notes are signed as well. The key never leaves the user's machine: 32 random bytes, mode 0600, outside any repository.
@@ -22,19 +22,19 @@ def key_path() -> Path:
     override = os.environ.get(KEY_FILE_VARIABLE)
     if override:
         return Path(override)
-    import platformdirs  # only this default needs it
+    import platformdirs  # imported only for this default
 
     return platformdirs.user_config_path("frostline") / "signing.key"
 
 
 def sign(data: bytes) -> str:
-    """HMAC-SHA256 of `data` with this user's key, in hexadecimal; the key is made on first use."""
+    """Return the HMAC-SHA256 of `data` with this user's key, in hexadecimal. The first use creates the key."""
     return hmac.new(_key(), data, hashlib.sha256).hexdigest()
 
 
 def verify(data: bytes, signature: str) -> bool:
-    """Return whether `signature` is this user's signature of `data`, in constant time."""
-    # A file may state any text for a signature, half of a surrogate pair too.
+    """Return whether `signature` is this user's signature of `data`. Takes constant time."""
+    # An untrusted signature may be any text, including a lone surrogate.
     return hmac.compare_digest(sign(data).encode(), signature.encode(errors="surrogatepass"))
 
 
@@ -46,13 +46,13 @@ def _key() -> bytes:
         return _read(path)
     except OSError as error:
         raise EngineError(
-            f"signing key {path} cannot be read or made ({error.strerror}). "
-            f"Point {KEY_FILE_VARIABLE} at a place that you can write to."
+            f"signing key {path} cannot be read or created ({error.strerror}). Set "
+            f"{KEY_FILE_VARIABLE} to a writable path."
         ) from error
 
 
 def _create(path: Path) -> None:
-    """Put a whole key at `path` in one step; of several processes the first wins, and all use its key."""
+    """Create a complete key at `path` in one step; if several processes do so, all use the first key."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -61,7 +61,7 @@ def _create(path: Path) -> None:
             file.write(secrets.token_bytes(KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        path.hardlink_to(temporary)  # unlike a rename, a link never replaces the key of a faster process
+        path.hardlink_to(temporary)  # unlike a rename, a link never replaces the key of another process
     except FileExistsError:
         pass
     finally:
@@ -70,21 +70,23 @@ def _create(path: Path) -> None:
 
 def _read(path: Path) -> bytes:
     with path.open("rb") as file:
-        status = os.fstat(file.fileno())  # of the open file: what is checked is what is read
+        status = os.fstat(
+            file.fileno()
+        )  # status of the open file, so that the file that is checked is the one that is read
         if status.st_uid != os.geteuid():
             raise EngineError(
-                f"signing key {path} belongs to another user (uid {status.st_uid}). "
-                f"Point {KEY_FILE_VARIABLE} at a key file of your own."
+                f"signing key {path} belongs to another user (uid {status.st_uid}). Set "
+                f"{KEY_FILE_VARIABLE} to a key file of your own."
             )
         if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise EngineError(
-                f"signing key {path} is open to other users (mode {stat.S_IMODE(status.st_mode):04o}). "
-                f"Run: chmod 600 {path}"
+                f"signing key {path} is accessible to other users (mode "
+                f"{stat.S_IMODE(status.st_mode):04o}). Run: chmod 600 {path}"
             )
         key = file.read()
     if len(key) < KEY_BYTES:
         raise EngineError(
-            f"signing key {path} has {len(key)} bytes and needs {KEY_BYTES}. Delete it: the next use makes "
-            "a new one, and `frostline engines trust PATH` signs your engines again."
+            f"signing key {path} has {len(key)} bytes instead of {KEY_BYTES}. Delete it: the next "
+            "use creates a new one, and `frostline engines trust PATH` signs your engines again."
         )
     return key

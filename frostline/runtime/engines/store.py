@@ -1,10 +1,10 @@
-"""The engine store: built engines on disk, changed only in whole steps, loaded only when verified.
+"""The engine store: built engines on disk, changed atomically, and loaded only after verification.
 
     root/<model>/<stage>/<backend>-<key>/{model.onnx, …, manifest.json}
 
 Next to each engine folder are hidden files `.<backend>-<key>.<what>`. `lock` serialises all changes to the engine and
 is never deleted, because deleting a lock file is a race. `building`, `old` and `manifest` are work in progress; a
-process that holds the lock may delete them, because the process that made them has ended.
+process that holds the lock may delete them, because the process that created them has ended.
 """
 
 import errno
@@ -55,7 +55,7 @@ def engine_key(
     device: str,
     extra: Mapping[str, object] | None = None,
 ) -> str:
-    """Return the content key of an engine: 16 hexadecimal digits over everything that a rebuild would depend on."""
+    """Return the content key of an engine: 16 hexadecimal digits that depend on everything that requires a rebuild."""
     content = {
         "weights_sha256": weights_sha256,
         "computation": computation,
@@ -72,7 +72,7 @@ def engine_key(
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """An engine as listed, nothing verified. `manifest` is None if it cannot be read; `problem` says why."""
+    """An engine in a listing, not verified. `manifest` is None if it is unreadable; `problem` gives the reason."""
 
     id: EngineId
     path: Path
@@ -81,7 +81,7 @@ class EngineRecord:
 
     @property
     def created(self) -> datetime:
-        """When the engine was made; of a damaged one, when its folder last changed."""
+        """Return when the engine was created; for a damaged engine, when its folder last changed."""
         if self.manifest:
             return self.manifest.created
         status = _status(self.path)
@@ -89,13 +89,13 @@ class EngineRecord:
 
     @property
     def bytes(self) -> int:
-        """The disk space that the engine takes."""
+        """Return the disk space of the engine in bytes."""
         return sum(status.st_size for file in _entries(self.path) if (status := _status(file)))
 
 
 @dataclass(frozen=True)
 class Build:
-    """An engine being built: put its files into `folder`, then `commit`. `existing` is a finished one."""
+    """An engine being built: write its files to `folder`, then call `commit`. `existing` is a finished engine."""
 
     id: EngineId
     folder: Path
@@ -105,13 +105,13 @@ class Build:
     def commit(self, manifest: Manifest) -> VerifiedEngine:
         """Sign the files in `folder` and move the engine to its path, replacing any previous one."""
         if manifest.id != self.id:
-            raise EngineError(f"the manifest describes {manifest.id}, and {self.id} is being built")
+            raise EngineError(f"the manifest describes {manifest.id}, but {self.id} is being built")
         path = self.id.path(self._store.root)
         with _disk_errors(f"cannot store engine {path}"):
             artifacts = {file.name: _seal_artifact(file) for file in sorted(_entries(self.folder))}
             manifest = manifest.updated(artifacts=artifacts)
             if not artifacts:
-                raise EngineError(f"engine {path} has no files: put them into the build's folder")
+                raise EngineError(f"engine {path} has no files: write them to the folder of the build")
             check_networks(manifest)
             for file in self.folder.glob("*.onnx"):
                 check_external_data(file.name, file.read_bytes(), artifacts)
@@ -139,13 +139,13 @@ class EngineStore:
         """
         folder = path.resolve()
         if EngineId.of_path(folder) is None or not folder.is_dir():
-            raise EngineError(f"{path} is no engine: name its folder, <engines>/<model>/<stage>/<backend>-<key>")
+            raise EngineError(f"{path} is not an engine: give its folder, <engines>/<model>/<stage>/<backend>-<key>")
         return cls(folder.parents[2])
 
     def find(
         self, model: str | None = None, stage: str | None = None, backend: str | None = None
     ) -> list[EngineRecord]:
-        """Return the engines that match, damaged ones included, sorted by name. Reads manifests only."""
+        """Return the engines that match, including damaged ones, sorted by name. Reads manifests only."""
         records = []
         for folder in self._stage_folders():
             if model not in (None, folder.parent.name) or stage not in (None, folder.name):
@@ -161,7 +161,7 @@ class EngineStore:
         return self._record(engine)
 
     def by_key(self, key: str) -> EngineRecord:
-        """Return the one engine whose key begins with `key`, unverified.
+        """Return the only engine whose key begins with `key`, unverified.
 
         Raises:
             EngineError: there is none, or more than one.
@@ -173,17 +173,17 @@ class EngineStore:
             raise EngineError(
                 f"no engine in {self.root} has a key that begins with {key!r}: see `frostline engines list`"
             )
-        raise EngineError(f"{len(found)} engines have keys that begin with {key!r}: give more of it")
+        raise EngineError(f"{len(found)} engines have keys that begin with {key!r}: give more digits")
 
     def verify(self, record: EngineRecord) -> VerifiedEngine:
-        """Check signature, key, files and ONNX locations; the result is the only access to files for loading."""
+        """Check signature, key, files and ONNX paths. The result is the only access to files for loading."""
         return verify_engine(self.root, record.id)
 
     @contextmanager
     def building(self, engine: EngineId) -> Iterator[Build]:
-        """Lock an engine for building; exiting without `commit` removes all files of the build.
+        """Lock an engine for building; leaving the block without `commit` removes all files of the build.
 
-        A second process waits for the lock and finds the finished engine in `Build.existing`.
+        A second process waits for the lock and then finds the finished engine in `Build.existing`.
         """
         path = engine.path(self.root)
         with self._locked(path):
@@ -201,28 +201,28 @@ class EngineStore:
         with self._locked(engine.path):
             current = verify_engine(self.root, engine.manifest.id)
             if not current.manifest.same_engine(manifest):
-                raise EngineError(f"engine {engine.path} was rebuilt meanwhile: measure it again")
+                raise EngineError(f"engine {engine.path} was rebuilt in the meantime: measure it again")
             return self._replace_manifest(engine.path, manifest)
 
     def trust(self, path: Path) -> VerifiedEngine:
-        """Sign an engine that was made elsewhere, provided that its files are those of its manifest."""
+        """Sign an engine that was built elsewhere, if its files match its manifest."""
         engine = EngineId.of_path(path.resolve())
         if engine is None or engine.path(self.root).resolve() != path.resolve():
             raise EngineError(
-                f"{path} is not an engine of the store {self.root}: "
-                "copy it to <model>/<stage>/<backend>-<key> there, and trust that"
+                f"{path} is not in the engine store {self.root}: copy it to "
+                "<model>/<stage>/<backend>-<key> there and trust the copy"
             )
         with self._locked(engine.path(self.root)):
             unsigned = verify_engine(self.root, engine, signed=False)
             return self._replace_manifest(unsigned.path, unsigned.manifest)
 
     def remove(self, record: EngineRecord) -> None:
-        """Delete an engine; one that is gone already is no error."""
+        """Delete an engine; do nothing if it is already deleted."""
         with self._locked(record.path), _disk_errors(f"cannot remove engine {record.path}"):
             _remove(_set_aside(record.path))
 
     def prune(self, older_than: timedelta | None = None, max_bytes: int | None = None) -> list[EngineRecord]:
-        """Remove engines that are too old, then the oldest until the rest fits, and files of interrupted builds."""
+        """Remove too old engines, then the oldest ones until the rest fits, and files of interrupted builds."""
         self._sweep()
         sizes = [(record, record.bytes) for record in sorted(self.find(), key=lambda record: record.created)]
         total = sum(size for _, size in sizes)
@@ -247,7 +247,7 @@ class EngineStore:
             return EngineRecord(engine, path, peek(path)) if path.is_dir() else None
         except EngineError as error:
             if not path.is_symlink() and not path.is_dir():
-                return None  # removed while we looked
+                return None  # removed by another process in the meantime
             return EngineRecord(engine, path, None, str(error))
 
     def _finished(self, engine: EngineId) -> VerifiedEngine | None:
@@ -269,7 +269,7 @@ class EngineStore:
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        """Be the only process that changes the engine at `path`, with no debris of a dead one around."""
+        """Lock the engine at `path` against changes by other processes, and remove files of interrupted builds."""
         check_no_symlink(self.root, path.parent)
         lock = FileLock(_hidden(path, "lock"))
         with _disk_errors(f"cannot lock engine {path}"):
@@ -277,7 +277,7 @@ class EngineStore:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                log.info("waiting for another process that builds %s", path)
+                log.info("waiting for another process that is building %s", path)
                 lock.acquire()
         try:
             _remove_debris(path)
@@ -319,7 +319,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Size and times of a file; None if another process removed it."""
+    """Return size and times of a file; None if another process removed it."""
     try:
         return path.lstat()
     except FileNotFoundError:
@@ -327,7 +327,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a folder to a hidden name in one step, so that it never appears half deleted; return the new path."""
+    """Rename a folder to a hidden name in one step, so that it never appears partly deleted; return the new path."""
     old = _hidden(path, "old")
     with suppress(FileNotFoundError):
         path.rename(old)
@@ -340,7 +340,7 @@ def _remove_debris(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete as far as possible: remaining files are hidden, and the next holder of the lock deletes them."""
+    """Delete a folder as far as possible; the next process that holds the lock deletes the hidden remains."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -349,11 +349,11 @@ def _remove(path: Path) -> None:
 
 
 def _seal_artifact(path: Path) -> Artifact:
-    """Bring a file safely to disk, and measure it."""
+    """Flush a file to disk, and return its digest and size."""
     if path.is_symlink() or not path.is_file():
         raise EngineError(f"{path} is not a regular file: an engine is a flat folder of files")
     if path.name == MANIFEST_FILE or not re.fullmatch(NAME, path.name):
-        raise EngineError(f"{path.name!r} cannot be the name of an engine file")
+        raise EngineError(f"{path.name!r} is not a valid name of an engine file")
     make_private(path)
     sync(path)
     return Artifact(sha256=file_sha256(path), bytes=path.stat().st_size)
@@ -369,7 +369,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 def _explain(doing: str, error: OSError) -> EngineError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EngineError(f"{doing}: the disk is full. Free some space, or name another disk with --engines-dir.")
+        return EngineError(f"{doing}: the disk is full. Free some space, or use another disk with --engines-dir.")
     return EngineError(f"{doing}: {error}")
 
 
@@ -385,7 +385,7 @@ def _disk_errors(doing: str) -> Iterator[None]:
 
 @contextmanager
 def _full_disk_errors(doing: str) -> Iterator[None]:
-    """Convert a full disk to an EngineError and pass on all other errors, which are the builder's."""
+    """Convert a full disk to an EngineError; pass on all other errors, which come from the builder."""
     try:
         yield
     except OSError as error:

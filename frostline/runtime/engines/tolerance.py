@@ -1,4 +1,4 @@
-"""How far an engine's outputs may be from PyTorch's."""
+"""The maximum deviation of an engine's outputs from PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class Tolerance:
-    """An output passes if `|engine - torch| <= atol + rtol * max|torch|` everywhere and the cosine is high enough."""
+    """An output passes if `|engine - torch| <= atol + rtol * max|torch|` everywhere and the cosine similarity is high
+    enough.
+    """
 
-    # For manifests: Infinity is a legal bound, for which JSON has no number.
+    # For manifests: Infinity is a valid bound, but not a valid JSON number.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     atol: float
@@ -20,5 +22,5 @@ class Tolerance:
     cosine: float
 
     def permits(self, other: Tolerance) -> bool:
-        """Return whether whatever keeps the `other` bounds keeps these."""
+        """Return whether all outputs within the `other` bounds are within these bounds, too."""
         return self.atol >= other.atol and self.rtol >= other.rtol and self.cosine <= other.cosine

@@ -1,11 +1,11 @@
-"""Verify that an engine on disk is the one that its builder signed; nothing here runs or deserialises an engine.
+"""Verify that an engine on disk is the one that its builder signed. Nothing is run or deserialised.
 
-`manifest.json` is the canonical JSON of the manifest plus one more field, `signature`: the HMAC-SHA256 of the
-canonical JSON of all the others. One file, so that a manifest and its signature are always replaced together.
+`manifest.json` is the canonical JSON of the manifest with one more field, `signature`: the HMAC-SHA256 of the canonical
+JSON of all other fields. A single file ensures that a manifest and its signature are always replaced together.
 
 A user who can write to the engine folder could replace a file between verification and loading. Loaders therefore get
-the bytes that were hashed (`VerifiedEngine.read`). If a loader has to open files itself, as for large weights outside
-the graph, only this user and root may have write access to them (`VerifiedEngine.onnx`).
+the bytes that were hashed (`VerifiedEngine.read`). If a loader has to open files itself, as for large external weights,
+only this user and root may have write access to them (`VerifiedEngine.onnx`).
 """
 
 import hashlib
@@ -31,11 +31,11 @@ _MAX_MANIFEST_BYTES = 16 * 2**20
 
 
 class _RefusedError(EngineError):
-    """What is wrong, in words; `verify_engine` adds which engine, and what to do."""
+    """The reason why an engine is rejected; `verify_engine` adds the engine and the remedy."""
 
 
 class _UnsignedError(_RefusedError):
-    """The signature does not hold: the one fault that trust can cure."""
+    """The signature is invalid; only this error can be resolved by `frostline engines trust`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class VerifiedEngine:
     manifest: Manifest
 
     def onnx(self, name: str) -> bytes | Path:
-        """Return an ONNX file for loaders: its content, or its path if its weights are in files of their own.
+        """Return an ONNX file for a loader: its content, or its path if its weights are in separate files.
 
         Raises:
             EngineError: the content has changed; a SharedFolderError if other users could replace the file.
@@ -61,7 +61,7 @@ class VerifiedEngine:
         return self.path / name
 
     def read(self, name: str) -> bytes:
-        """Return the content of one file, hashed again as it is read, so that it cannot be replaced in between."""
+        """Return the content of a file, hashed again when it is read, so that it cannot be replaced in between."""
         try:
             return _read_artifact(self.path / name, self._expected(name))
         except (OSError, _RefusedError) as error:
@@ -69,7 +69,9 @@ class VerifiedEngine:
 
     def _expected(self, name: str) -> Artifact:
         if name not in self.manifest.artifacts:
-            raise EngineError(f"engine {self.path} has no file {name}; it has {', '.join(self.manifest.artifacts)}")
+            raise EngineError(
+                f"engine {self.path} has no file {name}; its files are {', '.join(self.manifest.artifacts)}"
+            )
         return self.manifest.artifacts[name]
 
 
@@ -80,7 +82,7 @@ def seal(manifest: Manifest) -> bytes:
 
 
 def peek(path: Path) -> Manifest:
-    """Return the manifest of the engine at `path` without verification: for listing, never for loading."""
+    """Return the manifest of the engine at `path` without verification, for listing only, never for loading."""
     try:
         return _parse(_read_sealed(path))
     except (OSError, _RefusedError) as error:
@@ -88,7 +90,7 @@ def peek(path: Path) -> Manifest:
 
 
 def verify_engine(root: Path, engine: EngineId, *, signed: bool = True) -> VerifiedEngine:
-    """Check everything, or raise an EngineError that says what is wrong and what to do.
+    """Verify an engine, or raise an EngineError with the reason and the remedy.
 
     `signed=False` skips the signature only: for engines that the user is about to trust.
     """
@@ -104,23 +106,23 @@ def verify_engine(root: Path, engine: EngineId, *, signed: bool = True) -> Verif
 
 
 def check_no_symlink(root: Path, path: Path) -> None:
-    """No folder from below `root` down to `path` may be a symlink: it would lead out of the store."""
+    """Check that no folder between `root` and `path` is a symlink, which would lead out of the store."""
     for folder in (path, *path.parents):
         if folder == root:
             return
         if folder.is_symlink():
-            raise _RefusedError(f"{folder} is a symlink, and the store neither reads nor writes through one")
+            raise _RefusedError(f"{folder} is a symlink, which the store does not follow")
 
 
 def check_networks(manifest: Manifest) -> None:
-    """Every network must load from a file that the engine has."""
+    """Check that the file of every network is one of the engine's files."""
     for network in manifest.networks:
         if network.artifact not in manifest.artifacts:
-            raise _RefusedError(f"network {network.name} needs the file {network.artifact}, which is not there")
+            raise _RefusedError(f"network {network.name} needs the file {network.artifact}, which is missing")
 
 
 def check_external_data(name: str, model: bytes, files: Container[str]) -> None:
-    """Every external-data location of the ONNX model `name` must be one of its engine's `files`."""
+    """Check that all external data of the ONNX model `name` is in `files` of its engine."""
     try:
         proto = onnx.load_model_from_string(model)
     except DecodeError as error:
@@ -133,7 +135,7 @@ def check_external_data(name: str, model: bytes, files: Container[str]) -> None:
         if where.is_absolute() or ".." in where.parts:
             raise _RefusedError(f"{name} has external data outside the engine folder: {location!r}")
         if str(where) not in files:
-            raise _RefusedError(f"{name} has external data in a file that is missing: {location!r}")
+            raise _RefusedError(f"{name} has external data in a missing file: {location!r}")
 
 
 def _verify(root: Path, engine: EngineId, signed: bool) -> VerifiedEngine:
@@ -173,13 +175,15 @@ def _fields(sealed: bytes) -> tuple[dict[str, object], str]:
 
 def _check_signature(sealed: bytes) -> None:
     fields, signature = _fields(sealed)
-    # Re-spelling the whole file leaves no byte that could be changed without notice, not even white space.
+    # Comparing the whole file with its canonical form detects a change of any byte, including white space.
     try:
         holds = canonical_json({**fields, "signature": signature}) == sealed
     except ValueError:
         holds = False
     if not holds or not signing.verify(canonical_json(fields), signature):
-        raise _UnsignedError(f"the signature in {MANIFEST_FILE} does not hold: changed, or signed with another key")
+        raise _UnsignedError(
+            f"the signature in {MANIFEST_FILE} is invalid: the manifest was changed, or signed with another key"
+        )
 
 
 def _parse(sealed: bytes) -> Manifest:
@@ -204,7 +208,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 
 
 def _hash_artifact(path: Path, expected: Artifact) -> None:
-    """Hash in chunks: an engine can be larger than memory."""
+    """Return digest and size of a file, read in chunks: an engine can be larger than memory."""
     with _open_artifact(path, expected) as file:
         _check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), expected)
 
@@ -231,19 +235,19 @@ def _check_digest(path: Path, digest: str, expected: Artifact) -> None:
 
 
 def _open_regular(path: Path) -> BufferedReader:
-    """Open a file that is neither a symlink nor a device or pipe (opening a pipe would wait for ever)."""
+    """Open a file that is neither a symlink nor a device or pipe (opening a pipe could block forever)."""
     if path.is_symlink():
         raise _RefusedError(f"{path.name} is a symlink")
     if not path.exists():
         raise _RefusedError(f"{path.name} is missing")
     if not path.is_file():
         raise _RefusedError(f"{path.name} is not a regular file")
-    # The flag holds the line should the file be exchanged for a symlink just now.
+    # The flag rejects a symlink that replaces the file at this moment.
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model, wherever it hides: initializers, attributes, subgraphs, functions."""
+    """Yield every tensor of a model, including those in attributes, subgraphs and functions."""
     if isinstance(message, onnx.TensorProto):
         yield message
         return

@@ -1,4 +1,4 @@
-"""A network as text: everything that affects its outputs except its code and the values of its weights."""
+"""Describe a network as text: everything that affects its outputs except its code and the values of its weights."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 
 from frostline.runtime.identity.tensor_bytes import tensor_bytes
 
-# What every module has, and how it was called or compiled.
+# Attributes that every module has, and those that depend on how it was called or compiled.
 _BOOKKEEPING = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
-# Attributes that PEFT adds to a model, in addition to its layers.
+# Attributes that PEFT adds to a model besides its layers.
 _OF_ADAPTERS = frozenset({"peft_config"})
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, type(None), type(...))
 
 
 def describe(module: nn.Module, live_lora: bool = False) -> str:
-    """Return the same text for modules that compute the same with the same weights, in any process.
+    """Return a description that is equal, in any process, for modules that compute the same with the same weights.
 
-    It has the class, `extra_repr` and own attributes of every module. Attributes count as far as they are constants,
-    tensors, functions, classes, arrays, and dataclasses or containers of these; of other objects the class alone does,
-    and devices and paths do not. A class may name attributes that change nothing of what is computed in a set
-    `RUN_SETTINGS`.
+    It contains the class, `extra_repr` and own attributes of every module. Attributes are included if they are
+    constants, tensors, functions, classes, arrays, or dataclasses or containers of these. For other objects only the
+    class is included; devices and paths are left out. A class can name attributes that do not affect the outputs in a
+    set `RUN_SETTINGS`.
 
     Args:
-        live_lora: that LoRA layers take their matrices and scale as inputs; else these are part of the module.
+        live_lora: whether LoRA layers get their matrices and scale as inputs; otherwise these are part of the module.
     """
     return _Description(live_lora).of(module, "")
 
@@ -45,20 +45,20 @@ def adapter_parameters(module: nn.Module) -> set[int]:
 
 
 def _is_lora_layer(module: nn.Module) -> bool:
-    # Who has LoRA layers has imported PEFT; who has not need not wait for it.
+    # A model with LoRA layers has already imported PEFT; without them, PEFT need not be imported.
     layers = sys.modules.get("peft.tuners.lora.layer")
     return layers is not None and isinstance(module, layers.LoraLayer)
 
 
 class _Description:
-    """Describes each module once, wherever it turns up again."""
+    """Describe each module once, and refer to it afterwards."""
 
     def __init__(self, live_lora: bool) -> None:
         self._live_lora = live_lora
         self._paths: dict[int, str] = {}
 
     def of(self, module: nn.Module, path: str) -> str:
-        """Return a line for each module."""
+        """Return one line for each module."""
         return "\n".join(self._lines(module, path))
 
     def _lines(self, module: nn.Module, path: str) -> Iterator[str]:
@@ -97,7 +97,7 @@ class _Description:
                 return f"tensor({value.dtype}, {tuple(value.shape)}, {_digest(value)})"
             case np.ndarray() | np.generic():
                 return f"array({value.dtype}, {value.shape}, {hashlib.sha256(value.tobytes()).hexdigest()})"
-            case nn.Module():  # which its parent does not know as a part, as one in a list
+            case nn.Module():  # modules that are not registered as submodules, for example in a list
                 tensors = dict(itertools.chain(value.named_parameters(), value.named_buffers()))
                 return f"({self.of(value, path)}; {self._text(tensors, path)})"
             case Mapping():

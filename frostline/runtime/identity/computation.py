@@ -1,8 +1,8 @@
 """The id of a computation: a hash of the code that defines it and of the versions of the packages that it calls.
 
-Everything that is stored for reuse (engines, cached outputs, latencies, receipts, reference faces) is stored under this
-id, so that no version number has to be maintained by hand. Sources are read, never imported: commands that only look
-something up can compute the id without importing torch.
+All reusable results (engines, cached outputs, latencies, export cache, reference faces) are stored under this id, so
+that no version number has to be maintained by hand. Sources are read, not imported: commands that only look up results
+can compute the id without importing torch.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _PLUMBING = (
     *(f"{_OWN}.runtime", f"{_OWN}.runtime.backends.base"),
     f"{_OWN}.models.tiny",
 )
-# Modules inside these packages that do. The longest matching name in both lists decides.
+# Exceptions: modules inside these packages that do. The longest matching name in both lists decides.
 _COMPUTES = (f"{_OWN}.runtime.backends",)
-# Where packages are installed, whether or not they came with a list of their files.
+# Folders of installed packages, whether or not a file list was installed with them.
 _SITES = ("site-packages", "dist-packages")
-# Stands for code that cannot be read: results that depend on it are valid in this process only.
+# Replaces code that cannot be read: results that depend on it are valid in this process only.
 _THIS_PROCESS = secrets.token_hex(16)
 
 
 def computation_id(modules: Iterable[str], source_of: Collection[str] = ()) -> str:
-    """Return 64 hexadecimal digits over all code that `modules` run, themselves included.
+    """Return a hash, as 64 hexadecimal digits, of all code that `modules` run, including their own.
 
-    That is all that they import, within functions too, and what is imported there. frostline's modules count by their
-    syntax, not by comments, docstrings, annotations, formatting or the folder that they are in; and so do modules that
-    were not installed. Installed packages count by their versions.
+    This includes all direct and indirect imports, also those within functions. frostline's modules, and modules that
+    are not installed packages, are hashed by their syntax, ignoring comments, docstrings, annotations, formatting and
+    location. Installed packages are represented by their versions.
 
     Args:
-        modules: dotted names; of packages that are called without an import that shows, too.
-        source_of: further top-level packages that count by their syntax, installed or not.
+        modules: dotted names, including packages that are called without a visible import.
+        source_of: further top-level packages that are hashed by their syntax, installed or not.
     """
     roots = frozenset(modules)
     readable = {_OWN, *source_of}
@@ -77,7 +77,7 @@ def _is_plumbing(name: str) -> bool:
 
 
 def _depth(name: str, packages: Iterable[str]) -> int:
-    """Return the length of the longest of `packages` that a module is in; 0 where it is in none."""
+    """Return the length of the longest entry of `packages` that contains a module; 0 if there is none."""
     within = (package for package in packages if name == package or name.startswith(f"{package}."))
     return max(map(len, within), default=0)
 
@@ -103,7 +103,7 @@ def _read(name: str) -> tuple[str, tuple[Import, ...]]:
 
 @lru_cache(maxsize=1024)
 def _read_source(content: bytes, package: str) -> tuple[str, tuple[Import, ...]]:
-    """Digest and imports, kept by content: an edit within a tick of the clock may leave time and size alone."""
+    """Return digest and imports, cached by content: a quick edit may leave the modification time and size unchanged."""
     try:
         syntax = read_syntax(content, package)
     except (SyntaxError, ValueError, RecursionError):  # an extension module, or Python of another version
@@ -118,11 +118,11 @@ def _unreadable(name: str) -> str:
 
 @cache
 def _warn_unreadable(name: str) -> None:
-    log.warning("the source of module %s cannot be read: what it computes is kept for this process only", name)
+    log.warning("cannot read the source of module %s: its results are kept for this process only", name)
 
 
 def _file(name: str, spec: ModuleSpec | None) -> Path | None:
-    """Return the file of a module; of a module without a spec, such as a script, the file that it was run from."""
+    """Return the file of a module; for a module without a spec, such as a script, the file that was run."""
     if spec is not None:
         return Path(spec.origin) if spec.has_location and spec.origin else None
     origin = getattr(sys.modules.get(name), "__file__", None)
@@ -135,7 +135,7 @@ def _find(name: str) -> ModuleSpec | None:
     top, *parts = name.split(".")
     try:
         spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):  # a module that was not imported, a script for instance
+    except (ImportError, ValueError):  # a module that was not imported, such as a script
         return None
     for index in range(len(parts)):
         if spec is None or spec.submodule_search_locations is None:
@@ -146,7 +146,7 @@ def _find(name: str) -> ModuleSpec | None:
 
 @cache
 def _installed(top: str) -> str | None:
-    """Name and version of what installed a top-level package; None where nothing did."""
+    """Return name and version of the distribution that installed a top-level package, or None."""
     spec = _find(top)
     if spec is None or (not spec.has_location and spec.submodule_search_locations is None):
         return None

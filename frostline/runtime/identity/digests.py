@@ -1,4 +1,4 @@
-"""Digests of the stages' weights, taken again where the modules have changed."""
+"""Digests of the stages' weights, computed again when the modules have changed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class WeightDigests:
         self._stages = stages
         self._digests: dict[str, str] = {}
         self._guards: dict[str, WeightGuard] = {}
-        # Stages whose weights were sharded: from then on FSDP replaces their tensors at each use.
+        # Stages with sharded weights: FSDP replaces their tensors at each use.
         self._sharded: set[str] = set()
 
     def __getitem__(self, name: str) -> str:
-        """Return the digest, as of the last `update`."""
+        """Return the digest of the last `update`."""
         return self._digests[name]
 
     def sharded(self, name: str) -> bool:
@@ -53,7 +53,7 @@ class WeightDigests:
         if guard.restored():
             self._guards[name] = WeightGuard(self._stages[name])
         else:
-            log.info("stage %s: its weights were written to or moved, hashing them again", name)
+            log.info("stage %s: its weights were changed or moved and are hashed again", name)
             self._hash(name)
         return "moved" if self._digests[name] == before else "changed"
 
@@ -63,7 +63,7 @@ class WeightDigests:
             del self._digests[name], self._guards[name]
 
     def copied(self, stages: Mapping[str, Stage]) -> WeightDigests:
-        """Return the same for copies of the stages."""
+        """Return digests for copies of the stages."""
         copied = WeightDigests(stages)
         for name, guard in self._guards.items():
             if name not in self._sharded and guard.holds():
@@ -72,6 +72,6 @@ class WeightDigests:
         return copied
 
     def _hash(self, name: str) -> None:
-        # The snapshot first: what changes while the hash is taken is then noticed.
+        # Take the snapshot first: it then detects changes during hashing.
         self._guards[name] = WeightGuard(self._stages[name])
         self._digests[name] = weights_sha256(self._stages[name])

@@ -36,8 +36,8 @@ def weights_sha256(stage: Stage) -> str:
     """Return the SHA-256 over the stage's networks and the names, dtypes, shapes and bytes of their frozen tensors.
 
     The networks are included because frozen outputs are cached under this digest, and attributes of operations are not
-    tensors. For released weights the digest is looked up by the size and modification time of their files; if there is
-    no such entry, the weights are read.
+    tensors. For released weights, the digest is looked up by the size and modification time of their files; if it is
+    not found, the weights are read.
     """
     weights = stage.weights
     if weights is None or weights.resident:
@@ -48,13 +48,13 @@ def weights_sha256(stage: Stage) -> str:
         return known
     weights.restore()
     computed = _sha256(stage)
-    # Stored only for weights that were just read: those that were in memory before may have been changed.
+    # Stored only for weights that were just read: weights in memory may have been changed.
     remember(memo, computed)
     return computed
 
 
 def digest_memo(stage: Stage, weights: PartWeights) -> Path:
-    """Where the digest of weights that can be away is noted."""
+    """Return the note for the digest of weights that can be released."""
     graph = [_describe(network) for network in stage.networks]
     code = computation_id([__name__, describe.__module__, *weights.readers])
     key = hashlib.sha256("\n".join([code, stage.name, weights.source, *graph]).encode()).hexdigest()
@@ -72,14 +72,14 @@ def _sha256(stage: Stage) -> str:
 
 
 def stage_code(stage: Stage) -> set[str]:
-    """Return the modules, by name, whose code computes the stage: its networks', and those that put them together."""
+    """Return the names of the modules whose code computes the stage: its networks' modules and the stage's own."""
     values = (stage, *vars(stage).values(), *(network.module for network in stage.networks))
-    # What every stage is made of passes tensors on.
+    # The common base classes only pass tensors on.
     return {name for value in values for name in _modules_of(value)} - {Stage.__module__}
 
 
 def stage_computation(stage: Stage) -> str:
-    """Return `computation_id` of what PyTorch runs for the stage."""
+    """Return the `computation_id` of the stage in PyTorch."""
     return computation_id(stage_code(stage))
 
 
@@ -91,9 +91,9 @@ def stage_key(
 
 
 def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) -> EngineRecord | None:
-    """Return the engine in the store that computes `stage`, whatever it was built for; the one that serves best here.
+    """Return an engine in the store that computes `stage`, for any options; the one that suits this machine best.
 
-    An engine's manifest says with which options it was built, and so which key it must have.
+    An engine's manifest contains its build options, and thereby determines its expected key.
     """
     device, served_by = stage.networks[0].device, get_backend(backend)
     keys, candidates = None, []
@@ -110,10 +110,10 @@ def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) ->
 
 
 def precision_of(stage: Stage) -> str:
-    """Return the floating-point type that the stage's weights have: fp32, fp16 or bf16.
+    """Return the floating-point type of the stage's weights: fp32, fp16 or bf16.
 
     Raises:
-        ConfigError: they have another one.
+        ConfigError: the weights have another type.
     """
     return precision_name(stage.networks[0].weight.dtype)
 
@@ -144,9 +144,9 @@ class _EngineKeys:
 
 
 def _frozen_tensors(network: Network) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors that an engine may copy: all but the live ones."""
-    # By storage, because a live tensor may go by another name inside the module; and by the layer that it belongs to,
-    # because others may have been put in the places of those that the stage was made with.
+    """Return the tensors that an engine may copy: all except the live ones."""
+    # Compared by storage, because a live tensor may have another name inside the module; and by layer, because the
+    # tensors that the stage was created with may have been replaced.
     storages = {tensor.data_ptr() for tensor in network.live.values()} - {0}
     adapters = adapter_parameters(network.module) if network.live else set()
     for name, tensor in (*network.module.named_parameters(), *network.module.named_buffers()):
@@ -160,13 +160,13 @@ def _describe(network: Network) -> str:
 
 
 def _shape(spec: TensorSpec) -> list[object]:
-    """Return the name, type and shape of a spec, without its sample values; dimensions of one name are shared."""
+    """Return the name, dtype and shape of a spec, without its sample values; dimensions of the same name are shared."""
     extents = (list(vars(e).values()) if isinstance(e, Dimension) else e for e in spec.shape)
     return [spec.name, str(spec.dtype), *extents]
 
 
 def _modules_of(value: object) -> set[str]:
-    """Return the Python modules that define an object; of a network, also those of its submodules and attributes."""
+    """Return the Python modules that define an object; for a network, also those of its submodules and attributes."""
     if not isinstance(value, nn.Module):
         return _modules_of_one(value)
     attributes = (attribute for part in value.modules() for attribute in vars(part).values())

@@ -1,37 +1,37 @@
-"""Python source as what it does: without comments, docstrings, annotations and formatting."""
+"""Normalise Python source: remove comments, docstrings, annotations and formatting."""
 
 from __future__ import annotations
 
 import ast
 from typing import NamedTuple
 
-# How a node was spelled, or follows from where it is; some versions of Python have them and others have not.
+# Fields of nodes that describe spelling or position; not all versions of Python have them.
 _SPELLING = frozenset({"ctx", "kind", "type_comment", "type_ignores", "returns"})
 
 
 class Import(NamedTuple):
-    """What an import statement asks for: `module`, or `name` of `module`, which may be a module, too."""
+    """The target of an import statement: `module`, or `name` of `module`, which may itself be a module."""
 
     module: str
     name: str | None = None
 
 
 class Syntax(NamedTuple):
-    """What a file does, in one spelling for all files that do the same; and what it imports, within functions too."""
+    """The normalised code of a file, equal for files that do the same, and all its imports, also in functions."""
 
     text: str
     imports: tuple[Import, ...]
 
 
 def read_syntax(source: bytes, package: str) -> Syntax:
-    """Return the syntax of a file, without what only type checkers run.
+    """Return the normalised code of a file, without blocks for type checkers only.
 
-    Annotations in the body of a class are kept: dataclasses and settings read them.
+    Annotations in the body of a class are kept, because dataclasses and settings read them.
 
     Args:
-        package: that relative imports start from.
+        package: the base of relative imports.
     Raises:
-        SyntaxError, ValueError: it is no Python, or of a version that this one cannot read.
+        SyntaxError, ValueError: the file is not valid Python, or needs another Python version.
     """
     writer = _Writer(package)
     writer.write(ast.parse(source))
@@ -88,7 +88,7 @@ class _Writer:
 
 
 def _does_nothing(node: object, in_class: bool) -> bool:
-    """Return whether it is `pass`, a string that stands alone, as docstrings do, or for type checkers only."""
+    """Return whether a statement is `pass`, a string such as a docstring, or for type checkers only."""
     match node:
         case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
             return True

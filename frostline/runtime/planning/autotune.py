@@ -1,4 +1,4 @@
-"""Latencies of a stage's backends at one shape: measured once on a machine, interleaved, and cached."""
+"""Latencies of a stage's backends at one shape: measured once per machine, interleaved, and cached."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def _processor() -> str:
 
 
 def shape_class(inputs: Mapping[str, Tensor]) -> str:
-    """Return names and shapes, with extents rounded up to 1, 2, 3, 4, 6, 8, 12, 16, …, to limit measurements."""
+    """Return names and shapes with sizes rounded up to 1, 2, 3, 4, 6, 8, 12, 16, …, to limit the number of
+    measurements.
+    """
     shapes = (f"{name}:{'x'.join(str(_rounded(extent)) for extent in inputs[name].shape)}" for name in sorted(inputs))
     return " ".join(shapes)
 
@@ -60,8 +62,8 @@ def take_turns(runs_of: Mapping[str, Callable[[], object]], runs: int, seconds: 
     """Return median milliseconds by name; the runs are interleaved, so that other load affects all of them.
 
     Args:
-        runs: of each, after one that warms up.
-        seconds: after which no further round is begun.
+        runs: number of runs of each, after one warm-up run.
+        seconds: time limit; no further round starts after it.
     """
     times: dict[str, list[float]] = {name: [] for name in runs_of}
     with torch.no_grad():
@@ -90,10 +92,10 @@ def _synchronize() -> None:
 
 
 class LatencyNote:
-    """What was measured of the same contenders at the same shape on the same machine, if anything was.
+    """Stored latencies of the same candidates at the same shape on the same machine.
 
     Args:
-        contenders: by backend, what identifies its engine; of torch, the code that it runs.
+        contenders: what identifies the engine, by backend; for torch, the code that it runs.
     """
 
     def __init__(self, stage: str, contenders: Mapping[str, str], shape: str, device: torch.device) -> None:
@@ -104,7 +106,7 @@ class LatencyNote:
         self._backends = set(contenders)
 
     def read(self) -> dict[str, float] | None:
-        """Return milliseconds by backend; None if they were not measured yet."""
+        """Return milliseconds by backend; None if they have not been measured."""
         try:
             noted = parse_json(recall(self._path) or "null")
         except ValueError:

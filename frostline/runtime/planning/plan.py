@@ -1,4 +1,4 @@
-"""The plan: which backend serves which frozen stage, and why."""
+"""The plan: the backend of each frozen stage, and the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse_plan(text: str) -> str | dict[str, str]:
     """Parse a plan of the command line: `auto`, one backend for all stages, or `stage=backend,…` (`*`: all others).
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text is invalid.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if len(parts) == 1 and "=" not in parts[0]:
@@ -31,20 +31,20 @@ def expand_plan(plan: PlanSetting, stages: Collection[str]) -> dict[str, str]:
     """Return the backend setting of each stage.
 
     Raises:
-        ConfigError: it names another stage.
+        ConfigError: the plan names an unknown stage.
     """
     if isinstance(plan, str):
         return dict.fromkeys(stages, plan)
     if unknown := sorted(plan.keys() - {*stages, OTHERS}):
-        raise ConfigError(f"plan: there is no stage {unknown[0]!r}, only {', '.join(stages)}")
+        raise ConfigError(f"plan: there is no stage {unknown[0]!r}; valid stages: {', '.join(stages)}")
     return {name: plan.get(name, plan.get(OTHERS, AUTO)) for name in stages}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of one stage, the reason, and the latencies (ms, by backend) that decided.
+    """The backend of a stage, the reason, and the latencies (ms, by backend) that were compared.
 
-    candidates: engines among which each new shape decides, and torch; none where the backend does not depend on it.
+    candidates: engines that compete with torch at each new shape; empty if the backend does not depend on the shape.
     """
 
     backend: str
@@ -54,7 +54,7 @@ class Choice:
 
 
 class Plan(Mapping[str, Choice]):
-    """Stage name to `Choice`; prints as a table."""
+    """Maps stage names to `Choice`; prints as a table."""
 
     def __init__(self, choices: Mapping[str, Choice]) -> None:
         self._choices = dict(choices)

@@ -1,4 +1,4 @@
-"""Time the backends of a stage at each new shape, and remember which is the fastest there."""
+"""Time the backends of a stage at each new shape, and remember the fastest."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ _TRIAL_RUNS, _TRIAL_SECONDS = 5, 0.5
 
 
 class Trials:
-    """The fastest backend of each stage at each shape. Not for several threads at once.
+    """The fastest backend of each stage at each shape. Not thread-safe.
 
-    timed: how often backends were timed; shapes that were timed by an earlier process do not count.
+    Attributes:
+        timed: how often backends were timed; shapes that an earlier process timed are not counted.
 
     Args:
-        engines: where stages are loaded.
-        find: the engine of a stage on a backend.
+        engines: the loaded stages.
+        find: returns the engine of a stage on a backend.
         torch_lock: held while PyTorch computes.
-        failed: told of stage, backend and error where an engine fails at inputs that PyTorch takes; may raise.
+        failed: called with stage, backend and error if an engine fails on inputs that PyTorch accepts; may raise.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Trials:
         self._latest: dict[str, Choice] = {}
 
     def latest(self, name: str) -> Choice | None:
-        """Return the backend that served a stage last; None before the first choice."""
+        """Return the backend that was last used for a stage; None before the first choice."""
         return self._latest.get(name)
 
     def choose(self, stage: Stage, planned: Choice, case: Case) -> Choice:
@@ -64,17 +65,17 @@ class Trials:
         return self._latest[stage.name]
 
     def forget(self, name: str) -> None:
-        """Let new candidates of a stage be timed."""
+        """Time the candidates of a stage again."""
         self._at_shape = {key: choice for key, choice in self._at_shape.items() if key[0] != name}
         self._latest.pop(name, None)
 
     @torch.no_grad()
     def _fastest(self, stage: Stage, planned: Choice, shape: str, case: Case) -> Choice:
-        """Measured, or read from what an earlier run on this machine noted."""
+        """Return the fastest backend, measured now or read from the notes of an earlier run on this machine."""
         if stage.weights is not None and not stage.weights.resident:
-            return planned  # to read them for a comparison costs more than it could gain
+            return planned  # reading the weights for a comparison would cost more than the possible gain
         if several_processes():
-            return planned  # a stage in shards runs in all processes at once: they have to choose alike
+            return planned  # a sharded stage runs in all processes at once, so all must choose the same backend
         records = {backend: self._find(stage.name, backend) for backend in planned.candidates}
         contenders = {backend: record.id.key for backend, record in records.items() if record is not None}
         note = LatencyNote(stage.name, {**contenders, TORCH: stage_computation(stage)}, shape, stage.networks[0].device)
@@ -103,7 +104,7 @@ class Trials:
                 run()
             except Exception as error:
                 with self._torch_lock:
-                    stage.torch(*case)  # raises where the inputs are wrong: no fault of the engine
+                    stage.torch(*case)  # raises if the inputs are invalid, which is not a fault of the engine
                 self._failed(stage.name, backend, error)
             else:
                 runnable[backend] = run

@@ -1,4 +1,4 @@
-"""Which adapters are merged into which of Wan's denoisers before anything else sees the weights."""
+"""Select the adapters to merge into each of Wan's denoisers when its weights are read."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ _NETWORKS = {"low": "denoiser", "high": "denoiser_high_noise"}
 
 
 def merged_reads(spec: ModelSpec, adapters: Sequence[BaseAdapter]) -> dict[str, MergedRead]:
-    """Return how each denoiser that has adapters is read, by the name of the network.
+    """Return the reader of each denoiser that has adapters, by the name of the network.
 
     Raises:
-        ConfigError: of two experts none is named, or one is where there is one denoiser; names the path.
+        ConfigError: an adapter for a model with two experts names none, or an adapter for one denoiser names an expert;
+            the message names the path.
     """
     of_network: dict[str, list[BaseAdapter]] = {}
     for number, adapter in enumerate(adapters):
         where = f"base_adapters.{number}.expert"
         if spec.two_experts and adapter.expert is None:
-            raise ConfigError(f"{where}: {spec.name} has two experts: say whether {adapter.path} is for low or high")
+            raise ConfigError(f"{where}: {spec.name} has two experts: set the expert of {adapter.path} to low or high")
         if not spec.two_experts and adapter.expert is not None:
-            raise ConfigError(f"{where}: {spec.name} has one denoiser: leave {adapter.expert} of {adapter.path} out")
+            raise ConfigError(
+                f"{where}: {spec.name} has one denoiser: remove expert {adapter.expert} of {adapter.path}"
+            )
         of_network.setdefault(_NETWORKS[adapter.expert or "low"], []).append(adapter)
     return {network: MergedRead.of(its) for network, its in of_network.items()}
 
 
 def check(spec: ModelSpec, adapters: Sequence[BaseAdapter]) -> None:
-    """Hold adapters against a model without its weights.
+    """Check adapters against a model without its weights.
 
     Raises:
-        ConfigError: as `merged_reads`; or an adapter cannot be read, or is of another model; names the path.
+        ConfigError: see `merged_reads`; or an adapter cannot be read, or is for another model; the message names the
+            path.
     """
     for network, reading in merged_reads(spec, adapters).items():
         reading.check({name: tuple(tensor.shape) for name, tensor in spec.build(network).state_dict().items()})

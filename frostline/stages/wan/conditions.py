@@ -1,4 +1,4 @@
-"""What a sample gives to a Wan denoiser: the context of its prompt, and what the model takes of its first frame."""
+"""Conditions of a Wan denoiser: the text context, and the inputs that depend on the first frame."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frostline.models.wan.video_shape import MASK_CHANNELS
 from frostline.runtime.cache import content_key
 from frostline.stages.conditions import Condition
 
-# What this file imports is part of what its results are cached by.
+# The imports of this file are part of the cache key of its results.
 if TYPE_CHECKING:
     from frostline.models.wan.components import WanComponents
     from frostline.stages.conditions import ConditionInputs
@@ -23,10 +23,12 @@ CLIP_LATENTS = "clip_latents"
 
 
 def condition_names(components: WanComponents) -> tuple[str, ...]:
-    """Return the conditions that the model takes: `context`, and of `y`, `first_frame_latents` and `clip_feature` some.
+    """Return the names of the model's conditions: `context`, and some of `y`, `first_frame_latents` and `clip_feature`.
 
-    context: (B, L, text_dim). y: (B, 4 + C, F, h, w), mask and latents of the first frame. first_frame_latents:
-    (B, C, 1, h, w), which are kept through sampling. clip_feature: (B, 257, 1280).
+    context: (B, L, text_dim).
+    y: (B, 4 + C, F, h, w), mask and latents of the first frame.
+    first_frame_latents: (B, C, 1, h, w), which stay fixed during sampling.
+    clip_feature: (B, 257, 1280).
     """
     taken = {
         IMAGE_LATENTS: components.takes_image_latents,
@@ -37,7 +39,7 @@ def condition_names(components: WanComponents) -> tuple[str, ...]:
 
 
 def conditions(components: WanComponents, inputs: ConditionInputs, run: Stages) -> list[Condition]:
-    """Return the conditions of a batch; each is computed for the requested rows."""
+    """Return the conditions of a batch; each is computed for the requested rows only."""
     device, dtype = components.device, components.dtype
     ids, mask = tokenize(components.tokenizer, inputs.prompts)
     image_keys = tuple(content_key(frame=frame, frames=inputs.num_frames) for frame in inputs.first_frame)
@@ -47,7 +49,7 @@ def conditions(components: WanComponents, inputs: ConditionInputs, run: Stages) 
         return run["text_encoder"](ids=ids[rows].to(device), mask=mask[rows].to(device))
 
     def image_latents(rows: list[int]) -> dict[str, Tensor]:
-        """Return the mask, and the latents of a video that is the first frame and then zeros."""
+        """Return the mask, and the latents of a video of the first frame followed by zeros."""
         image = first_frame[rows][:, :, None].to(dtype)
         later = image.new_zeros(len(rows), 3, inputs.num_frames - 1, *image.shape[-2:])
         latents = run["vae_encoder"](video=torch.cat([image, later], dim=2))["latents"]
@@ -72,7 +74,7 @@ def conditions(components: WanComponents, inputs: ConditionInputs, run: Stages) 
 
 
 def clip_latents(components: WanComponents, video: Tensor, run: Stages) -> Condition:
-    """Return the latents (B, C, F, h, w) of clips, (B, T, 3, H, W) in [0, 1]."""
+    """Return the latents (B, C, F, h, w) of clips (B, T, 3, H, W) in [0, 1]."""
 
     def encode(rows: list[int]) -> dict[str, Tensor]:
         pixels = video[rows].to(components.device).transpose(1, 2) * 2 - 1
@@ -82,10 +84,10 @@ def clip_latents(components: WanComponents, video: Tensor, run: Stages) -> Condi
 
 
 def cut_prompt(components: WanComponents, inputs: ConditionInputs) -> str | None:
-    """Return what to say of the first prompt that is too long for the text encoder, or None."""
+    """Return a warning about the first prompt that is too long for the text encoder, or None."""
     _, mask = tokenize(components.tokenizer, inputs.prompts)
     limit = mask.shape[1]
     for name, prompt, used in zip(inputs.sample_id, inputs.prompts, mask, strict=True):
         if used.all() and (tokens := count_tokens(components.tokenizer, prompt)) > limit:
-            return f"sample {name}: its prompt has {tokens} tokens, of which the text encoder sees the first {limit}"
+            return f"sample {name}: its prompt has {tokens} tokens, the text encoder uses the first {limit}"
     return None

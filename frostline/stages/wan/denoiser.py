@@ -1,4 +1,4 @@
-"""`denoiser` and `denoiser_high_noise`: noisy latents to velocity, on the conditions that the model takes."""
+"""The stages `denoiser` and `denoiser_high_noise`: noisy latents and conditions to velocity."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .inputs import StageInputs
 
 
 def build(inputs: StageInputs) -> Stage:
-    """Return the denoiser, or the low-noise expert of two."""
+    """Return the denoiser stage; for a model with two experts, the low-noise expert."""
     return _build("denoiser", inputs.denoiser, inputs)
 
 
 def build_high_noise(inputs: StageInputs) -> Stage | None:
-    """Return the high-noise expert, for models that have one."""
+    """Return the stage of the high-noise expert, for models that have one."""
     expert = inputs.denoiser_high_noise
     return None if expert is None else _build("denoiser_high_noise", expert, inputs)
 
@@ -46,7 +46,7 @@ def _build(name: str, denoiser: Denoiser, inputs: StageInputs) -> Stage:
         model=components.name,
         tolerance=tolerance(dtype),
         license=components.license,
-        # Of an expert that is trained they stay in memory.
+        # The weights of an expert with a LoRA stay in memory.
         weights=None if lora_parameters(denoiser.model) else components.weights.get(name),
     )
 

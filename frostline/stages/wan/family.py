@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 as a family; see `Family` for what each function is for."""
+"""Wan 2.1 and 2.2 as a family; see `Family` for the functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from frostline.config import NOT_QUANTISED
 from frostline.models.wan.lora_targets import LORA_TARGETS
 from frostline.models.wan.video_shape import GEOMETRY
 
-# torch takes seconds to import: what a mistake in a configuration file is told by must not wait for it.
+# torch takes seconds to import; reporting a mistake in a configuration file must not wait for it.
 if TYPE_CHECKING:
     import torch
 
@@ -32,7 +32,7 @@ __all__ = ["FROZEN_STAGES", "GEOMETRY", "LORA_TARGETS", "PACKAGES", "STAGES"]
 
 
 def recognises(model: object) -> bool:
-    """Return whether these are components of a Wan model, or files that may make one."""
+    """Return whether these are components of a Wan model, or files that could be one."""
     if not isinstance(model, str | Path | list | tuple):
         from frostline.models.wan.components import WanComponents
 
@@ -41,35 +41,35 @@ def recognises(model: object) -> bool:
 
 
 def read_spec(model: str | Path) -> ModelSpec:
-    """Return the sizes of a model by its files, or of the release that it is named after."""
+    """Return the sizes of a model from its files, or of the release with its name."""
     from frostline.models.checkpoints.releases import read_spec
 
     return read_spec(model)
 
 
 def trained_video(model: str | Path) -> tuple[int, int, int] | None:
-    """Return frames, height and width that a model was trained at, where one size is known."""
+    """Return the frames, height and width that a model was trained with, if known."""
     from frostline.models.checkpoints.checkpoint_files import EMBEDDED, EMBEDDED_VIDEO
 
     return EMBEDDED_VIDEO if str(model) in EMBEDDED else None
 
 
 def files(model: str | Path) -> list[Path]:
-    """Return all files that a model is loaded from."""
+    """Return all files that are needed to load a model."""
     from frostline.models.checkpoints.checkpoint_files import find_files
 
     return [*find_files(model).paths()]
 
 
 def check_files(model: str | Path) -> None:
-    """Raise what `load` would raise, as far as can be told without reading weights."""
+    """Raise the errors of `load` that can be detected without reading weights."""
     from frostline.models.checkpoints.loading import check_files
 
     check_files(model)
 
 
 def check_lora(model: str | Path, lora: LoraSettings) -> None:
-    """Raise a ConfigError where the target modules are not those of linear layers of the experts with a LoRA."""
+    """Raise a ConfigError if the target modules are not linear layers of the experts with a LoRA."""
     from frostline.models.lora.inject import check_targets, targets_of
 
     spec = read_spec(model)
@@ -80,21 +80,21 @@ def check_lora(model: str | Path, lora: LoraSettings) -> None:
 
 
 def layer_path(name: str, *, flat: bool = False) -> str | None:
-    """Return the path of a layer in the denoiser by its name there or in diffusers."""
+    """Return the path of a layer in the denoiser for its name there or in diffusers."""
     from frostline.models.lora.names import denoiser_path
 
     return denoiser_path(name, flat=flat)
 
 
 def diffusers_path(layer: str) -> str | None:
-    """Return the path in diffusers of a layer of the denoiser."""
+    """Return the diffusers path of a layer of the denoiser."""
     from frostline.models.lora import names
 
     return names.diffusers_path(layer)
 
 
 def check_adapter(model: str | Path, adapter: Adapter, expert: ExpertName) -> None:
-    """Raise a ConfigError where the adapter is of another model."""
+    """Raise a ConfigError if the adapter is for another model."""
     from frostline.models.checkpoints.checkpoint_files import find_files
     from frostline.models.lora import check_fits
 
@@ -106,7 +106,7 @@ def merge_adapter(
 ) -> dict[str, torch.Tensor]:
     """Return the weights of an expert, or of the only denoiser, with an adapter merged.
 
-    Their names are those of the official release, in whatever format the model is.
+    The names are those of the official release, for any format of the model.
     """
     from frostline.models import lora
     from frostline.models.checkpoints.checkpoint_files import find_files
@@ -117,7 +117,7 @@ def merge_adapter(
 
 
 def check_base_adapters(model: str | Path, adapters: Sequence[BaseAdapter]) -> None:
-    """Raise a ConfigError where an adapter cannot be read, is of another model, or names no expert of it."""
+    """Raise a ConfigError if an adapter cannot be read, is for another model, or names a missing expert."""
     if adapters:
         from .base_adapters import check
 
@@ -146,18 +146,18 @@ def load(
     files = find_files(model)
     reads = merged_reads(files.spec, base_adapters)
     for network, read in reads.items():
-        # Of weights that stay on disk, merging them would find a misfit only later.
+        # Check now: weights that stay on disk are merged later, and an adapter that does not match would be found late.
         read.check(files.networks[network].shapes)
     return load_components(model, dtype, device, defer=deferred, reads=reads, storage=stored)
 
 
 def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:
-    """Return a loaded model with a LoRA, or without one."""
+    """Return a loaded model with or without a LoRA."""
     from frostline.models.wan.vae import use_onednn_conv3d
 
     from .model import WanVideoModel
 
-    # Live and frozen uses alike: an engine is then compared with the fastest plain PyTorch.
+    # For live and frozen uses, so that engines are compared with the fastest plain PyTorch.
     use_onednn_conv3d(components.vae)
     model = WanVideoModel.of(components, lora)
     for expert in (model.denoiser, model.denoiser_high_noise):
@@ -167,7 +167,7 @@ def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVide
 
 
 def _storage(quantization: QuantizationSettings) -> dict[str, str]:
-    """Return how the layers of networks are stored that are stored in fewer bits."""
+    """Return the storage format of each quantised network."""
     denoiser, text_encoder = quantization.quantization, quantization.text_encoder_quantization
     kinds = {"denoiser": denoiser, "denoiser_high_noise": denoiser, "text_encoder": text_encoder}
     return {network: kind for network, kind in kinds.items() if kind != "none"}

@@ -1,4 +1,4 @@
-"""`image_encoder`: the first frame (B, 3, H, W) in [-1, 1] to the CLIP feature (B, 257, 1280)."""
+"""The stage `image_encoder`: first frame (B, 3, H, W) in [-1, 1] to CLIP feature (B, 257, 1280)."""
 
 from __future__ import annotations
 

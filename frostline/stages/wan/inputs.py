@@ -1,11 +1,11 @@
-"""The inputs of the functions that build the stages of a Wan model."""
+"""The arguments of the functions that build the stages of a Wan model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-# All stages import this file: what it imports is part of what identifies the engines of each.
+# All stages import this file, so its imports are part of the engine keys of every stage.
 if TYPE_CHECKING:
     from frostline.models.wan.components import WanComponents
     from frostline.models.wan.denoiser import Denoiser
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageInputs:
-    """A loaded model; the denoisers carry the LoRA, if there is one."""
+    """A loaded model, whose denoisers may have a LoRA."""
 
     components: WanComponents
     denoiser: Denoiser

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The stages of the denoisers; a model with one expert has the first alone.
+# The stages of the denoisers; a model with one expert has only the first.
 _LOW, _HIGH = "denoiser", "denoiser_high_noise"
-# One line for each stage, which is a module with a function `build`.
+# One line for each stage; each is a module with a function `build`.
 _BUILDERS = (
     text_encoder.build,
     image_encoder.build,
@@ -54,10 +54,12 @@ _BUILDERS = (
 
 @dataclass
 class WanVideoModel:
-    """A Wan model with its LoRA; see `VideoModel` for what each method is for.
+    """A Wan model with its LoRA; see `VideoModel` for the methods.
 
-    denoiser: of two experts, that of low noise levels. lora_config: of each LoRA, or None where there is none.
-    trained: the names of the stages whose denoisers have one.
+    Attributes:
+        denoiser: the denoiser for low noise levels, if there are two experts.
+        lora_config: configuration of each LoRA; None without a LoRA.
+        trained: names of the stages whose denoisers have a LoRA.
     """
 
     components: WanComponents
@@ -69,16 +71,16 @@ class WanVideoModel:
 
     @classmethod
     def of(cls, components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:
-        """Inject a LoRA into `components`, in place, or none.
+        """Inject a LoRA into `components` in place, if one is given.
 
         Raises:
-            ConfigError: the model does not have the experts, or the layers, that the LoRA adapts.
+            ConfigError: the model does not have the experts or layers that the LoRA adapts.
         """
         high_noise = components.denoiser_high_noise
         config, trained = None, ()
         if lora is not None:
             lora.check_experts(high_noise is not None)
-            # The low-noise expert first: its LoRA does not depend on whether the other one has one.
+            # The low-noise expert first, so that its LoRA does not depend on whether the other expert has one.
             adapted = {_LOW: components.denoiser} if lora.has_lora("low") else {}
             if high_noise is not None and lora.has_lora("high"):
                 adapted[_HIGH] = high_noise
@@ -135,10 +137,10 @@ class WanVideoModel:
         return [stage for build in _BUILDERS if (stage := build(inputs)) is not None]
 
     def conditions(self, inputs: ConditionInputs, run: Stages) -> list[Condition]:
-        """Return the conditions, and say once if a prompt is too long, whatever other prompts are."""
+        """Return the conditions; warn once if a prompt is too long."""
         if not self._told_of_a_cut_prompt and (message := cut_prompt(self.components, inputs)) is not None:
             self._told_of_a_cut_prompt = True
-            log.warning("%s; said once, whatever other prompts are too long", message)
+            log.warning("%s; further prompts that are too long are not reported", message)
         return conditions(self.components, inputs, run)
 
     def clip_latents(self, video: Tensor, run: Stages) -> Condition:
@@ -146,17 +148,17 @@ class WanVideoModel:
         return clip_latents(self.components, video, run)
 
     def denoiser_inputs(self, conditions: Tensors) -> dict[str, Tensor]:
-        """Return all conditions but the first-frame latents, which `constrain` uses."""
+        """Return all conditions except the first-frame latents, which `constrain` uses."""
         return {name: tensor for name, tensor in conditions.items() if name != FIRST_FRAME}
 
     def constrain(self, latents: Tensor, conditions: Tensors) -> Tensor:
-        """Put the given first-frame latents back, where the model keeps them."""
+        """Restore the given first-frame latents, if the model keeps them fixed."""
         if FIRST_FRAME not in conditions:
             return latents
         return torch.cat([conditions[FIRST_FRAME].to(latents.dtype), latents[:, :, 1:]], dim=2)
 
     def decoder(self) -> Decoder:
-        """Return the decoder, whose networks are the first latent frame and the next."""
+        """Return the decoder; its networks are for the first latent frame and for each following one."""
         vae = self.components.vae
         return Decoder(
             stage="vae_decoder",
@@ -169,17 +171,17 @@ class WanVideoModel:
         )
 
     def uses(self, steps: DenoiseSteps) -> list[Use]:
-        """Return the uses of a step."""
+        """Return the uses of stages in a step."""
         return step_uses(steps, clip=self.components.takes_clip_feature)
 
     def modules(self) -> list[nn.Module]:
-        """Return the networks; the denoisers with their tables."""
+        """Return the networks, including the tables of the denoisers."""
         parts = (self.components.text_encoder, self.components.image_encoder, self.components.vae)
         denoisers = (self.denoiser, self.denoiser_high_noise)
         return [module for module in (*parts, *denoisers) if module is not None]
 
     def stage_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return those of each stage; the two stages of the VAE share none."""
+        """Return the parameters of each stage; the two stages of the VAE share none."""
         components = self.components
         vae = dict(components.vae.named_parameters())
         encoder = {name: parameter for name, parameter in vae.items() if name.startswith(VAE_ENCODER)}
@@ -204,7 +206,7 @@ class WanVideoModel:
             encoder = ImageEncoder(components.image_encoder)
             image = torch.zeros(shape.batch_size, 3, *pixels, dtype=self.dtype)
             calls["image_encoder"] = FrozenCall(encoder, encoder, (image,))
-        # Where the first frame is kept through sampling, that one alone is encoded.
+        # If the first frame stays fixed during sampling, only that frame is encoded.
         frames = 1 if components.pins_first_frame else shape.num_frames
         video = torch.zeros(shape.batch_size, 3, frames, *pixels, dtype=self.dtype)
         vae = cast(Any, components.vae)

@@ -1,4 +1,4 @@
-"""`text_encoder`: token ids and mask (B, L) to context (B, L, text_dim)."""
+"""The stage `text_encoder`: token ids and mask (B, L) to context (B, L, text_dim)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROMPTS = ("a person talks and smiles", "a person nods")
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderStage(Stage):
-    """One network, its samples real prompts."""
+    """A stage with one network, whose samples are real prompts."""
 
     components: WanComponents
 
@@ -32,7 +32,7 @@ class TextEncoderStage(Stage):
 
 
 def build(inputs: StageInputs) -> Stage:
-    """Return the stage; L is fixed by the tokenizer, which pads."""
+    """Return the stage. L is fixed, because the tokenizer pads."""
     components = inputs.components
     vocabulary = components.text_encoder.token_embedding.num_embeddings
     shape = (inputs.shapes.dimension("batch"), components.text_length)

@@ -1,4 +1,4 @@
-"""How often a training step uses each stage of a Wan model."""
+"""Count how often a training step uses each stage of a Wan model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def step_uses(steps: DenoiseSteps, *, clip: bool) -> list[Use]:
-    """Return the uses of a step, all that occur; the rollout head and the KL reference run a denoiser frozen.
+    """Return all uses in a step; the rollout head and the KL reference run a denoiser frozen.
 
     Args:
-        clip: whether the model is conditioned on the CLIP feature of the first frame.
+        clip: whether the model uses the CLIP feature of the first frame.
     """
     high = min(steps.high_noise, steps.end + 1)
     once = ("text_encoder", *(("image_encoder",) if clip else ()))
@@ -28,9 +28,9 @@ def step_uses(steps: DenoiseSteps, *, clip: bool) -> list[Use]:
 
 
 def _expert_uses(stage: str, served: range, steps: DenoiseSteps, on_data: bool) -> list[Use]:
-    """Return the uses of the denoiser that serves these steps, and, or not, the data's own clips.
+    """Return the uses of the denoiser of these steps and, if requested, on the data's clips.
 
-    Of two trained experts one at a time is used on clips: the plan counts it as that of low noise levels.
+    With two trained experts, one at a time is used on clips; the plan counts it as the low-noise expert.
     """
     live, adapted = steps.with_graph(steps.most_live), steps.with_lora(steps.most_live)
     with_graph, with_lora = sum(step in live for step in served), sum(step in adapted for step in served)

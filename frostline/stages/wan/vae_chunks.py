@@ -1,4 +1,4 @@
-"""What `vae_encoder` and `vae_decoder` share: two networks, the caches going from one call to the next as tensors."""
+"""Shared code of `vae_encoder` and `vae_decoder`: two networks that pass their caches from call to call as tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def sizes_without_weights(inputs: StageInputs, layer: nn.Conv3d) -> WanVideoVAE | None:
-    """Return the VAE on the meta device where the weights of one half are not in memory, and None where they are.
+    """Return the VAE on the meta device if the weights of one half are not in memory; otherwise None.
 
     Args:
-        layer: of that half.
+        layer: a layer of that half.
     """
     if layer.weight.numel():
         return None
@@ -38,10 +38,10 @@ def chunk_networks(
     """Return the networks `first` and `next`.
 
     Args:
-        modules: for the first chunk and for the next.
-        chunks: what each takes, without the caches.
-        gives: the name of the output that is no cache.
-        chunk_entries: how many entries a chunk has for every `spatial_multiple` pixels of height.
+        modules: for the first chunk and for the following chunks.
+        chunks: the inputs of each, without the caches.
+        gives: name of the output that is not a cache.
+        chunk_entries: number of entries of a chunk for every `spatial_multiple` pixels of height.
     """
     caches = tuple(
         TensorSpec(

@@ -1,7 +1,7 @@
-"""`vae_decoder`, frozen: normalised latents (B, C, F, H/8, W/8) to a video (B, 3, 4F - 3, H, W) in [-1, 1].
+"""The frozen stage `vae_decoder`: normalised latents (B, C, F, H/8, W/8) to video (B, 3, 4F - 3, H, W) in [-1, 1].
 
-For sampling and validation; and in training for the first forward of what backward recomputes. Two networks, the
-first latent frame and the next with their caches as tensors, serve a video of any length.
+Used for sampling and validation, and in training for the first forward pass of what backward recomputes. Two networks,
+for the first latent frame and for each following one with caches as tensors, decode videos of any length.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VaeDecoderStage(Stage):
-    """Two networks; their PyTorch side is `decode_latents`.
+    """A stage with two networks; `decode_latents` is the PyTorch implementation.
 
-    sample_shape: (B, C, F, H/8, W/8) of the sample.
+    Attributes:
+        sample_shape: (B, C, F, H/8, W/8) of the sample.
     """
 
     vae: WanVideoVAE
@@ -65,8 +66,9 @@ def build(inputs: StageInputs) -> Stage:
         name="vae_decoder",
         model=inputs.components.name,
         description=(
-            "Decode normalised latents to a video, RGB in [-1, 1]: `first` takes the first latent frame, `next` "
-            "each one after it. Give the `next_cache_*` outputs of a call to the `cache_*` inputs of the next."
+            "Decode normalised latents to a video, RGB in [-1, 1]: `first` takes the first latent "
+            "frame, `next` takes each following one. Pass the `next_cache_*` outputs of a call to "
+            "the `cache_*` inputs of the next call."
         ),
         license=inputs.components.license,
         networks=chunk_networks(inputs, (modules[0], modules[1]), (latents, latents), "video", per_block),

@@ -1,6 +1,7 @@
-"""`vae_encoder`: video (B, 3, 4k + 1, H, W) in [-1, 1] to normalised latents (B, C, k + 1, H/8, W/8).
+"""The stage `vae_encoder`: video (B, 3, 4k + 1, H, W) in [-1, 1] to normalised latents (B, C, k + 1, H/8, W/8).
 
-Two networks, the first frame and the next four with their caches as tensors, serve a video of any length.
+Two networks, for the first frame and for each following four frames with caches as tensors, encode videos of any
+length.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VaeEncoderStage(Stage):
-    """Two networks; their PyTorch side is diffsynth's own `encode`.
+    """A stage with two networks; diffsynth's `encode` is the PyTorch implementation.
 
-    sample_shape: (B, 3, T, H, W) of the sample.
+    Attributes:
+        sample_shape: (B, 3, T, H, W) of the sample.
     """
 
     vae: WanVideoVAE
@@ -66,9 +68,9 @@ def build(inputs: StageInputs) -> Stage:
         name="vae_encoder",
         model=inputs.components.name,
         description=(
-            "Encode a video, RGB in [-1, 1], to normalised latents: `first` takes the first frame, `next` each "
-            "four frames after it. Give the `next_cache_*` outputs of a call to the `cache_*` inputs of the "
-            "next."
+            "Encode a video, RGB in [-1, 1], to normalised latents: `first` takes the first frame, "
+            "`next` takes each following four frames. Pass the `next_cache_*` outputs of a call to "
+            "the `cache_*` inputs of the next call."
         ),
         license=inputs.components.license,
         networks=chunk_networks(

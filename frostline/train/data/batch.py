@@ -118,7 +118,7 @@ def _log_once(change: str) -> None:
 
 def _missing_key(key: str, data: dict[Any, Any]) -> str:
     near = nearest_name(key, [name for name in data if isinstance(name, str)])
-    hint = f"; is '{near}' meant?" if near else f"; it has {sorted(map(str, data)) or 'no keys'}"
+    hint = f"; did you mean '{near}'?" if near else f"; it has {sorted(map(str, data)) or 'no keys'}"
     return f"field '{key}' is missing from the batch{hint}"
 
 

@@ -150,7 +150,7 @@ def _rows_of_metadata(file: Path, allow_outside: bool) -> Iterator[Row]:
     for number, record in _READERS[file.suffix.lower()](file, text):
         if not told and isinstance(record, dict) and (meant := _meant_as_reference(record)) is not None:
             told = True
-            logger.warning("%s: the column %r is not read: is %r meant?", file, meant, REFERENCE)
+            logger.warning("%s: the column %r is not read: did you mean %r?", file, meant, REFERENCE)
         yield _parse_row(file.parent, number, record, allow_outside)
 
 
@@ -167,14 +167,14 @@ def _read_jsonl(file: Path, text: str) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}, row {number}: is not well-formed JSON: {error}") from error
+                raise DataError(f"{file}, row {number}: invalid JSON: {error}") from error
 
 
 def _read_json(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is not well-formed JSON: {error}") from error
+        raise DataError(f"{file}: invalid JSON: {error}") from error
     if not isinstance(records, list):
         raise DataError(f"{file}: must be a list of objects with {' and '.join(COLUMNS)}")
     yield from enumerate(records, 1)
@@ -207,7 +207,7 @@ def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> R
     for column in COLUMNS:
         if column not in record:
             near = nearest_name(column, [name for name in record if name not in COLUMNS])
-            hint = f"is '{near}' meant?" if near else f"found {', '.join(map(repr, record)) or 'nothing'}"
+            hint = f"did you mean '{near}'?" if near else f"found {', '.join(map(repr, record)) or 'nothing'}"
             (unusable if near else lacking)[column] = f"the column is missing; {hint}"
         elif not isinstance(record[column], str | None):
             unusable[column] = f"must be text, not {type(record[column]).__name__}"

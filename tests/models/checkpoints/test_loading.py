@@ -258,7 +258,7 @@ def test_a_checkpoint_of_something_else_is_refused(checkpoint: Checkpoint) -> No
     with pytest.raises(ConfigError, match=r"not part of a Wan model: something\.safetensors; missing: the denoiser"):
         load_components(checkpoint.folder)
     save_file({"blocks.0.self_attn.q.weight": torch.zeros(2)}, checkpoint.folder / "something.safetensors")
-    with pytest.raises(ConfigError, match=r"something\.safetensors holds no Wan denoiser.*patch_embedding"):
+    with pytest.raises(ConfigError, match=r"something\.safetensors contains no Wan denoiser.*patch_embedding"):
         load_components(checkpoint.folder)
 
 

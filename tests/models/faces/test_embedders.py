@@ -184,7 +184,7 @@ def test_arcface_gets_bgr_where_it_is_told_so(tmp_path: Path, faces: Tensor, nor
 
 @pytest.mark.parametrize("spec", ["sface", "dlib", "facenet:weights.pt"])
 def test_others_have_an_order_of_channels_of_their_own(spec: str) -> None:
-    with pytest.raises(ConfigError, match=rf"channels: {spec} has an order of channels of its own"):
+    with pytest.raises(ConfigError, match=rf"channels: the order of channels of {spec} is fixed"):
         load_embedder(spec, "bgr")
     with pytest.raises(ConfigError, match=rf"channels: {spec} has a fixed order: bgr applies to arcface"):
         FaceIdentityConfig.parse({"embedder": spec, "channels": "bgr"})
@@ -196,7 +196,7 @@ def test_arcface_file_of_another_size_is_refused(tmp_path: Path) -> None:
     model = onnx.load(path)
     model.graph.initializer[4].CopyFrom(numpy_helper.from_array(np.zeros((32, 100), np.float32), "fc"))
     onnx.save(model, path)
-    with pytest.raises(ConfigError, match="does not embed faces"):
+    with pytest.raises(ConfigError, match="cannot embed faces"):
         ArcFaceEmbedder(path)
 
 
@@ -228,7 +228,7 @@ def test_facenet_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="no such file"):
         FacenetEmbedder(tmp_path / "absent.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ConfigError, match="does not hold weights"):
+    with pytest.raises(ConfigError, match="does not contain weights"):
         FacenetEmbedder(tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ConfigError, match="cannot read"):

@@ -39,9 +39,9 @@ def test_the_commands(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["convert", "{adapter}", "--to", "kohya", "--out", "x.safetensors"], "unknown format 'kohya'"),
-        (["convert", "{adapter}", "--to", "comfyui", "--out", "folder"], "one .safetensors file"),
-        (["convert", "nowhere", "--to", "peft", "--out", "folder"], "nowhere holds no adapter"),
-        (["merge", "tiny", "{adapter}", "--out", "x.bin"], "written as .safetensors"),
+        (["convert", "{adapter}", "--to", "comfyui", "--out", "folder"], "must be a .safetensors file"),
+        (["convert", "nowhere", "--to", "peft", "--out", "folder"], "nowhere contains no adapter"),
+        (["merge", "tiny", "{adapter}", "--out", "x.bin"], "written to a .safetensors file"),
         (["merge", "tiny", "{adapter}", "--precision", "int8", "--out", "x.safetensors"], "unknown precision 'int8'"),
         (["merge", "nowhere", "{adapter}", "--out", "x.safetensors"], "nowhere is neither a directory"),
     ],
@@ -78,6 +78,6 @@ def test_layers_can_be_checked_against_a_model(tmp_path: Path) -> None:
     command = ["adapter", "convert", str(tmp_path / "trained"), "--to", "comfyui", "--out", str(out), "--model"]
     error = CliRunner().invoke(app, [*command, "tiny-ti2v"]).exception
     assert isinstance(error, ConfigError)
-    assert "does not fit the model: blocks.2" in str(error)
+    assert "does not match the model: blocks.2" in str(error)
     assert not out.exists()
     assert CliRunner().invoke(app, [*command, "tiny"]).exit_code == 0

@@ -150,7 +150,7 @@ def test_a_convolution_goes_only_to_programs_that_know_it(name: str, tmp_path: P
     pair = LoraPair(torch.randn(3, 36, 1, 2, 2), torch.randn(128, 3, 1, 1, 1), 6.0)
     adapter = replace(adapter, layers={**adapter.layers, "patch_embedding": pair})
     if name in ("diffsynth", "musubi"):
-        with pytest.raises(ConfigError, match=f"changes patch_embedding, a convolution, which {name} does not read"):
+        with pytest.raises(ConfigError, match=f"changes patch_embedding, a convolution, which {name} does not support"):
             write_adapter(adapter, name, place(tmp_path, name))
         return
     write_adapter(adapter, name, place(tmp_path, name))
@@ -194,6 +194,6 @@ def test_values_too_large_for_the_type_are_refused(tmp_path: Path) -> None:
     layer, pair = next(iter(adapter.layers.items()))
     large = replace(adapter, layers={**adapter.layers, layer: replace(pair, up=pair.up + 1e6)})
     for name in FORMATS:
-        with pytest.raises(ConfigError, match=r"values too large for torch\.float16: choose --precision bf16 or fp32"):
+        with pytest.raises(ConfigError, match=r"values too large for torch\.float16: use --precision bf16 or fp32"):
             write_adapter(large, name, place(tmp_path, name), torch.float16)
         assert not place(tmp_path, name).exists()

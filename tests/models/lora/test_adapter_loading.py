@@ -33,5 +33,5 @@ def test_copying_into_other_layers_is_refused(tmp_path: Path) -> None:
     _, adapter = make_adapter(tmp_path, 4)
     model = tiny_denoiser()
     inject_lora(model, 8)
-    with pytest.raises(ConfigError, match="the model wants"):
+    with pytest.raises(ConfigError, match="the model requires"):
         copy_adapter(model, adapter.uniform())

@@ -60,7 +60,7 @@ def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
 
 def test_merging_into_another_model_is_refused(tmp_path: Path) -> None:
     _, adapter = make_adapter(tmp_path, 4)
-    with pytest.raises(ConfigError, match=r"does not fit the model: blocks\.2.* is not there"):
+    with pytest.raises(ConfigError, match=r"does not match the model: blocks\.2.* is missing"):
         merge_adapter(load_components("tiny-ti2v").denoiser.state_dict(), adapter)
 
 
@@ -148,14 +148,20 @@ def test_a_convolution_is_merged_and_not_loaded(tmp_path: Path) -> None:
     write_adapter(adapter, "comfyui", tmp_path / "lora.safetensors")
     with pytest.raises(
         ConfigError,
-        match="changes patch_embedding, a convolution: name it in base_adapters, or merge it into the model",
+        match="changes patch_embedding, a convolution: use base_adapters, or merge it into the model",
     ):
         load_adapter(tiny_denoiser(), tmp_path / "lora.safetensors")
 
 
 MISFITS: dict[str, tuple[dict[str, Tensor], str]] = {
-    "a parameter that is not there": ({"blocks.7.modulation": torch.ones(1, 6, 128)}, r"blocks\.7\.modulation is not"),
-    "of another shape": ({"blocks.0.modulation": torch.ones(1, 128)}, r"is of shape \(1, 6, 128\), not \(1, 128\)"),
+    "a parameter that is not there": (
+        {"blocks.7.modulation": torch.ones(1, 6, 128)},
+        r"blocks\.7\.modulation is missing",
+    ),
+    "of another shape": (
+        {"blocks.0.modulation": torch.ones(1, 128)},
+        r"is of shape \(1, 6, 128\), the adapter requires \(1, 128\)",
+    ),
 }
 
 
@@ -169,7 +175,7 @@ def test_differences_of_another_model_are_refused(misfit: str, tmp_path: Path) -
 
 BROKEN: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "too large for fp16": ({"up": 1e9}, ["--precision", "fp16"], "too large for torch.float16"),
-    "a scale that is too large": ({}, ["--lora-scale", "1e39"], "has NaN or infinity after the merge"),
+    "a scale that is too large": ({}, ["--lora-scale", "1e39"], "has NaN or infinite values after the merge"),
 }
 
 
@@ -193,5 +199,5 @@ def test_a_base_with_nan_is_named(tmp_path: Path) -> None:
     _, adapter = make_adapter(tmp_path, 4)
     base = tiny_denoiser().state_dict()
     base["head.head.bias"] = torch.full_like(base["head.head.bias"], torch.nan)
-    with pytest.raises(ConfigError, match=r"head\.head\.bias has NaN or infinity after the merge"):
+    with pytest.raises(ConfigError, match=r"head\.head\.bias has NaN or infinite values after the merge"):
         merge_adapter(base, with_alpha(adapter, 2))

@@ -70,26 +70,44 @@ NAN, INF = float("nan"), float("inf")
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "NaN in A": (
         with_tensor(f"{Q}.lora_down.weight", one_element(NAN)),
-        rf"{Q}\.lora_down\.weight has NaN or infinity",
+        rf"{Q}\.lora_down\.weight has NaN or infinite",
     ),
     "infinity in B": (with_tensor(f"{Q}.lora_up.weight", one_element(-INF)), rf"{Q}\.lora_up\.weight has NaN"),
     "alpha 0": (
         with_tensor(f"{Q}.alpha", torch.zeros_like),
-        r"alpha of blocks\.0\.self_attn\.q is 0\.0, and a positive",
+        r"alpha of blocks\.0\.self_attn\.q must be a positive number, not 0\.0",
     ),
-    "alpha NaN": (with_tensor(f"{Q}.alpha", lambda a: a * NAN), r"alpha of blocks\.0\.self_attn\.q is nan"),
-    "alpha infinite": (with_tensor(f"{Q}.alpha", lambda a: a * INF), r"alpha of blocks\.0\.self_attn\.q is inf"),
-    "alpha negative": (with_tensor(f"{Q}.alpha", torch.neg), r"alpha of blocks\.0\.self_attn\.q is -8\.0"),
-    "two alphas": (with_tensor(f"{Q}.alpha", lambda a: torch.stack([a, a])), r"is not one number, but \(2,\)"),
+    "alpha NaN": (
+        with_tensor(f"{Q}.alpha", lambda a: a * NAN),
+        r"alpha of blocks\.0\.self_attn\.q must be a positive number, not nan",
+    ),
+    "alpha infinite": (
+        with_tensor(f"{Q}.alpha", lambda a: a * INF),
+        r"alpha of blocks\.0\.self_attn\.q must be a positive number, not inf",
+    ),
+    "alpha negative": (
+        with_tensor(f"{Q}.alpha", torch.neg),
+        r"alpha of blocks\.0\.self_attn\.q must be a positive number, not -8\.0",
+    ),
+    "two alphas": (
+        with_tensor(f"{Q}.alpha", lambda a: torch.stack([a, a])),
+        r"must be one number, but has shape \(2,\)",
+    ),
     "rank 0": (without_rank, "have rank 0"),
-    "stated alpha null": (with_config(lora_alpha=None), "lora_alpha is null, and a positive number is needed"),
-    "stated alpha text": (with_config(lora_alpha="much"), "lora_alpha is 'much', and a positive number is needed"),
-    "stated alpha NaN": (with_config(lora_alpha=NAN), "lora_alpha is nan"),
-    "stated alpha 0": (with_config(lora_alpha=0), "lora_alpha is 0, and a positive number is needed"),
-    "stated alpha true": (with_config(lora_alpha=True), "lora_alpha is True"),
-    "stated alpha of a layer": (with_config(alpha_pattern={"q": INF}), "alpha_pattern of q is inf"),
-    "stated rank null": (with_config(r=None), "r is null"),
-    "stated rank of a layer": (with_config(rank_pattern={"q": 2.5}), r"rank_pattern of q is 2\.5, and a whole number"),
+    "stated alpha null": (with_config(lora_alpha=None), "lora_alpha must be a positive number, not null"),
+    "stated alpha text": (with_config(lora_alpha="much"), "lora_alpha must be a positive number, not 'much'"),
+    "stated alpha NaN": (with_config(lora_alpha=NAN), "lora_alpha must be a positive number, not nan"),
+    "stated alpha 0": (with_config(lora_alpha=0), "lora_alpha must be a positive number, not 0"),
+    "stated alpha true": (with_config(lora_alpha=True), "lora_alpha must be a positive number, not True"),
+    "stated alpha of a layer": (
+        with_config(alpha_pattern={"q": INF}),
+        "alpha_pattern of q must be a positive number, not inf",
+    ),
+    "stated rank null": (with_config(r=None), "r must be a whole number, not null"),
+    "stated rank of a layer": (
+        with_config(rank_pattern={"q": 2.5}),
+        r"rank_pattern of q must be a whole number, not 2\.5",
+    ),
 }
 
 

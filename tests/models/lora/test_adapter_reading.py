@@ -31,14 +31,17 @@ def test_the_scale_in_a_file_of_diffusers_counts(prefix: str, tmp_path: Path) ->
 STATED: dict[str, tuple[dict[str, Any], str]] = {
     "rank-stabilised": ({"use_rslora": True}, "use_rslora is not supported"),
     "magnitudes": ({"use_dora": True}, "use_dora is not supported"),
-    "a rank of its own that the file has not": ({"rank_pattern": {"to_q": 9}}, r"has rank 4, .* says 9 \(.*to_q\)"),
+    "a rank of its own that the file has not": (
+        {"rank_pattern": {"to_q": 9}},
+        r"has rank 4, but .* states 9 \(.*to_q\)",
+    ),
     "a pattern that is none": ({"rank_pattern": {"to_q[": 9}}, "cannot be read"),
     "ranks in a list": ({"rank_pattern": [9]}, "rank_pattern must be a mapping"),
     "tokens that switch it on": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is not supported"),
     "a changed base": ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-    "another rank": ({"r": 8}, "has rank 4, .* says 8"),
+    "another rank": ({"r": 8}, "has rank 4, but .* states 8"),
     "fewer layers": ({"target_modules": ["to_q"]}, r"does not target blocks\.0\.attn1\.to_k"),
-    "another method": ({"peft_type": "IA3"}, "is no LoRA"),
+    "another method": ({"peft_type": "IA3"}, "is not a LoRA config"),
 }
 
 
@@ -62,7 +65,7 @@ def test_a_scale_said_twice_and_damaged_metadata_are_refused(tmp_path: Path) -> 
         metadata = file.metadata()
     tensors = load_file(path)
     save_file({**tensors, "transformer.blocks.0.attn1.to_q.alpha": torch.tensor(4.0)}, path, metadata=metadata)
-    with pytest.raises(ConfigError, match=r"scale in its \.alpha tensors and one in lora_adapter_metadata"):
+    with pytest.raises(ConfigError, match=r"scale in its \.alpha tensors and another in lora_adapter_metadata"):
         read_adapter(path)
     for text, said in (
         ("{", "is not valid JSON"),
@@ -136,38 +139,38 @@ def test_an_adapter_on_a_part_of_the_layers(part: str, tmp_path: Path) -> None:
 
 FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "no LoRA": ({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, "is no LoRA of a denoiser.*: blocks.0.self_attn.q"),
-    "nothing": ({}, "is no whole LoRA"),
-    "one matrix": ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2)}, r"blocks\.0\.ffn\.0 lacks one"),
+    "nothing": ({}, "incomplete LoRA"),
+    "one matrix": ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2)}, r"A or B of blocks\.0\.ffn\.0 is missing"),
     "an alpha of nothing": (
         {
             **{f"blocks.0.ffn.0.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"},
             "blocks.0.ffn.2.alpha": torch.ones(()),
         },
-        r"blocks\.0\.ffn\.2 has no matrices, but an alpha",
+        r"blocks\.0\.ffn\.2 has an alpha or a bias, but no",
     ),
     "that do not fit": (
         {"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2), "blocks.0.ffn.0.lora_B.weight": torch.zeros(2, 3)},
-        "do not fit each other",
+        "have incompatible shapes",
     ),
     "of other dimensions": (
         {"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2), "blocks.0.ffn.0.lora_B.weight": torch.zeros(2, 2, 1, 1)},
-        "do not fit each other",
+        "have incompatible shapes",
     ),
     "whole numbers": ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, r"is torch\.int8"),
     "the same twice": (
         {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 2), "blocks.0.ffn.0.lora_down.weight": torch.ones(2, 2)},
-        r"has blocks\.0\.ffn\.0 twice",
+        r"contains blocks\.0\.ffn\.0 twice",
     ),
     "both ways at once": (
         {
             **{f"blocks.0.ffn.0.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"},
             "blocks.0.ffn.0.diff": torch.ones(2, 2),
         },
-        r"has matrices and a difference of blocks\.0\.ffn\.0",
+        r"has both matrices and a difference of blocks\.0\.ffn\.0",
     ),
     "only a text encoder": (
         {f"lora_te_blocks_0.lora_{k}.weight": torch.ones(2, 2) for k in ("up", "down")},
-        "no whole",
+        "incomplete",
     ),
 }
 

@@ -112,13 +112,19 @@ def test_both_are_merged_as_a_release_has_them(adapter: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["convert", "{both}", "--to", "comfyui", "--out", "x.safetensors"], "two files: name a folder"),
-        (["convert", "{both}", "--to", "peft", "--out", "{out}", "--model", "tiny"], "and tiny has one expert"),
-        (["convert", "{low}", "--to", "peft", "--out", "{out}", "--expert", "both"], "is not of two experts"),
-        (["merge", "tiny-moe", "{both}", "--out", "{out}/x.safetensors"], "two files: name a folder"),
-        (["merge", "tiny-moe", "{low}", "--expert", "high", "--out", "{out}/x.safetensors"], "does not fit the model"),
+        (["convert", "{both}", "--to", "comfyui", "--out", "x.safetensors"], "two files: give a folder"),
+        (["convert", "{both}", "--to", "peft", "--out", "{out}", "--model", "tiny"], "but tiny has one expert"),
+        (
+            ["convert", "{low}", "--to", "peft", "--out", "{out}", "--expert", "both"],
+            "does not contain adapters of two experts",
+        ),
+        (["merge", "tiny-moe", "{both}", "--out", "{out}/x.safetensors"], "two files: give a folder"),
+        (
+            ["merge", "tiny-moe", "{low}", "--expert", "high", "--out", "{out}/x.safetensors"],
+            "does not match the model",
+        ),
         (["merge", "tiny", "{low}", "--expert", "high", "--out", "{out}/x.safetensors"], "tiny has one expert"),
-        (["merge", "tiny-moe", "{both}", "--expert", "low", "--out", "{out}/x.bin"], "written as .safetensors"),
+        (["merge", "tiny-moe", "{both}", "--expert", "low", "--out", "{out}/x.bin"], "written to a .safetensors file"),
     ],
 )
 def test_mistakes_at_the_command_line(arguments: list[str], said: str, adapter: Path, tmp_path: Path) -> None:
@@ -132,14 +138,16 @@ def test_mistakes_at_the_command_line(arguments: list[str], said: str, adapter: 
 def test_folders_that_are_not_clear_are_refused(adapter: Path, tmp_path: Path) -> None:
     pairs = read_adapters(adapter)
     write_adapter(pairs["high"], "comfyui", tmp_path / "high_noise.safetensors")
-    with pytest.raises(ConfigError, match=r"lacks the adapter of the low-noise expert, low_noise/ or low_noise\.safe"):
+    with pytest.raises(
+        ConfigError, match=r"contains no adapter of the low-noise expert, low_noise/ or low_noise\.safe"
+    ):
         read_adapters(tmp_path)
     assert equal(read_adapters(tmp_path, experts="high")["high"], pairs["high"])
     write_adapter(pairs["low"], "peft", tmp_path)
-    with pytest.raises(ConfigError, match=r"has an adapter beside high_noise\.safetensors, so it is not clear"):
+    with pytest.raises(ConfigError, match=r"contains an adapter next to high_noise\.safetensors: remove one"):
         read_adapters(tmp_path)
     write_adapter(pairs["high"], "peft", tmp_path / "high_noise")
-    with pytest.raises(ConfigError, match=r"has high_noise and high_noise\.safetensors: keep one"):
+    with pytest.raises(ConfigError, match=r"contains both high_noise and high_noise\.safetensors: remove one"):
         read_adapters(tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_others_see_through_a_lora_that_is_off_for_a_call() -> None:
     assert [layer.disable_adapters for layer in lora_layers(model)] == [True] * len(lora_layers(model))
     lora_layers(model)[1].enable_adapters(True)
     with adapters_off(model):
-        assert switches.conflict() == "some LoRA layers are disabled, and others are not"
+        assert switches.conflict() == "some LoRA layers are disabled, others are not"
 
 
 def test_a_live_scale_is_the_scale_of_another_alpha() -> None:
@@ -225,7 +225,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank-stabilised": (lambda folder: _change_config(folder, use_rslora=True), "adapter_config.json"),
     "a rank of its own that it has not": (
         lambda folder: _change_config(folder, rank_pattern={"q": 9}),
-        "adapter_config.json says 9",
+        "adapter_config.json states 9",
     ),
     "quantised as it began": (lambda folder: _change_config(folder, init_lora_weights="loftq"), "merge_and_unload"),
     "corda": (lambda folder: _change_config(folder, init_lora_weights="corda"), "adapter_config.json: init_lora"),
@@ -259,7 +259,7 @@ def test_a_faulty_adapter_is_refused_by_name(saved: Path, fault: str) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:
-    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors does not fit the model: 40 tensors"):
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors does not match the model: 40 tensors"):
         load_adapter(load_components("tiny-ti2v").denoiser, saved)
 
 
@@ -280,17 +280,17 @@ def test_a_second_injection_is_refused(saved: Path) -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"lora\.rank must be at least 1, not 0"):
         inject_lora(tiny_denoiser(), 0)
-    with pytest.raises(ConfigError, match=r"lora\.target_modules: 'nope' is the name of no module"):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules: 'nope' matches no module"):
         inject_lora(tiny_denoiser(), 4, target_modules=["nope"])
 
 
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["patch_embedding"], "'patch_embedding' names patch_embedding, a Conv3d: only linear layers"),
-        (["q", "self_attn.norm_q"], r"'self_attn\.norm_q' names blocks\.0\.self_attn\.norm_q, a RMSNorm"),
-        (["ffn"], r"'ffn' names blocks\.0\.ffn, a Sequential"),
-        (["q", "to_q"], "'to_q' is the name of no module"),
+        (["patch_embedding"], "'patch_embedding' matches patch_embedding, a Conv3d: only linear layers"),
+        (["q", "self_attn.norm_q"], r"'self_attn\.norm_q' matches blocks\.0\.self_attn\.norm_q, a RMSNorm"),
+        (["ffn"], r"'ffn' matches blocks\.0\.ffn, a Sequential"),
+        (["q", "to_q"], "'to_q' matches no module"),
     ],
 )
 def test_only_linear_layers_are_adapted(targets: list[str], said: str) -> None:

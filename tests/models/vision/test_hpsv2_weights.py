@@ -63,20 +63,26 @@ def more(name: str) -> Callable[[dict[str, Tensor]], None]:
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "no images": (less("visual.conv1.weight"), "is no checkpoint of HPS v2: it has no tensor 'visual.conv1.weight'"),
+    "no images": (less("visual.conv1.weight"), "is not a checkpoint of HPS v2: it has no tensor 'visual.conv1.weight'"),
     "a bias less": (
         less("transformer.resblocks.1.ln_2.bias"),
         "it has no text_model.encoder.layers.1.layer_norm2.bias",
     ),
     "no qkv": (less("visual.transformer.resblocks.0.attn.in_proj_weight"), "it has no vision_model.encoder.layers.0."),
-    "a tensor more": (more("score_predictor.weight"), "has tensors that a CLIPModel has not: score_predictor.weight"),
+    "a tensor more": (
+        more("score_predictor.weight"),
+        "has tensors that CLIPModel does not have: score_predictor.weight",
+    ),
     "in a block": (more("transformer.resblocks.0.ls_1.gamma"), "has not: transformer.resblocks.0.ls_1.gamma"),
     "another shape": (more("visual.ln_pre.bias"), "vision_model.pre_layrnorm.bias has shape (3,)"),
     "another size": (
         lambda state: state.update({"text_projection": torch.zeros(64, 48)}),
         "widths of 80, 64 and 48 are not those of a ViT-H/14",
     ),
-    "no matrix": (lambda state: state.update({"token_embedding.weight": torch.zeros(3)}), "is no checkpoint of HPS v2"),
+    "no matrix": (
+        lambda state: state.update({"token_embedding.weight": torch.zeros(3)}),
+        "is not a checkpoint of HPS v2",
+    ),
 }
 
 
@@ -125,8 +131,8 @@ def test_a_predictor(suffix: str, tmp_path: Path) -> None:
     embeddings = F.normalize(torch.randn(2, 5, 24), dim=2)
     torch.testing.assert_close(own(embeddings), layers(embeddings))
     assert not own.training
-    with pytest.raises(ConfigError, match="is no aesthetic predictor of embeddings of 32 numbers"):
+    with pytest.raises(ConfigError, match="is not an aesthetic predictor for embeddings of 32 numbers"):
         load_predictor(file, 32)
     torch.save({"weight": torch.zeros(1, 24), "bias": torch.zeros(1)}, tmp_path / "linear.pth")
-    with pytest.raises(ConfigError, match="is no aesthetic predictor"):
+    with pytest.raises(ConfigError, match="is not an aesthetic predictor"):
         load_predictor(tmp_path / "linear.pth", 24)

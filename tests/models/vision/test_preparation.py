@@ -119,10 +119,10 @@ GOOD = {"size": 28, "crop_size": 28, "image_mean": CLIP_MEAN, "image_std": CLIP_
 REFUSED: dict[str, tuple[Any, str]] = {
     "no mapping": ([], "must be a mapping"),
     "no size": ({**GOOD, "size": None}, "not supported"),
-    "no mean": ({"size": 28, "image_std": CLIP_STD}, "lacks 'image_mean'"),
+    "no mean": ({"size": 28, "image_std": CLIP_STD}, "'image_mean' is missing"),
     "grey": ({**GOOD, "image_mean": [0.5]}, "must have 3 values each"),
-    "no square": ({**GOOD, "crop_size": {"height": 28, "width": 30}}, "is no square"),
-    "both sides": ({**GOOD, "size": {"height": 28, "width": 28}}, "lacks 'shortest_edge'"),
+    "not a square": ({**GOOD, "crop_size": {"height": 28, "width": 30}}, "is not a square"),
+    "both sides": ({**GOOD, "size": {"height": 28, "width": 28}}, "'shortest_edge' is missing"),
     "another filter": ({**GOOD, "resample": 1}, "resample 1 is neither 2 (bilinear) nor 3 (bicubic)"),
     "no crop": ({**GOOD, "do_center_crop": False}, "do_center_crop is false"),
     "another scale": ({**GOOD, "rescale_factor": 1 / 127.5}, "is not 1/255"),
@@ -138,7 +138,7 @@ def test_other_preparations_are_refused(values: Any, message: str, tmp_path: Pat
     assert str(tmp_path / PREPARATION_FILE) in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "there is no such file"), ("{", "preprocessor_config.json: ")])
+@pytest.mark.parametrize(("content", "message"), [(None, "no such file"), ("{", "preprocessor_config.json: ")])
 def test_a_file_that_cannot_be_read_is_told(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / PREPARATION_FILE).write_text(content)

@@ -163,23 +163,29 @@ def narrower(tensors: dict[str, Tensor]) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no config": (without("config.json"), "config.json: there is no such file; a folder of a CLIPModel has one"),
-    "no weights": (without("model.safetensors"), "model.safetensors: there is no such file"),
-    "no preparation": (without("preprocessor_config.json"), "preprocessor_config.json: there is no such file"),
-    "no vocabulary": (without("vocab.json"), "has no tokenizer; a folder of CLIP has vocab.json and merges.txt"),
+    "no config": (without("config.json"), "config.json: no such file; a CLIPModel folder contains it"),
+    "no weights": (without("model.safetensors"), "model.safetensors: no such file"),
+    "no preparation": (without("preprocessor_config.json"), "preprocessor_config.json: no such file"),
+    "no vocabulary": (without("vocab.json"), "has no tokenizer; a CLIP folder contains vocab.json and merges.txt"),
     "no merges": (without("merges.txt"), "has no tokenizer"),
-    "another model": (written("config.json", '{"model_type": "dinov2"}'), "is of the type 'dinov2', not 'clip'"),
+    "another model": (
+        written("config.json", '{"model_type": "dinov2"}'),
+        "the type in its config.json is 'dinov2', not 'clip'",
+    ),
     "no JSON": (written("config.json", "{"), "config.json: "),
     "damaged": (written("model.safetensors", "nothing"), "cannot be loaded as a CLIPModel"),
     "a tensor less": (
         edited(lambda tensors: tensors.__delitem__("text_projection.weight")),
-        "is no whole CLIPModel: it has no text_projection.weight",
+        "is not a complete CLIPModel: it has no text_projection.weight",
     ),
-    "another shape": (edited(narrower), "visual_projection.weight has shape (4, 32), a CLIPModel of its config.json"),
+    "another shape": (
+        edited(narrower),
+        "visual_projection.weight has shape (4, 32), but config.json of this CLIPModel requires",
+    ),
     "no tokenizer": (written("vocab.json", "[]"), "has no CLIP tokenizer"),
     "another vocabulary": (
         written("vocab.json", '{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}'),
-        "its tokenizer knows 3 tokens, the model 521",
+        "its tokenizer has 3 tokens, the model 521",
     ),
     "a shard less": (
         lambda folder: (without("model.safetensors")(folder), sharded(folder, {"logit_scale": "gone.safetensors"}))[0],
@@ -236,5 +242,5 @@ def test_a_picture_of_no_whole_number_of_patches(dinov2: tuple[Path, Any], tmp_p
     values = json.loads((tmp_path / "preprocessor_config.json").read_text())
     values["crop_size"] = {"height": 30, "width": 30}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="pictures of 30 pixels are no whole number of patches of 14"):
+    with pytest.raises(ConfigError, match="the picture size 30 is not a multiple of the patch size 14"):
         load_dinov2(tmp_path)

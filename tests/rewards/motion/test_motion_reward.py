@@ -114,10 +114,13 @@ def test_pictures_of_the_subject_are_no_reference_of_motion() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"frames": "every:2"}, "compares neighbouring frames: it takes all alone, not 'every:2'"),
-        ({"frames": "last"}, "it takes all alone"),
-        ({"flow": "raft"}, r"flow: raft needs weights, the path of a file such as https://\S+raft_small_C_T_V2"),
-        ({"weights": "raft.pth"}, "flow: pixels takes no weights"),
+        ({"frames": "every:2"}, "compares neighbouring frames: it only supports all, not 'every:2'"),
+        ({"frames": "last"}, "it only supports all"),
+        (
+            {"flow": "raft"},
+            r"flow: raft needs weights: set it to the path of a file such as https://\S+raft_small_C_T_V2",
+        ),
+        ({"weights": "raft.pth"}, "flow: pixels does not use weights"),
         ({"flow": "farneback"}, "pixels"),
         ({"flow": "raft", "weights": "raft.pth", "size": 64}, "128"),
         ({"floor": 0}, "greater than 0"),

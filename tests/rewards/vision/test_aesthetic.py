@@ -58,7 +58,7 @@ def test_the_predictor_stays_exact_where_the_tower_does_not(build_alone: Build, 
     [
         ({"weights": None}, "the reward aesthetic needs weights: download openai/clip-vit-large-patch14"),
         ({"predictor": None}, "the reward aesthetic needs predictor: download sac+logos+ava1-l14-linearMSE.pth"),
-        ({"predictor": "gone.pth"}, "gone.pth: there is no such file or folder; download sac+logos"),
+        ({"predictor": "gone.pth"}, "gone.pth: no such file or folder; download sac+logos"),
     ],
 )
 def test_what_is_missing_is_told(settings: dict[str, Any], message: str, build_alone: Build) -> None:

@@ -96,7 +96,7 @@ def test_settings_that_name_no_weights_say_what_to_download(name: str, tmp_path:
     with pytest.raises(ConfigError, match=rf"the reward {name} needs weights: download .*{published}"):
         RewardEntry.parse({"type": name}).build()  # type: ignore[attr-defined]
     entry = RewardEntry.parse({"type": name, "weights": str(tmp_path / "gone")})
-    with pytest.raises(ConfigError, match=rf"gone: there is no such file or folder; download .*{published}"):
+    with pytest.raises(ConfigError, match=rf"gone: no such file or folder; download .*{published}"):
         entry.build()  # type: ignore[attr-defined]
 
 
@@ -112,7 +112,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_another_processor(build_alone: Build, vision_files: dict[str, Any], tmp_path: Path) -> None:
     weights = Path(vision_files["hpsv2"]["weights"])
     shutil.copy(weights, tmp_path / "hps.pt")
-    with pytest.raises(ConfigError, match=r"has no tokenizer; a folder of CLIP has vocab\.json and merges\.txt"):
+    with pytest.raises(ConfigError, match=r"has no tokenizer; a CLIP folder contains vocab\.json and merges\.txt"):
         build_alone("hpsv2", weights=str(tmp_path / "hps.pt"))
     active, _ = build_alone("hpsv2", weights=str(tmp_path / "hps.pt"), processor=vision_files["clip"]["weights"])
     assert active.reward.clip.tokens(["a cat"]).shape == (1, 16)  # type: ignore[attr-defined]

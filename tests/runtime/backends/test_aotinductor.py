@@ -132,7 +132,7 @@ def test_a_tensor_that_is_no_weight_is_named(denoiser: Network, monkeypatch: pyt
     """The compiler gives such a tensor, a plain attribute of a module, a name of its own."""
     package = SimpleNamespace(get_constant_fqns=lambda: ["_tensor_constant0"])
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda content: package)
-    with pytest.raises(EngineError, match="_tensor_constant0, which is neither parameter nor buffer"):
+    with pytest.raises(EngineError, match="_tensor_constant0, which is neither a parameter nor a buffer"):
         AOTInductorRunner(b"", denoiser)
 
 

@@ -63,7 +63,7 @@ def test_inputs_are_checked(network: Network) -> None:
 @pytest.mark.parametrize(
     ("live", "message"),
     [
-        (torch.ones(5), r"live has shape \(5,\), engines serve \(1,\) to \(4,\)"),
+        (torch.ones(5), r"live has shape \(5,\), engines support \(1,\) to \(4,\)"),
         (torch.ones(1).double(), r"input live is torch\.float64"),
         (torch.ones(1, device="meta"), "input live is on meta"),
     ],

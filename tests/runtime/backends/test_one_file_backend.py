@@ -147,7 +147,7 @@ def test_it_is_built_verified_and_served(file: Path, stage: Stage, tmp_path: Pat
     for value in (1.0, -3.0):
         stage.networks[0].live["shift"].fill_(value)
         torch.testing.assert_close(runtime.run("shifted", inputs)["y"], stage.torch(inputs)["y"])
-    with pytest.raises(InputError, match=r"input x is torch\.float64, the engine takes torch\.float32"):
+    with pytest.raises(InputError, match=r"input x is torch\.float64, the engine requires torch\.float32"):
         runtime.run("shifted", {"x": inputs["x"].double()})
 
 
@@ -176,7 +176,7 @@ def test_engines_and_receipts_follow_its_code(file: Path, stage: Stage) -> None:
 @pytest.mark.parametrize("content", ["", SOURCE + "class Another(PlainPrograms): pass\n"])
 def test_a_file_of_none_or_two_is_a_mistake(content: str, file: Path) -> None:
     file.write_text(content)
-    with pytest.raises(TypeError, match=r"plain_programs must define one subclass of Backend, and defines (0|2)"):
+    with pytest.raises(TypeError, match=r"plain_programs must define one subclass of Backend, but defines (0|2)"):
         get_backend(NAME)
 
 

@@ -116,9 +116,9 @@ def test_lower_precisions_go_in_and_out(dtype: torch.dtype, onnx_source: Source)
 
 def test_wrong_inputs_are_refused(denoiser: Network, runner: OpenVinoRunner) -> None:
     inputs = denoiser.samples("opt")
-    with pytest.raises(EngineError, match=r"input latents is torch\.float16, the engine takes torch\.float32"):
+    with pytest.raises(EngineError, match=r"input latents is torch\.float16, the engine requires torch\.float32"):
         runner(**{**inputs, "latents": inputs["latents"].half()})
-    with pytest.raises(ShapeError, match="its batch is not latents's"):
+    with pytest.raises(ShapeError, match="its batch differs from that of latents"):
         runner(**{**inputs, "timestep": inputs["timestep"][:1]})
     with pytest.raises(ShapeError, match="input latents has shape"):
         runner(**{**inputs, "latents": inputs["latents"][..., :7]})
@@ -138,4 +138,4 @@ def test_a_file_that_is_no_model_is_an_engine_error(denoiser: Network, tmp_path:
 def test_serves_cpus_only() -> None:
     backend = get_backend("openvino")
     assert backend.obstacle(torch.device("cpu"), "cpu") is None
-    assert "OpenVINO serves CPUs" in (backend.obstacle(torch.device("cuda"), "sm_89") or "")
+    assert "OpenVINO only supports CPUs" in (backend.obstacle(torch.device("cuda"), "sm_89") or "")

@@ -153,7 +153,7 @@ def test_a_timing_cache_of_another_gpu_is_left_as_it_is(
     path.write_bytes(b"of another GPU")
     assert build(TensorRT(nothing), network, path) == b"plan"
     assert path.read_bytes() == b"of another GPU"
-    assert "is of another GPU or version: it is not used, and left as it is" in caplog.text
+    assert "is from another GPU or version: it is neither used nor changed" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def test_what_cannot_be_recorded_is_launched(
     for _ in range(4):
         assert_right(runner, torch.randn(3, 4))
     assert [record.message for record in caplog.records] == [
-        "no CUDA graph is recorded, every call launches each kernel: operation not permitted when stream is capturing"
+        "cannot record CUDA graphs; each kernel is launched separately in every call: "
+        "operation not permitted when stream is capturing"
     ]
 
 
@@ -168,7 +169,7 @@ def test_a_recording_that_lacks_memory_is_no_reason_to_record_no_other(
         patch.setattr(torch.cuda, "graph", no_memory)
         for _ in range(4):
             assert_right(runner, torch.randn(3, 4))
-    assert caplog.text.count("no CUDA graph is recorded at these shapes") == 1
+    assert caplog.text.count("cannot record a CUDA graph at these shapes") == 1
     for _ in range(2):
         assert_right(runner, torch.randn(5, 4))
     assert Graph.captured == 1
@@ -197,7 +198,7 @@ def test_no_scratch_memory_is_a_size_and_a_failure_is_not(trt: TensorRT, runner:
 
 def test_an_address_that_is_refused_is_an_error(trt: TensorRT, runner: TensorRTRunner) -> None:
     trt.engine.refused = {"live"}
-    with pytest.raises(EngineError, match="n: the address of live is refused"):
+    with pytest.raises(EngineError, match="n: TensorRT rejects the address of live"):
         runner(x=torch.randn(2, 4))
 
 

@@ -140,7 +140,7 @@ def test_commit_refuses_what_would_not_verify(
             building.commit(manifest)
         (building.folder / "model.onnx").unlink()
         (building.folder / "manifest.json").touch()
-        with pytest.raises(EngineError, match="cannot be the name"):
+        with pytest.raises(EngineError, match="is not a valid name"):
             building.commit(manifest)
     with pytest.raises(EngineError, match="outside the engine folder"):
         build(add_onnx("../model.onnx.data"))
@@ -149,7 +149,7 @@ def test_commit_refuses_what_would_not_verify(
 
 @pytest.mark.parametrize("unsafe", [{"model": "../x"}, {"backend": "a/b"}, {"key": ".."}, {"key": "a-b"}])
 def test_unsafe_words_name_no_engine(unsafe: dict[str, str]) -> None:
-    with pytest.raises(EngineError, match="cannot name a folder"):
+    with pytest.raises(EngineError, match="is not a valid folder name"):
         replace(ENGINE, **unsafe)
 
 
@@ -161,7 +161,7 @@ def test_measurements_can_be_updated(store: EngineStore, build: BuildEngine) -> 
     assert store.verify(record) == updated
     assert updated.manifest.verified
     assert names(built.path) == {"manifest.json", "model.onnx", "model.onnx.data"}
-    with pytest.raises(EngineError, match="rebuilt meanwhile"):
+    with pytest.raises(EngineError, match="rebuilt in the meantime"):
         store.update(built, built.manifest.updated(artifacts={}))
 
 
@@ -179,11 +179,11 @@ def test_trust_signs_an_engine_made_elsewhere(store: EngineStore, build: BuildEn
 def test_trust_needs_hashes_that_hold(store: EngineStore, build: BuildEngine, tmp_path: Path) -> None:
     path = build().path
     shutil.copytree(path, tmp_path / "elsewhere")
-    with pytest.raises(EngineError, match="not an engine of the store"):
+    with pytest.raises(EngineError, match="not in the engine store"):
         store.trust(tmp_path / "elsewhere")
     assert EngineStore.of_engine(path).root == store.root
     for nowhere in (tmp_path / "elsewhere", path.with_name("onnxruntime-other"), Path("/tmp"), Path("/")):
-        with pytest.raises(EngineError, match="is no engine"):
+        with pytest.raises(EngineError, match="is not an engine"):
             EngineStore.of_engine(nowhere)
     (path / "model.onnx.data").write_bytes(b"four")
     with pytest.raises(EngineError, match=r"hash of model\.onnx\.data differs"):

@@ -53,7 +53,7 @@ def test_truncated_grown_and_missing_files_are_noticed(store: EngineStore, build
 def test_a_manifest_edited_by_hand_is_refused(store: EngineStore, build: BuildEngine) -> None:
     file = build().path / "manifest.json"
     file.write_bytes(file.read_bytes().replace(b'"verified": false', b'"verified": true'))
-    assert "the signature in manifest.json does not hold" in refusal(store)
+    assert "the signature in manifest.json is invalid" in refusal(store)
 
 
 def test_an_oversized_manifest_is_refused_unparsed(store: EngineStore, build: BuildEngine) -> None:

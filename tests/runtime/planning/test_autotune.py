@@ -141,7 +141,7 @@ def test_another_machine_measures_anew(
     for module in (latency, choosing):
         monkeypatch.setattr(module, "machine_id", lambda device: "another CPU")
     auto = Runtime({"double": stage}, "auto", engines)
-    assert auto.plan["double"].reason == f"as {machine_id_here} has it; this one decides at first use"
+    assert auto.plan["double"].reason == f"as measured on {machine_id_here}; measured on this machine at first use"
     assert auto.plan["double"].backend == ORT
     assert not auto.plan["double"].latency_ms
     assert run(auto, 8) == ORT
@@ -187,8 +187,8 @@ def test_a_shape_that_no_engine_serves_goes_to_torch_with_one_warning(
 ) -> None:
     auto = Runtime({"double": stage}, "auto", engines)
     assert [run(auto, rows) for rows in (65, 66, 8)] == ["torch", "torch", ORT]
-    assert [r.getMessage()[:46] for r in caplog.records if r.levelno == logging.WARNING] == [
-        "stage double: torch serves this shape (network"
+    assert [r.getMessage()[:49] for r in caplog.records if r.levelno == logging.WARNING] == [
+        "stage double: using torch for this shape (network"
     ]
 
 
@@ -206,7 +206,7 @@ def test_an_engine_that_fails_its_trial_costs_one_warning(
     auto = Runtime({"double": stage}, "auto", engines)
     assert [run(auto, rows) for rows in (8, 16)] == ["torch", "torch"]
     (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert message == "stage double: backend onnxruntime failed, torch serves it from now on (out of memory)"
+    assert message == "stage double: backend onnxruntime failed, using torch from now on (out of memory)"
     assert trials == []
 
 

@@ -245,19 +245,19 @@ BAD_ROWS: dict[str, tuple[object, str, str]] = {
     "protocol": ({"video": "concat:a.mp4|c.mp4", "prompt": "p"}, "video", "no such file"),
     "NUL": ({"video": "a\0.mp4", "prompt": "p"}, "video", "NUL"),
     "long name": ({"video": "a" * 5000, "prompt": "p"}, "video", "too long"),
-    "outside": ({"video": "/etc/passwd", "prompt": "p"}, "video", "lies outside"),
-    "climbing": ({"video": "../a.mp4", "prompt": "p"}, "video", "lies outside"),
+    "outside": ({"video": "/etc/passwd", "prompt": "p"}, "video", "is outside"),
+    "climbing": ({"video": "../a.mp4", "prompt": "p"}, "video", "is outside"),
     "empty prompt": ({"video": "a.mp4", "prompt": ""}, "prompt", "is empty"),
     "blank prompt": ({"video": "a.mp4", "prompt": " \t"}, "prompt", "is empty"),
     "null prompt": ({"video": "a.mp4", "prompt": None}, "prompt", "is empty"),
     "number prompt": ({"video": "a.mp4", "prompt": 3}, "prompt", "must be text, not int"),
     "list video": ({"video": ["a.mp4"], "prompt": "p"}, "video", "must be text, not list"),
     "empty video": ({"video": "", "prompt": "p"}, "video", "is empty"),
-    "promt": ({"video": "a.mp4", "promt": "p"}, "prompt", "is 'promt' meant?"),
-    "Video": ({"Video": "a.mp4", "prompt": "p"}, "video", "is 'Video' meant?"),
+    "promt": ({"video": "a.mp4", "promt": "p"}, "prompt", "did you mean 'promt'?"),
+    "Video": ({"Video": "a.mp4", "prompt": "p"}, "video", "did you mean 'Video'?"),
     "caption": ({"video": "a.mp4", "caption": "p"}, "prompt", "found 'video', 'caption'"),
     "half a character": ({"video": "a.mp4", "prompt": "a smile \ud83d"}, "prompt", "lone surrogate"),
-    "no file name": ({"video": "a\ud800.mp4", "prompt": "p"}, "video", "that no file name can have"),
+    "no file name": ({"video": "a\ud800.mp4", "prompt": "p"}, "video", "that file names cannot have"),
     "a list": (["a.mp4", "p"], "row", "must be an object"),
     "an empty object": ({}, "video", "found nothing"),
 }
@@ -299,14 +299,14 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "only a mark": ("m.csv", b"\xef\xbb\xbf\n", ["is empty"]),
     "only a header": ("m.csv", b"video,prompt\n", ["holds no rows"]),
     "empty list": ("m.json", b"[]", ["holds no rows"]),
-    "wrong header": ("m.csv", b"video,promt\na.mp4,hello\n", ["row 2", "a.mp4", "'prompt'", "is 'promt' meant?"]),
+    "wrong header": ("m.csv", b"video,promt\na.mp4,hello\n", ["row 2", "a.mp4", "'prompt'", "did you mean 'promt'?"]),
     "no header": ("m.csv", b"a.mp4,hello\nc.mp4,you\n", ["row 2", "'video'", "is missing"]),
     "semicolons": ("m.csv", b"video;prompt\na.mp4;hello\n", ["row 2", "'video'", "found 'video;prompt'"]),
     "commas": ("m.csv", b"video,prompt\na.mp4,she nods, then smiles\n", ["row 2", "a.mp4", "quote a prompt"]),
     "open quote": ("m.csv", b'video,prompt\na.mp4,"hello\n', ["row 2", "csv"]),
     "latin-1": ("m.csv", b"video,prompt\na.mp4,m\xfcde\n", ["not UTF-8", "byte 20"]),
-    "broken json": ("m.json", b'[{"video": "a.mp4", ]', ["not well-formed JSON"]),
-    "deep json": ("m.json", b"[" * 100_000, ["not well-formed JSON"]),
+    "broken json": ("m.json", b'[{"video": "a.mp4", ]', ["invalid JSON"]),
+    "deep json": ("m.json", b"[" * 100_000, ["invalid JSON"]),
     "json object": ("m.json", b'{"video": "a.mp4"}', ["must be a list"]),
     "broken jsonl": ("m.jsonl", b'{"video": "a.mp4", "prompt": "p"}\n{"video"\n', ["row 2", "JSON"]),
     "all rows bad": ("m.jsonl", b'{"video": "a.mp4"}\n', ["row 1", "'prompt'", "none of the 1 rows"]),
@@ -349,7 +349,7 @@ def test_csv_rows_are_counted_in_lines(folder: Path) -> None:
     [
         ({"num_frames": 16}, "num_frames must be 4k+1"),
         ({"num_frames": -3}, "num_frames"),
-        ({"height": 32}, "both or neither"),
+        ({"height": 32}, "must be set together"),
         ({"height": 32, "width": 40}, "width must be a multiple of 16"),
         ({"height": 0, "width": 32}, "height must be a multiple of 16"),
         ({"max_pixels": 100}, "max_pixels"),
@@ -364,9 +364,9 @@ def test_bad_settings_are_refused(folder: Path, settings: dict[str, int], fragme
 
 def test_deep_validation_finds_what_the_first_frame_hides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unequal(path: Path, *_: object) -> Iterator[None]:
-        raise DataError(f"{path}: frames of unequal size")
+        raise DataError(f"{path}: frames differ in size")
 
     monkeypatch.setattr(data_module, "equal_frames", unequal)
     dataset = VideoPromptDataset(write_metadata(folder, "csv", ROWS))
     assert dataset.validate() == []
-    assert [row.reason.endswith("unequal size") for row in dataset.validate(deep=True)] == [True] * 3
+    assert [row.reason.endswith("differ in size") for row in dataset.validate(deep=True)] == [True] * 3

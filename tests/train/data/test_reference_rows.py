@@ -108,7 +108,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "gone": ("gone.png", "no such file"),
     "outside": ("../face.png", "allow_outside"),
     "in a list": (["face.png", "gone.png"], "no such file"),
-    "outside in a list": (["face.png", "/etc/passwd"], "lies outside"),
+    "outside in a list": (["face.png", "/etc/passwd"], "is outside"),
     "blank in a list": (["face.png", " "], "a name in the list is empty"),
     "number": (3, "must be text or a list of texts, not int"),
     "number in a list": ([3], "must be text or a list of texts, not int"),
@@ -149,7 +149,7 @@ def test_a_column_that_is_nearly_called_so_is_told_of(
     (folder / "metadata.csv").write_text(CSV.replace("reference", column, 1))
     with caplog.at_level(logging.WARNING):
         assert not any(row.reference for row in read_rows(folder / "metadata.csv", allow_outside=False))
-    told_of = [record for record in caplog.records if "is 'reference' meant?" in record.getMessage()]
+    told_of = [record for record in caplog.records if "did you mean 'reference'?" in record.getMessage()]
     assert len(told_of) == told
 
 
@@ -201,7 +201,7 @@ def test_a_video_may_be_left_out(folder: Path, name: str) -> None:
 
 def test_a_column_that_is_nearly_called_video_is_none_left_out(folder: Path) -> None:
     (folder / "metadata.csv").write_text("Video,prompt\na.mp4,one\n")
-    with pytest.raises(DataError, match="is 'Video' meant"):
+    with pytest.raises(DataError, match="did you mean 'Video'"):
         VideoPromptDataset(folder, num_frames=5, needs=NOTHING_NEEDED)
 
 

@@ -116,7 +116,7 @@ def test_a_judge_stands_apart(module: WanTrainingModule) -> None:
 @pytest.mark.parametrize(
     ("judges", "said"),
     [
-        ([SFACE, {**SFACE, "detector": "yunet"}], "validation.judges: two go by the name 'face_sface': leave one out"),
+        ([SFACE, {**SFACE, "detector": "yunet"}], "validation.judges: two have the name 'face_sface': remove one"),
         ([SHARPNESS, {**SFACE, "embedder": "facenet:gone.pt"}], "validation.judges.1 face_identity: "),
         ([{"type": "own_rewards:Gone"}], "validation.judges.0.type own_rewards:Gone: own_rewards has no class 'Gone'"),
     ],
@@ -188,5 +188,5 @@ def test_the_terminal_says_what_came_of_it(tmp_path: Path, monkeypatch: pytest.M
     path.write_text(commented_yaml(settings(SHARPNESS, train={"stop_when_judge_falls": 2, "max_train_steps": 40})))
     result = CliRunner().invoke(app, ["train", str(path)])
     assert result.exit_code == 0
-    assert "held-out starts: the reward rises while a judge falls\n" in result.output
-    assert "ended at step 20 of 40, as a judge fell at 2 validations in a row" in result.output
+    assert "validation samples: the reward rises while a judge falls\n" in result.output
+    assert "ended at step 20 of 40, because a judge fell in 2 consecutive validations" in result.output

@@ -99,7 +99,7 @@ def test_a_damaged_engine_is_not_used(
     module = make_module(plan={**everything, **plan}, engines=store, strict=False, **QUICK)
     with caplog.at_level(logging.WARNING):
         assert run(module, tmp_path / "run").step == 2
-    assert "backend onnxruntime failed, torch serves it from now on" in caplog.text
+    assert "backend onnxruntime failed, using torch from now on" in caplog.text
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["stages"]["denoiser"]["backend"] == "torch"
 

@@ -110,7 +110,7 @@ def test_each_of_two_experts_begins_with_its_own(
     shutil.rmtree("run/adapter/low_noise")
     (workplace / "both.yaml").write_text(json.dumps({**again, "output_dir": "third"}))
     said = refused_usage("train", "both.yaml")
-    assert "run/adapter lacks the adapter of the low-noise expert" in said
+    assert "run/adapter contains no adapter of the low-noise expert" in said
 
 
 def test_resuming_does_not_read_it_again(workplace: Path, begun: list[Made]) -> None:
@@ -136,12 +136,12 @@ def test_resuming_with_another_one_is_refused(workplace: Path, refused_usage: Ca
 @pytest.mark.parametrize(
     ("path", "changes", "said"),
     [
-        ("nowhere", [], "nowhere holds no adapter"),
-        ("nowhere.safetensors", [], "nowhere.safetensors holds no adapter"),
+        ("nowhere", [], "nowhere contains no adapter"),
+        ("nowhere.safetensors", [], "nowhere.safetensors contains no adapter"),
         ("peft", ["lora.rank=8"], "lora.rank: the adapter in peft has rank 4, not 8"),
         ("peft", ["lora.alpha=4"], "lora.alpha: the adapter in peft has a scale (alpha / rank) of 1.5, not 1"),
         ("peft", ["lora.target_modules=[q, k]"], "lora.target_modules: the adapter in peft is on other layers"),
-        ("peft", ["model=tiny-ti2v"], "peft/adapter_model.safetensors does not fit the model: blocks.2"),
+        ("peft", ["model=tiny-ti2v"], "peft/adapter_model.safetensors does not match the model: blocks.2"),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--dry-run"]])

@@ -265,7 +265,7 @@ def _state(out: Path, **changes: Any) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], Any], str]] = {
     "another rank": ({"lora": {"rank": 4}}, lambda out: None, "has rank 8, not 4"),
     "another scale": ({"lora": {"rank": 8, "alpha": 4.0}}, lambda out: None, r"scale \(alpha / rank\) of 1, not 0.5"),
-    "other layers": ({"lora": {"rank": 8, "target_modules": ["q", "k"]}}, lambda out: None, "does not fit the model"),
+    "other layers": ({"lora": {"rank": 8, "target_modules": ["q", "k"]}}, lambda out: None, "does not match the model"),
     "renamed": ({}, lambda out: _state(out, step=2), "its state is of step 2: was it renamed"),
     "a step that is missing": ({}, lambda out: _state(out, samples=None), "'samples' is missing"),
     "no kind of checkpointing": (

@@ -104,7 +104,7 @@ def test_settings_that_cannot_be(values: dict[str, Any], said: str) -> None:
 
 
 def test_nested_settings_name_where_they_are_wrong() -> None:
-    with pytest.raises(ConfigError, match=r"rewards\.0\.weigth: unknown setting, is weight meant"):
+    with pytest.raises(ConfigError, match=r"rewards\.0\.weigth: unknown setting, did you mean weight"):
         TrainingModuleSettings.parse({"rewards": [{"type": "sharpness", "weigth": 1}]})
 
 

@@ -273,7 +273,7 @@ def printed(plan: MemoryPlan) -> str:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "checkpoints/Wan3"}, "neither a directory nor named after a release"),
+        ({"model": "checkpoints/Wan3"}, "neither a directory nor the name of a release"),
         ({"engines": ("vae_coder",)}, "no stage 'vae_coder'"),
         ({"sharding": "dp"}, "unknown sharding 'dp'"),
         ({"num_processes": 0}, "num_processes must be at least 1"),

@@ -77,10 +77,10 @@ def test_what_is_trained_is_what_is_sampled(make_module: MakeModule, tape: "Rewa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_wieght": 1.0}, "kl_wieght: unknown setting, is kl_weight meant?"),
+        ({"kl_wieght": 1.0}, "kl_wieght: unknown setting, did you mean kl_weight?"),
         (
             {"rewards": [{"type": "face_identity", "baselin": 0.5}]},
-            "rewards.0.baselin: unknown setting, is baseline meant?",
+            "rewards.0.baselin: unknown setting, did you mean baseline?",
         ),
         ({"lora": {"r": 4}}, "lora.r: unknown setting"),
         ({"grad_start_step": 6, "grad_end_step": 5}, "grad_start_step <= grad_end_step < num_inference_steps"),
@@ -133,7 +133,7 @@ def test_on_unscored_decides_what_such_a_sample_costs(make_module: MakeModule) -
 
 def test_a_tail_without_a_lora_is_refused(make_module: MakeModule) -> None:
     module = make_module("tiny-moe", num_inference_steps=8, grad_start_step=0, grad_end_step=2)
-    with pytest.raises(ConfigError, match=r"grad_end_step 2: the high-noise expert.* serves the first 3 steps"):
+    with pytest.raises(ConfigError, match=r"grad_end_step 2: the high-noise expert.* runs the first 3 steps"):
         module(small_clips(1))
 
 

@@ -1,1 +1,1 @@
-"""The spellings of Wan checkpoints: tensor names of Wan's own release and of diffusers, recognised and converted."""
+"""Formats of Wan checkpoints: detect and convert the tensor names of Wan's releases and of diffusers."""

@@ -1,4 +1,4 @@
-"""The constructor arguments of each network, from the names and shapes of its tensors in Wan's own spelling."""
+"""Infer the constructor arguments of each network from tensor names and shapes in Wan's format."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .names import Part
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Channels of the latents of the Wan2.2 TI2V VAE; no other model has as many.
+# Number of latent channels of the Wan2.2 TI2V VAE; no other model has as many.
 _TI2V_CHANNELS = 48
-# What the names of a block's tensors begin with. Of the VAE, a missing block is seen by the sizes of those beside it.
+# Prefixes of the tensor names of blocks. In the VAE, a missing block is detected from the sizes of its neighbours.
 _BLOCKS: Mapping[Part, str] = {
     "denoiser": r"blocks\.(\d+)\.",
     "text_encoder": r"blocks\.(\d+)\.",
@@ -22,7 +22,7 @@ _BLOCKS: Mapping[Part, str] = {
 
 
 def network_arguments(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the network; see the functions below for what they raise."""
+    """Return the arguments of the network; see the functions below for the exceptions."""
     if part == "denoiser":
         return denoiser_arguments(shapes, config)
     if part == "image_encoder":
@@ -34,9 +34,10 @@ def denoiser_arguments(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, A
     """Return the arguments of `WanModel`.
 
     Args:
-        config: `config.json` beside the weights, Wan's or diffusers', for what shapes do not tell; may be empty.
+        config: content of `config.json` in the folder, in Wan's or diffusers' format, for values that shapes do not
+            determine; may be empty.
     Raises:
-        KeyError, ValueError, IndexError: these are not the tensors of a denoiser.
+        KeyError, ValueError, IndexError: the tensors are not those of a denoiser.
     """
     dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
     has_image_input = "img_emb.proj.0.weight" in shapes
@@ -67,7 +68,7 @@ def text_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of `WanTextEncoder`.
 
     Raises:
-        KeyError, ValueError: these are not the tensors of a text encoder.
+        KeyError, ValueError: the tensors are not those of a text encoder.
     """
     vocabulary, dim = shapes["token_embedding.weight"]
     shared_pos = "pos_embedding.embedding.weight" in shapes
@@ -86,13 +87,13 @@ def text_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_arguments(shapes: Shapes) -> dict[str, Any]:
-    """Return the arguments of `VideoVAE_`, or of Wan2.2 TI2V's `VideoVAE38_`, which have `dec_dim`.
+    """Return the arguments of `VideoVAE_`, or, with `dec_dim`, of Wan2.2 TI2V's `VideoVAE38_`.
 
     Raises:
-        KeyError, ValueError, IndexError, ZeroDivisionError: these are not the tensors of a VAE.
+        KeyError, ValueError, IndexError, ZeroDivisionError: the tensors are not those of a VAE.
     """
     dim = shapes["encoder.conv1.weight"][0]
-    # That one folds 2×2 pixels into the channels of its first convolution.
+    # `VideoVAE38_` folds 2×2 pixels into the channels of its first convolution.
     folds_pixels = shapes["encoder.conv1.weight"][1] == 12
     widths: list[list[int]] = [[]]
     blocks = re.compile(r"encoder\.downsamples\.((?:\d+\.downsamples\.)?\d+)\.(residual\.2|resample\.1)\.weight")
@@ -114,10 +115,10 @@ def vae_arguments(shapes: Shapes) -> dict[str, Any]:
 
 
 def image_encoder_layers(shapes: Shapes) -> int:
-    """Blocks of the image encoder, 32 in the released one; all else of it is fixed.
+    """Return the number of blocks of the image encoder, 32 in the release; all other sizes are fixed.
 
     Raises:
-        KeyError: these are not the tensors of an image encoder.
+        KeyError: the tensors are not those of an image encoder.
     """
     if "visual.patch_embedding.weight" not in shapes:
         raise KeyError("visual.patch_embedding.weight")
@@ -125,27 +126,28 @@ def image_encoder_layers(shapes: Shapes) -> int:
 
 
 def missing_blocks(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the number of blocks, in words; None if nothing is.
+    """Return a message if blocks are missing; otherwise None.
 
     Args:
-        shapes: in Wan's own spelling. config: `config.json` beside the files, which may be that of another part.
+        shapes: by name in Wan's format.
+        config: content of `config.json` in the folder, which may belong to another part.
     """
     if part not in _BLOCKS:
         return None
     numbers = _block_numbers(part, shapes)
     gap = next((number for number in range(max(numbers, default=-1)) if number not in numbers), None)
     if gap is not None:
-        return f"block {gap} is missing, and there is a block {max(numbers)}"
+        return f"block {gap} is missing, but there is a block {max(numbers)}"
     said = _said_blocks(part, config)
     if said is not None and said != len(numbers):
-        return f"there are {len(numbers)} blocks, and config.json says {said}"
+        return f"there are {len(numbers)} blocks, but config.json states {said}"
     return None
 
 
 def _said_blocks(part: Part, config: Mapping[str, Any]) -> int | None:
     """Return the number of blocks in a config of this part.
 
-    Wan keeps all parts in one folder, and its config is the denoiser's; those of transformers name their own.
+    Wan keeps all parts in one folder, with the config of the denoiser; configs of transformers name their part.
     """
     kind = str(config.get("model_type"))
     if part == "image_encoder":

@@ -1,4 +1,4 @@
-"""Tensors of one network from diffusers' spelling to Wan's own, and back."""
+"""Convert the tensors of a network from diffusers' format to Wan's, and back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .names import DENOISER, IMAGE_ENCODER, TEXT_ENCODER, Pairs, Part, rename, v
 
 Tensors = Mapping[str, Tensor]
 
-# diffusers stores the embedding of UMT5 under one or both of its names.
+# diffusers stores the embedding of UMT5 under one or both of these names.
 _TIED = "encoder.embed_tokens.weight"
 _VISION = "vision_model."
-# By their own names: what `IMAGE_ENCODER` cannot say, because the shapes differ.
+# Tensors that `IMAGE_ENCODER` cannot convert, because their shapes differ.
 _CLASS = ("visual.cls_embedding", "vision_model.embeddings.class_embedding")
 _POSITION = ("visual.pos_embedding", "vision_model.embeddings.position_embedding.weight")
 _PROJECTION = ("visual.head", "visual_projection.weight")
@@ -25,10 +25,10 @@ _LOG_SCALE = "log_scale"
 
 
 def to_official(part: Part, tensors: Tensors) -> dict[str, Tensor]:
-    """Wan's own names, from those of diffusers.
+    """Convert tensors from diffusers' names to Wan's names.
 
     Raises:
-        ConfigError: a name that is none of diffusers'.
+        ConfigError: a name does not exist in diffusers.
     """
     if part == "image_encoder":
         return _image_encoder_to_official(tensors)
@@ -38,10 +38,10 @@ def to_official(part: Part, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def to_diffusers(part: Part, tensors: Tensors) -> dict[str, Tensor]:
-    """Return the names of diffusers, from Wan's own.
+    """Convert tensors from Wan's names to diffusers' names.
 
     Raises:
-        ConfigError: a name that is none of Wan's.
+        ConfigError: a name does not exist in Wan.
     """
     if part == "image_encoder":
         return _image_encoder_to_diffusers(tensors)
@@ -54,7 +54,7 @@ def _renamed(part: Part, tensors: Tensors, *, to_diffusers: bool) -> dict[str, T
     unknown = [name for name in tensors if name not in names]
     if unknown:
         raise ConfigError(
-            f"{len(unknown)} tensors are none of a Wan {part.replace('_', ' ')}, the first is {unknown[0]}"
+            f"{len(unknown)} tensors do not belong to a Wan {part.replace('_', ' ')}, the first is {unknown[0]}"
         )
     return {names[name]: tensor for name, tensor in tensors.items()}
 
@@ -66,9 +66,9 @@ def _pairs(part: Part, names: Iterable[str]) -> Pairs:
 
 
 def _vae_pairs(names: list[str]) -> Pairs:
-    """Return the table for a VAE of as many blocks as there are, in either spelling.
+    """Return the table of names for a VAE with this number of blocks, in either format.
 
-    Between two resolutions lies a resampling block, in each resolution the same number of residual blocks.
+    Each resolution has the same number of residual blocks, and there is a resampling block between resolutions.
     """
     nested = any(re.match(r"encoder\.down(samples\.\d+\.downsamples|_blocks\.\d+\.resnets)\.", name) for name in names)
     inside = r"\.\d+\.(?:downsamples\.\d+|resnets\.\d+|downsampler)" if nested else r"\.\d+"
@@ -80,7 +80,7 @@ def _vae_pairs(names: list[str]) -> Pairs:
 
 
 def _image_encoder_to_official(tensors: Tensors) -> dict[str, Tensor]:
-    """CLIP as Wan has it: one matrix for q, k and v, and embeddings with a batch dimension."""
+    """Convert CLIP to Wan's format: one matrix for q, k and v, and embeddings with a batch dimension."""
     spelled = {name if name.startswith((_VISION, "visual_")) else _VISION + name: t for name, t in tensors.items()}
     apart = {"q": {}, "k": {}, "v": {}}
     rest = {}
@@ -99,7 +99,7 @@ def _image_encoder_to_official(tensors: Tensors) -> dict[str, Tensor]:
         raise ConfigError("an image encoder without class or position embedding")
     official[_CLASS[0]] = special[_CLASS[0]][None, None]
     official[_POSITION[0]] = special[_POSITION[0]][None]
-    # Wan takes the tokens before the last block: what comes after it plays no part, and diffusers leaves it out.
+    # Wan uses the tokens before the last block; diffusers omits the layers after it, which have no effect.
     width = official[_CLASS[0]].shape[-1]
     head = special.get(_PROJECTION[0])
     blank = official[_CLASS[0]].new_zeros
@@ -108,12 +108,12 @@ def _image_encoder_to_official(tensors: Tensors) -> dict[str, Tensor]:
     return official
 
 
-# Width of the joint embedding of text and image in the CLIP that Wan uses.
+# Width of the joint embedding of text and image in Wan's CLIP model.
 _CLIP_EMBEDDING = 1024
 
 
 def _image_encoder_to_diffusers(tensors: Tensors) -> dict[str, Tensor]:
-    """Return `CLIPVisionModel`, which has no projection: `visual.head`, `log_scale` and the text tower are left out."""
+    """Convert to `CLIPVisionModel`, which has no projection; omit `visual.head`, `log_scale` and the text tower."""
     left_out = (_PROJECTION[0], _LOG_SCALE)
     visual = {n: t for n, t in tensors.items() if n not in left_out and not n.startswith("textual.")}
     special = {_CLASS[1]: visual.pop(_CLASS[0])[0, 0], _POSITION[1]: visual.pop(_POSITION[0])[0]}

@@ -1,4 +1,4 @@
-"""What a model card, the README.md beside weights on a model hub, states in its YAML front matter."""
+"""Read the YAML front matter of a model card, the README.md next to weights on a model hub."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LARGEST = 2**20
 
 
 def stated_license(weights: Path) -> str | None:
-    """Return the licence that the model card of a weights file states, an identifier such as `apache-2.0`.
+    """Return the licence in the model card of a weights file, an identifier such as `apache-2.0`.
 
-    The card is looked for in the file's folder and in the one above, where the file is one part of several. A card
-    that cannot be read, or states no licence, is None: weights are usable without one.
+    The card is searched for in the file's folder and in the parent folder, because the file may be one part of several.
+    Returns None if the card cannot be read or states no licence: the weights are usable without one.
     """
     for folder in (weights.parent, weights.parent.parent):
         card = folder / "README.md"

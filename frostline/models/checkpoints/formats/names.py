@@ -1,8 +1,8 @@
-"""The names of tensors in Wan's own release and in diffusers, as one table for each network, read either way.
+"""Tensor names in Wan's releases and in diffusers: one table for each network, usable in both directions.
 
-A row pairs two module paths (or bare parameters); `{}` stands for the number of a block. What follows the path
-(`.weight`, `.lora_A.weight`, …) is the same in both. Source: `scripts/convert_wan_to_diffusers.py` of diffusers for
-denoiser and VAE; the text and image encoders are those of transformers, `UMT5EncoderModel` and `CLIPVisionModel`.
+A row pairs two module paths (or bare parameters); `{}` is the number of a block. The rest of a name (`.weight`,
+`.lora_A.weight`, …) is the same in both formats. Source: `scripts/convert_wan_to_diffusers.py` of diffusers for
+denoiser and VAE; the text and image encoders are `UMT5EncoderModel` and `CLIPVisionModel` of transformers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DENOISER: Pairs = (
     ("blocks.{}.cross_attn.k_img", "blocks.{}.attn2.add_k_proj"),
     ("blocks.{}.cross_attn.v_img", "blocks.{}.attn2.add_v_proj"),
     ("blocks.{}.cross_attn.norm_k_img", "blocks.{}.attn2.norm_added_k"),
-    # Wan calls the norms in the order 1, 3, 2; diffusers numbers them as they are called.
+    # Wan applies the norms in the order 1, 3, 2; diffusers numbers them in the order of application.
     ("blocks.{}.norm3", "blocks.{}.norm2"),
     ("blocks.{}.ffn.0", "blocks.{}.ffn.net.0.proj"),
     ("blocks.{}.ffn.2", "blocks.{}.ffn.net.2"),
@@ -65,7 +65,7 @@ TEXT_ENCODER: Pairs = (
     ("norm", "encoder.final_layer_norm"),
 )
 
-# `to_qkv`, the class and position embeddings and the head differ in shape too: see `convert`.
+# `to_qkv`, the class and position embeddings and the head also differ in shape: see `convert`.
 IMAGE_ENCODER: Pairs = (
     ("visual.patch_embedding", "vision_model.embeddings.patch_embedding"),
     ("visual.pre_norm", "vision_model.pre_layrnorm"),
@@ -92,9 +92,9 @@ def vae_pairs(levels: int, res_blocks: int, nested: bool) -> Pairs:
     """Return the table of a VAE.
 
     Args:
-        levels: resolutions of encoder and decoder, 4 in all releases.
-        res_blocks: residual blocks at each resolution of the encoder; the decoder has one more.
-        nested: whether the blocks of a resolution are one module (Wan2.2 TI2V) or all lie in one list (Wan2.1).
+        levels: number of resolutions of encoder and decoder, 4 in all releases.
+        res_blocks: number of residual blocks at each resolution of the encoder; the decoder has one more.
+        nested: whether the blocks of a resolution are one module (Wan2.2 TI2V), or all blocks are in one list (Wan2.1).
     """
     pairs = [("conv1", "quant_conv"), ("conv2", "post_quant_conv")]
     for side, direction in _SIDES:
@@ -123,7 +123,7 @@ def _nested(side: str, direction: str, level: int, res_blocks: int) -> Iterator[
 
 
 def _flat(side: str, direction: str, level: int, res_blocks: int) -> Iterator[tuple[str, str]]:
-    # diffusers keeps the list of the encoder, and sorts that of the decoder by resolution.
+    # diffusers keeps the list of the encoder, but groups that of the decoder by resolution.
     first = level * (res_blocks + 1)
     in_list = [f"{side}.{direction}_blocks.{first + index}" for index in range(res_blocks + 1)]
     block = f"{side}.{direction}_blocks.{level}"
@@ -140,7 +140,7 @@ def _residual(ours: str, theirs: str) -> list[tuple[str, str]]:
 
 
 def rename(names: Iterable[str], pairs: Pairs, *, to_diffusers: bool) -> dict[str, str]:
-    """Return the new name of each of `names` that the table knows."""
+    """Return the new name of each of `names` that is in the table."""
     rules = _rules(pairs, to_diffusers)
     renamed = {}
     for name in names:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 Spelling = Literal["official", "diffusers"]
 
-# Community files wrap a denoiser in the name that it has inside a larger program.
+# Prefixes in community files, which keep a denoiser's name inside a larger program.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-# No weights: the tokenizer that ComfyUI keeps in files of the text encoder.
+# Not weights: the tokenizer that ComfyUI stores in files of the text encoder.
 _NO_WEIGHTS = ("spiece_model",)
-# A tensor that only this network, so spelled, has.
+# A tensor name that only this network has, in this format.
 _TELLTALES: Mapping[str, tuple[Part, Spelling]] = {
     "blocks.0.self_attn.q.weight": ("denoiser", "official"),
     "blocks.0.attn1.to_q.weight": ("denoiser", "diffusers"),
@@ -41,10 +41,13 @@ _TELLTALES: Mapping[str, tuple[Part, Spelling]] = {
 
 @dataclass(frozen=True)
 class NetworkFiles:
-    """The files that together hold one network.
+    """The files that together contain one network.
 
-    prefix: prefix of every tensor name. shapes: by official name. stored: the weights by their names in the files.
-    config: `config.json` in the same folder.
+    Attributes:
+        prefix: prefix of every tensor name.
+        shapes: by official name.
+        stored: the weights by their names in the files.
+        config: `config.json` in the same folder.
     """
 
     part: Part
@@ -56,24 +59,24 @@ class NetworkFiles:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """For messages: the file, or the first of several."""
+        """Return the file, or the first of several, for messages."""
         more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
         first = next(iter(self.paths))
         return f"{first}{more}"
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """Of weights in 8 bits, the type that the model is meant to compute in; None where there are none."""
+        """Return the compute type of a model with 8-bit weights; None if it has none."""
         import torch
 
         name = self.stored.compute_type
         return None if name is None else getattr(torch, name)
 
     def check_blocks(self) -> None:
-        """Refuse a network without some of its blocks: with fewer of them it would seem whole.
+        """Check that no blocks are missing: a network with fewer blocks would look complete.
 
         Raises:
-            ConfigError: one is missing between others, or there are not as many as `config.json` says.
+            ConfigError: a block is missing, or the number of blocks differs from `config.json`.
         """
         if problem := missing_blocks(self.part, self.shapes, self.config):
             raise ConfigError(f"incomplete: {self}: {problem}")
@@ -81,15 +84,16 @@ class NetworkFiles:
     def read(
         self, dtype: torch.dtype, device: str | torch.device, wanted: Callable[[str], bool] = lambda name: True
     ) -> dict[str, Tensor]:
-        """Return tensors, in Wan's own spelling and of one type, those of 8 bits with their scales applied.
+        """Return tensors by name in Wan's format and with one dtype; scales of 8-bit weights are applied.
 
         Args:
-            wanted: by name in Wan's own spelling; others are not returned, and in that spelling not read either.
+            wanted: names in Wan's format; other tensors are not returned, and if the files are in Wan's format, not
+                read.
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """
         exact = _StoredExactly(self, device)
-        # Several tensors of diffusers may make one of Wan's: only a conversion tells which.
+        # Several tensors of diffusers may form one of Wan's, so all must be converted.
         names = [n for n in exact if self.spelling == "diffusers" or wanted(n.removeprefix(self.prefix))]
         tensors = {name: exact[name].to(dtype) for name in names}
         official = _spelled_officially(self.part, self.spelling, self.prefix, tensors)
@@ -98,14 +102,14 @@ class NetworkFiles:
     def read_exact(self, mapped: bool = False) -> ExactWeights:
         """Return the tensors of a denoiser or a text encoder by official name, each read on access.
 
-        Those of 8 bits are fp32, with their scales applied; the others are as stored.
+        8-bit weights become fp32, with their scales applied; other tensors are unchanged.
 
         Args:
             mapped: see `open_tensors`.
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """
-        assert self.part in ("denoiser", "text_encoder")  # of other parts, names alone do not make Wan's own spelling
+        assert self.part in ("denoiser", "text_encoder")  # other parts need more than new names
         stored = _StoredExactly(self, "cpu", mapped)
         names: Any = {name: name for name in stored}
         return ExactWeights(
@@ -114,11 +118,11 @@ class NetworkFiles:
 
 
 def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
-    """Detect the network in files from its tensor names alone; None if it is not part of a Wan model.
+    """Detect the network in files from its tensor names; return None if it is not part of a Wan model.
 
     Raises:
-        ConfigError: a file cannot be read, has names that do not belong to what it seems to be, or is quantised in a
-            way that frostline does not read.
+        ConfigError: a file cannot be read, contains unexpected names, or is quantised in a format that frostline does
+            not support.
     """
     header = _joined_header(paths)
     if not header.tensors:
@@ -138,7 +142,7 @@ def recognise(paths: Sequence[Path]) -> NetworkFiles | None:
 
 
 class _StoredExactly(Mapping[str, "Tensor"]):
-    """Weights by the names in their files, read one at a time: those of 8 bits in fp32, the others as stored."""
+    """Weights by their names in their files, read one at a time: 8-bit weights in fp32, others unchanged."""
 
     def __init__(self, network: NetworkFiles, device: str | torch.device, mapped: bool = False) -> None:
         self._stored = network.stored
@@ -151,7 +155,7 @@ class _StoredExactly(Mapping[str, "Tensor"]):
         return dequantise(tensor, None if scale is None else self._tensors[scale])
 
     def as_rows(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return a weight of 8 bits as it is stored, with a scale for each row; None where it has none like that."""
+        """Return an 8-bit weight as stored, with a scale for each row; None if it is not stored in this way."""
         if self._stored.infos[name].dtype not in FP8:
             return None
         scale = self._stored.scales.get(name)
@@ -165,14 +169,18 @@ class _StoredExactly(Mapping[str, "Tensor"]):
 
 
 class ExactWeights(Mapping[str, "Tensor"]):
-    """Weights by their official names, read one at a time; see `NetworkFiles.read_exact`. names: those in the files."""
+    """Weights by official name, read one at a time; see `NetworkFiles.read_exact`.
+
+    Attributes:
+        names: names in the files.
+    """
 
     def __init__(self, tensors: _StoredExactly, names: Mapping[str, str]) -> None:
         self._tensors = tensors
         self._old = names
 
     def as_rows(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return a weight of 8 bits as it is stored, see `as_rows`; None where it is not stored so."""
+        """Return an 8-bit weight as stored (see `as_rows`); None if it is not stored in this way."""
         return self._tensors.as_rows(self._old[name])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -191,7 +199,7 @@ def _joined_header(paths: Sequence[Path]) -> Header:
     for path, header in zip(paths, headers, strict=True):
         weights = {name: info for name, info in header.tensors.items() if name not in _NO_WEIGHTS}
         if twice := next((name for name in weights if name in tensors), None):
-            raise ConfigError(f"{path}: {twice} is in another file of the same network, too")
+            raise ConfigError(f"{path}: {twice} is also in another file of the same network")
         tensors.update(weights)
     metadata = {name: text for header in headers for name, text in header.metadata.items()}
     texts = {name: text for header in headers for name, text in header.texts.items()}
@@ -213,11 +221,11 @@ def _official_shapes(
     part: Part, spelling: Spelling, prefix: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     if spelling != "diffusers":
-        # Whoever only looks need not wait for torch to be imported.
+        # Commands that only read metadata do not import torch.
         return {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     import torch
 
-    # On the meta device a conversion is one of shapes.
+    # On the meta device, a conversion only computes shapes.
     skeleton = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     official = _spelled_officially(part, spelling, prefix, skeleton)
     return {name: tuple(tensor.shape) for name, tensor in official.items()}

@@ -1,9 +1,9 @@
-"""8-bit weights with scales, and the quantised formats that are refused.
+"""8-bit weights with scales, and quantised formats that are not supported.
 
 Two programs write such weights: ComfyUI (`scaled_fp8` in the file and a `scale_weight` for each layer; since 2025 a
-`weight_scale`, and what the layer is in `comfy_quant` or in the header) and musubi-tuner (`scale_weight`, one for the
-layer, for each row, or for blocks of a row). All mean `weight * scale`. Scales of activations are for engines that
-multiply in 8 bits, and play no part here.
+`weight_scale`, with the format of the layer in `comfy_quant` or in the header) and musubi-tuner (`scale_weight`: one
+for the layer, for each row, or for blocks of a row). The value of a weight is always `weight * scale`. Scales of
+activations are for engines that multiply in 8 bits; they are ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FP8 = ("float8_e4m3fn", "float8_e5m2")
 _SCALES = (".scale_weight", ".weight_scale")
 _MARKER, _HEADER_FORMATS = "scaled_fp8", "_quantization_metadata"
 _OF_ACTIVATIONS = (".scale_input", ".input_scale")
-# Names that only this way of quantising has.
+# Names that only this quantisation format uses.
 _REFUSED = (
     (re.compile(r".*\.quant_state\.bitsandbytes__nf4"), "NF4 (bitsandbytes)"),
     (re.compile(r".*\.quant_state\.bitsandbytes__fp4"), "FP4 (bitsandbytes)"),
@@ -41,7 +41,7 @@ _REFUSED = (
     (re.compile(r".*\.weight_scale_2"), "NVFP4"),
     (re.compile(r".*\.weight_scale_inv"), "FP8 with a scale for each square block (weight_scale_inv)"),
 )
-# Types, or the beginnings of their names, that no weight has unless it is packed or quantised; but for `FP8`.
+# Types, or prefixes of their names, that only packed or quantised weights have; except for `FP8`.
 _PACKED = ("uint8", "int8", "F4", "F6_", "F8_", "float4", "float8")
 
 
@@ -49,7 +49,8 @@ _PACKED = ("uint8", "int8", "F4", "F6_", "F8_", "float4", "float8")
 class StoredWeights:
     """The weights in files, by their names there, without scales and other tensors.
 
-    scales: the name of the scale of each weight that has one.
+    Attributes:
+        scales: the name of the scale of each weight that has one.
     """
 
     infos: Mapping[str, TensorInfo]
@@ -57,7 +58,7 @@ class StoredWeights:
 
     @property
     def compute_type(self) -> str | None:
-        """Where weights have 8 bits, the type that the model is meant to compute in: that of most other weights."""
+        """Return the compute type of a model with 8-bit weights: the type of most other weights."""
         if not any(info.dtype in FP8 for info in self.infos.values()):
             return None
         elements = {"bfloat16": 0, "float16": 0, "float32": 0}
@@ -68,12 +69,14 @@ class StoredWeights:
 
 
 def find_weights(header: Header, path: Path) -> StoredWeights:
-    """Separate weights from the tensors that are stored to dequantise them.
+    """Separate weights from the tensors that are needed to dequantise them.
 
     Args:
-        header: of all files of a network together. path: for messages.
+        header: of all files of a network.
+        path: for messages.
     Raises:
-        ConfigError: the weights are quantised in another way, which is named, or a scale does not fit its weight.
+        ConfigError: the weights are quantised in an unsupported format, which the message names, or a scale does not
+            match its weight.
     """
     infos = header.tensors
     _refuse_by_name(infos, path)
@@ -89,7 +92,7 @@ def find_weights(header: Header, path: Path) -> StoredWeights:
     bare = [name for name, info in weights.items() if info.dtype in FP8 and name not in scales]
     if scales and bare:
         log.warning(
-            "%s: %d weights of 8 bits have no scale while others do, the first is %s: taken as they are",
+            "%s: %d weights of 8 bits have no scale while others do, the first is %s; using them without a scale",
             path,
             len(bare),
             bare[0],
@@ -98,10 +101,10 @@ def find_weights(header: Header, path: Path) -> StoredWeights:
 
 
 def dequantise(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Return the values of a weight of 8 bits in fp32.
+    """Return the values of an 8-bit weight in fp32.
 
     Args:
-        scale: of one element, one for each row, or (rows, blocks, 1); None for a weight that was only cast.
+        scale: one element, one for each row, or (rows, blocks, 1); None for a weight without a scale.
     """
     values = weight.float()
     if scale is None:
@@ -115,14 +118,15 @@ def dequantise(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def as_rows(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return a weight of 8 bits as `frostline.models.quantization` stores fp8: bytes (out, in), fp32 scales (out, 1).
+    """Return an 8-bit weight in the fp8 format of `frostline.models.quantization`: bytes (out, in), fp32 scales (out,
+    1).
 
-    Its values are those of `dequantise`.
+    The values are those of `dequantise`.
 
     Args:
-        scale: as for `dequantise`.
+        scale: see `dequantise`.
     Returns:
-        None where it cannot be stored so: it is float8_e5m2, no matrix, or has scales of blocks.
+        None if this format cannot represent it: it is float8_e5m2, not a matrix, or has scales of blocks.
     """
     import torch
 
@@ -141,13 +145,15 @@ def _scales(infos: Mapping[str, TensorInfo], weights: Mapping[str, TensorInfo], 
             continue
         weight = f"{name.removesuffix(suffix)}.weight"
         if weight not in weights:
-            raise ConfigError(f"{path}: {name} is the scale of {weight}, which is not there")
+            raise ConfigError(f"{path}: {name} is the scale of {weight}, which is missing")
         if weight in scales:
             raise ConfigError(f"{path}: {weight} has two scales, {scales[weight]} and {name}")
         if weights[weight].dtype not in FP8:
             raise _refusal(path, f"{weights[weight].dtype} with a scale ({weight})")
         if not _fits(info.shape, weights[weight].shape):
-            raise ConfigError(f"{path}: {name} is {info.shape}, which is no scale of {weight}, {weights[weight].shape}")
+            raise ConfigError(
+                f"{path}: {name} has shape {info.shape}, which does not match {weight} of shape {weights[weight].shape}"
+            )
         scales[weight] = name
     return scales
 
@@ -169,7 +175,7 @@ def _refuse_by_name(infos: Mapping[str, TensorInfo], path: Path) -> None:
 
 
 def _refuse_by_format(header: Header, path: Path) -> None:
-    """Refuse formats that ComfyUI states for a layer, in the header or in a tensor, and that are not supported."""
+    """Raise if a layer's format, which ComfyUI states in the header or in a tensor, is not supported."""
     said: list[Any] = []
     for name, text in {**header.texts, **header.metadata}.items():
         if name == _HEADER_FORMATS or name in header.texts:
@@ -177,7 +183,9 @@ def _refuse_by_format(header: Header, path: Path) -> None:
                 content = json.loads(text)
                 said += content["layers"].values() if name == _HEADER_FORMATS else [content]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{path}: {name}, which says how weights are quantised, cannot be read") from error
+                raise ConfigError(
+                    f"{path}: {name}, which describes how weights are quantised, cannot be read"
+                ) from error
     for layer in said:
         kind = layer.get("format") if isinstance(layer, dict) else layer
         if not str(kind).startswith(FP8):
@@ -186,6 +194,6 @@ def _refuse_by_format(header: Header, path: Path) -> None:
 
 def _refusal(path: Path, kind: str) -> ConfigError:
     return ConfigError(
-        f"{path}: its weights are quantised as {kind}, which frostline does not read: take the model in fp16, bf16, "
-        f"fp32, or fp8 with or without scales"
+        f"{path}: its weights are quantised as {kind}, which frostline does not support: use "
+        "the model in fp16, bf16, fp32, or fp8 with or without scales"
     )

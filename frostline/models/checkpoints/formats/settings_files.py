@@ -1,4 +1,4 @@
-"""JSON settings beside weights, or in them."""
+"""JSON settings next to weights, or inside weight files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from frostline.errors import ConfigError, DocumentError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a mapping of settings; empty where there is no such file.
+    """Return a mapping of settings; empty if the file does not exist.
 
     Raises:
-        ConfigError: it is there, but no JSON mapping.
+        ConfigError: the file is not a JSON mapping.
     """
     if not path.is_file():
         return {}
@@ -21,10 +21,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """Return a mapping of settings, which stands in `where`.
+    """Parse a mapping of settings; `where` names its source in messages.
 
     Raises:
-        ConfigError: it is no JSON mapping.
+        ConfigError: the text is not a JSON mapping.
     """
     try:
         content = documents.parse_json(text)

@@ -1,4 +1,4 @@
-"""Which weight files of a folder belong together: one network in several shards, all of them there."""
+"""Group the weight files of a folder into networks of one or several shards, and check that none is missing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from .settings_files import read_json
 from .tensor_files import read_header
 
 SUFFIXES = (".safetensors", ".pth")
-# The number stands at the end, or before the variant: `…-00001-of-00002.fp16.safetensors`.
+# The number is at the end or before the variant: `…-00001-of-00002.fp16.safetensors`.
 _SHARD = re.compile(r"(.*-)\d{5}(-of-(\d{5})(?:\.[\w-]+)?\.(?:safetensors|pth))")
 
 
 def shard_groups(folder: Path) -> list[tuple[Path, ...]]:
-    """Return the weight files of a folder, those that are shards of one network together.
+    """Return the weight files of a folder, grouped by network.
 
-    Hidden files are no weights: macOS leaves one (`._name`) beside each file that it copies.
+    Hidden files are skipped: macOS creates one (`._name`) for each file that it copies.
 
     Raises:
-        ConfigError: a shard is missing, or a tensor in them; without it a model with fewer blocks would seem whole.
+        ConfigError: a shard or one of its tensors is missing; otherwise the result could look like a model with fewer
+            blocks.
     """
     visible = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     groups: list[tuple[Path, ...]] = []
@@ -39,34 +40,34 @@ def shard_groups(folder: Path) -> list[tuple[Path, ...]]:
 
 
 def check_all_listed(paths: Sequence[Path]) -> None:
-    """Where files that a user lists are shards, all of them are in the list.
+    """Check that the list contains all shards of each network.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a shard is missing.
     """
     listed = {path.name for path in paths}
     for path in paths:
         for name in _names(path):
             if name not in listed:
-                raise ConfigError(f"incomplete: {path} is one of several shards, and {name} is not listed with it")
+                raise ConfigError(f"incomplete: {path} is one of several shards, but {name} is not in the list")
 
 
 def _indexed(index: Path) -> tuple[Path, ...]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ConfigError(f"{index} holds no weight_map")
+        raise ConfigError(f"{index} contains no weight_map")
     shards = sorted(set(names.values()))
     for shard in shards:
-        # A path from a file stays inside its folder.
+        # Paths in an index must stay inside its folder.
         if Path(shard).name != shard:
-            raise ConfigError(f"{index} names {shard}, which is not a file beside it")
+            raise ConfigError(f"{index} names {shard}, which is not a file in the same folder")
         if not (index.parent / shard).is_file():
-            raise ConfigError(f"incomplete: {index.parent / shard} is missing, {index.name} names it")
+            raise ConfigError(f"incomplete: {index.parent / shard} is missing; {index.name} lists it")
     paths = tuple(index.parent / shard for shard in shards)
     found = {name for path in paths for name in read_header(path).tensors}
     if missing := [name for name in names if name not in found]:
         raise ConfigError(
-            f"incomplete: {index} lists {len(missing)} tensors that no shard has, the first is {missing[0]}"
+            f"incomplete: {index} lists {len(missing)} tensors that are in no shard, the first is {missing[0]}"
         )
     return paths
 
@@ -80,10 +81,10 @@ def _numbered(path: Path) -> tuple[Path, ...]:
 
 
 def _names(path: Path) -> list[str]:
-    """Return the names of all shards that `path` is one of; none if it is no shard.
+    """Return the names of all shards in the group of `path`; empty if it is not a shard.
 
     Raises:
-        ConfigError: its number is higher than how many it says there are.
+        ConfigError: its number is larger than the number of shards.
     """
     of_many = _SHARD.fullmatch(path.name)
     if of_many is None:

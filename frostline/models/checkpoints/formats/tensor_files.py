@@ -1,4 +1,4 @@
-"""Files of tensors: names, shapes and types without the values, and the values one at a time."""
+"""Files of tensors: read names, shapes and dtypes without the values, and values one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# How safetensors calls types, and how torch does.
+# Names of types in safetensors, and the torch types.
 _TYPES = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -28,13 +28,17 @@ _TYPES = {
     "I8": "int8",
     "U8": "uint8",
 }
-# Such tensors are no numbers but text, which says how ComfyUI quantised a layer.
+# These tensors contain text about how ComfyUI quantised a layer.
 LAYER_FORMAT = ".comfy_quant"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor without its values. dtype: as torch calls it, or as safetensors does where torch has no such type."""
+    """A tensor without its values.
+
+    Attributes:
+        dtype: name of the torch type; name in safetensors if torch does not have the type.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,7 +46,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Content of files. metadata: text in the header of safetensors. texts: tensors that contain text."""
+    """Content of files.
+
+    Attributes:
+        metadata: text in the header of safetensors.
+        texts: tensors that contain text.
+    """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -50,16 +59,16 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read names, types and shapes of the tensors in `path`, without the values.
+    """Read names, dtypes and shapes of the tensors in `path`, without the values.
 
     Raises:
-        ConfigError: it cannot be read, or holds no tensors by name; says what it is instead.
+        ConfigError: the file cannot be read, or does not contain named tensors; the message says what it is instead.
     """
     with reading([path]):
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
-            with safe_open(path, framework="numpy") as file:  # no value is read, so bf16 is no matter
+            with safe_open(path, framework="numpy") as file:  # no value is read, so bf16 is supported as well
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 infos = {
                     name: TensorInfo(tuple(part.get_shape()), _TYPES.get(str(part.get_dtype()), str(part.get_dtype())))
@@ -74,11 +83,11 @@ def read_header(path: Path) -> Header:
 
 
 def open_tensors(paths: Sequence[Path], device: str | torch.device, mapped: bool = False) -> Mapping[str, Tensor]:
-    """Return the tensors of files, by name, in their stored types; those of safetensors are read on access.
+    """Return the tensors of files by name, in their stored types; safetensors are read on access.
 
     Args:
-        mapped: on the CPU, memory-map files of torch, so that theirs are read on access, too, if the format allows:
-            these tensors are the file's memory.
+        mapped: on the CPU, memory-map files of torch.save if possible, so that they are also read on access. The
+            tensors then share the memory of the file.
     Raises:
         ConfigError: a file cannot be read.
     """
@@ -95,24 +104,24 @@ def open_tensors(paths: Sequence[Path], device: str | torch.device, mapped: bool
 
 @contextmanager
 def reading(paths: Sequence[Path]) -> Iterator[None]:
-    """Within the block whatever the readers raise becomes a `ConfigError` that names the files, and what they are."""
+    """Convert all exceptions of the readers within the block to a `ConfigError` that names the files and their kind."""
     names = ", ".join(map(str, paths))
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # safetensors and torch.load raise many types of their own
+    except Exception as error:  # safetensors and torch.load raise many types of exceptions
         for path in paths:
             if kind := foreign_kind(path):
                 raise ConfigError(f"{path} cannot be read: it is {kind}") from error
         if isinstance(error, pickle.UnpicklingError):
-            raise ConfigError(f"{names} cannot be read: it is damaged, or holds more than tensors") from error
+            raise ConfigError(f"{names} cannot be read: the file is damaged, or contains more than tensors") from error
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{names} cannot be read: {first_line}") from error
 
 
 class _Safetensors(Mapping[str, "Tensor"]):
-    """The tensors of one file, mapped into memory."""
+    """The tensors of one memory-mapped file."""
 
     def __init__(self, path: Path, device: str | torch.device) -> None:
         from safetensors import safe_open
@@ -133,7 +142,7 @@ class _Safetensors(Mapping[str, "Tensor"]):
 
 
 class _Joined(Mapping[str, "Tensor"]):
-    """The tensors of several files; of two with the same name the later one."""
+    """The tensors of several files; if two have the same name, the later one is used."""
 
     def __init__(self, holders: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._holders = holders
@@ -149,7 +158,11 @@ class _Joined(Mapping[str, "Tensor"]):
 
 
 def _load_torch(path: Path, device: str | torch.device, *, mapped: bool) -> dict[str, Tensor]:
-    """Load a file of torch.save, unwrapped as in diffsynth. mapped: memory-map the values if the format allows."""
+    """Load a file of torch.save, unwrapped as in diffsynth.
+
+    Args:
+        mapped: memory-map the values if the format supports it.
+    """
     import torch
 
     try:
@@ -161,7 +174,7 @@ def _load_torch(path: Path, device: str | torch.device, *, mapped: bool) -> dict
     if isinstance(content, dict) and len(content) == 1:
         content = next((content[k] for k in ("state_dict", "module", "model_state") if k in content), content)
     if not isinstance(content, dict):
-        raise ValueError("it holds no tensors by name")
+        raise ValueError("it contains no named tensors")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
 
 

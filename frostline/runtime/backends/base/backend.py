@@ -1,4 +1,4 @@
-"""What every backend is: one class, which says what it needs, builds engines and loads them."""
+"""The base class of all backends: requirements, building and loading of engines."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from .runner import EngineRunner
 
 
 class Backend(ABC):
-    """Builds engines with one library, and loads them.
+    """Build engines with one library, and load them.
 
-    Everything that frostline knows of a backend is in here: nothing else names a backend or its packages. What a
-    command needs to know without importing torch is read from the source of the backend's module: its name is the
-    module's, and engines depend on the module's code and on the versions of what it imports.
+    A subclass contains everything that is specific to a backend: no other module names a backend or its packages.
+    Commands that must not import torch read the source of the backend's module: the backend's name is the module's
+    name, and engine keys depend on the module's code and on the versions of what it imports.
 
     Args:
-        name: by which settings and manifests call it.
+        name: the name of the backend in settings and manifests.
     """
 
-    # What `build` starts from: a file that ONNX tools read, or torch's own `ExportedProgram`.
+    # The input of `build`: an ONNX file, or torch's `ExportedProgram`.
     source: ClassVar[Literal["onnx", "exported_program"]] = "onnx"
-    # Whether an engine has weights of its own, or computes with those of the PyTorch module.
+    # Whether an engine contains its weights, or uses those of the PyTorch module.
     holds_weights: ClassVar[bool] = True
-    # The types of weights that it computes with: of fp32, fp16 and bf16.
+    # Supported weight types: any of fp32, fp16 and bf16.
     precisions: ClassVar[frozenset[str]] = frozenset(DTYPES)
-    # The most elements that a tensor may have, of the network's own as well; None where nothing limits them.
+    # The maximum number of elements of a tensor, including intermediate ones; None if there is no limit.
     largest_tensor: ClassVar[int | None] = None
-    # The pip packages that its engines run on, whose versions reports state.
+    # The pip packages that its engines need; reports state their versions.
     packages: ClassVar[tuple[str, ...]]
-    # The command that installs what is missing.
+    # The command that installs missing packages.
     install: ClassVar[str]
 
     def __init__(self, name: str) -> None:
@@ -50,10 +50,12 @@ class Backend(ABC):
 
     @abstractmethod
     def library(self) -> ModuleType:
-        """Import the library and return it; by an `import` statement, which makes its version part of engine keys."""
+        """Import the library and return it. The import must be an `import` statement, so that engine keys depend on its
+        version.
+        """
 
     def unavailable(self) -> str | None:
-        """Return why this backend can neither build nor run here and what to install, or None."""
+        """Return why this backend can neither build nor run here, and what to install; None if it can."""
         try:
             self.library()
         except (ImportError, OSError, RuntimeError) as error:
@@ -61,28 +63,28 @@ class Backend(ABC):
         return None
 
     def version(self) -> str:
-        """Return the installed version, which engines depend on."""
+        """Return the installed version of the library; engine keys depend on it."""
         return self.library().__version__
 
     def target(self, device: torch.device, options: BuildOptions) -> str:
-        """Return what an engine runs on that is built for a stage on `device`: `cpu`, `sm_89` or `sm_89+sm_120`.
+        """Return the target of an engine that is built for a stage on `device`: `cpu`, `sm_89` or `sm_89+sm_120`.
 
         Raises:
-            EngineError: `options` ask for what this machine lacks.
+            EngineError: `options` require hardware that this machine does not have.
         """
         return device_name(device)
 
     def check_target(self, target: str) -> None:  # noqa: B027 - most build for any target
-        """Check that engines for `target` can be built here, before anything is traced for it.
+        """Check, before tracing, that engines for `target` can be built here.
 
         Raises:
-            EngineError: they cannot; the message names the targets that can.
+            EngineError: they cannot; the message names the possible targets.
         """
 
     def obstacle(self, device: torch.device, target: str) -> str | None:
-        """Return why an engine for `target` cannot run on `device` of this machine, or None.
+        """Return why an engine for `target` cannot run on `device`, or None.
 
-        The target is part of an engine's key: only what else is in the way has to be told.
+        The target itself is part of an engine's key; this method checks all other requirements.
         """
         return None
 
@@ -91,18 +93,18 @@ class Backend(ABC):
         """Compile a network into `folder`.
 
         Args:
-            source: the path of an ONNX file, or an `ExportedProgram`, as `self.source` says; it may be used up.
+            source: path of an ONNX file, or an `ExportedProgram`, depending on `self.source`. It may be consumed.
         Returns:
             The name of the file to load.
         Raises:
-            EngineError: it cannot be compiled.
+            EngineError: the network cannot be compiled.
         """
 
     def load(self, engine: VerifiedEngine, networks: Mapping[str, Network], device: torch.device) -> dict[str, Runner]:
         """Load an engine: one runner for each network of its stage, by name.
 
         Raises:
-            EngineError: it cannot run here, or the library refuses it.
+            EngineError: the engine cannot run here, or the library rejects it.
         """
         self.check_runs(engine, device)
         return {
@@ -114,19 +116,19 @@ class Backend(ABC):
     def make_runner(
         self, engine: VerifiedEngine, entry: NetworkRecord, network: Network, device: torch.device
     ) -> EngineRunner:
-        """Load one network of an engine that nothing keeps from running here.
+        """Load one network of an engine that can run on this machine.
 
         Args:
-            entry: what the manifest says of the network.
+            entry: the network's record in the manifest.
         Raises:
-            EngineError: the library refuses it.
+            EngineError: the library rejects the engine.
         """
 
     def check_runs(self, engine: VerifiedEngine, device: torch.device) -> None:
-        """Check that nothing keeps an engine from running on `device` (`obstacle`).
+        """Check that an engine can run on `device` (see `obstacle`).
 
         Raises:
-            EngineError: names the engine, what it was built for, and the obstacle.
+            EngineError: it cannot; the message names the engine, its target and the reason.
         """
         manifest = engine.manifest
         if reason := self.obstacle(device, manifest.device):
@@ -138,7 +140,7 @@ class Backend(ABC):
 
 
 def keep_onnx(source: Path, folder: Path) -> str:
-    """Move an ONNX file, and the weights beside it, into `folder`: an engine for what compiles as it loads.
+    """Move an ONNX file and its external weights into `folder`, for backends that compile when they load.
 
     Returns:
         The name of the file.

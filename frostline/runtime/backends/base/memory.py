@@ -1,4 +1,4 @@
-"""Tell an engine that ran out of memory from one that does not work: only the latter is at fault."""
+"""Distinguish engines that ran out of memory from engines that do not work."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from frostline.errors import EngineError, EngineMemoryError
 
 
 def engine_failure(what: str, error: Exception, signs: Iterable[str]) -> EngineError:
-    """Return the error to raise for one that a backend's library raised.
+    """Return the error to raise for an error of a backend's library.
 
     Args:
-        what: happened, for the message.
-        signs: what the library's messages contain, word for word, where memory ran out and nothing else says so.
+        what: what failed, for the message.
+        signs: substrings of the library's messages that mean out of memory and that only the message text shows.
     """
     message = f"{what}: {error}"
     if is_out_of_memory(error) or any(sign in str(error) for sign in signs):

@@ -1,4 +1,4 @@
-"""Build options of engines."""
+"""Options for building engines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# The fastest on ONNX Runtime's CPU provider, and every TensorRT builds it.
+# The fastest opset on ONNX Runtime's CPU provider; every TensorRT version supports it.
 OPSET = 20
 
 BuildProgress = Callable[[str, int, int], None]
@@ -14,15 +14,17 @@ BuildProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of a build. A backend ignores those that do not concern it; the first two identify an engine.
+    """Options of a build. A backend ignores options that it does not support; the first two are part of an engine's
+    key.
 
-    opset: of the ONNX graph that the backend starts from.
-    compute_capabilities: the GPUs to build for, such as "8.9"; "current" is this machine's. None given: this machine's
-        GPU, and what the backend proposes where there is none.
-    asked_maximum: open dimensions, such as `batch`, whose largest extent the user set: a backend that cannot serve
-        that extent refuses to build, while it lowers default extents.
-    timing_cache: a file in which the backend keeps its measurements for the next build.
-    progress: called with phase, completed steps and total steps.
+    Attributes:
+        opset: opset of the ONNX graph that the backend compiles.
+        compute_capabilities: the GPUs to build for, such as "8.9"; "current" is this machine's GPU. If empty: this
+            machine's GPU, or the backend's defaults if there is none.
+        asked_maximum: dynamic dimensions, such as `batch`, whose maximum the user set. A backend that does not support
+            this maximum refuses to build; it lowers default maxima instead.
+        timing_cache: file in which the backend stores its measurements for the next build.
+        progress: called with phase, completed steps and total steps.
     """
 
     opset: int = OPSET

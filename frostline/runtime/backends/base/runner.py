@@ -1,4 +1,4 @@
-"""What the runners of all backends do alike: check, take turns, tell whose fault a failure is."""
+"""The part that the runners of all backends share: input checks, locking, and classification of failures."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .memory import engine_failure
 
 
 class EngineRunner(ABC):
-    """Runs one network; safe to call from several threads. A subclass loads the engine, and computes in `_run`.
+    """Run one network; thread-safe. A subclass loads the engine and implements `_run`.
 
     Args:
         network: names of inputs and outputs, the range of shapes, and the live tensors, which are read at each call.
     Raises:
-        EngineError: the engine does not take the live tensors.
+        EngineError: the engine does not support the live tensors.
     """
 
-    # The library, as messages call it.
+    # Name of the library in messages.
     library_name: ClassVar[str]
-    # What its messages contain, word for word, where memory ran out and nothing else says so.
+    # Substrings of its messages that mean out of memory, if nothing else does.
     out_of_memory: ClassVar[tuple[str, ...]] = ()
-    # Whether a call has to wait for those of other threads.
+    # Whether calls from several threads have to wait for each other.
     one_call_at_a_time: ClassVar[bool] = True
 
     def __init__(self, network: Network) -> None:
@@ -40,11 +40,11 @@ class EngineRunner(ABC):
         self._turn: AbstractContextManager[object] = threading.Lock() if self.one_call_at_a_time else nullcontext()
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network; outputs are freshly allocated, and ready on torch's current stream.
+        """Run the network. Outputs are newly allocated and ready on torch's current stream.
 
         Raises:
-            InputError: an input is not what the engine takes; a ShapeError where it is the shape.
-            EngineError: the library failed, or the engine does not take the live tensors; an EngineMemoryError where
+            InputError: an input is invalid; a ShapeError if its shape is.
+            EngineError: the library failed, or the engine does not support the live tensors; an EngineMemoryError if
                 memory ran out.
         """
         check_inputs(self._network, inputs)
@@ -54,14 +54,14 @@ class EngineRunner(ABC):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the outputs by name, of checked inputs in any memory layout."""
+        """Return the outputs by name, for checked inputs in any memory layout."""
 
     @contextmanager
     def _failures(self, what: str) -> Iterator[None]:
-        """Raise as an EngineError whatever the library raises within the block.
+        """Convert errors of the library within the block to EngineErrors.
 
         Args:
-            what: the library did, such as `failed on`.
+            what: what the library did, such as `failed on`.
         """
         try:
             yield

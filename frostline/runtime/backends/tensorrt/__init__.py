@@ -1,4 +1,4 @@
-"""TensorRT, which builds for the GPU that it finds."""
+"""TensorRT: builds engines for the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .backend import TensorRTBackend
 
 
 class TensorRT(TensorRTBackend):
-    """Plans for the GPU of this machine."""
+    """Build plans for the GPU of this machine."""
 
     packages = ("tensorrt",)
     install = "pip install 'frostline[tensorrt]'"

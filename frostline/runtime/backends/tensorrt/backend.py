@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT-RTX have in common: one builder and one runner for two modules with the same API."""
+"""Common base of TensorRT and TensorRT-RTX: one builder and one runner for two modules with the same API."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .builder import PlanBuilder
 from .runner import TensorRTRunner, layer_table
 from .runtime_cache import RuntimeCache
 
-# What is built for where no GPU says otherwise: Ada and Blackwell.
+# Default targets on a machine without a GPU: Ada and Blackwell.
 _USUAL_CAPABILITIES = ("8.9", "12.0")
 
 
 class TensorRTBackend(Backend):
-    """Plans.
+    """Build and load TensorRT plans.
 
-    Networks are strongly typed: the types in the ONNX graph are those of the engine. Running takes an NVIDIA driver;
-    from the second call of a shape on it is the replay of a CUDA graph.
+    Networks are strongly typed: the engine uses the types of the ONNX graph. Running an engine requires an NVIDIA
+    driver. From the second call of a shape on, a CUDA graph is replayed.
     """
 
-    # Its kernels count elements in 32 bits ("the volume of a tensor cannot exceed 2^31-1", NVIDIA/TensorRT#1948).
+    # The kernels count elements in 32 bits ("the volume of a tensor cannot exceed 2^31-1", NVIDIA/TensorRT#1948).
     largest_tensor = 2**31 - 1
-    # Whether it builds for named compute capabilities on any machine, or for the GPU that it finds.
+    # Whether it builds for named compute capabilities on any machine, or only for the GPU of this machine.
     cross_builds: ClassVar[bool]
 
     @abstractmethod
@@ -43,10 +43,10 @@ class TensorRTBackend(Backend):
         """Import the module, `tensorrt` or `tensorrt_rtx`."""
 
     def target(self, device: torch.device, options: BuildOptions) -> str:
-        """Return the GPUs asked for, else this machine's, else the usual ones.
+        """Return the requested GPUs, otherwise this machine's GPU, otherwise the default targets.
 
         Raises:
-            EngineError: a GPU of this machine is wanted, and there is none.
+            EngineError: this machine's GPU is requested, but there is none.
         """
         wanted = options.compute_capabilities
         if not wanted and self.cross_builds and not torch.cuda.is_available():
@@ -66,16 +66,16 @@ class TensorRTBackend(Backend):
         if not torch.cuda.is_available():
             return "no NVIDIA driver"
         if device.type != "cuda":
-            return f"the model is on the {device.type}, and TensorRT runs on GPUs"
+            return f"the model is on {device.type}, but TensorRT requires a GPU"
         if device_name(device) not in target.split("+"):
-            return f"it is built for {target}, and this GPU is {device_name(device)}"
+            return f"the engine is built for {target}, but this GPU is {device_name(device)}"
         return None
 
     def check_target(self, target: str) -> None:
-        """Refuse a target that engines cannot be built for here, before anything is traced for it.
+        """Check, before tracing, that engines for `target` can be built here.
 
         Raises:
-            EngineError: names what it builds for.
+            EngineError: they cannot; the message names the possible targets.
         """
         self._capabilities(target)
 

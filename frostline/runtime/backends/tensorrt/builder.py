@@ -1,4 +1,4 @@
-"""From an ONNX file to a plan."""
+"""Compile an ONNX file to a plan."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _Steps = SimpleQueue[tuple[str, int, int]]
 
 
 class PlanBuilder:
-    """Compiles one network.
+    """Compile one network.
 
-    The work is done in a thread of its own, because a step of it may take a minute in which no signal would be heeded.
+    The build runs in its own thread, because a step may take a minute, during which Python handles no signals.
 
     Args:
         trt: the module, `tensorrt` or `tensorrt_rtx`.
-        capabilities: the GPUs to build for, as members of `trt.ComputeCapability`; empty where the module builds for
-            the GPU that it finds.
-        timing_cache: a file of the builder's measurements, read before and written afterwards.
+        capabilities: the GPUs to build for, as members of `trt.ComputeCapability`; empty if the module builds for the
+            GPU of this machine.
+        timing_cache: file with the builder's measurements, which is read before the build and written afterwards.
     """
 
     def __init__(self, trt: Any, capabilities: Sequence[Any] = (), timing_cache: Path | None = None) -> None:
@@ -43,19 +43,19 @@ class PlanBuilder:
         self._timing_cache = timing_cache
 
     def build(self, network: Network, source: Path, progress: BuildProgress | None = None) -> Any:
-        """Return the plan of `source`, for shapes within the network's range: TensorRT's own memory, readable as bytes.
+        """Return the plan of `source` for shapes within the network's range: TensorRT's own memory, readable as bytes.
 
         Args:
             progress: called in this thread.
         Raises:
-            EngineError: TensorRT cannot parse or compile it; the message holds TensorRT's own.
+            EngineError: TensorRT cannot parse or compile the file; the message includes TensorRT's own message.
         """
         steps: _Steps = SimpleQueue()
         cancelled = threading.Event()
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
         def work() -> Any:
-            # Which GPU is the current one is a property of the thread.
+            # The current GPU is a property of the thread.
             with nullcontext() if gpu is None else torch.cuda.device(gpu):
                 return self._compile(network, source, steps, cancelled)
 
@@ -83,17 +83,17 @@ class PlanBuilder:
         messages.check()
         if plan is None:
             raise messages.error(f"{trt.__name__} cannot build {network.name}")
-        # Of another GPU or version it is someone else's: theirs would be lost.
+        # A timing cache of another GPU or version is not overwritten.
         if cache_accepted:
             _write_timing_cache(config, self._timing_cache)
         return plan
 
     def _configure(self, config: Any) -> None:
         trt = self._trt
-        # TF32 has 10 bits of mantissa: no fp32 engine would be equal to PyTorch.
+        # TF32 has a mantissa of 10 bits: fp32 engines would differ from PyTorch.
         config.clear_flag(trt.BuilderFlag.TF32)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        # Or an engine asks for the scratch memory of its largest shapes, whatever the shapes of a call are.
+        # Otherwise an engine allocates the scratch memory of its largest shapes at every call.
         feature = getattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10", None)
         if feature is not None:
             config.set_preview_feature(feature, True)
@@ -128,16 +128,16 @@ def _add_profile(builder: Any, graph: Any, config: Any, network: Network) -> Non
             spec = specs[entry.name]
             profile.set_shape(entry.name, spec.shape_at("min"), spec.shape_at("opt"), spec.shape_at("max"))
     if config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"TensorRT refuses the shapes of {network.name}")
+        raise EngineError(f"TensorRT rejects the shapes of {network.name}")
 
 
 def _read_timing_cache(config: Any, path: Path | None) -> bool:
-    """Return whether the builder measures into a cache that may be written to `path`."""
+    """Return whether the builder uses a timing cache that may be written to `path`."""
     if path is None:
         return False
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        log.warning("the timing cache %s is of another GPU or version: it is not used, and left as it is", path)
+        log.warning("the timing cache %s is from another GPU or version: it is neither used nor changed", path)
         return False
     return True
 
@@ -150,7 +150,7 @@ def _write_timing_cache(config: Any, path: Path | None) -> None:
 
 
 def _new_monitor(trt: Any, messages: Messages, steps: _Steps, cancelled: threading.Event) -> Any:
-    """Passes TensorRT's progress on, and ends the build where it was cancelled or another callback failed."""
+    """Report TensorRT's progress, and stop the build if it was cancelled or another callback failed."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Launches at fixed shapes, recorded once as CUDA graphs and replayed: one launch instead of one for each kernel."""
+"""Record launches at fixed shapes as CUDA graphs and replay them: one launch instead of one for each kernel."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ log = logging.getLogger(__name__)
 
 Launch = Callable[[Mapping[str, Tensor], torch.cuda.Stream], dict[str, Tensor]]
 
-# A shape whose recording was dropped this many times is not recorded again.
+# A shape is not recorded again after its recording was dropped this many times.
 _ENOUGH_DROPS = 2
-# Shapes whose last use is remembered; a face detector's never end.
+# Number of shapes whose last use is stored; a face detector gets new shapes all the time.
 _REMEMBERED_SHAPES = 1024
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """launch: whose state belongs to the graph, and must not change while it is used."""
+    """A recorded graph.
+
+    Attributes:
+        launch: the launch whose state belongs to the graph; it must not change while the graph is in use.
+    """
 
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Tensor]
@@ -33,19 +37,20 @@ class _Recording:
 
 
 class CudaGraphs:
-    """Calls launches, from the second call of a shape on as a replay.
+    """Call launches; from the second call of a shape on, replay a recording.
 
-    A replay reads and writes the memory that it was recorded with: inputs are copied into it and outputs out of it, so
-    that outputs are the caller's own. Whatever else the launch reads (weights, live tensors) is read in place.
+    A replay reads and writes the memory that it was recorded with. Inputs are therefore copied into that memory and
+    outputs out of it, and the caller owns the outputs. Everything else that the launch reads (weights, live tensors) is
+    read in place.
 
-    Not thread-safe: the caller holds a lock.
+    Not thread-safe: the caller must hold a lock.
 
     Args:
-        new_launch: makes what enqueues the work on a stream, from named inputs to freshly allocated outputs, without
-            waiting for the device. Each recording has one of its own: TensorRT's contexts have a state, which a launch
-            at another shape changes under the graphs that were recorded before (NVIDIA/TensorRT#3798).
-        stream: where everything is launched; not the default stream.
-        limit: recordings that are kept; each holds inputs, outputs and scratch of its shape.
+        new_launch: returns a function that enqueues the work on a stream, from named inputs to newly allocated outputs,
+            without waiting for the device. Each recording needs its own: a launch at another shape changes the state of
+            a TensorRT context, also for graphs that were recorded before (NVIDIA/TensorRT#3798).
+        stream: the stream for all launches; not the default stream.
+        limit: maximum number of recordings; each keeps the inputs, outputs and scratch memory of its shape.
     """
 
     def __init__(self, new_launch: Callable[[], Launch], stream: torch.cuda.Stream, limit: int = 4) -> None:
@@ -60,7 +65,7 @@ class CudaGraphs:
         self._refused = False
 
     def __call__(self, inputs: Mapping[str, Tensor], depends: Hashable = None) -> dict[str, Tensor]:
-        """Compute the outputs, ready on torch's current stream.
+        """Return the outputs, ready on torch's current stream.
 
         Args:
             depends: what a recording depends on besides the input shapes, such as addresses that the launch binds.
@@ -74,7 +79,7 @@ class CudaGraphs:
         return outputs
 
     def launch(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the outputs without a recording."""
+        """Return the outputs without using a recording."""
         return self._launch(inputs, self._stream)
 
     def _note_use(self, key: Hashable) -> None:
@@ -87,9 +92,10 @@ class CudaGraphs:
             self._last_use.popitem(last=False)
 
     def _worth_recording(self, key: Hashable) -> bool:
-        """Return whether to record a shape: on its second call, if both came after the last of the shape it replaces.
+        """Return whether to record a shape: on its second call, if both calls came after the last call of the shape
+        that it replaces.
 
-        If there are more shapes than `limit`, they then do not keep replacing each other.
+        This keeps shapes from replacing each other all the time if there are more of them than `limit`.
         """
         before = self._last_use.get(key)
         if self._refused or before is None or self._drops[key] >= _ENOUGH_DROPS:
@@ -99,18 +105,18 @@ class CudaGraphs:
         return self._last_use.get(next(iter(self._recordings)), 0) < before
 
     def _record(self, key: Hashable, inputs: Mapping[str, Tensor]) -> _Recording | None:
-        """Record at the shapes of `inputs`, dropping the least recently used recording; None if that fails."""
+        """Record at the shapes of `inputs`, dropping the least recently used recording; None if recording fails."""
         while len(self._recordings) >= self._limit:
             dropped, _ = self._recordings.popitem(last=False)
             self._drops[dropped] += 1
         try:
             recording = self._recorded(inputs)
         except (torch.OutOfMemoryError, EngineMemoryError) as error:
-            log.warning("no CUDA graph is recorded at these shapes, each kernel is launched: %s", error)
+            log.warning("cannot record a CUDA graph at these shapes; each kernel is launched separately: %s", error)
             self._drops[key] = _ENOUGH_DROPS
             return None
         except (RuntimeError, EngineError) as error:
-            log.warning("no CUDA graph is recorded, every call launches each kernel: %s", error)
+            log.warning("cannot record CUDA graphs; each kernel is launched separately in every call: %s", error)
             self._refused = True
             return None
         self._recordings[key] = recording
@@ -118,16 +124,16 @@ class CudaGraphs:
 
     def _recorded(self, inputs: Mapping[str, Tensor]) -> _Recording:
         own, launch, graph = _copies(inputs), self._new_launch(), torch.cuda.CUDAGraph()
-        # The first launch at a shape may allocate and compile, which a recording must not.
+        # The first launch at a shape may allocate and compile, which is not allowed while recording.
         launch(own, self._stream)
-        # Other threads may allocate meanwhile: only what this one does may end the recording.
+        # Other threads may allocate in the meantime: only actions of this thread may invalidate the recording.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             outputs = launch(own, self._stream)
         return _Recording(graph, own, outputs, launch)
 
     def _replay(self, recording: _Recording, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # The outputs are allocated where they will be used and freed, and written on the recording's own stream: the
-        # next replay, of whichever thread, comes after that.
+        # Outputs are allocated on the stream where they are used and freed, but written on the recording's stream; the
+        # next replay, from any thread, is ordered after that.
         outputs = {name: torch.empty_like(tensor) for name, tensor in recording.outputs.items()}
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)

@@ -1,4 +1,4 @@
-"""One execution context of an engine: what it binds, the memory that it works in, and how it is launched."""
+"""An execution context of an engine: its bindings, its scratch memory, and its launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from frostline.runtime.stage import Network
 
 from .messages import Messages
 
-# What TensorRT demands of every address.
+# Alignment that TensorRT requires of every address.
 _ALIGNMENT = 256
 _DTYPES = {
     "FLOAT": torch.float32,
@@ -28,17 +28,17 @@ _DTYPES = {
 
 
 def can_bind(tensor: Tensor) -> bool:
-    """Return whether TensorRT can use a tensor where it is: dense, and at an address that is aligned."""
+    """Return whether TensorRT can use a tensor in place: it must be dense and aligned."""
     return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
 
 
 class Execution:
-    """Enqueues the network, in memory that torch allocates at each launch.
+    """Enqueue the network, in memory that torch allocates at each launch.
 
-    Not for several threads at once, nor for a second launch on another stream before the first is over.
+    Not thread-safe. A second launch on another stream must wait for the first to finish.
 
     Args:
-        context: TensorRT's execution context, its memory managed by the user.
+        context: TensorRT's execution context, with user-managed memory.
         engine: the context's engine.
     """
 
@@ -50,22 +50,23 @@ class Execution:
         self._messages = messages
 
     def __call__(self, inputs: Mapping[str, Tensor], stream: torch.cuda.Stream) -> dict[str, Tensor]:
-        """Enqueue one launch on `stream`, which has to wait for torch's current stream, and that for it afterwards.
+        """Enqueue one launch on `stream`. The caller must make `stream` wait for torch's current stream, and vice versa
+        afterwards.
 
         Returns:
             Outputs that were allocated on torch's current stream.
         Raises:
-            EngineError: TensorRT refuses it; an EngineMemoryError where memory was the reason.
+            EngineError: TensorRT rejects the launch; an EngineMemoryError if memory ran out.
         """
         messages = self._messages
         messages.forget()
-        # Whatever is copied must live until the launch; afterwards the streams' order protects it.
+        # Copies must live until the launch; afterwards the order of the streams protects them.
         kept = [self._bind_input(name, tensor) for name, tensor in {**inputs, **self._network.live}.items()]
         self._infer_shapes()
         kept.append(self._bind_scratch())
         outputs = {name: self._bind_output(name) for name in self._network.outputs}
         current = torch.cuda.current_stream(self._device)
-        # To wait for itself is a mistake while a stream is recorded.
+        # A stream that is being recorded must not wait for itself.
         if stream != current:
             stream.wait_stream(current)
         try:
@@ -81,10 +82,12 @@ class Execution:
     def _bind_input(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().to(self._device)
         if not can_bind(tensor):
-            # A clone would keep the layout of some views.
+            # `clone` would keep the layout of some views.
             tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         if not self._context.set_input_shape(name, tuple(tensor.shape)):
-            raise self._messages.error(f"{self._network.name}: input {name} of shape {tuple(tensor.shape)} is refused")
+            raise self._messages.error(
+                f"{self._network.name}: TensorRT rejects shape {tuple(tensor.shape)} of input {name}"
+            )
         self._bind_address(name, tensor)
         return tensor
 
@@ -92,10 +95,11 @@ class Execution:
         address = tensor.data_ptr()
         if address % _ALIGNMENT:
             raise EngineError(
-                f"{self._network.name}: {name} lies at {address:#x}, TensorRT wants addresses aligned to {_ALIGNMENT}"
+                f"{self._network.name}: {name} is at address {address:#x}, TensorRT requires an "
+                f"alignment of {_ALIGNMENT} bytes"
             )
         if not self._context.set_tensor_address(name, address):
-            raise self._messages.error(f"{self._network.name}: the address of {name} is refused")
+            raise self._messages.error(f"{self._network.name}: TensorRT rejects the address of {name}")
 
     def _infer_shapes(self) -> None:
         try:
@@ -103,27 +107,27 @@ class Execution:
         except RuntimeError as error:
             raise self._messages.error(f"{self._network.name}: TensorRT cannot infer its shapes ({error})") from error
         if missing:
-            raise EngineError(f"{self._network.name} lacks its input {missing[0]}")
+            raise EngineError(f"{self._network.name}: input {missing[0]} is missing")
 
     def _bind_scratch(self) -> Tensor:
-        """Scratch memory of the size that the shapes need, as trtexec and NVIDIA's samples give it.
+        """Bind scratch memory of the size that the current shapes need, like trtexec and NVIDIA's samples.
 
-        `set_device_memory` is documented to want the engine's `device_memory_size_v2`, which is what the largest shapes
-        need: it gets that much where it does not take less.
+        According to the documentation, `set_device_memory` requires the engine's `device_memory_size_v2`, which is the
+        size for the largest shapes. That size is only passed if TensorRT rejects the smaller one.
         """
         messages = self._messages
         size = self._context.update_device_memory_size_for_shapes()
-        # 0 may mean both: that no memory is needed, or that the question failed.
+        # 0 means either that no memory is needed, or that the call failed.
         if size == 0 and messages.failed:
             raise messages.error(f"{self._network.name}: TensorRT cannot say how much memory it needs")
         for enough in (size, max(size, self._engine.device_memory_size_v2)):
             messages.forget()
             scratch = torch.empty(enough, dtype=torch.uint8, device=self._device)
             self._context.set_device_memory(scratch.data_ptr() if enough else 0, enough)
-            # Which returns nothing.
+            # This setter has no return value.
             if not messages.failed:
                 return scratch
-        raise messages.error(f"{self._network.name}: TensorRT refuses its scratch memory")
+        raise messages.error(f"{self._network.name}: TensorRT rejects its scratch memory")
 
     def _bind_output(self, name: str) -> Tensor:
         shape = tuple(self._context.get_tensor_shape(name))

@@ -1,4 +1,4 @@
-"""What TensorRT says while it builds and runs: warnings, errors, and whether it was memory that it lacked."""
+"""Collect TensorRT's warnings and errors, and detect whether memory ran out."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Code 5 is `FAILED_ALLOCATION`; but TensorRT's allocators report memory that is not there under the codes of other
-# faults: "Error Code 1: Cuda Runtime (out of memory)", "Error Code 2: OutOfMemory (no further information)".
+# Code 5 is `FAILED_ALLOCATION`, but TensorRT's allocators also report missing memory with other codes: "Error Code 1:
+# Cuda Runtime (out of memory)", "Error Code 2: OutOfMemory (no further information)".
 OUT_OF_MEMORY = ("Error Code 5:", "out of memory", "OutOfMemory")
-# How many messages an error holds.
+# Maximum number of messages in an error.
 _TOLD = 5
 
 
 class Messages:
-    """Listens to one builder or runtime, which is given `logger`.
+    """Collect the messages of one builder or runtime through its `logger`.
 
     TensorRT calls it from native code, through which exceptions cannot propagate: an exception is stored, and `check`
     raises it.
 
-    Not an `IErrorRecorder`, which would give codes instead of words: TensorRT-RTX 1.7.1 crashes as a network goes that
-    was parsed while its builder had one.
+    An `IErrorRecorder` is not used: it would give codes instead of messages, and TensorRT-RTX 1.7.1 crashes when a
+    network is deleted that was parsed while its builder had one.
     """
 
     def __init__(self, trt: Any) -> None:
         self.raised: BaseException | None = None
-        # Whether an error was reported since `forget`: some functions have no other way to say so.
+        # Whether an error was reported since `forget`: some functions do not report errors in another way.
         self.failed = False
         self._latest: deque[str] = deque(maxlen=_TOLD)
         self._no_memory = False
@@ -44,19 +44,19 @@ class Messages:
         self._latest.clear()
 
     def check(self) -> None:
-        """Raise what a callback raised since the last check."""
+        """Raise the exception that a callback raised since the last check, if any."""
         raised, self.raised = self.raised, None
         if raised is not None:
             raise raised
 
     def error(self, what: str) -> EngineError:
-        """Return an error with what failed and TensorRT's latest messages.
+        """Return an error that contains what failed and TensorRT's latest messages.
 
         Raises:
-            BaseException: what a callback raised, which is then the reason.
+            BaseException: an exception of a callback, which is then the cause.
         """
         self.check()
-        message = f"{what}: {'; '.join(self._latest) or 'it does not say why'}"
+        message = f"{what}: {'; '.join(self._latest) or 'no reason given'}"
         return EngineMemoryError(message) if self._no_memory else EngineError(message)
 
     def guard(self, call: Callable[[], _Result], otherwise: _Result) -> _Result:

@@ -1,4 +1,4 @@
-"""Runs one engine."""
+"""Run an engine."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .execution import Execution, can_bind
 from .messages import OUT_OF_MEMORY, Messages
 from .runtime_cache import RuntimeCache
 
-# After so many shapes of one engine, what is compiled for further ones is not kept.
+# Number of shapes of an engine after which newly compiled kernels are no longer stored.
 _SHAPES = 1024
 
 
 class TensorRTRunner(EngineRunner):
-    """Runs one engine on a stream of its own, in memory that torch allocates.
+    """Run one engine on its own stream, in memory that torch allocates.
 
-    An execution context takes one call at a time, from any stream: so calls queue up, each with inputs and outputs of
-    its own.
+    An execution context handles one call at a time, from any stream. Calls are therefore queued, each with its own
+    inputs and outputs.
 
     Args:
         trt: the module, `tensorrt` or `tensorrt_rtx`.
         plan: the engine, as read from a `VerifiedEngine`.
         network: names of inputs and outputs, the range of shapes, and the live tensors.
-        device: the GPU that the tensors are on.
-        cache: of TensorRT-RTX, where it keeps what it compiles as it runs.
+        device: the GPU of the tensors.
+        cache: store for the kernels that TensorRT-RTX compiles at run time.
     Raises:
-        EngineError: TensorRT refuses the engine; an EngineMemoryError where memory was the reason.
+        EngineError: TensorRT rejects the engine; an EngineMemoryError if memory ran out.
     """
 
     library_name = "TensorRT"
@@ -48,7 +48,7 @@ class TensorRTRunner(EngineRunner):
         with self._failures("cannot load"), torch.cuda.device(device):
             self._runtime, self._engine = _deserialize(trt, plan, network.name, self._messages)
             self._contexts = _Contexts(trt, self._engine, network.name, self._messages, cache)
-            # On the default stream TensorRT would synchronise the device, and no graph can be recorded.
+            # On the default stream, TensorRT would synchronise the device, and graphs cannot be recorded.
             self._graphs = CudaGraphs(self._new_execution, torch.cuda.Stream(device))
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ class TensorRTRunner(EngineRunner):
             if all(can_bind(tensor) for tensor in live):
                 outputs = self._graphs(inputs, depends=tuple(tensor.data_ptr() for tensor in live))
             else:
-                # Such a tensor is copied at each launch, and a recording would keep one copy for good.
+                # Such a tensor is copied at each launch; a recording would keep using one copy.
                 outputs = self._graphs.launch(inputs)
             self._contexts.keep_compiled(tuple(tuple(tensor.shape) for tensor in inputs.values()))
         return outputs
@@ -67,9 +67,9 @@ class TensorRTRunner(EngineRunner):
 
 
 class _Contexts:
-    """Makes execution contexts of an engine, in memory that torch allocates at each launch.
+    """Create execution contexts of an engine, in memory that torch allocates at each launch.
 
-    Else TensorRT would reserve, for good, what the largest shapes of the profile need.
+    With its own allocator, TensorRT would permanently reserve what the largest shapes of the profile need.
     """
 
     def __init__(self, trt: Any, engine: Any, name: str, messages: Messages, cache: RuntimeCache | None) -> None:
@@ -87,13 +87,14 @@ class _Contexts:
             return
         self._how = config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # TensorRT-RTX compiles kernels for new shapes in the background; a graph would keep the slow ones for good.
+        # TensorRT-RTX compiles kernels for new shapes in the background; a graph would permanently use the slow
+        # fallback kernels.
         config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         if cache is not None:
             self._compiled = config.create_runtime_cache()
             content = cache.read()
             if content is not None:
-                # False for what another GPU, driver or version left: then it is compiled anew, and replaced.
+                # False for a cache of another GPU, driver or version, which is then compiled again and replaced.
                 self._compiled.deserialize(content)
             config.set_runtime_cache(self._compiled)
 
@@ -101,7 +102,7 @@ class _Contexts:
         """Return a context that no other launch uses.
 
         Raises:
-            EngineError: TensorRT cannot make one.
+            EngineError: TensorRT cannot create one.
         """
         self._messages.forget()
         context = self._engine.create_execution_context(self._how)
@@ -111,7 +112,7 @@ class _Contexts:
         return context
 
     def keep_compiled(self, shapes: object) -> None:
-        """Keep for the next process what was compiled for new shapes: of the 1st, 2nd, 4th, 8th, … of them."""
+        """Store the compiled kernels for the next process, after the 1st, 2nd, 4th, 8th, … new shape."""
         if self._cache is None or self._compiled is None or shapes in self._shapes or len(self._shapes) == _SHAPES:
             return
         self._shapes.add(shapes)
@@ -121,7 +122,7 @@ class _Contexts:
 
 
 def layer_table(trt: Any, plan: bytes, name: str) -> str:
-    """Return what the engine inspector says of every layer, as JSON.
+    """Return the engine inspector's information about every layer as JSON.
 
     Raises:
         EngineError: TensorRT cannot load the plan.
@@ -132,8 +133,8 @@ def layer_table(trt: Any, plan: bytes, name: str) -> str:
 
 
 def _deserialize(trt: Any, plan: bytes, name: str, messages: Messages) -> tuple[Any, Any]:
-    """Return the runtime, which has to live as long as its engine, and the engine."""
-    # Its `engine_host_code_allowed` stays off: a plan is data, and no code of its own may run.
+    """Return the runtime, which must outlive its engine, and the engine."""
+    # `engine_host_code_allowed` stays off, so that a plan cannot contain code that runs on the host.
     runtime = trt.Runtime(messages.logger)
     engine = runtime.deserialize_cuda_engine(plan)
     messages.check()

@@ -41,18 +41,18 @@ class RuntimeCache:
         if not data:
             return None
         if not signing.verify(self._signed(content), signature.decode("ascii", "replace")):
-            log.warning("runtime cache %s is not signed with your key: it is not used", self.path)
+            log.warning("runtime cache %s is not signed with your key and is not used", self.path)
             return None
         return content
 
     def write(self, content: bytes) -> None:
-        """Replace the file; where that is not possible, the next process compiles again."""
+        """Replace the file; if that is not possible, the next process compiles again."""
         try:
             signature = signing.sign(self._signed(content)).encode()
             with atomic_write(self.path) as part:
                 part.write_bytes(signature + content)
         except (DataError, EngineError) as error:
-            log.debug("no runtime cache is kept: %s", error)
+            log.debug("cannot write the runtime cache: %s", error)
 
     def _signed(self, content: bytes) -> bytes:
         return b"runtime cache of " + self._engine + b"\n" + content

@@ -160,7 +160,7 @@ def test_configs_of_diffsynth_are_taken(tmp_path: Path) -> None:
     configs = [ModelConfig(path=[str(p) for p in e] if isinstance(e, list) else str(e)) for e in listed]
     components = load_components(configs)
     assert torch.equal(components.denoiser.head.head.weight, tensors["denoiser"]["head.head.weight"])
-    with pytest.raises(ConfigError, match="downloads nothing"):
+    with pytest.raises(ConfigError, match="does not download models"):
         load_components([ModelConfig(model_id="Wan-AI/Wan2.1-T2V-1.3B", origin_file_pattern="*.pth")])
 
 
@@ -196,7 +196,7 @@ def test_two_experts_in_a_list_are_told_apart_by_name(names: str, tmp_path: Path
 @pytest.mark.parametrize("names", NOT_TELLING)
 def test_experts_whose_names_do_not_tell_are_refused(names: str, tmp_path: Path) -> None:
     one, other = write_experts(tmp_path, NOT_TELLING[names])
-    with pytest.raises(ConfigError, match=f'{one} and {other} are two denoisers.*put "high" into'):
+    with pytest.raises(ConfigError, match=f'{one} and {other} are both denoisers.*put "high" into'):
         find_files([one, other, *others(tmp_path)])
 
 
@@ -256,7 +256,7 @@ def _denoiser(tmp_path: Path, change: dict[str, Tensor], **arguments: Any) -> Pa
     ("change", "arguments", "said"),
     [
         ({}, {"has_image_pos_emb": True}, "first-and-last-frame"),
-        ({}, {"in_dim": 32}, "16 channels of control"),
+        ({}, {"in_dim": 32}, "16 control channels"),
         ({"vace_blocks.0.after_proj.weight": torch.zeros(2)}, {}, "vace_blocks"),
     ],
     ids=["first and last frame", "control", "VACE"],
@@ -274,7 +274,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     content = json.loads(index.read_text())
     content["weight_map"] = dict.fromkeys(content["weight_map"], "../vae/diffusion_pytorch_model.safetensors")
     index.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="not a file beside it"):
+    with pytest.raises(ConfigError, match="not a file in the same folder"):
         load_components(folder)
 
 
@@ -293,7 +293,7 @@ def test_names_of_neither_spelling_are_refused(tmp_path: Path) -> None:
     save_shards(
         {**tensors, "blocks.0.attn3.to_q.weight": torch.zeros(1)}, folder / "transformer", "diffusion_pytorch_model"
     )
-    with pytest.raises(ConfigError, match=r"1 tensors are none of a Wan denoiser, the first is blocks\.0\.attn3"):
+    with pytest.raises(ConfigError, match=r"1 tensors do not belong to a Wan denoiser, the first is blocks\.0\.attn3"):
         load_components(folder)
 
 

@@ -103,11 +103,11 @@ def write_empty(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def test_modules_of_another_model_are_refused() -> None:
     tiny, moe, pinned = (load_components(name) for name in EMBEDDED)
-    with pytest.raises(ConfigError, match="tiny: denoiser has in_dim 16, and the spec says 36"):
+    with pytest.raises(ConfigError, match="tiny: denoiser has in_dim 16, but the spec states 36"):
         replace(tiny, denoiser=pinned.denoiser)
     with pytest.raises(ConfigError, match=r"tiny-moe: the spec has the networks \['denoiser', 'denoiser_high_noise'"):
         replace(moe, denoiser_high_noise=None)
     with pytest.raises(ConfigError, match="tiny: the spec has the networks"):
         replace(moe, spec=tiny.spec)
-    with pytest.raises(ConfigError, match="tiny: tokenizer has seq_len 16, and the spec says 512"):
+    with pytest.raises(ConfigError, match="tiny: tokenizer has seq_len 16, but the spec states 512"):
         replace(tiny, spec=replace(tiny.spec, text_length=512))

@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
         {f"{LAYER}.comfy_quant": torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)},
         r"int8_tensorwise \(ComfyUI\)",
     ),
-    "text that is none": ({f"{LAYER}.comfy_quant": uint8(3)}, "says how weights are quantised, cannot be read"),
+    "text that is none": ({f"{LAYER}.comfy_quant": uint8(3)}, "describes how weights are quantised, cannot be read"),
     "packed": ({f"{LAYER}.weight": uint8(512, 64)}, r"uint8 \(blocks\.0\.ffn\.0\.weight\)"),
     "scaled but not in 8 bits": ({f"{LAYER}.scale_weight": torch.ones(())}, "float16 with a scale"),
     "a scale of nothing": (

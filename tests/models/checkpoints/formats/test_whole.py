@@ -40,10 +40,10 @@ def test_the_last_block_is_missing(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in tiny_tensors().items() if not name.startswith("blocks.3.")}
     folder = tiny_with(tmp_path / "model", tensors)
     for read in (load_components, read_spec):
-        with pytest.raises(ConfigError, match=r"incomplete: .*there are 3 blocks, and config\.json says 4"):
+        with pytest.raises(ConfigError, match=r"incomplete: .*there are 3 blocks, but config\.json states 4"):
             read(folder)
     (folder / "config.json").write_text(json.dumps({"num_layers": 4}))
-    with pytest.raises(ConfigError, match=r"there are 3 blocks, and config\.json says 4"):
+    with pytest.raises(ConfigError, match=r"there are 3 blocks, but config\.json states 4"):
         find_files(folder)
     (folder / "config.json").write_text(json.dumps({"num_heads": 4}))
     assert find_files(folder).denoiser.config == {"num_heads": 4}  # nothing says how many there are
@@ -53,7 +53,7 @@ def test_a_block_between_others_is_missing(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in tiny_tensors().items() if not name.startswith("blocks.1.")}
     folder = tiny_with(tmp_path / "model", tensors)
     (folder / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"incomplete: .*block 1 is missing, and there is a block 3"):
+    with pytest.raises(ConfigError, match=r"incomplete: .*block 1 is missing, but there is a block 3"):
         find_files(folder)
 
 
@@ -79,7 +79,7 @@ def test_the_config_of_each_part_counts(part: str, config: dict[str, Any], patte
             path.unlink()
         save_file(whole, folder / part / "model.safetensors")
     without(1, pattern, folder / part / "model.safetensors")
-    with pytest.raises(ConfigError, match=rf"incomplete: .*{part}.*there are 1 blocks, and config\.json says 2"):
+    with pytest.raises(ConfigError, match=rf"incomplete: .*{part}.*there are 1 blocks, but config\.json states 2"):
         find_files(folder)
 
 
@@ -111,7 +111,7 @@ def test_an_index_may_name_its_variant(tmp_path: Path) -> None:
         path.rename(path.with_name(path.name.replace(".index.json", ".index.fp16.json")))
     assert len(find_files(folder).denoiser.paths) == 2
     next((folder / "transformer").glob("*00001-of*")).unlink()
-    with pytest.raises(ConfigError, match=r"index\.fp16\.json names it"):
+    with pytest.raises(ConfigError, match=r"index\.fp16\.json lists it"):
         find_files(folder)
 
 
@@ -122,7 +122,9 @@ def test_an_index_that_lists_what_no_shard_has(tmp_path: Path) -> None:
     shard = content["weight_map"]["blocks.0.norm2.weight"]
     content["weight_map"]["blocks.2.norm2.weight"] = shard
     index.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"lists 1 tensors that no shard has, the first is blocks\.2\.norm2\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"lists 1 tensors that are in no shard, the first is blocks\.2\.norm2\.weight"
+    ):
         find_files(folder)
 
 
@@ -146,14 +148,16 @@ def test_all_shards_are_listed(tmp_path: Path) -> None:
     listed.remove(shards)
     find_files([shards, *listed])
     for some in (shards[:1], shards[1], str(shards[0])):
-        with pytest.raises(ConfigError, match=r"is one of several shards, and .*-of-00002\.safetensors is not listed"):
+        with pytest.raises(
+            ConfigError, match=r"is one of several shards, but .*-of-00002\.safetensors is not in the list"
+        ):
             find_files([some, *listed])
 
 
 def test_a_tensor_in_two_files_of_a_network_is_refused(tmp_path: Path) -> None:
     paths = save_shards(tiny_tensors(), tmp_path, "wan", index=False)
     shutil.copy(paths[0], tmp_path / "copy.safetensors")
-    with pytest.raises(ConfigError, match="is in another file of the same network, too"):
+    with pytest.raises(ConfigError, match="is also in another file of the same network"):
         find_files([[*paths, tmp_path / "copy.safetensors"], TOKENIZER])
 
 

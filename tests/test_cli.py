@@ -258,4 +258,4 @@ def test_brackets_in_a_message_are_no_style(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 1
-    assert "[/red]run: no such folder: name the output_dir" in capsys.readouterr().err
+    assert "[/red]run: no such folder: give the output_dir" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Reward-feedback training: `TrainingModule` computes a step, `trainer.train` runs many.
+"""Reward-feedback training: `TrainingModule` computes a step, `trainer.train` runs the loop.
 
-`WanTrainingModule` is its name in programs that train Wan.
+`WanTrainingModule` is an alias for programs that train Wan.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ __all__ = ["TrainingModule", "WanTrainingModule"]
 
 
 def __getattr__(name: str) -> Any:
-    # Once asked for: it brings torch, which takes seconds, and the settings beside it need none.
+    # Imported on access: it imports torch, which takes seconds and which the settings do not need.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from frostline.train.step.module import TrainingModule

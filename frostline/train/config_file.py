@@ -1,4 +1,4 @@
-"""Configuration files of `frostline train`: YAML, dotted overrides, and the page that `--print-config` shows."""
+"""Configuration files of `frostline train`: YAML, dotted overrides, and the output of `--print-config`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MAX_DEPTH = 20
 
 
 def load_run_settings(path: Path | None, overrides: Sequence[str] = ()) -> RunSettings:
-    """The settings in a YAML file, or the defaults, with `section.name=value` overrides put over them.
+    """Return the settings in a YAML file, or the defaults, with `section.name=value` overrides applied.
 
     Raises:
-        ConfigError: the file, a key or a value is not usable; names it, and the nearest known key.
+        ConfigError: the file, a key or a value is invalid; the message names it and the nearest valid key.
     """
     values = {} if path is None else _read(path)
     for override in overrides:
@@ -35,12 +35,12 @@ def load_run_settings(path: Path | None, overrides: Sequence[str] = ()) -> RunSe
 
 
 def dump_settings(settings: Settings) -> dict[str, Any]:
-    """Plain values, as `RunSettings.parse` takes them again."""
+    """Return plain values that `RunSettings.parse` accepts."""
     return settings.model_dump(mode="json")
 
 
 def commented_yaml(settings: Settings) -> str:
-    """All settings as YAML that can be read again, each with what it means beside it."""
+    """Return all settings as valid YAML, each with its description as a comment."""
     return "\n".join(_lines(settings, 0)) + "\n"
 
 
@@ -48,8 +48,8 @@ def _lines(settings: BaseModel, depth: int) -> Iterator[str]:
     pad = "  " * depth
     nested: dict[str, BaseModel] = {}
     lists: dict[str, tuple[BaseModel, ...]] = {}
-    # What a class adds to its base comes first: the model and the folder of a run before the details of its step. What
-    # decides which fields there are comes before all of them.
+    # Fields of subclasses come first, so that the model and the output folder are before the details of a step. A field
+    # that decides which other fields exist comes before all of them.
     own = {"type", *type(settings).__annotations__}
     fields = type(settings).model_fields
     for name in sorted(fields, key=lambda name: name not in own):
@@ -77,7 +77,7 @@ def _lines(settings: BaseModel, depth: int) -> Iterator[str]:
 
 
 def _flow(value: Any) -> str:
-    """JSON is YAML, but for `1e-08`, which YAML 1.1 takes for text."""
+    """Return JSON, which is valid YAML, except that YAML 1.1 reads `1e-08` as text."""
     if isinstance(value, float):
         mantissa, e, exponent = repr(value).partition("e")
         return repr(value) if not e or "." in mantissa else f"{mantissa}.0e{exponent}"
@@ -101,18 +101,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], override: str, settings: type[Settings]) -> None:
-    """Put one `section.name=value` into nested mappings (and lists, by number); the value is read as YAML."""
+    """Set one `section.name=value` in nested mappings (and lists, by number); the value is parsed as YAML."""
     name, equals, text = override.partition("=")
     where = f"override {override if len(override) < 80 else override[:80] + '…'!r}"
     if not equals or not name.strip():
-        raise ConfigError(f"{where}: must be section.name=value, e.g. train.learning_rate=1e-5")
+        raise ConfigError(f"{where}: must be section.name=value, for example train.learning_rate=1e-5")
     try:
         value = parse_value(text)
     except DocumentError as error:
         raise ConfigError(f"{where}: the value {error}") from error
     *parents, last = name.strip().split(".")
     if len(parents) > _MAX_DEPTH:
-        raise ConfigError(f"{where}: no setting lies {len(parents)} sections deep")
+        raise ConfigError(f"{where}: there is no setting {len(parents)} sections deep")
     place: Any = values
     for depth, parent in enumerate(parents):
         if isinstance(place, dict):
@@ -122,17 +122,17 @@ def _apply(values: dict[str, Any], override: str, settings: type[Settings]) -> N
         elif isinstance(place, list):
             place = place[_index(place, parent, where)]
         else:
-            raise ConfigError(f"{where}: {parent} lies in no section")
+            raise ConfigError(f"{where}: {parent} is not in a section")
     if isinstance(place, dict):
         place[last] = value
     elif isinstance(place, list):
         place[_index(place, last, where)] = value
     else:
-        raise ConfigError(f"{where}: {name.rpartition('.')[0]} is no section")
+        raise ConfigError(f"{where}: {name.rpartition('.')[0]} is not a section")
 
 
 def _default_list(settings: type[Settings], name: str) -> Any:
-    """What an override of something in `name` begins with: the sections that it lists by default, or a new section."""
+    """Return the initial value for an override in `name`: its default list of sections, or a new section."""
     field = settings.model_fields.get(name)
     default = None if field is None else field.get_default(call_default_factory=True)
     if not isinstance(default, tuple):
@@ -142,5 +142,5 @@ def _default_list(settings: type[Settings], name: str) -> Any:
 
 def _index(values: list[Any], text: str, where: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(values):
-        raise ConfigError(f"{where}: {text} is none of the {len(values)} entries, counted from 0")
+        raise ConfigError(f"{where}: {text} is not the index of one of the {len(values)} entries, counted from 0")
     return int(text)

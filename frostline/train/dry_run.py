@@ -1,4 +1,4 @@
-"""`frostline train --dry-run`: what would run, and what is wrong with it, without loading a model."""
+"""`frostline train --dry-run`: show the run and its problems without loading a model."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from frostline.train.validate_settings import check_output, problems
 
 
 def print_dry_run(settings: RunSettings, console: Console, resume: str | None = None, starts: bool = True) -> bool:
-    """Print the schedule, the pace and every bad row; returns whether the run could begin.
+    """Print the schedule, the data passes and every invalid row; return whether the run could begin.
 
     Nothing is written, and no module that the settings name is imported.
 
     Args:
-        resume: what it would go on from, as `find_resume` takes it.
-        starts: whether a run is to begin in `output_dir`, which another one may be in.
+        resume: what to resume from; see `find_resume`.
+        starts: whether a run would begin in `output_dir`, which may contain another run.
     """
     found = [str(problem) for problem in problems(settings, runs=False)]
     if starts:
@@ -72,14 +72,14 @@ def print_dry_run(settings: RunSettings, console: Console, resume: str | None = 
             found += _look_at_memory(settings, planner, console)
     for problem in found:
         console.print(f"[bold red]problem[/] {escape(problem)}", soft_wrap=True, highlight=False)
-    could = "this run could begin" if there else "this run could begin once the files of the model are there"
+    could = "the run can begin" if there else "the run can begin once the files of the model are available"
     console.print(could if not found else f"{len(found)} problems", highlight=False)
     return not found
 
 
 @contextmanager
 def _noted(found: list[str], where: str = "") -> Iterator[None]:
-    """What is wrong within the block joins `found`."""
+    """Add the error raised within the block to `found`."""
     try:
         yield
     except FrostlineError as error:
@@ -88,7 +88,7 @@ def _noted(found: list[str], where: str = "") -> Iterator[None]:
 
 
 def _planner(settings: RunSettings, there: bool, data: Mapping[str, _Looked]) -> RunPlanner:
-    """Plan for the memory that the settings say, or else for this machine's if it has the model."""
+    """Plan for the memory in the settings, or for this machine's if it has the model."""
     on_cpu, device_bytes = settings.device == "cpu", None
     if settings.memory.device_gb is not None:
         device_bytes = int(settings.memory.device_gb * 1e9)
@@ -114,7 +114,7 @@ def _look_at_precomputing(
     console: Console,
     found: list[str],
 ) -> None:
-    """Tell what is computed before the first step; how much that is takes readable data."""
+    """Print what is computed before the first step; its size is only known if the data can be read."""
     dataset, validation = _sources(settings, data)
     if dataset is None or found:
         return
@@ -128,18 +128,18 @@ def _look_at_precomputing(
     if spec.from_files:
         there, total = count_there(settings, dataset, validation)
         where = escape(str(settings.frozen_cache_dir))
-        console.print(f"precompute: {there} of {total} samples are in {where}", soft_wrap=True, highlight=False)
+        console.print(f"precompute: {there} of {total} samples are already in {where}", soft_wrap=True, highlight=False)
 
 
 def _look_at_memory(settings: RunSettings, planner: RunPlanner, console: Console) -> list[str]:
-    """What is wrong with the memory that a step needs; where it is too much, what makes the run fit is printed."""
+    """Print the memory of a step and problems with it; if it is too large, print settings that make the run fit."""
     shape, plan = planner.shape(settings), planner.plan(settings)
     console.print(f"memory of a step of {shape}:", highlight=False)
     console.print(memory_table(plan))
     for entry in (*settings.rewards, *settings.validation.judges):
         if not isinstance(entry, RewardConfig):
             console.print(
-                f"not counted: the networks of {escape(entry.type)}, which a dry run does not import", soft_wrap=True
+                f"not included: the networks of {escape(entry.type)}, which a dry run does not import", soft_wrap=True
             )
     problem = memory_problem(plan, settings, planner.on_cpu)
     if problem is None:
@@ -158,8 +158,10 @@ def _look_at_memory(settings: RunSettings, planner: RunPlanner, console: Console
 class _Looked:
     """A data source.
 
-    wrong: one line for each row at fault. readable: its other rows, if there are any. sizes: heights and widths of
-    their videos.
+    Attributes:
+        wrong: one line for each invalid row.
+        readable: the other rows, if there are any.
+        sizes: heights and widths of their videos.
     """
 
     wrong: list[str]
@@ -175,7 +177,7 @@ def _look_at(
     settings: RunSettings,
     console: Console,
 ) -> _Looked:
-    """What is wrong with a data source, and what is not."""
+    """Check a data source."""
     if section == "validation" and videos.source is None:
         return _Looked([])
     try:
@@ -184,7 +186,7 @@ def _look_at(
         return _Looked([f"{section}: {error}"])
     check = dataset.check(deep=True)
     bad = check.bad
-    console.print(f"{section}: {len(dataset) - len(bad)} of {len(dataset)} rows can be read", highlight=False)
+    console.print(f"{section}: {len(dataset) - len(bad)} of {len(dataset)} rows are valid", highlight=False)
     if check.short:
         console.print(f"{section}: {dataset.describe_padding(check.short)}", highlight=False)
     if section == "data" and len(bad) < len(dataset):
@@ -200,13 +202,13 @@ def _pace(settings: RunSettings, dataset: VideoPromptDataset, bad: int) -> str:
     per_process = train.per_device_train_batch_size * train.gradient_accumulation_steps
     passes = per_process * train.max_train_steps / (len(dataset) - bad)
     return (
-        f"{train.max_train_steps} steps of {per_process} samples a process: {passes:.3g} passes over the data "
-        "with one process, N times as many with N"
+        f"{train.max_train_steps} steps of {per_process} samples per process: {passes:.3g} "
+        "epochs with one process, N times as many with N processes"
     )
 
 
 def _schedule_table(settings: RunSettings, steps: DenoiseSteps) -> FittedTable:
-    """Which step is frozen, which carries gradient, at which noise, and of two experts by which."""
+    """Return a table of the steps: frozen or with a gradient, their noise level, and the expert."""
     schedule = FlowMatchSchedule(settings.num_inference_steps, settings.shift)
     numbers = (Column(title, right=True) for title in ("step", "sigma", "timestep"))
     table = FittedTable(*numbers, Column("what runs", wraps=True), title="one training step")
@@ -226,8 +228,8 @@ def _what_runs(steps: DenoiseSteps, index: int) -> str:
     with_graph = steps.with_graph(live_steps)
     if index not in with_graph:
         return "rollout head: frozen" if not with_graph or index < with_graph[0] else "denoise tail: frozen"
-    live = "gradient, and its KL reference (frozen)"
+    live = "with gradient, and KL reference (frozen)"
     if not steps.with_lora([index]):
-        live = "gradient through its latents, without LoRA"
+        live = "gradient to its latents only, without LoRA"
     share = f" in {steps.num_steps} of {len(live_steps)} of these steps" if steps.drawn else ""
     return f"denoise tail: {live}{share}"

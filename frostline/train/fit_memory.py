@@ -1,4 +1,4 @@
-"""`memory.fit: auto`: a run that does not fit the memory of its devices changes its own settings, and says how."""
+"""`memory.fit: auto`: change the settings of a run that does not fit the memory of its devices, and log the changes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def fit_to_memory(
     samples: tuple[int, int],
     sizes: Collection[tuple[int, int]],
 ) -> RunSettings:
-    """Return the settings with the cheapest changes that make the run fit, each of them logged.
+    """Return the settings with the least costly changes that make the run fit, and log each change.
 
-    Those after which the run trains something else are warnings.
+    Changes that affect what is trained are logged as warnings.
 
     Args:
-        machine: what the run has: `device_gb`, `num_processes` and `sharding` of it are planned for.
-        on_cpu, samples, sizes: as for `RunPlanner`.
+        machine: the machine of the run: its `device_gb`, `num_processes` and `sharding` are used.
+        on_cpu, samples, sizes: see `RunPlanner`.
     Raises:
-        ConfigError: nothing that a run can change by itself makes it fit.
+        ConfigError: no change that a run can make by itself is sufficient.
     """
     assert machine.device_gb is not None
     there = settings.model_copy(update={"memory": machine})
@@ -49,7 +49,7 @@ def fit_to_memory(
     for step in remedy.steps:
         given = " ".join(overrides_of(step.changes))
         if step.measure.costs == "results":
-            log.warning("memory.fit: auto: %s: %s: what is trained differs", given, step.measure.about)
+            log.warning("memory.fit: auto: %s: %s: this changes what is trained", given, step.measure.about)
         else:
             log.info("memory.fit: auto: %s: %s", given, step.measure.about)
         settings = with_changes(settings, step.changes)
@@ -57,5 +57,5 @@ def fit_to_memory(
 
 
 def remedy_in_run(settings: RunSettings, planner: RunPlanner) -> Remedy:
-    """Return what makes a run fit, of what it can change by itself."""
+    """Return the changes that make a run fit, among those that it can make by itself."""
     return find_remedy(settings, planner, _IN_RUN)

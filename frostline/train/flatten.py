@@ -1,4 +1,4 @@
-"""Mappings in mappings, as one."""
+"""Flatten nested mappings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def flatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
-    """`{"lora": {"rank": 8}}` as `{"lora.rank": 8}`, and lists of mappings by number, `{"rewards.0.type": …}`.
+    """Convert `{"lora": {"rank": 8}}` to `{"lora.rank": 8}`; lists of mappings get numbers: `{"rewards.0.type": …}`.
 
-    What is neither stays as it is.
+    Other values are unchanged.
     """
     flat: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""What the processes of a distributed run tell each other; with one process every function is free."""
+"""Communication between the processes of a distributed run; with one process, all functions return immediately."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def process_count() -> int:
-    """How many processes train together."""
+    """Return the number of processes in the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_index() -> int:
-    """Which of them this one is, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if process_count() > 1 else 0
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor without graph over all processes."""
+    """Return the mean of a tensor without graph over all processes."""
     count = process_count()
     if count == 1:
         return value
@@ -30,7 +30,7 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether any process says yes."""
+    """Return whether the value is true in any process."""
     if process_count() == 1:
         return flag
     said = torch.tensor(int(flag), device=device)
@@ -39,7 +39,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def gather_from_processes(value: Any) -> list[Any]:
-    """The values of all processes, in their order, on every one of them."""
+    """Return the values of all processes, in their order, in every process."""
     count = process_count()
     if count == 1:
         return [value]

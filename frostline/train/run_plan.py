@@ -1,4 +1,4 @@
-"""The memory plan of a whole run, under its own settings and under others: what `--dry-run` and `memory.fit` go by."""
+"""The memory plan of a run with its own or with other settings, for `--dry-run` and `memory.fit`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from frostline.train.settings import RunSettings
 
 
 class RunPlanner:
-    """Plans runs of one model with one set of rewards; what does not depend on other settings is measured once.
+    """Plans runs of one model and one set of rewards; values that do not depend on other settings are measured once.
 
     Args:
-        settings: of the run; rewards and judges are those of all that is planned.
-        device_bytes: memory of one device; None where it is not known.
+        settings: settings of the run; its rewards and judges are used in all plans.
+        device_bytes: memory of one device; None if unknown.
         on_cpu: whether the device is a CPU.
-        samples: that the run trains on, and held-out starts.
-        sizes: heights and widths of its videos as they are, before they are cut; where they are not known, a square of
-            as many pixels as the settings allow stands for all of them.
+        samples: number of training samples, and of validation samples.
+        sizes: heights and widths of its videos before cropping; if unknown, a square with the maximum number of pixels
+            in the settings is used.
     Raises:
         ConfigError: there is no such model.
     """
@@ -44,11 +44,11 @@ class RunPlanner:
 
     @property
     def geometry(self) -> Geometry:
-        """Of the model."""
+        """Return the geometry of the model."""
         return self._measurements.spec.geometry
 
     def shape(self, settings: RunSettings) -> VideoShape:
-        """Return what a step of one process computes on, at most."""
+        """Return the largest shape of a step in one process."""
         return settings.video_shape(self.geometry, self._sizes)
 
     def preview(self, settings: RunSettings) -> Preview:
@@ -57,11 +57,11 @@ class RunPlanner:
         return preview(settings, model, self._samples, self.device_bytes)
 
     def weights(self, settings: RunSettings) -> Weights:
-        """Return the bytes of the model's parameters."""
+        """Return the size of the model's parameters in bytes."""
         return self._measurements.weights(settings.train.weight_dtype, settings.lora, settings)
 
     def cache_bytes(self, settings: RunSettings) -> int:
-        """Return what precomputing needs of the frozen-output cache, at most."""
+        """Return the maximum size of precomputed outputs in the cache, in bytes."""
         return self.preview(settings).estimate.nbytes
 
     def plan(self, settings: RunSettings) -> MemoryPlan:

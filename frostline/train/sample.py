@@ -1,4 +1,4 @@
-"""`frostline sample`: a clip from a picture and a prompt, with an adapter or without, every stage frozen."""
+"""`frostline sample`: generate a clip from a picture and a prompt, with or without an adapter, all stages frozen."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from frostline.video import read_video, write_video
 
 @dataclass(frozen=True)
 class SampledClip:
-    """What was sampled.
+    """A sampled clip.
 
-    video: (T, 3, H, W) in [0, 1]. face_score, detection_rate: against the picture; None where there was none.
+    Attributes:
+        video: (T, 3, H, W) in [0, 1].
+        face_score, detection_rate: relative to the picture; None without a picture.
     """
 
     video: Tensor
@@ -42,17 +44,17 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
     """Sample a clip and write it to `out` (.mp4).
 
     Raises:
-        ConfigError: the model, the adapter, the plan or the size is not usable.
+        ConfigError: the model, the adapter, the plan or the size is invalid.
         DataError: the picture cannot be read, or the clip cannot be written.
     """
     if out.suffix.lower() != ".mp4":
-        raise ConfigError(f"--out {out}: clips are written as .mp4")
+        raise ConfigError(f"--out {out}: must be a .mp4 file")
     check_writable(out)
-    # What is quick to refuse comes before the model, which takes minutes to load.
+    # Run fast checks before loading the model, which takes minutes.
     loras = {} if settings.adapter is None else _read_loras(settings.adapter, settings)
     family_of(settings.model).check_base_adapters(settings.model, settings.base_adapters)
     if settings.image is None and family_of(settings.model).read_spec(settings.model).needs_image:
-        raise ConfigError(f"{settings.model} starts from a picture: give --image")
+        raise ConfigError(f"{settings.model} needs a first frame: use --image")
     picture = None if settings.image is None else read_video(settings.image, max_frames=1)
     module = load_for_sampling(settings, loras)
     clip = _sample(module, settings, picture)
@@ -61,12 +63,13 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
 
 
 def _read_loras(path: Path, settings: SampleSettings) -> dict[ExpertName, UniformLora]:
-    """The adapters at `lora_scale`, by expert, all of one rank and alpha.
+    """Return the adapters with `lora_scale` applied, by expert, all with the same rank and alpha.
 
-    The scale is multiplied into B: it is part of no engine, whose inputs the matrices are.
+    The scale is multiplied into B: engines take the matrices as inputs, so it does not affect their keys.
 
     Raises:
-        ConfigError: one cannot be read, is of another model or more than a LoRA, or the scale is too large for it.
+        ConfigError: an adapter cannot be read, is for another model or more than a LoRA, or the scale is too large for
+            it.
     """
     adapters = read_adapters(path, family_of(settings.model).layer_path, settings.expert)
     check_adapters(settings.model, adapters)
@@ -78,13 +81,13 @@ def _scaled(lora: UniformLora, settings: SampleSettings) -> UniformLora:
     for layer, (_, up) in scaled.items():
         if not bool(up.isfinite().all()):
             raise ConfigError(
-                f"{settings.adapter}: at a lora_scale of {settings.lora_scale:g} the LoRA of {layer} is not finite"
+                f"{settings.adapter}: with a lora_scale of {settings.lora_scale:g}, the LoRA of {layer} is not finite"
             )
     return replace(lora, layers=scaled)
 
 
 def load_for_sampling(settings: SampleSettings, adapters: Mapping[ExpertName, UniformLora]) -> TrainingModule:
-    """The model with adapters on its experts, of one rank and alpha, or with a LoRA that changes nothing."""
+    """Return the model with adapters on its experts, all of one rank and alpha, or with a LoRA without effect."""
     lora = LoraSettings(rank=2)
     if adapters:
         one = next(iter(adapters.values()))
@@ -130,7 +133,7 @@ def _sample(module: TrainingModule, settings: SampleSettings, picture: Tensor | 
 
 
 def _size(settings: SampleSettings, picture: Tensor | None, multiple: int) -> tuple[int, int]:
-    """(height, width) of the clip."""
+    """Return (height, width) of the clip."""
     if settings.height is not None and settings.width is not None:
         for name, side in (("height", settings.height), ("width", settings.width)):
             if side < multiple or side % multiple:

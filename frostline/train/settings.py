@@ -1,4 +1,4 @@
-"""Settings of a training run: what its file says."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from frostline.stages.shapes import ShapeRange, parse_shapes
 from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
 from frostline.train.step_settings import TrainingModuleSettings
 
-# torch takes seconds to import: a mistake in a configuration file is to be told before.
+# torch takes seconds to import; mistakes in a configuration file are reported before.
 if TYPE_CHECKING:
     import torch
 
@@ -30,54 +30,53 @@ LrSchedulerType = Literal["constant", "constant_with_warmup", "linear", "cosine"
 
 
 class TrainerSettings(Settings):
-    """How long and how fast to train, and what is kept of it."""
+    """Duration, optimizer and outputs of training."""
 
-    learning_rate: float = Field(default=2.5e-6, gt=0, description="of AdamW")
-    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="of AdamW")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
-    lr_scheduler_type: LrSchedulerType = Field(
-        default="constant_with_warmup", description="how the learning rate runs over the steps"
-    )
-    lr_warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
+    learning_rate: float = Field(default=2.5e-6, gt=0, description="AdamW learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW beta1")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta2")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW weight decay")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
+    lr_scheduler_type: LrSchedulerType = Field(default="constant_with_warmup", description="learning rate schedule")
+    lr_warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate increases from 0")
     max_train_steps: int = Field(default=100, ge=1, description="optimizer steps")
-    per_device_train_batch_size: int = Field(default=1, ge=1, description="samples per forward and process")
+    per_device_train_batch_size: int = Field(default=1, ge=1, description="samples per forward pass and process")
     gradient_accumulation_steps: int = Field(
         default=1,
         ge=1,
-        description="forwards per optimizer step, each of which weighs alike, whatever a reward could score of it",
+        description="forward passes per optimizer step, all with equal weight, regardless of how many "
+        "samples a reward could score",
     )
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="maximum gradient norm")
     mixed_precision: Literal["no", "bf16"] = Field(
         default="no",
-        description="bf16: frozen weights and arithmetic in bf16, LoRA weights and their optimizer in fp32",
+        description="bf16: frozen weights and computation in bf16, LoRA weights and their optimizer in fp32",
     )
-    seed: int = Field(default=0, ge=0, description="of data order, LoRA initialisation and fresh noise")
+    seed: int = Field(default=0, ge=0, description="seed of data order, LoRA initialisation and fresh noise")
     max_skipped_steps: int = Field(
         default=10, ge=1, description="stop after N consecutive steps whose loss or gradient is NaN or infinite"
     )
     checkpointing_steps: int = Field(default=50, ge=1, description="write checkpoint-STEP every N steps")
-    save_total_limit: int | None = Field(default=None, ge=1, description="keep only the newest so many checkpoints")
+    save_total_limit: int | None = Field(default=None, ge=1, description="number of checkpoints to keep")
     ema_decay: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="also keep an exponential moving average of the adapter, which validation looks at, and save it as "
-        "adapter_ema/",
+        description="decay of an exponential moving average of the adapter, which validation uses and "
+        "which is saved as adapter_ema/",
     )
     stop_when_judge_falls: int | None = Field(
         default=None,
         ge=1,
-        description="end the run after so many validations in a row at which a judge of validation.judges falls",
+        description="end the run after N consecutive validations in which a judge of validation.judges falls",
     )
     report_to: tuple[Tracker, ...] = Field(
-        default=(), description="trackers beside metrics.jsonl: tensorboard, wandb, trackio, or none"
+        default=(), description="trackers in addition to metrics.jsonl: tensorboard, wandb, trackio, or none"
     )
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The floating-point type of the frozen weights."""
+        """Return the floating-point type of the frozen weights."""
         import torch
 
         return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
@@ -90,14 +89,14 @@ class TrainerSettings(Settings):
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_tracker_or_none(cls, value: Any) -> Any:
-        """`none`, one name, and `a,b` mean the same as lists."""
+        """Accept `none`, one name, and `a,b` as lists."""
         if value is None or value == "none":
             return ()
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
 class VideoSettings(Settings):
-    """Where videos with prompts lie, and what is cut from them."""
+    """Source and size of videos with prompts."""
 
     source: Path | None = Field(
         default=None,
@@ -107,10 +106,11 @@ class VideoSettings(Settings):
     num_frames: int = Field(default=17, ge=5, description="frames of every sample; most models take 4k+1")
     height: int | None = Field(
         default=None,
-        description="pixels, a multiple of what the model takes (16 or 32); each video keeps its own if not given",
+        description="in pixels, a multiple of 16 or 32, depending on the model; each video keeps its own "
+        "size if not given",
     )
-    width: int | None = Field(default=None, description="pixels, as height, and goes with it")
-    max_pixels: int = Field(default=480 * 832, description="height times width, where these are not given")
+    width: int | None = Field(default=None, description="in pixels; set together with the height")
+    max_pixels: int = Field(default=480 * 832, description="maximum height times width, if these are not given")
     frame_stride: int = Field(default=1, ge=1, description="use every Nth frame")
     allow_outside: bool = Field(
         default=False,
@@ -118,15 +118,15 @@ class VideoSettings(Settings):
     )
 
     def check_cut(self, geometry: Geometry) -> None:
-        """Raise a ConfigError where a model of this geometry takes no such videos."""
+        """Raise a ConfigError if a model with this geometry does not support these videos."""
         geometry.check_cut(self.num_frames, self.height, self.width, self.max_pixels, self.frame_stride)
 
     def shape(self, geometry: Geometry, batch_size: int, sizes: Collection[tuple[int, int]] = ()) -> VideoShape:
-        """Return the extents of a batch, the largest where videos keep their proportions.
+        """Return the largest shape of a batch, if videos keep their aspect ratios.
 
         Args:
-            sizes: heights and widths of the videos before they are cut; without them it is the square of so many
-                pixels.
+            sizes: heights and widths of the videos before cropping; without them, a square with the maximum area is
+                assumed.
         """
         height, width = self.height, self.width
         if height is None or width is None:
@@ -139,22 +139,20 @@ class VideoSettings(Settings):
         return VideoShape(batch_size, self.num_frames, height, width)
 
     def open(self, geometry: Geometry = DEFAULT_GEOMETRY, needs: SampleNeeds = DEFAULT_NEEDS) -> VideoPromptDataset:
-        """The dataset that these settings describe.
+        """Open the dataset with these settings.
 
         Args:
-            geometry: the videos that the model takes.
-            needs: what model and rewards need of samples.
+            geometry: the video sizes that the model supports.
+            needs: requirements of model and rewards on samples.
         Raises:
-            ConfigError: it takes no such videos, or there is no source.
-            DataError: the source cannot be read, or none of its rows is usable.
+            ConfigError: the model does not support these videos, or there is no source.
+            DataError: the source cannot be read, or all rows are invalid.
         """
         from frostline.train.data.dataset import VideoPromptDataset
 
         if self.source is None:
-            # Without one there is no validation; training needs it.
-            raise ConfigError(
-                "data.source: is needed: a metadata file, a folder of captioned videos, or prompts (.txt)"
-            )
+            # Validation is skipped without a source; training needs one.
+            raise ConfigError("data.source: required: a metadata file, a folder of captioned videos, or prompts (.txt)")
         cut = self.model_dump(include={"num_frames", "height", "width", "max_pixels", "frame_stride", "allow_outside"})
         return VideoPromptDataset(self.source, **cut, geometry=geometry, needs=needs)
 
@@ -162,95 +160,98 @@ class VideoSettings(Settings):
 class DataSettings(VideoSettings):
     """The training data."""
 
-    num_workers: int = Field(default=0, ge=0, description="processes that decode videos ahead; 0 decodes in between")
+    num_workers: int = Field(default=0, ge=0, description="data-loading worker processes; 0 loads in the main process")
     bad_rows: Literal["error", "skip"] = Field(
-        default="error", description="rows that cannot be read: refuse to train, or train on the others"
+        default="error", description="invalid dataset rows: raise an error, or skip them"
     )
 
 
 class ValidationSettings(VideoSettings):
-    """Held-out starts, generated and scored now and then with noise that never changes."""
+    """Validation samples, generated and scored periodically, with fixed noise."""
 
     steps: int = Field(default=50, ge=1, description="validate every N steps, and at the start and the end")
-    num_videos: int = Field(default=5, ge=1, description="of the source's first rows")
+    num_videos: int = Field(default=5, ge=1, description="number of samples, from the first rows of the source")
     batch_size: int = Field(default=1, ge=1, description="videos generated together, per process")
-    noise_seed: int = Field(default=0, ge=0, description="of the start noise")
+    noise_seed: int = Field(default=0, ge=0, description="seed of the start noise")
     lossless: bool = Field(
-        default=False, description="write the clips without loss as well, so that `frostline score` finds the same"
+        default=False, description="also write lossless clips, so that `frostline score` reproduces the scores"
     )
     judges: tuple[SerializeAsAny[RewardEntry], ...] = Field(
         default=(),
-        description="rewards that score held-out starts and training never sees, each by its type; their weight, "
-        "baseline, scale and cap count for nothing",
+        description="rewards that score validation samples but are not trained on, each by its type; their "
+        "weight, baseline, scale and cap are ignored",
     )
 
 
 class PlanSettings(Settings):
-    """Which backend serves which frozen stage."""
+    """Backends of the frozen stages."""
 
     backend: str = Field(
         default="auto",
         description=f"auto (the fastest verified engine), {TORCH}, or a backend: {', '.join(backend_names())}",
     )
-    stages: dict[str, str] = Field(default={}, description="backends of single stages, e.g. {vae_encoder: torch}")
+    stages: dict[str, str] = Field(
+        default={}, description="backends of single stages, for example {vae_encoder: torch}"
+    )
     engines: Path = Field(default=Path("engines"), description="the engine store")
-    strict: bool = Field(default=False, description="stop where an engine fails, instead of falling back to torch")
-    min_shapes: str = Field(default="", description="of the engines, as `frostline export --min-shapes`")
-    opt_shapes: str = Field(default="", description="of the engines, as `frostline export --opt-shapes`")
-    max_shapes: str = Field(default="", description="of the engines, as `frostline export --max-shapes`")
+    strict: bool = Field(default=False, description="stop if an engine fails, instead of falling back to torch")
+    min_shapes: str = Field(default="", description="minimum shapes of engines, see `frostline export --min-shapes`")
+    opt_shapes: str = Field(default="", description="typical shapes of engines, see `frostline export --opt-shapes`")
+    max_shapes: str = Field(default="", description="maximum shapes of engines, see `frostline export --max-shapes`")
 
     def shape_range(self, geometry: Geometry) -> ShapeRange:
-        """Return the range of shapes that the engines serve.
+        """Return the range of shapes that the engines support.
 
         Raises:
-            ConfigError: the texts name none.
+            ConfigError: a text is invalid.
         """
         return parse_shapes(self.min_shapes, self.opt_shapes, self.max_shapes, geometry)
 
     def as_plan(self) -> str | dict[str, str]:
-        """As a `Runtime` takes it."""
+        """Return the plan for a `Runtime`."""
         return {OTHERS: self.backend, **self.stages} if self.stages else self.backend
 
 
 class MemorySettings(Settings):
-    """For which machine `--dry-run` and `fit` plan the memory."""
+    """The machine for which `--dry-run` and `fit` plan the memory."""
 
     fit: Literal["auto", "never"] = Field(
         default="never",
-        description="auto: a run that does not fit the devices makes the cheapest changes of its settings that make it "
-        "fit, and logs them; those after which it trains something else are warnings",
+        description="auto: if the run does not fit the devices, make the least costly changes to its "
+        "settings and log them; changes that affect what is trained are warnings",
     )
 
-    num_processes: int = Field(default=1, ge=1, description="processes, one a device")
-    sharding: Sharding = Field(default="ddp", description="how accelerate divides weights: ddp, zero2, zero3, fsdp")
+    num_processes: int = Field(default=1, ge=1, description="number of processes, one per device")
+    sharding: Sharding = Field(default="ddp", description="how accelerate shards weights: ddp, zero2, zero3, fsdp")
     device_gb: float | None = Field(
-        default=None, gt=0, description="memory of a device, in 10^9 bytes; that of this machine if not given"
+        default=None, gt=0, description="memory of a device in 10^9 bytes; this machine's if not given"
     )
 
 
 class RunSettings(TrainingModuleSettings, QuantizationSettings):
-    """A training run: the step (`num_inference_steps` … `rewards`), and what is around it."""
+    """A training run: the step (`num_inference_steps` … `rewards`), and all other settings."""
 
     model: str = Field(default="tiny", description="tiny, tiny-moe, tiny-ti2v, or the folder of a checkpoint")
     base_adapters: tuple[BaseAdapter, ...] = Field(
         default=(),
-        description="adapters that are merged into the denoiser as the model is loaded, each with a path, a scale (1 "
-        "if not given) and, of two experts, expert (low or high): the LoRA is trained on top of them",
+        description="adapters to merge into the denoiser when the model is loaded, each with a path, a "
+        "scale (1 if not given) and, in a model with two experts, expert (low or high); the "
+        "LoRA is trained on top of them",
     )
     init_adapter: Path | None = Field(
         default=None,
-        description="LoRA to begin with, a PEFT folder or a .safetensors file, of the rank, scale and layers of lora; "
-        "what goes on from a checkpoint does not read it",
+        description="initial LoRA, a PEFT folder or a .safetensors file, with the rank, scale and layers "
+        "of lora; ignored when resuming",
     )
     precompute: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="compute what is frozen of all samples before the first step, stage by stage, each alone in "
-        "memory: always, never, or auto: if training then does without weights of more than a tenth of the device's "
-        "memory, and cache_bytes are enough",
+        description="compute the frozen outputs of all samples before the first step, with one stage at a "
+        "time in memory: always, never, or auto: if training then saves weights of more than a "
+        "tenth of the device's memory, and cache_bytes is sufficient",
     )
-    output_dir: Path = Field(default=Path("runs/train"), description="everything that the run writes")
-    overwrite_output_dir: bool = Field(default=False, description="delete the run that output_dir holds")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
+    output_dir: Path = Field(default=Path("runs/train"), description="output folder of the run")
+    overwrite_output_dir: bool = Field(default=False, description="delete an existing run in output_dir")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if available")
     data: DataSettings = DataSettings()
     validation: ValidationSettings = ValidationSettings()
     train: TrainerSettings = TrainerSettings()
@@ -262,8 +263,7 @@ class RunSettings(TrainingModuleSettings, QuantizationSettings):
         judges = () if self.validation.source is None else self.validation.judges
         if self.train.stop_when_judge_falls is not None and not judges:
             raise ValueError(
-                "train.stop_when_judge_falls: nobody judges: name a judge in validation.judges, and held-out starts in "
-                "validation.source"
+                "train.stop_when_judge_falls: requires a judge in validation.judges, and samples in validation.source"
             )
         return self
 
@@ -278,10 +278,10 @@ class RunSettings(TrainingModuleSettings, QuantizationSettings):
         return self
 
     def video_shape(self, geometry: Geometry = DEFAULT_GEOMETRY, sizes: Collection[tuple[int, int]] = ()) -> VideoShape:
-        """Return what a step of one process computes on; see `VideoSettings.shape`."""
+        """Return the shape of a step in one process; see `VideoSettings.shape`."""
         return self.data.shape(geometry, self.train.per_device_train_batch_size, sizes)
 
     @property
     def frozen_cache_dir(self) -> Path:
-        """Where the run keeps frozen outputs: on disk, so that every process and a resumed run find them."""
+        """Return the cache folder for frozen outputs, on disk so that every process and a resumed run can use them."""
         return self.output_dir / "cache" if self.cache_dir is None else self.cache_dir

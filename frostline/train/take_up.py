@@ -1,4 +1,4 @@
-"""Take up a run by its folder alone: its configuration, and the folder that it was started in."""
+"""Resume a run by its folder alone: find its configuration, and the folder in which it was started."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run to go on with; all paths are absolute.
+    """A run to resume; all paths are absolute.
 
-    config: its configuration file. output_dir: where the run is to write, another folder than its own if that was
-    asked for. resume: as `find_resume` takes it. started_in: to which relative paths in the configuration are
-    relative; None if it is not known, or not there.
+    Attributes:
+        config: its configuration file.
+        output_dir: the folder to write to, which may differ from that of the run.
+        resume: see `find_resume`.
+        started_in: the folder to which relative paths in the configuration refer; None if unknown or missing.
     """
 
     config: Path
@@ -29,19 +31,19 @@ class FoundRun:
     started_in: Path | None
 
     def enter(self) -> None:
-        """Make the folder that the run was started in the current one: relative paths then mean what they meant."""
+        """Change to the folder in which the run was started, so that relative paths have the same meaning."""
         if self.started_in is not None and self.started_in != Path.cwd():
             log.info("paths are relative to %s, where the run was started", self.started_in)
             os.chdir(self.started_in)
 
 
 def find_run(resume: str, output_dir: Path | None = None) -> FoundRun:
-    """Find the run that `--resume` means where no configuration file is given.
+    """Find the run for `--resume` if there is no configuration file.
 
     Args:
         resume: the folder of a run, or of one of its checkpoints; or `latest` or the name of a checkpoint in
-            `output_dir`, or in the current folder if that is None.
-        output_dir: the folder that the run is to write to; its own if None.
+            `output_dir` (the current folder if None).
+        output_dir: the folder to write to; that of the run if None.
     Raises:
         ConfigError: there is no run.
     """

@@ -1,4 +1,4 @@
-"""What can be told of a run's settings before its model is loaded, which takes minutes."""
+"""Checks of a run's settings before its model is loaded, which takes minutes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from frostline.train.settings import RunSettings
 
 
 def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
-    """All that is wrong, one by one.
+    """Return all problems, one by one.
 
     Args:
-        runs: whether the run follows; where it does not, no module that the settings name is imported.
+        runs: whether the run follows; otherwise no module that the settings name is imported.
     """
     checks: list[Callable[[], object]] = [
         lambda: check_rewards(settings.rewards, runs),
@@ -41,13 +41,13 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
 
 
 def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None:
-    """Look whether a run may write to its folder, and what it goes on from there; touches nothing.
+    """Check that a run may write to its folder, and what it resumes from; changes nothing.
 
     Args:
-        resume: as `find_resume` takes it.
+        resume: see `find_resume`.
     Raises:
-        ConfigError: the folder holds another run, or the adapter to begin with or to go on from is another.
-        CheckpointError: the folder cannot be written to, or there is no such checkpoint, or it is damaged.
+        ConfigError: the folder contains another run, or the initial or resumed adapter does not match.
+        CheckpointError: the folder cannot be written, or the checkpoint is missing or damaged.
     """
     folder = settings.output_dir
     check_writable(folder)
@@ -71,15 +71,15 @@ def _check_lora(settings: RunSettings) -> None:
 
 def _check_cache(settings: RunSettings) -> None:
     if settings.precompute == "always" and settings.cache_bytes == 0:
-        raise ConfigError("precompute: always needs the cache, and cache_bytes 0 switches it off")
+        raise ConfigError("precompute: always needs the cache, but cache_bytes 0 disables it")
 
 
 def _check_sharding(settings: RunSettings) -> None:
-    # Only plans have a `memory.sharding`; a run that accelerate shards is refused as it begins.
+    # `memory.sharding` is only used in plans; a run that accelerate shards is rejected when it starts.
     if settings.quantization != "none" and settings.memory.sharding in ("fsdp", "zero3"):
         raise ConfigError(
-            f"quantization: weights in 8 or 4 bits are not sharded: leave the setting out, or set memory.sharding to "
-            f"ddp, not {settings.memory.sharding}"
+            "quantization: weights in 8 or 4 bits cannot be sharded: remove the setting, or set "
+            f"memory.sharding to ddp, not {settings.memory.sharding}"
         )
 
 

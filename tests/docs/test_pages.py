@@ -1,7 +1,9 @@
 """Pages: the configuration reference is current, links lead somewhere, and README is short."""
 
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,19 @@ PHRASES = {
     r"\bas .{1,40} has it\b": "like",
     r"\bwhich .{1,30} does not\.": "but",
     r"once a sample": "once for each sample",
+    r"\banew\b": "again",
+    r"\b[Ww]hoever\b": "the caller, the user",
+    r"\bholds no\b": "contains no",
+    r"(?<![Tt]here )\bis no (?!longer|such)\w+": "is not a",
+    r"\bstands twice\b": "duplicate",
+    r"\basked for\b": "requested",
+    r"\bgoes by\b": "depends on, is named",
+    r"\bheld against\b": "compared with",
+    r"\bof its own\b": "its own",
+    r"\bby itself\b": "separately, without",
+    r"\bwithout a word\b": "silently",
+    r"\blies (below|beside|outside|behind)\b": "is",
+    r"\b(one|once) a (row|line|step|frame|process|device|layer|reward|stage|cell)\b": "per",
 }
 
 
@@ -108,4 +123,29 @@ PLAIN_PAGES = [ROOT / "README.md", *(page for page in PAGES if page != PAGE and 
 def test_pages_are_plain(page: Path) -> None:
     prose = _CODE.sub("code", page.read_text(encoding="utf-8"))
     found = {phrase: plain for phrase, plain in PHRASES.items() if re.search(phrase, prose)}
+    assert found == {}, "write instead"
+
+
+# Packages and modules whose docstrings, comments and messages are checked, too.
+PLAIN_ROOMS = (
+    *("cli", "export", "rewards", "runtime", "stages", "terminal", "video", "models/checkpoints", "models/faces"),
+    *("models/lora", "models/onnx", "models/vision", "models/wan"),
+    *("train/data", "train/judging", "train/loop", "train/precompute", "train/step"),
+)
+_ROOMS = [path for room in PLAIN_ROOMS for path in sorted((ROOT / "frostline" / room).rglob("*.py"))]
+PLAIN_MODULES = [*sorted((ROOT / "frostline").glob("*.py")), *_ROOMS]
+
+
+def prose_of(module: Path) -> str:
+    """Return the comments, docstrings and messages of a module; code in backticks is left out."""
+    source = module.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = [token.string for token in tokens if token.type in (tokenize.COMMENT, tokenize.STRING)]
+    prose = re.sub(r"\{[^{}]*\}", "X", re.sub(r"\s+", " ", "\n".join(text for text in texts if " " in text)))
+    return _CODE.sub("code", prose)
+
+
+@pytest.mark.parametrize("module", PLAIN_MODULES, ids=lambda module: str(module.relative_to(ROOT)))
+def test_docstrings_comments_and_messages_are_plain(module: Path) -> None:
+    found = {match[0]: plain for phrase, plain in PHRASES.items() if (match := re.search(phrase, prose_of(module)))}
     assert found == {}, "write instead"

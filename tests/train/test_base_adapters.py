@@ -252,7 +252,7 @@ def test_resuming_on_other_ones_is_refused(workplace: Path, refused_usage: Calla
         ["base_adapters=[{path: distilled.safetensors}]"],
     ):
         said = refused_usage("train", "config.yaml", *changes, "--resume", "latest")
-        assert "base_adapters: the adapter in run/checkpoint-3 was trained on top of" in said
+        assert "base_adapters: the adapter in run/checkpoint-3 was trained on" in said
         assert '"path": "peft", "scale": 0.5' in said
     settings = RunSettings.parse(values(base_adapters=one, train={**values()["train"], "max_train_steps": 4}))
     assert run_training(settings, "latest", Progress(quiet=True)).step == 4

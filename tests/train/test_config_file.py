@@ -55,7 +55,7 @@ def test_entries_of_a_list_are_reached_by_number(tmp_path: Path) -> None:
     path.write_text("rewards:\n- {type: 'a.b:C', weight: 1}\n")
     assert load_run_settings(path, ["rewards.0.weight=2"]).rewards[0].model_dump()["weight"] == 2
     for override in ("rewards.1.weight=2", "rewards.weight=2"):
-        with pytest.raises(ConfigError, match="none of the 1 entries"):
+        with pytest.raises(ConfigError, match="not the index of one of the 1 entries"):
             load_run_settings(path, [override])
 
 
@@ -139,7 +139,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "one setting by two names": (
         "grad_start_step: 1",
         ["mid_timestep=2"],
-        "mid_timestep is another name of grad_start",
+        "mid_timestep is an alias of grad_start",
     ),
     "options of faces": ("rewards: [{type: face_identity, options: {a: 1}}]", [], "rewards.0.options: unknown setting"),
     "faces of another": (
@@ -148,11 +148,11 @@ BAD: dict[str, tuple[str, list[str], str]] = {
         "rewards.0.embedder: unknown setting",
     ),
     "override without value": ("{}", ["lora.rank"], "must be section.name=value"),
-    "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is no section"),
+    "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is not in a section"),
     "override in yaml": ("{}", ["lora.target_modules=[q"], "the value is not valid YAML"),
     "override with a note": ("{}", ["lora.target_modules=[q] # all"], "unexpected text after the value: '# all'"),
     "override in deep sections": ("{}", ["rewards.0.options" + ".a" * 9999 + "=1"], "10001 sections deep"),
-    "override of no entry": ("rewards: [{type: sharpness}]", ["rewards.²=1"], "none of the 1 entries"),
+    "override of no entry": ("rewards: [{type: sharpness}]", ["rewards.²=1"], "not the index of one of the 1 entries"),
     "no as a number": (
         "{}",
         ["noise_seed=no"],

@@ -91,7 +91,7 @@ def test_what_changes_nothing_comes_first_and_what_does_is_warned_of(
     assert found.decode.num_latent_frames == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "decode.num_latent_frames=1: rewards see a window" in warning
-    assert "what is trained differs" in warning
+    assert "this changes what is trained" in warning
 
 
 def test_nothing_that_a_run_can_change_is_enough(settings: RunSettings) -> None:
@@ -104,7 +104,7 @@ def test_the_run_has_the_settings_that_it_was_fitted_with(settings: RunSettings,
     page = io.StringIO()
     assert print_dry_run(small, Console(file=page, width=200))
     assert "memory.fit: auto: it fits with" in page.getvalue()
-    assert "this run could begin" in page.getvalue()
+    assert "the run can begin" in page.getvalue()
     outcome = run_training(small, None, Progress(quiet=True))
     assert outcome.step == 1
     written = RunSettings.parse(read_yaml(small.output_dir / "config.yaml"))

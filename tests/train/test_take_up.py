@@ -169,7 +169,7 @@ def test_quiet_shows_no_bar_and_verbose_shows_stages(started: Path, tmp_path: Pa
 def test_a_refused_run_leaves_no_log(started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(started)
     before = (started / "my" / "run" / "frostline.log").read_bytes()
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         train("config.yaml")
     assert (started / "my" / "run" / "frostline.log").read_bytes() == before
 

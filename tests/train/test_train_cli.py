@@ -211,8 +211,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         1,
         "frostline.rewards.sharpness has no class 'Shrpness'",
     ),
-    "dry run, another run": (_occupy, ["CONFIG", "--dry-run", "output_dir=occupied"], 1, "holds a run already"),
-    "dry run, no run": (_fill, ["CONFIG", "--dry-run", "output_dir=mine"], 1, "not from a run of frostline"),
+    "dry run, another run": (_occupy, ["CONFIG", "--dry-run", "output_dir=occupied"], 1, "already contains a run"),
+    "dry run, no run": (_fill, ["CONFIG", "--dry-run", "output_dir=mine"], 1, "but no run of frostline"),
     "dry run, no run to overwrite": (
         _fill,
         ["CONFIG", "--dry-run", "output_dir=mine", "overwrite_output_dir=true"],
@@ -231,12 +231,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "dry run, unsized": (_misname, ["CONFIG", "--dry-run", "model=unsized"], 1, "cannot be loaded"),
     "misnamed": (_misname, ["CONFIG", "model=misnamed"], 2, "time_embedding.2.weight is missing"),
     "unsized": (_misname, ["CONFIG", "model=unsized"], 2, "cannot be loaded"),
-    "no run": (_fill, ["CONFIG", "output_dir=mine"], 2, "not from a run of frostline"),
+    "no run": (_fill, ["CONFIG", "output_dir=mine"], 2, "but no run of frostline"),
     "no run to begin anew": (
         _fill,
         ["CONFIG", "output_dir=mine", "--resume", "latest"],
         2,
-        "not from a run of frostline",
+        "but no run of frostline",
     ),
     "no place": (_nothing, ["CONFIG", "output_dir=config.yaml/run"], 1, "cannot be written to: Not a directory"),
     "dry run, no memory": (
@@ -251,7 +251,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         1,
         "GB are needed whatever the size of the videos",
     ),
-    "another run": (_occupy, ["CONFIG", "output_dir=occupied"], 2, "occupied holds a run already"),
+    "another run": (_occupy, ["CONFIG", "output_dir=occupied"], 2, "occupied already contains a run"),
     "a convolution": (_nothing, ["CONFIG", "lora.target_modules=[patch_embedding]"], 2, CONVOLUTION),
     "dry run, a convolution": (
         _nothing,
@@ -304,7 +304,7 @@ def test_a_dry_run_imports_no_reward(workplace: Path, tmp_path: Path, monkeypatc
     (tmp_path / "its_reward.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a')\nclass Reward: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(workplace)
-    for flag, words in (("--dry-run", "this run could begin"), ("--print-config", "its_reward:Reward")):
+    for flag, words in (("--dry-run", "the run can begin"), ("--print-config", "its_reward:Reward")):
         result = CliRunner().invoke(app, ["train", "config.yaml", flag, "rewards.0.type=its_reward:Reward"])
         assert result.exit_code == 0, result.output
         assert words in result.output
@@ -321,7 +321,7 @@ def test_a_dry_run_leaves_no_trace(workplace: Path, tmp_path: Path, monkeypatch:
     for arguments in (["overwrite_output_dir=true"], ["--resume", "latest"]):
         result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "output_dir=occupied", *arguments])
         assert result.exit_code == 0, result.output
-        assert "this run could begin" in result.output
+        assert "the run can begin" in result.output
     assert content(tmp_path) == before
 
 
@@ -417,7 +417,7 @@ def test_a_run_killed_before_its_first_checkpoint_recovers_when_it_is_started_ag
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "config.yaml", "output_dir=run", "train.max_train_steps=1"]
     done = CliRunner().invoke(app, arguments)
-    assert isinstance(done.exception, ConfigError) and "holds a run already (metrics.jsonl)" in str(done.exception)
+    assert isinstance(done.exception, ConfigError) and "already contains a run (metrics.jsonl)" in str(done.exception)
     done = CliRunner().invoke(app, [*arguments, "--resume", "latest"])
     assert done.exit_code == 0, done.output
     assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1]
@@ -429,7 +429,7 @@ def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(workplace)
     result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run"])
     assert result.exit_code == 0, result.output
-    for words in ("rollout head: frozen", "denoise tail: gradient", "data: 3 of 3 rows", "this run could begin"):
+    for words in ("rollout head: frozen", "denoise tail: gradient", "data: 3 of 3 rows", "the run can begin"):
         assert words in result.output
     assert "fewer than" not in result.output
     result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "data.num_frames=9"], env={"COLUMNS": "200"})

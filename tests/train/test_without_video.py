@@ -97,7 +97,7 @@ def test_a_run_on_prompts(model: Path, workplace: Path) -> None:
     run = settings(model, "prompts.txt", PLAIN)
     could, page = dry_run(run)
     assert could, page
-    assert "data: 2 of 2 rows can be read" in page and "fewer than" not in page
+    assert "data: 2 of 2 rows are valid" in page and "fewer than" not in page
     run_training(run, None, Progress(quiet=True))
     (step,) = (json.loads(line) for line in (workplace / "run" / "metrics.jsonl").read_text().splitlines())
     assert step["mean"] > 0
@@ -135,7 +135,7 @@ def test_references_of_rows_without_a_video(model: Path, workplace: Path) -> Non
 REFUSED = {
     "reward": ("t2v", "rows.csv", SHARPNESS, [4], "and the reward sharpness needs a reference"),
     "clip": ("t2v", "rows.csv", {"type": "motion"}, [2, 3, 4], "and the reward motion needs the clip itself"),
-    "model": ("tiny", "prompts.txt", PLAIN, [1, 3], "is empty, and the model tiny is given a start frame"),
+    "model": ("tiny", "prompts.txt", PLAIN, [1, 3], "is empty, and the model tiny needs a start frame"),
 }
 
 

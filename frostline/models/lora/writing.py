@@ -139,7 +139,7 @@ def _check_expressible(adapter: Adapter, name: str, layer_path: LayerPath) -> No
         raise ConfigError(f"the adapter has the layer {unknown}, which the denoiser does not have")
     if adapter.differences and not style.differences:
         raise ConfigError(
-            f"{adapter.path} has differences of {len(adapter.differences)} whole parameters beside its LoRA, the "
+            f"{adapter.path} has differences of {len(adapter.differences)} whole parameters besides its LoRA, the "
             f"first of {min(adapter.differences)}, which files of {name} cannot hold: convert it to comfyui, or merge "
             f"it into a model"
         )

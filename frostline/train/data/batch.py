@@ -1,4 +1,4 @@
-"""The contract of `module.forward(data)`: check a batch at the door, then fit it to sizes that the model takes."""
+"""The input of `module.forward(data)`: check a batch, then resize it to a size that the model supports."""
 
 import difflib
 import functools
@@ -20,19 +20,23 @@ from frostline.stages.families import DEFAULT_GEOMETRY
 logger = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 16
-"""Pixels of height and width."""
+"""Minimum height and width in pixels."""
 
 RANGE_TOLERANCE = 1e-4
-"""How far outside [0, 1] a pixel may stray (resampling, half precision) before it counts as a fault."""
+"""Tolerance outside [0, 1] (from resampling or half precision) below which pixel values are clamped."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """A checked batch of B samples.
 
-    prompt: B strings, none blank. video: float32 `(B, T, 3, H, W)` in [0, 1]. sample_id: B names. valid_frames: B
-    numbers, 0 to T; the frames from there on are padding, and 0 is a sample without a video. reference: of each sample
-    float32 pictures `(R, 3, h, w)` in [0, 1] that show its subject, or None. fps: of each clip, or None.
+    Attributes:
+        prompt: B strings, none blank.
+        video: float32 `(B, T, 3, H, W)` in [0, 1].
+        sample_id: B names.
+        valid_frames: B numbers, 0 to T; later frames are padding. 0 means a sample without a video.
+        reference: for each sample, float32 pictures `(R, 3, h, w)` in [0, 1] of its subject, or None.
+        fps: of each clip, or None.
     """
 
     prompt: tuple[str, ...]
@@ -44,14 +48,13 @@ class Batch:
 
 
 def check_batch(data: Any) -> Batch:
-    """Hold `data` against the contract; a `DataError` names the sample, the field and what to do.
+    """Check `data`; a `DataError` names the sample, the field and the remedy.
 
-    data: `{"prompt": list[str] of length B, "video": float (B, T, C, H, W) in [0, 1]}`, optionally with
-    `"sample_id": list[str]`, `"valid_frames": list[int]`: how many frames of each video are its own; those after
-    them are padding, which no reward refers to, and a sample with 0 has no video, only its size;
-    `"reference": list[float (R, 3, h, w) in [0, 1] | None]`: pictures of the subject, which rewards refer to instead of
-    the video; and `"fps": list[float | None]`. Other keys are left alone. Half and double precision are cast to
-    float32.
+    data: `{"prompt": list[str] of length B, "video": float (B, T, C, H, W) in [0, 1]}`, optionally with `"sample_id":
+    list[str]`; `"valid_frames": list[int]`, the number of frames of each video that are not padding (rewards ignore
+    padding; 0 means that there is no video, only its size); `"reference": list[float (R, 3, h, w) in [0, 1] | None]`,
+    pictures of the subject, which rewards use instead of the video; and `"fps": list[float | None]`. Other keys are
+    ignored. Half and double precision are converted to float32.
     """
     if not isinstance(data, dict):
         raise DataError(f"a batch must be a dict with 'prompt' and 'video', not {type(data).__name__}")
@@ -69,10 +72,11 @@ def check_batch(data: Any) -> Batch:
 
 
 def fit_to_model(video: torch.Tensor, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Bring float `(B, T, C, H, W)` in [0, 1] to a size that the model takes, and say what was changed.
+    """Convert float `(B, T, C, H, W)` in [0, 1] to a size that the model supports, and return descriptions of the
+    changes.
 
-    T grows to the next number of frames that it takes by repeating the last frame; H and W are resized (antialiased)
-    to the nearest multiples. The changes are phrases for people, none where all fits; each is logged once a process.
+    T is increased to the next supported number of frames by repeating the last frame; H and W are resized (antialiased)
+    to the nearest multiples. The descriptions are empty if nothing was changed; each is logged once per process.
     """
     frames, height, width = video.shape[1], *video.shape[-2:]
     fitted_frames = geometry.fitting_frames(frames)
@@ -85,7 +89,7 @@ def fit_to_model(video: torch.Tensor, geometry: Geometry = DEFAULT_GEOMETRY) -> 
     if fitted_frames != frames:
         video = pad_frames(video, fitted_frames, dim=1)
         changes.append(
-            f"{frames} frames brought to {fitted_frames} ({geometry.temporal_stride}k+1) by repeating the last"
+            f"{frames} frames extended to {fitted_frames} ({geometry.temporal_stride}k+1) by repeating the last"
         )
     for change in changes:
         _log_once(change)
@@ -99,13 +103,13 @@ def resize(video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def pad_frames(video: torch.Tensor, frames: int, dim: int) -> torch.Tensor:
-    """Lengthen dimension `dim` to `frames` by repeating its last entry."""
+    """Extend dimension `dim` to `frames` by repeating its last entry."""
     last = video.narrow(dim, video.shape[dim] - 1, 1)
     return torch.cat([video, last.repeat_interleave(frames - video.shape[dim], dim)], dim)
 
 
 def nearest_name(name: str, names: Sequence[str]) -> str | None:
-    """The one of `names` that `name` was most likely meant to be, or None."""
+    """Return the one of `names` that `name` is most likely a typo of, or None."""
     folded = {known.strip().lower(): known for known in names}
     close = difflib.get_close_matches(name.strip().lower(), list(folded), n=1, cutoff=0.6)
     return folded[close[0]] if close else None
@@ -113,7 +117,7 @@ def nearest_name(name: str, names: Sequence[str]) -> str | None:
 
 @functools.cache
 def _log_once(change: str) -> None:
-    logger.warning("video fitted to the model: %s; said once", change)
+    logger.warning("video resized for the model: %s; logged once", change)
 
 
 def _missing_key(key: str, data: dict[Any, Any]) -> str:
@@ -123,13 +127,13 @@ def _missing_key(key: str, data: dict[Any, Any]) -> str:
 
 
 def _check_sample_ids(sample_id: Any, count: int) -> tuple[str, ...]:
-    """The names by which messages call the samples: the caller's, or their positions."""
+    """Return the names of the samples in messages: the caller's, or their positions."""
     if sample_id is None:
         return tuple(str(index) for index in range(count))
     if not isinstance(sample_id, list | tuple) or not all(isinstance(name, str) for name in sample_id):
         raise DataError("field 'sample_id': must be a list of str")
     if len(sample_id) != count:
-        raise DataError(f"field 'sample_id': has {len(sample_id)} entries, but 'video' holds {count} samples")
+        raise DataError(f"field 'sample_id': has {len(sample_id)} entries, but 'video' contains {count} samples")
     return tuple(sample_id)
 
 
@@ -139,7 +143,7 @@ def _check_valid_frames(valid_frames: Any, frames: int, sample_id: tuple[str, ..
     if isinstance(valid_frames, torch.Tensor):
         valid_frames = valid_frames.tolist()
     if not isinstance(valid_frames, list | tuple) or len(valid_frames) != len(sample_id):
-        raise DataError(f"field 'valid_frames': must be a list of {len(sample_id)} int, one a sample")
+        raise DataError(f"field 'valid_frames': must be a list of {len(sample_id)} int, one for each sample")
     for name, count in zip(sample_id, valid_frames, strict=True):
         if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= frames:
             raise DataError(f"sample {name}, field 'valid_frames': must be 0 to {frames}, not {count!r}")
@@ -147,7 +151,7 @@ def _check_valid_frames(valid_frames: Any, frames: int, sample_id: tuple[str, ..
 
 
 def _check_references(references: Any, sample_id: tuple[str, ...]) -> tuple[torch.Tensor | None, ...]:
-    """Of each sample float32 pictures (R, 3, h, w) in [0, 1], or None."""
+    """Return for each sample float32 pictures (R, 3, h, w) in [0, 1], or None."""
     if references is None:
         return (None,) * len(sample_id)
     if not isinstance(references, list | tuple) or len(references) != len(sample_id):
@@ -196,23 +200,25 @@ def _check_fps(rates: Any, sample_id: tuple[str, ...]) -> tuple[float | None, ..
 
 def _check_prompts(prompt: Any, count: int, sample_id: tuple[str, ...]) -> tuple[str, ...]:
     if isinstance(prompt, str):
-        raise DataError("field 'prompt': must be a list of str, one a sample; wrap the string in a list: [prompt]")
+        raise DataError(
+            "field 'prompt': must be a list of str, one for each sample; wrap the string in a list: [prompt]"
+        )
     if not isinstance(prompt, list | tuple):
         raise DataError(f"field 'prompt': must be a list of str, not {type(prompt).__name__}")
     if len(prompt) != count:
-        raise DataError(f"field 'prompt': has {len(prompt)} entries, but 'video' holds {count} samples")
+        raise DataError(f"field 'prompt': has {len(prompt)} entries, but 'video' contains {count} samples")
     for name, text in zip(sample_id, prompt, strict=True):
         if not isinstance(text, str):
             raise DataError(f"sample {name}, field 'prompt': must be str, not {type(text).__name__}")
         if not text.strip():
             raise DataError(f"sample {name}, field 'prompt': is empty")
         if not is_text(text):
-            raise DataError(f"sample {name}, field 'prompt': holds half of a character (a lone surrogate)")
+            raise DataError(f"sample {name}, field 'prompt': contains half of a character (a lone surrogate)")
     return tuple(prompt)
 
 
 def _check_layout(video: Any) -> torch.Tensor:
-    """`video` as a tensor `(B, T, 3, H, W)` of some floating dtype, values not yet looked at."""
+    """Return `video` as a tensor `(B, T, 3, H, W)` of any floating-point dtype; values are not checked yet."""
     if isinstance(video, list | tuple):
         raise DataError(f"field 'video': must be one tensor (B, T, C, H, W), not a {_describe_list(video)}")
     if isinstance(video, np.ndarray):
@@ -230,9 +236,9 @@ def _check_layout(video: Any) -> torch.Tensor:
         hint = "; for a single sample use video.unsqueeze(0)" if video.ndim == 4 else ""
         raise DataError(f"field 'video': must have 5 dimensions (B, T, C, H, W), not shape {shape}{hint}")
     if shape[2] != 3:
-        raise DataError(f"field 'video': has shape {shape}, where (B, T, C, H, W) needs C = 3{_channel_hint(shape)}")
+        raise DataError(f"field 'video': has shape {shape}, but (B, T, C, H, W) needs C = 3{_channel_hint(shape)}")
     if 0 in shape[:2]:
-        raise DataError(f"field 'video': has shape {shape}: no {'samples' if shape[0] == 0 else 'frames'} in it")
+        raise DataError(f"field 'video': has shape {shape}: it contains no {'samples' if shape[0] == 0 else 'frames'}")
     if min(shape[3:]) < SMALLEST_SIDE:
         raise DataError(
             f"field 'video': frames of {shape[4]}x{shape[3]} are too small; "
@@ -246,19 +252,19 @@ def _check_layout(video: Any) -> torch.Tensor:
 
 
 def _describe_list(videos: Sequence[Any]) -> str:
-    """What is wrong with a list where a batch tensor belongs, in the words that help most."""
+    """Return the most helpful description of a list that was given instead of a batch tensor."""
     shapes = [tuple(video.shape) if hasattr(video, "shape") else None for video in videos]
     for index, shape in enumerate(shapes):
         if shape is not None and shapes[0] is not None and shape != shapes[0]:
             return (
-                f"list: sample {index} has shape {shape} and sample 0 {shapes[0]}; "
-                "bring all to one frame count and size, then torch.stack(video)"
+                f"list: sample {index} has shape {shape} and sample 0 {shapes[0]}; use one number of "
+                "frames and one size, then torch.stack(video)"
             )
     return "list; use torch.stack(video)"
 
 
 def _channel_hint(shape: tuple[int, ...]) -> str:
-    """What to do about a third dimension that is not 3 channels."""
+    """Return a hint for a third dimension that does not have 3 channels."""
     if shape[-1] == 3:
         return "; channels are last: use video.permute(0, 1, 4, 2, 3)"
     if shape[1] == 3:
@@ -271,9 +277,10 @@ def _channel_hint(shape: tuple[int, ...]) -> str:
 
 
 def _check_pixels(video: torch.Tensor, sample_id: tuple[str, ...]) -> torch.Tensor:
-    """`video` as float32, every value finite and in [0, 1]; strays within the tolerance are clamped."""
+    """Return `video` as float32, with every value finite and in [0, 1]; values within the tolerance are clamped."""
     video = video.to(torch.float32)
-    # One pass and one wait for the device when all is well: NaN spreads into both ends of its sample's range.
+    # A valid batch needs one pass and one synchronisation with the device: NaN propagates to both ends of its sample's
+    # range.
     low, high = torch.stack(video.flatten(1).aminmax(dim=1)).tolist()
     for index, name in enumerate(sample_id):
         _check_range(video[index], low[index], high[index], f"sample {name}, field 'video'")
@@ -281,16 +288,16 @@ def _check_pixels(video: torch.Tensor, sample_id: tuple[str, ...]) -> torch.Tens
 
 
 def _check_range(frames: torch.Tensor, low: float, high: float, where: str) -> None:
-    """Refuse (T, C, H, W) frames whose values, from `low` to `high`, are not finite or not in [0, 1]."""
+    """Check that (T, C, H, W) frames with values from `low` to `high` are finite and in [0, 1]."""
     if not (math.isfinite(low) and math.isfinite(high)):
         frame = int((~torch.isfinite(frames.flatten(1))).any(dim=1).nonzero()[0])
         raise DataError(f"{where}: NaN or infinite pixels, first in frame {frame}")
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise DataError(f"{where}: values from {low:.4g} to {high:.4g}, where [0, 1] is needed{_range_hint(low, high)}")
+        raise DataError(f"{where}: values from {low:.4g} to {high:.4g}, but must be in [0, 1]{_range_hint(low, high)}")
 
 
 def _range_hint(low: float, high: float) -> str:
-    """What to do about values outside [0, 1], guessed from their range."""
+    """Return a hint for values outside [0, 1], depending on their range."""
     if low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE:
         return "; if they are in [-1, 1], use (video + 1) / 2"
     if low >= 0 and 2 < high <= 255:

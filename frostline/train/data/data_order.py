@@ -1,4 +1,4 @@
-"""In which order samples come: one endless shuffled stream, cut into batches, dealt to the processes."""
+"""The order of samples: an endless shuffled sequence, split into batches and distributed to the processes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from torch.utils.data import Sampler
 
 @dataclass(frozen=True)
 class DataOrder:
-    """The order of a run: a function of the seed and of how many samples were dealt, and of nothing else.
+    """The order of a run, which depends only on the seed and on the number of samples used so far.
 
-    Every epoch is a permutation of all samples, and one epoch follows the other without a gap: a batch may hold the
-    last sample of one epoch and the first of the next. Processes take turns, batch by batch, so that N processes see
-    at each step what one process with N times the batch would see, whatever N a run is resumed with.
+    Every epoch is a permutation of all samples, and epochs follow each other without a gap: a batch may contain the
+    last sample of one epoch and the first of the next. Processes get batches in turn, so that N processes with batch
+    size B train like one process with batch size N×B, also if a run is resumed with another N.
 
-    samples: how many there are. batch_size: per process. position: samples dealt so far, to all processes together.
+    Attributes:
+        samples: number of samples.
+        batch_size: per process.
+        position: number of samples used so far by all processes.
     """
 
     samples: int
@@ -29,11 +32,11 @@ class DataOrder:
     position: int = 0
 
     def at(self, position: int) -> DataOrder:
-        """The same order, from another place on."""
+        """Return the same order from another position on."""
         return replace(self, position=position)
 
     def batches(self) -> Iterator[list[int]]:
-        """The indices of this process's batches, without end."""
+        """Yield the indices of this process's batches without end."""
         stream = self._stream()
         while True:
             for process in range(self.processes):
@@ -45,8 +48,8 @@ class DataOrder:
         epoch, offset = divmod(self.position, self.samples)
         generator = torch.Generator().manual_seed(self.seed)
         for number in itertools.count():
-            # The order is the one that `DataLoader(shuffle=True, generator=…)` gives. It draws a seed for its workers
-            # before each epoch's permutation, and a second permutation, of which it uses nothing, after it.
+            # The order equals that of `DataLoader(shuffle=True, generator=…)`, which draws a seed for its workers
+            # before each epoch's permutation, and a second, unused permutation after it.
             torch.empty((), dtype=torch.int64).random_(generator=generator)
             order = torch.randperm(self.samples, generator=generator)
             torch.randperm(self.samples, generator=generator)

@@ -27,13 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class Sample(TypedDict):
-    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], of a size that the model takes.
+    """One sample; `video` is float32 `(T, 3, H, W)` in [0, 1], with a size that the model supports.
 
-    valid_frames: so many are the video's own, all if not given; what follows repeats the last of them. Of a sample
-        without a video it is 0, and `video` is black.
-    reference: pictures of the subject, float32 `(R, 3, h, w)` in [0, 1], where the row names some.
-    fps: frames per second of `video`; None where that is not known, as of a picture.
-    notes: what there is to tell of it, where it was read by a worker process; otherwise it was logged.
+    Attributes:
+        valid_frames: number of frames of the video without padding; all if not given. The padding repeats the last
+            frame. For a sample without a video it is 0, and `video` is black.
+        reference: pictures of the subject, float32 `(R, 3, h, w)` in [0, 1], if the row names some.
+        fps: frames per second of `video`; None if unknown, for example for a picture.
+        notes: messages about it from a worker process; otherwise they are logged.
     """
 
     sample_id: str
@@ -46,9 +47,11 @@ class Sample(TypedDict):
 
 
 class CollatedBatch(TypedDict):
-    """A batch as `module.forward` takes it; `video` is float32 `(B, T, 3, H, W)` in [0, 1]. notes: of all samples.
+    """A batch for `module.forward`; `video` is float32 `(B, T, 3, H, W)` in [0, 1].
 
-    reference: of each sample pictures `(R, 3, h, w)`, or None.
+    Attributes:
+        notes: messages about all samples.
+        reference: for each sample, pictures `(R, 3, h, w)`, or None.
     """
 
     sample_id: list[str]
@@ -62,10 +65,10 @@ class CollatedBatch(TypedDict):
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be trained on.
+    """An invalid row.
 
-    `row` is the line in a csv, jsonl or txt file (a csv header is line 1), the item's place from 1 in a json list,
-    or the video's place from 1 in a folder. `field` is `video`, `prompt`, `reference`, or `row` for the row as a whole.
+    `row` is the line in a csv, jsonl or txt file (a csv header is line 1), the position from 1 in a json list, or the
+    video's position from 1 in a folder. `field` is `video`, `prompt`, `reference`, or `row` for the row as a whole.
     """
 
     file: Path
@@ -80,10 +83,12 @@ class BadRow:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a look at all rows found.
+    """The result of checking all rows.
 
-    bad: those that cannot be trained on. short: samples that have to be padded. sizes: heights and widths of the videos
-    of the others, upright and before they are cut.
+    Attributes:
+        bad: invalid rows.
+        short: samples that need padding.
+        sizes: heights and widths of the videos of the others, upright and before cropping.
     """
 
     bad: list[BadRow]
@@ -92,22 +97,23 @@ class DataCheck:
 
 
 class VideoPromptDataset(Dataset[Sample]):
-    """Videos with prompts, cut and resized to what a model takes.
+    """Videos with prompts, cropped and resized to what a model supports.
 
-    source: a `metadata.csv`, `.jsonl` or `.json` file with the columns `video`, `prompt` and, optionally, `reference`
-    (UTF-8, BOM allowed, paths relative to the file), a folder that contains one, a `.txt` file with a prompt in each
-    line, or a folder of videos with .txt captions of the same name. See docs/data.md.
-    num_frames: frames of every sample, taken from the video's start, `frame_stride` apart; where it has
-    fewer, the last is repeated.
-    height, width: the size of every sample; left out, each video keeps its own, shrunk to at most `max_pixels` and
-    rounded down to the multiples that the model takes. Videos are resized to cover the size and cropped at the centre.
-    A sample without a video is then the square of about `max_pixels`.
-    allow_outside: let the metadata name videos and references, and captions be links to files, outside of the source's
-    folder; only for data you trust.
-    geometry: the videos that the model takes.
-    needs: what model and rewards need: whether a row may do without a video, and whether references are read.
+    Invalid rows do not affect the others: `validate` lists all of them, and accessing one raises a DataError.
 
-    A row at fault does not stop the others: `validate` lists all of them, asking for one raises DataError.
+    Args:
+        source: a `metadata.csv`, `.jsonl` or `.json` file with the columns `video`, `prompt` and, optionally,
+            `reference` (UTF-8, BOM allowed, paths relative to the file), a folder that contains one, a `.txt` file with
+            a prompt in each line, or a folder of videos with .txt captions of the same name. See docs/data.md.
+        num_frames: frames of every sample, from the start of the video, `frame_stride` apart; the last frame of a
+            shorter video is repeated.
+        height, width: size of every sample; if not given, each video keeps its own size, reduced to at most
+            `max_pixels` and rounded down to multiples that the model supports. Videos are resized to cover the size and
+            cropped at the centre. A sample without a video is then a square of about `max_pixels`.
+        allow_outside: let the metadata name videos and references outside of the source's folder, and captions be links
+            to such files; only for trusted data.
+        geometry: the video sizes that the model supports.
+        needs: requirements of model and rewards: whether a row needs a video, and whether references are read.
     """
 
     def __init__(
@@ -133,10 +139,10 @@ class VideoPromptDataset(Dataset[Sample]):
         self.source = resolve_source(Path(source))
         self._rows = tuple(self._refused_without_video(row) for row in read_rows(self.source, allow_outside))
         if not self._rows:
-            raise DataError(f"{self.source}: holds no rows")
+            raise DataError(f"{self.source}: contains no rows")
         faults = [self._bad_row(row, *row.fault) for row in self._rows if row.fault is not None]
         if len(faults) == len(self._rows):
-            raise DataError(f"{faults[0]} (none of the {len(faults)} rows is usable)")
+            raise DataError(f"{faults[0]} (all {len(faults)} rows are invalid)")
         self._states = {path: _state_of(path) for row in self._rows for path in self._paths(row)}
         self._rates: dict[Path, float | None] = {}
 
@@ -150,7 +156,7 @@ class VideoPromptDataset(Dataset[Sample]):
         notes: list[str] = []
         for path in self._paths(row):
             if _state_of(path) != self._states[path]:
-                notes.append(f"{path}: replaced or changed since the run began; what it shows now is used")
+                notes.append(f"{path}: replaced or changed since the run began; using the new content")
         reference, fps = None, None
         field = "video"
         try:
@@ -185,24 +191,24 @@ class VideoPromptDataset(Dataset[Sample]):
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
-        """The samples' names, in order: the video as the metadata writes it, with `#row` where that repeats.
+        """Return the names of the samples in order: the video as written in the metadata, with `#row` if that is not
+        unique.
 
-        Rows without a video are called `row-N`.
+        Rows without a video are named `row-N`.
         """
         return tuple(row.sample_id for row in self._rows)
 
     def validate(self, deep: bool = False) -> list[BadRow]:
-        """Return all rows that cannot be trained on.
+        """Return all invalid rows.
 
-        Opens every video and reference and decodes its first frame, or, with `deep`, every frame that training would
-        use.
+        Opens every video and reference and decodes its first frame or, with `deep`, every frame that training uses.
         """
         return self.check(deep).bad
 
     def check(self, deep: bool = False) -> DataCheck:
-        """Look at all rows as `validate` does, and count the frames of each video."""
+        """Check all rows like `validate`, and count the frames of each video."""
         bad, short, sizes = [], [], set()
-        # Many samples may show one person.
+        # Many samples may share the same reference.
         look_at_references = functools.cache(check_references)
         for row in self._rows:
             field = "video"
@@ -219,15 +225,15 @@ class VideoPromptDataset(Dataset[Sample]):
         return DataCheck(bad, short, frozenset(sizes))
 
     def describe_padding(self, short: Sequence[str]) -> str:
-        """Say what becomes of these samples, which `check` found short."""
+        """Describe the padding of these samples, which `check` found too short."""
         clips = f"{len(short)} of {len(self)} clips have fewer than {self.num_frames} frames"
-        return f"{clips}: their last frame is repeated, and no reward refers to the copies"
+        return f"{clips}: their last frame is repeated, and rewards ignore the copies"
 
     def _look_at_video(self, row: Row, deep: bool) -> tuple[int, tuple[int, int]]:
-        """Of a video, how many frames there are for a sample, and their height and width.
+        """Return the number of frames for a sample in a video, and their height and width.
 
         Raises:
-            DataError: the row has a fault, or its video cannot be read.
+            DataError: the row is invalid, or its video cannot be read.
         """
         if row.fault is not None:
             raise DataError(row.fault[1])
@@ -242,10 +248,10 @@ class VideoPromptDataset(Dataset[Sample]):
         return frames, (info.height, info.width)
 
     def _read(self, path: Path, notes: list[str]) -> torch.Tensor:
-        """A video's frames as a sample has them, float32 `(T, 3, H, W)`; resized as they arrive.
+        """Return a video's frames for a sample, float32 `(T, 3, H, W)`, resized while they are read.
 
         Raises:
-            DataError: it cannot be read, or does not fit into memory.
+            DataError: the video cannot be read, or does not fit into memory.
         """
         pieces: list[torch.Tensor] = []
         waiting: list[np.ndarray] = []
@@ -261,7 +267,7 @@ class VideoPromptDataset(Dataset[Sample]):
             return torch.cat(pieces)
         except (MemoryError, RuntimeError) as error:  # the latter is torch's
             if is_out_of_memory(error):
-                raise DataError(f"{path}: its frames do not fit into memory") from error
+                raise DataError(f"{path}: not enough memory for its frames") from error
             raise
 
     def _cut(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -270,26 +276,26 @@ class VideoPromptDataset(Dataset[Sample]):
         return crop_to(frames, self.size or size_within(height, width, self.max_pixels, self.geometry.spatial_multiple))
 
     def _refused_without_video(self, row: Row) -> Row:
-        """The row, at fault where it names no video and one is needed."""
+        """Return the row, marked as invalid if it has no video but needs one."""
         if row.video is not None or row.fault is not None:
             return row
         reason = self.needs.refuses_without_video(has_reference=bool(row.reference))
-        return replace(row, fault=("video", f"{row.no_video}, and {reason}")) if reason else row
+        return replace(row, fault=("video", f"{row.no_video}, but {reason}")) if reason else row
 
     def _size_without_video(self) -> tuple[int, int]:
-        """(height, width) of a sample that has no video."""
+        """Return (height, width) of a sample that has no video."""
         side = self.geometry.square_side(self.max_pixels)
         return self.size or (side, side)
 
     def _paths(self, row: Row) -> list[Path]:
-        """The files and folders that a sample is read from."""
+        """Return the files and folders that a sample is read from."""
         if row.fault is not None:
             return []
         videos = [] if row.video is None else [row.video]
         return [*videos, *(row.reference if self.needs.references else ())]
 
     def _fps(self, path: Path) -> float | None:
-        """Frames per second of a sample's clip; asked of each file once."""
+        """Return frames per second of a sample's clip; each file is read only once."""
         if path not in self._rates:
             self._rates[path] = probe_video(path).fps / self.frame_stride or None
         return self._rates[path]
@@ -299,7 +305,7 @@ class VideoPromptDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> CollatedBatch:
-    """Stack samples of one shape into the batch that `module.forward` takes."""
+    """Stack samples of one shape into a batch for `module.forward`."""
     first = samples[0]
     for sample in samples:
         shape, first_shape = tuple(sample["video"].shape), tuple(first["video"].shape)
@@ -320,13 +326,13 @@ def collate(samples: Sequence[Sample]) -> CollatedBatch:
 
 
 def tell_once(notes: Iterable[str]) -> None:
-    """Log each of these, once a process."""
+    """Log each message once per process."""
     for note in notes:
         _log_once(note)
 
 
 def _state_of(path: Path) -> tuple[int, int] | None:
-    """By what a file is known again: its size and when it was changed last; None where there is none."""
+    """Return size and modification time of a file, which identify its content; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:

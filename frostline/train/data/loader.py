@@ -1,4 +1,4 @@
-"""Batches in the order of the run, decoded ahead by worker processes that may die without harm."""
+"""Load batches in the order of the run, with worker processes that decode ahead and are restarted if killed."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ class Batches:
                     raise
                 if restart > _RESTARTS:
                     raise DataError(
-                        f"data workers were killed {restart} times in a row (out of memory?): "
-                        "give the machine more memory, or lower data.num_workers"
+                        f"data workers were killed {restart} times in a row (out of memory?): reduce "
+                        "data.num_workers, or use a machine with more memory"
                     ) from error
-                log.warning("a data worker was killed (out of memory?): starting it again")
+                log.warning("a data worker was killed (out of memory?): restarting it")
                 self._batches = self._start()
         raise AssertionError("unreachable")
 
     def _lost_a_worker(self, error: Exception) -> bool:
-        """Whether it is no error of the data set, but of the way from a worker, which broke with the worker."""
+        """Return whether an error comes from the connection to a killed worker, not from the data set."""
         if not self.num_workers or "in DataLoader worker process" in str(error):
             return False
         if "Too many open files" in str(error):
             raise DataError("data workers need more open files: raise the limit (ulimit -n)") from error
-        # Its sockets are closed before it counts as dead, so what is read from them may be what fails.
+        # Its sockets are closed before it counts as dead, so reading from them may fail first.
         return "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
 
     def _start(self) -> Iterator[CollatedBatch | DataError]:
@@ -82,7 +82,7 @@ class Batches:
             # A forked copy of a process with threads may hang.
             multiprocessing_context="spawn" if self.num_workers else None,
             worker_init_fn=_ignore_interrupts if self.num_workers else None,
-            # Of its own: the loader would draw its seed from the generator of the noise.
+            # Its own generator: otherwise the loader draws its seed from the generator of the noise.
             generator=torch.Generator().manual_seed(0),
             pin_memory=torch.cuda.is_available(),
         )
@@ -91,15 +91,15 @@ class Batches:
             batches = iter(loader)
         except OSError as error:
             reason = error.strerror or error
-            raise DataError(f"data workers cannot be started: {reason}; lower data.num_workers") from error
-        # torch's handler throws where the program happens to be when a worker dies; here `__next__` finds out.
+            raise DataError(f"cannot start data workers: {reason}; lower data.num_workers") from error
+        # When a worker dies, torch's handler raises at an arbitrary point of the program; here `__next__` detects it.
         if self.num_workers:
             signal.signal(signal.SIGCHLD, before)
         return batches
 
 
 class _Guarded(Dataset[Sample | DataError]):
-    """Gives a sample's error back instead of raising it: a worker would wrap it in a traceback."""
+    """Returns a sample's error instead of raising it: a worker would wrap it in a traceback."""
 
     def __init__(self, dataset: Dataset[Sample]) -> None:
         self.dataset = dataset
@@ -124,5 +124,5 @@ def _collate(samples: Sequence[Sample | DataError]) -> CollatedBatch | DataError
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal; the run itself decides when its workers end."""
+    """Ignore Ctrl-C, which reaches all processes of a terminal: the run itself ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

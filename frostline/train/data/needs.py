@@ -1,4 +1,4 @@
-"""What a model and rewards need of samples beside their prompts."""
+"""Requirements of a model and of rewards on samples, besides their prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-# Cached references depend on what this file imports, and settings are read without torch.
+# The cache key of references depends on the imports of this file, and settings are read without importing torch.
 if TYPE_CHECKING:
     from frostline.rewards.config import RewardEntry
     from frostline.rewards.inputs import Need
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleNeeds:
-    """What is needed of each sample beside its prompt.
+    """What each sample needs besides its prompt.
 
-    start_frame: the model that generates from the first frame of the video, as an error names it; empty where the model
-        is given none.
-    compared: the rewards that compare with a reference, as an error names them.
-    of_clips: the rewards that compare with the clip whatever pictures there are, as an error names them.
-    references: whether reference pictures are read at all.
-    clips: whether a loss is computed on the clips themselves.
+    Attributes:
+        start_frame: name, for errors, of a model that generates from the first frame of the video; otherwise empty.
+        compared: names of the rewards that compare with a reference.
+        of_clips: names of the rewards that compare with the clip even if there are pictures.
+        references: whether reference pictures are read at all.
+        clips: whether a loss is computed on the clips themselves.
     """
 
     start_frame: str = "the model"
@@ -34,13 +34,13 @@ class SampleNeeds:
     def of(
         cls, model: str, needs_image: bool, rewards: Iterable[RewardEntry], trains_on_clips: bool = False
     ) -> SampleNeeds:
-        """Collect what a model and rewards need.
+        """Collect the requirements of a model and of rewards.
 
         Args:
             model: its name.
             needs_image: whether it generates from a first frame.
-            rewards: their settings. Of a class that was not imported it is not known what it needs: no sample is
-                refused for it, and reference pictures are read.
+            rewards: their settings. The requirements of a class that was not imported are unknown: no sample is
+                rejected because of it, and reference pictures are read.
             trains_on_clips: whether a loss is computed on the clips themselves (`sft_weight`).
         """
         stated = [(entry.type, getattr(entry, "needs", None)) for entry in rewards]
@@ -57,12 +57,12 @@ class SampleNeeds:
         )
 
     def refuses_without_video(self, has_reference: bool) -> str:
-        """Return why a sample needs a video; empty where it needs none.
+        """Return why a sample needs a video; empty if it does not.
 
         Args:
             has_reference: whether it has reference pictures.
         """
-        reasons = [f"{self.start_frame} is given a start frame"] if self.start_frame else []
+        reasons = [f"{self.start_frame} needs a start frame"] if self.start_frame else []
         if self.clips:
             reasons.append("sft_weight trains on the clip itself")
         if self.of_clips:
@@ -77,4 +77,4 @@ def _need(rewards: tuple[str, ...]) -> str:
 
 
 DEFAULT_NEEDS = SampleNeeds()
-"""Where model and rewards are not known: every sample needs a video, and references are read."""
+"""Requirements if model and rewards are unknown: every sample needs a video, and references are read."""

@@ -1,4 +1,4 @@
-"""Reference pictures of a sample: files and folders as one tensor, of bounded size."""
+"""Reference pictures of a sample: files and folders as one tensor of limited size."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from frostline.train.data.cutting import crop_to
 from frostline.video import MEDIA_SUFFIXES, count_frames, probe_video, stream_video
 
 MAX_PICTURES = 16
-"""Of a sample: of more pictures, or of a video, so many are taken, evenly spaced."""
+"""Maximum number of pictures of a sample; they are selected evenly from more pictures or from a video."""
 MAX_SIDE = 1024
-"""Pixels of height and width, to which larger pictures are shrunk."""
+"""Maximum height and width in pixels; larger pictures are shrunk."""
 MAX_VIDEO_FRAMES = 480
-"""Frames of a reference video among which the pictures are chosen: 20 seconds at 24 frames per second."""
+"""Number of frames of a reference video from which pictures are selected: 20 seconds at 24 frames per second."""
 
 
 def read_references(paths: Sequence[Path], warn: Callable[[str], None]) -> torch.Tensor:
     """Read pictures, videos and folders of them as one float32 tensor (R, 3, h, w) in [0, 1].
 
-    Of n files, each gives at most `MAX_PICTURES // n` frames, at least one, evenly spaced among its first
-    `MAX_VIDEO_FRAMES`; of more than `MAX_PICTURES` files so many are read, evenly spaced in their order.
+    Each of n files contributes at most `MAX_PICTURES // n` frames, at least one, evenly selected from its first
+    `MAX_VIDEO_FRAMES`. If there are more than `MAX_PICTURES` files, that number is evenly selected.
 
-    Pictures larger than `MAX_SIDE` are shrunk. Where they differ in size, h and w are the largest height and width
-    among them: each is enlarged to fit inside, keeping its proportions, and its border is repeated around it.
+    Pictures larger than `MAX_SIDE` are shrunk. If sizes differ, h and w are the largest height and width: each picture
+    is enlarged to fit, keeping its aspect ratio, and padded by repeating its border.
 
     Args:
-        warn: told what was left out, and what was lost of a damaged file.
+        warn: called with messages about skipped files and lost frames.
     Raises:
-        DataError: a file cannot be read, a folder has no pictures, a picture is too small, or they do not fit into
-            memory.
+        DataError: a file cannot be read, a folder has no pictures, a picture is too small, or memory is not sufficient.
     """
     try:
         files = _chosen_files(paths, warn)
@@ -46,15 +45,15 @@ def read_references(paths: Sequence[Path], warn: Callable[[str], None]) -> torch
         return torch.stack([_fitted(picture, height, width) for picture in pictures])
     except (MemoryError, RuntimeError) as error:  # the latter is torch's
         if is_out_of_memory(error):
-            raise DataError(f"{', '.join(map(str, paths))}: the reference pictures do not fit into memory") from error
+            raise DataError(f"{', '.join(map(str, paths))}: not enough memory for the reference pictures") from error
         raise
 
 
 def check_references(paths: Sequence[Path], deep: bool) -> None:
-    """Open every file and decode its first frame, or, with `deep`, everything that `read_references` would.
+    """Open every file and decode its first frame or, with `deep`, everything that `read_references` reads.
 
     Raises:
-        DataError: as `read_references` does.
+        DataError: see `read_references`.
     """
     if deep:
         read_references(paths, lambda note: None)
@@ -68,12 +67,12 @@ def _chosen_files(paths: Sequence[Path], warn: Callable[[str], None]) -> list[Pa
     files = [file for path in paths for file in (_files_of_folder(path) if path.is_dir() else [path])]
     if len(files) <= MAX_PICTURES:
         return files
-    warn(f"{MAX_PICTURES} of its {len(files)} reference pictures are used, evenly spaced")
+    warn(f"using {MAX_PICTURES} of its {len(files)} reference pictures, evenly selected")
     return [files[index * len(files) // MAX_PICTURES] for index in range(MAX_PICTURES)]
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """The pictures and videos of a folder, by their names; what is hidden, and folders in it, are left out."""
+    """Return the pictures and videos in a folder, by name, without hidden files and subfolders."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -85,7 +84,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def _read_file(file: Path, most: int, warn: Callable[[str], None]) -> list[torch.Tensor]:
-    """Return at most `most` frames of a file, (3, h, w) each; one frame at a time is in memory at its own size."""
+    """Return at most `most` frames of a file, (3, h, w) each; only one frame at a time is in memory at its own size."""
     count = max(1, count_frames(file, MAX_VIDEO_FRAMES))
     stride = -(-count // most)
     frames = stream_video(file, -(-count // stride), stride, lambda note: warn(f"{file}: {note}"))
@@ -106,7 +105,7 @@ def _check_side(file: Path, height: int, width: int) -> None:
 
 
 def _fitted(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(3, h, w) enlarged to fit inside (height, width), its border repeated around it."""
+    """Return (3, h, w) enlarged to fit (height, width), with its border repeated around it."""
     own_height, own_width = picture.shape[1:]
     scale = min(height / own_height, width / own_width)
     size = (min(height, round(own_height * scale)), min(width, round(own_width * scale)))

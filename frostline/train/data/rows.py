@@ -1,4 +1,4 @@
-"""The rows of a dataset: of a metadata file, a list of prompts, or the captioned videos of a folder."""
+"""The rows of a dataset: of a metadata file, a list of prompts, or a folder of captioned videos."""
 
 import json
 import logging
@@ -28,12 +28,13 @@ _BESIDE = ".reference"
 
 @dataclass(frozen=True)
 class Row:
-    """A row that names a prompt and, mostly, a video, or the fault (field, reason) that keeps it from doing so.
+    """A row with a prompt and usually a video, or the reason (field, text) why it is invalid.
 
-    number: the line in a csv, jsonl or txt file (a csv header is line 1), the item's place from 1 in a json list, or
-    the video's place from 1 in a folder.
-    video: None where it names none; `no_video` then says in which way.
-    reference: files and folders of pictures that show the subject, apart from the video.
+    Attributes:
+        number: the line in a csv, jsonl or txt file (a csv header is line 1), the position from 1 in a json list, or
+            the video's position from 1 in a folder.
+        video: None if there is none; `no_video` then describes how it is missing.
+        reference: files and folders with pictures of the subject, separate from the video.
     """
 
     number: int
@@ -46,10 +47,10 @@ class Row:
 
 
 def resolve_source(source: Path) -> Path:
-    """Return the metadata file, the list of prompts, or the folder of captioned videos, that `source` means.
+    """Return the metadata file, the list of prompts, or the folder of captioned videos for `source`.
 
     Raises:
-        DataError: it is neither, or a folder with several metadata files.
+        DataError: it is none of these, or a folder with several metadata files.
     """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
@@ -59,24 +60,25 @@ def resolve_source(source: Path) -> Path:
         return source
     found = [source / name for name in METADATA_NAMES if (source / name).is_file()]
     if len(found) > 1:
-        raise DataError(f"{source}: holds {' and '.join(path.name for path in found)}; name the one to use")
+        raise DataError(f"{source}: contains {' and '.join(path.name for path in found)}; name the one to use")
     return found[0] if found else source
 
 
 def read_rows(source: Path, allow_outside: bool) -> tuple[Row, ...]:
-    """Read all rows of what `resolve_source` returned, each with a name of its own.
+    """Read all rows of the result of `resolve_source`, each with a unique name.
 
     Args:
-        allow_outside: let metadata name videos and references, and captions be links to files, outside of the folder.
+        allow_outside: let metadata name videos and references outside of the folder, and captions be links to such
+            files.
     Raises:
-        DataError: the source as a whole cannot be read. What is wrong with a row is its fault.
+        DataError: the source as a whole cannot be read. Problems of a row are stored in the row.
     """
     rows = _rows_of_folder(source, allow_outside) if source.is_dir() else _rows_of_metadata(source, allow_outside)
     return _with_unique_ids(rows)
 
 
 def _rows_of_folder(folder: Path, allow_outside: bool) -> Iterator[Row]:
-    """The videos under a folder in the order of their names, with the captions and references beside them."""
+    """Return the videos under a folder, sorted by name, with their captions and references."""
     files = sorted(_files_under(folder))
     videos, references = _references_apart(folder, [path for path in files if path.suffix.lower() in MEDIA_SUFFIXES])
     others = Counter(path.suffix.lower() or path.name for path in files)
@@ -84,7 +86,7 @@ def _rows_of_folder(folder: Path, allow_outside: bool) -> Iterator[Row]:
         del others[suffix]
     if others:
         listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-        logger.info("%s: files that are no videos or pictures by their names are left out: %s", folder, listed)
+        logger.info("%s: skipped files whose suffix is not that of a video or picture: %s", folder, listed)
     for number, video in enumerate(videos, 1):
         caption = video.with_suffix(".txt")
         prompt, reason = "", f"the caption {caption.name} is empty"
@@ -96,14 +98,16 @@ def _rows_of_folder(folder: Path, allow_outside: bool) -> Iterator[Row]:
         except (OSError, UnicodeDecodeError, DataError) as error:
             reason = f"the caption {caption.name} cannot be read: {error}"
             if not os.path.lexists(caption):
-                reason = f"no caption file {caption.name} beside the video"
+                reason = f"there is no caption file {caption.name} next to the video"
         sample_id = video.relative_to(folder).as_posix()
         beside = references.get(video.with_suffix(""), ())
         yield Row(number, sample_id, video, prompt, beside, fault=None if prompt else ("prompt", reason))
 
 
 def _references_apart(folder: Path, media: list[Path]) -> tuple[list[Path], dict[Path, tuple[Path, ...]]]:
-    """Samples of a folder, and the files `NAME.reference.SUFFIX` and folders `NAME.reference/` of those named NAME."""
+    """Return the samples of a folder, and the files `NAME.reference.SUFFIX` and folders `NAME.reference/` of samples
+    named NAME.
+    """
     names = {path.with_suffix("") for path in media}
     videos: list[Path] = []
     references: dict[Path, dict[Path, None]] = {}
@@ -119,7 +123,7 @@ def _references_apart(folder: Path, media: list[Path]) -> tuple[list[Path], dict
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those below it, links to folders included; nothing that is hidden."""
+    """Return the files of a folder and its subfolders, including linked folders, without hidden ones."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
@@ -128,7 +132,7 @@ def _files_under(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = Path(place).stat()
         if (status.st_dev, status.st_ino) in seen:
-            logger.warning("%s: left out: a link leads there, and it was read before", place)
+            logger.warning("%s: skipped, because it is a link to a folder that was already read", place)
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -187,11 +191,11 @@ def _read_prompts(file: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json, _PROMPTS: _read_prompts}
-"""By suffix: a function from the file and its text to (row number, record) pairs."""
+"""Maps suffixes to functions from the file and its text to (row number, record) pairs."""
 
 
 def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> Row:
-    """One record as a row; whatever is wrong with it becomes the row's fault."""
+    """Parse one record; problems are stored in the row."""
     sample_id = f"row-{number}"
 
     def bad(field: str, reason: str) -> Row:
@@ -201,8 +205,8 @@ def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> R
         return bad("row", f"must be an object with {' and '.join(COLUMNS)}, not {type(record).__name__}")
     if isinstance(record.get("video"), str) and record["video"].strip():
         sample_id = record["video"].strip()
-    if None in record:  # where csv.DictReader puts what is beyond the header
-        return bad("row", "has more fields than the header; quote a prompt that holds commas")
+    if None in record:  # the key of csv.DictReader for values beyond the header
+        return bad("row", "has more fields than the header; quote a prompt that contains commas")
     lacking, unusable = {}, {}
     for column in COLUMNS:
         if column not in record:
@@ -213,13 +217,13 @@ def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> R
             unusable[column] = f"must be text, not {type(record[column]).__name__}"
         elif not (record[column] or "").strip():
             lacking[column] = "is empty"
-    # A video may be lacking, but not of a row that lacks its prompt too, as where there is no header.
+    # A video may be missing, unless the prompt is missing too, as in a file without a header.
     for column in COLUMNS:
         if column in unusable or (column in lacking and "prompt" in (lacking | unusable)):
             return bad(column, (unusable | lacking)[column])
     no_video = lacking.get("video", "")
     if not is_text(record["prompt"]):
-        return bad("prompt", "holds half of a character (a lone surrogate)")
+        return bad("prompt", "contains half of a character (a lone surrogate)")
     try:
         video = None if no_video else _path(folder, record["video"], allow_outside)
     except DataError as error:
@@ -232,13 +236,13 @@ def _parse_row(folder: Path, number: int, record: Any, allow_outside: bool) -> R
 
 
 def _path(folder: Path, name: str, allow_outside: bool) -> Path:
-    """The path that a file in `folder` names."""
+    """Return the path that a file in `folder` names."""
     check_inside(folder, name.strip(), _PERMISSION, allow_outside)
     return Path(os.path.normpath((folder / name.strip()).absolute()))
 
 
 def _reference_names(value: Any) -> list[str]:
-    """What the column names: one path, in JSON also a list of them, or nothing."""
+    """Return the entries of the column: one path, in JSON also a list of paths, or none."""
     names = value if isinstance(value, list) else [] if value is None else [value]
     for name in names:
         if not isinstance(name, str):
@@ -249,7 +253,7 @@ def _reference_names(value: Any) -> list[str]:
 
 
 def _meant_as_reference(record: dict[Any, Any]) -> str | None:
-    """The column that is nearly called `reference`; unread, the clips themselves would be the references."""
+    """Return a column whose name is similar to `reference`; if it were ignored, the clips would be the references."""
     if REFERENCE in record:
         return None
     names = [name for name in record if isinstance(name, str) and name not in COLUMNS]
@@ -258,7 +262,7 @@ def _meant_as_reference(record: dict[Any, Any]) -> str | None:
 
 
 def _with_unique_ids(rows: Iterator[Row]) -> tuple[Row, ...]:
-    """Rows with `#row` added to the names that several of them share."""
+    """Return the rows with `#row` appended to names that are not unique."""
     listed = tuple(rows)
     counts = Counter(row.sample_id for row in listed)
     return tuple(

@@ -1,7 +1,7 @@
-"""Judges: rewards that training never sees, and validation asks what they think of what training made.
+"""Judges: rewards that are not trained on, but that validation uses to score generated videos.
 
-A judge is built as a reward is, and has a runtime of its own, so its stages may go by the names of a reward's or of
-another judge's. Its weights are frozen, part of no loss and of no checkpoint.
+A judge is built like a reward and has its own runtime, so its stages may have the same names as those of a reward or of
+another judge. Its weights are frozen, and are not part of a loss or a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from frostline.train.step.module import TrainingModule
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A reward with what serves its stages. conditioner: computes or recalls its references."""
+    """A reward with the runtime of its stages.
+
+    Attributes:
+        conditioner: computes its references, or reads them from the cache.
+    """
 
     active: ActiveReward
     runtime: Runtime
@@ -38,17 +42,17 @@ class Judge:
 
     @property
     def name(self) -> str:
-        """What logs call its score."""
+        """Return the name of its score in logs."""
         return f"{JUDGE}{self.active.label}"
 
     @torch.no_grad()
     def score(self, frames: Tensor, conditioning: Conditioning, latents: Tensor | None = None) -> RewardScore:
-        """Score generated (B, T, 3, H, W) frames in [0, 1]; its metrics go by the judge's name and their own.
+        """Score generated (B, T, 3, H, W) frames in [0, 1]; names of metrics are prefixed with the judge's name.
 
         Args:
-            latents: (B, C, F, h, w) that the frames were decoded from, for judges that need them.
+            latents: (B, C, F, h, w) from which the frames were decoded, for judges that need them.
         """
-        # In float32 as `TrainingModule.score` is, whatever autocast surrounds it.
+        # In float32, like `TrainingModule.score`, independent of autocast.
         with torch.autocast(frames.device.type, enabled=False):
             (references,) = self.conditioner.references(conditioning.sample, conditioning.sample_keys)
             sample = replace(conditioning.sample, latents=latents)
@@ -66,16 +70,16 @@ def build_judges(
     strict: bool,
     shapes: ShapeRange,
 ) -> tuple[Judge, ...]:
-    """Build the judges of a run, their networks on the device of `module`; called on all processes.
+    """Create the judges of a run, with their networks on the device of `module`; called on all processes.
 
     Args:
-        entries: `validation.judges`. What only weighs a score in the loss (weight, baseline, scale, cap) counts for
-            nothing.
-        module: whose cache keeps their references.
-        plan, engines, strict: see `Runtime`. Of a plan that names stages, those of a judge.
+        entries: `validation.judges`. Settings that only affect the weight in a loss (weight, baseline, scale, cap) are
+            ignored.
+        module: its cache stores the references.
+        plan, engines, strict: see `Runtime`. If the plan names stages, only those of a judge are used.
     Raises:
         ConfigError: see `build_rewards`.
-        EngineError: `strict`, and an engine that the plan names cannot be had.
+        EngineError: `strict`, and an engine that the plan names is not available.
     """
     model, judges = module.model, []
     for active in build_rewards(entries, model.device, shapes, JUDGES):

@@ -1,6 +1,7 @@
-"""How sharp and how lively generated clips are beside the true ones: measured in every validation, part of no verdict.
+"""Sharpness and motion of generated clips relative to the true clips: measured in every validation, not part of a
+verdict.
 
-A reward that is hacked often pays with one of both, also where nobody thought of a judge for it.
+Reward hacking often changes one of them, also if no judge was configured for it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from frostline.train.judging.judge import Judge
 from frostline.train.step.conditioning import Conditioner, Conditioning
 from frostline.train.step.module import TrainingModule
 
-# Both work on pixels: they have no networks and no stages.
+# Both use pixels only: they have no networks and no stages.
 _KINDS = ("sharpness", "motion")
 
 
 def build_likeness(module: TrainingModule) -> tuple[Judge, ...]:
-    """Make what measures sharpness and motion; nothing of it is cached."""
+    """Create the measures of sharpness and motion; nothing of them is cached."""
     runtime = Runtime({}, TORCH)
     entries = [RewardEntry.parse({"type": kind}) for kind in _KINDS]
     active = build_rewards(entries, module.model.device, ShapeRange(), JUDGES)
@@ -38,14 +39,14 @@ def likeness(
     """Measure generated (B, T, 3, H, W) frames in [0, 1] relative to the clips of their samples.
 
     Args:
-        measurers: of `build_likeness`.
-        known: names of what rewards and judges measured: a ratio that one of them gives is not measured again.
+        measurers: from `build_likeness`.
+        known: names of measures of rewards and judges; a ratio among them is not measured again.
     Returns:
-        By name (`sharpness_ratio`, `motion_ratio`), what measured it and the ratios (B,): 1 is like the clip, NaN where
-        there is no clip or nothing in it moves.
+        By name (`sharpness_ratio`, `motion_ratio`): the measurer and the ratios (B,). 1 means equal to the clip; NaN if
+        there is no clip, or no motion in it.
     """
     found = {}
-    # With the clip, whatever pictures there are.
+    # Relative to the clip, even if there are pictures.
     of_clips = replace(conditioning, sample=replace(conditioning.sample, reference=()))
     for each in measurers:
         name = f"{each.active.name}_ratio"

@@ -1,6 +1,6 @@
-"""The verdict on a run: do those who judge it agree that it gains, or does the reward rise while they fall?
+"""The verdict on a run: do the judges confirm the gain, or does the reward rise while they fall?
 
-A pure function of the lines of `validation.jsonl`. Of a line are read
+A pure function of the lines of `validation.jsonl`. It reads these fields of a line:
 
     step       optimizer steps done
     starts     {measure: [one number of each start]}
@@ -9,10 +9,10 @@ A pure function of the lines of `validation.jsonl`. Of a line are read
     judges     the measures that it never sees
     pairing    {measure: a key}: lines compare where their keys are equal
 
-Each measure is compared with the first line that has it, start by start, and frame by frame where both have frames. It
-**rises** or **falls** where the mean difference is beyond two standard errors of it, over starts. With fewer than three
-starts, for which a spread says nothing, all of them must have changed in that direction. It also falls where it does so
-with 0 for frames that could not be scored: to hide what is scored badly is no gain.
+Each measure is compared with the first line that contains it, sample by sample, and frame by frame if both contain
+frames. It **rises** or **falls** if the mean difference exceeds two standard errors over samples. With fewer than three
+samples, for which the standard error is meaningless, all of them must have changed in that direction. A measure also
+falls if it does so with 0 for frames that could not be scored: hiding frames with a low score does not count as a gain.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ _MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Change:
-    """How a measure changed since the first validation that has it.
+    """The change of a measure since the first validation that contains it.
 
-    since: the step of that. gain: by the frames scored on both sides, or by whole videos. gain_missing_zero: with 0 for
-    frames that could not be scored; None of whole videos. direction: of `gain`, and that it falls where only
-    `gain_missing_zero` does, which is `hidden`.
+    Attributes:
+        since: the step of that validation.
+        gain: over the frames scored on both sides, or over whole videos.
+        gain_missing_zero: with 0 for frames that could not be scored; None for whole videos.
+        direction: direction of `gain`; also `falls` if only `gain_missing_zero` falls, in which case `hidden` is set.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Change:
     hidden: bool = False
 
     def as_line(self) -> dict[str, Any]:
-        """As `validation.jsonl` has it."""
+        """Return the entry in `validation.jsonl`."""
         gain, zero = self.gain, self.gain_missing_zero
         line = {"since": self.since, "gain": _or_none(gain.gain), "error": _or_none(gain.error), "starts": gain.starts}
         line |= {"starts_up": gain.starts_up, "direction": self.direction}
@@ -63,13 +65,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What validations so far say together.
+    """The result of all validations so far.
 
-    kind: `first`: there is nothing to compare yet; `agree`: rewards and judges rise; `hacking`: a reward rises while a
-    judge falls; `falls`: a judge falls, and no reward rises; `no gain`: no reward rises; `unmoved`: a reward rises, and
-    not all judges with it; `unjudged`: a reward rises, and there is no judge to ask.
-    sentence: the same in words. falling: by judge, the step since when it falls. falling_in_row: how many validations
-    in a row, up to now, found a judge that falls.
+    Attributes:
+        kind: `first`: nothing to compare yet; `agree`: rewards and judges rise; `hacking`: a reward rises while a judge
+            falls; `falls`: a judge falls, and no reward rises; `no gain`: no reward rises; `unmoved`: a reward rises,
+            but not all judges; `unjudged`: a reward rises, and there is no judge.
+        sentence: the same as a sentence.
+        falling: for each falling judge, the step since which it falls.
+        falling_in_row: number of consecutive validations, up to the latest, in which a judge falls.
     """
 
     kind: Kind
@@ -79,17 +83,17 @@ class Verdict:
 
     @property
     def is_bad(self) -> bool:
-        """Whether a judge falls."""
+        """Return whether a judge falls."""
         return bool(self.falling)
 
     def as_line(self) -> dict[str, Any]:
-        """As `validation.jsonl` has it."""
+        """Return the entry in `validation.jsonl`."""
         falling = dict(self.falling)
         return {"kind": self.kind, "says": self.sentence, "falling": falling, "falling_in_row": self.falling_in_row}
 
 
 def change_of(lines: Sequence[Line], name: str) -> Change | None:
-    """Compare a measure of the last line with the first line that has it; None where that is the last itself."""
+    """Compare a measure of the last line with the first line that contains it; None if the last is the first."""
     last = lines[-1]
     first = next((line for line in lines if _pairs(line, last, name)), last)
     if first is last:
@@ -108,16 +112,16 @@ def change_of(lines: Sequence[Line], name: str) -> Change | None:
 
 
 def changes_of(lines: Sequence[Line]) -> dict[str, Change]:
-    """Compare every measure of the last line; those that are new in it are left out."""
+    """Compare every measure of the last line, without those that are new in it."""
     found = {name: change_of(lines, name) for name in lines[-1].get("starts", {})}
     return {name: change for name, change in found.items() if change is not None}
 
 
 def direction(gain: PairedGain, negligible: float = 0.0) -> Direction:
-    """Tell a change from chance, as the top of this file says.
+    """Return the direction of a significant change; see the module's docstring.
 
     Args:
-        negligible: a mean difference up to this is rounding.
+        negligible: a mean difference up to this is considered rounding.
     """
     if gain.starts == 0:
         return "cannot be compared"
@@ -131,10 +135,10 @@ def direction(gain: PairedGain, negligible: float = 0.0) -> Direction:
 
 
 def verdict(lines: Sequence[Line]) -> Verdict:
-    """Judge a run by its validations so far.
+    """Return the verdict on a run from its validations so far.
 
     Args:
-        lines: of `validation.jsonl`, at least one.
+        lines: lines of `validation.jsonl`, at least one.
     """
     rewards, judges = ([*lines[-1].get(role, ())] for role in ("rewards", "judges"))
     changes = {name: change_of(lines, name) for name in (*rewards, *judges)}
@@ -162,17 +166,19 @@ def verdict(lines: Sequence[Line]) -> Verdict:
     if not up:
         return said("no gain", f"no gain yet: {_said([*rewards, *judges], found)}.")
     if not judges:
-        return said("unjudged", f"{_said(up, found)}; there is no judge that could tell this from reward hacking.")
+        return said(
+            "unjudged", f"{_said(up, found)}; without a judge, this cannot be distinguished from reward hacking."
+        )
     if rising == judges:
         return said("agree", f"gains agree: {_said([*up, *rising], found)}.")
     return said("unmoved", f"{_said(up, found)}; {_said(others, found)}.")
 
 
 def with_verdict(lines: Sequence[Line], line: Line) -> tuple[dict[str, Any], Verdict]:
-    """Return a new line of `validation.jsonl` with its comparisons and the verdict in it, and that verdict.
+    """Return a new line of `validation.jsonl` with comparisons and verdict added, and the verdict.
 
     Args:
-        lines: those before it.
+        lines: the previous lines.
     """
     known = [*lines, line]
     said = verdict(known)
@@ -188,7 +194,7 @@ def _any_falls(lines: Sequence[Line], judges: Sequence[str]) -> bool:
 
 
 def _falls_since(lines: Sequence[Line], name: str) -> int | None:
-    """The step of the first of the validations in a row, up to the last, that found it to fall."""
+    """Return the step of the first of the consecutive validations, up to the last, in which the measure falls."""
     since = None
     for end in range(len(lines), 0, -1):
         if not _any_falls(lines[:end], [name]):
@@ -198,7 +204,9 @@ def _falls_since(lines: Sequence[Line], name: str) -> int | None:
 
 
 def _pairs(line: Line, other: Line, name: str) -> bool:
-    """Whether both have the measure, the first with any number, of the same starts, noise and settings."""
+    """Return whether both lines contain the measure, the first with any number, for the same samples, noise and
+    settings.
+    """
     both = [each.get("starts", {}).get(name) for each in (line, other)]
     keys = {each.get("pairing", {}).get(name) for each in (line, other)}
     if None in both or len(both[0]) != len(both[1]) or len(keys) != 1:
@@ -211,7 +219,7 @@ def _fit(before: Sequence[Sequence[float | None]], after: Sequence[Sequence[floa
 
 
 def _said(names: Sequence[str], changes: Mapping[str, Change]) -> str:
-    """`face_score rises (+0.085 ± 0.011, 20 starts) and sharpness does not change (…)`."""
+    """Return text such as `face_score rises (+0.085 ± 0.011, 20 starts) and sharpness does not change (…)`."""
     return _listed(
         [
             f"{name} {changes[name].direction} ({_gain(changes[name])})" if name in changes else f"{name} is new"
@@ -233,7 +241,7 @@ def _gain(change: Change) -> str:
 
 
 def signed(value: float) -> str:
-    """+0.085, −0.0031; three significant digits."""
+    """Format a number with sign and three significant digits: +0.085, −0.0031."""
     if math.isnan(value):
         return "nothing"
     digits = 3 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))

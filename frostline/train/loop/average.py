@@ -12,14 +12,14 @@ from frostline.errors import CheckpointError
 
 
 class AdapterAverage:
-    """Follows the trained matrices: `average = d average + (1 - d) matrix` after each update.
+    """Tracks the trained matrices: `average = d average + (1 - d) matrix` after each update.
 
-    `d` is `min(decay, (1 + n) / (10 + n))` after n updates, as in `EMAModel` of diffusers: what the matrices were in
-    the beginning is soon forgotten.
+    `d` is `min(decay, (1 + n) / (10 + n))` after n updates, as in diffusers' `EMAModel`, so that the initial matrices
+    soon have little weight.
 
     Args:
         decay: in (0, 1).
-        parameters: the matrices by name, as they are before the first update.
+        parameters: the matrices by name, before the first update.
     """
 
     def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -29,7 +29,7 @@ class AdapterAverage:
 
     @torch.no_grad()
     def follow(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take the matrices into the average after an update."""
+        """Update the average after an optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, average in self._average.items():
@@ -37,7 +37,9 @@ class AdapterAverage:
 
     @contextmanager
     def in_place_of(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Within the block the matrices have the values of the average: so do the engines, which read their memory."""
+        """Replace the values of the matrices by the average within the block, also for engines, which read their
+        memory.
+        """
         trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         _copy(self._average, parameters)
         try:
@@ -50,14 +52,14 @@ class AdapterAverage:
         return {name: average.cpu().contiguous() for name, average in self._average.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Put back what `tensors` gave after so many updates.
+        """Restore the result of `tensors` and the number of updates.
 
         Raises:
-            CheckpointError: the tensors are of other matrices.
+            CheckpointError: the tensors belong to other matrices.
         """
         shapes = {name: average.shape for name, average in self._average.items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise CheckpointError("the averaged adapter does not fit the model")
+            raise CheckpointError("the averaged adapter does not match the model")
         self.updates = updates
         for name, average in self._average.items():
             average.copy_(tensors[name])

@@ -37,27 +37,28 @@ from frostline.errors import CheckpointError, ConfigError, DataError, DocumentEr
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# The name in `state.json` of the experts whose LoRA it is; versions that trained the low-noise one alone wrote none.
+# The key in `state.json` for the experts with a LoRA; earlier versions, which only trained the low-noise expert, did
+# not write it.
 EXPERTS = "experts"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{8}\.partial")
-# A whole checkpoint, while another one of its step takes its place.
+# Suffix of a complete checkpoint that is being replaced by another one of the same step.
 _REPLACED = re.compile(r"\.(checkpoint-(\d+))\.[0-9a-f]{8}\.replaced")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. step: how many optimizer steps it has behind it."""
+    """A checkpoint on disk. step: number of completed optimizer steps."""
 
     path: Path
     step: int
 
     def verify(self) -> None:
-        """Hold every file against the manifest.
+        """Check every file against the manifest.
 
         Raises:
-            CheckpointError: one is missing, changed, or not listed.
+            CheckpointError: a file is missing, changed, or not listed.
         """
         manifest = self.path / MANIFEST
         try:
@@ -70,7 +71,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is damaged: its {MANIFEST} cannot be read") from error
         if made_as != _FORMAT:
-            raise CheckpointError(f"{self.path} is of format {made_as!r}; this version reads format {_FORMAT}")
+            raise CheckpointError(f"{self.path} has format {made_as!r}; this version reads format {_FORMAT}")
         if odd := sorted(present ^ expected.keys()):
             raise CheckpointError(
                 f"{self.path} is damaged: {odd[0]} is {'not listed' if odd[0] in present else 'missing'}"
@@ -82,14 +83,14 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             if not intact:
-                raise CheckpointError(f"{self.path} is damaged: the SHA-256 of {name} does not hold")
+                raise CheckpointError(f"{self.path} is damaged: the SHA-256 of {name} does not match")
 
 
 def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
-    """Make `run/checkpoint-<step>`: `write` fills a hidden folder, which is then sealed and renamed.
+    """Create `run/checkpoint-<step>`: `write` fills a hidden folder, which is then sealed and renamed.
 
-    A checkpoint of the same step gives way, and is found until the new one is. Whatever goes wrong, a kill included,
-    earlier checkpoints stay as they are.
+    A checkpoint of the same step is replaced, and stays valid until the new one is complete. Earlier checkpoints are
+    never affected, even if the process is killed.
 
     Raises:
         CheckpointError: it cannot be written (disk full, no permission …).
@@ -109,7 +110,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
             _settle_replaced(run)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         kept = latest(run)
-        rest = f"the last whole one is {kept.path}" if kept else "there is none before it"
+        rest = f"the last complete checkpoint is {kept.path}" if kept else "there is no earlier checkpoint"
         raise CheckpointError(f"{final} cannot be written: {reason}; {rest}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,7 +119,9 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
 
 
 def find_checkpoints(run: Path) -> list[Checkpoint]:
-    """The checkpoints of a run by step, not yet verified; one that was being replaced where no other took its place."""
+    """Return the checkpoints of a run by step, not yet verified, including one that was being replaced if no other
+    exists.
+    """
     if not run.is_dir():
         return []
     found: dict[str, Checkpoint] = {}
@@ -131,15 +134,15 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint, not yet verified."""
+    """Return the newest checkpoint, not yet verified."""
     return next(reversed(find_checkpoints(run)), None)
 
 
 def latest_intact(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; those that do not are set aside as `damaged-checkpoint-N`, and named.
+    """Return the newest checkpoint that verifies; log the damaged ones and rename them to `damaged-checkpoint-N`.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there are checkpoints, but all are damaged.
     """
     found = find_checkpoints(run)
     reason = ""
@@ -148,7 +151,7 @@ def latest_intact(run: Path) -> Checkpoint | None:
             checkpoint.verify()
         except CheckpointError as error:
             reason = str(error)
-            log.warning("%s; going back to the one before", reason)
+            log.warning("%s; using the checkpoint before it", reason)
             continue
         return checkpoint
     if found:
@@ -157,16 +160,16 @@ def latest_intact(run: Path) -> Checkpoint | None:
 
 
 def set_aside_after(run: Path, step: int) -> None:
-    """Rename checkpoints past `step`, which a run that goes on from there would mistake for its own."""
+    """Rename checkpoints after `step`, which a run that continues from there would take for its own."""
     for checkpoint in find_checkpoints(run):
         if checkpoint.step > step:
             aside = run / f"set-aside-checkpoint-{checkpoint.step}-{uuid.uuid4().hex[:8]}"
             checkpoint.path.rename(aside)
-            log.warning("%s is past step %d: kept as %s", checkpoint.path, step, aside.name)
+            log.warning("%s is after step %d: renamed to %s", checkpoint.path, step, aside.name)
 
 
 def rotate(run: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints but `limit`, and what interrupted writers left."""
+    """Delete the oldest checkpoints beyond `limit`, and the remains of interrupted writes."""
     _settle_replaced(run)
     for path in run.iterdir():
         if _PARTIAL.fullmatch(path.name):
@@ -176,7 +179,7 @@ def rotate(run: Path, limit: int | None) -> None:
 
 
 def discard(checkpoints: Sequence[Checkpoint]) -> None:
-    """Delete checkpoints; from the first file that is gone on none of them is found any more."""
+    """Delete checkpoints; as soon as the first file is deleted, a checkpoint is no longer found."""
     doomed = []
     for checkpoint in checkpoints:
         doomed.append(_hidden(checkpoint.path.with_name(f"checkpoint-{checkpoint.step}"), "partial"))
@@ -186,7 +189,7 @@ def discard(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The content of `state.json`, of a checkpoint that verified.
+    """Return the content of `state.json` of a verified checkpoint.
 
     Raises:
         OSError, DocumentError: it cannot be read.
@@ -195,7 +198,7 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def samples_dealt(checkpoint: Checkpoint) -> int:
-    """Return how many samples the run had dealt to all processes, by a checkpoint that verified.
+    """Return the number of samples that all processes had used, from a verified checkpoint.
 
     Raises:
         CheckpointError: its state cannot be read.
@@ -207,12 +210,12 @@ def samples_dealt(checkpoint: Checkpoint) -> int:
 
 
 def check_same_experts(checkpoint: Checkpoint, lora: LoraSettings) -> None:
-    """Check that the LoRA of a checkpoint that verified is that of the experts that the settings name.
+    """Check that the LoRA of a verified checkpoint belongs to the experts in the settings.
 
-    The files of an adapter do not say whose it is.
+    The files of an adapter do not contain this information.
 
     Raises:
-        ConfigError: it is of another expert.
+        ConfigError: it belongs to another expert.
         CheckpointError: the state cannot be read.
     """
     try:
@@ -221,8 +224,8 @@ def check_same_experts(checkpoint: Checkpoint, lora: LoraSettings) -> None:
         raise CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read") from error
     if saved != lora.experts:
         raise ConfigError(
-            f"lora.experts: the LoRA in {checkpoint.path} is that of {saved}, not {lora.experts}, and a run goes on "
-            "with the experts that it began with"
+            f"lora.experts: the LoRA in {checkpoint.path} belongs to {saved}, not {lora.experts}; "
+            "the experts of a run cannot be changed"
         )
 
 
@@ -231,7 +234,7 @@ def _hidden(path: Path, why: str) -> Path:
 
 
 def _settle_replaced(run: Path) -> None:
-    """Give checkpoints that were being replaced their name back, or delete them where another one has it."""
+    """Restore the name of a checkpoint that was being replaced, or delete it if the new one exists."""
     for path in run.iterdir():
         match = _REPLACED.fullmatch(path.name)
         if match and (run / match[1]).exists():
@@ -253,5 +256,5 @@ def _seal(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All that is in the folder and in those within it, but these themselves."""
+    """Return all files and subfolders in the folder."""
     return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]

@@ -1,4 +1,4 @@
-"""How good the model is on held-out starts, every stage frozen, the noise always the same."""
+"""Evaluate the model on validation samples, with all stages frozen and fixed noise."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ from frostline.train.step.module import TrainingModule
 
 PSNR = "psnr"
 PSNR_ABOUT = (
-    "Peak signal-to-noise ratio: how near the pixels are to those of the true clip, in decibels; higher is nearer. A "
-    "clear fall would mean that the reward was won by spoiling the picture."
+    "Peak signal-to-noise ratio relative to the true clip, in decibels; higher is more "
+    "similar. A clear decrease means that the reward was increased at the expense of "
+    "picture quality."
 )
-# Of a pairing key: enough to tell the few settings of a run's validations apart.
+# Length of a pairing key: enough to distinguish the few settings of a run's validations.
 _KEY_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """N generated videos (N, T, 3, H, W) in [0, 1], on the CPU, and how good they are.
+    """N generated videos (N, T, 3, H, W) in [0, 1], on the CPU, and their measures.
 
-    measured: (N,) by name: every reward's score and further metrics (`face_score`, `detection_rate`, …), those of the
-    judges (`judge_<label>`, `judge_<label>_<metric>`), `psnr`, dB to the true clip as far as that goes, and where no
-    reward and no judge gives them, `sharpness_ratio` and `motion_ratio`, relative to the true clip. A score is NaN of a
-    video that does not count, and so are PSNR and ratios where the sample has no clip.
-    frames: (N, T) by name of a score, of rewards and judges that score single frames: NaN where one could not be.
-    rewards, judges: the names of the scores that training rewards, and of those that it never sees.
-    settings: by measure, a key of the settings of what measured it.
-    samples: the content keys of the starts.
+    Attributes:
+        measured: (N,) by name: scores and metrics of all rewards (`face_score`, `detection_rate`, …) and judges
+            (`judge_<label>`, `judge_<label>_<metric>`); `psnr`, in dB relative to the true clip over its length; and
+            `sharpness_ratio` and `motion_ratio`, relative to the true clip, unless a reward or judge measures them. NaN
+            for a score that does not count, and for PSNR and ratios of a sample without a clip.
+        frames: (N, T) by name of a score, for rewards and judges that score single frames; NaN for frames that could
+            not be scored.
+        rewards, judges: names of the scores that are trained on, and of those that are not.
+        settings: for each measure, a key of the settings of the reward or judge.
+        samples: content keys of the samples.
     """
 
     measured: dict[str, Tensor]
@@ -77,14 +80,15 @@ def evaluate(
     judges: Sequence[Judge] = (),
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Generate from the samples `starts` of `dataset` and score against their references or videos.
+    """Generate videos for the samples `starts` of `dataset`, and score them against their references or clips.
 
-    Each start has its own noise, seeded by its index, so that runs before and after training compare. Random numbers
-    that rewards or judges draw are not missing in training: the generators are put back to where they stood.
+    Each sample has its own noise, seeded by its index, so that runs before and after training are comparable. The
+    states of the random generators are restored afterwards, so that training is not affected by random numbers that
+    rewards or judges use.
 
     Args:
-        judges: score too.
-        advance: called with the number of starts just finished.
+        judges: further rewards that score the videos.
+        advance: called with the number of samples just finished.
     """
     parts, measurers = [], build_likeness(module)
     with unchanged_random():
@@ -132,7 +136,7 @@ def _measured(
 
 
 def _counting(active: ActiveReward, scored: RewardScore) -> Tensor:
-    """(B,) the scores, NaN of videos that do not count."""
+    """Return the (B,) scores, with NaN for videos that do not count."""
     counts = scored.valid | (active.config.on_unscored == "zero")
     return torch.where(counts, scored.score, torch.nan)
 
@@ -144,13 +148,15 @@ def _settings_key(active: ActiveReward) -> str:
 
 
 def pairing_keys(evaluation: Evaluation, noise_seed: int) -> dict[str, str]:
-    """Return a key for each measure: where two validations have the same, they measured the same starts alike."""
+    """Return a key for each measure; if the keys of two validations are equal, they measured the same samples in the
+    same way.
+    """
     starts = content_key(samples=list(evaluation.samples), noise_seed=noise_seed)
     return {name: content_key(starts=starts, settings=key)[:_KEY_DIGITS] for name, key in evaluation.settings.items()}
 
 
 def start_noise(shape: tuple[int, ...], seed: int, starts: Sequence[int]) -> Tensor:
-    """Return the noise (B, C, F, h, w) that samples of a data set start from, on the CPU, the same every time."""
+    """Return the start noise (B, C, F, h, w) of samples of a data set, on the CPU; the same in every call."""
     seeds = [1_000_003 * (seed + 1) + index for index in starts]
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
 

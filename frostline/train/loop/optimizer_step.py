@@ -1,4 +1,4 @@
-"""One optimizer step of a run: forwards, backwards, a look at whether they are finite, the update, and its metrics."""
+"""One optimizer step: forward and backward passes, check for finite values, update, and metrics."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ from frostline.train.step.result import StepMetrics
 
 @dataclass
 class Training:
-    """A run between two steps.
+    """The state of a run between two steps.
 
-    model: `module` as accelerate wrapped it. parameters: the LoRA matrices by name.
-    replicated: whether gradients have to be averaged by hand, because the wrapper leaves the LoRA alone.
-    step: optimizer steps done. samples: dealt so far, to all processes together. skipped: steps without an update,
-    in all and in a row. random: the states of the generators at the end of `step`. intact: False while the optimizer
-    is at work. average: of the LoRA matrices over the steps, where `ema_decay` asks for one.
+    Attributes:
+        model: `module` as wrapped by accelerate.
+        parameters: the LoRA matrices by name.
+        replicated: whether gradients must be averaged explicitly, because the wrapper does not handle the LoRA.
+        step: number of completed optimizer steps.
+        samples: number of samples used so far by all processes.
+        skipped: number of steps without an update, in total and consecutively.
+        random: states of the random generators at the end of `step`.
+        intact: False while the optimizer is updating.
+        average: average of the LoRA matrices over the steps, if `ema_decay` is set.
     """
 
     accelerator: Accelerator
@@ -55,16 +60,16 @@ class Training:
 
     @property
     def samples_per_step(self) -> int:
-        """By all processes together."""
+        """Return the number of samples per step in all processes."""
         settings = self.settings
         per_process = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         return per_process * self.accelerator.num_processes
 
 
 def optimizer_step(training: Training, batches: Iterator[CollatedBatch]) -> dict[str, Any]:
-    """Train on the next batches, and move on by one step; returns the line for `metrics.jsonl`.
+    """Train on the next batches and advance by one step; return the line for `metrics.jsonl`.
 
-    Where a loss or the gradient is NaN or infinite, on any process, the weights stay as they are.
+    If a loss or the gradient is NaN or infinite in any process, the weights are not changed.
     """
     accelerator, clock = training.accelerator, training.module.runtime.clock
     parameters = list(training.parameters.values())
@@ -117,7 +122,7 @@ def optimizer_step(training: Training, batches: Iterator[CollatedBatch]) -> dict
 
 
 def _after_update(training: Training, kl_loss: float) -> None:
-    """Let what follows the weights follow them: their average, and the weight of the KL term."""
+    """Update what depends on the weights: their average, and the weight of the KL term."""
     if training.average is not None:
         training.average.follow(training.parameters)
     target = training.module.settings.kl_target
@@ -127,7 +132,7 @@ def _after_update(training: Training, kl_loss: float) -> None:
 
 @dataclass(frozen=True)
 class _Forward:
-    """What one forward and backward gave."""
+    """The result of one forward and backward pass."""
 
     loss: float
     kl_loss: float
@@ -136,7 +141,7 @@ class _Forward:
 
 
 def _clip(training: Training, parameters: list[nn.Parameter]) -> Tensor:
-    """The norm of the gradient before it was clipped."""
+    """Clip the gradient, and return its norm before clipping."""
     if training.replicated:
         average_gradients(parameters)
         return torch.nn.utils.clip_grad_norm_(parameters, training.settings.max_grad_norm)
@@ -146,7 +151,7 @@ def _clip(training: Training, parameters: list[nn.Parameter]) -> Tensor:
 
 
 def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
-    """One line of metrics from the forwards of a step, in the order in which the samples were dealt."""
+    """Return one line of metrics from the forward passes of a step, in the order of the samples."""
     forwards = [forward for turn in zip(*by_process, strict=True) for forward in turn]
     per_sample: dict[str, list[float]] = defaultdict(list)
     for forward in forwards:
@@ -156,8 +161,8 @@ def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
     for forward in forwards:
         for step, term in forward.metrics.kl.items():
             kl[step].append(term)
-    # A reward's own score is the mean of the samples that count, in whichever forward and process they were; there is
-    # none where none counts.
+    # A reward's score is the mean of all samples that count, over forward passes and processes; there is none if no
+    # sample counts.
     scores: dict[str, float] = {}
     for name in forwards[0].metrics.scores:
         sums, counts = zip(*(forward.metrics.scores[name] for forward in forwards), strict=True)
@@ -179,7 +184,7 @@ def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
 
 
 def _stages(forwards: list[_Forward]) -> dict[str, dict[str, Any]]:
-    """Milliseconds of the step in each stage, of the first process."""
+    """Return the milliseconds of the step in each stage, in the first process."""
     stages: dict[str, dict[str, Any]] = {}
     for forward in forwards:
         times: Mapping[str, StageTime] = {**forward.metrics.stages, **forward.backward}

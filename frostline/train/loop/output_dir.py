@@ -1,4 +1,4 @@
-"""The folder that a run is to write to: whether it may, what is another run's, and what of that may be deleted."""
+"""The output folder of a run: check whether the run may use it, and delete the files of an earlier run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from frostline.train.loop.run_dir import (
 )
 
 _FILES = (METRICS, VALIDATION, CONFIG, REPORT, SHEET, TIMING, LOG)
-# Those of two experts are in a folder each.
+# The adapters of two experts are in one folder each.
 _EXPERTS = "|".join(EXPERT_PARTS.values())
 _OWN_ADAPTER = rf"(?:(?:{_EXPERTS})/)?(?:adapter_config\.json|adapter_model\.safetensors)"
-# What a run writes, by its place in the folder; nothing else is ever deleted.
+# The files of a run, by path in the folder; no other files are ever deleted.
 _OWN = re.compile(
     "|".join(
         (
@@ -50,26 +50,26 @@ _OWN = re.compile(
     ),
     re.DOTALL,
 )
-# The folders that it makes.
+# The folders of a run.
 _PLACE = re.compile(
     rf"(?:{ADAPTER}|{ADAPTER_EMA})(?:/(?:{_EXPERTS}))?"
     rf"|{CLIPS}(?:/(?:truth|reference|step-\d{{6,}})(?:/lossless)?)?|{TRACKERS}(?:/.*)?"
     rf"|checkpoint-\d+(?:/(?:{_EXPERTS}))?|\.checkpoint-\d+\.[0-9a-f]{{8}}\.(?:partial|replaced)(?:/(?:{_EXPERTS}))?",
     re.DOTALL,
 )
-# As `atomic_write` calls a file until it is whole.
+# Name of a file that `atomic_write` has not completed.
 _PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)
 
 
 def check_writable(folder: Path) -> None:
-    """Look whether a run could write to the folder, which need not be there; leaves no trace.
+    """Check that a run can write to the folder, which need not exist; leaves no trace.
 
     Raises:
-        CheckpointError: it could not.
+        CheckpointError: it cannot.
     """
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        # A file without a name.
+        # An unnamed temporary file.
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
@@ -77,29 +77,30 @@ def check_writable(folder: Path) -> None:
 
 
 def begins_in(folder: Path, resume: Checkpoint | None) -> bool:
-    """Whether the folder is new to a run, which may go on from a checkpoint elsewhere."""
+    """Return whether the run is new to the folder; it may still resume from a checkpoint elsewhere."""
     return resume is None or resume.path.parent.resolve() != folder.resolve()
 
 
 def origin(resume: Checkpoint | None) -> str | None:
-    """As `run.json` has it: where the checkpoint is that a run begins from."""
+    """Return the entry of `run.json` for the checkpoint that a run starts from."""
     return None if resume is None else str(resume.path.resolve())
 
 
 def began_from(folder: Path) -> str | None:
-    """The origin of the run that is in the folder."""
+    """Return the origin of the run in the folder."""
     return (_facts(folder) or {}).get(BEGAN_FROM)
 
 
 def check_start(folder: Path, resume: Checkpoint | None = None, overwrite: bool = False, restart: bool = False) -> None:
-    """Make sure that a run may begin in the folder, and mixes with no earlier one; touches nothing.
+    """Check that a run may start in the folder without mixing with an earlier one; changes nothing.
 
     Args:
-        resume: a checkpoint of another folder that the run begins from.
-        overwrite: a run that is there may be deleted.
-        restart: it may where it began as this one does, and has no checkpoint that one could go on from.
+        resume: a checkpoint in another folder that the run starts from.
+        overwrite: an existing run may be deleted.
+        restart: an existing run may be deleted if it has the same origin and no checkpoint to resume from.
     Raises:
-        ConfigError: the folder has a run that must stay, or files that no run wrote where this one would write.
+        ConfigError: the folder contains a run that must not be deleted, or files of other programs that this run would
+            overwrite.
     """
     try:
         checkpoints = find_checkpoints(folder)
@@ -114,38 +115,38 @@ def check_start(folder: Path, resume: Checkpoint | None = None, overwrite: bool 
     facts = _facts(folder)
     if facts is None:
         raise ConfigError(
-            f"{folder} has {found[0].name} already, and not from a run of frostline (which would have left a "
+            f"{folder} already contains {found[0].name}, but no run of frostline (there is no "
             f"{RUN_FACTS}): choose another output_dir"
         )
     same = facts.get(BEGAN_FROM) == origin(resume)
     if restart and not checkpoints and not same and not overwrite:
         began = f"from {facts[BEGAN_FROM]}" if facts.get(BEGAN_FROM) else "at step 0"
         raise ConfigError(
-            f"{folder} holds a run that began {began}, and has no checkpoint yet: begin it again from there, choose "
-            "another output_dir, or set overwrite_output_dir"
+            f"{folder} contains a run that started {began}, and has no checkpoint yet: start it "
+            "again from there, choose another output_dir, or set overwrite_output_dir"
         )
     if not overwrite and not (restart and not checkpoints):
         raise ConfigError(
-            f"{folder} holds a run already ({found[0].name}): go on with it (--resume latest), "
+            f"{folder} already contains a run ({found[0].name}): resume it (--resume latest), "
             "choose another output_dir, or set overwrite_output_dir"
         )
     if strange:
-        raise ConfigError(f"{strange[0]} is nothing that a run writes: move it, or choose another output_dir")
+        raise ConfigError(f"{strange[0]} was not written by a run: move it, or choose another output_dir")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run of frostline has begun in the folder: `run.json` is the first that it writes."""
+    """Return whether the folder contains a run of frostline: `run.json` is the first file that a run writes."""
     return _facts(folder) is not None
 
 
 def clear_run(folder: Path) -> None:
-    """Delete what a run wrote, and nothing else; `run.json` last, so that what is left of it is a run until the end.
+    """Delete the files of a run and nothing else; `run.json` last, so that an interrupted deletion can be repeated.
 
     Raises:
         CheckpointError: a file cannot be deleted.
     """
     try:
-        # At once: what is left must not pass for a run that one could go on with.
+        # Immediately: an incomplete run must not look like one that can be resumed.
         discard(find_checkpoints(folder))
         for path in [*_own_files(folder)]:
             path.unlink()
@@ -158,7 +159,7 @@ def clear_run(folder: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete the files that a run was killed at before they were whole.
+    """Delete incomplete files of a run that was killed.
 
     Raises:
         CheckpointError: a file cannot be deleted.
@@ -171,7 +172,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def _facts(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` says, if it is of a run of frostline."""
+    """Return the content of `run.json`, if it belongs to a run of frostline."""
     try:
         facts = parse_json((folder / RUN_FACTS).read_bytes())
     except (OSError, DocumentError):
@@ -180,13 +181,13 @@ def _facts(folder: Path) -> dict[str, Any] | None:
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
-    """What a run wrote but `run.json`, finished or not."""
+    """Return the files of a run except `run.json`, complete or not."""
     for place in (folder, *_own_places(folder)):
         yield from (path for path in place.iterdir() if _is_own(path.relative_to(folder)) and not path.is_dir())
 
 
 def _own_places(folder: Path) -> Iterator[Path]:
-    """The folders that a run made, the inner ones first; links are not followed."""
+    """Return the folders of a run, inner ones first; links are not followed."""
     for top in folder.iterdir():
         if _PLACE.fullmatch(top.name) and not top.is_symlink():
             places = (Path(place) for place, _, _ in os.walk(top, topdown=False))
@@ -200,11 +201,11 @@ def _is_own(path: Path) -> bool:
 
 
 def _strange_files(folder: Path, checkpoints: Sequence[Checkpoint]) -> list[Path]:
-    """What is in checkpoints, and would go with them, but was not written by a run."""
+    """Return files inside checkpoints that a run did not write, and that would be deleted with them."""
     inside = [path for checkpoint in checkpoints for path in (checkpoint.path, *checkpoint.path.rglob("*"))]
     return [path for path in inside if path.is_symlink() or not (path.is_dir() or _is_own(path.relative_to(folder)))]
 
 
 def _has_content(path: Path) -> bool:
-    """Whether there is a file, or a folder that is not empty."""
+    """Return whether the path is a file, or a folder that is not empty."""
     return any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()

@@ -1,4 +1,4 @@
-"""What `--resume` means: a checkpoint that is whole, and how the run that goes on from it differs."""
+"""Resolve `--resume` to a complete checkpoint, and compare the settings of the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from frostline.train.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
-# Where a run is, and what only `--dry-run` reads.
+# Settings for the location of a run, and those that only `--dry-run` uses.
 _OF_NO_CONSEQUENCE = ("output_dir", "overwrite_output_dir", "memory.")
-# An entry of a list of settings, in a dotted name.
+# The index of a list entry in a dotted name.
 _ENTRY = re.compile(r".*\.\d+\.")
 
 
 def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint that `resume` means, verified; None where a run is to begin.
+    """Return the verified checkpoint for `resume`; None to start from the beginning.
 
     Args:
         resume: `latest`, a checkpoint's folder or its name in `output_dir`, or a folder of checkpoints.
@@ -41,7 +41,7 @@ def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
     if resume == LATEST:
         found = latest_intact(output_dir)
         if found is None:
-            log.warning("%s holds no checkpoint yet: starting from the beginning", output_dir)
+            log.warning("%s contains no checkpoint yet: starting from the beginning", output_dir)
         return found
     folder = next((path for path in (Path(resume), output_dir / resume) if path.is_dir()), None)
     if folder is None:
@@ -52,46 +52,46 @@ def find_resume(output_dir: Path, resume: str | None) -> Checkpoint | None:
         return siblings[0]
     found = latest_intact(folder)
     if found is None:
-        raise CheckpointError(f"{folder}: is no checkpoint, and holds none")
+        raise CheckpointError(f"{folder}: is not a checkpoint and contains none")
     return found
 
 
 def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
-    """Hold a checkpoint that verified against the settings of the run that is to go on from it.
+    """Check a verified checkpoint against the settings of the run that resumes from it.
 
     Raises:
-        ConfigError: it is of other experts; its adapter has another rank, another scale, is on other layers, or was
-            trained on top of other base adapters, or of a base that is stored otherwise; or the settings name an
-            adapter to begin with that the run did not begin with.
-        CheckpointError: its state or its settings cannot be read.
+        ConfigError: the adapter belongs to other experts, has another rank, scale or layers, or was trained on other
+            base adapters or on a base with another quantization; or the settings contain an initial adapter that the
+            run did not start with.
+        CheckpointError: the state or the settings cannot be read.
     """
     check_same_experts(checkpoint, settings.lora)
     read_trained(checkpoint.path, settings)
     before, now = _saved_settings(checkpoint), dump_settings(settings)
     if now["init_adapter"] not in (None, before.get("init_adapter")):
         raise ConfigError(
-            f"init_adapter: {settings.init_adapter} would not be read, as {checkpoint.path} has an adapter of its own: "
-            "leave it out, or begin anew"
+            f"init_adapter: {settings.init_adapter} would be ignored, because {checkpoint.path} "
+            "contains its own adapter: remove the setting, or start a new run"
         )
     if now["base_adapters"] != before.get("base_adapters", []):
         raise ConfigError(
-            f"base_adapters: the adapter in {checkpoint.path} was trained on top of {_listed(before)}, not of "
-            f"{_listed(now)}"
+            f"base_adapters: the adapter in {checkpoint.path} was trained on {_listed(before)}, not on {_listed(now)}"
         )
     for name in QuantizationSettings.model_fields:
         if now[name] != before.get(name, "none"):
             raise ConfigError(
-                f"{name}: the adapter in {checkpoint.path} was trained with {before.get(name, 'none')}, not with "
-                f"{now[name]}: keep it, or begin anew from the adapter with init_adapter"
+                f"{name}: the adapter in {checkpoint.path} was trained with {before.get(name, 'none')}, "
+                f"not with {now[name]}: keep the setting, or start a new run from the adapter with "
+                "init_adapter"
             )
 
 
 def read_trained(path: Path, settings: RunSettings) -> dict[ExpertName, Adapter]:
-    """Read the adapters in a folder or file that a run of these settings is to train further, by expert.
+    """Read the adapters in a folder or file that a run with these settings continues to train, by expert.
 
     Raises:
-        ConfigError: one cannot be read, has another rank, another scale, or is on other layers, or there are those of
-            two experts where one is trained; names the path.
+        ConfigError: an adapter cannot be read, has another rank, scale or layers, or there are adapters of two experts
+            but one is trained; the message names the path.
     """
     family, lora = family_of(settings.model), settings.lora
     adapters: dict[ExpertName, Adapter]
@@ -102,7 +102,7 @@ def read_trained(path: Path, settings: RunSettings) -> dict[ExpertName, Adapter]
     loras = [adapter.uniform() for adapter in adapters.values()]
     for adapter in loras:
         _check_sizes(path, adapter, lora)
-    # A layer may be one of the expert with more blocks alone.
+    # A layer may exist only in the expert with more blocks.
     layers = {layer: None for adapter in loras for layer in adapter.layers}
     names = lora.target_modules or family.LORA_TARGETS
     targets = {target: re.compile(rf"(?:.*\.)?{re.escape(target)}") for target in names}
@@ -111,7 +111,7 @@ def read_trained(path: Path, settings: RunSettings) -> dict[ExpertName, Adapter]
     if unused or others:
         raise ConfigError(
             f"lora.target_modules: the adapter in {path} is on other layers: "
-            + (f"there is none called {unused[0]}" if unused else f"{others[0]} is called none of these")
+            + (f"there is no layer {unused[0]}" if unused else f"{others[0]} matches none of these")
         )
     return adapters
 
@@ -127,14 +127,14 @@ def _check_sizes(path: Path, adapter: UniformLora, lora: LoraSettings) -> None:
 
 
 def changed_settings(checkpoint: Checkpoint, settings: RunSettings) -> dict[str, tuple[object, object]]:
-    """By dotted name, what a setting was in the run that wrote a checkpoint that verified, and what it is now.
+    """Return changed settings by dotted name: the value in the run of a verified checkpoint, and the new value.
 
     Raises:
         CheckpointError: its settings cannot be read.
     """
     before, now = flatten(_saved_settings(checkpoint)), flatten(dump_settings(settings))
     names = dict.fromkeys((*now, *before))
-    # A setting may be newer than the checkpoint; of a list, whole entries came or went, or are of another type.
+    # A setting may be newer than the checkpoint; in a list, entries may have been added, removed or changed in type.
     entries = {name: _ENTRY.match(name) for name in names}
     same = {place[0] for place in entries.values() if place and _type(before, place[0]) == _type(now, place[0])}
     return {
@@ -146,7 +146,7 @@ def changed_settings(checkpoint: Checkpoint, settings: RunSettings) -> dict[str,
 
 
 def _saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint; none where it was not a run of settings.
+    """Return the settings of the run of a checkpoint; empty if the run had none.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -158,12 +158,12 @@ def _saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     except DocumentError as error:
         raise CheckpointError(f"{checkpoint.path / CONFIG} {error}") from error
     if not isinstance(saved, dict):
-        raise CheckpointError(f"{checkpoint.path / CONFIG} is no mapping of settings")
+        raise CheckpointError(f"{checkpoint.path / CONFIG} is not a mapping of settings")
     return saved
 
 
 def _listed(settings: dict[str, Any]) -> str:
-    """The base adapters that settings name, for a message."""
+    """Format the base adapters in the settings for a message."""
     adapters = settings.get("base_adapters") or []
     return json.dumps(adapters) if adapters else "the model alone"
 

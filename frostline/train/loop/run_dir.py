@@ -1,4 +1,4 @@
-"""The folder of a training run: one run at a time, lines of JSON that end where a checkpoint does."""
+"""The folder of a training run: a lock for one run at a time, and files of JSON lines that end at a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ log = logging.getLogger(__name__)
 METRICS, VALIDATION, RUN_FACTS, CONFIG = "metrics.jsonl", "validation.jsonl", "run.json", "config.yaml"
 REPORT, SHEET, TIMING, LOG = "report.html", "contact_sheet.png", "timing.json", "frostline.log"
 ADAPTER, ADAPTER_EMA, CLIPS, TRACKERS = "adapter", "adapter_ema", "validation", "trackers"
-# By these names `run.json` says whose it is, and from which checkpoint of another folder the run began.
+# Keys in `run.json` that identify a run of frostline, and the checkpoint that the run started from.
 PROGRAM, BEGAN_FROM = "frostline", "began_from"
-# In `run.json`: to what relative paths in the settings are relative.
+# Key in `run.json` for the folder that relative paths in the settings refer to.
 WORKING_DIR = "working_dir"
-# The value of `--resume` that means the newest checkpoint that is whole.
+# The value of `--resume` for the newest complete checkpoint.
 LATEST = "latest"
 _LOCK = ".lock"
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Within the block no other run may write to the folder, which is made if need be.
+    """Lock the folder against other runs within the block, and create it if necessary.
 
     Raises:
-        CheckpointError: another run is in it, or it cannot be written to.
+        CheckpointError: another run is using it, or it is not writable.
     """
     lock = FileLock(folder / _LOCK)
     try:
@@ -43,7 +43,7 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(
-            f"{folder}: another run is writing there; wait for it, or choose another output_dir"
+            f"{folder}: another run is writing to it; wait for it to finish, or choose another output_dir"
         ) from None
     except (OSError, NotImplementedError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -55,10 +55,10 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def check_is_run(folder: Path) -> None:
-    """Look whether there is something to report of a run.
+    """Check that the folder contains a run to report on.
 
     Raises:
-        DataError: says what is missing.
+        DataError: it does not; the message states what is missing.
     """
     if not folder.is_dir():
         found = "not a folder" if folder.exists() else "no such folder"
@@ -67,21 +67,21 @@ def check_is_run(folder: Path) -> None:
     elif (folder / RUN_FACTS).is_file():
         found = f"the run there has not finished its first step (no {METRICS})"
     else:
-        found = f"not the folder of a run (no {METRICS})"
-    raise DataError(f"{folder}: {found}: name the output_dir of a training run")
+        found = f"not a run folder (no {METRICS})"
+    raise DataError(f"{folder}: {found}: give the output_dir of a training run")
 
 
 class JsonLines:
-    """A file of one JSON object a line; what is not finite becomes null."""
+    """A file with one JSON object per line; non-finite numbers become null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write one line, whole.
+        """Write one complete line.
 
         Raises:
-            CheckpointError: the disk does not take it.
+            CheckpointError: the line cannot be written.
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -96,7 +96,7 @@ class JsonLines:
                 os.fsync(file.fileno())
 
     def keep_until(self, step: int, source: Path | None = None) -> None:
-        """Keep the lines (or those of `source`) up to a step: the rest was not saved, and will come again."""
+        """Keep the lines (or those of `source`) up to a step; later ones were not saved and will be written again."""
         lines = read_lines(source or self.path)
         kept = [line for line in lines if isinstance(number := line.get("step", 0), int) and number <= step]
         if not kept and not self.path.exists():
@@ -106,17 +106,17 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a killed writer may have left a piece of one at the end."""
+    """Return all complete lines; a killed process may have left an incomplete one at the end."""
     if not path.is_file():
         return []
     lines = []
-    # Not `splitlines`: a sample's name may hold one of the many other characters that it takes for the end of a line.
+    # Not `splitlines`: a sample's name may contain other characters that it treats as line ends.
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = parse_json(text)
             except ValueError:
-                log.debug("%s: a broken line is left out", path)
+                log.debug("%s: skipped an incomplete line", path)
                 continue
             if isinstance(line, dict):
                 lines.append(line)

@@ -1,4 +1,4 @@
-"""A run into a checkpoint and back, bit for bit."""
+"""Save a run to a checkpoint and restore it, bit for bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from frostline.train.step.module import TrainingModule
 log = logging.getLogger(__name__)
 
 _OPTIMIZER, _AVERAGE, _STATE = "optimizer.safetensors", "adapter_ema.safetensors", "state.json"
-# What the numbers depend on, beside what engines run on.
+# Packages that affect results, besides those of engines.
 _PACKAGES = ("frostline", "torch", "accelerate", "peft")
 
 
@@ -50,7 +50,7 @@ def save(training: Training, folder: Path, config: Mapping[str, Any]) -> None:
     """Write `folder/checkpoint-<step>` and delete the oldest beyond `save_total_limit`; called on all processes.
 
     Raises:
-        CheckpointError: the disk does not take it; what was saved before stays.
+        CheckpointError: it cannot be written; earlier checkpoints are not affected.
     """
     stale = training.module.parts.stale
     tensors = {"random": training.random, **({} if stale is None else {"rollout": stale.tensors()})}
@@ -61,16 +61,16 @@ def save(training: Training, folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:
-    """Put back what `save` wrote; the checkpoint must have been verified.
+    """Restore the result of `save`; the checkpoint must have been verified.
 
     Raises:
-        ConfigError: it is of another adapter, or that is of another expert.
-        CheckpointError: it is of another version, or not what it is called.
+        ConfigError: the adapter is another one, or belongs to another expert.
+        CheckpointError: the checkpoint was written by another version, or was renamed.
     """
     try:
         state = read_state(checkpoint)
         if int(state["step"]) != checkpoint.step:
-            raise ValueError(f"its state is of step {state['step']}: was it renamed?")
+            raise ValueError(f"its state belongs to step {state['step']}: was it renamed?")
         check_same_experts(checkpoint, training.module.settings.lora)
         training.module.load_adapter(checkpoint.path)
         tensors = safetensors.torch.load_file(checkpoint.path / _OPTIMIZER)
@@ -79,7 +79,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         training.skipped, training.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
         restore_schedule(training.scheduler, training.step - training.skipped)
         if training.module.settings.gradient_checkpointing == AUTO:
-            # Whatever is free this time: another kind adds up in another order.
+            # The kind of checkpointing is chosen by free memory; another kind would change the order of sums.
             training.module.checkpoint(CHECKPOINTING[CHECKPOINTING.index(state["gradient_checkpointing"])])
         if training.module.settings.kl_target is not None:
             training.module.kl_weight = float(state["kl_weight"])
@@ -92,7 +92,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
 
 
 def package_versions(module: TrainingModule) -> dict[str, str]:
-    """Return the versions of all packages that the numbers of a run depend on, and of Python."""
+    """Return the versions of Python and of all packages that affect the results of a run."""
     return installed_versions((*_PACKAGES, *family_of(module.components).PACKAGES, *engine_packages()))
 
 
@@ -124,12 +124,12 @@ def _write(
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # In one piece by Python: what a full disk does to it is an OSError that says so.
+    # Serialised in Python, so that a full disk raises an OSError with that reason.
     path.write_bytes(safetensors.torch.save(dict(tensors)))
 
 
 def _restore_average(average: AdapterAverage, training: Training, checkpoint: Checkpoint, updates: int | None) -> None:
-    """Restore the average after so many updates; a run that kept none so far begins one with the adapter as it is."""
+    """Restore the average and its number of updates; if the run had none, start with the current adapter."""
     if updates is None:
         average.restore(training.parameters, 0)
     else:
@@ -137,11 +137,11 @@ def _restore_average(average: AdapterAverage, training: Training, checkpoint: Ch
 
 
 def _restore_of_process(training: Training, checkpoint: Checkpoint, processes: int) -> None:
-    """Each process takes up its own generators and latents; those that are new keep their seed."""
+    """Restore the generators and latents of each process; additional processes keep their own seed."""
     process = training.accelerator.process_index
     if processes != training.accelerator.num_processes:
         log.warning(
-            "%s was written by %d processes, these are %d",
+            "%s was written by %d processes, but this run has %d",
             checkpoint.path,
             processes,
             training.accelerator.num_processes,

@@ -1,8 +1,8 @@
-"""FSDP2: the frozen weights of the denoisers spread over the processes, the LoRA whole on every one of them.
+"""FSDP2: shard the frozen weights of the denoisers over the processes; each process keeps the whole LoRA.
 
-The LoRA is small, and engines are bound to its memory: sharded, it would have to be gathered before each use. So every
-process keeps all of it, and gradients are averaged by hand (`Training.replicated`). What is sharded carries no
-gradient: it is gathered layer by layer and never scattered.
+The LoRA is small, and engines are bound to its memory; sharded, it would have to be gathered before each use. Every
+process therefore keeps all of it, and gradients are averaged explicitly (`Training.replicated`). The sharded weights
+have no gradient: they are gathered layer by layer and never scattered.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from frostline.train.step.module import TrainingModule
 
 
 def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bool:
-    """Shard what accelerate is set up to shard; returns whether it is. To be called before `accelerator.prepare`.
+    """Shard what accelerate is configured to shard; return whether anything is. Call before `accelerator.prepare`.
 
     Raises:
-        ConfigError: accelerate is set up for what is not supported: FSDP1 or DeepSpeed, or FSDP2 where weights are
-            quantised.
+        ConfigError: accelerate is configured for FSDP1 or DeepSpeed, or for FSDP2 with quantised weights, which are not
+            supported.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # It also keeps its own, divided copy of the optimizer, which a checkpoint could not hold bit for bit.
+        # It also keeps its own, sharded copy of the optimizer, which a checkpoint cannot store bit for bit.
         raise ConfigError(
-            "DeepSpeed is not supported: it updates the weights within backward, before a gradient that is not finite "
-            "can be skipped; use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+            "DeepSpeed is not supported: it updates the weights during backward, before a "
+            "non-finite gradient can be skipped; use FSDP2 (accelerate launch --use_fsdp "
+            "--fsdp_version 2)"
         )
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
         raise ConfigError("FSDP1 is not supported; use FSDP2 (accelerate launch --fsdp_version 2)")
     if any(quantised_layers(expert.network) for expert in module.model.experts):
-        raise ConfigError("quantization: weights in 8 or 4 bits are not sharded: leave the setting out, or use DDP")
+        raise ConfigError("quantization: weights in 8 or 4 bits cannot be sharded: remove the setting, or use DDP")
     from torch.distributed.fsdp import fully_shard
 
     for expert in module.model.experts:
         if not expert.trained and expert.stage not in module.runtime.idle:
-            # Its outputs are cached by the hash of its weights, which is taken while they are whole.
+            # Its outputs are cached by the hash of its weights, which is computed before they are sharded.
             module.runtime.fingerprint(expert.stage)
     for layer in _frozen_layers(module):
         fully_shard(layer)
@@ -47,14 +48,14 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
     assert plugin is not None
     plugin.cpu_ram_efficient_loading = False
     plugin.auto_wrap_policy = None
-    # accelerate shards the rest of the module, but for these: that is, nothing more.
+    # accelerate shards the rest of the module except for these, that is, nothing more.
     sharded = {id(parameter) for layer in _frozen_layers(module) for parameter in layer.parameters()}
     plugin.ignored_modules = [nn.ParameterList(p for p in module.parameters() if id(p) not in sharded)]
     return True
 
 
 def sample_through_shards(module: TrainingModule) -> None:
-    """Let sampling gather weights as `forward` does; to be called after `accelerator.prepare`."""
+    """Let sampling gather weights as `forward` does. Call after `accelerator.prepare`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     # `generate` calls it; the decoder is never sharded.
@@ -62,7 +63,7 @@ def sample_through_shards(module: TrainingModule) -> None:
 
 
 def _frozen_layers(module: TrainingModule) -> list[nn.Linear]:
-    """The linear layers of the denoisers' blocks: all but a few per cent of a model's weights."""
+    """Return the linear layers of the denoisers' blocks, which contain nearly all of a model's weights."""
     return [
         layer
         for expert in module.model.experts

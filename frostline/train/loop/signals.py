@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM and SIGINT let the running step finish."""
+"""Stop a run on SIGTERM or SIGINT after the running step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Within the block the first SIGTERM or SIGINT is noted; the second has the effect that it has elsewhere.
+    """Record the first SIGTERM or SIGINT within the block; a second one has its usual effect.
 
-    requested: the signal that came, or None. Outside of the main thread, where no signal arrives, nothing changes.
+    requested: the received signal, or None. Outside of the main thread, which receives no signals, this has no effect.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number)
         self._restore()
-        log.warning("%s: finishing this step, then saving; once more stops at once", self.requested.name)
+        log.warning("%s: finishing this step, then saving; press Ctrl-C again to stop immediately", self.requested.name)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

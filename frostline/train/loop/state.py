@@ -1,4 +1,4 @@
-"""What a training run is made of beside its weights, as tensors and JSON: optimizer, schedule, random numbers."""
+"""The state of a training run besides its weights, as tensors and JSON: optimizer, schedule, random numbers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from frostline.errors import CheckpointError
 
-# The state of numpy's Mersenne twister: its algorithm has this name and this many words.
+# Name and number of words of the state of numpy's Mersenne twister.
 _NUMPY_ALGORITHM, _NUMPY_WORDS = "MT19937", 624
 _NumpyState = tuple[str, np.ndarray, int, int, float]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """The state of every parameter, as `name/quantity`.
+    """Return the optimizer state of every parameter, as `name/quantity`.
 
     Args:
-        names: of the parameters, by `id`.
+        names: names of the parameters, by `id`.
     """
     tensors = {}
     for parameter, state in optimizer.state.items():
@@ -35,24 +35,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave.
+    """Restore the result of `optimizer_tensors`.
 
     Raises:
-        CheckpointError: the tensors are of other parameters.
+        CheckpointError: the tensors belong to other parameters.
     """
     optimizer.state.clear()
     for key, tensor in tensors.items():
         name, _, quantity = key.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
-            raise CheckpointError(f"the optimizer state {key} does not fit the model")
+            raise CheckpointError(f"the optimizer state {key} does not match the model")
         # Adam counts its steps on the CPU, whatever the parameter's device.
         device = parameter.device if tensor.ndim else torch.device("cpu")
         optimizer.state[parameter][quantity] = tensor.to(device, copy=True)
 
 
 def random_tensors() -> dict[str, Tensor]:
-    """The states of all generators of this process: Python's, numpy's, torch's on the CPU and on every GPU."""
+    """Return the states of all random generators of this process: Python, numpy, torch on the CPU and on every GPU."""
     version, words, gauss = random.getstate()
     algorithm, numpy_words, position, has_gauss, cached_gauss = cast(_NumpyState, np.random.get_state(legacy=True))
     assert (algorithm, len(numpy_words), version) == (_NUMPY_ALGORITHM, _NUMPY_WORDS, 3)
@@ -71,7 +71,7 @@ def random_tensors() -> dict[str, Tensor]:
 
 @contextmanager
 def unchanged_random() -> Iterator[None]:
-    """After the block the generators are where they were before it."""
+    """Restore the state of the random generators after the block."""
     before = random_tensors()
     try:
         yield
@@ -80,7 +80,7 @@ def unchanged_random() -> Iterator[None]:
 
 
 def restore_random(tensors: dict[str, Tensor]) -> None:
-    """Put back what `random_tensors` gave; GPUs that this machine lacks are left out."""
+    """Restore the result of `random_tensors`; GPUs that this machine does not have are skipped."""
     gauss = tensors["python_gauss"].tolist()
     random.setstate((3, tuple(tensors["python"].tolist()), gauss[0] if gauss else None))
     words = tensors["numpy"].numpy().astype(np.uint32)
@@ -93,7 +93,7 @@ def restore_random(tensors: dict[str, Tensor]) -> None:
 
 
 def restore_schedule(scheduler: LambdaLR, updates: int) -> None:
-    """Put the learning rate where it stands after so many updates."""
+    """Set the learning rate to its value after this number of updates."""
     rates = [base * factor(updates) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     place = {"last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates}
     scheduler.load_state_dict({**scheduler.state_dict(), **place})

@@ -1,4 +1,4 @@
-"""Experiment trackers, through accelerate: the figures of `metrics.jsonl` as curves elsewhere."""
+"""Log the values in `metrics.jsonl` to experiment trackers, through accelerate."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LEFT_OUT = ("step", "skipped")
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse what is not installed; accelerate would go on without a word.
+    """Check that trackers are installed; accelerate would silently continue without them.
 
     Raises:
-        ConfigError: names the package to install.
+        ConfigError: one is not installed; the message names the package.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -27,30 +27,30 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> None:
-    """Tell the trackers what is about to run.
+    """Start the trackers, and pass them the settings of the run.
 
     Raises:
-        ConfigError: one cannot be started (not logged in, no place to write to …).
+        ConfigError: a tracker cannot be started (not logged in, no place to write to …).
     """
     if accelerator.log_with:
-        # TensorBoard takes plain values only.
+        # TensorBoard only accepts plain values.
         plain = {name: _plain(value) for name, value in flatten(config, "/").items()}
         try:
             accelerator.init_trackers(PROJECT, config=plain)
-        except Exception as error:  # each has errors of its own
+        except Exception as error:  # each has its own types of exceptions
             names = ", ".join(map(str, accelerator.log_with))
             raise ConfigError(f"train.report_to: {names} cannot be started: {error}") from error
 
 
 def track(accelerator: Accelerator, line: Mapping[str, Any], section: str) -> None:
-    """Log the numbers of a line of JSON under `section/…`, by its step."""
+    """Log the numbers of a JSON line as `section/…`, at its step."""
     if accelerator.log_with:
         numbers = {f"{section}/{name}": value for name, value in flatten(line, "/").items() if _is_number(name, value)}
         accelerator.log(numbers, step=line["step"])
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Let the trackers write what they still hold."""
+    """Let the trackers write buffered values."""
     for tracker in accelerator.trackers:
         tracker.finish()
 

@@ -1,4 +1,4 @@
-"""The training loop: accelerate for device and distribution, AdamW, metrics, checkpoints that nothing is lost from."""
+"""The training loop: accelerate for device and distribution, AdamW, metrics, and exact checkpoints."""
 
 from __future__ import annotations
 
@@ -57,11 +57,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """How a run ended.
+    """The result of a run.
 
-    step: optimizer steps done, skipped: those without an update. stopped_by: a signal, if one. verdict: of the last
-    validation, in a sentence; empty where there was none, or nothing to compare. stopped_by_judge: whether it ended
-    because a judge fell (`train.stop_when_judge_falls`).
+    Attributes:
+        step: number of completed optimizer steps.
+        skipped: number of steps without an update.
+        stopped_by: the signal that stopped the run, if any.
+        verdict: sentence about the last validation; empty if there was none, or nothing to compare.
+        stopped_by_judge: whether the run ended because a judge fell (`train.stop_when_judge_falls`).
     """
 
     step: int
@@ -73,18 +76,20 @@ class TrainOutcome:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is around the loop.
+    """Options of a run that do not affect a training step.
 
-    resume: a verified checkpoint to go on from.
-    overwrite: delete the run that the folder holds.
-    restart: delete it where it began as this one does and has no checkpoint yet, as after a kill.
-    num_workers: processes that decode videos ahead.
-    config: the settings of the run, kept beside its files and in every checkpoint, and told to the trackers.
-    facts: what else to keep in `run.json`.
-    validate, validation_steps: called with the step at the start, the end and every `validation_steps`, on all
-        processes; what it returns becomes a line of `validation.jsonl`, with the verdict on all lines so far.
-    on_step: receives each line of `metrics.jsonl`.
-    on_begin: called on the first process once the folder is that of this run: earlier the run may still be refused.
+    Attributes:
+        resume: a verified checkpoint to resume from.
+        overwrite: delete the run in the folder.
+        restart: delete it if it has the same origin and no checkpoint yet, for example after a kill.
+        num_workers: number of data-loading worker processes.
+        config: the settings of the run, which are stored with its files and in every checkpoint, and passed to the
+            trackers.
+        facts: further entries of `run.json`.
+        validate, validation_steps: called with the step at the start, at the end and every `validation_steps`, on all
+            processes; its return value becomes a line of `validation.jsonl`, with the verdict on all lines so far.
+        on_step: called with each line of `metrics.jsonl`.
+        on_begin: called on the first process once the run owns the folder; before that, the run may still be rejected.
     """
 
     resume: Checkpoint | None = None
@@ -100,7 +105,7 @@ class RunOptions:
 
 
 def make_accelerator(settings: TrainerSettings, output_dir: Path, cpu: bool) -> Accelerator:
-    """The accelerator of a run; what `accelerate launch` set up for several processes is taken up.
+    """Return the accelerator of a run, including the configuration of `accelerate launch` for several processes.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -109,7 +114,7 @@ def make_accelerator(settings: TrainerSettings, output_dir: Path, cpu: bool) -> 
     return Accelerator(
         cpu=cpu,
         mixed_precision=settings.mixed_precision,
-        # As a plugin, which no variable of the environment overrides.
+        # As a plugin, which environment variables do not override.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         log_with=list(settings.report_to) or None,
         project_dir=output_dir / TRACKERS,
@@ -124,19 +129,20 @@ def train(
     options: RunOptions | None = None,
     accelerator: Accelerator | None = None,
 ) -> TrainOutcome:
-    """Train the LoRA of `module`; writes `metrics.jsonl` and `checkpoint-N/` as it goes, and `adapter/` at the end.
+    """Train the LoRA of `module`; write `metrics.jsonl` and `checkpoint-N/` during the run, and `adapter/` at the end.
 
-    With `ema_decay`, validation looks at the averaged adapter, which becomes `adapter_ema/`.
+    With `ema_decay`, validation uses the averaged adapter, which is saved as `adapter_ema/`.
 
-    SIGTERM or SIGINT: the running step is finished and saved, then the run ends. So it does, with the adapter, where
-    judges fell at as many validations in a row as `stop_when_judge_falls` says; who resumes it goes on to the next
-    validation, which may end it again.
+    On SIGTERM or SIGINT, the running step is finished and saved, then the run ends. The run also ends, and saves the
+    adapter, if judges fall in `stop_when_judge_falls` consecutive validations; if it is resumed, it continues to the
+    next validation, which may end it again.
 
     Raises:
-        ConfigError: the folder holds another run, or the checkpoint is of another adapter. It is then as it was.
-        CheckpointError: the folder is taken, or a checkpoint cannot be written or restored.
+        ConfigError: the folder contains another run, or the checkpoint has another adapter. The folder is then
+            unchanged.
+        CheckpointError: the folder is in use, or a checkpoint cannot be written or restored.
         DataError: a sample cannot be read; the steps before it are saved.
-        TrainingError: too many steps in a row had no finite loss; what was trained before is saved.
+        TrainingError: too many consecutive steps had no finite loss; the state before them is saved.
     """
     options = options or RunOptions()
     if accelerator is None:
@@ -146,14 +152,14 @@ def train(
         if accelerator.is_main_process:
             _check_start(output_dir, options)
             stack.enter_context(claimed(output_dir))
-            # Once more: another run may have come in between.
+            # Check again: another run may have started in the meantime.
             _check_start(output_dir, options)
         accelerator.wait_for_everyone()
         stop = stack.enter_context(StopSignals())
         training = _prepare(module, settings, accelerator)
         if options.resume is not None:
             restore(training, options.resume)
-        # Whatever could be refused has been by now: what is in the folder is touched from here on.
+        # All checks have passed; the folder is modified from here on.
         begins = begins_in(output_dir, options.resume)
         if accelerator.is_main_process and begins:
             _begin(output_dir, options)
@@ -172,14 +178,14 @@ def _check_start(output_dir: Path, options: RunOptions) -> None:
 
 
 def _begin(output_dir: Path, options: RunOptions) -> None:
-    """Let the folder hold nothing of another run, and say that one has begun."""
+    """Delete an earlier run in the folder, and record that a new one has started."""
     clear_run(output_dir)
     _write_facts(output_dir, options, origin(options.resume))
     _take_lines(output_dir, options.resume)
 
 
 def _go_on(output_dir: Path, options: RunOptions) -> None:
-    """Let the folder hold what the run goes on from, and nothing that came after."""
+    """Restore the state at the checkpoint in the folder, and remove what was written after it."""
     assert options.resume is not None
     rotate(output_dir, None)
     clear_unfinished(output_dir)
@@ -196,7 +202,7 @@ def _take_lines(output_dir: Path, resume: Checkpoint | None) -> None:
 
 def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> None:
     facts = {PROGRAM: frostline.__version__, BEGAN_FROM: began, WORKING_DIR: str(Path.cwd()), **options.facts}
-    # The first says whose folder it is, so it is written first.
+    # The first process writes first, because its file identifies the owner of the folder.
     texts = {
         RUN_FACTS: json.dumps(facts, indent=2) + "\n",
         CONFIG: dump_yaml(options.config),
@@ -207,10 +213,10 @@ def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> No
 
 
 def _prepare(module: TrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
-    # Most of transformers comes with it, which takes seconds: not before a run begins.
+    # Imports most of transformers, which takes seconds: not before a run starts.
     from transformers.optimization import get_scheduler
 
-    # Fresh noise differs between the processes; the data order has generators of its own.
+    # Fresh noise differs between processes; the data order has its own generators.
     set_seed(settings.seed, device_specific=True)
     optimizer = torch.optim.AdamW(
         module.trainable_parameters().values(),
@@ -232,7 +238,7 @@ def _prepare(module: TrainingModule, settings: TrainerSettings, accelerator: Acc
 
 
 class _Run:
-    """The loop, and the files that it writes."""
+    """The training loop and the files that it writes."""
 
     def __init__(self, training: Training, output_dir: Path, options: RunOptions, stop: StopSignals) -> None:
         self.training = training
@@ -271,7 +277,7 @@ class _Run:
             if training.average is not None:
                 with self._averaged():
                     training.module.save_adapter(self.output_dir / ADAPTER_EMA)
-        # What the validations came to, the first process alone knows.
+        # Only the first process has the results of all validations.
         verdict, judged_out = gather_from_processes((self.verdict, self.judged_out))[0]
         return TrainOutcome(training.step, training.skipped, self.stop.requested, verdict, judged_out)
 
@@ -283,11 +289,12 @@ class _Run:
             track(training.accelerator, line, "train")
             self.options.on_step(line)
         if line["skipped"]:
-            log.warning("step %d: the loss or its gradient is not finite; the weights stay as they are", training.step)
+            log.warning("step %d: the loss or its gradient is not finite; the weights are not changed", training.step)
             if training.skipped_in_row >= settings.max_skipped_steps:
                 raise TrainingError(
-                    f"{training.skipped_in_row} steps in a row, up to step {training.step}, had no finite loss and "
-                    "gradient: lower train.learning_rate, or look at the samples of these steps in metrics.jsonl"
+                    f"{training.skipped_in_row} consecutive steps, up to step {training.step}, had no "
+                    "finite loss and gradient: lower train.learning_rate, or check the samples of these "
+                    "steps in metrics.jsonl"
                 )
         if training.step % self.options.validation_steps == 0 or training.step == settings.max_train_steps:
             self._validate()
@@ -311,7 +318,7 @@ class _Run:
             track(self.training.accelerator, line, "validation")
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """Where the module has the averaged adapter, if the run keeps one."""
+        """Use the averaged adapter within the block, if the run has one."""
         average, parameters = self.training.average, self.training.parameters
         return nullcontext() if average is None else average.in_place_of(parameters)
 
@@ -325,8 +332,8 @@ class _Run:
         self.saved_step = self.training.step
 
     def _rescue(self) -> None:
-        """Save the last whole step before an error ends the run."""
-        # Other processes may wait for this one in the middle of a step: with them, the last checkpoint must do.
+        """Save the last complete step before an error ends the run."""
+        # Other processes may be waiting in the middle of a step: then only the last checkpoint is available.
         if self.training.accelerator.num_processes > 1 or not self.training.intact:
             return
         try:

@@ -38,16 +38,20 @@ from frostline.video import write_video
 TRUTH, REFERENCE = "truth", "reference"
 _LOSSLESS = "lossless"
 _FPS = 8
-# Of the scores of frames: far below what rewards differ by from one engine to another.
+# Decimal digits of frame scores: far below the differences between engines.
 _DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What is generated.
+    """What is generated in a validation.
 
-    starts: indices of the dataset. batch_size: per process. lossless: keep the clips to the bit as well, in folders of
-    their own, for few players show them; the csv file then names these. judges: score too.
+    Attributes:
+        starts: indices in the dataset.
+        batch_size: per process.
+        lossless: also write lossless clips to separate folders, because few players support them; the csv file then
+            names these.
+        judges: rewards that score the videos but are not trained on.
     """
 
     dataset: Dataset[Sample]
@@ -65,12 +69,12 @@ def validate(
     output_dir: Path,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Generate all starts, shared out over the processes; returns the means, and what `train.judging.verdict` reads.
+    """Generate all samples, distributed over the processes; return the means and the input of `train.judging.verdict`.
 
     Args:
-        advance: called with the number of starts that this process has just finished.
+        advance: called with the number of samples that this process has just finished.
     Raises:
-        TrainingError: what is generated is not finite.
+        TrainingError: generated values are not finite.
     """
     starts = list(validation.starts)
     own = own_starts(starts, process_index(), process_count())
@@ -86,8 +90,9 @@ def validate(
     evaluation = Evaluation.join(gather_from_processes(part), len(starts))
     if not evaluation.videos.isfinite().all():
         raise TrainingError(
-            f"validation at step {step}: the model makes frames that are NaN or infinite, it has diverged: go on from "
-            "a checkpoint before (--resume checkpoint-N) with a lower train.learning_rate"
+            f"validation at step {step}: the model generates NaN or infinite frames, so it has "
+            "diverged: resume from an earlier checkpoint (--resume checkpoint-N) with a lower "
+            "train.learning_rate"
         )
     if process_index() == 0:
         _write(validation, evaluation, output_dir / CLIPS, step_name(step))
@@ -103,20 +108,21 @@ def validate(
 
 
 def starts_of(settings: ValidationSettings, dataset: Dataset[Sample]) -> Validation:
-    """Return the held-out starts that settings name, of their data set; without judges."""
+    """Return the validation samples in the settings, from their data set; without judges."""
     starts = range(min(settings.num_videos, len(dataset)))  # type: ignore[arg-type]
     return Validation(dataset, starts, settings.batch_size, settings.noise_seed, settings.lossless)
 
 
 def own_starts(starts: Sequence[int], process: int, processes: int) -> list[int]:
-    """Return the starts that one of several processes generates."""
+    """Return the samples that one of several processes generates."""
     share = -(-len(starts) // processes)
-    # All processes generate equally often, as sharded weights demand; who has none left repeats the last.
+    # All processes generate equally often, which sharded weights require; a process without samples repeats the last
+    # one.
     return [starts[min(process * share + i, len(starts) - 1)] for i in range(share)]
 
 
 def step_name(step: int) -> str:
-    """What the files of a step go by."""
+    """Return the name of a step's files."""
     return f"step-{step:06d}"
 
 
@@ -147,13 +153,13 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
 
 
 def _caption(figures: Mapping[str, float], judges: Sequence[str]) -> str:
-    """What was measured of a start; what judges say on a line of its own."""
+    """Return the measures of a sample as text; those of judges are on a separate line."""
     of_judges = {name: value for name, value in figures.items() if name.startswith(tuple(judges))}
     lines = ({name: value for name, value in figures.items() if name not in of_judges}, of_judges)
     return "\n".join(", ".join(f"{name} {value:.3g}" for name, value in line.items()) for line in lines if line)
 
 
 def _write_clip(folder: Path, row: int, video: Tensor, lossless: bool) -> Path:
-    """The file that is nearest to `video`."""
+    """Return the path of the nearest file to `video`."""
     clip = write_video(folder / f"{row}.mp4", video, fps=_FPS)
     return write_video(folder / _LOSSLESS / f"{row}.mp4", video, fps=_FPS, lossless=True) if lossless else clip

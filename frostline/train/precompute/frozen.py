@@ -1,4 +1,4 @@
-"""What computes frozen outputs before a run: a model of which nothing but the stage at work is in memory."""
+"""Compute frozen outputs before a run, with only the current stage's weights in memory."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ from frostline.train.step.rollout import Leading, Sampler
 
 
 class Frozen(Protocol):
-    """Says what is frozen of samples, and computes it.
+    """Lists the frozen outputs of samples, and computes them.
 
-    conditioner: whose cache keeps it. runtime: serves the stages.
+    Attributes:
+        conditioner: its cache stores the outputs.
+        runtime: runs the stages.
     """
 
     @property
@@ -42,15 +44,16 @@ class Frozen(Protocol):
     def runtime(self) -> Runtime: ...
 
     def of(self, visit: Visit, fitted: FittedBatch) -> Sequence[Condition]:
-        """Return all that is frozen of the samples, nothing computed yet, in the order in which it can be computed."""
+        """Return all frozen outputs of the samples, not yet computed, in a possible order of computation."""
         ...
 
 
 def load_without_live_parts(settings: RunSettings, device: torch.device) -> VideoModel:
-    """Load a model without LoRA whose frozen parts stay on disk until they are needed, and whose others do for good.
+    """Load a model without LoRA; weights of frozen parts stay on disk until they are needed, those of other parts
+    permanently.
 
     Raises:
-        ConfigError: its files do not fit.
+        ConfigError: its files do not match.
     """
     family = family_of(settings.model)
     adapters = settings.base_adapters
@@ -60,12 +63,12 @@ def load_without_live_parts(settings: RunSettings, device: torch.device) -> Vide
 
 
 def frozen_stages(model: VideoModel, settings: RunSettings, stages: Sequence[str]) -> tuple[str, ...]:
-    """Return those stages that training needs for nothing but what can be computed beforehand.
+    """Return the stages whose outputs can all be computed before training.
 
-    An expert without a LoRA is one of them where the steps that it serves lead, and their noise is fixed.
+    This includes an expert without a LoRA if it runs the leading steps, and the noise is fixed.
 
     Args:
-        stages: of the family, those without gradient, whether or not the model has them.
+        stages: the stages of the family without a gradient, whether or not the model has them.
     """
     experts = [each.stage for each in model.experts]
     ahead = len(experts) > 1 and not settings.lora.has_lora("high") and settings.noise_seed is not None
@@ -75,9 +78,11 @@ def frozen_stages(model: VideoModel, settings: RunSettings, stages: Sequence[str
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """The conditions of a model, and what an expert without a LoRA makes of the noise; a `Frozen`.
+    """The conditions of a model, and the latents after the leading steps of an expert without a LoRA; implements
+    `Frozen`.
 
-    ahead: whether the latter is computed.
+    Attributes:
+        ahead: whether these latents are computed.
     """
 
     conditioner: Conditioner
@@ -89,13 +94,13 @@ class FrozenModel:
     def of_settings(
         cls, model: VideoModel, settings: RunSettings, shapes: ShapeRange, cache: FrozenOutputCache, verify: bool = True
     ) -> FrozenModel:
-        """Make what computes the frozen outputs of a model.
+        """Create the object that computes the frozen outputs of a model.
 
         Args:
-            model: of `load_without_live_parts`.
+            model: from `load_without_live_parts`.
             verify: compare engines with PyTorch that were built elsewhere.
         Raises:
-            EngineError: `plan.strict`, and an engine that the plan names cannot be had.
+            EngineError: `plan.strict`, and an engine that the plan names is not available.
         """
         family = family_of(model.components)
         names = frozen_stages(model, settings, family.FROZEN_STAGES)
@@ -126,7 +131,7 @@ class FrozenModel:
 
 @dataclass(frozen=True)
 class FrozenReferences:
-    """What rewards are to know of the samples; a `Frozen`."""
+    """The references of rewards for the samples; implements `Frozen`."""
 
     conditioner: Conditioner
     runtime: Runtime
@@ -135,37 +140,37 @@ class FrozenReferences:
     def of_settings(
         cls, model: VideoModel, settings: RunSettings, shapes: ShapeRange, cache: FrozenOutputCache
     ) -> FrozenReferences:
-        """Make what computes the references of a run's rewards.
+        """Create the object that computes the references of a run's rewards.
 
         Raises:
-            ConfigError: a reward cannot be had as the settings ask.
-            EngineError: as for `FrozenModel.of_settings`.
+            ConfigError: a reward cannot be created from its settings.
+            EngineError: see `FrozenModel.of_settings`.
         """
         rewards = build_rewards(settings.rewards, model.device, shapes)
         runtime = _runtime({stage.name: stage for each in rewards for stage in each.stages}, settings, verify=True)
         return cls(Conditioner(model, runtime, rewards, cache, settings.sft_weight > 0), runtime)
 
     def of(self, visit: Visit, fitted: FittedBatch) -> Sequence[Condition]:
-        """Return the references of each reward that needs some."""
+        """Return the references of each reward that uses references."""
         conditioner = self.conditioner
         each = (conditioner.reference_of(active, fitted.sample, fitted.sample_keys) for active in conditioner.rewards)
         return [condition for condition in each if condition is not None]
 
 
 def free_memory() -> None:
-    """Give back what the last stage left."""
+    """Free the memory of the previous stage."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _runtime(stages: Mapping[str, Stage], settings: RunSettings, verify: bool) -> Runtime:
-    """Return a runtime of these stages, none of whose weights is in memory unless they have to be."""
+    """Return a runtime of these stages, without weights in memory unless they are needed."""
     plan = settings.plan
     if verify and plan.engines is not None and plan.backend != TORCH:
         ensure_verified(stages.values(), EngineStore(plan.engines))
     for stage in stages.values():
-        # The plan asks for the digest of all of them: one after the other is read for it, if it has to be.
+        # The plan needs the digests of all stages; if necessary, their weights are read one after the other.
         if verify and stage.weights is not None:
             weights_sha256(stage)
             stage.weights.release()

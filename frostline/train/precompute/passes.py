@@ -1,4 +1,6 @@
-"""Compute what is frozen of all samples, stage by stage, each alone in memory, into the cache of a run."""
+"""Compute the frozen outputs of all samples stage by stage, with one stage at a time in memory, into the cache of a
+run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ _Stages = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Asked:
-    """One result that a visit asks for. code: the module of the function that computes it."""
+    """A result that a visit needs.
+
+    Attributes:
+        code: the module of the function that computes it.
+    """
 
     name: str
     stages: _Stages
@@ -37,7 +43,11 @@ class _Asked:
 
 @dataclass(frozen=True)
 class Indexed:
-    """A visit of this process, and what it asks for. shape: (T, 3, H, W) of its samples."""
+    """A visit of this process, and the results that it needs.
+
+    Attributes:
+        shape: (T, 3, H, W) of its samples.
+    """
 
     visit: Visit
     shape: tuple[int, ...]
@@ -45,9 +55,9 @@ class Indexed:
 
 
 def index(frozen: Frozen, visits: Sequence[Visit], on_rows: Callable[[int], None] = lambda rows: None) -> list[Indexed]:
-    """Read the samples of this process, and note by which content each of their frozen outputs goes.
+    """Read the samples of this process, and record the content keys of their frozen outputs.
 
-    What one visit asks for, and an earlier one too, in whichever process, is left to the earlier one.
+    A result that several visits need, in any process, is assigned to the first of them.
 
     Args:
         on_rows: called with the number of samples that were just read.
@@ -70,7 +80,7 @@ def index(frozen: Frozen, visits: Sequence[Visit], on_rows: Callable[[int], None
         replace(
             each,
             asked=tuple(
-                # Within a visit the same content is computed once, by the conditioner.
+                # Within a visit, the conditioner computes the same content only once.
                 replace(a, keys=tuple(key if first[a.name, key] == number else "" for key in a.keys))
                 for a in each.asked
             ),
@@ -80,13 +90,13 @@ def index(frozen: Frozen, visits: Sequence[Visit], on_rows: Callable[[int], None
 
 
 def passes_of(indexed: Sequence[Indexed]) -> list[_Stages]:
-    """Return the stages of each pass of all processes, in their order."""
+    """Return the stages of each pass of all processes, in order."""
     own = [*dict.fromkeys(asked.stages for each in indexed for asked in each.asked)]
     return [*dict.fromkeys(stages for of_one in gather_from_processes(own) for stages in of_one)]
 
 
 def entries(frozen: Frozen, each: Indexed, stages: _Stages) -> list[list[str]]:
-    """Return, for each row of a visit, the keys of the cache's entries that a pass owes for it."""
+    """Return, for each row of a visit, the keys of the cache entries that a pass must compute."""
     rows: list[list[str]] = [[] for _ in each.visit.rows]
     for asked in each.asked:
         if asked.stages == stages:
@@ -97,7 +107,7 @@ def entries(frozen: Frozen, each: Indexed, stages: _Stages) -> list[list[str]]:
 
 
 def count_rows(indexed: Sequence[Indexed]) -> int:
-    """Return how many rows the passes over the visits of this process have together."""
+    """Return the total number of rows in the passes over the visits of this process."""
     return sum(len(each.visit.rows) * len({asked.stages for asked in each.asked}) for each in indexed)
 
 
@@ -108,14 +118,14 @@ def run_passes(
     bar: Bar,
     batch_size: int | None = None,
 ) -> int:
-    """Compute what is missing, pass by pass; after each, its stages are freed. Returns how many rows were computed.
+    """Compute missing outputs pass by pass, and free the stages after each pass. Return the number of computed rows.
 
     Args:
-        indexed: of `index`, with this `frozen`.
-        bar: is moved on by `count_rows`.
-        batch_size: of what is computed together; the run's own batches if None, to the bit what it would compute.
+        indexed: from `index`, with this `frozen`.
+        bar: advanced by `count_rows` in total.
+        batch_size: number of samples computed together; if None, the run's own batches, for bit-identical results.
     Raises:
-        ConfigError: the cache is too small for all of it.
+        ConfigError: the cache is too small for all outputs.
         DataError: a sample cannot be read, or the cache cannot be written.
     """
     computed, owed = 0, []
@@ -134,7 +144,7 @@ def run_passes(
         for each in (each for each in indexed if _has(each, stages)):
             rows = entries(frozen, each, stages)
             owed += [key for of_row in rows for key in of_row]
-            # Read, and so checked: what is damaged is computed again.
+            # Reading also checks: damaged entries are computed again.
             absent = [n for n, of_row in enumerate(rows) if any(cache.get(key) is None for key in of_row)]
             advance(len(rows) - len(absent))
             if absent:
@@ -143,16 +153,17 @@ def run_passes(
         for visit, data in _read_ahead(_grouped(missing, batch_size)):
             _compute(frozen, visit, data, stages)
             if not cache.writable:
-                raise DataError("the frozen outputs cannot be kept: see the warning above")
+                raise DataError("the frozen outputs cannot be stored: see the warning above")
             computed += len(visit.rows)
             advance(len(visit.rows))
         frozen.runtime.release_weights(*stages, engines=True)
         free_memory()
-        # A later pass takes what other processes computed in this one.
+        # A later pass uses results of other processes from this pass.
         gather_from_processes(None)
     if any(cache.on_disk(key) is None for key in owed):
         raise ConfigError(
-            "cache_bytes: the cache is too small for all frozen outputs of the run, so it forgot some again: raise it"
+            "cache_bytes: the cache is too small for all frozen outputs of the run, so that "
+            "entries were evicted: increase it"
         )
     return computed
 
@@ -172,7 +183,7 @@ def _compute(frozen: Frozen, visit: Visit, data: CollatedBatch, stages: _Stages)
 
 
 def _grouped(missing: Sequence[tuple[Visit, tuple[int, ...]]], batch_size: int | None) -> list[Visit]:
-    """Cut visits to samples of one shape and one source into batches of this size; leave them as they are if None."""
+    """Group visits into batches of samples of one shape and source; return them unchanged if the size is None."""
     if batch_size is None:
         return [visit for visit, _ in missing]
     alike: dict[tuple[object, ...], tuple[Visit, list[int]]] = {}
@@ -186,7 +197,7 @@ def _grouped(missing: Sequence[tuple[Visit, tuple[int, ...]]], batch_size: int |
 
 
 def _read_ahead(visits: Sequence[Visit]) -> Iterator[tuple[Visit, CollatedBatch]]:
-    """Read the samples of each visit while those of the one before are worked on."""
+    """Read the samples of each visit while the previous ones are processed."""
     if not visits:
         return
     with ThreadPoolExecutor(1) as reader:

@@ -1,4 +1,4 @@
-"""Precompute for a run: decide, load, go through the passes; afterwards training does without the stages at work."""
+"""Precompute for a run: decide, load, and run the passes; training does not need these stages afterwards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is: optimizer steps done, samples dealt in these, and its number of processes."""
+    """The position of a run: completed optimizer steps, samples used in these, and the number of processes."""
 
     step: int = 0
     position: int = 0
@@ -46,10 +46,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Precomputed:
-    """What was done.
+    """The result of precomputing.
 
-    stages: that the run does without, because all that they would compute is in the cache. estimate: of what that
-    takes; None where nothing was to be precomputed. computed: rows, of all processes, that were not there before.
+    Attributes:
+        stages: stages that the run does not need, because all their outputs are cached.
+        estimate: estimated size; None if there was nothing to precompute.
+        computed: number of rows, in all processes, that were not in the cache before.
     """
 
     stages: frozenset[str] = frozenset()
@@ -60,8 +62,8 @@ class Precomputed:
         if self.estimate is None:
             return "nothing to precompute"
         training, held_out = self.estimate.samples
-        starts = f" and {held_out} held-out starts" if held_out else ""
-        return f"{training} samples{starts}: {self.computed} frozen outputs computed, the others were there"
+        starts = f" and {held_out} validation samples" if held_out else ""
+        return f"{training} samples{starts}: computed {self.computed} frozen outputs, the others were already cached"
 
 
 def precompute(
@@ -73,14 +75,16 @@ def precompute(
     place: Place | None = None,
     batch_size: int | None = None,
 ) -> Precomputed:
-    """Compute what is frozen of the samples of a run into its cache, as `settings.precompute` says; in all processes.
+    """Compute the frozen outputs of a run's samples into its cache, depending on `settings.precompute`; in all
+    processes.
 
     Args:
-        place: where the run is to go on.
+        place: position from which the run continues.
         batch_size: see `run_passes`.
     Raises:
-        ConfigError: `always`, and the cache cannot hold all of it.
-        FrostlineError: `always`, and it cannot be computed or kept. Under `auto` the run goes on without.
+        ConfigError: `always`, and the cache is too small.
+        FrostlineError: `always`, and the outputs cannot be computed or stored. With `auto`, the run continues without
+            them.
     """
     auto, device_bytes = settings.precompute == "auto", total_bytes(device)
     if settings.precompute == "never" or (auto and all(gather_from_processes(is_small(settings, device_bytes)))):
@@ -94,7 +98,7 @@ def precompute(
         step=place.step,
         position=place.position,
     )
-    with progress.task(f"look at {settings.model}"):
+    with progress.task(f"inspect {settings.model}"):
         model = load_without_live_parts(settings, device)
     held_out = 0 if validation is None else len(validation.starts)
     expected = estimate(model, settings, (sum(len(each.rows) for each in asked) - held_out, held_out))
@@ -110,10 +114,10 @@ def precompute(
         with unchanged_random():
             computed = _in_two_rounds(settings, asked, model, progress, batch_size)
     except FrostlineError as error:
-        # Of several processes, the others may be further.
+        # Other processes may be further ahead.
         if not auto or process_count() > 1:
             raise
-        log.warning("precompute: auto: going on without: %s", error)
+        log.warning("precompute: auto: continuing without it: %s", error)
         return Precomputed()
     return Precomputed(frozenset(expected.stages), expected, sum(gather_from_processes(computed)))
 
@@ -121,7 +125,7 @@ def precompute(
 def _in_two_rounds(
     settings: RunSettings, asked: list[Visit], model: VideoModel, progress: Progress, batch_size: int | None
 ) -> int:
-    """First the model's own stages; then the rewards', whose networks are in memory only meanwhile."""
+    """Run the stages of the model first, then those of rewards, whose networks are in memory only during this time."""
     shapes = settings.plan.shape_range(family_of(settings.model).GEOMETRY)
     cache = FrozenOutputCache(settings.frozen_cache_dir, settings.cache_bytes)
     frozen: Frozen = FrozenModel.of_settings(model, settings, shapes, cache)

@@ -1,4 +1,4 @@
-"""What a dry run says of precomputing: which stages, what it takes on disk, and how much is there already."""
+"""Preview of precomputing for a dry run: the stages, the size on disk, and the number of existing entries."""
 
 from __future__ import annotations
 
@@ -23,24 +23,29 @@ from frostline.train.settings import RunSettings
 
 @dataclass(frozen=True)
 class Preview:
-    """What would be precomputed. estimate: what that takes. reason: why nothing is, in a clause; None where it is."""
+    """What would be precomputed.
+
+    Attributes:
+        estimate: estimated size.
+        reason: why nothing is precomputed; None if something is.
+    """
 
     estimate: Estimate
     reason: str | None
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that training then does without."""
+        """Return the stages that training does not need afterwards."""
         return () if self.reason else self.estimate.stages
 
 
 def preview(settings: RunSettings, model: VideoModel, samples: tuple[int, int], device_bytes: int | None) -> Preview:
-    """Tell what a run of these settings precomputes, by sizes alone.
+    """Return what a run with these settings precomputes, from sizes alone.
 
     Args:
         model: its weights need not be in memory.
         samples: see `count_samples`.
-        device_bytes: memory of the device; None where it is not known.
+        device_bytes: memory of the device; None if unknown.
     """
     estimated = estimate(model, settings, samples)
     if settings.precompute == "never":
@@ -48,29 +53,29 @@ def preview(settings: RunSettings, model: VideoModel, samples: tuple[int, int], 
     if settings.precompute == "always":
         return Preview(estimated, too_large(estimated, settings))
     if device_bytes is None:
-        return Preview(estimated, "auto asks for the device's memory, which is not known: set memory.device_gb")
+        return Preview(estimated, "auto depends on the device's memory, which is unknown: set memory.device_gb")
     return Preview(estimated, reason_against(estimated, settings, device_bytes))
 
 
 def count_samples(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:
-    """Count the different samples that a run trains on, and the held-out starts."""
+    """Count the different samples that a run trains on, and the validation samples."""
     held_out = 0 if validation is None else len(validation.starts)
     asked = visits(settings, dataset, validation, processes=settings.memory.num_processes)
     return sum(len(each.rows) for each in asked) - held_out, held_out
 
 
 def count_there(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:
-    """Count the samples, held-out starts among them, whose model outputs are all in the cache, and all samples.
+    """Count the samples, including validation samples, whose model outputs are all in the cache, and all samples.
 
-    Reads the samples, and no weights: what is cached goes by their digests, and where one of these was never taken on
-    this machine, nothing can be there. References of rewards, whose networks would have to be loaded, do not count.
+    Reads the samples but no weights: cache entries depend on the digests of weights; if a digest was never computed on
+    this machine, there are no entries. References of rewards, whose networks would have to be loaded, are not counted.
     """
     asked = visits(settings, dataset, validation, processes=settings.memory.num_processes)
     total = sum(len(each.rows) for each in asked)
     family = family_of(settings.model)
     if not settings.frozen_cache_dir.is_dir():
         return 0, total
-    # Empty: of weights that are not in memory, what a digest goes by does not depend on the device.
+    # Empty, because the digest of weights that are not in memory does not depend on the device.
     model = load_without_live_parts(settings, torch.device("cpu"))
     shapes = settings.plan.shape_range(family.GEOMETRY)
     names = frozen_stages(model, settings, family.FROZEN_STAGES)

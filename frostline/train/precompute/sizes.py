@@ -1,4 +1,4 @@
-"""What precomputing takes on disk, and what it spares in memory."""
+"""The disk space that precomputing needs, and the memory that it saves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from frostline.stages.video_model import VideoModel
 from frostline.train.precompute.frozen import frozen_stages
 from frostline.train.settings import RunSettings
 
-# Of a device's memory: weights of fewer bytes are not worth a pass over the data before the first step.
+# Fraction of a device's memory; saving less memory than this is not worth a pass over the data.
 _WORTHWHILE = 0.1
-# What weights take in memory is at most so many times their files: 8 bits in fp32.
+# Maximum ratio of weights in memory to their files: 8 bits to fp32.
 _LARGEST_EXPANSION = 4
-# A cache's file beside its tensors.
+# Overhead of a cache file.
 _HEADER_BYTES = 1024
 _FP32_BYTES = 4
 _GB = 1e9
@@ -24,10 +24,13 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """What precomputing for a run takes and gives.
+    """Cost and gain of precomputing for a run.
 
-    stages: that training then does without. weights: bytes of these. samples: of training and of validation.
-    nbytes: of the cache on disk, at most; the references of rewards, which are small, are not among them.
+    Attributes:
+        stages: stages that training does not need afterwards.
+        weights: size of their weights in bytes.
+        samples: number of samples of training and of validation.
+        nbytes: maximum size of the cache on disk, without the references of rewards, which are small.
     """
 
     stages: tuple[str, ...]
@@ -38,17 +41,18 @@ class Estimate:
     def __str__(self) -> str:
         training, held_out = self.samples
         return (
-            f"{training} samples and {held_out} held-out starts, at most {self.nbytes / _GB:.2f} GB on disk; training "
-            f"then does without {', '.join(self.stages)} ({self.weights / _GB:.2f} GB)"
+            f"{training} samples and {held_out} validation samples, at most {self.nbytes / _GB:.2f} "
+            f"GB on disk; training does not need {', '.join(self.stages)} ({self.weights / _GB:.2f} "
+            "GB) afterwards"
         )
 
 
 def estimate(model: VideoModel, settings: RunSettings, samples: tuple[int, int]) -> Estimate:
-    """Estimate what precomputing takes from sizes alone.
+    """Estimate cost and gain of precomputing from sizes alone.
 
     Args:
         model: its weights need not be in memory.
-        samples: different ones that the run trains on, and held-out starts.
+        samples: number of different training samples, and of validation samples.
     """
     stages = frozen_stages(model, settings, family_of(model.components).FROZEN_STAGES)
     parameters = model.stage_parameters()
@@ -65,36 +69,37 @@ def estimate(model: VideoModel, settings: RunSettings, samples: tuple[int, int])
 
 
 def is_small(settings: RunSettings, device_bytes: int) -> bool:
-    """Return whether the files of the model alone tell that no weights are worth precomputing."""
+    """Return whether the size of the model's files shows that precomputing is not worthwhile."""
     files = sum(path.stat().st_size for path in family_of(settings.model).files(settings.model))
     return _LARGEST_EXPANSION * files < _WORTHWHILE * device_bytes
 
 
 def reason_against(estimated: Estimate, settings: RunSettings, device_bytes: int) -> str | None:
-    """Return why `precompute: auto` leaves it, in a clause; None where it does precompute.
+    """Return why `precompute: auto` does not precompute; None if it does.
 
     Args:
         device_bytes: memory of the device.
     """
     if settings.cache_bytes == 0:
-        return "cache_bytes 0 switches the cache off"
+        return "the cache is disabled (cache_bytes is 0)"
     if estimated.weights < _WORTHWHILE * device_bytes:
         share = f"less than {_WORTHWHILE:.0%} of the device's {device_bytes / _GB:.2f} GB"
-        return f"training could do without {estimated.weights / _GB:.2f} GB of weights alone, {share}"
+        return f"training could save only {estimated.weights / _GB:.2f} GB of weights, {share}"
     return too_large(estimated, settings)
 
 
 def too_large(estimated: Estimate, settings: RunSettings) -> str | None:
-    """Return why the cache cannot hold all of it, in a clause; None where it can."""
+    """Return why the cache is too small; None if it is large enough."""
     if estimated.nbytes <= settings.cache_bytes:
         return None
     return (
-        f"the frozen outputs need up to {estimated.nbytes} bytes, and cache_bytes is {settings.cache_bytes}: raise it"
+        f"the frozen outputs need up to {estimated.nbytes} bytes, but cache_bytes is "
+        f"{settings.cache_bytes}: increase it"
     )
 
 
 def _weights(model: VideoModel) -> dict[str, int]:
-    """Bytes by stage, of parts whose weights may be away."""
+    """Return bytes by stage, for parts whose weights can be released."""
     parts = getattr(model.components, "weights", {})
     return {stage: part.nbytes for stage, part in parts.items()}
 
@@ -102,11 +107,11 @@ def _weights(model: VideoModel) -> dict[str, int]:
 def _kept_latents(
     model: VideoModel, settings: RunSettings, steps: DenoiseSteps, stages: Sequence[str]
 ) -> tuple[int, int]:
-    """How many latents are kept of each sample, and of each held-out start."""
+    """Return the number of cached latents for each sample and for each validation sample."""
     ahead = int(model.experts[0].stage in stages and steps.high_noise > 0)
     if settings.rollout.policy != "base" or settings.noise_seed is None:
         return ahead, ahead
-    # Those before each step that may be the first live one, which the run adds.
+    # The latents before each step that may be the first live one, which the run adds.
     return ahead + (len(steps.may_be_live) if steps.drawn else 1), ahead
 
 
@@ -118,7 +123,7 @@ def _latents(model: VideoModel, shape: VideoShape) -> int:
 def _bytes_of_one(model: VideoModel, shape: VideoShape, kept_latents: int, clips: bool) -> int:
     given = model.denoiser_sample(shape)
     latents = _latents(model, shape)
-    # What the denoiser is not given as an input is put into its latents.
+    # Conditions that are not denoiser inputs are inserted into its latents.
     names = (*model.condition_names, *(["latents"] if clips else []))
     conditions = [given[name].nbytes if name in given else given["latents"].nbytes for name in names]
     return sum(conditions) + kept_latents * latents * _FP32_BYTES + (len(conditions) + kept_latents) * _HEADER_BYTES

@@ -1,4 +1,4 @@
-"""Which samples a run will look at, and in which batches: those of its validations, then those that it trains on."""
+"""The samples that a run will read, and their batches: first for validation, then for training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ Noise = Callable[[tuple[int, ...], Sequence[int]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where samples come from.
+    """A source of samples.
 
-    noise: from the shape (C, F, h, w) and the samples' indices, the start noise (B, C, F, h, w), on the CPU; None where
-        it is fresh at each step.
-    on_clips: whether the latents of the samples' own clips are needed.
-    autocast: the type that a run computes in where it looks at them first; None without autocast.
+    Attributes:
+        noise: maps the shape (C, F, h, w) and the samples' indices to start noise (B, C, F, h, w) on the CPU; None if
+            the noise is fresh at each step.
+        on_clips: whether the latents of the samples' own clips are needed.
+        autocast: autocast type when the run first uses the samples; None without autocast.
     """
 
     dataset: Dataset[Sample]
@@ -39,7 +40,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Visit:
-    """Samples that are looked at together. rows: their indices, each of them once in all visits to its source."""
+    """Samples that are processed together.
+
+    Attributes:
+        rows: their indices; each occurs once in all visits to its source.
+    """
 
     source: Source
     rows: tuple[int, ...]
@@ -48,7 +53,7 @@ class Visit:
         """Read the samples.
 
         Raises:
-            DataError: one of them cannot be read.
+            DataError: a sample cannot be read.
         """
         return collate([self.source.dataset[row] for row in self.rows])
 
@@ -62,14 +67,14 @@ def visits(
     step: int = 0,
     position: int = 0,
 ) -> list[Visit]:
-    """Return the visits of a run, each sample in the batch in which the run comes to it first.
+    """Return the visits of a run, with each sample in the batch in which the run uses it first.
 
-    A row of a batch may differ in its last bit with the others of the batch: so what is computed visit by visit is
-    what the run would have computed.
+    A row's last bits may depend on the other rows of its batch; visits with the same batches yield the same results as
+    the run.
 
     Args:
-        processes: of the run.
-        step, position: optimizer steps that it has done, and samples that were dealt in these.
+        processes: number of processes of the run.
+        step, position: completed optimizer steps, and samples used in these.
     """
     made = [] if validation is None else _of_validation(settings, validation, processes)
     return [*made, *_of_training(settings, dataset, processes, step, position)]
@@ -77,7 +82,7 @@ def visits(
 
 def _of_validation(settings: RunSettings, validation: Validation, processes: int) -> list[Visit]:
     noise = partial(_start_noise, validation.noise_seed)
-    # A step's inputs are those of a training step, here too.
+    # The inputs are those of a training step.
     source = Source(validation.dataset, noise, on_clips=settings.sft_weight > 0)
     starts, batches = list(validation.starts), []
     for process in range(processes):
@@ -97,14 +102,14 @@ def _of_training(
         autocast=torch.bfloat16 if train.mixed_precision == "bf16" else None,
     )
     samples = len(dataset)  # type: ignore[arg-type]
-    # All processes together go through what one would go through.
+    # All processes together cover what one process would.
     order = DataOrder(samples, train.per_device_train_batch_size, train.seed, position=position)
     batches = (train.max_train_steps - step) * train.gradient_accumulation_steps * processes
     return _first_visits(source, itertools.islice(order.batches(), batches), samples)
 
 
 def _first_visits(source: Source, batches: itertools.islice[list[int]] | list[list[int]], samples: int) -> list[Visit]:
-    """Return of each batch the samples that are in none before, until all have come."""
+    """Return, for each batch, the samples that are in no earlier batch, until all have occurred."""
     seen: set[int] = set()
     found = []
     for batch in batches:

@@ -1,6 +1,6 @@
-"""The LoRA of each trained expert: its parameters, and its files.
+"""The LoRA of each trained expert: its parameters and files.
 
-One LoRA is a PEFT folder, whichever expert has it. Those of two experts are two, `high_noise/` and `low_noise/`.
+One LoRA is a PEFT folder, for either expert. The LoRAs of two experts are two folders, `high_noise/` and `low_noise/`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from frostline.stages.video_model import Expert, VideoModel
 
 
 def trained_experts(model: VideoModel) -> tuple[Expert, ...]:
-    """Return the experts with a LoRA, that of the high noise levels first."""
+    """Return the experts with a LoRA; the one for high noise levels comes first."""
     return tuple(expert for expert in model.experts if expert.trained)
 
 
 def trainable_parameters(model: VideoModel) -> dict[str, nn.Parameter]:
-    """Return the LoRA matrices by name; of two experts, `high_noise.` or `low_noise.` stands before the name."""
+    """Return the LoRA matrices by name, with the prefix `high_noise.` or `low_noise.` for two trained experts."""
     return {
         f"{part}.{name}" if part else name: parameter
         for part, expert in _by_part(model).items()
@@ -34,7 +34,7 @@ def save_adapters(model: VideoModel, folder: Path) -> None:
     """Write each LoRA as PEFT files.
 
     Raises:
-        DataError: the folder cannot be written to.
+        DataError: the folder cannot be written.
     """
     config = model.lora_config
     assert config is not None
@@ -43,12 +43,12 @@ def save_adapters(model: VideoModel, folder: Path) -> None:
 
 
 def load_adapters(model: VideoModel, folder: Path, rank: int) -> None:
-    """Copy the LoRA in PEFT files into that of each trained expert, whose memory stays the engines'.
+    """Copy the LoRA in PEFT files into that of each trained expert, in place, so that engines stay bound to it.
 
     Args:
-        rank: of the model's LoRA.
+        rank: rank of the model's LoRA.
     Raises:
-        ConfigError: files are missing, or it is another adapter than the model's; nothing is changed then.
+        ConfigError: files are missing, or the adapter differs from the model's; nothing is changed then.
     """
     layer_path, experts = family_of(model.components).layer_path, _by_part(model)
     found = {}
@@ -66,6 +66,6 @@ def load_adapters(model: VideoModel, folder: Path, rank: int) -> None:
 
 
 def _by_part(model: VideoModel) -> dict[str, Expert]:
-    """The trained experts by the names of their parts of files; "" where there is one."""
+    """Return the trained experts by the names of their subfolders; "" for a single one."""
     trained = trained_experts(model)
     return {"": trained[0]} if len(trained) == 1 else dict(zip(EXPERT_PARTS.values(), trained, strict=True))

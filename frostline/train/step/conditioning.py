@@ -1,4 +1,4 @@
-"""What a sample gives to a training step: all of it frozen, so computed once and cached."""
+"""The frozen inputs of a training step, computed once for each sample and cached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from frostline.stages.conditions import Condition, ConditionInputs
 from frostline.train.data.batch import Batch, check_batch, fit_to_model
 from frostline.train.data.needs import SampleNeeds
 
-# What this file imports is part of what its results are cached by.
+# The imports of this file are part of the cache key of its results.
 if TYPE_CHECKING:
     from frostline.rewards.active import ActiveReward
     from frostline.runtime.runtime import Runtime
@@ -27,17 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The frozen inputs of a step for B samples; what `TrainingModule.forward_preprocess` returns.
+    """The frozen inputs of a step for B samples; the return value of `TrainingModule.forward_preprocess`.
 
-    sample_id: names for logs. keys: content keys of the samples' conditions. sample_keys: of what rewards refer to.
-    latent_shape: (C, F, h, w) of what is denoised.
-    conditions: what the model is conditioned on, by name, tensors of B rows; see `VideoModel.conditions`.
-    stages: that the conditions were computed by.
-    sample: what rewards are told of the samples.
-    clip_latents: of the samples' own clips, (B, C, F, h, w), and which latent frames are no padding, (B, F) bool; None
-        where no loss looks at them.
-    references: what each reward keeps of the reference, tensors of B rows; nothing of one that needs no reference and
-        no prompt.
+    Attributes:
+        sample_id: names for logs.
+        keys: content keys of the samples' conditions.
+        sample_keys: content keys of the inputs of rewards.
+        latent_shape: (C, F, h, w) of the denoised latents.
+        conditions: conditions of the model by name, tensors of B rows; see `VideoModel.conditions`.
+        stages: stages that computed the conditions.
+        sample: the inputs of rewards.
+        clip_latents: latents of the samples' own clips, (B, C, F, h, w), and whether each latent frame is not padding,
+            (B, F) bool; None if no loss uses them.
+        references: data that each reward keeps of the reference, tensors of B rows; empty for a reward that uses
+            neither reference nor prompt.
     """
 
     sample_id: tuple[str, ...]
@@ -52,11 +55,11 @@ class Conditioning:
 
     @property
     def device(self) -> torch.device:
-        """Where the conditions are."""
+        """Return the device of the conditions."""
         return next(iter(self.conditions.values())).device
 
     def repeated(self, times: int) -> Conditioning:
-        """Return what rewards are told of clips that were generated so often: all samples, then all again."""
+        """Return the inputs of rewards for several clips per sample: all samples, then all again."""
         if times == 1:
             return self
         sample = self.sample.rows([*range(len(self.sample_id))] * times)
@@ -68,10 +71,12 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class FittedBatch:
-    """B samples as a step takes them, nothing of them computed yet.
+    """B samples in the format of a step, with nothing computed yet.
 
-    video: (B, T, 3, H, W) in [0, 1], on the CPU, of a size that the model takes. sample_keys: content keys of what
-    rewards refer to. sample: what rewards are told of the samples, on the model's device.
+    Attributes:
+        video: (B, T, 3, H, W) in [0, 1], on the CPU, with a size that the model supports.
+        sample_keys: content keys of the inputs of rewards.
+        sample: the inputs of rewards, on the model's device.
     """
 
     batch: Batch
@@ -80,12 +85,12 @@ class FittedBatch:
     sample: RewardInputs
 
     def latent_shape(self, model: VideoModel) -> tuple[int, int, int, int]:
-        """(C, F, h, w) of what is denoised."""
+        """Return (C, F, h, w) of the denoised latents."""
         return (model.latent_channels, *model.geometry.latent_grid(self.video.shape[1], *self.video.shape[-2:]))
 
 
 class Conditioner:
-    """Computes conditionings through the runtime, one cached entry per sample and condition."""
+    """Computes conditionings through the runtime, with one cache entry per sample and condition."""
 
     def __init__(
         self,
@@ -106,10 +111,11 @@ class Conditioner:
 
     @torch.no_grad()
     def __call__(self, data: object) -> Conditioning:
-        """Check and fit `data`, then compute or recall all conditions; see `check_batch` for the contract.
+        """Check and resize `data`, then compute all conditions or read them from the cache; see `check_batch` for the
+        format.
 
         Raises:
-            DataError: `data` breaks the contract, or a sample without a video needs one.
+            DataError: `data` is invalid, or a sample without a video needs one.
         """
         fitted = self.fit(data)
         conditions = self.conditions(fitted)
@@ -121,12 +127,12 @@ class Conditioner:
         )
 
     def fit(self, data: object) -> FittedBatch:
-        """Check a batch and fit it to the model; raises as a call does."""
+        """Check a batch and resize it for the model; raises like `__call__`."""
         model = self.model
         batch = check_batch(data)
         self._check_videos(batch)
         video, _ = fit_to_model(batch.video, model.geometry)
-        # Before the video moves: a hash is computed in main memory.
+        # Before the video is moved: hashes are computed in main memory.
         own_frames = tuple(_reference_frames(frames) for frames in batch.valid_frames)
         own = zip(batch.prompt, video, own_frames, batch.reference, strict=True)
         sample_keys = [
@@ -138,7 +144,7 @@ class Conditioner:
         return FittedBatch(batch, video, tuple(sample_keys), sample)
 
     def conditions(self, fitted: FittedBatch) -> Sequence[Condition]:
-        """Return the model's conditions of a batch, none of them computed yet."""
+        """Return the model's conditions of a batch, not yet computed."""
         batch, video = fitted.batch, fitted.video
         inputs = ConditionInputs(batch.sample_id, batch.prompt, video[:, 0], video.shape[1])
         return self.model.conditions(inputs, self.runtime)
@@ -150,7 +156,7 @@ class Conditioner:
         references: tuple[Mapping[str, Tensor], ...] = (),
         clip_latents: tuple[Tensor, Tensor] | None = None,
     ) -> Conditioning:
-        """Compute or recall the conditions of a batch."""
+        """Compute the conditions of a batch, or read them from the cache."""
         return Conditioning(
             sample_id=fitted.batch.sample_id,
             keys=row_keys(conditions),
@@ -164,11 +170,11 @@ class Conditioner:
         )
 
     def cached(self, condition: Condition) -> dict[str, Tensor]:
-        """Compute or recall what is frozen, tensors of B rows."""
+        """Compute a frozen result, or read it from the cache; return tensors of B rows."""
         return self.cached_rows(condition.name, condition.stages, condition.keys, condition.compute)
 
     def references(self, sample: RewardInputs, sample_keys: Sequence[str]) -> tuple[Mapping[str, Tensor], ...]:
-        """Compute or recall what each reward is to know of samples.
+        """Compute the references of each reward for samples, or read them from the cache.
 
         Args:
             sample_keys: content keys of the samples.
@@ -177,17 +183,19 @@ class Conditioner:
         return tuple({} if each is None else self.cached(each) for each in frozen)
 
     def check(self, inputs: object) -> Conditioning:
-        """`inputs`, which must be what a conditioner of this model returned.
+        """Return `inputs` if a conditioner of this model created it.
 
         Raises:
-            DataError: it is something else, or of a model that takes other conditions or has other rewards.
+            DataError: it is something else, or belongs to a model with other conditions or rewards.
         """
         if not isinstance(inputs, Conditioning):
-            raise DataError(f"inputs: must be what forward_preprocess returned, not {type(inputs).__name__}")
+            raise DataError(f"inputs: must be the return value of forward_preprocess, not {type(inputs).__name__}")
         model = self.model
         fits = tuple(inputs.conditions) == model.condition_names and inputs.latent_shape[0] == model.latent_channels
         if not fits or len(inputs.references) != len(self.rewards):
-            raise DataError("inputs: are of another model or other rewards: use this module's own forward_preprocess")
+            raise DataError(
+                "inputs: belong to another model or to other rewards: use this module's own forward_preprocess"
+            )
         return inputs
 
     def cached_rows(
@@ -197,19 +205,19 @@ class Conditioner:
         keys: Sequence[str],
         compute: Callable[[list[int]], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Tensors of a batch, row by row from the cache; the rows that are missing are computed in one call.
+        """Return tensors of a batch, row by row from the cache; missing rows are computed in one call.
 
         Args:
-            what: names the result.
-            stages: whose weights and backends it depends on.
+            what: name of the result.
+            stages: stages whose weights and backends it depends on.
             keys: content key of each row.
-            compute: from row indices to tensors with one row each.
+            compute: maps row indices to tensors with one row each.
         """
         if self.cache is None:
             return dict(compute(list(range(len(keys)))))
         full = self.entry_keys(what, stages, keys, compute.__module__)
         rows = [self.cache.get(key, device=self.model.device) for key in full]
-        # The same sample twice in a batch is computed once.
+        # A sample that occurs twice in a batch is computed once.
         missing = list({full[i]: i for i, row in enumerate(rows) if row is None}.values())
         if missing:
             computed = compute(missing)
@@ -220,10 +228,10 @@ class Conditioner:
         return {name: torch.stack([row[name] for row in present]) for name in present[0]}
 
     def entry_keys(self, what: str, stages: Sequence[str], keys: Sequence[str], code: str) -> list[str]:
-        """Return the keys in the cache of what `cached_rows` is asked for.
+        """Return the cache keys that `cached_rows` uses.
 
         Args:
-            what, stages, keys: as there.
+            what, stages, keys: see there.
             code: the module of the function that computes it.
         """
         depends = [self.runtime.fingerprint(stage) for stage in stages]
@@ -233,13 +241,13 @@ class Conditioner:
     def _clip_latents(self, fitted: FittedBatch) -> tuple[Tensor, Tensor]:
         each = self.model.clip_latents(fitted.video, self.runtime)
         latents = self.cached(each)[each.name]
-        # A latent frame counts where all the frames that it stands for do.
+        # A latent frame counts if all frames that it represents count.
         whole = [1 + (frames - 1) // self.model.geometry.temporal_stride for frames in fitted.batch.valid_frames]
         counted = torch.arange(latents.shape[2]) < torch.tensor(whole)[:, None]
         return latents, counted.to(latents.device)
 
     def _computation(self, code: str, stages: Sequence[str]) -> str:
-        """Of a module and the stages that it runs."""
+        """Return the computation id of a module and the stages that it runs."""
         parts = (code, *stages)
         if parts not in self._computations:
             of_stages = {name for stage in stages for name in stage_code(self.runtime.stages[stage])}
@@ -249,10 +257,11 @@ class Conditioner:
     def _check_videos(self, batch: Batch) -> None:
         for name, frames, pictures in zip(batch.sample_id, batch.valid_frames, batch.reference, strict=True):
             if frames == 0 and (reason := self.needs.refuses_without_video(pictures is not None)):
-                raise DataError(f"sample {name}, field 'video': there is none (valid_frames is 0), and {reason}")
+                raise DataError(f"sample {name}, field 'video': there is none (valid_frames is 0), but {reason}")
 
     def reference_of(self, active: ActiveReward, sample: RewardInputs, keys: Sequence[str]) -> Condition | None:
-        """What a reward is to know of each sample, by its own frames and pictures, not computed yet; None if nothing.
+        """Return the references of a reward for each sample, from its frames and pictures, not yet computed; None if it
+        uses none.
 
         Args:
             keys: content keys of the samples.
@@ -261,7 +270,7 @@ class Conditioner:
             return None
 
         def compute(rows: list[int]) -> dict[str, Tensor]:
-            # In float32 as `score` is, whatever autocast the step runs in: what is cached must not depend on it.
+            # In float32, like `score`: cached values must not depend on the autocast of the step.
             with torch.autocast(sample.video.device.type, enabled=False):
                 return dict(_by_length(active, sample.rows(rows), self.runtime))
 
@@ -276,23 +285,23 @@ def row_keys(conditions: Sequence[Condition]) -> tuple[str, ...]:
 
 
 def stages_of(conditions: Sequence[Condition]) -> tuple[str, ...]:
-    """Return the stages that compute the conditions, each once."""
+    """Return the stages that compute the conditions, without duplicates."""
     return tuple(dict.fromkeys(stage for each in conditions for stage in each.stages))
 
 
 def _reference_frames(valid_frames: int) -> int:
-    """How many frames of a video a reward refers to: none that pads it, but of a picture the copy behind it.
+    """Return how many frames of a video a reward uses: without padding, but for a picture including one copy.
 
-    Rewards leave out frame 0, which the generated video is given; of a picture, that frame is all there is.
+    Rewards skip frame 0, which is given to the generated video; a picture has only that frame.
     """
     return max(2, valid_frames) if valid_frames else 0
 
 
 def _by_length(active: ActiveReward, sample: RewardInputs, runtime: Runtime) -> Mapping[str, Tensor]:
-    """A reward's references of samples, of which each counts as far as its number of frames, or by its pictures.
+    """Compute a reward's references for samples with different numbers of valid frames, or with pictures.
 
     Raises:
-        ConfigError: what the reward keeps is of another shape for fewer frames.
+        ConfigError: the shape of a reference depends on the number of frames.
     """
     whole = min(sample.valid_frames) >= sample.video.shape[1]
     if whole and all(pictures is None for pictures in sample.reference):
@@ -302,7 +311,7 @@ def _by_length(active: ActiveReward, sample: RewardInputs, runtime: Runtime) -> 
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     except RuntimeError as error:
         raise ConfigError(
-            f"the reward {active.name} keeps something of each frame, and clips differ in length "
-            f"({sorted({*sample.valid_frames})} frames) or have references of their own: leave out those that are "
-            "shorter than num_frames, and the column reference"
+            f"the reward {active.name} stores data of each frame, but clips have different lengths "
+            f"({sorted({*sample.valid_frames})} frames) or their own references: remove clips that "
+            "are shorter than num_frames, and the column reference"
         ) from error

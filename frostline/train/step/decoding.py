@@ -12,7 +12,7 @@ from frostline.runtime.stage import Tensors
 from frostline.stages.video_model import Decoder
 from frostline.train.memory.recompute import decode_recomputed
 
-# What the clock calls decoding with a gradient.
+# Name of decoding with a gradient in timings.
 _DECODE = "vae_decoder_live"
 
 
@@ -28,10 +28,10 @@ def decode_live(
 
     Args:
         how: what backward recomputes.
-        engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
-        window: the latent frames to decode, by default all. The frames before them are decoded without gradient, by
-            the backend that the plan names, for the caches of the causal decoder alone: the frames of the window are
-            those of the whole clip, and their gradient is that of the whole clip with these caches detached.
+        engine_forward: run the first forward pass of recomputed parts in the runtime; otherwise PyTorch runs both.
+        window: the latent frames to decode, by default all. The preceding frames are decoded without a gradient, by the
+            planned backend, to obtain the caches of the causal decoder. The frames of the window equal those of the
+            whole clip, and their gradient is that of the whole clip with detached caches.
     """
     first, end, _ = window.indices(latents.shape[2])
     latents = latents[:, :, :end].to(decoder.dtype)
@@ -44,7 +44,7 @@ def decode_live(
     backend = TORCH
     if engine_forward:
         backend, engines = runtime.networks_at(decoder.stage, {"latents": latents.detach()})
-        # The stage's own networks in PyTorch are made to be traced, and slower.
+        # The stage's own networks are designed for tracing, and slower in PyTorch.
         forward = recompute if backend == TORCH else engines
     with runtime.clock.measure(_DECODE, backend):
         video = decode_recomputed(
@@ -58,7 +58,7 @@ def decode_live(
 
 
 def to_frames(video: Tensor) -> Tensor:
-    """(B, T, 3, H, W) float32 in [0, 1] of what the VAE gives, (B, 3, T, H, W) in [-1, 1]."""
+    """Convert the VAE's output (B, 3, T, H, W) in [-1, 1] to (B, T, 3, H, W) float32 in [0, 1]."""
     return (video.float().transpose(1, 2) + 1) / 2
 
 

@@ -1,4 +1,4 @@
-"""One reward-feedback training step of a video diffusion model, its frozen stages in engines."""
+"""One reward-feedback training step of a video diffusion model, with frozen stages on engines."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ log = logging.getLogger(__name__)
 
 
 class TrainingModule(nn.Module):
-    """Computes the reward and KL loss of a batch, gradient to the LoRA only.
+    """Computes the reward and KL loss of a batch; gradients flow only to the LoRA weights.
 
     Args:
-        components: a loaded model of any family; its denoiser receives LoRA layers in place.
+        components: a loaded model of any family; LoRA layers are added to its denoiser in place.
         settings: see `TrainingModuleSettings`.
         plan, engines, strict: see `Runtime`.
-        shapes: the range of shapes that engines serve; part of their key.
+        shapes: the range of shapes that engines support; part of their key.
     """
 
     def __init__(
@@ -74,42 +74,42 @@ class TrainingModule(nn.Module):
         if self.settings.gradient_checkpointing != AUTO:
             self.checkpoint(self.settings.gradient_checkpointing)
         self.last_metrics: StepMetrics | None = None
-        # Of the next step; whoever trains adapts it where there is a `kl_target`.
+        # Weight for the next step; the training loop adapts it if there is a `kl_target`.
         self.kl_weight = self.settings.kl_weight
 
     @property
     def model(self) -> VideoModel:
-        """The video model, its LoRA injected."""
+        """Return the video model with its LoRA."""
         return self.parts.model
 
     @property
     def components(self) -> Any:
-        """The loaded model as it was given."""
+        """Return the loaded components."""
         return self.model.components
 
     @property
     def runtime(self) -> Runtime:
-        """What serves the frozen stages."""
+        """Return the runtime of the frozen stages."""
         return self.parts.runtime
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The frozen stages by name."""
+        """Return the frozen stages by name."""
         return self.runtime.stages
 
     @property
     def conditioner(self) -> Conditioner:
-        """What computes frozen inputs."""
+        """Return the conditioner, which computes frozen inputs."""
         return self.parts.conditioner
 
     @property
     def rewards(self) -> tuple[ActiveReward, ...]:
-        """The rewards, each with its part in the loss."""
+        """Return the rewards with their settings for the loss."""
         return self.parts.rewards
 
     @property
     def trained_experts(self) -> tuple[Expert, ...]:
-        """The denoisers with a LoRA, that of the high noise levels first."""
+        """Return the denoisers with a LoRA; the one for high noise levels comes first."""
         return trained_experts(self.model)
 
     @classmethod
@@ -128,15 +128,15 @@ class TrainingModule(nn.Module):
         text_encoder_quantization: Quantization = "none",
         **settings: Any,
     ) -> Self:
-        """Load a model and make it trainable.
+        """Load a model and add a trainable LoRA.
 
         Args:
             model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `family_of`.
-            base_adapters: merged into the denoisers whenever these are read; mappings are as in a run's settings.
+            base_adapters: merged into the denoisers each time these are read; mappings as in the settings of a run.
             quantization, text_encoder_quantization: see `QuantizationSettings`.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
-            ConfigError: files or settings are not usable.
+            ConfigError: files or settings are invalid.
         """
         parsed = TrainingModuleSettings.parse(settings)
         adapters = BaseAdapter.parse_all(base_adapters)
@@ -150,7 +150,7 @@ class TrainingModule(nn.Module):
         return module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A module with weights, LoRA and stages of its own; the cache of frozen outputs is shared, by content."""
+        """Return a module with its own weights, LoRA and stages; the cache of frozen outputs is shared."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         memo[id(self.parts.cache)] = self.parts.cache
@@ -159,40 +159,41 @@ class TrainingModule(nn.Module):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "a training module holds engines of this process and cannot be pickled: save the adapter with "
-            "`module.save_adapter(folder)`, and call `from_pretrained` and `load_adapter` in the other process"
+            "a training module contains engines of this process and cannot be pickled: save the "
+            "adapter with `module.save_adapter(folder)`, and call `from_pretrained` and "
+            "`load_adapter` in the other process"
         )
 
     def forward_preprocess(self, data: Mapping[str, Any]) -> Conditioning:
-        """Check `data` and compute its frozen conditions, from the cache where they are known.
+        """Check `data` and compute its frozen conditions, or read them from the cache.
 
         Args:
-            data: `{"prompt": list[str], "video": float (B, T, C, H, W) in [0, 1]}`, optionally `"sample_id"`,
-                `"valid_frames"`, `"reference"` and `"fps"`; see `check_batch`.
+            data: `{"prompt": list[str], "video": float (B, T, C, H, W)}` with values in [0, 1], optionally
+                `"sample_id"`, `"valid_frames"`, `"reference"` and `"fps"`; see `check_batch`.
         Raises:
-            DataError: names sample, field and what to do.
+            DataError: `data` is invalid; the message names sample, field and remedy.
         """
         return self.conditioner(data)
 
     def forward(self, data: Mapping[str, Any], inputs: Conditioning | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute a step as `step` does, whose metrics are then in `last_metrics`.
+        """Compute a step (see `step`), and store its metrics in `last_metrics`.
 
         Returns:
-            loss (with graph), face_score (the first reward's score, whatever it rewards) and kl_loss, each 0-dim.
+            loss (with graph), face_score (the first reward's score, for any reward) and kl_loss, each 0-dim.
         """
         result = self.step(data, inputs)
         self.last_metrics = result.metrics
         return result.loss, result.score, result.kl_loss
 
     def step(self, data: Mapping[str, Any], inputs: Conditioning | None = None) -> StepResult:
-        """One step: condition, rollout, tail, decode, reward, loss.
+        """Compute one step: condition, rollout, tail, decode, reward, loss.
 
         Args:
-            data: as for `forward_preprocess`; not looked at where `inputs` is given.
-            inputs: what `forward_preprocess` returned, to use it again.
+            data: see `forward_preprocess`; ignored if `inputs` is given.
+            inputs: the return value of `forward_preprocess`, for reuse.
         Raises:
-            DataError: `data` is not as it should be; names sample, field and what to do. Or `inputs` is none
-                of `forward_preprocess`, or of that of another model.
+            DataError: `data` is invalid (the message names sample, field and remedy), or `inputs` was not created by
+                `forward_preprocess` of this model.
             ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
@@ -218,21 +219,20 @@ class TrainingModule(nn.Module):
         return step_result(rewarded.sample_id, scores, reward, sampled, self.kl_weight, sft, stages)
 
     def checkpoint(self, kind: GradientCheckpointing) -> None:
-        """Recompute so much in backward from now on."""
+        """Set what backward recomputes from now on."""
         self.gradient_checkpointing = kind
-        # Under "full" too: when a whole forward is recomputed, all its blocks at once would be too much.
-        # Of an expert without LoRA, too: the gradient may pass through it.
+        # Also with "full": when a whole forward pass is recomputed, the activations of all blocks would need too much
+        # memory. Also for an expert without a LoRA, because the gradient may pass through it.
         for expert in self.model.experts:
             expert.module.checkpoint_blocks = kind != "none"
 
     def settle_checkpointing(self, shape: VideoShape) -> None:
-        """Where gradient checkpointing is chosen by memory, choose it for steps of this shape.
+        """Choose gradient checkpointing for steps of this shape, if it is chosen by memory.
 
-        `forward` does so by itself for the first shape, and in a single process for each that is larger than those
-        before.
+        `forward` calls this for the first shape and, in a single process, for each larger shape.
 
         Raises:
-            ConfigError: the weights are sharded already.
+            ConfigError: the weights are already sharded.
         """
         if self.settings.gradient_checkpointing == AUTO:
             # Takes a second to import.
@@ -241,10 +241,10 @@ class TrainingModule(nn.Module):
             parameters = (parameter for expert in self.model.experts for parameter in expert.module.parameters())
             if any(isinstance(parameter, DTensor) for parameter in parameters):
                 raise ConfigError(
-                    "gradient_checkpointing: auto has to be settled before weights are sharded: call "
-                    "settle_checkpointing(shape) first, or name the kind"
+                    "gradient_checkpointing: auto must be settled before weights are sharded: call "
+                    "settle_checkpointing(shape) first, or set the kind"
                 )
-            # What stages and engines have not loaded yet takes its part of what is free now.
+            # Reserve memory for stages and engines that are not loaded yet.
             free = max(0, free_bytes(self.model.device) - self.runtime.pending_bytes())
             rewards = [active.reward for active in self.rewards]
             self.checkpoint(fitting_checkpointing(self.model, self.settings, shape, free, rewards))
@@ -253,13 +253,14 @@ class TrainingModule(nn.Module):
     def score(
         self, frames: Tensor, conditioning: Conditioning, latents: Tensor | None = None
     ) -> list[tuple[ActiveReward, RewardScore]]:
-        """What each reward says of generated (B, T, 3, H, W) frames in [0, 1], differentiable to the frames.
+        """Score generated (B, T, 3, H, W) frames in [0, 1] with each reward; differentiable with respect to the frames.
 
         Args:
-            latents: (B, C, F, h, w) that the frames were decoded from, to which scores are differentiable too.
+            latents: (B, C, F, h, w) from which the frames were decoded; scores are differentiable with respect to them,
+                too.
         """
         sample = replace(conditioning.sample, latents=latents)
-        # In float32, whatever autocast the step runs in.
+        # In float32, independent of the autocast of the step.
         with torch.autocast(frames.device.type, enabled=False):
             return [
                 (active, active.score(frames, sample, references, self.runtime))
@@ -268,24 +269,24 @@ class TrainingModule(nn.Module):
 
     @torch.no_grad()
     def generate(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """Sample videos with every stage frozen: `generate_latents`, decoded.
+        """Sample videos with all stages frozen: `generate_latents`, then decode.
 
         Args:
             noise: (B, C, F, h, w), standard normal.
         Returns:
             (B, T, 3, H, W) in [0, 1].
         Raises:
-            DataError: `conditioning` is none of `forward_preprocess`, or of that of another model.
+            DataError: `conditioning` was not created by `forward_preprocess` of this model.
         """
         return self.decode(self.generate_latents(conditioning, noise))
 
     @torch.no_grad()
     def generate_latents(self, conditioning: Conditioning, noise: Tensor, comes_again: bool = False) -> Tensor:
-        """Sample latents (B, C, F, h, w) float32 with every stage frozen; see `generate`.
+        """Sample latents (B, C, F, h, w) float32 with all stages frozen; see `generate`.
 
         Args:
-            comes_again: that the same noise will be given for these samples again: what the leading steps without LoRA
-                make of it is cached.
+            comes_again: whether the same noise will be used for these samples again, so that the latents after the
+                leading steps without LoRA are cached.
         """
         conditioning = self.conditioner.check(conditioning)
         steps, sampler = self.settings.num_inference_steps, self.parts.sampler
@@ -299,9 +300,9 @@ class TrainingModule(nn.Module):
         return to_frames(self.runtime[decoder.stage](latents=latents.to(decoder.dtype))["video"])
 
     def noise(self, conditioning: Conditioning) -> Tensor:
-        """The start noise (B, C, F, h, w): the same for every sample and step, or fresh ones.
+        """Return the start noise (B, C, F, h, w): the same for every sample and step, or fresh noise.
 
-        Drawn on the CPU, so that it does not depend on the device.
+        Generated on the CPU, so that it does not depend on the device.
         """
         count, shape = len(conditioning.sample_id), conditioning.latent_shape
         device = conditioning.device
@@ -310,18 +311,20 @@ class TrainingModule(nn.Module):
         return fixed_noise(self.settings.noise_seed, count, shape).to(device)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The LoRA matrices by name; of two trained experts, `high_noise.` or `low_noise.` stands before it."""
+        """Return the LoRA matrices by name; with two trained experts, names have the prefix `high_noise.` or
+        `low_noise.`.
+        """
         return trainable_parameters(self.model)
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the LoRA as PEFT files; those of two experts into `high_noise/` and `low_noise/` of the folder."""
+        """Write the LoRA as PEFT files; for two experts, to the subfolders `high_noise/` and `low_noise/`."""
         save_adapters(self.model, Path(folder))
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Copy the LoRA in PEFT files into this module's, whose memory stays the engines'.
+        """Copy the LoRA in PEFT files into this module's LoRA, in place, so that engines stay bound to it.
 
         Raises:
-            ConfigError: files are missing, or it is another adapter than this module's settings ask for.
+            ConfigError: files are missing, or the adapter does not match this module's settings.
         """
         load_adapters(self.model, Path(folder), self.settings.lora.rank)
 
@@ -332,14 +335,14 @@ class TrainingModule(nn.Module):
         geometry, count = self.model.geometry, len(conditioning.sample_id)
         stride = geometry.spatial_stride
         shape = VideoShape(count, geometry.num_frames(frames), height * stride, width * stride)
-        # One of several processes cannot choose alone: where weights are sharded, all gather them at the same moments.
+        # With sharded weights, a process cannot choose alone: all processes gather the weights at the same time.
         settled = self._settled_for
         larger = settled is not None and process_count() == 1 and shape.pixels > settled.pixels
         if self.gradient_checkpointing is None or larger:
             self.settle_checkpointing(shape)
 
     def _rollout(self, conditioning: Conditioning, live: Sequence[int]) -> Tensor:
-        """The latents before the first live step with a LoRA."""
+        """Return the latents before the first live step with a LoRA."""
         steps, sampler, stale = self.parts.steps, self.parts.sampler, self.parts.stale
         recallable = None if self.settings.noise_seed is None else self.conditioner
         noise = self.noise(conditioning)
@@ -360,14 +363,14 @@ class TrainingModule(nn.Module):
         return stale.reuse(keys, head, latents.device)
 
     def _decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
-        """The frames that rewards see: the start frame, and those of the window, or of the whole clip."""
+        """Return the frames that rewards use: the start frame, and those of the window or of the whole clip."""
         window, how = self.settings.decode.draw(latents.shape[2]), self.gradient_checkpointing
         decoder, engine_forward = self.model.decoder(), self.settings.engine_forward
         frames = decode_live(decoder, latents, self.runtime, how, engine_forward, window)
         return torch.cat([conditioning.sample.video[:, :1].to(frames), frames], dim=1) if window.start else frames
 
     def _saved_tensors(self) -> AbstractContextManager[object]:
-        """Where autograd keeps what backward needs."""
+        """Set where autograd stores the tensors for backward."""
         if not self.settings.offload_saved_tensors or not torch.is_grad_enabled():
             return nullcontext()
         return saved_in_main_memory(

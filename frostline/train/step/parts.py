@@ -1,4 +1,4 @@
-"""The parts of a training step, made from a loaded model and settings."""
+"""The parts of a training step, created from a loaded model and settings."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from frostline.train.step_settings import TrainingModuleSettings
 
 @dataclass(frozen=True)
 class StepParts:
-    """What a step is computed with.
+    """The parts of a training step.
 
-    steps: which of its denoise steps are frozen, live, and of which expert. stale: where the latents before the first
-    live step are reused from earlier optimizer steps.
+    Attributes:
+        steps: which denoising steps are frozen or live, and their experts.
+        stale: stores latents before the first live step for reuse in later optimizer steps.
     """
 
     model: VideoModel
@@ -51,15 +52,15 @@ def build_parts(
     strict: bool,
     shapes: ShapeRange,
 ) -> StepParts:
-    """Inject the LoRA, build stages and rewards, verify engines that were built elsewhere, and choose the plan.
+    """Inject the LoRA, create stages and rewards, verify engines that were built elsewhere, and choose the plan.
 
     Args:
-        components: a loaded model of any family, which receives LoRA layers in place.
+        components: a loaded model of any family; LoRA layers are added in place.
         plan, engines, strict: see `Runtime`.
     Raises:
-        ConfigError: LoRA, rewards or plan cannot be had as the settings ask.
+        ConfigError: LoRA, rewards or plan cannot be created from the settings.
     """
-    # The model first: its LoRA follows from the seed, whatever random numbers the networks of rewards begin with.
+    # The model first, so that its LoRA only depends on the seed, not on random numbers of the networks of rewards.
     model = family_of(components).video_model(components, settings.lora)
     rewards = build_rewards(settings.rewards, model.device, shapes)
     stages = stage_model(model, [stage for active in rewards for stage in active.stages], shapes).stages

@@ -1,4 +1,4 @@
-"""What a training step returns."""
+"""The result of a training step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from frostline.train.step.rollout import Sampled
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured.
+    """The metrics of one step.
 
-    sample_id: names of the samples.
-    per_sample: what the rewards measured of each, by name: every reward's score (`face_score`, …) and its further
-        metrics (`detection_rate`, `face_score_missing_zero`, …).
-    scores: of each reward, the sum over the samples that count, and how many those are.
-    kl: of each live step that was compared with the model without LoRA, by step. kl_weight: of their mean in the loss.
-    sft_loss: flow-matching loss of the data's own clips; None where it has no part in the loss.
-    stages: time in each use of a stage and its backend: by the stage's name where it is frozen, and of live uses by
-        `denoise_tail`, `vae_decoder_live`, `face_embedder_live`.
+    Attributes:
+        sample_id: names of the samples.
+        per_sample: by name, the score of every reward (`face_score`, …) and its further metrics (`detection_rate`,
+            `face_score_missing_zero`, …) for each sample.
+        scores: for each reward, the sum over the samples that count, and their number.
+        kl: KL term of each live step that was compared with the model without LoRA, by step.
+        kl_weight: weight of the mean KL term in the loss.
+        sft_loss: flow-matching loss of the data's own clips; None if it is not part of the loss.
+        stages: time and backend of each use of a stage: by the name of a frozen stage, or `denoise_tail`,
+            `vae_decoder_live`, `face_embedder_live` for live uses.
     """
 
     sample_id: tuple[str, ...]
@@ -39,9 +41,12 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step.
+    """The result of one step.
 
-    loss: 0-dim with graph. score: of the first reward, kl_loss: mean of the live steps' KL terms; 0-dim without graph.
+    Attributes:
+        loss: 0-dim with graph.
+        score: score of the first reward, 0-dim without graph.
+        kl_loss: mean KL term of the live steps, 0-dim without graph.
     """
 
     loss: Tensor
@@ -62,7 +67,7 @@ def step_result(
     """Return the loss with the metrics of its parts: `reward.loss + kl_weight * kl_loss + sft_weight * sft_loss`.
 
     Args:
-        sft: weight and value of the flow-matching loss, where there is one.
+        sft: weight and value of the flow-matching loss, if used.
     """
     per_sample = {}
     for active, score in scores:

@@ -21,8 +21,8 @@ from frostline.train.step.conditioning import Conditioner, Conditioning
 from frostline.train.step.kl import velocity_kl
 
 _TAIL = "denoise_tail"
-# Up to so many positions of latents, the KL references of a whole tail are one call: beyond, one step's alone fill the
-# device, and the others would only add to the memory that is needed.
+# Maximum number of latent positions for computing the KL references of a whole tail in one call: above it, one step
+# already uses the whole device, and a larger batch would only need more memory.
 _POSITIONS_AT_ONCE = 32768
 
 
@@ -30,8 +30,9 @@ _POSITIONS_AT_ONCE = 32768
 class TailOptions:
     """How the live steps are computed.
 
-    recompute: keep only the latents of each live step for backward.
-    engine_forward: let the runtime serve what is recomputed; else PyTorch does both.
+    Attributes:
+        recompute: keep only the latents of each live step for backward.
+        engine_forward: run the first forward pass of recomputed parts in the runtime; otherwise PyTorch runs both.
     """
 
     recompute: bool = False
@@ -40,12 +41,13 @@ class TailOptions:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the tail leaves.
+    """The result of the tail.
 
-    latents: (B, C, F, h, w) with graph; with `lv_samples` N, (B + N B, C, F, h, w), the further clips of all samples
-        after the generated ones.
-    kl: the KL terms that were computed, by step, 0-dim with graph.
-    kl_loss: their mean over all live steps, or an unbiased estimate of it, 0-dim with graph.
+    Attributes:
+        latents: (B, C, F, h, w) with graph; with `lv_samples` N, (B + N B, C, F, h, w), with the additional clips of
+            all samples after the generated ones.
+        kl: the computed KL terms by step, 0-dim with graph.
+        kl_loss: their mean over all live steps, or an unbiased estimate of it, 0-dim with graph.
     """
 
     latents: Tensor
@@ -55,10 +57,13 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Leading:
-    """What the first steps of B samples follow from, beside the weights.
+    """What the leading steps of B samples depend on, besides the weights.
 
-    keys: content keys of the samples' conditions. stages: that compute these. conditions: gives them, of B rows.
-    noise: (B, C, F, h, w).
+    Attributes:
+        keys: content keys of the samples' conditions.
+        stages: stages that compute these.
+        conditions: returns the conditions, of B rows.
+        noise: (B, C, F, h, w).
     """
 
     keys: Sequence[str]
@@ -68,7 +73,7 @@ class Leading:
 
     @property
     def full_keys(self) -> tuple[str, ...]:
-        """The content key of each row."""
+        """Return the content key of each row."""
         return tuple(f"{key} {content_key(noise=row)}" for key, row in zip(self.keys, self.noise, strict=True))
 
     def rows(self, rows: list[int]) -> Leading:
@@ -81,10 +86,10 @@ class Leading:
 
 
 class Sampler:
-    """Runs the Euler steps of `FlowMatchSchedule` over one or two experts.
+    """Runs the Euler steps of `FlowMatchSchedule` with one or two experts.
 
     Args:
-        steps: which of them may be live, and of which expert they are.
+        steps: which steps may be live, and their experts.
     """
 
     def __init__(
@@ -108,15 +113,14 @@ class Sampler:
         conditioner: Conditioner | None,
         base: bool = False,
     ) -> tuple[Tensor, int]:
-        """Run the leading steps that no LoRA takes part in; returns the latents after them and their number.
+        """Run the leading steps without any LoRA; return the latents after them and the number of steps.
 
-        These are the steps of the high-noise expert if it is frozen, or, where the base model makes the rollout, all of
-        them.
+        These are the steps of the high-noise expert if it is frozen, or all steps if the base model runs the rollout.
 
         Args:
             noise: (B, C, F, h, w).
             until: number of steps of the whole trajectory, which may end before the low-noise expert begins.
-            conditioner: whose cache holds the result; None where the noise is fresh and nothing could be recalled.
+            conditioner: its cache stores the result; None for fresh noise, for which nothing is cached.
             base: run all steps up to `until`, without the LoRA.
         """
         steps = until if base else min(self.frozen_steps, until)
@@ -127,22 +131,24 @@ class Sampler:
 
     @property
     def frozen_steps(self) -> int:
-        """How many steps lead that an expert without a LoRA serves."""
+        """Return the number of leading steps of an expert without a LoRA."""
         return 0 if self.model.experts[0].trained else self.steps.high_noise
 
     def after(self, steps: int, leading: Leading, conditioner: Conditioner | None) -> Condition:
-        """Return the latents (B, C, F, h, w) after the first steps, without any LoRA, not computed yet.
+        """Return the latents (B, C, F, h, w) after the first steps, without any LoRA, not yet computed.
 
         Args:
             steps: at least one.
-            conditioner: whose cache holds what an expert without a LoRA computes of them, if it is not all.
+            conditioner: its cache stores the latents after the steps of an expert without a LoRA, unless these are all
+                steps.
         """
         frozen = min(self.frozen_steps, steps)
 
         def compute(rows: list[int]) -> dict[str, Tensor]:
             own = leading.rows(rows)
             given = own.conditions()
-            # What only an expert without a LoRA computes is kept by itself: that expert may then stay on disk.
+            # Latents that only depend on an expert without a LoRA are stored separately: that expert can then stay on
+            # disk.
             parted = 0 < frozen < steps
             some = _latents_of(self.after(frozen, own, conditioner), conditioner) if parted else None
             latents = self.model.constrain(own.noise, given) if some is None else some
@@ -157,7 +163,7 @@ class Sampler:
 
     @torch.no_grad()
     def head(self, latents: Tensor, given: Mapping[str, Tensor], first: int, until: int) -> Tensor:
-        """Run the rollout head, steps `first … until - 1`, on the backend that the plan names.
+        """Run the rollout head, steps `first … until - 1`, on the planned backend.
 
         Args:
             given: conditions of the rows of `latents`.
@@ -176,13 +182,13 @@ class Sampler:
     ) -> Sampled:
         """Run the steps from the first live one to the last; live steps have a graph and a KL term (`velocity_kl`).
 
-        The steps between live ones are frozen. The gradient passes them as the identity: an Euler step adds a velocity
-        that does not depend on the LoRA's gradient.
+        The steps between live ones are frozen. The gradient passes through them as the identity: the velocity of such
+        an Euler step does not depend on the LoRA's gradient.
 
         Args:
-            latents: (B, C, F, h, w) before the first live step that a denoiser with a LoRA serves.
-            live: the live steps, ascending. Those of an expert without LoRA count in the mean of the KL with a term of
-                zero. If they are behind a step with a LoRA, the gradient passes through the denoiser's latents, too.
+            latents: (B, C, F, h, w) before the first live step whose denoiser has a LoRA.
+            live: the live steps, ascending. Steps of an expert without a LoRA count in the mean KL with a zero term. If
+                they follow a step with a LoRA, the gradient also passes through the denoiser's latents.
         """
         given, steps = conditioning.conditions, self.steps
         with_lora, with_graph = steps.with_lora(live), steps.with_graph(live)
@@ -208,9 +214,9 @@ class Sampler:
         return Sampled(latents, kl, total / len(live) + self._zero_of_idle_experts(with_lora))
 
     def _zero_of_idle_experts(self, with_lora: Sequence[int]) -> Tensor | float:
-        """Zero, with a gradient of zero to each LoRA that no live step of this draw uses.
+        """Return zero, with a zero gradient to each LoRA that no live step of this draw uses.
 
-        Without one, the optimizer would pass it by, and processes that drew other steps could not average gradients.
+        Without a gradient, the optimizer would skip it, and processes with other steps could not average gradients.
         """
         used = {self._expert(index).stage for index in with_lora}
         idle = [expert for expert in self.model.experts if expert.trained and expert.stage not in used]
@@ -220,15 +226,15 @@ class Sampler:
     def data_loss(self, clips: Tensor, counted: Tensor, given: Mapping[str, Tensor], options: TailOptions) -> Tensor:
         """Return the flow-matching loss of the data's own clips, `mean((v(x_sigma, sigma) - (noise - x_0))^2)`.
 
-        One noise level is drawn for the batch, uniform in the schedule's time, among those that denoisers with a LoRA
-        serve (flow matching: arXiv 2210.02747; in this form, with a shift, arXiv 2403.03206).
+        One noise level is drawn for the batch, uniform in the schedule's time, among those whose denoiser has a LoRA
+        (flow matching: arXiv 2210.02747; in this form, with a shift: arXiv 2403.03206).
 
         Args:
             clips: latents x_0 (B, C, F, h, w).
-            counted: (B, F) bool, latent frames that are no padding. What the model is given of a clip, such as its
-                first frame, does not count either.
+            counted: (B, F) bool, latent frames that are not padding. Parts of a clip that are given to the model, such
+                as its first frame, do not count either.
         Returns:
-            0-dim with graph, the mean over the samples of each one's mean.
+            0-dim with graph, the mean of the samples' means.
         """
         first, last = self.model.experts[0], self.model.experts[-1]
         lowest, highest = 0.0 if last.trained else self.steps.boundary, 1.0 if first.trained else self.steps.boundary
@@ -242,7 +248,7 @@ class Sampler:
         return (errors.flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)).mean()
 
     def _again(self, clips: Tensor, index: int, given: Mapping[str, Tensor], options: TailOptions) -> Sequence[Tensor]:
-        """The last step live on noised clips, as often as `lv_samples` says: DRaFT-LV (arXiv 2309.17400)."""
+        """Run the last step live on noised clips `lv_samples` times: DRaFT-LV (arXiv 2309.17400)."""
         sigma = float(self.schedule.sigmas[index])
         made = []
         for _ in range(self.steps.lv_samples):
@@ -252,14 +258,14 @@ class Sampler:
         return made
 
     def _noised(self, clips: Tensor, sigma: float, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Clips at a noise level, what the model is given of them as it is; and the noise."""
+        """Return clips at a noise level, with the given parts unchanged, and the noise."""
         noise = torch.randn(clips.shape).to(clips)
         return self.model.constrain((1 - sigma) * clips + sigma * noise, given), noise
 
     def _base_velocities(
         self, latents: Sequence[Tensor], steps: Sequence[int], given: Mapping[str, Tensor]
     ) -> Sequence[Tensor]:
-        """The velocity without LoRA at each step, (B, C, F, h, w) float32, of each expert by itself."""
+        """Return the velocity without LoRA at each step, (B, C, F, h, w) float32, for each expert separately."""
         high = sum(index < self.steps.high_noise for index in steps)
         halves = ((latents[:high], steps[:high]), (latents[high:], steps[high:]))
         return [base for some, of in halves if of for base in self._bases_of_one_expert(some, of, given)]
@@ -267,9 +273,9 @@ class Sampler:
     def _bases_of_one_expert(
         self, latents: Sequence[Tensor], steps: Sequence[int], given: Mapping[str, Tensor]
     ) -> Sequence[Tensor]:
-        """As `_base_velocities`, of steps that one expert serves: all in one call where that pays.
+        """Return the velocities of `_base_velocities` for steps of one expert, in one call if that is faster.
 
-        None of them waits for another, as the velocities of the tail do.
+        They do not depend on each other, unlike the velocities of the tail.
         """
         count, stage = len(latents), self._expert(steps[0]).stage
         if count > 1 and sum(x[:, 0].numel() for x in latents) <= _POSITIONS_AT_ONCE:
@@ -283,7 +289,7 @@ class Sampler:
         ]
 
     def _expert(self, index: int) -> Expert:
-        """The expert that serves a step."""
+        """Return the expert of a step."""
         return self.model.experts[0] if index < self.steps.high_noise else self.model.experts[-1]
 
     def _advance(self, latents: Tensor, velocity: Tensor, index: int, given: Mapping[str, Tensor]) -> Tensor:
@@ -294,14 +300,14 @@ class Sampler:
     def _frozen_velocity(
         self, latents: Tensor, index: int, given: Mapping[str, Tensor], variant: str | None = None
     ) -> Tensor:
-        """(B, C, F, h, w) float32 from the runtime."""
+        """Return the velocity (B, C, F, h, w) float32 from the runtime."""
         inputs = self._inputs(latents, float(self.schedule.sigmas[index]), given)
         return self.runtime.run(self._expert(index).stage, inputs, variant=variant)["velocity"].float()
 
     def _live_velocity(
         self, latents: Tensor, expert: Expert, sigma: float, given: Mapping[str, Tensor], options: TailOptions
     ) -> Tensor:
-        """(B, C, F, h, w) float32 with the graph of PyTorch."""
+        """Return the velocity (B, C, F, h, w) float32 with PyTorch's graph."""
         inputs, recompute = self._inputs(latents, sigma, given), options.recompute
 
         def in_torch(**tensors: Tensor) -> dict[str, Tensor]:
@@ -319,28 +325,28 @@ class Sampler:
             return outputs["velocity"].float()
 
     def _inputs(self, latents: Tensor, sigma: float, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs of a denoiser. Latents are kept in fp32 between steps: small updates would drown in bf16."""
+        """Return the inputs of a denoiser. Latents stay in fp32 between steps: small updates would be lost in bf16."""
         timestep = torch.full((len(latents),), TRAIN_TIMESTEPS * sigma, device=latents.device)
         return {"latents": latents.to(self.model.dtype), "timestep": timestep, **self.model.denoiser_inputs(given)}
 
 
 def _drawn(steps: Sequence[int], count: int | None) -> Sequence[int]:
-    """So many of the steps, ascending, drawn from torch's generator of the CPU."""
+    """Return this number of random steps, ascending, from torch's CPU generator."""
     if count is None or count >= len(steps):
         return steps
     return [steps[place] for place in torch.randperm(len(steps))[:count].sort().values.tolist()]
 
 
 def _latents_of(condition: Condition, conditioner: Conditioner | None) -> Tensor:
-    """The latents of all rows, from the cache where there is one."""
+    """Return the latents of all rows, from the cache if there is one."""
     if conditioner is None:
         return condition.compute(list(range(len(condition.keys))))["latents"]
     return conditioner.cached(condition)["latents"]
 
 
 def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the start noise (B, C, F, h, w) of a run whose noise is fixed: the same for every sample and step.
+    """Return the start noise (B, C, F, h, w) of a run with fixed noise: the same for every sample and step.
 
-    Drawn on the CPU, so that it does not depend on the device.
+    Generated on the CPU, so that it does not depend on the device.
     """
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).expand(count, *shape)

@@ -1,4 +1,4 @@
-"""Latents before the first live step, kept from the sample's last visit."""
+"""Cache of the latents before the first live step, from the last time each sample was used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from frostline.errors import ConfigError
 
 
 class StaleLatents:
-    """Reuses the latents of a sample for a number of optimizer steps, and computes them again after that.
+    """Reuses the latents of a sample for a number of optimizer steps, then computes them again.
 
     Args:
-        max_age: so many optimizer steps after they were computed latents may still be used.
+        max_age: maximum number of optimizer steps for which latents are reused.
 
     Attributes:
-        step: optimizer steps done so far; whoever trains counts them.
+        step: completed optimizer steps; the training loop must increment it.
     """
 
     def __init__(self, max_age: int) -> None:
@@ -27,25 +27,25 @@ class StaleLatents:
         self._seen: tuple[int, int] | None = None
 
     def check_counted(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Refuse to go on if the trained parameters changed since the last call, and `step` did not.
+        """Raise if the trained parameters changed since the last call, but `step` did not.
 
         Raises:
-            ConfigError: nobody counts the optimizer steps, so that all latents would seem young.
+            ConfigError: optimizer steps are not counted, so that latents would never be too old.
         """
         now = self.step, sum(parameter._version for parameter in parameters)
         before, self._seen = self._seen, now
         if before is not None and before[0] == now[0] and before[1] != now[1]:
             raise ConfigError(
-                "rollout.policy: stale:K has to know the age of latents: add 1 to module.parts.stale.step after each "
-                "optimizer step, as the trainer does"
+                "rollout.policy: stale:K needs the number of optimizer steps: add 1 to "
+                "module.parts.stale.step after each step, as the trainer does"
             )
 
     def reuse(self, keys: Sequence[str], compute: Callable[[list[int]], Tensor], device: torch.device) -> Tensor:
         """Return the latents of a batch, (B, C, F, h, w).
 
         Args:
-            keys: of what the latents follow from beside the weights, one for each row.
-            compute: from row indices to their latents, by the weights as they are now.
+            keys: content key, for each row, of what the latents depend on besides the weights.
+            compute: maps row indices to their latents with the current weights.
         """
         self._kept = {key: kept for key, kept in self._kept.items() if self.step - kept[0] <= self.max_age}
         missing = list({key: row for row, key in enumerate(keys) if key not in self._kept}.values())
@@ -55,11 +55,11 @@ class StaleLatents:
         return torch.stack([self._kept[key][1].to(device) for key in keys])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is kept, by `step/key`."""
+        """Return the stored latents, by `step/key`."""
         return {f"{step}/{key}": latents for key, (step, latents) in self._kept.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Put back what `tensors` gave, after so many optimizer steps."""
+        """Restore the result of `tensors`, and the number of optimizer steps."""
         named = ((name.partition("/"), latents) for name, latents in tensors.items())
         self._kept = {key: (int(at), latents) for (at, _, key), latents in named}
         self.step = step

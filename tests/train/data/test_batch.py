@@ -190,7 +190,7 @@ def test_fitting_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert len(changes) == 2
     assert len(caplog.records) == 2
     assert "256x250 resized to 256x256" in caplog.text
-    assert "16 frames brought to 17" in caplog.text
+    assert "16 frames extended to 17" in caplog.text
 
 
 def test_a_model_of_coarser_latents_wants_multiples_of_32() -> None:

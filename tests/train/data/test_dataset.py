@@ -162,9 +162,7 @@ def test_a_file_that_is_replaced_is_told_of_once(folder: Path, videos: Path, cap
     for _ in range(2):
         assert torch.equal(dataset[0]["video"], dataset[2]["video"])
     (record,) = caplog.records
-    assert (
-        record.getMessage() == f"{folder / 'a.mp4'}: replaced or changed since the run began; what it shows now is used"
-    )
+    assert record.getMessage() == f"{folder / 'a.mp4'}: replaced or changed since the run began; using the new content"
 
 
 def test_frame_stride(folder: Path) -> None:
@@ -297,8 +295,8 @@ def test_folder_rows_without_caption(folder: Path) -> None:
 BAD_FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "empty": ("m.csv", b"", ["is empty"]),
     "only a mark": ("m.csv", b"\xef\xbb\xbf\n", ["is empty"]),
-    "only a header": ("m.csv", b"video,prompt\n", ["holds no rows"]),
-    "empty list": ("m.json", b"[]", ["holds no rows"]),
+    "only a header": ("m.csv", b"video,prompt\n", ["contains no rows"]),
+    "empty list": ("m.json", b"[]", ["contains no rows"]),
     "wrong header": ("m.csv", b"video,promt\na.mp4,hello\n", ["row 2", "a.mp4", "'prompt'", "did you mean 'promt'?"]),
     "no header": ("m.csv", b"a.mp4,hello\nc.mp4,you\n", ["row 2", "'video'", "is missing"]),
     "semicolons": ("m.csv", b"video;prompt\na.mp4;hello\n", ["row 2", "'video'", "found 'video;prompt'"]),
@@ -309,7 +307,7 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "deep json": ("m.json", b"[" * 100_000, ["invalid JSON"]),
     "json object": ("m.json", b'{"video": "a.mp4"}', ["must be a list"]),
     "broken jsonl": ("m.jsonl", b'{"video": "a.mp4", "prompt": "p"}\n{"video"\n', ["row 2", "JSON"]),
-    "all rows bad": ("m.jsonl", b'{"video": "a.mp4"}\n', ["row 1", "'prompt'", "none of the 1 rows"]),
+    "all rows bad": ("m.jsonl", b'{"video": "a.mp4"}\n', ["row 1", "'prompt'", "all 1 rows are invalid"]),
     "yaml": ("m.yaml", b"video: a.mp4", [".csv, .jsonl or .json", ".txt"]),
 }
 
@@ -328,7 +326,7 @@ def test_bad_metadata_files_are_refused(tmp_path: Path, name: str) -> None:
 def test_bad_sources_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         VideoPromptDataset(folder / "gone.csv")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="contains no rows"):
         VideoPromptDataset(tmp_path_factory.mktemp("bare"))
     write_metadata(folder, "csv", ROWS)
     write_metadata(folder, "json", ROWS)

@@ -107,7 +107,7 @@ def test_several_files_share_the_places(tmp_path: Path) -> None:
     assert len(found) == 9 and notes == []
     many = [picture(tmp_path / "many" / f"{seed:02}.png", 16, 16, seed) for seed in range(40)]
     found, notes = read(tmp_path / "many")
-    assert notes == ["16 of its 40 reference pictures are used, evenly spaced"]
+    assert notes == ["using 16 of its 40 reference pictures, evenly selected"]
     assert torch.equal(found, torch.stack([pixels_of(many[index * 40 // 16]) for index in range(16)]))
 
 

@@ -54,7 +54,7 @@ def test_what_is_left_out_is_told(tmp_path: Path, clip: Path, caplog: pytest.Log
         (tmp_path / name).touch()
     with caplog.at_level(logging.INFO):
         assert len(VideoPromptDataset(tmp_path)) == 1
-    assert "are left out: 2 .mp5, 1 LICENSE" in caplog.text
+    assert "suffix is not that of a video or picture: 2 .mp5, 1 LICENSE" in caplog.text
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -64,7 +64,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path, clip: Path, caplog: 
     (data / "again").symlink_to(real)
     (real / "up").symlink_to(data)
     assert VideoPromptDataset(data).sample_ids == ("again/a.mp4",)
-    assert "data/real: left out: a link leads there" in caplog.text
+    assert "data/real: skipped, because it is a link" in caplog.text
 
 
 def test_links_may_lead_outside_only_where_that_is_allowed(tmp_path: Path, clip: Path) -> None:

@@ -129,10 +129,10 @@ def test_what_cannot_judge_is_told_before_the_run(judges: list[dict[str, Any]], 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"train": {"stop_when_judge_falls": 2}}, "train.stop_when_judge_falls: nobody judges: name a judge in"),
+        ({"train": {"stop_when_judge_falls": 2}}, "train.stop_when_judge_falls: requires a judge in"),
         (
             {"train": {"stop_when_judge_falls": 2}, "validation": {"judges": [SHARPNESS]}},
-            "and held-out starts in validation.source",
+            "and samples in validation.source",
         ),
         (
             {"validation": {"source": "x", "judges": [{"type": "sharpnes"}]}},

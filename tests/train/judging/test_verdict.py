@@ -48,7 +48,7 @@ def after(reward: Starts, **judges: Starts) -> list[dict[str, Any]]:
         (after(BOTH_WAYS, judge_a=DOWN), "falls", ["judge_a falls since", "no reward rises: face_score does not"]),
         (after(DOWN, judge_a=UP), "no gain", ["no gain yet: face_score falls", "judge_a rises"]),
         (after(NONE, judge_a=UP), "no gain", ["face_score cannot be compared"]),
-        (after(UP), "unjudged", ["there is no judge"]),
+        (after(UP), "unjudged", ["without a judge"]),
         ([line(0, BEFORE, {"judge_a": BEFORE})], "first", []),
         # One start, and two that agree, are taken at their word; two that do not are not.
         (after([0.6], judge_a=[0.4]), "hacking", [f"judge_a falls since step 40 ({MINUS}0.100, 1 start)"]),

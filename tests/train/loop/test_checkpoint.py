@@ -79,7 +79,7 @@ def test_damage_is_said_and_the_one_before_is_taken(kind: str, run: Path, caplog
     with caplog.at_level(logging.WARNING):
         assert find_resume(run, "latest") == Checkpoint(run / "checkpoint-4", 4)
     assert "checkpoint-10" in caplog.text
-    assert "going back to the one before" in caplog.text
+    assert "using the checkpoint before it" in caplog.text
     # What is gone around is kept under another name, and a new checkpoint 10 can take its place.
     set_aside_after(run, 4)
     assert steps(run) == [2, 4]
@@ -101,7 +101,7 @@ def test_what_resume_may_name(run: Path, tmp_path_factory: pytest.TempPathFactor
     assert find_resume(run, str(run)) == Checkpoint(run / "checkpoint-10", 10)
     bare = tmp_path_factory.mktemp("bare")
     assert find_resume(bare, "latest") is None
-    with pytest.raises(CheckpointError, match="is no checkpoint, and holds none"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint and contains none"):
         find_resume(run, str(bare))
     with pytest.raises(CheckpointError, match="no such folder"):
         find_resume(run, str(bare / "gone"))
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_cannot_be_renamed_leaves_the_one_of_its_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", refusing)
-        with pytest.raises(CheckpointError, match=r"No space left.*the last whole one is .*/checkpoint-10"):
+        with pytest.raises(CheckpointError, match=r"No space left.*the last complete checkpoint is .*/checkpoint-10"):
             write_checkpoint(run, 10, fill)
     assert latest_intact(run) == Checkpoint(run / "checkpoint-10", 10)
     assert not [path for path in run.iterdir() if path.name.startswith(".")]

@@ -74,7 +74,7 @@ def test_a_full_disk_loses_nothing(file: str, make_module: Any, tmp_path: Path) 
     shutil.rmtree(out / "checkpoint-2")
     with (
         files_no_larger_than(needed - 1),
-        pytest.raises(CheckpointError, match=r"the last whole one is .*checkpoint-1"),
+        pytest.raises(CheckpointError, match=r"the last complete checkpoint is .*checkpoint-1"),
     ):
         run(make_module(**QUICK), out, resume=True)
     assert run(make_module(**QUICK), out, resume=True).step == 2

@@ -130,7 +130,7 @@ def test_resuming_does_not_read_it_again(workplace: Path, begun: list[Made]) -> 
 def test_resuming_with_another_one_is_refused(workplace: Path, refused_usage: Callable[..., str]) -> None:
     run_training(RunSettings.parse(values()), None, Progress(quiet=True))
     said = refused_usage("train", "config.yaml", "--init-adapter", "peft", "--resume", "latest")
-    assert "init_adapter: peft would not be read, as run/checkpoint-2 has an adapter of its own" in said
+    assert "init_adapter: peft would be ignored, because run/checkpoint-2 contains its own adapter" in said
 
 
 @pytest.mark.parametrize(

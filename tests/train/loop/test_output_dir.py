@@ -118,20 +118,20 @@ def test_what_no_run_wrote_is_neither_deleted_nor_replaced(
     with pytest.raises(ConfigError, match=f"mine has {name} already, and not from a run of frostline"):
         check_start(folder, **options)
     if options and name == "config.yaml":
-        with pytest.raises(ConfigError, match="not from a run of frostline"):
+        with pytest.raises(ConfigError, match="but no run of frostline"):
             run(make_module(**SETTINGS), folder, **options)
     assert content(folder) == before
 
 
 def test_a_checkpoint_with_files_of_others_is_not_deleted(ended: Path) -> None:
     (ended / "checkpoint-2" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"notes\.txt is nothing that a run writes"):
+    with pytest.raises(ConfigError, match=r"notes\.txt was not written by a run"):
         check_start(ended, overwrite=True)
     (ended / "checkpoint-2" / "notes.txt").unlink()
     elsewhere = ended.parent / "elsewhere"
     (ended / "checkpoint-2").rename(elsewhere)
     (ended / "checkpoint-2").symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match="checkpoint-2 is nothing that a run writes"):
+    with pytest.raises(ConfigError, match="checkpoint-2 was not written by a run"):
         check_start(ended, overwrite=True)
 
 
@@ -184,7 +184,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(moment: str, mak
                 RunOptions(resume=checkpoint, restart=True, **options),
             )
         assert not find_checkpoints(out), attempt
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         train(make_module(**SETTINGS), Clips(count=2), settings, out)
     (out / "notes.txt").write_text("mine")
     outcome = train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(restart=True))
@@ -206,7 +206,7 @@ def test_a_run_that_began_elsewhere_is_begun_anew_from_there(ended: Path, make_m
         with pytest.raises(Killed):
             train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(start, on_step=die, **options))
     # To begin at step 0 is not what was asked for when it was started.
-    with pytest.raises(ConfigError, match=r"a run that began from .*checkpoint-3, and has no checkpoint yet"):
+    with pytest.raises(ConfigError, match=r"a run that started from .*checkpoint-3, and has no checkpoint yet"):
         train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(restart=True))
     outcome = train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(start, restart=True))
     assert outcome.step == 5
@@ -220,7 +220,7 @@ def test_a_run_that_began_elsewhere_is_begun_anew_from_there(ended: Path, make_m
 def test_a_run_with_a_checkpoint_is_not_begun_anew(ended: Path, make_module: Any) -> None:
     """Another process may have written it since `latest` was looked for."""
     before = content(ended)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         run(make_module(**SETTINGS), ended, restart=True)
     assert content(ended) == before
 
@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], Any], str]] = {
     "another rank": ({"lora": {"rank": 4}}, lambda out: None, "has rank 8, not 4"),
     "another scale": ({"lora": {"rank": 8, "alpha": 4.0}}, lambda out: None, r"scale \(alpha / rank\) of 1, not 0.5"),
     "other layers": ({"lora": {"rank": 8, "target_modules": ["q", "k"]}}, lambda out: None, "does not match the model"),
-    "renamed": ({}, lambda out: _state(out, step=2), "its state is of step 2: was it renamed"),
+    "renamed": ({}, lambda out: _state(out, step=2), "its state belongs to step 2: was it renamed"),
     "a step that is missing": ({}, lambda out: _state(out, samples=None), "'samples' is missing"),
     "no kind of checkpointing": (
         {"gradient_checkpointing": "auto"},
@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], Any], str]] = {
         "cannot be restored",
     ),
     "processes whose numbers are missing": ({}, lambda out: _state(out, processes=None), "'processes' is missing"),
-    "taken": ({}, lambda out: None, "another run is writing there"),
+    "taken": ({}, lambda out: None, "another run is writing to it"),
 }
 
 

@@ -93,7 +93,7 @@ def test_a_checkpoint_of_other_experts_is_refused(experts: str, make_module: Any
     checkpoint = find_resume(whole, "latest")
     assert checkpoint is not None
     settings = RunSettings.parse({"model": "tiny-moe", "lora": {"rank": 4, "experts": experts}})
-    message = rf"lora\.experts: the LoRA in .* is that of both, not {experts}"
+    message = rf"lora\.experts: the LoRA in .* belongs to both, not {experts}"
     with pytest.raises(ConfigError, match=message):
         check_fits(checkpoint, settings)
     check_fits(checkpoint, RunSettings.parse({"model": "tiny-moe", "lora": {"rank": 4, "experts": "both"}}))
@@ -112,7 +112,7 @@ def test_the_low_noise_lora_of_a_checkpoint_is_not_taken_for_the_other(make_modu
     run(make_module, tmp_path, "high", 2)
     checkpoint = find_resume(tmp_path, "latest")
     assert checkpoint is not None
-    with pytest.raises(ConfigError, match="is that of high, not low"):
+    with pytest.raises(ConfigError, match="belongs to high, not low"):
         check_fits(checkpoint, RunSettings.parse({"model": "tiny-moe", "lora": {"rank": 4}}))
     check_fits(checkpoint, RunSettings.parse({"model": "tiny-moe", "lora": {"rank": 4, "experts": "high"}}))
 

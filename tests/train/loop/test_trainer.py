@@ -168,7 +168,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(
 def test_too_many_in_a_row_end_the_run_and_lose_nothing(make_module: Any, small: _Small, tmp_path: Path) -> None:
     module = make_module(**QUICK)
     _poison(module, {1, 3, 4})
-    with pytest.raises(TrainingError, match="2 steps in a row, up to step 4"):
+    with pytest.raises(TrainingError, match="2 consecutive steps, up to step 4"):
         _run(module, small, tmp_path, steps=9, max_skipped_steps=2, checkpointing_steps=50)
     found = find_resume(tmp_path, "latest")
     assert found is not None
@@ -250,7 +250,7 @@ def test_to_go_on_elsewhere_spares_the_run_that_is_there(make_module: Any, small
         _run(make_module(**QUICK), small, tmp_path / name, steps=1)
     before = (tmp_path / "other" / "metrics.jsonl").read_bytes()
     resume = RunOptions(resume=find_resume(tmp_path / "one", "latest"))
-    with pytest.raises(ConfigError, match="other holds a run already"):
+    with pytest.raises(ConfigError, match="other already contains a run"):
         _run(make_module(**QUICK), small, tmp_path / "other", steps=2, options=resume)
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == before
     _run(make_module(**QUICK), small, tmp_path / "new", steps=2, options=resume)
@@ -279,11 +279,11 @@ def test_what_was_saved_for_another_adapter_is_refused(make_module: Any, small: 
 
 def test_one_run_at_a_time_and_none_over_another(make_module: Any, small: _Small, tmp_path: Path) -> None:
     module = make_module(**QUICK)
-    with claimed(tmp_path), pytest.raises(CheckpointError, match="another run is writing there"):
+    with claimed(tmp_path), pytest.raises(CheckpointError, match="another run is writing to it"):
         _run(module, small, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     _run(module, small, tmp_path, steps=1)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         _run(module, small, tmp_path)
     _run(module, small, tmp_path, steps=1, options=RunOptions(overwrite=True))
     assert len(_lines(tmp_path)) == 1

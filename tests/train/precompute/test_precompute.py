@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, digests: None) -> Path:
     path.write_text(dump_yaml(dump_settings(run_settings(folder, "cached"))))
     done = CliRunner().invoke(app, ["cache", str(path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "5 samples and 3 held-out starts" in done.output
+    assert "5 samples and 3 validation samples" in done.output
     return folder
 
 
@@ -104,10 +104,10 @@ def test_a_dry_run_tells_both_phases_and_what_is_there(folder: Path) -> None:
         return text.getvalue()
 
     shown = page()
-    assert "precompute: 8 of 8 samples are in" in shown
-    assert "training then does without text_encoder, vae_encoder, denoiser_high_noise" in shown
+    assert "precompute: 8 of 8 samples are already in" in shown
+    assert "training does not need text_encoder, vae_encoder, denoiser_high_noise" in shown
     assert "precompute, before the first step, one stage at a time: text_encoder" in shown
-    assert "precompute: 0 of 8 samples are in" in page(cache_dir=folder / "elsewhere")
+    assert "precompute: 0 of 8 samples are already in" in page(cache_dir=folder / "elsewhere")
     assert "precompute: nothing (the frozen outputs need" in page(cache_bytes=1000)
 
 

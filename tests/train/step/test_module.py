@@ -245,11 +245,14 @@ def test_inputs_are_those_of_this_model(make_module: MakeModule, quick_module: W
     data = small_clips(1)
     wrong: list[tuple[Any, str]] = [
         *(
-            (value, f"must be what forward_preprocess returned, not {type(value).__name__}")
+            (value, f"must be the return value of forward_preprocess, not {type(value).__name__}")
             for value in (data, (1,), "x")
         ),
-        (make_module("tiny-ti2v", **QUICK).forward_preprocess(data), "are of another model or other rewards"),
-        (make_module(rewards=TWO_REWARDS, **QUICK).forward_preprocess(data), "are of another model or other rewards"),
+        (make_module("tiny-ti2v", **QUICK).forward_preprocess(data), "belong to another model or to other rewards"),
+        (
+            make_module(rewards=TWO_REWARDS, **QUICK).forward_preprocess(data),
+            "belong to another model or to other rewards",
+        ),
     ]
     own = quick_module.forward_preprocess(data)
     noise = quick_module.noise(own)

@@ -107,7 +107,7 @@ def test_a_reward_that_keeps_every_frame_wants_clips_of_one_length(make_module: 
     module = make_module(rewards=[own], **QUICK)
     data = padded(9, 5)
     both = {"prompt": data["prompt"] * 2, "video": data["video"].repeat(2, 1, 1, 1, 1), "valid_frames": [5, 9]}
-    with pytest.raises(ConfigError, match=r"every_frame keeps something of each frame.*\[5, 9\] frames"):
+    with pytest.raises(ConfigError, match=r"every_frame stores data of each frame.*\[5, 9\] frames"):
         module(both)
 
 

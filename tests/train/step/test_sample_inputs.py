@@ -109,7 +109,7 @@ def test_other_pictures_are_other_references_and_the_conditions_stay(make_module
 
 def test_a_reward_that_keeps_every_picture_wants_equally_many(make_module: MakeModule) -> None:
     module = make_module(rewards=[{"type": "test_padding:EveryFrame"}], **QUICK)
-    with pytest.raises(ConfigError, match=r"every_frame keeps something of each frame.*the column reference"):
+    with pytest.raises(ConfigError, match=r"every_frame stores data of each frame.*the column reference"):
         module.forward_preprocess({**small_clips(2), "valid_frames": [3, 5], "reference": [None, pictures(2)]})
 
 
@@ -177,7 +177,7 @@ def test_a_sample_without_a_video_is_refused_where_one_is_needed(
     data = {**small_clips(2), "valid_frames": [5, 0], "sample_id": ["a", "b"]}
     with pytest.raises(DataError, match=r"sample b, field 'video': .* the reward sharpness needs a reference$"):
         text_to_video(data)
-    with pytest.raises(DataError, match=r"sample b, field 'video': .* the model tiny is given a start frame$"):
+    with pytest.raises(DataError, match=r"sample b, field 'video': .* the model tiny needs a start frame$"):
         module({**data, "reference": [None, pictures(1)]})
 
 

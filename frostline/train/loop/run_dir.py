@@ -25,6 +25,8 @@ ADAPTER, ADAPTER_EMA, CLIPS, TRACKERS = "adapter", "adapter_ema", "validation", 
 PROGRAM, BEGAN_FROM = "frostline", "began_from"
 # In `run.json`: to what relative paths in the settings are relative.
 WORKING_DIR = "working_dir"
+# In `run.json`: the processes that the run went through, a new one with each resume.
+SESSIONS = "sessions"
 # The value of `--resume` that means the newest checkpoint that is whole.
 LATEST = "latest"
 _LOCK = ".lock"

@@ -1,10 +1,11 @@
-"""Versions and locations of installed packages."""
+"""Versions and locations of installed packages, and the name of the processor."""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +19,17 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+@cache
+def processor() -> str:
+    """Return the model name of the processor, or the architecture if the system does not name it."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        lines = []
+    names = [value.strip() for name, _, value in lines if name.strip() == "model name"]
+    return next(iter(names), "") or platform.processor() or platform.machine()
 
 
 def package_folder(name: str) -> Path | None:

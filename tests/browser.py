@@ -13,7 +13,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (ap
 
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000"
 )
 
 
@@ -23,12 +23,22 @@ def visible(html: str) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
-def render(page: Path, profile: Path) -> tuple[str, str]:
+def render(page: Path, profile: Path, width: int = 1280) -> tuple[str, str]:
     """The page's DOM after its scripts ran, and what the browser had to say.
 
     Args:
         profile: an empty folder, or none yet, for the browser's own files.
+        width: of the window, in CSS pixels.
     """
-    command = [str(CHROMIUM), *_FLAGS.split(), f"--user-data-dir={profile}", page.as_uri()]
+    command = [str(CHROMIUM), *_FLAGS.split(), "--dump-dom", f"--window-size={width},900"]
+    command += [f"--user-data-dir={profile}", page.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return result.stdout, result.stderr
+
+
+def printed(page: Path, profile: Path) -> bytes:
+    """The page as a PDF."""
+    pdf = page.with_suffix(".pdf")
+    command = [str(CHROMIUM), *_FLAGS.split(), f"--print-to-pdf={pdf}", f"--user-data-dir={profile}", page.as_uri()]
+    subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return pdf.read_bytes()

@@ -1,7 +1,8 @@
 """The contact sheet: frames of clips in labelled rows, one above the other, in one PNG."""
 
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -11,14 +12,19 @@ from torch import Tensor
 
 from frostline.atomic_io import atomic_write
 from frostline.errors import DataError
+from frostline.report.formatting import fixed
 
 # A mid-grey that reads on a white page as on a dark one (4.3 to 1 against both): the sheet's own ground is transparent.
 _TEXT_COLOUR = (112, 124, 137, 255)
 
 # The layout, in pixels before scaling.
-_CAPTION_SIZE, _LABEL_SIZE = 15, 12
+_CAPTION_SIZE, _LABEL_SIZE, _SCORE_SIZE = 15, 12, 11
 _CAPTION_HEIGHT, _LINE_HEIGHT, _CAPTION_GAP = 20, 18, 9
 _LABEL_GAP, _FRAME_GAP, _ROW_GAP = 14, 3, 40
+_NUMBER_HEIGHT, _SCORE_HEIGHT = 17, 18
+_MAX_FRAMES = 9
+# Of a JPEG: no difference to be seen, and a printed page that has it stays small.
+_JPEG_QUALITY = 88
 
 
 @dataclass(frozen=True)
@@ -27,17 +33,19 @@ class SheetRow:
 
     caption: its first line is set bold, further lines (after a newline) plain.
     strips: label -> frames (T, 3, H, W), float in [0, 1] or uint8, e.g. {"truth": …, "before": …, "after": …}.
+    scores: label -> a number of each of the T frames, or None; written under them, with their numbers above.
     """
 
     caption: str
     strips: Mapping[str, Tensor]
+    scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
 
 def contact_sheet(
     rows: Sequence[SheetRow],
     path: str | Path,
     frame_size: tuple[int, int] | None = None,
-    max_frames: int = 9,
+    max_frames: int = _MAX_FRAMES,
     scale: int = 2,
 ) -> Path:
     """Draw the rows into a PNG with a transparent ground; returns the path.
@@ -53,6 +61,9 @@ def contact_sheet(
     for row in rows:
         for label, strip in row.strips.items():
             _check(strip, f"{path}: strip '{label}' of '{row.caption}'")
+            if label in row.scores and len(row.scores[label]) != len(strip):
+                numbers = f"{len(row.scores[label])} scores for {len(strip)} frames"
+                raise DataError(f"{path}: strip '{label}' of '{row.caption}': {numbers}")
     if frame_size is None:
         frame_size = (96, round(96 * strips[0].shape[-1] / strips[0].shape[-2]))
     image = _draw(rows, frame_size, max_frames, scale)
@@ -65,6 +76,7 @@ def _draw(rows: Sequence[SheetRow], frame_size: tuple[int, int], max_frames: int
     height, width = frame_size
     frames = min(max_frames, max(len(strip) for row in rows for strip in row.strips.values()))
     label_font, caption_font = _font(_LABEL_SIZE * scale), _font(_CAPTION_SIZE * scale, bold=True)
+    score_font = _font(_SCORE_SIZE * scale)
     labels = [label for row in rows for label in row.strips]
     left = round(max(label_font.getlength(label) for label in labels) / scale) + _LABEL_GAP
     sheet_width = left + frames * (width + _FRAME_GAP) - _FRAME_GAP
@@ -82,13 +94,27 @@ def _draw(rows: Sequence[SheetRow], frame_size: tuple[int, int], max_frames: int
             draw.text((left * scale, y * scale), text, font=font, fill=_TEXT_COLOUR)
             y += _LINE_HEIGHT if index else _CAPTION_HEIGHT
         y += _CAPTION_GAP
+        columns = [left + column * (width + _FRAME_GAP) for column in range(frames)]
+        shown = shown_frames(max(map(len, row.strips.values()), default=1), frames)
+        if row.scores:
+            for x, number in zip(columns, shown, strict=False):
+                place = ((x + width / 2) * scale, y * scale)
+                draw.text(place, str(number), font=score_font, fill=_TEXT_COLOUR, anchor="ma")
+            y += _NUMBER_HEIGHT
         for label, strip in row.strips.items():
             middle = ((left - _LABEL_GAP) * scale, (y + height // 2) * scale)
             draw.text(middle, label, font=label_font, fill=_TEXT_COLOUR, anchor="rm")
-            for column, frame in enumerate(_pictures(strip, frames)):
-                place = ((left + column * (width + _FRAME_GAP)) * scale, y * scale)
-                sheet.paste(frame.resize((width * scale, height * scale), Image.Resampling.BICUBIC), place)
+            own = [number for number in shown if number < len(strip)]
+            for x, frame in zip(columns, _pictures(strip, own), strict=False):
+                picture = frame.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+                sheet.paste(picture, (x * scale, y * scale))
             y += height + _FRAME_GAP
+            if label in row.scores:
+                scores = row.scores[label]
+                for x, number in zip(columns, own, strict=False):
+                    place = ((x + width / 2) * scale, y * scale)
+                    draw.text(place, fixed(scores[number], 2), font=score_font, fill=_TEXT_COLOUR, anchor="ma")
+                y += _SCORE_HEIGHT
         top += row_height + _ROW_GAP
     return sheet
 
@@ -96,13 +122,35 @@ def _draw(rows: Sequence[SheetRow], frame_size: tuple[int, int], max_frames: int
 def _row_height(row: SheetRow, frame_height: int) -> int:
     lines = len(row.caption.splitlines())
     caption = (_CAPTION_HEIGHT + (lines - 1) * _LINE_HEIGHT if lines else 0) + _CAPTION_GAP
-    return caption + len(row.strips) * (frame_height + _FRAME_GAP) - _FRAME_GAP
+    scored = sum(label in row.scores for label in row.strips)
+    numbers = _NUMBER_HEIGHT if row.scores else 0
+    return caption + numbers + len(row.strips) * (frame_height + _FRAME_GAP) - _FRAME_GAP + scored * _SCORE_HEIGHT
 
 
-def _pictures(strip: Tensor, count: int) -> list[Image.Image]:
-    """At most `count` of the strip's frames, evenly spaced."""
-    chosen = np.linspace(0, len(strip) - 1, min(count, len(strip))).round().astype(int).tolist()
-    pixels = strip[chosen].detach().cpu()
+def shown_frames(frames: int, count: int = _MAX_FRAMES) -> list[int]:
+    """Return the numbers of at most `count` of the frames, evenly spaced, the first and the last among them."""
+    return np.linspace(0, frames - 1, min(count, frames)).round().astype(int).tolist()
+
+
+def strip_jpeg(strip: Tensor, numbers: Sequence[int], height: int) -> bytes:
+    """Return frames of a clip (T, 3, H, W), by their numbers, side by side as a JPEG.
+
+    Args:
+        height: pixels at most; smaller frames stay as they are.
+    """
+    pictures = _pictures(strip, numbers)
+    height = min(height, pictures[0].height)
+    width = max(1, pictures[0].width * height // pictures[0].height)
+    whole = Image.new("RGB", (width * len(pictures), height))
+    for number, picture in enumerate(pictures):
+        whole.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (number * width, 0))
+    buffer = io.BytesIO()
+    whole.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def _pictures(strip: Tensor, numbers: Sequence[int]) -> list[Image.Image]:
+    pixels = strip[[*numbers]].detach().cpu()
     if pixels.is_floating_point():
         pixels = (pixels.float().nan_to_num().clamp(0, 1) * 255).round().byte()
     return [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in pixels]

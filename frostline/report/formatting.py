@@ -1,29 +1,15 @@
-"""Numbers as a reader wants them, and tiles that compare two."""
+"""Numbers as a reader wants them."""
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-from frostline.report.page import Tile, Trend
+from typing import Any, Literal
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NONE = "\N{EN DASH}"
-_MINUS = "\N{MINUS SIGN}"
+MINUS = "\N{MINUS SIGN}"
 
-
-def change_tile(
-    label: str, before: float, after: float, digits: int, note: str, unit: str = "", trend: Trend = "same"
-) -> Tile:
-    """A figure that changed. trend: whether that is good news."""
-    gain = after - before
-    if math.isnan(gain):
-        change, trend = "", "same"
-    elif round(gain, digits) == 0:
-        change = "unchanged"
-    else:
-        sign = "+" if gain > 0 else _MINUS
-        change = f"{sign}{abs(gain):.{digits}f} {unit if unit != '%' else 'points'}".strip()
-    return Tile(label, fixed(after, digits), unit, fixed(before, digits), change, trend, note)
+Trend = Literal["better", "worse", "same"]
+"""Whether a change is good news."""
 
 
 def number_of(mapping: Mapping[str, Any], name: str) -> float:
@@ -39,12 +25,20 @@ def ratio(numerator: float, denominator: float) -> float:
 
 def fixed(value: float | None, digits: int) -> str:
     """A number with so many digits after the point; a dash where there is none."""
-    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def milliseconds(value: float) -> str:
     """With as many digits as are of use."""
     return fixed(value, 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0)
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a change with its sign and so many digits after the point; a dash where there is none."""
+    if not math.isfinite(value):
+        return NONE
+    sign = "" if round(value, digits) == 0 else MINUS if value < 0 else "+"
+    return f"{sign}{abs(value):.{digits}f}"
 
 
 def scientific(value: float) -> str:

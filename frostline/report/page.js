@@ -24,15 +24,54 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
   });
 }
 
-// Start all clips of a group at the same moment, or stop them.
-for (const button of document.querySelectorAll("button.play")) {
-  const clips = [...button.closest(".group").querySelectorAll("video")];
-  button.addEventListener("click", () => {
-    const playing = clips.some((clip) => !clip.paused);
-    for (const clip of clips) {
-      if (playing) clip.pause();
-      else { clip.currentTime = 0; clip.play(); }
-    }
-    button.textContent = playing ? "Play all together" : "Pause";
+// Clips of one sample: all show the frame of the scrubber, also while they play, which is a scrubber that moves by itself.
+for (const row of document.querySelectorAll(".comparison")) {
+  const player = row.querySelector(".player");
+  const clips = [...player.querySelectorAll("video")];
+  const [play, scrubber, shown, enlarge] = [".play", "input", "output", ".enlarge"].map((part) => player.querySelector(part));
+  const fps = Number(row.dataset.fps);
+  const last = Number(scrubber.max);
+  let timer = 0;
+  // The middle of a frame, which no rounding takes for another; a clip that ended before stays at its last.
+  const place = (clip) => {
+    const end = Number.isFinite(clip.duration) ? clip.duration - 0.5 / fps : Infinity;
+    clip.currentTime = Math.max(0, Math.min((Number(scrubber.value) + 0.5) / fps, end));
+  };
+  const show = (frame) => {
+    scrubber.value = frame;
+    shown.textContent = scrubber.value;
+    for (const clip of clips) if (clip.readyState > 0) place(clip);
+  };
+  const run = (on) => {
+    clearInterval(timer);
+    timer = 0;
+    play.textContent = on ? "Pause" : "Play";
+    if (!on) return;
+    const from = Number(scrubber.value) < last ? Number(scrubber.value) : 0;
+    const began = performance.now();
+    const tick = () => {
+      const frame = (from + Math.floor(((performance.now() - began) / 1000) * fps)) % (last + 1);
+      // A frame that takes longer to decode is waited for: no clip runs ahead of another.
+      if (frame !== Number(scrubber.value) && !clips.some((clip) => clip.seeking)) show(frame);
+    };
+    show(from);
+    timer = setInterval(tick, 250 / fps);
+  };
+  const resize = (large) => {
+    player.classList.toggle("large", large);
+    enlarge.textContent = large ? "Close" : "Enlarge";
+    enlarge.setAttribute("aria-expanded", String(large));
+  };
+  play.addEventListener("click", () => run(!timer));
+  scrubber.addEventListener("input", () => {
+    run(false);
+    show(Number(scrubber.value));
   });
+  for (const part of [enlarge, ...clips]) part.addEventListener("click", () => resize(!player.classList.contains("large")));
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape") resize(false);
+  });
+  // The first frames are given, and alike: what differs is seen in the last.
+  for (const clip of clips) clip.addEventListener("loadedmetadata", () => place(clip));
+  show(last);
 }

@@ -12,25 +12,20 @@ escapes whatever is given as text; only the markup of an SVG goes in as it is.
 
 import base64
 import hashlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+from urllib.parse import quote
 
 from markupsafe import Markup
-from PIL import Image
 
 from frostline.atomic_io import atomic_write
-from frostline.errors import DataError
+from frostline.report.comparison import Comparison
+from frostline.report.embedding import data_uri
+from frostline.report.formatting import Trend
 from frostline.report.rendering import asset, render
-
-_IMAGE_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-_LARGE_IMAGE_BYTES = 200_000
-
-Trend = Literal["better", "worse", "same"]
-"""Whether a change is good news."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,31 @@ class Tile:
 
 @dataclass(frozen=True)
 class Column:
-    """A table column; figures read best when they are aligned to the right."""
+    """A table column; figures read best when they are aligned to the right. breaks: long names break over lines."""
 
     title: str
     align: Literal["left", "right"] = "left"
+    breaks: bool = False
+
+
+@dataclass(frozen=True)
+class Link:
+    """The text of a fact that leads to a file beside the page. path: relative to the page, with / between its parts."""
+
+    text: str
+    path: str
+
+    @property
+    def href(self) -> str:
+        """The path as a URL that stays below the page's folder.
+
+        Raises:
+            ValueError: it does not.
+        """
+        parts = PurePosixPath(self.path).parts
+        if not parts or parts[0].startswith("/") or ".." in parts:
+            raise ValueError(f"{self.path}: a link leads to a file below the page's folder")
+        return "./" + quote(self.path, errors="surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -76,18 +92,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot, a picture or a clip with its words; made by `svg`, `image`, `jpeg` or `video`.
+    """A plot or a picture with its words; made by `svg` or `jpeg`.
 
-    kind: its CSS class. content: SVG markup of a plot, a data URI of others. alt: what it shows, for those who do not
-    see it. wide: on a phone it keeps a legible size and scrolls sideways. span: columns of the grid that it takes.
+    kind: its CSS class. content: SVG markup of a plot, a data URI of a picture. alt: what it shows, for those who do
+    not see it. span: columns of the grid that it takes.
     """
 
-    kind: Literal["plot", "image", "clip"]
+    kind: Literal["plot", "image"]
     content: str
     alt: str
     title: str = ""
     caption: str = ""
-    wide: bool = False
     span: int = 1
 
     @classmethod
@@ -96,25 +111,9 @@ class Figure:
         return cls("plot", Markup(markup), alt, title, caption, span=span)
 
     @classmethod
-    def image(cls, path: str | Path, alt: str, title: str = "", caption: str = "", wide: bool = False) -> "Figure":
-        """A PNG or JPEG file, embedded; a large PNG goes in as WebP, a tenth of the size at no visible loss."""
-        data = _read(path)
-        media_type = next((kind for start, kind in _IMAGE_SIGNATURES.items() if data.startswith(start)), None)
-        if media_type is None:
-            raise DataError(f"{path}: not a PNG or JPEG picture")
-        if media_type == "image/png" and len(data) > _LARGE_IMAGE_BYTES:
-            data, media_type = _as_webp(data), "image/webp"
-        return cls("image", _data_uri(data, media_type), alt, title, caption, wide)
-
-    @classmethod
     def jpeg(cls, data: bytes, alt: str, caption: str = "") -> "Figure":
         """A JPEG picture that is in memory."""
-        return cls("image", _data_uri(data, "image/jpeg"), alt, caption=caption)
-
-    @classmethod
-    def video(cls, path: str | Path, alt: str, caption: str = "", wide: bool = False) -> "Figure":
-        """An mp4 file, embedded, with controls."""
-        return cls("clip", _data_uri(_read(path), "video/mp4"), alt, caption=caption, wide=wide)
+        return cls("image", data_uri(data, "image/jpeg"), alt, caption=caption)
 
 
 class Page:
@@ -142,9 +141,17 @@ class Page:
         """Key figures, side by side as the width allows."""
         self._add("tiles", items=[*tiles])
 
-    def facts(self, facts: Mapping[str, str]) -> None:
-        """Names with their values, in small type: settings, versions, the machine."""
-        self._add("facts", items=[*facts.items()])
+    def facts(self, facts: Mapping[str, str | Link], folded: str = "") -> None:
+        """Names with their values, in small type: settings, versions, the machine.
+
+        folded: what they are; only this is then seen until the reader unfolds them.
+        """
+        items = [(name, value if isinstance(value, Link) else Cell(value)) for name, value in facts.items()]
+        self._add("facts", items=items, folded=folded)
+
+    def comparison(self, comparison: Comparison) -> None:
+        """Clips of one sample side by side, with one scrubber and one button to play them, and their frames."""
+        self._add("comparison", shown=comparison)
 
     def table(
         self,
@@ -161,12 +168,8 @@ class Page:
         self._add("table", columns=[*columns], rows=cells, caption=caption, sortable=sortable)
 
     def figures(self, *figures: Figure, columns: int = 1, narrow_columns: int = 1) -> None:
-        """Figures in a grid of `columns`, and of `narrow_columns` on a phone.
-
-        Several clips in one grid get a button that plays them together, so that they can be compared.
-        """
-        together = sum(figure.kind == "clip" for figure in figures) > 1
-        self._add("figures", items=figures, columns=columns, narrow_columns=narrow_columns, together=together)
+        """Figures in a grid; `narrow_columns` of them on a phone."""
+        self._add("figures", items=figures, columns=columns, narrow_columns=narrow_columns)
 
     def html(self) -> str:
         """The whole page."""
@@ -197,21 +200,3 @@ class Page:
 
     def _add(self, block: str, **arguments: Any) -> None:
         self._sections[-1].append((block, arguments))
-
-
-def _read(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read for the report: {error.strerror or error}") from error
-
-
-def _as_webp(data: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as image:
-        image.save(buffer, format="WEBP", quality=90)
-    return buffer.getvalue()
-
-
-def _data_uri(data: bytes, media_type: str) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from frostline.escaping import printable
+from frostline.report.formatting import MINUS
 
 Values = Sequence[float | None]
 """Numbers with gaps."""
@@ -57,8 +58,9 @@ def line_plot(
     percent: bool = False,
     y_range: tuple[float, float] | None = None,
     size: tuple[int, int] = SIZE,
+    rules: Mapping[str, float] | None = None,
 ) -> str:
-    """One line a series over `x` (default 0, 1, 2, …), each labelled at its end.
+    """One line a series over `x` (default 0, 1, 2, …), each labelled at its end; `rules` are dashed lines across.
 
     smooth: draw the moving average over so many points, and the points themselves pale behind it.
     percent: shares of 1, shown as percentages.
@@ -77,10 +79,16 @@ def line_plot(
             draw_line(axes, places, averaged, colour, width=2.0)
             last = max((i for i, value in enumerate(averaged) if not math.isnan(value)), default=None)
             if last is not None:
-                label = printable(name) if len(series) > 1 else short_number(averaged[last], percent)
+                label = (
+                    printable(name) if len(series) > 1 else short_number(averaged[last], percent).replace("-", MINUS)
+                )
                 ends.append((places[last], averaged[last], label, colour))
         if not ends:
             return as_svg(figure, axes, "no values")
+        for name, value in (rules or {}).items():
+            axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            label = f"{printable(name)} {short_number(value)}"
+            axes.annotate(label, (0, value), (0, 4), ("axes fraction", "data"), "offset pixels", color=MUTED)
         if y_range is not None:
             axes.set_ylim(*y_range)
         whole = all(float(place).is_integer() for place in x or [])
@@ -179,15 +187,19 @@ def histogram(
     ylabel: str = "",
     marks: Mapping[str, float] | None = None,
     size: tuple[int, int] = SIZE,
+    x_range: tuple[float, float] | None = None,
 ) -> str:
     """How many values fall where; `marks` names places on the x axis, e.g. {"median": 0.61}."""
     numbers = [value for value in finite(values) if not math.isnan(value)]
     with figure_of(size) as (figure, axes):
         if not numbers:
             return as_svg(figure, axes, "no values")
-        axes.hist(numbers, bins=bins, color=SERIES[0], alpha=0.8, rwidth=0.94, linewidth=0, clip_on=False)
+        axes.hist(
+            numbers, bins=bins, range=x_range, color=SERIES[0], alpha=0.8, rwidth=0.94, linewidth=0, clip_on=False
+        )
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlim(x_range)
         _lay_out(figure, axes, xlabel, ylabel, percent=False, right=1)
         top = axes.get_ylim()[1]
         marked = sorted((marks or {}).items(), key=lambda mark: mark[1])
@@ -286,7 +298,7 @@ def _lay_out(figure: Figure, axes: Axes, xlabel: str, ylabel: str, percent: bool
 
 
 def tick_text(value: float, _position: int | None = None) -> str:
-    return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:.6g}".replace("-", MINUS)
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -19,11 +19,13 @@ class StageTime:
 
     Attributes:
         backend: the backends that were used, comma-separated.
+        by_backend: calls and milliseconds of each of them.
     """
 
     backend: str
     milliseconds: float
     calls: int
+    by_backend: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
 
 class StageTimes:
@@ -40,8 +42,12 @@ class StageTimes:
             by_use[use].append((backend, span))
         times: dict[str, StageTime] = {}
         for use, spans in by_use.items():
-            backends = ", ".join(dict.fromkeys(backend for backend, _ in spans))
-            times[use] = StageTime(backends, sum(span.milliseconds() for _, span in spans), len(spans))
+            served: dict[str, tuple[int, float]] = {}
+            for backend, span in spans:
+                calls, milliseconds = served.get(backend, (0, 0.0))
+                served[backend] = calls + 1, milliseconds + span.milliseconds()
+            total = sum(milliseconds for _, milliseconds in served.values())
+            times[use] = StageTime(", ".join(served), total, len(spans), served)
         return times
 
     def add(self, use: str, backend: str, span: _Span) -> None:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from frostline.package_info import installed_versions
+from frostline.package_info import installed_versions, processor
 from frostline.report.formatting import NONE, fixed
 from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot, histogram, line_plot
 from frostline.runtime.backends import engine_packages
-from frostline.score.pictures import extreme_pictures
+from frostline.score.pictures import ReferencePictures, extreme_pictures
 from frostline.score.report_scores import score_cells, score_distributions, score_tiles
 from frostline.score.result import VideoScore
 from frostline.score.run import ScoreOutcome
 from frostline.score.settings import ScoreSettings
-from frostline.score.summary import Summary
+from frostline.score.summary import Summary, decide
+from frostline.terminal.tables import shared_folder
 
 _DETAILED = 60
 _POINTS = 600
-_VIDEO = Column("Video")
+# Width of a bin of face scores.
+_BIN = 0.05
+_VIDEO = Column("Video", breaks=True)
 _FACE_COLUMNS = (
     Column("Face score", "right"),
     Column("Missing as 0", "right"),
@@ -37,15 +40,27 @@ def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSetting
     faces = settings.faces
     title = "Is it the same person?" if settings.rewards_are_faces() else "How good are the videos?"
     page = Page(title, _subtitle(rows, settings))
-    page.paragraph(_outcome(summary, faces is not None), lead=True)
+    decision = decide(rows)
+    if decision is not None:
+        page.paragraph(f"{decision.sentence[:1].upper()}{decision.sentence[1:]}.", lead=True)
+    page.paragraph(_outcome(summary, faces is not None), lead=decision is None)
+    pictures = None if faces is None else ReferencePictures(faces)
+    references = {row.reference for row in rows}
+    if pictures is not None and len(references) == 1:
+        _show_reference(page, pictures, references.pop())
     page.tiles([*(_face_tiles(summary) if faces else ()), *score_tiles(summary), *_tiles(summary)])
     page.heading("All scores")
+    folder = shared_folder([row.video for row in rows])
+    if folder:
+        page.paragraph(f"Videos in {folder}")
     page.figures(*(_face_distribution(summary, rows) if faces else ()), *score_distributions(summary, rows), columns=2)
     scores = tuple(summary.scores)
     columns = [_VIDEO, *(_FACE_COLUMNS if faces else ()), *(Column(name, "right") for name in scores), *_COLUMNS]
-    page.table(columns, [_row(row, scores, faces is not None) for row in rows], caption=_FACE_CAPTION if faces else "")
-    if faces:
-        _frames(page, rows, settings)
+    page.table(
+        columns, [_row(row, scores, faces is not None, folder) for row in rows], caption=_FACE_CAPTION if faces else ""
+    )
+    if pictures is not None:
+        _frames(page, rows, settings, folder, pictures)
     page.heading("The run")
     if summary.stage_seconds:
         seconds = {name: {"seconds": spent} for name, spent in summary.stage_seconds.items()}
@@ -105,37 +120,45 @@ def _face_tiles(summary: Summary) -> list[Tile]:
     ]
 
 
+def _show_reference(page: Page, pictures: ReferencePictures, reference: str) -> None:
+    picture = pictures.face(reference)
+    if picture is not None:
+        name = Path(reference).name
+        page.figures(Figure.jpeg(picture, f"The face of {name}", f"The reference: {name}"), columns=5, narrow_columns=2)
+
+
 def _tiles(summary: Summary) -> list[Tile]:
-    tiles = [Tile("Videos scored", str(summary.videos - summary.failed), unit=f"of {summary.videos}")]
-    if summary.frames_per_second is not None:
-        tiles.append(Tile("Speed", f"{summary.frames_per_second:.0f}", unit="frames/s"))
-    return tiles
+    return [Tile("Videos scored", str(summary.videos - summary.failed), unit=f"of {summary.videos}")]
 
 
 def _face_distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
     scores = [row.face_score for row in rows if row.face_score is not None]
     frames = [score for row in rows for score in row.frame_scores or () if score is not None]
+    # The axis is the same for all reports, from 0 to 1, but for cosines below 0, which are rare.
+    low = min(0.0, math.floor(5 * min([*scores, *frames], default=0.0)) / 5)
+    bins, decision = round((1 - low) / _BIN), decide(rows)
+    marks = {} if decision is None else {"threshold": decision.threshold.cosine}
     return [
         Figure.svg(
-            histogram(scores, bins=min(20, max(5, len(scores))), xlabel="face score", ylabel="videos"),
+            histogram(scores, bins, xlabel="face score", ylabel="videos", marks=marks, x_range=(low, 1.0)),
             alt="How many videos have which face score",
             title="Videos by face score",
             caption=f"Mean {fixed(summary.mean, 3)}, median {fixed(summary.median, 3)}.",
         ),
         Figure.svg(
-            histogram(frames, bins=30, xlabel="score of a frame", ylabel="frames"),
+            histogram(frames, bins, xlabel="score of a frame", ylabel="frames", x_range=(low, 1.0)),
             alt="How many frames have which score",
             title="Frames by score",
         ),
     ]
 
 
-def _row(row: VideoScore, scores: Sequence[str], faces: bool) -> list[str | Cell]:
+def _row(row: VideoScore, scores: Sequence[str], faces: bool, folder: str) -> list[str | Cell]:
     remark = row.error.removeprefix(f"{row.video}: ") or row.note
     if row.status == "ok" and row.face_score is None and row.detection_rate is not None:
         remark = f"no face was found. {remark}".strip()
     return [
-        row.video,
+        row.video.removeprefix(folder),
         *(_face_cells(row) if faces else ()),
         *score_cells(row, scores),
         NONE if row.frames is None else str(row.frames),
@@ -154,10 +177,12 @@ def _face_cells(row: VideoScore) -> list[Cell]:
 
 
 def _extreme(frame: int | None, score: float | None) -> Cell:
-    return Cell(NONE if score is None else f"{score:.3f} at {frame}", score)
+    return Cell(NONE if score is None else f"{fixed(score, 3)} at {frame}", score)
 
 
-def _frames(page: Page, rows: Sequence[VideoScore], settings: ScoreSettings) -> None:
+def _frames(
+    page: Page, rows: Sequence[VideoScore], settings: ScoreSettings, folder: str, references: ReferencePictures
+) -> None:
     scored = [row for row in rows if row.frame_scores and row.status == "ok"]
     if not scored:
         return
@@ -169,8 +194,9 @@ def _frames(page: Page, rows: Sequence[VideoScore], settings: ScoreSettings) -> 
         "A curve is broken where no face was found. Beside it, the frames with the lowest and the highest score, "
         "cut around the face, with the box and the landmarks by which the face was aligned."
     )
+    several = len({row.reference for row in rows}) > 1
     for row in lowest if len(scored) > len(lowest) else scored:
-        page.subheading(row.video, fixed(row.face_score, 3))
+        page.subheading(row.video.removeprefix(folder), fixed(row.face_score, 3))
         if not row.frames_with_face:
             page.paragraph("No face was found in any of its frames.")
             continue
@@ -178,11 +204,14 @@ def _frames(page: Page, rows: Sequence[VideoScore], settings: ScoreSettings) -> 
             Figure.jpeg(
                 picture.jpeg,
                 f"The {picture.which} frame of {row.video}",
-                f"{picture.which.capitalize()}: {picture.score:.3f} at frame {picture.number}",
+                f"{picture.which.capitalize()}: {fixed(picture.score, 3)} at frame {picture.number}",
             )
             for picture in extreme_pictures(row, settings.every)
         ]
-        page.figures(_curve(row), *pictures, columns=4, narrow_columns=2)
+        if several and (face := references.face(row.reference)) is not None:
+            name = Path(row.reference).name
+            pictures.insert(0, Figure.jpeg(face, f"The face of {name}", f"Reference: {name}"))
+        page.figures(_curve(row), *pictures, columns=2 + max(2, len(pictures)), narrow_columns=2)
 
 
 def _curve(row: VideoScore) -> Figure:
@@ -209,7 +238,7 @@ def _thinned(numbers: Sequence[int], scores: Sequence[float | None]) -> tuple[li
 def _facts(outcome: ScoreOutcome, settings: ScoreSettings) -> dict[str, str]:
     first, summary = outcome.rows[0], outcome.summary
     facts = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         **_backends(first, settings.faces is not None),
         "seconds": f"{summary.seconds:.1f}",
         "frames": str(summary.frames),

@@ -99,7 +99,7 @@ class _Layout:
         """Remove the common folder from path columns and print it above; paths may be broken from now on."""
         self._paths_break = True
         for index, column in enumerate(self.columns):
-            folder = _shared_folder([row[index].plain for row in self.rows]) if column.path else ""
+            folder = shared_folder([row[index].plain for row in self.rows]) if column.path else ""
             if folder:
                 self.above.append(Text(f"{column.title}: in {folder}", "dim", overflow="fold"))
                 for row in self.rows:
@@ -162,7 +162,7 @@ def _blocks(columns: Sequence[Column], rows: Sequence[Sequence[Text]]) -> Iterat
         yield Text()
 
 
-def _shared_folder(paths: Sequence[str]) -> str:
+def shared_folder(paths: Sequence[str]) -> str:
     """Return the common folder of all paths, with a trailing slash; empty if there is none, or for one path."""
     if len(paths) < 2:
         return ""

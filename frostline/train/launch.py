@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from frostline.errors import DataError
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.progress import Progress
 from frostline.rewards.build import JUDGES, resolve
-from frostline.runtime.backends import TORCH
 from frostline.runtime.device import resolve_device, total_bytes
 from frostline.runtime.malloc import keep_freed_memory
 from frostline.runtime.runtime import Runtime
@@ -30,17 +29,16 @@ from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
 from frostline.train.fit_memory import fit_to_memory
 from frostline.train.judging.judge import Judge, build_judges
 from frostline.train.loop.checkpoint import Checkpoint, samples_dealt
-from frostline.train.loop.evaluation import PSNR, PSNR_ABOUT
 from frostline.train.loop.output_dir import check_writable
 from frostline.train.loop.resume import changed_settings
 from frostline.train.loop.run_dir import LOG
-from frostline.train.loop.saving import package_versions
 from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
 from frostline.train.loop.validation import Validation, starts_of, validate
 from frostline.train.precompute.prepare import Place, Precomputed, precompute
 from frostline.train.precompute.preview import count_samples
 from frostline.train.processes import gather_from_processes
 from frostline.train.report.page import write_report
+from frostline.train.run_facts import run_facts
 from frostline.train.settings import RunSettings
 from frostline.train.step.module import TrainingModule
 from frostline.train.step_settings import TrainingModuleSettings
@@ -114,7 +112,7 @@ def _run_training(
             restart=resume is not None,
             num_workers=settings.data.num_workers,
             config=dump_settings(settings),
-            facts=run_facts(module, () if validation is None else validation.judges),
+            facts=run_facts(module, settings, () if validation is None else validation.judges),
             validate=None if validation is None else validate_at,
             validation_steps=settings.validation.steps,
             on_step=on_step,
@@ -285,24 +283,6 @@ def open_validation(
     if unusable:
         raise DataError(f"validation: {unusable[0]}")
     return made
-
-
-def run_facts(module: TrainingModule, judges: Sequence[Judge] = ()) -> dict[str, Any]:
-    """What the report says of a run beside its settings."""
-    runtime, plan = module.runtime, {}
-    for name, choice in runtime.plan.items():
-        record = None if choice.backend == TORCH else runtime.record(name, choice.backend)
-        manifest = None if record is None else record.manifest
-        errors = [] if manifest is None else [parity.max_abs for parity in manifest.parity]
-        plan[name] = {"backend": choice.backend, "reason": choice.reason, "parity_max_abs": max(errors, default=None)}
-    scored = {active.name: active for active in module.rewards} | {judge.name: judge.active for judge in judges}
-    return {
-        "plan": plan,
-        "rewards": [active.name for active in module.rewards],
-        "judges": [judge.name for judge in judges],
-        "about": {name: active.about for name, active in scored.items()} | {PSNR: PSNR_ABOUT},
-        "versions": package_versions(module),
-    }
 
 
 def _training_data(

@@ -65,7 +65,9 @@ def test_it_leaves_what_every_run_leaves(demo: Path) -> None:
     assert lines[1]["kl_loss"] > 0
     plan = json.loads((demo / "run.json").read_text())["plan"]
     assert plan["denoiser"]["backend"] in ("onnxruntime", "torch")
-    assert any(choice["backend"] == "onnxruntime" and choice["parity_max_abs"] < 1e-4 for choice in plan.values())
+    assert any(
+        choice["backend"] == "onnxruntime" and choice["parity"]["onnxruntime"] < 1e-4 for choice in plan.values()
+    )
     restored = load_run_settings(demo / "config.yaml")
     assert restored == demo_settings(demo, restored.plan.engines, DemoSettings(steps=2, starts=2))
     latest = latest_intact(demo)

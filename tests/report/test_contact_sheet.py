@@ -136,3 +136,20 @@ def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         contact_sheet([SheetRow("a", {"b": strip(RED)})], path)
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["sheet.png"]  # noqa: PTH208
+
+
+def test_scores_stand_under_the_frames_with_their_numbers_above(tmp_path: Path) -> None:
+    plain, scored = SheetRow("a", {"b": strip(RED)}), SheetRow("a", {"b": strip(RED)}, {"b": [0.5, None, 0.25]})
+    sizes = {}
+    for name, row in (("plain", plain), ("scored", scored)):
+        with Image.open(contact_sheet([row], tmp_path / f"{name}.png", frame_size=(40, 50), scale=1)) as image:
+            sizes[name] = image.size
+            if name == "scored":
+                bottom = image.crop((0, image.height - 18, image.width, image.height)).getchannel("A")
+    assert sizes["scored"][0] == sizes["plain"][0] and sizes["scored"][1] == sizes["plain"][1] + 17 + 18
+    assert bottom.getextrema()[1] > 0
+
+
+def test_scores_of_another_number_of_frames_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="2 scores for 3 frames"):
+        contact_sheet([SheetRow("a", {"b": strip(RED)}, {"b": [0.5, 0.5]})], tmp_path / "sheet.png")

@@ -1,6 +1,5 @@
 """The page: everything given as text is escaped, nothing is fetched, the markup nests, and a browser reads it."""
 
-import base64
 import os
 import re
 from collections.abc import Sequence
@@ -8,20 +7,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from browser import needs_chromium, render
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markupsafe import Markup as TrustedMarkup
-from PIL import Image
 
 from frostline.errors import DataError
 from frostline.escaping import printable
-from frostline.report.page import Cell, Column, Figure, Page, Tile
+from frostline.report.comparison import Clip, Comparison, ScoreChange
+from frostline.report.page import Cell, Column, Figure, Link, Page, Tile
 from frostline.report.plots import COLOURS, line_plot, paired_plot
 from frostline.report.rendering import environment
-from frostline.video import write_video
 
 NASTY = """<script>alert("1")</script> & 'it' </style>"""
 VOID = {"meta", "img", "br", "link", "input"}
@@ -62,24 +59,12 @@ class Markup(HTMLParser):
         return sum(name == tag for name, _ in self.tags)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", torch.rand(5, 3, 32, 32), fps=8)
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.new("RGB", (40, 30), "teal").save(path)
-    return path
-
-
 def two_plots(text: str) -> list[str]:
     lines = line_plot({text: [1.0, None, 3.0], "b": [2, 1, 2]}, ylabel=text, xlabel=text)
     return [lines, paired_plot([0.1], [0.2])]
 
 
-def full_page(clip: Path, picture: Path, text: str = "words", plots: Sequence[str] | None = None) -> Page:
+def full_page(text: str = "words", plots: Sequence[str] | None = None) -> Page:
     """A page with every kind of block, the same text wherever text goes; `plots` are two, else made with the text."""
     first, second = two_plots(text) if plots is None else plots
     page = Page(text, text)
@@ -94,21 +79,27 @@ def full_page(clip: Path, picture: Path, text: str = "words", plots: Sequence[st
     page.figures(
         Figure.svg(first, text, text, text, span=2),
         Figure.svg(second, text),
-        Figure.image(picture, text, text, text, wide=True),
         Figure.jpeg(b"", text, text),
         columns=2,
     )
-    page.figures(Figure.video(clip, text, text), Figure.video(clip, text), columns=4, narrow_columns=2)
-    page.facts({text: text})
+    page.facts({text: text, "file": Link(text, "adapter/a b.bin")})
+    page.facts({text: text}, folded=text)
+    scores = (ScoreChange(text, text, text, text, "better"), ScoreChange("a", "", "1"))
+    clips = (
+        Clip(text, text, "data:,", "data:,", text, 2, (text, text)),
+        Clip("b", "b", "data:,", "data:,", "b", 1, ()),
+    )
+    page.comparison(Comparison(text, text, scores, clips, 8.0, 1, (0, 1)))
+    page.comparison(Comparison("bare", "", (), clips[1:], 8.0, 0, (0,)))
     return page
 
 
-def test_text_is_escaped_everywhere(clip: Path, picture: Path) -> None:
-    plain, nasty = Markup(full_page(clip, picture).html()), Markup(full_page(clip, picture, NASTY).html())
+def test_text_is_escaped_everywhere() -> None:
+    plain, nasty = Markup(full_page().html()), Markup(full_page(NASTY).html())
     assert [tag for tag, _ in nasty.tags] == [tag for tag, _ in plain.tags]
     assert nasty.count("script") == 1
     assert nasty.texts.count(NASTY) == plain.texts.count("words") > 15
-    assert nasty.attribute("alt") == [NASTY, NASTY]
+    assert nasty.attribute("alt") == [NASTY, NASTY, "b", "b"]
 
 
 HOSTILE = st.lists(
@@ -123,10 +114,10 @@ HOSTILE = st.lists(
 
 @given(text=HOSTILE)
 @settings(deadline=None, max_examples=150)
-def test_whatever_the_text_the_elements_are_ours(clip: Path, picture: Path, text: str) -> None:
+def test_whatever_the_text_the_elements_are_ours(text: str) -> None:
     place = "(place)"
-    ours = Markup(full_page(clip, picture, place, plots=["<svg></svg>"] * 2).html())
-    html = full_page(clip, picture, text, plots=["<svg></svg>"] * 2).html()
+    ours = Markup(full_page(place, plots=["<svg></svg>"] * 2).html())
+    html = full_page(text, plots=["<svg></svg>"] * 2).html()
     found = Markup(html)
     shown = printable(text)
     assert found.tags == [
@@ -137,8 +128,8 @@ def test_whatever_the_text_the_elements_are_ours(clip: Path, picture: Path, text
     assert printable(html) == html
 
 
-def test_the_full_page_has_every_kind_of_block(clip: Path, picture: Path) -> None:
-    used = {block for section in full_page(clip, picture)._sections for block, _ in section}
+def test_the_full_page_has_every_kind_of_block() -> None:
+    used = {block for section in full_page()._sections for block, _ in section}
     assert used == {name for name in vars(Page) if not name.startswith("_")} - {"html", "write"}
 
 
@@ -158,39 +149,16 @@ def test_what_steers_a_terminal_is_written_out() -> None:
     assert r"a\x1b[2Jb" in html and r"caf\xe9.mp4" in html and r"4pm.\u202egnp" in html
 
 
-def test_no_external_resource(clip: Path, picture: Path) -> None:
-    markup = Markup(full_page(clip, picture).html())
+def test_no_external_resource() -> None:
+    markup = Markup(full_page().html())
     sources = [value for name in ("src", "href", "srcset", "poster", "action") for value in markup.attribute(name)]
     assert len(sources) >= 4
-    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert all(source.startswith(("data:", "#")) or source == "./adapter/a%20b.bin" for source in sources)
     assert markup.count("link") == 0
     css = next(text for text in markup.texts if "--ground" in text)
     assert "url(" not in css and "@import" not in css
     policy = markup.attribute("content")[0]
     assert policy.startswith("default-src 'none'")
-
-
-def test_embedded_files_are_whole(clip: Path, picture: Path) -> None:
-    sources = Markup(full_page(clip, picture).html()).attribute("src")
-    for path, start in ((picture, "data:image/png;base64,"), (clip, "data:video/mp4;base64,")):
-        embedded = [base64.b64decode(source.removeprefix(start)) for source in sources if source.startswith(start)]
-        assert embedded and all(data == path.read_bytes() for data in embedded)
-
-
-def test_a_large_png_becomes_webp(tmp_path: Path) -> None:
-    pixels = torch.randint(0, 256, (400, 400, 3), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(tmp_path / "large.png")
-    figure = Figure.image(tmp_path / "large.png", "noise")
-    assert "data:image/webp;base64," in figure.content
-    assert len(figure.content) < (tmp_path / "large.png").stat().st_size
-
-
-def test_play_button_only_where_clips_can_be_compared(clip: Path) -> None:
-    page = Page("clips")
-    page.figures(Figure.video(clip, "one"))
-    assert 'class="play"' not in page.html()
-    page.figures(Figure.video(clip, "one"), Figure.video(clip, "two"))
-    assert page.html().count('class="play"') == 1
 
 
 def test_sort_keys_are_finite_numbers() -> None:
@@ -199,17 +167,24 @@ def test_sort_keys_are_finite_numbers() -> None:
     assert Markup(page.html()).attribute("data-sort") == ["0.1"]
 
 
+@pytest.mark.parametrize("path", ["/etc/passwd", "../other", "a/../../b", "", "//host/a"])
+def test_a_link_leads_to_no_place_but_files_below_the_page(path: str) -> None:
+    page = Page("links")
+    page.facts({"file": Link("text", path)})
+    with pytest.raises(ValueError, match="below the page's folder"):
+        page.html()
+
+
+@pytest.mark.parametrize(("path", "href"), [("javascript:alert(1)", "./javascript%3Aalert%281%29"), ("a/b", "./a/b")])
+def test_a_link_is_a_path_whatever_it_looks_like(path: str, href: str) -> None:
+    page = Page("links")
+    page.facts({"file": Link("text", path)})
+    assert Markup(page.html()).attribute("href") == [href]
+
+
 def test_a_row_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="2 cells in a table of 1 columns"):
         Page("table").table([Column("a")], [["1", "2"]])
-
-
-def test_files_that_cannot_be_embedded_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"missing\.mp4"):
-        Figure.video(tmp_path / "missing.mp4", "clip")
-    (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(DataError, match=r"text\.png: not a PNG or JPEG"):
-        Figure.image(tmp_path / "text.png", "picture")
 
 
 def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +233,8 @@ def test_colours_read_on_both_grounds(dark: bool) -> None:
 
 
 @needs_chromium
-def test_browser_shows_the_page_within_its_policy(clip: Path, picture: Path, tmp_path: Path) -> None:
-    path = full_page(clip, picture, NASTY).write(tmp_path / "report.html")
+def test_browser_shows_the_page_within_its_policy(tmp_path: Path) -> None:
+    path = full_page(NASTY).write(tmp_path / "report.html")
     dom, log = render(path, tmp_path / "profile")
     assert Markup(dom).texts.count(NASTY) > 15
     assert "Content Security Policy" not in log

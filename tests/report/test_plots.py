@@ -12,6 +12,7 @@ import pytest
 from frostline.escaping import printable
 from frostline.report.plots import COLOURS, bar_plot, histogram, line_plot, moving_average, paired_plot
 from frostline.report.stacked import Row, stacked_plot
+from frostline.report.timeline import Span, timeline_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -36,12 +37,20 @@ STACKED = [
     Row("nothing", [0, 10], [None, None], colour=1),
     Row("KL", list(range(20)), [0.1 * step if step != 7 else None for step in range(20)], smooth=3, colour=2),
 ]
+SPANS = [
+    Span("a", 0, 3.0, "engine", ""),
+    Span("a", 3, 1.0, "PyTorch", "a 4 ms"),
+    Span("rest", 4, 2.0, None, "rest 2 ms"),
+]
+KINDS = {"engine": 0, "PyTorch": 1}
 PLOTS: dict[str, Callable[[], str]] = {
     "line": lambda: line_plot({"a": [1, 2, 3, None, 5], "b": [3, 2, 1, 1, 1]}, xlabel="step", ylabel="y", smooth=3),
     "bar": lambda: bar_plot({"first": {"hybrid": 1.0, "torch": 2.0}, "second": {"torch": None}}, unit="ms"),
     "histogram": lambda: histogram([0.1, 0.2, 0.2, 0.4], xlabel="score", marks={"median": 0.2}),
     "paired": lambda: paired_plot([0.5, 0.6], [0.7, 0.5]),
     "stacked": lambda: stacked_plot(STACKED, "step"),
+    "timeline": lambda: timeline_plot(SPANS, KINDS, "ms"),
+    "rule": lambda: line_plot({"a": [1, 2]}, rules={"baseline": 1.5}),
 }
 
 
@@ -188,3 +197,29 @@ def test_stacked_plots_share_their_axis() -> None:
     assert places[0][0] == pytest.approx(places[1][0])
     assert places[0][1] == pytest.approx((places[0][0] + places[0][2]) / 2)
     assert "no values" in texts(stacked_plot([Row("empty", [], [])]))
+
+
+def widths(svg: str, variable: str) -> list[float]:
+    """Of the bars of a colour."""
+    numbers = [[float(number) for number in re.findall(r"-?[\d.]+", path)] for path in paths(svg, variable)]
+    return [max(places[::2]) - min(places[::2]) for places in numbers]
+
+
+def test_a_timeline_colours_engines_and_pytorch() -> None:
+    svg = timeline_plot(SPANS, KINDS, "ms")
+    (engine,), (torch,) = widths(svg, "--plot-1"), widths(svg, "--plot-2")
+    assert engine == pytest.approx(3 * torch, rel=1e-3)
+    assert {"engine", "PyTorch", "a 4 ms", "rest 2 ms", "ms"} <= {*texts(svg)}
+    assert "no values" in texts(timeline_plot([], KINDS))
+
+
+def test_a_rule_is_named_and_within_the_plot() -> None:
+    svg = line_plot({"a": [1.0, 2.0]}, rules={"baseline": 5.0})
+    assert "baseline 5.00" in texts(svg)
+    assert len(paths(svg, "--plot-muted")) == 1
+    assert "5" in texts(svg)
+
+
+def test_a_histogram_has_the_range_that_it_is_given() -> None:
+    narrow, whole = (texts(histogram([0.40, 0.41], bins=20, x_range=given)) for given in (None, (0.0, 1.0)))
+    assert {"0", "1"} <= {*whole} and "1" not in narrow[: narrow.index("0.41") if "0.41" in narrow else 3]

@@ -16,7 +16,8 @@ def test_uses_add_up_by_name_until_they_are_read() -> None:
         "first": ("torch, onnxruntime", 3),
         "second": ("torch", 1),
     }
-    assert times["first"].milliseconds >= 6
+    assert {name: calls for name, (calls, _) in times["first"].by_backend.items()} == {"torch": 2, "onnxruntime": 1}
+    assert times["first"].milliseconds == sum(spent for _, spent in times["first"].by_backend.values()) >= 6
     assert collected.read() == {}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from browser import needs_chromium, render
 
-from frostline.score.pictures import extreme_pictures
+from frostline.score.pictures import ReferencePictures, extreme_pictures
 from frostline.score.report import write_score_report
 from frostline.score.result import VideoScore
 from frostline.score.run import ScoreOutcome
@@ -36,17 +36,60 @@ def page(rows: tuple[VideoScore, ...], tmp_path: Path) -> Path:
 def test_every_number_is_on_the_page(page: Path, rows: tuple[VideoScore, ...]) -> None:
     html = page.read_text(encoding="utf-8")
     text = unescape(re.sub(r"<[^>]+>", " ", html))
+    folder = f"{Path(rows[0].video).parent}/"
+    assert text.count(f"Videos in {folder}") == 1 and folder not in text.replace(f"Videos in {folder}", "")
     for row in rows:
-        assert row.video in text
+        assert Path(row.video).name in text
         if row.face_score is not None:
             assert f"{row.face_score:.3f}" in text
             assert f"{row.worst_frame_score:.3f} at {row.worst_frame}" in text
             assert f"Best: {row.best_frame_score:.3f} at frame {row.best_frame}" in text
     assert "50.0 %" in text and "no such file" in text and "no face was found" in text
     assert "4 of 5" in " ".join(text.split())
-    assert html.count("data:image/jpeg") == 6  # three videos with faces, worst and best
+    # Three videos with faces, worst and best, and the reference's face at the top.
+    assert html.count("data:image/jpeg") == 7
+    assert html.index("The face of face.png") < html.index("All scores")
+    # SFace's threshold: the astronaut twice, the admiral and nobody; the absent video is not counted.
+    assert "The same person in 2 of 4 videos; 1 without any face (mean cosine of at least 0.363" in " ".join(
+        text.split()
+    )
+    assert text.index("The same person in") < text.index("The mean face score")
+    # Of 40 frames in 2 s, most of which went into loading.
+    assert "frames/s" not in text
     assert "<absent>" not in html
     assert not re.search(r'(src|href)="(?!data:|#)', html)
+
+
+def test_several_references_stand_beside_their_videos(
+    rows: tuple[VideoScore, ...], people: Path, tmp_path: Path
+) -> None:
+    other = rows[2].model_copy(update={"reference": str(people / "hopper.mp4")})
+    page = tmp_path / "pairs.html"
+    write_score_report(page, ScoreOutcome((rows[0], other), summarize([rows[0], other])), SETTINGS)
+    html = page.read_text(encoding="utf-8")
+    assert html.index("Frame by frame") < html.index("The face of face.png") < html.index("The face of hopper.mp4")
+
+
+def test_the_face_of_a_reference_is_found_or_left_out(people: Path) -> None:
+    faces = SETTINGS.faces
+    assert faces is not None
+    pictures = ReferencePictures(faces)
+    assert (pictures.face(str(people / "face.png")) or b"")[:2] == b"\xff\xd8"
+    assert pictures.face(str(people / "hopper.mp4")) is not None
+    assert pictures.face(str(people / "nobody.mp4")) is None
+    assert pictures.face("gone.png") is None
+
+
+@pytest.mark.parametrize(("lowest", "first_tick"), [(0.1, "0"), (-0.15, "\N{MINUS SIGN}0.2")])
+def test_scores_of_faces_have_one_axis(
+    rows: tuple[VideoScore, ...], tmp_path: Path, lowest: float, first_tick: str
+) -> None:
+    row = rows[0].model_copy(update={"face_score": 0.3, "frame_scores": (lowest, 0.4), "frame_numbers": (0, 1)})
+    write_score_report(tmp_path / "a.html", ScoreOutcome((row,), summarize([row])), SETTINGS)
+    html = (tmp_path / "a.html").read_text(encoding="utf-8")
+    plot = html.partition("How many videos have which face score")[2].partition("</svg>")[0]
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", plot)
+    assert words[0] == first_tick and "1" in words and "threshold 0.363" in words
 
 
 def test_a_gap_breaks_the_curve(
@@ -104,11 +147,15 @@ def test_a_browser_shows_and_sorts_the_scores(page: Path, rows: tuple[VideoScore
       const cells = (n) => [...document.querySelectorAll(`td:nth-child(${n})`)].map((cell) => cell.textContent).join();
       document.querySelectorAll("th button")[1].click();
       const images = [...document.images].filter((image) => image.complete && image.naturalWidth === 320).length;
-      document.title = `${cells(2)} | ${images} pictures | ${document.querySelectorAll(".plot svg").length} plots`;
+      const scroll = document.querySelector(".table .scroll");
+      const fits = scroll.scrollWidth <= scroll.clientWidth ? "fits" : "is cut";
+      const plots = document.querySelectorAll(".plot svg").length;
+      document.title = `${cells(2)} | ${images} pictures | ${plots} plots | ${fits}`;
     </script></body>"""
     path = tmp_path / "opened.html"
     path.write_text(html.replace("</body>", script), encoding="utf-8")
     dom, _ = render(path, tmp_path / "profile")
     found = sorted(row.face_score for row in rows if row.face_score is not None)
     order = ",".join([*(f"{score:.3f}" for score in found), "\N{EN DASH}", "\N{EN DASH}"])
-    assert f"<title>{order} | 6 pictures | 6 plots</title>" in dom
+    # At 1280 pixels the last column is seen.
+    assert f"<title>{order} | 7 pictures | 6 plots | fits</title>" in dom

@@ -211,7 +211,9 @@ def a_run(settings: RunSettings) -> Any:
         left[name] = None
         if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            left[name] = [{k: v for k, v in line.items() if k not in ("seconds", "stages")} for line in lines]
+            left[name] = [
+                {k: v for k, v in line.items() if k not in ("seconds", "stages", "peak_memory_gb")} for line in lines
+            ]
         elif path.suffix == ".safetensors":
             left[name] = {key: _numbers(tensor) for key, tensor in load_file(path).items()}
     left.update(dict.fromkeys(("trackers",), (out / "trackers").exists()))

@@ -263,7 +263,10 @@ def values(kind: str, **changes: Any) -> dict[str, Any]:
 
 def left_by(folder: str) -> tuple[list[Any], dict[str, Tensor]]:
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    kept = [{name: value for name, value in line.items() if name not in ("seconds", "stages")} for line in lines]
+    kept = [
+        {name: value for name, value in line.items() if name not in ("seconds", "stages", "peak_memory_gb")}
+        for line in lines
+    ]
     return kept, load_file(Path(folder, "adapter", "adapter_model.safetensors"))
 
 

@@ -56,6 +56,10 @@ class Trials:
         """Return the backend that was last used for a stage; None before the first choice."""
         return self._latest.get(name)
 
+    def choices(self, name: str) -> list[Choice]:
+        """Return the choices of a stage at all shapes so far."""
+        return [choice for (stage, _), choice in self._at_shape.items() if stage == name]
+
     def choose(self, stage: Stage, planned: Choice, case: Case) -> Choice:
         """Return the backend for inputs of these shapes: the fastest of the planned candidates."""
         shape = shape_class(case.inputs)

@@ -19,6 +19,7 @@ from frostline.runtime.stage_timer import StageTime
 from frostline.train.data.dataset import CollatedBatch
 from frostline.train.loop.average import AdapterAverage
 from frostline.train.loop.state import random_tensors
+from frostline.train.machine import peak_memory_gb
 from frostline.train.processes import any_process, average_gradients, gather_from_processes
 from frostline.train.settings import TrainerSettings
 from frostline.train.step.kl import adapted_weight
@@ -118,6 +119,7 @@ def optimizer_step(training: Training, batches: Iterator[CollatedBatch]) -> dict
         "learning_rate": learning_rate,
         "skipped": not finite,
         "seconds": time.perf_counter() - begin,
+        "peak_memory_gb": max(gather_from_processes(peak_memory_gb(accelerator.device))),
     }
 
 
@@ -184,13 +186,18 @@ def _means(by_process: list[list[_Forward]]) -> dict[str, Any]:
 
 
 def _stages(forwards: list[_Forward]) -> dict[str, dict[str, Any]]:
-    """Return the milliseconds of the step in each stage, in the first process."""
+    """Return the milliseconds of the step in each stage, and the calls and milliseconds per backend; of process 0."""
     stages: dict[str, dict[str, Any]] = {}
     for forward in forwards:
         times: Mapping[str, StageTime] = {**forward.metrics.stages, **forward.backward}
         for name, time_ in times.items():
-            stage = stages.setdefault(name, {"backend": time_.backend, "ms": 0.0})
+            stage = stages.setdefault(name, {"backend": "", "ms": 0.0, "backends": {}})
             stage["ms"] += time_.milliseconds
+            for backend, (calls, milliseconds) in time_.by_backend.items():
+                served = stage["backends"].setdefault(backend, {"calls": 0, "ms": 0.0})
+                served["calls"] += calls
+                served["ms"] += milliseconds
+            stage["backend"] = ", ".join(stage["backends"])
     return stages
 
 

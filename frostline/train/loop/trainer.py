@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 from collections.abc import Callable, Mapping
@@ -36,7 +35,7 @@ from frostline.train.loop.run_dir import (
     CONFIG,
     METRICS,
     PROGRAM,
-    RUN_FACTS,
+    SESSIONS,
     TRACKERS,
     VALIDATION,
     WORKING_DIR,
@@ -45,6 +44,7 @@ from frostline.train.loop.run_dir import (
     read_lines,
 )
 from frostline.train.loop.saving import restore, save
+from frostline.train.loop.sessions import SessionRecord, read_sessions, write_facts
 from frostline.train.loop.sharding import sample_through_shards, shard_frozen_weights
 from frostline.train.loop.signals import StopSignals
 from frostline.train.loop.trackers import check_trackers, finish_trackers, start_trackers, track
@@ -85,7 +85,7 @@ class RunOptions:
         num_workers: number of data-loading worker processes.
         config: the settings of the run, which are stored with its files and in every checkpoint, and passed to the
             trackers.
-        facts: further entries of `run.json`.
+        facts: returns further entries of `run.json`; called when the run starts, saves and ends.
         validate, validation_steps: called with the step at the start, at the end and every `validation_steps`, on all
             processes; its return value becomes a line of `validation.jsonl`, with the verdict on all lines so far.
         on_step: called with each line of `metrics.jsonl`.
@@ -97,7 +97,7 @@ class RunOptions:
     restart: bool = False
     num_workers: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Callable[[], Mapping[str, Any]] = dict
     validate: Callable[[int], dict[str, Any]] | None = None
     validation_steps: int = 1
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None
@@ -180,7 +180,8 @@ def _check_start(output_dir: Path, options: RunOptions) -> None:
 def _begin(output_dir: Path, options: RunOptions) -> None:
     """Delete an earlier run in the folder, and record that a new one has started."""
     clear_run(output_dir)
-    _write_facts(output_dir, options, origin(options.resume))
+    write_facts(output_dir, _own_facts(options, origin(options.resume)))
+    _write_config(output_dir, options)
     _take_lines(output_dir, options.resume)
 
 
@@ -191,7 +192,9 @@ def _go_on(output_dir: Path, options: RunOptions) -> None:
     clear_unfinished(output_dir)
     set_aside_after(output_dir, options.resume.step)
     _take_lines(output_dir, options.resume)
-    _write_facts(output_dir, options, began_from(output_dir))
+    earlier = read_sessions(output_dir)
+    write_facts(output_dir, {**_own_facts(options, began_from(output_dir)), SESSIONS: earlier})
+    _write_config(output_dir, options)
 
 
 def _take_lines(output_dir: Path, resume: Checkpoint | None) -> None:
@@ -200,16 +203,13 @@ def _take_lines(output_dir: Path, resume: Checkpoint | None) -> None:
             JsonLines(output_dir / name).keep_until(resume.step, resume.path.parent / name)
 
 
-def _write_facts(output_dir: Path, options: RunOptions, began: str | None) -> None:
-    facts = {PROGRAM: frostline.__version__, BEGAN_FROM: began, WORKING_DIR: str(Path.cwd()), **options.facts}
-    # The first process writes first, because its file identifies the owner of the folder.
-    texts = {
-        RUN_FACTS: json.dumps(facts, indent=2) + "\n",
-        CONFIG: dump_yaml(options.config),
-    }
-    for name, text in texts.items():
-        with atomic_write(output_dir / name) as part:
-            part.write_text(text, encoding="utf-8")
+def _own_facts(options: RunOptions, began: str | None) -> dict[str, Any]:
+    return {PROGRAM: frostline.__version__, BEGAN_FROM: began, WORKING_DIR: str(Path.cwd()), **options.facts()}
+
+
+def _write_config(output_dir: Path, options: RunOptions) -> None:
+    with atomic_write(output_dir / CONFIG) as part:
+        part.write_text(dump_yaml(options.config), encoding="utf-8")
 
 
 def _prepare(module: TrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
@@ -249,6 +249,7 @@ class _Run:
         self.metrics, self.validation = JsonLines(output_dir / METRICS), JsonLines(output_dir / VALIDATION)
         self.saved_step = training.step if options.resume is not None else None
         self.verdict, self.judged_out = "", False
+        self.session = SessionRecord(output_dir, training.step, options.facts) if self.is_main else None
 
     def go(self, dataset: Dataset[Sample]) -> TrainOutcome:
         training, settings = self.training, self.training.settings
@@ -277,6 +278,7 @@ class _Run:
             if training.average is not None:
                 with self._averaged():
                     training.module.save_adapter(self.output_dir / ADAPTER_EMA)
+        self._note_session()
         # Only the first process has the results of all validations.
         verdict, judged_out = gather_from_processes((self.verdict, self.judged_out))[0]
         return TrainOutcome(training.step, training.skipped, self.stop.requested, verdict, judged_out)
@@ -304,8 +306,10 @@ class _Run:
     def _validate(self) -> None:
         if self.options.validate is None:
             return
-        with self._averaged():
+        with self._averaged(), self.training.module.runtime.clock.collect() as times:
             line = {"step": self.training.step, **self.options.validate(self.training.step)}
+        if self.session is not None:
+            self.session.count_validation(times.read())
         if self.is_main:
             line, verdict = with_verdict(read_lines(self.validation.path), line)
             self.verdict = verdict.sentence
@@ -330,6 +334,11 @@ class _Run:
             self.validation.sync()
         save(self.training, self.output_dir, self.options.config)
         self.saved_step = self.training.step
+        self._note_session()
+
+    def _note_session(self) -> None:
+        if self.session is not None:
+            self.session.write(self.training.step)
 
     def _rescue(self) -> None:
         """Save the last complete step before an error ends the run."""

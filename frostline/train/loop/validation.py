@@ -14,6 +14,7 @@ A run folder then holds
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,8 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
         figures = {name: values[row].item() for name, values in evaluation.measured.items()}
         true, pictures = sample["video"][: sample.get("valid_frames")], sample.get("reference")
         shown = {"truth": sample["video"], "generated": video} if len(true) else {"generated": video}
-        strips.append(SheetRow(f"{sample['prompt']}\n{_caption(figures, evaluation.judges)}", shown))
+        caption = f"{sample['prompt']}\n{_caption(figures, evaluation.judges)}"
+        strips.append(SheetRow(caption, shown, _frame_scores(evaluation, row)))
         written = {REFERENCE: pictures, TRUTH: true if len(true) else None}
         references = [
             _write_clip(folder / kind, row, frames, validation.lossless).relative_to(folder)
@@ -150,6 +152,14 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
     contact_sheet(strips, folder / name / SHEET)
     with atomic_write(folder / f"{name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["video", "reference", "prompt", *evaluation.measured], *pairs])
+
+
+def _frame_scores(evaluation: Evaluation, row: int) -> dict[str, list[float | None]]:
+    """Of the frames that were generated, by the first reward, if it scores frames."""
+    scores = evaluation.frames.get(next(iter(evaluation.rewards), ""))
+    if scores is None or scores.shape[1] != evaluation.videos.shape[1]:
+        return {}
+    return {"generated": [None if math.isnan(score) else score for score in scores[row].tolist()]}
 
 
 def _caption(figures: Mapping[str, float], judges: Sequence[str]) -> str:

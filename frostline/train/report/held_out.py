@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from frostline.escaping import text_of_csv_cell
-from frostline.report.contact_sheet import SheetRow, contact_sheet
-from frostline.report.formatting import change_tile, fixed, number_of
-from frostline.report.page import Figure, Page, Tile, Trend
+from frostline.report.formatting import Trend, fixed, number_of
+from frostline.report.page import Figure, Page, Tile
 from frostline.report.plots import line_plot, paired_plot
+from frostline.report.tiles import change_tile
 from frostline.train.judging.verdict import Change, change_of, signed
-from frostline.train.loop.run_dir import CLIPS, SHEET
-from frostline.train.loop.validation import TRUTH, step_name
 from frostline.train.report.measures import Lines, Measures, label
-from frostline.video import read_video
+from frostline.train.report.samples import show_samples
 
-_SHOWN_STARTS = 5
 _TRENDS: Mapping[str, Trend] = {"rises": "better", "falls": "worse"}
 
 
@@ -68,66 +62,29 @@ def _tile(validation: Lines, name: str, change: Change | None, measures: Measure
 
 
 def show_held_out(page: Page, run: Path, validation: Lines, measures: Measures) -> None:
-    """The curves, a contact sheet (also written to `run/contact_sheet.png`) and clips."""
+    """The samples one by one, and how each measure changed."""
     page.heading("Held-out starts")
     page.paragraph(
         "Each clip is generated from a first frame that the training never saw, and a prompt, with the same noise "
-        "every time. The further from that frame, the more a model forgets whom it shows."
+        "every time. The further from that frame, the more a model forgets whom it shows. The start with the worst "
+        "change comes first, then the one with the best; the numbers are those of frames and their scores."
     )
-    starts = _shown_starts(run, validation)
-    if starts:
-        strips = {name: "Frames" for start in starts for name in start.clips}
-        rows = [SheetRow(s.prompt, {name: read_video(clip) for name, clip in s.clips.items()}) for s in starts]
-        sheet = contact_sheet(rows, run / SHEET)
-        page.figures(Figure.image(sheet, f"Frames of held-out clips in rows: {', '.join(strips)}", wide=True))
-        clips = [
-            Figure.video(clip, f"Start {start.number}: {name}", name)
-            for start in starts
-            for name, clip in start.clips.items()
-        ]
-        page.figures(*clips, columns=2 * len(strips), narrow_columns=len(strips))
+    show_samples(page, run, validation, measures)
     page.figures(*_curves(validation, measures), columns=2)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """clips: truth, at the first look, at the last."""
-
-    number: int
-    prompt: str
-    clips: Mapping[str, Path]
-
-
-def _shown_starts(run: Path, validation: Lines) -> list[_Start]:
-    """A few, evenly spaced, as far as their clips are there."""
-    folder, steps = run / CLIPS, sorted({int(line["step"]) for line in (validation[0], validation[-1])})
-    prompts = _prompts(folder / f"{step_name(steps[-1])}.csv")
-    count = min(_SHOWN_STARTS, len(prompts))
-    starts = []
-    for number in (index * len(prompts) // count for index in range(count)):
-        # By their place, not by what the file says: a page must take up nothing from outside the run.
-        clips = {"truth": folder / TRUTH / f"{number}.mp4"}
-        clips |= {f"step {step}": folder / step_name(step) / f"{number}.mp4" for step in steps}
-        starts.append(_Start(number, prompts[number], {name: clip for name, clip in clips.items() if clip.is_file()}))
-    return [start for start in starts if start.clips]
-
-
-def _prompts(pairs: Path) -> list[str]:
-    if not pairs.is_file():
-        return []
-    with pairs.open(newline="", encoding="utf-8") as file:
-        return [text_of_csv_cell(row.get("prompt") or "") for row in csv.DictReader(file)]
 
 
 def _curves(validation: Lines, measures: Measures) -> list[Figure]:
     steps = [number_of(line, "step") for line in validation]
     figures = []
-    for name in (*measures.rewards, *measures.judges, *measures.others):
+    for name in (*measures.rewards, *measures.judges, *measures.of_rewards):
         title = label(name)
         first, last = (line.get("starts", {}).get(name, []) for line in (validation[0], validation[-1]))
         if len(validation) == 2 and len(first) == len(last):
             plot = paired_plot(first, last, labels=(f"step {steps[0]:.0f}", f"step {steps[-1]:.0f}"), ylabel=title)
-            caption = "One line a start. The short bars are the means; a dashed line is a start whose value fell."
+            caption = (
+                "One line a start, the value of its whole clip. The short bars are the means; a dashed line is a start "
+                "whose value fell."
+            )
         else:
             values = [number_of(line, name) for line in validation]
             plot, caption = line_plot({title: values}, x=steps, xlabel="training step", ylabel=title), ""

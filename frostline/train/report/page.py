@@ -1,17 +1,15 @@
-"""The report of a run: what was gained on held-out starts, the curves, which engine ran what; one page, one file."""
+"""The report of a run: what was gained on held-out starts, the curves, which backend ran what; one page, one file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from frostline.documents import parse_json, read_yaml
 from frostline.errors import DataError, DocumentError
-from frostline.report.formatting import duration, number_of, plain
-from frostline.report.page import Figure, Page
-from frostline.report.plots import line_plot
-from frostline.train.flatten import flatten
+from frostline.report.formatting import duration, number_of
+from frostline.report.page import Page
 from frostline.train.loop.run_dir import (
     CONFIG,
     METRICS,
@@ -22,15 +20,12 @@ from frostline.train.loop.run_dir import (
     check_is_run,
     read_lines,
 )
+from frostline.train.report.curves import Metrics, curves
 from frostline.train.report.held_out import outcome, show_held_out, tiles
 from frostline.train.report.judged import show_judged, show_verdict
-from frostline.train.report.measures import Measures, is_number, label
+from frostline.train.report.measures import Measures
+from frostline.train.report.run_section import sessions_of, show_run, wall_clock
 from frostline.train.report.stages import show_stages, step_tile
-
-# What every line of metrics.jsonl has, whatever is rewarded.
-_OF_THE_TRAINER = (
-    *("step", "loss", "score", "kl_loss", "kl_weight", "sft_loss", "grad_norm", "learning_rate", "skipped", "seconds"),
-)
 
 
 def write_report(run: Path) -> Path:
@@ -44,81 +39,34 @@ def write_report(run: Path) -> Path:
     if not metrics and not validation:
         raise DataError(f"{run}: {METRICS} has no line of a step that was finished")
     facts, timing = _read_json(run / RUN_FACTS), _read_json(run / TIMING)
-    page = Page(f"Training run {run.resolve().name}", _subtitle(metrics))
+    config = _read_config(run / CONFIG)
+    page = Page(f"Training run {run.resolve().name}", _subtitle(metrics, facts))
     measures = Measures.of(validation, facts)
     if validation:
         show_verdict(page, metrics, validation)
     page.paragraph(_steps(metrics) + outcome(validation, measures), lead=True)
-    page.tiles([*(tiles(validation, measures) if validation else []), *step_tile(metrics, timing)])
+    page.tiles([*(tiles(validation, measures) if validation else []), *step_tile(metrics, facts, timing)])
     if validation:
         show_judged(page, metrics, validation, measures)
         show_held_out(page, run, validation, measures)
     page.heading("What the training did")
-    page.figures(*_curves(metrics, measures), columns=2)
+    page.figures(*curves(metrics, measures, config, facts), columns=2)
     show_stages(page, metrics, facts, timing)
-    page.heading("The run")
-    page.facts({**_texts(facts.get("versions", {})), **_texts(flatten(_read_config(run / CONFIG)))})
+    show_run(page, run, metrics, facts, config)
     return page.write(run / REPORT)
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]], measures: Measures) -> list[Figure]:
-    """The rewards and what they measure beside, the KL, and the pace."""
-    rewards = measures.rewards or ("score",)
-    figures = [
-        _curve(
-            metrics,
-            name,
-            f"{label(name)} while training",
-            "The score of the clips of each training step. It jumps about, as every step has other clips: some are "
-            "harder than others.",
-        )
-        for name in rewards
-    ]
-    kl = (
-        "KL measures how far the trained model's predictions have moved from the untrained model's. "
-        "It is part of the loss, so that the reward is not bought with a broken model."
-    )
-    figures.append(_curve(metrics, "kl_loss", "Distance from the model it was", kl, ylabel="KL"))
-    weights = [row["kl_weight"] for row in metrics if is_number(row.get("kl_weight"))]
-    if len({*weights}) > 1:
-        adapted = "Adapted after each step, so that the KL loss stays near kl_target."
-        figures.append(_curve(metrics, "kl_weight", "Weight of the KL loss", adapted))
-    if any(is_number(row.get("sft_loss")) for row in metrics):
-        clips = "Flow-matching loss on the data's own clips, part of the loss by sft_weight."
-        figures.append(_curve(metrics, "sft_loss", "Loss on the data's clips", clips))
-    beside = dict.fromkeys(name for row in metrics for name, value in row.items() if is_number(value))
-    for name in (name for name in beside if name not in (*_OF_THE_TRAINER, *rewards)):
-        figures.append(_curve(metrics, name, label(name), "Measured beside the score in each training step."))
-    return [
-        *figures,
-        _curve(metrics, "grad_norm", "The gradient", "Its norm before it was clipped.", ylabel="gradient norm"),
-        _curve(metrics, "seconds", "Seconds per step", "Outputs that do not change are cached after their first step."),
-    ]
+def _subtitle(metrics: Metrics, facts: Mapping[str, Any]) -> str:
+    seconds = wall_clock(facts) or sum(number_of(row, "seconds") for row in metrics)
+    began = [str(session["began"])[:10] for session in sessions_of(facts)[:1]]
+    return " · ".join(("frostline train", *began, f"{len(metrics)} steps", duration(seconds)))
 
 
-def _curve(metrics: Sequence[Mapping[str, Any]], name: str, title: str, caption: str, ylabel: str = "") -> Figure:
-    rows = [row for row in metrics if "step" in row]
-    smooth, ylabel = max(1, len(rows) // 12), ylabel or name.replace("_", " ")
-    average = f" The bold line is the average of {smooth} steps." if smooth > 1 else ""
-    steps, series = [number_of(row, "step") for row in rows], {ylabel: [number_of(row, name) for row in rows]}
-    plot = line_plot(series, x=steps, xlabel="training step", ylabel=ylabel, smooth=smooth)
-    return Figure.svg(plot, alt=f"{ylabel} over the training steps", title=title, caption=caption + average)
-
-
-def _subtitle(metrics: Sequence[Mapping[str, Any]]) -> str:
-    seconds = sum(number_of(row, "seconds") for row in metrics)
-    return " · ".join(("frostline train", f"{len(metrics)} steps", duration(seconds)))
-
-
-def _steps(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _steps(metrics: Metrics) -> str:
     skipped = sum(bool(row.get("skipped")) for row in metrics)
     if skipped:
         return f"{len(metrics)} steps, {skipped} of them skipped because the loss or its gradient was not finite."
     return f"{len(metrics)} steps."
-
-
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: plain(value) for name, value in values.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,34 +1,56 @@
-"""The part of a run's report about its stages: which backend ran what, how exactly, how fast, and against PyTorch."""
+"""The part of a run's report about its stages: which backend ran what and how often, how exactly, and how fast."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from frostline.report.formatting import TIMES, fixed, milliseconds, number_of, ratio, scientific
+from frostline.report.formatting import NONE, TIMES, fixed, milliseconds, number_of, ratio, scientific
 from frostline.report.page import Cell, Column, Figure, Page, Tile
 from frostline.report.plots import bar_plot
+from frostline.report.timeline import Span, timeline_plot
+from frostline.runtime.backends import TORCH
+from frostline.train.report.curves import Metrics, median_seconds, settled
+from frostline.train.report.run_section import sessions_of
 
 _COLUMNS = (
     Column("Stage"),
     Column("Use"),
     Column("Backend"),
+    Column("Steps", "right"),
+    Column("Calls", "right"),
+    Column("In validations", "right"),
     Column("ms", "right"),
     Column("Parity", "right"),
     Column("Why"),
 )
 _CAPTION = (
-    "Milliseconds are the median over the steps: 0 where most steps read cached outputs, none where no "
-    "step needed the stage. Of a live stage the gradient is PyTorch's, whoever computes its outputs."
+    "Steps: in how many training steps the backend computed the stage; in the others its outputs came from the cache, "
+    "another backend computed it, or nothing needed it. Calls: in all training steps together, and in all validations, "
+    "without those of judges. "
+    "Milliseconds: the median of the steps in which it ran. Of a live stage the gradient is PyTorch's, whoever "
+    "computes its outputs."
 )
+_ENGINE, _PYTORCH = "engine", "PyTorch"
+_KINDS = {_ENGINE: 0, _PYTORCH: 1}
+_LIVE, _TAIL, _DENOISER = "_live", "denoise_tail", "denoiser"
 
 
-def show_stages(
-    page: Page, metrics: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], timing: Mapping[str, Any]
-) -> None:
-    """The table of stages, and where `frostline demo` has timed the step in turns with PyTorch, the comparison."""
+@dataclass
+class _Served:
+    """What one backend did for one use of a stage. ms: of each step in which it ran. calls: None if not recorded."""
+
+    ms: list[float] = field(default_factory=list)
+    calls: int | None = 0
+    validation_calls: int | None = None
+
+
+def show_stages(page: Page, metrics: Metrics, facts: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+    """The table of stages, the timeline of a step, and where `frostline demo` has timed it, PyTorch beside it."""
     page.heading("Which backend ran what")
     page.paragraph(
         "A training step is a chain of stages. Frozen stages carry no gradient, so any engine may run them; live "
@@ -36,11 +58,12 @@ def show_stages(
         "PyTorch's on the same input: parity is the largest difference found in any number of that output."
     )
     page.table(_COLUMNS, _rows(metrics, facts), caption=_CAPTION)
-    if timing:
-        page.figures(*_comparison(timing), columns=2)
+    figures = [*_timeline(metrics, facts), *(_comparison(timing) if timing else [])]
+    if figures:
+        page.figures(*figures, columns=2)
 
 
-def step_tile(metrics: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -> list[Tile]:
+def step_tile(metrics: Metrics, facts: Mapping[str, Any], timing: Mapping[str, Any]) -> list[Tile]:
     """How long a step takes."""
     steps = timing.get("step_ms", {})
     torch_ms, cached_ms, uncached_ms = (number_of(steps, name) for name in ("torch", "cached", "uncached"))
@@ -53,36 +76,111 @@ def step_tile(metrics: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -
         trend = "better" if speed > 1 else "worse" if speed < 1 else "same"
         change = f"{speed:.2f} {TIMES} the speed"
         return [Tile("One training step", fixed(cached_ms, 0), "ms", fixed(torch_ms, 0), change, trend, note)]
-    seconds = [number_of(row, "seconds") for row in metrics]
-    return [Tile("One training step", fixed(statistics.median(seconds), 2), "s", note="The median.")] if seconds else []
+    seconds = median_seconds(metrics, facts)
+    return [] if seconds is None else [Tile("One training step", fixed(seconds, 2), "s", note="The median.")]
 
 
-def _rows(metrics: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[list[str | Cell]]:
-    """Frozen stages as planned, then what is live."""
-    plan = facts.get("plan", {})
-    times: dict[str, list[float]] = {}
-    served: dict[str, str] = {}
-    for row in metrics:
-        for name, stage in row.get("stages", {}).items():
-            times.setdefault(name, []).append(float(stage["ms"]))
-            served[name] = stage["backend"]
+def _rows(metrics: Metrics, facts: Mapping[str, Any]) -> list[list[str | Cell]]:
+    """One for each stage and backend that ran: frozen stages as planned, then what is live; last what never ran."""
+    plan, served = facts.get("plan", {}), _served(metrics, facts)
+    uses = [*(name for name in plan if name in served), *(name for name in served if name not in plan)]
     rows: list[list[str | Cell]] = []
-    for name in [*plan, *(name for name in times if name not in plan)]:
-        choice = plan.get(name, {"reason": "carries gradient"})
-        # A stage whose outputs were all cached took no time in that step.
-        taken = times[name] + [0.0] * (len(metrics) - len(times[name])) if name in times else []
-        median, parity = statistics.median(taken) if taken else math.nan, number_of(choice, "parity_max_abs")
-        rows.append(
-            [
-                name,
-                "frozen" if name in plan else "live",
-                choice.get("backend") or served[name],
-                Cell(milliseconds(median), median),
-                Cell(scientific(parity), parity),
-                Cell(choice["reason"], muted=True),
-            ]
-        )
-    return rows
+    for use in uses:
+        for backend, done in served[use].items():
+            parity = _parity(plan, use, backend)
+            median = statistics.median(done.ms) if done.ms else math.nan
+            rows.append(
+                [
+                    use,
+                    "frozen" if use in plan else "live",
+                    backend,
+                    Cell(f"{len(done.ms)} of {len(metrics)}", len(done.ms)),
+                    _count(done.calls),
+                    _count(done.validation_calls),
+                    Cell(milliseconds(median), median),
+                    Cell(scientific(parity), parity),
+                    Cell(_reason(plan, use, backend), muted=True),
+                ]
+            )
+    never = [name for name in plan if name not in served]
+    empty = [Cell(NONE), Cell(NONE), Cell(NONE), Cell(NONE)]
+    said = Cell("not called: its outputs came from the cache, or nothing needed them", muted=True)
+    return rows + [[name, "frozen", NONE, Cell(f"0 of {len(metrics)}", 0), *empty, said] for name in never]
+
+
+def _served(metrics: Metrics, facts: Mapping[str, Any]) -> dict[str, dict[str, _Served]]:
+    """What was recorded of each use, by backend."""
+    served: dict[str, dict[str, _Served]] = defaultdict(lambda: defaultdict(_Served))
+    for row in metrics:
+        for use, stage in row.get("stages", {}).items():
+            for backend, calls, ms in _backends(stage):
+                done = served[use][backend]
+                done.ms.append(ms)
+                done.calls = None if calls is None or done.calls is None else done.calls + calls
+    sessions = sessions_of(facts)
+    for session in sessions:
+        for use, calls in session.get("validation_calls", {}).items():
+            for backend, number in calls.items():
+                done = served[use][backend]
+                done.validation_calls = (done.validation_calls or 0) + int(number)
+    for done in (done for backends in served.values() for done in backends.values()):
+        if sessions and done.validation_calls is None:
+            done.validation_calls = 0
+    return served
+
+
+def _backends(stage: Mapping[str, Any]) -> list[tuple[str, int | None, float]]:
+    """Backend, calls and milliseconds; runs of before there were calls have one time for all of their backends."""
+    backends = stage.get("backends")
+    if not isinstance(backends, Mapping):
+        return [(backend, None, float(stage["ms"])) for backend in [stage["backend"]]]
+    return [(backend, int(each["calls"]), float(each["ms"])) for backend, each in backends.items()]
+
+
+def _parity(plan: Mapping[str, Any], use: str, backend: str) -> float:
+    """The largest difference of the backend's engines of this use's stage; of the denoise tail, of any denoiser."""
+    stage = use.removesuffix(_LIVE)
+    stages = [name for name in plan if name.startswith(_DENOISER)] if use == _TAIL else [stage] if stage in plan else []
+    found = [number_of(plan[name].get("parity", {}), backend) for name in stages]
+    return max((parity for parity in found if not math.isnan(parity)), default=math.nan)
+
+
+def _reason(plan: Mapping[str, Any], use: str, backend: str) -> str:
+    if use not in plan:
+        return "carries gradient"
+    choice = plan[use]
+    reasons = choice.get("reasons") or {choice.get("backend"): choice.get("reason", "")}
+    return str(reasons.get(backend, ""))
+
+
+def _count(number: int | None) -> Cell:
+    return Cell(NONE) if number is None else Cell(str(number), number)
+
+
+def _timeline(metrics: Metrics, facts: Mapping[str, Any]) -> list[Figure]:
+    """The stages of the step whose duration is the median."""
+    steps = [row for row in settled(metrics, facts) if row.get("stages")]
+    if not steps:
+        return []
+    row = sorted(steps, key=lambda each: number_of(each, "seconds"))[(len(steps) - 1) // 2]
+    spans, begin = [], 0.0
+    for use, stage in row["stages"].items():
+        total = sum(ms for *_, ms in _backends(stage))
+        for backend, _, ms in _backends(stage):
+            kind = _PYTORCH if backend == TORCH else _ENGINE
+            spans.append(Span(use, begin, ms, kind, f"{use} {milliseconds(total)} ms"))
+            begin += ms
+    rest = 1000 * number_of(row, "seconds") - begin
+    if rest > 0:
+        spans.append(Span("rest", begin, rest, None, f"the rest {milliseconds(rest)} ms"))
+    caption = (
+        f"Step {number_of(row, 'step'):.0f}, {fixed(number_of(row, 'seconds'), 2)} s, the median. All calls of a stage "
+        "are drawn in one piece, in the order in which the stages were first done. The rest: data, the optimizer, and "
+        "what belongs to no stage."
+    )
+    plot = timeline_plot(spans, _KINDS, xlabel="milliseconds")
+    said = ", ".join(span.text for span in spans)
+    return [Figure.svg(plot, f"Stages of one training step: {said}", "The stages of one training step", caption)]
 
 
 def _comparison(timing: Mapping[str, Any]) -> list[Figure]:
@@ -101,12 +199,12 @@ def _comparison(timing: Mapping[str, Any]) -> list[Figure]:
     }
     return [
         Figure.svg(
-            bar_plot(bars, unit="ms"), "Milliseconds of each stage, as planned and in PyTorch", "Each stage, in turns"
-        ),
-        Figure.svg(
             bar_plot(step, unit="ms"),
             alt="Milliseconds of one training step, as planned and in PyTorch",
             title="One training step, in turns",
             caption="Cached: frozen outputs that do not change between epochs are read from the cache.",
+        ),
+        Figure.svg(
+            bar_plot(bars, unit="ms"), "Milliseconds of each stage, as planned and in PyTorch", "Each stage, in turns"
         ),
     ]

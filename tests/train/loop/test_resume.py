@@ -9,7 +9,7 @@ from forked import run_python
 
 SCRIPT = Path(__file__).parents[2] / "killed_runs.py"
 # What depends on the clock of the machine.
-TIMES = ("seconds", "stages")
+TIMES = ("seconds", "stages", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")

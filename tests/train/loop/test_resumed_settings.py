@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the data's clips": ({"sft_weight": 0.5}, {}),
     "an averaged adapter": ({}, {"ema_decay": 0.9}),
 }
-NOT_COMPARED = ("seconds", "stages")
+NOT_COMPARED = ("seconds", "stages", "peak_memory_gb")
 
 
 def run(module: Any, out: Path, steps: int, resume: bool = False, **changes: Any) -> None:

@@ -10,7 +10,7 @@ from frostline.train.data.dataset import Sample
 from frostline.train.loop import validation as validation_module
 from frostline.train.loop.evaluation import Evaluation
 from frostline.train.loop.validation import Validation
-from frostline.train.report.held_out import _prompts
+from frostline.train.report.samples import _prompts
 
 PROMPTS = ["=HYPERLINK(1)", "a smile", "-5 degrees"]
 

@@ -28,7 +28,7 @@ from frostline.train.launch import run_training
 from frostline.train.precompute.preview import count_there
 
 SCRIPT = Path(__file__).parents[2] / "precomputing.py"
-TIMES = ("seconds", "stages")
+TIMES = ("seconds", "stages", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")

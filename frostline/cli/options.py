@@ -43,6 +43,15 @@ BaseAdapters = Annotated[
         "them by several such options.",
     ),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="local|auto|ADDRESS",
+        help="Run on a Ray cluster: one that is started on this machine, the one that this machine is in, or "
+        "host:port (needs the extra 'ray').",
+    ),
+]
 ENGINES = Path("engines")
 
 

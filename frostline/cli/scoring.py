@@ -10,9 +10,10 @@ import typer
 
 from frostline.cli.json_output import Json, print_json
 from frostline.cli.lazy_options import Decorator, options_on_use
-from frostline.cli.options import ENGINES, Device, EnginesDir, Rewards, RewardsFile, rewards_given
+from frostline.cli.options import ENGINES, Device, EnginesDir, RayAddress, Rewards, RewardsFile, rewards_given
 from frostline.cli.verbosity import progress
 from frostline.errors import ConfigError
+from frostline.paths import is_url
 from frostline.terminal import Terminal, print_error
 
 if TYPE_CHECKING:
@@ -37,12 +38,23 @@ def score(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt of all videos that --pairs names none of.")] = None,
     pairs: Annotated[
-        Path | None, typer.Option(help="CSV: video[,reference][,prompt], or a dataset's metadata.csv.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV: video[,reference][,prompt], or a dataset's metadata.csv; with --ray JSON Lines, Parquet and "
+            "URLs, too.",
+        ),
     ] = None,
     settings: ScoreSettings,
     backend: Annotated[str, typer.Option(help="auto, torch, or one whose engines are built if need be.")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Frames that a reward looks at in one call.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Results, .jsonl or .csv, one row a video.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Results, .jsonl or .csv, one row a video; with --ray .parquet and URLs, too.",
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="One HTML page with curves and pictures.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the results in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
@@ -56,8 +68,23 @@ def score(
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Let --pairs name files outside its folder.")
     ] = False,
+    max_download_size: Annotated[
+        float, typer.Option(min=0.001, metavar="MB", help="Of one video at a URL, in megabytes.")
+    ] = 4000.0,
+    download_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="For the download of one video at a URL.")
+    ] = 600.0,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
+    ray: RayAddress = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: workers; one for each GPU, or CPU, if not given.")
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(min=0.0, help="With --ray: CPUs of each worker.")] = 1.0,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="With --ray: GPUs of each worker, such as 0.5; 1 if the cluster has any."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score videos by the rewards of training, on batched engines.
@@ -65,23 +92,42 @@ def score(
     By default, by how much their face is the reference's.
     """
     from frostline.atomic_io import check_writable
-    from frostline.score.request import gather_pairs
 
     if resume and out is None:
         raise ConfigError("--resume goes on from the results in --out, which is missing")
     bars = _bars(fail_under or [])
     settings = settings.with_rewards(rewards_given(reward, rewards_file))
     _check_columns([column for column, _ in bars], settings.labels())
-    wanted = gather_pairs(videos or [], reference, pairs, allow_outside, prompt, settings.needs())
     if report is not None:
         check_writable(report)
-    from frostline.score.run import RunOptions, run_score
-    from frostline.score.table import print_outcome
+    from frostline.video.downloads import DownloadLimits
 
-    options = RunOptions(out, resume, overwrite, backend, device, engines_dir, batch)
-    outcome = run_score(wanted, settings, options, progress())
+    limits = DownloadLimits(max_download_size, download_timeout)
+    if ray is not None:
+        from frostline.cluster.session import ClusterOptions, require_ray
+
+        require_ray()
+        if out is None:
+            raise ConfigError("--ray needs --out, where the results of all workers come together")
+        from frostline.cluster.pair_files import PairSource
+        from frostline.cluster.score_run import ClusterRun, score_on_cluster
+
+        source = PairSource(tuple(videos or ()), reference, pairs, allow_outside, prompt, settings.needs())
+        cluster = ClusterOptions(ray, workers, cpus_per_worker, gpus_per_worker)
+        run = ClusterRun(out, cluster, resume, overwrite, backend, device, engines_dir, batch, limits)
+        outcome = score_on_cluster(source, settings, run, progress())
+    else:
+        from frostline.score.request import gather_pairs
+        from frostline.score.run import RunOptions, run_score
+
+        file, results = _local(pairs, "--pairs"), _local(out, "--out")
+        wanted = gather_pairs(videos or [], reference, file, allow_outside, prompt, settings.needs())
+        options = RunOptions(results, resume, overwrite, backend, device, engines_dir, batch, limits)
+        outcome = run_score(wanted, settings, options, progress())
     if outcome is None:
         return
+    from frostline.score.table import print_outcome
+
     if as_json:
         print_json(outcome.json_values())
     else:
@@ -97,6 +143,12 @@ def score(
         for problem in wrong:
             print_error(problem)
         raise typer.Exit(1)
+
+
+def _local(name: str | None, flag: str) -> Path | None:
+    if name is not None and is_url(name):
+        raise ConfigError(f"{flag} {name}: a URL needs --ray")
+    return None if name is None else Path(name)
 
 
 def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from frostline.errors import FrostlineError
 from frostline.score.result import VideoScore
 from frostline.video import stream_video
+from frostline.video.downloads import DEFAULT_LIMITS, local_copy
 
 _SIDE = 320
 _BOX_COLOUR, _POINT_COLOUR, _SHADE = (98, 181, 229), (255, 255, 255), (14, 19, 24)
@@ -42,10 +43,11 @@ def extreme_pictures(row: VideoScore, every: int) -> list[FramePicture]:
     if not wanted:
         return pictures
     try:
-        for number, array in stream_video(row.video, max(wanted) // every + 1, every, warn=lambda reason: None):
-            for which in wanted.get(number, ()):
-                score = getattr(row, f"{which}_frame_score")
-                pictures.append(FramePicture(which, number, score, _draw(Image.fromarray(array), row, which)))
+        with local_copy(row.video, DEFAULT_LIMITS) as file:
+            for number, array in stream_video(file, max(wanted) // every + 1, every, warn=lambda reason: None):
+                for which in wanted.get(number, ()):
+                    score = getattr(row, f"{which}_frame_score")
+                    pictures.append(FramePicture(which, number, score, _draw(Image.fromarray(array), row, which)))
     except FrostlineError:
         return []
     return sorted(pictures, key=lambda picture: picture.which, reverse=True)

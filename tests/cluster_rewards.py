@@ -46,6 +46,26 @@ class Deadly(Reward):
         return RewardScore(mean, mean > -1)
 
 
+class Fragile(Deadly):
+    """Sharpness of a kind, whose first process number 1 is killed in its third call that has a gradient."""
+
+    name = "fragile"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.calls = 0
+
+    def score(
+        self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
+    ) -> RewardScore:
+        folder = os.environ.get(NOTES)
+        self.calls += frames.requires_grad
+        if folder and self.calls == 3 and os.environ["RANK"] == "1" and first_time(Path(folder) / "lost"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        differences = (frames[..., 1:] - frames[..., :-1]).abs().flatten(1).mean(dim=1)
+        return RewardScore(differences, differences > -1)
+
+
 def first_time(marker: Path) -> bool:
     """Whether nobody was here before."""
     try:

@@ -1,6 +1,7 @@
 """Scoring and training on a real cluster of two CPUs: workers die, rows and adapters are those of one process."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forked import run_ranks
 from object_store import ObjectStore
 from pyarrow import fs
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.video import write_video
 
+TESTS = Path(__file__).parents[1]
+# Ray and its workers take a minute to start where other processes use the cores.
+pytestmark = pytest.mark.timeout(1200)
 SIZE, CLIPS = 64, 14
 DEADLY, DEADLY_ONCE, UNREADABLE = 5, 9, 11
 REWARD = ["--reward", "cluster_rewards:Deadly", "--backend", "torch", "--device", "cpu"]
@@ -102,3 +108,59 @@ def test_a_dataset_from_and_to_an_object_store_keeps_its_columns(
     assert rows[0]["deadly"] < rows[1]["deadly"] and rows[2]["deadly"] is None
     assert urls[2] in rows[2]["error"] and urls[3] in rows[3]["error"]
     assert "index" not in rows[0]
+
+
+STEPS = 6
+
+
+def config_of(folder: Path, data: Path) -> Path:
+    """A run of six steps on fresh noise, with a checkpoint every second one."""
+    config = {
+        "model": "tiny",
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+        "data": {"source": str(data), "num_frames": 5, "height": SIZE, "width": SIZE},
+        "rewards": [{"type": "cluster_rewards:Fragile"}],
+        "plan": {"backend": "torch"},
+        "lora": {"rank": 4},
+        "noise_seed": None,
+        "num_inference_steps": 3,
+        "grad_start_step": 1,
+        "grad_end_step": 2,
+        "gradient_checkpointing": "none",
+        "train": {"max_train_steps": STEPS, "checkpointing_steps": 2, "learning_rate": 1e-3},
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_a_worker_is_lost_and_the_adapter_is_that_of_an_undisturbed_run(cluster: Path, tmp_path: Path) -> None:
+    """Undisturbed is a run of two processes as `accelerate launch` starts them, which it equals to the bit."""
+    data = tmp_path / "data"
+    for index in range(4):
+        moving = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
+        write_video(data / f"{index}.mp4", moving, lossless=True)
+    (data / "metadata.csv").write_text("video,prompt\n" + "".join(f"{index}.mp4,a person nods\n" for index in range(4)))
+    folders = [tmp_path / name for name in ("accelerate", "ray")]
+    for folder in folders:
+        folder.mkdir()
+    launched, on_ray = (config_of(folder, data) for folder in folders)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    run_ranks("-m", "frostline", "train", str(launched), environment=environment, timeout=400)
+
+    command = ["-q", "train", str(on_ray), "--ray", "local", "--num-workers", "2", "--max-failures", "1"]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "250"})
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert (cluster / "lost").exists() and "6 steps. The adapter is in" in result.output
+
+    expected, found = (load_file(folder / "run" / "adapter" / "adapter_model.safetensors") for folder in folders)
+    assert {*expected} == {*found}
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for name in ("metrics.jsonl",):
+        steps = [
+            [json.loads(line)["loss"] for line in (folder / "run" / name).read_text().splitlines()]
+            for folder in folders
+        ]
+        assert steps[0] == steps[1] and len(steps[0]) == STEPS

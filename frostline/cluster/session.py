@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from frostline.errors import ConfigError
 
@@ -54,9 +55,7 @@ def connected(address: str) -> Iterator[None]:
         ConfigError: Ray is not installed, or no cluster answers at the address.
     """
     require_ray()
-    # Read by Ray as it is imported. It would otherwise send statistics of use, and install what uv.lock says on nodes.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    _set_defaults()
     import ray
 
     if ray.is_initialized():
@@ -66,17 +65,43 @@ def connected(address: str) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address == LOCAL:
-            ray.init(address, include_dashboard=False, **_QUIET)
+            start_local()
         else:
             ray.init(address, runtime_env={"env_vars": dict(worker_environment(os.environ))}, **_QUIET)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--ray {address}: no Ray cluster answers there: {error}") from error
+        said = "" if address == LOCAL else "no Ray cluster answers there: "
+        raise ConfigError(f"--ray {address}: {said}{error}") from error
     try:
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)
         yield
     finally:
         ray.shutdown()
+
+
+def start_local(**options: Any) -> None:
+    """Start a cluster on this machine and connect to it; `ray.shutdown` ends it.
+
+    Ray gives it 30 seconds, which may be too few where other processes use the cores; then it is tried again.
+    """
+    _set_defaults()
+    import ray
+
+    for left in reversed(range(_TRIES)):
+        try:
+            ray.init(LOCAL, include_dashboard=False, **_QUIET, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out" not in str(error):
+                raise RuntimeError(f"Ray cannot be started: {error}") from error
+            log.info("Ray did not start in time: once more")
+
+
+def _set_defaults() -> None:
+    # Read by Ray as it is imported. It would otherwise send statistics of use, and install what uv.lock says on nodes.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 def worker_environment(environment: Mapping[str, str]) -> Mapping[str, str]:
@@ -107,4 +132,5 @@ def sized(options: ClusterOptions) -> tuple[int, float]:
     return options.workers or room, gpus
 
 
-_QUIET = {"log_to_driver": False, "logging_level": logging.WARNING}
+_TRIES = 4
+_QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}

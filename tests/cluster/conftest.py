@@ -8,6 +8,8 @@ import pytest
 from cluster_rewards import NOTES
 from object_store import ObjectStore, object_store
 
+from frostline.cluster.session import start_local
+
 TESTS = Path(__file__).parents[1]
 
 
@@ -30,9 +32,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path,
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        start_local(num_cpus=2, object_store_memory=200 * 2**20)
         import ray
 
-        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
         # What is compared with a cluster runs in this process, and is not to die.
         patch.delenv(NOTES)
         try:

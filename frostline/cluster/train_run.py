@@ -72,7 +72,8 @@ def train_on_cluster(
         )
         fitting = _Fitting(trainer)
         _watch(fitting, stop, state, settings, progress)
-        if (failure := ray.get(state.failure.remote())) is not None:
+        failure: Any = ray.get(state.failure.remote())
+        if failure is not None:
             raise failure
         outcome = fitting.result()
         if outcome.stopped_by is None and stop.requested and outcome.step < settings.train.max_train_steps:

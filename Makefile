@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 20000
 export PYTHONUNBUFFERED := 1
 
 # One after another: a process that had run all of them in one go crashed in native code.
-TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/demo,tests/report,tests/video,tests/docs,tests/test_*.py
+TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/cluster,tests/demo,tests/report,tests/video,tests/docs,tests/test_*.py
 
 .PHONY: demo run-tests test test-all test-fast bench test-gpu bench-gpu lint docs venv clean
 

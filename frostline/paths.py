@@ -1,15 +1,31 @@
-"""Checks of untrusted paths: they must stay inside their folder, and name regular files."""
+"""Checks of untrusted paths and URLs: they must stay inside their folder, and paths must name regular files."""
 
 import os
+import posixpath
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
 from frostline.errors import DataError
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
-def check_inside(folder: Path, value: str, permission: str, allow_outside: bool = False) -> None:
-    """Check that a path from a file in `folder` does not lead out of `folder`.
+
+def is_url(name: str) -> bool:
+    """Return whether a name starts with a scheme (`s3://`, `https://`, …)."""
+    return _URL.match(name) is not None
+
+
+def joined(folder: Path | str, name: str) -> str:
+    """Return the path or URL of `name` in a file in `folder`; `folder` may be a URL."""
+    if is_url(name):
+        return name
+    return f"{folder}/{name}" if is_url(str(folder)) else str(Path(folder) / name)
+
+
+def check_inside(folder: Path | str, value: str, permission: str, allow_outside: bool = False) -> None:
+    """Check that a path or URL from a file in `folder` does not lead out of `folder`.
 
     The path is checked as written, without resolving links: download caches keep their files as links into a common
     store. The user created the links; the path comes from the file.
@@ -20,9 +36,18 @@ def check_inside(folder: Path, value: str, permission: str, allow_outside: bool 
         DataError: the path leads out of `folder`, or is invalid.
     """
     check_path(value)
-    root, path = (Path(os.path.normpath(part.absolute())) for part in (folder, folder / value))
-    if not allow_outside and not path.is_relative_to(root):
+    if not allow_outside and not _is_inside(folder, value):
         raise DataError(f"{value} is outside {folder}; {permission} permits that for a file you trust")
+
+
+def _is_inside(folder: Path | str, value: str) -> bool:
+    if is_url(str(folder)) or is_url(value):
+        root = f"{str(folder).rstrip('/')}/"
+        path = joined(folder, value)
+        inner = posixpath.normpath(path.removeprefix(root))
+        return path.startswith(root) and not value.startswith("/") and inner.split("/")[0] != ".."
+    root, path = (Path(os.path.normpath(part.absolute())) for part in (Path(folder), folder / Path(value)))
+    return path.is_relative_to(root)
 
 
 def check_path(value: str) -> None:

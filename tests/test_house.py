@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the lowest room up; a room imports those below it, and the leaves.
-ROOMS = ("models", "runtime", "stages", "rewards", "export", "score", "train", "demo", "cli")
+ROOMS = ("models", "runtime", "stages", "rewards", "export", "score", "train", "cluster", "demo", "cli")
 BESIDE = {"score": {"train"}, "train": {"score"}, "report": {*ROOMS}}
 LEAVES = {
     *("errors", "config", "experts", "documents", "video", "paths", "atomic_io", "package_info", "progress"),

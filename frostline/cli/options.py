@@ -45,6 +45,15 @@ BaseAdapters = Annotated[
         "training configuration; may be given several times.",
     ),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="local|auto|ADDRESS",
+        help="Run on a Ray cluster: one that is started on this machine, the one that this machine is in, or "
+        "host:port (needs the extra 'ray').",
+    ),
+]
 ENGINES = Path("engines")
 
 

@@ -10,9 +10,10 @@ import typer
 
 from frostline.cli.json_output import Json, print_json
 from frostline.cli.lazy_options import Decorator, options_on_use
-from frostline.cli.options import ENGINES, Device, EnginesDir, Rewards, RewardsFile, rewards_given
+from frostline.cli.options import ENGINES, Device, EnginesDir, RayAddress, Rewards, RewardsFile, rewards_given
 from frostline.cli.verbosity import progress
 from frostline.errors import ConfigError
+from frostline.paths import is_url
 from frostline.terminal import Terminal, print_error
 
 if TYPE_CHECKING:
@@ -35,15 +36,25 @@ def score(
     reference: Annotated[str | None, typer.Option(help="Picture or video of the expected person or content.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt of all videos without a prompt in --pairs.")] = None,
     pairs: Annotated[
-        Path | None,
-        typer.Option(help="CSV file with the columns video[,reference][,prompt], or the metadata.csv of a dataset."),
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV file with the columns video[,reference][,prompt], or the metadata.csv of a dataset; with --ray "
+            "also JSON Lines, Parquet and URLs.",
+        ),
     ] = None,
     settings: ScoreSettings,
     backend: Annotated[
         str, typer.Option(help="auto, torch, or a backend whose engines are built if necessary.")
     ] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Number of frames a reward processes at once.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Output file, .jsonl or .csv, with one row for each video.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Output file, .jsonl or .csv, with one row for each video; with --ray also .parquet and URLs.",
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="HTML page with curves and pictures.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the results in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite the results in --out.")] = False,
@@ -57,8 +68,23 @@ def score(
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Allow --pairs to name files outside its folder.")
     ] = False,
+    max_download_size: Annotated[
+        float, typer.Option(min=0.001, metavar="MB", help="Of one video at a URL, in megabytes.")
+    ] = 4000.0,
+    download_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="For the download of one video at a URL.")
+    ] = 600.0,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
+    ray: RayAddress = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: workers; one for each GPU, or CPU, if not given.")
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(min=0.0, help="With --ray: CPUs of each worker.")] = 1.0,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="With --ray: GPUs of each worker, such as 0.5; 1 if the cluster has any."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score videos with the rewards used in training, on batched engines.
@@ -66,23 +92,42 @@ def score(
     The default reward measures the similarity of the face to the reference.
     """
     from frostline.atomic_io import check_writable
-    from frostline.score.request import gather_pairs
 
     if resume and out is None:
         raise ConfigError("--resume continues from the results in --out, which is not given")
     bars = _bars(fail_under or [])
     settings = settings.with_rewards(rewards_given(reward, rewards_file))
     _check_columns([column for column, _ in bars], settings.labels())
-    wanted = gather_pairs(videos or [], reference, pairs, allow_outside, prompt, settings.needs())
     if report is not None:
         check_writable(report)
-    from frostline.score.run import RunOptions, run_score
-    from frostline.score.table import print_outcome
+    from frostline.video.downloads import DownloadLimits
 
-    options = RunOptions(out, resume, overwrite, backend, device, engines_dir, batch)
-    outcome = run_score(wanted, settings, options, progress())
+    limits = DownloadLimits(max_download_size, download_timeout)
+    if ray is not None:
+        from frostline.cluster.session import ClusterOptions, require_ray
+
+        require_ray()
+        if out is None:
+            raise ConfigError("--ray needs --out, where the results of all workers come together")
+        from frostline.cluster.pair_files import PairSource
+        from frostline.cluster.score_run import ClusterRun, score_on_cluster
+
+        source = PairSource(tuple(videos or ()), reference, pairs, allow_outside, prompt, settings.needs())
+        cluster = ClusterOptions(ray, workers, cpus_per_worker, gpus_per_worker)
+        run = ClusterRun(out, cluster, resume, overwrite, backend, device, engines_dir, batch, limits)
+        outcome = score_on_cluster(source, settings, run, progress())
+    else:
+        from frostline.score.request import gather_pairs
+        from frostline.score.run import RunOptions, run_score
+
+        file, results = _local(pairs, "--pairs"), _local(out, "--out")
+        wanted = gather_pairs(videos or [], reference, file, allow_outside, prompt, settings.needs())
+        options = RunOptions(results, resume, overwrite, backend, device, engines_dir, batch, limits)
+        outcome = run_score(wanted, settings, options, progress())
     if outcome is None:
         return
+    from frostline.score.table import print_outcome
+
     if as_json:
         print_json(outcome.json_values())
     else:
@@ -98,6 +143,12 @@ def score(
         for problem in wrong:
             print_error(problem)
         raise typer.Exit(1)
+
+
+def _local(name: str | None, flag: str) -> Path | None:
+    if name is not None and is_url(name):
+        raise ConfigError(f"{flag} {name}: a URL needs --ray")
+    return None if name is None else Path(name)
 
 
 def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from frostline.cli.lazy_options import Decorator, options_on_use
-from frostline.cli.options import ENGINES, BaseAdapters, EnginesDir, base_adapters_given
+from frostline.cli.options import ENGINES, BaseAdapters, EnginesDir, RayAddress, base_adapters_given
 from frostline.cli.verbosity import is_first_process, progress
 from frostline.errors import ConfigError
 from frostline.terminal import Terminal
@@ -58,8 +58,21 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check settings and data, and show the run without starting it.")
     ] = False,
+    ray: RayAddress = None,
+    num_workers: Annotated[int, typer.Option(min=1, help="With --ray: number of training processes.")] = 1,
+    use_gpu: Annotated[bool, typer.Option("--use-gpu", help="With --ray: one GPU for each process.")] = False,
+    cpus_per_worker: Annotated[
+        float | None, typer.Option(min=0.0, help="With --ray: CPUs for each process; default: 1.")
+    ] = None,
+    max_failures: Annotated[
+        int, typer.Option(min=-1, help="With --ray: number of restarts after a worker is lost; -1: no limit.")
+    ] = 3,
+    storage_path: Annotated[
+        str | None,
+        typer.Option(help="With --ray: folder or URL for Ray's state of the run; default: in the run's folder."),
+    ] = None,
 ) -> None:
-    """Train a reward LoRA; use `accelerate launch -m frostline train …` for several GPUs."""
+    """Train a reward LoRA; for several GPUs, use `accelerate launch -m frostline train …` or `--ray`."""
     from frostline.train.config_file import commented_yaml, load_run_settings
 
     if config is not None and "=" in str(config) and not config.exists():
@@ -86,10 +99,19 @@ def train(
         from frostline.train.dry_run import print_dry_run
 
         raise typer.Exit(0 if print_dry_run(settings, Terminal(), resume) else 1)
-    from frostline.train.launch import run_training
-
     first = is_first_process()
-    outcome = run_training(settings, resume, progress())
+    if ray is not None:
+        from frostline.cluster.session import require_ray
+
+        require_ray()
+        from frostline.cluster.train_run import TrainCluster, train_on_cluster
+
+        cluster = TrainCluster(ray, num_workers, use_gpu, cpus_per_worker, max_failures, storage_path)
+        outcome = train_on_cluster(settings, resume, cluster, progress())
+    else:
+        from frostline.train.launch import run_training
+
+        outcome = run_training(settings, resume, progress())
     if outcome.stopped_by is not None:
         if first:
             again = f"frostline train --resume {shlex.quote(str(settings.output_dir))}"

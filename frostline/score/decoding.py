@@ -15,6 +15,7 @@ from torch import Tensor
 
 from frostline.errors import FrostlineError
 from frostline.video import stream_video
+from frostline.video.downloads import DEFAULT_LIMITS, DownloadLimits, local_copy
 
 _CHUNK_BYTES = 8 * 2**20
 _CHUNK_FRAMES = 32
@@ -53,7 +54,9 @@ Event = Chunk | End
 
 
 @contextmanager
-def decoded(sources: Iterable[Source], stride: int, max_frames: int | None) -> Iterator[Iterator[Event]]:
+def decoded(
+    sources: Iterable[Source], stride: int, max_frames: int | None, limits: DownloadLimits = DEFAULT_LIMITS
+) -> Iterator[Iterator[Event]]:
     """What is in the videos: for each its chunks, then its end, in their order.
 
     At most `_CHUNKS_AHEAD` chunks are waiting at any time, and of large frames one. Leaving the block ends the thread.
@@ -73,7 +76,7 @@ def decoded(sources: Iterable[Source], stride: int, max_frames: int | None) -> I
     def work() -> None:
         try:
             for source in sources:
-                if not all(put(event) for event in _events(source, stride, max_frames, stopped.is_set)):
+                if not all(put(event) for event in _events(source, stride, max_frames, limits, stopped.is_set)):
                     return
             put(None)
         except BaseException as error:
@@ -102,28 +105,32 @@ def _drain(events: queue.Queue[Event | BaseException | None]) -> Iterator[Event]
         yield event
 
 
-def _events(source: Source, stride: int, max_frames: int | None, stopped: Callable[[], bool]) -> Iterator[Event]:
+def _events(
+    source: Source, stride: int, max_frames: int | None, limits: DownloadLimits, stopped: Callable[[], bool]
+) -> Iterator[Event]:
     key, path = source.key, source.path
     if source.fault:
         yield End(key, source.fault)
         return
     notes: list[str] = []
     waiting: list[tuple[int, np.ndarray]] = []
-    error, seconds, start = "", 0.0, time.perf_counter()
+    error, seconds, start, file = "", 0.0, time.perf_counter(), path
     try:
-        for number, picture in stream_video(path, max_frames, stride, notes.append):
-            if stopped():
-                return
-            if waiting and (picture.shape != waiting[0][1].shape or _full(waiting)):
-                chunk = _chunk(key, waiting)
-                seconds += time.perf_counter() - start
-                yield chunk
-                start, waiting = time.perf_counter(), []
-            waiting.append((number, picture))
+        with local_copy(path, limits) as file:
+            for number, picture in stream_video(file, max_frames, stride, notes.append):
+                if stopped():
+                    return
+                if waiting and (picture.shape != waiting[0][1].shape or _full(waiting)):
+                    chunk = _chunk(key, waiting)
+                    seconds += time.perf_counter() - start
+                    yield chunk
+                    start, waiting = time.perf_counter(), []
+                waiting.append((number, picture))
         if waiting:
             yield _chunk(key, waiting)
     except FrostlineError as raised:
-        error = str(raised)
+        # Of a URL the copy is no name that anybody knows.
+        error = str(raised).replace(file, path)
     except MemoryError:
         error = f"{path}: its frames do not fit into memory"
     except Exception as raised:  # a file that the decoder stumbles over must not stop the others

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -46,27 +46,40 @@ class ResultFile:
         Raises:
             DataError: a line is not a row of results; names it.
         """
-        try:
-            text = self.path.read_text(encoding="utf-8", errors="surrogateescape")
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
-        lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-        first = 1 if self.path.suffix == ".csv" else 0
-        if first and lines:
-            self._take_header(lines[0])
-        rows = [self._parse(line, number) for number, line in enumerate(lines[first:], first + 1)]
+        rows = list(self.stream())
         self._take_scores(rows)
         return rows
 
-    def rewrite(self, rows: Iterable[VideoScore]) -> None:
-        """Put a file of these rows in the place of whatever is there."""
-        rows = list(rows)
+    def stream(self) -> Iterator[VideoScore]:
+        """Yield the rows that are there one after the other; of a file that is missing none.
+
+        Raises:
+            DataError: a line is not a row of results; names it.
+        """
+        is_csv = self.path.suffix == ".csv"
+        try:
+            with self.path.open(encoding="utf-8", errors="surrogateescape") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith("\n"):
+                        return
+                    if is_csv and number == 1:
+                        self._take_header(line[:-1])
+                    else:
+                        yield self._parse(line[:-1], number)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def rewrite(self, rows: Sequence[VideoScore]) -> None:
+        """Put a file of these rows in the place of whatever is there; goes through them twice."""
         self._take_scores(rows)
-        with atomic_write(self.path) as part:
-            lines = "".join([*self._head(), *map(self._line, rows)])
-            part.write_text(lines, encoding="utf-8", errors="surrogateescape", newline="")
+        with (
+            atomic_write(self.path) as part,
+            part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            file.writelines(self._head())
+            file.writelines(map(self._line, rows))
 
     def append(self, row: VideoScore) -> None:
         """Add one row, in one call of the operating system; a CSV file without one of its columns is written anew."""

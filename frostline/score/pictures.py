@@ -16,6 +16,7 @@ from frostline.models.faces.detectors import load_detector
 from frostline.rewards.face_identity import Config
 from frostline.score.result import VideoScore
 from frostline.video import stream_video
+from frostline.video.downloads import DEFAULT_LIMITS, local_copy
 
 _SIDE = 320
 # Frames of a reference that are searched for a face.
@@ -50,10 +51,13 @@ def extreme_pictures(row: VideoScore, every: int) -> list[FramePicture]:
     if not wanted:
         return pictures
     try:
-        for number, array in stream_video(row.video, max(wanted) // every + 1, every, warn=lambda reason: None):
-            for which in wanted.get(number, ()):
-                score, box, points = (getattr(row, f"{which}_frame_{part}") for part in ("score", "box", "landmarks"))
-                pictures.append(FramePicture(which, number, score, _draw(Image.fromarray(array), box, points)))
+        with local_copy(row.video, DEFAULT_LIMITS) as file:
+            for number, array in stream_video(file, max(wanted) // every + 1, every, warn=lambda reason: None):
+                for which in wanted.get(number, ()):
+                    score, box, points = (
+                        getattr(row, f"{which}_frame_{part}") for part in ("score", "box", "landmarks")
+                    )
+                    pictures.append(FramePicture(which, number, score, _draw(Image.fromarray(array), box, points)))
     except FrostlineError:
         return []
     return sorted(pictures, key=lambda picture: picture.which, reverse=True)
@@ -85,11 +89,12 @@ class ReferencePictures:
 
     @torch.no_grad()
     def _find(self, path: str) -> bytes | None:
-        for _, array in stream_video(path, _SEARCHED, warn=lambda reason: None):
-            frames = torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
-            faces = self._detector.detect(frames, self._settings.upscale)
-            if len(faces):
-                return _draw(Image.fromarray(array), faces.boxes[0].tolist(), faces.landmarks[0].tolist())
+        with local_copy(path, DEFAULT_LIMITS) as file:
+            for _, array in stream_video(file, _SEARCHED, warn=lambda reason: None):
+                frames = torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+                faces = self._detector.detect(frames, self._settings.upscale)
+                if len(faces):
+                    return _draw(Image.fromarray(array), faces.boxes[0].tolist(), faces.landmarks[0].tolist())
         return None
 
 

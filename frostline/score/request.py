@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from frostline.csvfile import csv_columns, csv_records
 from frostline.errors import ConfigError, DataError
 from frostline.escaping import text_of_csv_cell
-from frostline.paths import check_inside
+from frostline.paths import check_inside, joined
 from frostline.rewards.inputs import COMPARES, Need
 
 
@@ -98,42 +98,60 @@ def pairs_of_file(
         ConfigError: the file is missing or no such CSV file. What is wrong with one row is its pair's `fault`.
     """
     default = Pair(0, "", reference or "", prompt or "")
-    pairs = [_pair(index, row, file.parent, default, allow_outside, needs) for index, row in enumerate(_rows(file))]
+    rows = enumerate(rows_of_csv(_text(file), str(file)))
+    pairs = [pair_of_row(index, row, file.parent, default, allow_outside, needs) for index, row in rows]
     if not pairs:
         raise ConfigError(f"{file}: holds no rows")
     return pairs
 
 
-def _rows(file: Path) -> Iterator[dict[str | None, Any]]:
+def _text(file: Path) -> str:
     try:
         # Names that are no UTF-8 are names, too.
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        return file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except FileNotFoundError:
         raise ConfigError(f"no such file of pairs: {file}") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def rows_of_csv(text: str, name: str) -> Iterator[dict[str | None, Any]]:
+    """Yield the rows of a CSV file of pairs, by column; see `csv_records`.
+
+    Raises:
+        ConfigError: it is no such file; `name` says which.
+    """
     try:
-        columns = csv_columns(text)
-        if "video" not in columns:
-            raise ConfigError(f"{file}: has no column 'video' (found {', '.join(columns) or 'nothing'})")
-        for column in columns:
-            # Unread, it would leave every video to be scored against itself.
-            if column != "reference" and difflib.get_close_matches(column.lower(), ["reference"], cutoff=0.5):
-                raise ConfigError(f"{file}: has a column {column!r}: is 'reference' meant?")
+        check_columns(csv_columns(text), name)
         for _, record in csv_records(text):
             yield record
     except DataError as error:
-        raise ConfigError(f"{file}, {error}") from error
+        raise ConfigError(f"{name}, {error}") from error
 
 
-def _pair(
+def check_columns(columns: Sequence[str], name: str) -> None:
+    """Refuse the columns of a file of pairs that has no videos, or a misspelt `reference`.
+
+    Raises:
+        ConfigError: names the file and the column.
+    """
+    if "video" not in columns:
+        raise ConfigError(f"{name}: has no column 'video' (found {', '.join(columns) or 'nothing'})")
+    for column in columns:
+        # Unread, it would leave every video to be scored against itself.
+        if column != "reference" and difflib.get_close_matches(column.lower(), ["reference"], cutoff=0.5):
+            raise ConfigError(f"{name}: has a column {column!r}: is 'reference' meant?")
+
+
+def pair_of_row(
     index: int,
-    row: dict[str | None, Any],
-    folder: Path,
+    row: Mapping[str | None, Any],
+    folder: Path | str,
     default: Pair,
     allow_outside: bool,
     needs: Collection[Need],
 ) -> Pair:
+    """Return a row of a file of pairs in `folder`, a path or a URL, as a pair; what is wrong with it is its `fault`."""
     cells = {name: (row.get(name) or "").strip() for name in ("video", "reference", "prompt")}
     faults = []
     if None in row:  # where csv.DictReader puts what is beyond the header
@@ -143,7 +161,7 @@ def _pair(
     paths = {}
     for name in ("video", "reference"):
         # Nothing stays nothing.
-        paths[name] = str(folder / cells[name]) if cells[name] else ""
+        paths[name] = joined(folder, cells[name]) if cells[name] else ""
         try:
             check_inside(folder, cells[name], "--allow-outside", allow_outside)
         except DataError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from frostline.atomic_io import atomic_write, check_writable
 from frostline.errors import ConfigError, DataError
+from frostline.paths import is_url
 from frostline.progress import Bar, Progress
 from frostline.rewards.inputs import COMPARES
 from frostline.runtime.stage_timer import StageTimes
@@ -27,6 +28,7 @@ from frostline.score.scorer import Scorer
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary, decide, summarize
 from frostline.video import probe_video
+from frostline.video.downloads import DEFAULT_LIMITS, DownloadLimits
 
 Done = Mapping[int, VideoScore]
 
@@ -36,7 +38,7 @@ class RunOptions:
     """How to run, on which the results do not depend.
 
     out: `.jsonl` or `.csv`; None keeps the results in memory. resume: keep the results that are there. overwrite: let
-    others take their place. batch: frames that a reward looks at in one call.
+    others take their place. batch: frames that a reward looks at in one call. downloads: limits of videos at URLs.
     """
 
     out: Path | None = None
@@ -46,16 +48,17 @@ class RunOptions:
     device: str = "auto"
     engines: Path = Path("engines")
     batch: int = 32
+    downloads: DownloadLimits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)
 class ScoreOutcome:
-    """All rows in the order of the input, and what they come to; None in all processes but the main one.
+    """All rows in the order of the input, and what they come to.
 
     labels: columns of the scores, that of the first reward first.
     """
 
-    rows: tuple[VideoScore, ...]
+    rows: Sequence[VideoScore]
     summary: Summary
     labels: tuple[str, ...] = (FACE_SCORE,)
 
@@ -136,7 +139,8 @@ def run_score(
         )
     clock = _Clock()
     left = processes.share([pair for pair in pairs if pair.index not in done])
-    fresh = _scored(left, rewards, settings, options.batch, progress, clock)
+    scorer = Scorer(rewards, settings, options.batch, options.downloads)
+    fresh = _scored(left, scorer, progress, clock)
     rows = _collect(fresh, done, file, len(pairs), processes)
     if not processes.is_main:
         return None
@@ -168,24 +172,18 @@ def _check_reference(pairs: Sequence[Pair]) -> None:
     """Say once what every video would fail with."""
     if len({pair.reference for pair in pairs}) > 1 or pairs[0].fault or pairs[0].reference == pairs[0].video:
         return
+    if is_url(pairs[0].reference):
+        return
     try:
         probe_video(pairs[0].reference)
     except DataError as error:
         raise ConfigError(f"the reference {error}") from error
 
 
-def _scored(
-    pairs: Sequence[Pair],
-    rewards: Sequence[ScoredReward],
-    settings: ScoreSettings,
-    batch: int,
-    progress: Progress,
-    clock: _Clock,
-) -> Iterator[VideoScore]:
+def _scored(pairs: Sequence[Pair], scorer: Scorer, progress: Progress, clock: _Clock) -> Iterator[VideoScore]:
     """The results of `pairs`, with a bar that tells videos and frames per second."""
-    scorer = Scorer(rewards, settings, batch)
     with progress.bar("score", len(pairs)) as bar, ExitStack() as stack:
-        times = {reward: stack.enter_context(reward.runtime.clock.collect()) for reward in rewards}
+        times = {reward: stack.enter_context(reward.runtime.clock.collect()) for reward in scorer.rewards}
         for row in scorer.score(pairs, _watch(times, clock, bar)):
             yield row
             bar.advance(1)
@@ -256,20 +254,29 @@ def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings, 
     done = {row.index: row for row in (*file.read(), *_rows_of_parts(file))}
     by_index = {pair.index: pair for pair in pairs}
     for row in done.values():
-        pair = by_index.get(row.index)
-        if pair is None or not _is_of(row, pair):
-            raise ConfigError(f"{file.path} holds results of other videos ({row.video}): --overwrite replaces them")
-        if by_prompt and one_line(row.prompt) != one_line(pair.prompt):
-            raise ConfigError(
-                f"{file.path} holds results of other prompts ({row.prompt!r} of {row.video}, now {pair.prompt!r}): "
-                "--overwrite replaces them"
-            )
-        if row.settings != str(settings):
-            raise ConfigError(
-                f"{file.path} holds results of other settings ({row.settings}, now {settings}): --overwrite replaces "
-                "them"
-            )
+        check_same(row, by_index.get(row.index), str(settings), by_prompt, str(file.path))
     return done
+
+
+def check_same(row: VideoScore, pair: Pair | None, settings: str, by_prompt: bool, name: str) -> None:
+    """Hold a row of an earlier run against what is to be scored now.
+
+    Args:
+        pair: that of its index, if there is one. by_prompt: whether scores depend on prompts. name: of the results.
+    Raises:
+        ConfigError: it is of another video, prompt or settings.
+    """
+    if pair is None or not _is_of(row, pair):
+        raise ConfigError(f"{name} holds results of other videos ({row.video}): --overwrite replaces them")
+    if by_prompt and one_line(row.prompt) != one_line(pair.prompt):
+        raise ConfigError(
+            f"{name} holds results of other prompts ({row.prompt!r} of {row.video}, now {pair.prompt!r}): "
+            "--overwrite replaces them"
+        )
+    if row.settings != settings:
+        raise ConfigError(
+            f"{name} holds results of other settings ({row.settings}, now {settings}): --overwrite replaces them"
+        )
 
 
 def _is_of(row: VideoScore, pair: Pair) -> bool:

@@ -14,7 +14,8 @@ from frostline.score.request import Pair
 from frostline.score.result import REFERENCE_NOTE, VideoScore
 from frostline.score.rewards.base import RewardResult, ScoredReward
 from frostline.score.settings import ScoreSettings
-from frostline.score.under_way import ReferenceUnderWay, UnderWay, VideoUnderWay
+from frostline.score.under_way import References, ReferenceUnderWay, UnderWay, VideoUnderWay
+from frostline.video.downloads import DEFAULT_LIMITS, DownloadLimits
 
 _BATCH_BYTES = 64 * 2**20  # of pixels: fewer frames go together where they are large
 _NO_PROMPT = "needs a prompt, which the video does not have (--prompt, or a column 'prompt' of --pairs)"
@@ -27,12 +28,23 @@ class Scorer:
         rewards: with the networks that they need.
         settings: what the results depend on.
         batch: frames that are looked at together, at least.
+        limits: of videos at URLs.
+        keep_references: how many references to keep from one call of `score` to the next.
     """
 
-    def __init__(self, rewards: Sequence[ScoredReward], settings: ScoreSettings, batch: int) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[ScoredReward],
+        settings: ScoreSettings,
+        batch: int,
+        limits: DownloadLimits = DEFAULT_LIMITS,
+        keep_references: int = 0,
+    ) -> None:
         self.rewards = rewards
         self.settings = settings
         self.batch = batch
+        self.limits = limits
+        self._references = References(keep_references)
 
     def score(self, pairs: Sequence[Pair], on_frames: Callable[[int], None] = lambda n: None) -> Iterator[VideoScore]:
         """One result for each pair, in their order, as soon as it is known; no fault of a video stops the others.
@@ -40,8 +52,8 @@ class Scorer:
         Args:
             on_frames: told how many more frames were scored.
         """
-        state = UnderWay(pairs, self.rewards)
-        with decoded(state.sources(), self.settings.every, self.settings.max_frames) as events:
+        state = UnderWay(pairs, self.rewards, self._references)
+        with decoded(state.sources(), self.settings.every, self.settings.max_frames, self.limits) as events:
             for group in _groups(events, self.batch):
                 start = time.perf_counter()
                 chunks = [event for event in group if isinstance(event, Chunk)]

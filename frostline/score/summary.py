@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,30 +92,44 @@ class Summary:
 
 
 def summarize(
-    rows: Sequence[VideoScore],
+    rows: Iterable[VideoScore],
     seconds: float = 0.0,
     new_frames: int = 0,
     stage_seconds: Mapping[str, float] | None = None,
     labels: Sequence[str] = (),
 ) -> Summary:
-    """The summary of these rows.
+    """Summarise rows, of which only their numbers are kept.
 
     Args:
         labels: of the rewards but `face_identity`, which are listed without a score too.
         seconds: that the run took; new_frames: that it scored in them, references included.
     """
-    ok = [row for row in rows if row.status == "ok"]
-    scores = [row.face_score for row in ok if row.face_score is not None]
-    rates = [row.detection_rate for row in ok if row.detection_rate is not None]
-    columns = dict.fromkeys((*labels, *(name for row in ok for name in row.scores)))
-    as_zero = [row.face_score_missing_zero for row in ok if row.face_score_missing_zero is not None]
+    videos = failed = frames = without_face = 0
+    scores, rates, as_zero = array("d"), array("d"), array("d")
+    columns: dict[str, array[float]] = {label: array("d") for label in labels}
+    for row in rows:
+        videos += 1
+        if row.status != "ok":
+            failed += 1
+            continue
+        frames += row.frames or 0
+        without_face += row.face_score is None and row.detection_rate is not None
+        for found, value in (
+            (scores, row.face_score),
+            (rates, row.detection_rate),
+            (as_zero, row.face_score_missing_zero),
+        ):
+            if value is not None:
+                found.append(value)
+        for name, value in row.scores.items():
+            columns.setdefault(name, array("d")).append(value)
     faces = ScoreStatistics.of(scores)
     return Summary(
-        videos=len(rows),
-        failed=len(rows) - len(ok),
+        videos=videos,
+        failed=failed,
         with_faces=len(rates),
-        without_face=sum(row.face_score is None and row.detection_rate is not None for row in ok),
-        frames=sum(row.frames or 0 for row in ok),
+        without_face=without_face,
+        frames=frames,
         mean=faces.mean,
         median=faces.median,
         lowest=faces.lowest,
@@ -125,7 +140,7 @@ def summarize(
         seconds=seconds,
         frames_per_second=new_frames / seconds if seconds and new_frames else None,
         stage_seconds=dict(stage_seconds or {}),
-        scores={name: ScoreStatistics.of([row.scores[name] for row in ok if name in row.scores]) for name in columns},
+        scores={name: ScoreStatistics.of(values) for name, values in columns.items()},
     )
 
 
@@ -169,19 +184,23 @@ class Decision:
         return asdict(self)
 
 
-def decide(rows: Sequence[VideoScore]) -> Decision | None:
+def decide(rows: Iterable[VideoScore]) -> Decision | None:
     """Compare the face score of each video with the threshold of the embedder.
 
     Returns:
         None where no face was compared, or not by one embedder with a published threshold.
     """
-    compared = [row for row in rows if row.status == "ok" and row.detection_rate is not None]
-    embedders = {row.face_embedder for row in compared}
+    compared, scores, embedders = 0, array("d"), set[str]()
+    for row in rows:
+        if row.status == "ok" and row.detection_rate is not None:
+            compared += 1
+            embedders.add(row.face_embedder)
+            if row.face_score is not None:
+                scores.append(row.face_score)
     if len(embedders) != 1 or (threshold := THRESHOLDS.get(embedders.pop())) is None:
         return None
-    scores = [row.face_score for row in compared if row.face_score is not None]
     same = sum(score >= threshold.cosine for score in scores)
-    return Decision(same, len(compared), len(compared) - len(scores), threshold)
+    return Decision(same, compared, compared - len(scores), threshold)
 
 
 def _histogram(scores: Sequence[float]) -> tuple[int, ...]:

@@ -54,11 +54,36 @@ class VideoUnderWay:
     seconds: float = 0.0
 
 
+class References:
+    """The references that were finished last, at most `most` of them, for videos that come later."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: dict[tuple[str, str], ReferenceUnderWay] = {}
+
+    def get(self, name: tuple[str, str]) -> ReferenceUnderWay | None:
+        """Return the reference that goes by a name, if it is kept."""
+        return self._kept.get(name)
+
+    def put(self, name: tuple[str, str], reference: ReferenceUnderWay) -> None:
+        """Keep a reference, in place of the one that was kept first."""
+        self._kept.pop(name, None)
+        self._kept[name] = reference
+        while len(self._kept) > self._most:
+            del self._kept[next(iter(self._kept))]
+
+
 class UnderWay:
     """Videos and references under way. Keys count upwards in the order in which things are decoded."""
 
-    def __init__(self, pairs: Sequence[Pair], rewards: Sequence[ScoredReward]) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        rewards: Sequence[ScoredReward],
+        kept: References | None = None,
+    ) -> None:
         self._pairs = pairs
+        self._kept = References(0) if kept is None else kept
         self._rewards = rewards
         self._with_reference = [reward for reward in rewards if reward.needs_reference]
         self._by_prompt = any(reward.references_depend_on_prompts for reward in rewards)
@@ -71,6 +96,8 @@ class UnderWay:
         """All that is to be decoded: each reference before the first video that needs it. Runs in another thread."""
         keys = itertools.count()
         for pair in self._pairs:
+            if self._with_reference and not pair.fault and (kept := self._kept.get(self._name(pair))) is not None:
+                self._references.setdefault(self._name(pair), kept)
             if self._with_reference and not pair.fault and self._name(pair) not in self._references:
                 tracks = {reward.label: reward.reference(pair) for reward in self._with_reference}
                 self._references[self._name(pair)] = reference = ReferenceUnderWay(pair, tracks)
@@ -120,7 +147,7 @@ class UnderWay:
         reference = self._references[name]
         self._awaited[name] -= 1
         if not self._awaited[name]:
-            del self._references[name]
+            self._kept.put(name, self._references.pop(name))
         return job, end, reference
 
     def _is_of_no_use(self, video: VideoUnderWay, reward: ScoredReward) -> bool:

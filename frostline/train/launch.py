@@ -32,7 +32,7 @@ from frostline.train.loop.checkpoint import Checkpoint, samples_dealt
 from frostline.train.loop.output_dir import check_writable
 from frostline.train.loop.resume import changed_settings
 from frostline.train.loop.run_dir import LOG
-from frostline.train.loop.trainer import RunOptions, TrainOutcome, make_accelerator, train
+from frostline.train.loop.trainer import RunOptions, Supervisor, TrainOutcome, make_accelerator, train
 from frostline.train.loop.validation import Validation, starts_of, validate
 from frostline.train.precompute.prepare import Place, Precomputed, precompute
 from frostline.train.precompute.preview import count_samples
@@ -50,11 +50,14 @@ _T = TypeVar("_T")
 _LISTED_ROWS = 20
 
 
-def run_training(settings: RunSettings, resume: str | None, progress: Progress) -> TrainOutcome:
+def run_training(
+    settings: RunSettings, resume: str | None, progress: Progress, supervisor: Supervisor | None = None
+) -> TrainOutcome:
     """Check the data, load the model, train, and write the report.
 
     Args:
         resume: as `find_resume` takes it; None starts afresh.
+        supervisor: who else may ask the run to stop or to save.
     Raises:
         FrostlineError: says what is wrong and what to do; nothing that was saved is lost.
     """
@@ -63,11 +66,16 @@ def run_training(settings: RunSettings, resume: str | None, progress: Progress) 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     with logged_to_file(accelerator.is_main_process) as log_file:
-        return _run_training(settings, resume, progress, accelerator, log_file)
+        return _run_training(settings, resume, progress, accelerator, log_file, supervisor)
 
 
 def _run_training(
-    settings: RunSettings, resume: str | None, progress: Progress, accelerator: Accelerator, log_file: LogFile
+    settings: RunSettings,
+    resume: str | None,
+    progress: Progress,
+    accelerator: Accelerator,
+    log_file: LogFile,
+    supervisor: Supervisor | None,
 ) -> TrainOutcome:
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
     settings, dataset, validation, sizes = _open_fitted(settings, accelerator, progress)
@@ -117,6 +125,7 @@ def _run_training(
             validation_steps=settings.validation.steps,
             on_step=on_step,
             on_begin=lambda: log_file.open(settings.output_dir / LOG),
+            supervisor=supervisor,
         )
         outcome = train(module, dataset, settings.train, settings.output_dir, options, accelerator)
     if accelerator.is_main_process:

@@ -9,6 +9,7 @@ import pytest
 from document_commands import COMMANDS, OTHERS, PYTHON, REASONS, ROOT, blocks, commands, problem
 
 from frostline.demo.dataset import write_datasets
+from frostline.documents import read_yaml
 
 RUN = (ROOT / "README.md", ROOT / "docs" / "quickstart.md")
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").rglob("*.md")])
@@ -79,8 +80,25 @@ def test_a_wrong_command_is_found(line: str, what: str) -> None:
 def test_batch_scripts_are_valid(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     launch = script.read_text().partition("exec ")[2].partition("' frostline")[0]
-    (command,) = commands(launch.replace('"$@"', "tiny.yaml").replace("$((SLURM_NNODES * GPUS_PER_NODE))", "16"))
-    assert command[:2] == ["accelerate", "launch"]
+    for variable in ("$((SLURM_NNODES * GPUS_PER_NODE))", "$WORKERS"):
+        launch = launch.replace(variable, "16")
+    (command,) = commands(launch.replace('"$@"', "tiny.yaml"))
+    assert command[:2] in (["accelerate", "launch"], ["ray", "symmetric-run"])
+    if command[0] == "ray":
+        command = command[command.index("--") + 1 :]
     assert problem(command) is None
     inner = script.read_text().partition("bash -c '")[2].partition("' frostline")[0]
     subprocess.run(["bash", "-n", "-c", inner], check=True)
+
+
+def test_the_manifest_of_kuberay_is_valid() -> None:
+    job = read_yaml(ROOT / "docs" / "examples" / "rayjob.yaml")
+    assert isinstance(job, dict) and (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    (command,) = commands(job["spec"]["entrypoint"])
+    assert problem(command) is None
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in group["template"]["spec"]["volumes"]}

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def await_release(folder: Path, seconds: float) -> None:
+    """Wait until no run writes to the folder, so many seconds at most: one that was killed takes a moment to go."""
+    if folder.is_dir():
+        with suppress(Timeout, OSError, NotImplementedError), FileLock(folder / _LOCK).acquire(timeout=seconds):
+            pass
 
 
 def check_is_run(folder: Path) -> None:

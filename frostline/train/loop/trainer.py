@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -74,6 +74,22 @@ class TrainOutcome:
     stopped_by_judge: bool = False
 
 
+class Supervisor(Protocol):
+    """Asked by all processes, once before each step: what manages the machines that they run on."""
+
+    def stop_asked(self) -> signal.Signals | None:
+        """Return the signal as on whose arrival the run is to save and end; one process that is told so is enough."""
+        ...
+
+    def save_asked(self) -> bool:
+        """Return whether to save a checkpoint now, as a machine will soon be gone; the same on all processes."""
+        ...
+
+    def begun(self) -> None:
+        """Learn, on the first process, that the run's folder is that of this run."""
+        ...
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Options of a run that do not affect a training step.
@@ -90,6 +106,7 @@ class RunOptions:
             processes; its return value becomes a line of `validation.jsonl`, with the verdict on all lines so far.
         on_step: called with each line of `metrics.jsonl`.
         on_begin: called on the first process once the run owns the folder; before that, the run may still be rejected.
+        supervisor: can also request that the run stops or saves.
     """
 
     resume: Checkpoint | None = None
@@ -102,6 +119,7 @@ class RunOptions:
     validation_steps: int = 1
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None
     on_begin: Callable[[], None] = lambda: None
+    supervisor: Supervisor | None = None
 
 
 def make_accelerator(settings: TrainerSettings, output_dir: Path, cpu: bool) -> Accelerator:
@@ -169,6 +187,8 @@ def train(
             _go_on(output_dir, options)
         if accelerator.is_main_process:
             options.on_begin()
+            if options.supervisor is not None:
+                options.supervisor.begun()
         return _Run(training, output_dir, options, stop).go(dataset)
 
 
@@ -351,5 +371,9 @@ class _Run:
             log.warning("%s", error)
 
     def _asked_to_stop(self) -> bool:
+        if (supervisor := self.options.supervisor) is not None:
+            self.stop.requested = self.stop.requested or supervisor.stop_asked()
+            if supervisor.save_asked():
+                self._save()
         wanted = self.stop.requested is not None or self.judged_out
         return any_process(wanted, self.training.accelerator.device)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from steps import Clips
 from frostline.errors import CheckpointError, ConfigError, DataError, TrainingError
 from frostline.models.tiny.clips import held_out_clips
 from frostline.train.data.dataset import Sample, collate
+from frostline.train.loop.checkpoint import find_checkpoints
 from frostline.train.loop.evaluation import evaluate
 from frostline.train.loop.resume import find_resume
 from frostline.train.loop.run_dir import claimed
@@ -199,6 +201,33 @@ def test_a_broken_sample_ends_the_run_after_saving_what_came_before(make_module:
     _run(make_module(**QUICK), _Small(3), whole, steps=3)
     assert outcome.step == 3
     assert _adapter(tmp_path / "adapter") == _adapter(whole / "adapter")
+
+
+class _Machines:
+    """A supervisor: a machine will be gone after step 1, and the run is to end after step 3."""
+
+    def __init__(self) -> None:
+        self.steps = -1
+        self.began = False
+
+    def begun(self) -> None:
+        self.began = True
+
+    def stop_asked(self) -> signal.Signals | None:
+        self.steps += 1
+        return signal.SIGTERM if self.steps == 3 else None
+
+    def save_asked(self) -> bool:
+        return self.steps == 1
+
+
+def test_what_manages_the_machines_may_ask_for_a_checkpoint_and_the_end(make_module: Any, tmp_path: Path) -> None:
+    machines = _Machines()
+    options = RunOptions(supervisor=machines)
+    outcome = _run(make_module(**QUICK), _Small(3), tmp_path, 9, options, checkpointing_steps=50)
+    assert machines.began
+    assert (outcome.step, outcome.stopped_by) == (3, signal.SIGTERM)
+    assert [checkpoint.step for checkpoint in find_checkpoints(tmp_path)] == [1, 3]
 
 
 BRIGHTNESS = {"type": "own_rewards:Brightness", "baseline": 0.0, "scale": 1.0, "weight": 1.0}

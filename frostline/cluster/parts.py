@@ -1,0 +1,135 @@
+"""Results as they come, in any order, kept in a folder of small files, and gone through in the order of the input."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import overload
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from frostline.cluster.file_systems import file_system_of
+from frostline.errors import DataError
+from frostline.score.result import VideoScore
+
+_ROWS, _SECONDS = 512, 10.0
+_SCHEMA = pa.schema([("index", pa.int64()), ("row", pa.string())])
+
+
+class ResultParts(Sequence[VideoScore]):
+    """The rows of a run that is under way, in files that appear whole; of rows with one index one is gone through.
+
+    What a process that was killed had not written yet, of the last ten seconds at most, is scored again.
+
+    Args:
+        folder: a path or a URL; need not be there.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._system, self._path = file_system_of(folder)
+        self._waiting: list[tuple[int, str]] = []
+        self._written = time.monotonic()
+        self._count: int | None = None
+
+    def add(self, row: VideoScore) -> None:
+        """Keep a row; written with others, soon."""
+        # As JSON: other rows have other scores.
+        self._waiting.append((row.index, json.dumps(row.model_dump(mode="json"), separators=(",", ":"))))
+        if len(self._waiting) >= _ROWS or time.monotonic() > self._written + _SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        self._written, self._count = time.monotonic(), None
+        if not self._waiting:
+            return
+        columns = [pa.array(column) for column in zip(*sorted(self._waiting), strict=True)]
+        name = f"{self._path}/{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        try:
+            self._system.create_dir(self._path, recursive=True)
+            pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), f"{name}.tmp", filesystem=self._system)
+            self._system.move(f"{name}.tmp", f"{name}.parquet")
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.folder}: cannot be written: {error}") from error
+        self._waiting = []
+
+    def delete(self) -> None:
+        """Delete the folder, if it is there."""
+        self._waiting, self._count = [], None
+        if self._system.get_file_info(self._path).type != fs.FileType.NotFound:
+            self._system.delete_dir(self._path)
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Yield index and JSON of what was written, by index; of parts that hold neighbours a few are open at once.
+
+        Raises:
+            DataError: a part cannot be read.
+        """
+        pending = sorted((self._first(path), path) for path in self._parts())
+        open_parts: list[tuple[int, str, str, Iterator[tuple[int, str]]]] = []
+        last = -1
+        while pending or open_parts:
+            while pending and (not open_parts or pending[0][0] <= open_parts[0][0]):
+                path = pending.pop(0)[1]
+                self._advance(open_parts, path, self._read(path))
+            index, line, path, rest = heapq.heappop(open_parts)
+            self._advance(open_parts, path, rest)
+            if index > last:
+                yield index, line
+            last = index
+
+    def __iter__(self) -> Iterator[VideoScore]:
+        return (VideoScore.model_validate(json.loads(line)) for _, line in self.lines())
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self.lines())
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> VideoScore: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[VideoScore]: ...
+    def __getitem__(self, place: int | slice) -> VideoScore | list[VideoScore]:
+        return take(self, len(self), place)
+
+    def _parts(self) -> list[str]:
+        found = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        return [info.path for info in found if info.path.endswith(".parquet")]
+
+    def _first(self, path: str) -> int:
+        try:
+            with pq.ParquetFile(self._system.open_input_file(path)) as part:
+                return part.metadata.row_group(0).column(0).statistics.min
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read: {error}; --overwrite begins anew") from error
+
+    def _read(self, path: str) -> Iterator[tuple[int, str]]:
+        table = pq.read_table(path, filesystem=self._system)
+        return zip(table["index"].to_pylist(), table["row"].to_pylist(), strict=True)
+
+    @staticmethod
+    def _advance(
+        open_parts: list[tuple[int, str, str, Iterator[tuple[int, str]]]], path: str, rest: Iterator[tuple[int, str]]
+    ) -> None:
+        if (line := next(rest, None)) is not None:
+            heapq.heappush(open_parts, (*line, path, rest))
+
+
+def take(rows: Sequence[VideoScore], count: int, place: int | slice) -> VideoScore | list[VideoScore]:
+    """Return what `rows[place]` is, of rows that can only be gone through from the first on."""
+    if isinstance(place, slice):
+        start, stop, step = place.indices(count)
+        return list(islice(iter(rows), start, stop, step))
+    return next(islice(iter(rows), range(count)[place], None))

@@ -1,0 +1,110 @@
+"""The file of results of a run on a cluster: written once, whole, in the order of the input; local, or at a URL."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import pyarrow as pa
+
+from frostline import atomic_io
+from frostline.cluster.file_systems import exists, file_system_of
+from frostline.cluster.parts import take
+from frostline.cluster.result_tables import ParquetFile
+from frostline.errors import ConfigError, DataError
+from frostline.paths import is_url
+from frostline.score.files import SUFFIXES, ResultFile
+from frostline.score.result import FACE_SCORE, VideoScore
+
+PARQUET = ".parquet"
+
+
+class StoredRows(Sequence[VideoScore]):
+    """The rows of a file of results, read at each use: however many there are, one is in memory.
+
+    Args:
+        name: a path or a URL that ends in `.jsonl`, `.csv` or `.parquet`; need not be there.
+        labels: of all rewards.
+    Raises:
+        ConfigError: it ends in something else.
+    """
+
+    def __init__(self, name: str, labels: Sequence[str]) -> None:
+        self.name = name
+        self._count: int | None = None
+        # What is at a URL is read and written as a local copy.
+        self._copies = tempfile.TemporaryDirectory(prefix="frostline-") if is_url(name) else None
+        self.path = Path(self._copies.name, name.rsplit("/", 1)[-1]) if self._copies else Path(name)
+        scores, faces = [label for label in labels if label != FACE_SCORE], FACE_SCORE in labels
+        if self.path.suffix == PARQUET:
+            self._file: ResultFile | ParquetFile = ParquetFile(self.path, scores, faces)
+        elif self.path.suffix in SUFFIXES:
+            self._file = ResultFile(self.path, scores, faces)
+        else:
+            raise ConfigError(f"{name}: results are written as {', '.join(SUFFIXES)} or {PARQUET}")
+
+    def exists(self) -> bool:
+        """Return whether the file is there."""
+        return exists(self.name)
+
+    def check_writable(self) -> None:
+        """Look whether a local file could be written.
+
+        Raises:
+            DataError: it could not.
+        """
+        if self._copies is None:
+            atomic_io.check_writable(self.path)
+
+    def fetch(self) -> None:
+        """Have a copy of what is at a URL."""
+        if self._copies is not None:
+            system, path = file_system_of(self.name)
+            try:
+                with system.open_input_stream(path) as source, self.path.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{self.name}: cannot be read: {error}") from error
+
+    def rewrite(self, rows: Sequence[VideoScore]) -> None:
+        """Put these rows in the place of whatever is there.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        self._count = None
+        self._file.rewrite(rows)
+        if self._copies is not None:
+            upload(self.path, self.name)
+
+    def __iter__(self) -> Iterator[VideoScore]:
+        return self._file.stream()
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self)
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> VideoScore: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[VideoScore]: ...
+    def __getitem__(self, place: int | slice) -> VideoScore | list[VideoScore]:
+        return take(self, len(self), place)
+
+
+def upload(path: Path, url: str) -> None:
+    """Copy a local file to a URL, where it appears whole.
+
+    Raises:
+        DataError: it cannot be written there.
+    """
+    system, target = file_system_of(url)
+    try:
+        with path.open("rb") as source, system.open_output_stream(target) as copy:
+            shutil.copyfileobj(source, copy)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{url}: cannot be written: {error}") from error

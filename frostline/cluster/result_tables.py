@@ -1,0 +1,111 @@
+"""Rows of results as Arrow tables and Parquet files, with the columns that CSV has, typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from frostline.atomic_io import atomic_write
+from frostline.errors import DataError
+from frostline.score.result import FIELDS, Landmarks, VideoScore, columns
+
+_ROWS = 1024
+_NUMBERS = pa.list_(pa.float64())
+_TYPES: Mapping[Any, pa.DataType] = {
+    str: pa.string(),
+    Literal["ok", "error"]: pa.string(),
+    int: pa.int64(),
+    int | None: pa.int64(),
+    float | None: pa.float64(),
+    tuple[float, ...] | None: _NUMBERS,
+    tuple[float | None, ...] | None: _NUMBERS,
+    Landmarks | None: pa.list_(_NUMBERS),
+    tuple[int, ...] | None: pa.list_(pa.int64()),
+}
+
+
+def schema_of(names: Sequence[str]) -> pa.Schema:
+    """Return the types of columns of results; what is no field of `VideoScore` is a score."""
+    fields = VideoScore.model_fields
+    return pa.schema([(name, _TYPES[fields[name].annotation] if name in FIELDS else pa.float64()) for name in names])
+
+
+def table_of(rows: Iterable[VideoScore], names: Sequence[str]) -> pa.Table:
+    """Return rows as a table with these columns; bytes of names that are not UTF-8 are written as `\\udcXX`."""
+    plain = [{name: _text(value) for name, value in row.plain(names).items()} for row in rows]
+    return pa.Table.from_pylist(plain, schema_of(names))
+
+
+def rows_of(table: pa.Table | pa.RecordBatch) -> Iterator[VideoScore]:
+    """Yield the rows of a table of results.
+
+    Raises:
+        ValueError: it is none.
+    """
+    for values in table.to_pylist():
+        fields = {name: value for name, value in values.items() if name in FIELDS}
+        scores = {name: value for name, value in values.items() if name not in FIELDS and value is not None}
+        yield VideoScore.model_validate({**fields, "scores": scores})
+
+
+class ParquetFile:
+    """A Parquet file of results, with the methods of `ResultFile`.
+
+    Args:
+        labels: of the rewards but `face_identity`.
+        faces: whether `face_identity` is among the rewards.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str], faces: bool) -> None:
+        self.path = path
+        self._labels = tuple(labels)
+        self._faces = faces
+
+    def stream(self) -> Iterator[VideoScore]:
+        """Yield the rows that are there one after the other; of a file that is missing none.
+
+        Raises:
+            DataError: it is no such file.
+        """
+        if not self.path.exists():
+            return
+        try:
+            with pq.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(_ROWS):
+                    yield from rows_of(batch)
+        except (OSError, pa.ArrowException, ValidationError) as error:
+            raise DataError(f"{self.path}: is no Parquet file of results: {error}") from error
+
+    def rewrite(self, rows: Sequence[VideoScore]) -> None:
+        """Put a file of these rows in the place of whatever is there; goes through them twice.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        scores = dict.fromkeys(self._labels)
+        for row in rows:
+            scores |= dict.fromkeys(row.scores)
+        names = columns(sorted(scores, key=self._place), self._faces)
+        with atomic_write(self.path) as part, pq.ParquetWriter(part, schema_of(names)) as writer:
+            block: list[VideoScore] = []
+            for row in rows:
+                block.append(row)
+                if len(block) == _ROWS:
+                    writer.write_table(table_of(block, names))
+                    block = []
+            writer.write_table(table_of(block, names))
+
+    def _place(self, score: str) -> tuple[int, bool, str]:
+        """Metrics go behind the score of their reward, and rewards in their order."""
+        owners = [index for index, label in enumerate(self._labels) if f"{score}_".startswith(f"{label}_")]
+        owner = max(owners, key=lambda index: len(self._labels[index]), default=len(self._labels))
+        return owner, score not in self._labels, score
+
+
+def _text(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value

@@ -69,8 +69,7 @@ class Runtime:
         # Stages that are not used because all their outputs are cached: they are not prepared.
         self.idle: frozenset[str] = frozenset()
         self._store = EngineStore(engines) if engines is not None else None
-        # Held while choosing and loading, never while an engine computes. If both locks are needed, this one is
-        # acquired first.
+        # Held while choosing and loading, never while an engine computes; acquired before the other lock.
         self._lock = threading.RLock()
         self._torch_lock = threading.RLock()
         self._digests = WeightDigests(self.stages)
@@ -146,10 +145,9 @@ class Runtime:
                 self._wanted |= {name: wanted for name, (_, wanted) in before.items()}
 
     def check_engines(self) -> set[tuple[str, str]]:
-        """Check signatures and hashes of all engines in the plan before any of them is loaded.
+        """Check signatures and hashes of all engines in the plan; return (stage, backend) of each rejected one.
 
-        A rejected engine is replaced by another backend, as on loading. Return stage and backend of each rejected
-        engine.
+        A rejected engine is replaced by another backend, as on loading.
         """
         refused = set()
         for name, choice in [*self._plan.items()]:
@@ -188,9 +186,7 @@ class Runtime:
         return pending
 
     def fingerprint(self, stage: str) -> str:
-        """Return an id of everything that the outputs depend on besides the inputs: the weights and the possible
-        backends.
-        """
+        """Return an id of what determines the outputs besides the inputs: the weights and the possible backends."""
         weights = self._weights_of(stage)
         choice = self._plan[stage]
         backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend
@@ -211,9 +207,7 @@ class Runtime:
     def run(
         self, stage: str, inputs: Tensors, *, variant: str | None = None, use: str | None = None
     ) -> dict[str, Tensor]:
-        """Run a stage as planned; if an engine fails, use torch and log one warning.
-
-        If PyTorch fails on the same inputs, the inputs are at fault, and the engine stays in use.
+        """Run a stage as planned; if an engine fails where PyTorch does not, use torch and log one warning.
 
         Args:
             variant: one of the stage's variants; None runs the modules as they are.
@@ -229,10 +223,9 @@ class Runtime:
             return outputs
 
     def networks_at(self, stage: str, inputs: Tensors) -> tuple[str, dict[str, Runner]]:
-        """Return the backend for inputs of these shapes, and the stage's networks on it, by name.
+        """Return the backend for inputs of these shapes, and the stage's networks on it, by name; calls are not timed.
 
-        For callers that combine the networks in another way. These calls are not timed. If an engine fails, torch
-        computes that network and all that are called after it, and one warning is logged.
+        If an engine fails, torch computes that network and all that are called after it, and one warning is logged.
         """
         case = Case(inputs)
         backend = serving = self._backend_at(stage, case)
@@ -250,9 +243,8 @@ class Runtime:
     def agree_across_processes(self) -> None:
         """Load the engines that the plan names; an engine that fails in one process is dropped in all processes.
 
-        This is a collective call, to be made before weights are sharded: afterwards, a process that falls back to torch
-        on its own would deadlock, waiting for the others. If the plans of the processes differ, the stage runs on
-        torch.
+        A collective call, to be made before weights are sharded: later, a process that falls back to torch alone would
+        deadlock. If the plans of the processes differ, the stage runs on torch.
         """
         for name in [name for name in self.stages if name not in self.idle] if several_processes() else ():
             backend = self._plan[name].backend
@@ -306,10 +298,8 @@ class Runtime:
     def _drop_candidate(self, stage: str, backend: str, error: Exception) -> None:
         """Drop a backend of a stage; from now on the remaining candidates or torch are used."""
         with self._lock:
-            if backend in (
-                self._plan[stage].backend,
-                *self._plan[stage].candidates,
-            ):  # or another thread dropped it first
+            plan = self._plan[stage]
+            if backend in (plan.backend, *plan.candidates):  # or another thread dropped it first
                 self._drop(stage, backend, error)
 
     def _drop(self, stage: str, backend: str, error: Exception) -> None:

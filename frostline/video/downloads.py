@@ -37,7 +37,7 @@ DEFAULT_LIMITS = DownloadLimits()
 
 @contextlib.contextmanager
 def local_copy(name: str, limits: DownloadLimits) -> Iterator[str]:
-    """Within the block there is a file with what is at `name`; a name that is no URL is the path of one already.
+    """Provide the content of `name` as a local file in the block; a name that is not a URL is used as a path.
 
     Raises:
         DataError: it cannot be downloaded, or is beyond a limit; names the URL.
@@ -80,7 +80,7 @@ def _download(url: str, copy: Any, limits: DownloadLimits) -> None:
     except OSError as error:
         raise DataError(f"{url}: cannot be downloaded: {error}") from error
     except ValueError as error:
-        raise DataError(f"{url}: is no URL that can be downloaded: {error}") from error
+        raise DataError(f"{url}: this URL cannot be downloaded: {error}") from error
 
 
 def _opened(url: str, limits: DownloadLimits) -> Any:

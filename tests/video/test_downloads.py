@@ -89,8 +89,8 @@ def test_limits(url: str) -> None:
     [
         ("file:///etc/passwd", "name a local file by its path"),
         ("http://127.0.0.1:1/a.mp4", "cannot be downloaded"),
-        ("http://[/a.mp4", "is no URL that can be downloaded"),
-        ("nothing://a/b.mp4", "is no URL that can be downloaded"),
+        ("http://[/a.mp4", "this URL cannot be downloaded"),
+        ("nothing://a/b.mp4", "this URL cannot be downloaded"),
     ],
 )
 def test_what_cannot_be_downloaded(name: str, said: str) -> None:

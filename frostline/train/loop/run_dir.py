@@ -57,7 +57,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def await_release(folder: Path, seconds: float) -> None:
-    """Wait until no run writes to the folder, so many seconds at most: one that was killed takes a moment to go."""
+    """Wait until no process writes to the run, at most this many seconds: a killed process needs a moment to exit."""
     if folder.is_dir():
         with suppress(Timeout, OSError, NotImplementedError), FileLock(folder / _LOCK).acquire(timeout=seconds):
             pass

@@ -45,7 +45,7 @@ def main() -> None:
         write_datasets(place / "data", arguments.clips, 1)
         # The first turn imports what a process needs once, and has no part in the figures.
         for index in range(1 + arguments.rounds):
-            for name in CONTENDERS if index % 2 else reversed(CONTENDERS):
+            for name in [*CONTENDERS][:: 1 if index % 2 else -1]:
                 settings = settings_of(place / "data" / "train", place / f"{name}-{index}", name, arguments)
                 figures = one_run(settings, arguments.clips)
                 if index:

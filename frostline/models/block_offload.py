@@ -1,4 +1,4 @@
-"""Frozen weights of transformer blocks that wait in main memory, and come to the device while other blocks compute."""
+"""Keep frozen weights of transformer blocks in main memory, and copy them to the device while other blocks compute."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def _power_of_two(least: int) -> int:
 class BlockOffload:
     """Runs the blocks of a denoiser, with copies of the weights that wait in main memory.
 
-    The parameters stay where they are, the same objects; whoever reads them finds the weights. A block computes with
-    copies on the device of its input, which are freed behind it. While a block computes, the weights of the next one
-    that waits are copied, on a stream of their own: in forward the one behind it, in backward the one before. So the
-    weights of `WINDOW` blocks are on the device at most. LoRA matrices are on the device all the time.
+    The parameters are the same objects as before and stay in main memory. A block computes with copies on the device of
+    its input, which are freed afterwards. While a block computes, the weights of the next waiting block are copied on a
+    separate stream: the following block in forward, the preceding one in backward. So at most `WINDOW` blocks have
+    copies on the device at a time. LoRA matrices stay on the device.
 
     Args:
         blocks: of the denoiser, in the order in which they run.
@@ -186,7 +186,7 @@ class BlockOffload:
 
 @dataclass(frozen=True)
 class SavedWeight:
-    """A weight that autograd needs in backward: not the copy itself, but where to find it.
+    """A handle that autograd saves instead of the copy of a weight.
 
     layout: shape, strides and storage offset of the tensor.
     """
@@ -203,12 +203,12 @@ class SavedWeight:
 
 
 class _Copies:
-    """The frozen weights of a block on a device, from when they are copied on."""
+    """Copies of the frozen weights of a block on a device."""
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self.block, self._device = block, device
         weights = _frozen(block)
-        # On the stream that computes: what it frees can be used for the copies, which wait for it.
+        # Allocated on the compute stream: the copies can reuse memory that it frees, because they wait for it.
         self._tensors = {name: torch.empty_like(weight, device=device) for name, weight in weights.items()}
         self._names = {copy.untyped_storage().data_ptr(): name for name, copy in self._tensors.items()}
         self._ready: torch.cuda.Event | None = None

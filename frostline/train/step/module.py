@@ -136,7 +136,7 @@ class TrainingModule(nn.Module):
             model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `family_of`.
             base_adapters: merged into the denoisers each time these are read; mappings as in the settings of a run.
             quantization, text_encoder_quantization: see `QuantizationSettings`.
-            offload_blocks: how many blocks of each denoiser wait in main memory; see `BlockOffload`.
+            offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; see `BlockOffload`.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
             ConfigError: files or settings are invalid.
@@ -147,9 +147,7 @@ class TrainingModule(nn.Module):
             {"quantization": quantization, "text_encoder_quantization": text_encoder_quantization}
         )
         where = resolve_device(str(device))
-        components = family_of(model).load(
-            *(model, dtype, where, True, adapters), quantization=stored, offload_blocks=offload_blocks
-        )
+        components = family_of(model).load(model, dtype, where, True, adapters, True, stored, offload_blocks)
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module
@@ -240,8 +238,7 @@ class TrainingModule(nn.Module):
             ConfigError: the weights are already sharded.
         """
         if self.settings.gradient_checkpointing == AUTO:
-            # Takes a second to import.
-            from torch.distributed.tensor import DTensor
+            from torch.distributed.tensor import DTensor  # takes a second to import
 
             parameters = (parameter for expert in self.model.experts for parameter in expert.module.parameters())
             if any(isinstance(parameter, DTensor) for parameter in parameters):
@@ -250,8 +247,8 @@ class TrainingModule(nn.Module):
                     "settle_checkpointing(shape) first, or set the kind"
                 )
             # Reserve memory for stages and engines that are not loaded yet.
-            copies = sum(offload.window_bytes for offload in self._offloads)
-            free = max(0, free_bytes(self.model.device) - self.runtime.pending_bytes() - copies)
+            reserved = self.runtime.pending_bytes() + sum(each.window_bytes for each in self._offloads)
+            free = max(0, free_bytes(self.model.device) - reserved)
             rewards = [active.reward for active in self.rewards]
             self.checkpoint(fitting_checkpointing(self.model, self.settings, shape, free, rewards))
             self._settled_for = shape
@@ -383,10 +380,10 @@ class TrainingModule(nn.Module):
         """Set where autograd stores the tensors for backward."""
         # Checkpointed blocks copy their weights again when they are recomputed.
         offloads = self._offloads if self.gradient_checkpointing == "none" else []
-        if not torch.is_grad_enabled() or not (offloads or self.settings.offload_saved_tensors):
+        if not torch.is_grad_enabled():
             return nullcontext()
         if not self.settings.offload_saved_tensors:
-            return saved_without_copies(offloads)
+            return saved_without_copies(offloads) if offloads else nullcontext()
         return saved_in_main_memory(tensors_of(self, *self.model.modules()), offloads)
 
     def _report_unscored(self, conditioning: Conditioning, scores: Sequence[tuple[ActiveReward, RewardScore]]) -> None:

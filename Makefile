@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 # One after another: a process that had run all of them in one go crashed in native code.
 TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,tests/models,tests/score,tests/cluster,tests/demo,tests/report,tests/video,tests/docs,tests/test_*.py
 
-.PHONY: demo run-tests test test-all test-fast bench test-gpu bench-gpu lint docs venv clean
+.PHONY: demo run-tests test test-all test-fast bench bench-real test-gpu bench-gpu lint docs venv clean
 
 demo: venv  ## The main job end to end on the embedded tiny model: results in runs/demo/.
 	.venv/bin/frostline demo
@@ -36,6 +36,7 @@ bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	rm -rf runs/bench/cache
 	.venv/bin/frostline export tiny --backend onnxruntime,openvino --opt-shapes video:2x9x3x96x96 --engines-dir runs/bench/engines
 	$(VENV_PYTHON) benchmarks/step.py --rounds 3
+	$(VENV_PYTHON) benchmarks/epochs.py --rounds 3
 	$(VENV_PYTHON) benchmarks/checkpointing.py --rounds 3
 	$(VENV_PYTHON) benchmarks/stages.py --shapes= --rounds 3
 	$(VENV_PYTHON) benchmarks/scaling.py --rounds 2
@@ -47,6 +48,13 @@ bench: venv  ## Every benchmark: tables, and figures in benchmarks/results/.
 	$(VENV_PYTHON) benchmarks/faces.py --rounds 2
 	$(VENV_PYTHON) benchmarks/scoring.py --rounds 2
 	$(VENV_PYTHON) benchmarks/table.py
+
+# The only real size that two CPU cores can step through: some minutes and 16 GB.
+bench-real: export FROSTLINE_CACHE_DIR := runs/bench/cache
+bench-real: venv  ## A step at the size of Wan2.1-1.3B on a CPU, random weights: benchmarks/results/step-real.json.
+	$(VENV_PYTHON) benchmarks/step.py --model wan2.1-1.3b --device cpu --precision fp32 --video 1x5x3x128x128 \
+		--fixed-shapes --backends onnxruntime,openvino --stages denoiser --rounds 2 --build-apart \
+		--without compile,reference_onednn,cached_window --out benchmarks/results/step-real.json
 
 test-gpu: venv  ## The tests that need an NVIDIA GPU.
 	$(VENV_PYTHON) -m pytest -q -m gpu --numprocesses 4 --dist loadgroup tests/runtime/backends tests/train/step/test_hybrid_on_gpu.py

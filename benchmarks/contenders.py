@@ -68,10 +68,16 @@ class Contenders:
     Args:
         plain_vae: a copy of the module's VAE that still convolves as torch does; see `plain_copy`.
         faces_everywhere: whether every frame counts as a face; see `see_faces_everywhere`.
+        compiles: whether `compile` is one of those that step: its embedder takes a minute to compile.
     """
 
     def __init__(
-        self, module: WanTrainingModule, plain_vae: Any, batch: Mapping[str, Any], faces_everywhere: bool = False
+        self,
+        module: WanTrainingModule,
+        plain_vae: Any,
+        batch: Mapping[str, Any],
+        faces_everywhere: bool = False,
+        compiles: bool = True,
     ) -> None:
         self.module = module
         self.batch = batch
@@ -85,7 +91,7 @@ class Contenders:
         self._compiled_block = torch.compile(denoiser_file._block)
         with torch.no_grad():
             self._conditioning = module.forward_preprocess(batch)
-        self._compiled_embedder = self._faster_embedder()
+        self._compiled_embedder = self._faster_embedder() if compiles else self._embedder
         self._frozen: list[dict[str, Tensor]] = []
 
     @property

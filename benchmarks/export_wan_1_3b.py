@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import tempfile
 import time
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RESULTS, machine, write_result
+from measuring import RESULTS, machine, peak_gib, write_result
 from shapes import DENOISER, DTYPES, face_stages, random_denoiser
 
 from frostline.config import LoraSettings
@@ -59,7 +58,7 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
         face_stages(shapes),
         shapes,
     )
-    loaded = _peak_gib()
+    loaded = peak_gib()
     start = time.monotonic()
     steps: list[tuple[str, float]] = []
     exported = export_stage(
@@ -80,7 +79,7 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "seconds_by_phase": _seconds_by_phase(steps, seconds),
         "peak_memory_gib_before_export": round(loaded, 2),
-        "peak_memory_gib": round(_peak_gib(), 2),
+        "peak_memory_gib": round(peak_gib(), 2),
         "artifacts_gb": {name: round(part.bytes / 1e9, 3) for name, part in manifest.artifacts.items()},
         "verified": manifest.verified,
         "parity": [measured.model_dump() for measured in manifest.parity],
@@ -97,10 +96,6 @@ def _seconds_by_phase(steps: list[tuple[str, float]], end: float) -> dict[str, f
         name = re.sub(r" \d+/\d+$", "", step)
         phases[name] = phases.get(name, 0.0) + finish - begin
     return {name: round(seconds, 1) for name, seconds in phases.items() if seconds >= 0.1}
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _on_machine(settings: RunSettings, planner: RunPlanner, memory: Mapping[str,
         "precomputed": [*plan.precompute],
         "training_bytes": plan.peak - waiting,
         "precompute_bytes": max(plan.precompute.values(), default=0),
-        "main_memory_bytes": there * waiting,
+        "main_memory_bytes": there * (waiting + plan.main_memory),
     }
 
 

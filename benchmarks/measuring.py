@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -84,6 +85,11 @@ def peak_growth_mib(run: Contender, device: torch.device) -> float:
     before = _status_mib("VmRSS")
     run()
     return _status_mib("VmHWM") - before
+
+
+def peak_gib() -> float:
+    """The most memory that this process has taken, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _status_mib(field: str) -> float:

@@ -9,7 +9,8 @@
 - eager: the batch in one go and no block recomputed, all in PyTorch, nothing cached.
 - compile: eager with torch.compile on the denoiser's blocks, and on the face embedder where that is faster; the loop of
   the VAE over frames with its lists of caches is slower compiled.
-- uncached: frostline with the engines that its plan chooses, no frozen output cached: a sample's first epoch.
+- uncached: frostline with the engines that its plan chooses, no frozen output cached: a sample's first epoch
+  (`epochs.py` times whole epochs, with and without precomputing).
   `--torch-compile` is its setting `torch_compile`.
 - cached: the same with frozen outputs read from the cache: every later epoch.
 - live_only: every frozen result for free; what is left is the live part, which no engine can take over.
@@ -22,11 +23,16 @@ start from equal weights and noise; their losses and gradients are compared befo
 tolerances, in 16 bits with how far eager moves from itself when its weights do by a unit in the last place. Random
 weights paint no faces: of such a model every frame counts as one, wherever the detector looks. All embed faces
 with frostline's own embedder, so what that gains over plain operations is in no ratio (`live.py` has it).
+
+All contenders in PyTorch compute with the weights of one module. `--build-apart` builds engines in processes of their
+own, one after another, so that the memory of tracing and verification is given back before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +41,7 @@ from typing import Any
 import torch
 from building import add_engine_arguments, add_shape_arguments, build_engines, engine_shapes
 from contenders import CONTENDERS, ONEDNN, OTHER_LOSS, Contenders, Tolerance, compare, plain_copy
-from measuring import RESULTS, interleave, machine, medians, peak_gpu_gib, ratio, summary, write_result
+from measuring import RESULTS, interleave, machine, medians, peak_gib, peak_gpu_gib, ratio, summary, write_result
 from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, TINY, WAN_1_3B, build_components, clips_of, spread_lora
@@ -76,15 +82,21 @@ def main() -> None:
     if arguments.precision == "fp32":
         # cuDNN's convolutions would round to TF32, 10 bits of mantissa: no two contenders would be equal.
         torch.backends.cudnn.allow_tf32 = False
+    if arguments.build_apart:
+        _build_apart(arguments.backends)
     module, plain_vae = _build(arguments, device)
     batch = clips_of(arguments.video)
     result: dict[str, Any] = {"arguments": _plain(vars(arguments)), "machine": machine(device)}
     wanted = [name for name in module.stages if not arguments.stages or name in arguments.stages.split(",")]
     stages = [module.stages[name] for name in wanted if name != "vae_decoder"]  # live in training, and in PyTorch
     result["engines"] = build_engines(stages, arguments.backends, EngineStore(arguments.engines_dir))
+    if arguments.build_only:
+        return
     module.runtime.replan("auto")
     write_result(arguments.out, result)
-    contenders = Contenders(module, plain_vae, batch, faces_everywhere=arguments.model != TINY)
+    contenders = Contenders(
+        module, plain_vae, batch, faces_everywhere=arguments.model != TINY, compiles="compile" in names
+    )
     contenders.record_frozen()
     result["compiled"] = contenders.compiled
     outcomes = {name: contenders.outcome(name) for name in names}
@@ -96,7 +108,8 @@ def main() -> None:
     write_result(arguments.out, result)
     spans: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     steps = {name: contenders.timed_step(name, spans[name]) for name in names}
-    samples = interleave(steps, arguments.rounds, device)
+    # Each has stepped once already, to be compared.
+    samples = interleave(steps, arguments.rounds, device, warm_up=0)
     # What served, at this shape: known only after the first step.
     result["plan"] = {name: vars(choice) for name, choice in module.runtime.plan.items()}
     Console(width=160).print(str(module.runtime.plan), highlight=False)
@@ -106,7 +119,7 @@ def main() -> None:
             "what": CONTENDERS[name],
             **rows[name],
             "samples_ms": samples[name],
-            "stages_ms": medians(spans[name][1:]),
+            "stages_ms": medians(spans[name]),
         }
         for name in names
     }
@@ -116,6 +129,7 @@ def main() -> None:
     result["ratio_spread"] = {name: ratio(samples, *pair) for name, pair in pairs.items()}
     result["ratios"] = {name: spread["median"] for name, spread in result["ratio_spread"].items()}
     result["seconds"] = time.monotonic() - start
+    result["peak_memory_gib"] = peak_gib()
     write_result(arguments.out, result)
     _print(result)
     if strange := [name for name, check in checks.items() if not check["same"]]:
@@ -127,6 +141,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", "--shape", choices=(TINY, WAN_1_3B), default=TINY)
     add_engine_arguments(parser)
     parser.add_argument("--stages", help="export these only, comma-separated; all if not given")
+    parser.add_argument("--build-apart", action="store_true", help="build engines in processes of their own, before")
+    parser.add_argument("--build-only", action="store_true", help="build engines and measure nothing")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     add_shape_arguments(parser, "2x9x3x96x96")
     parser.add_argument("--rank", type=int, default=8)
@@ -138,6 +154,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--without", default="", help="contenders to leave out, comma-separated")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
     return parser.parse_args()
+
+
+def _build_apart(backends: list[str]) -> None:
+    """This very command for each backend, up to the build."""
+    given = [argument for argument in sys.argv[1:] if argument != "--build-apart"]
+    for backend in backends:
+        subprocess.run([sys.executable, __file__, *given, "--backends", backend, "--build-only"], check=True)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +200,7 @@ def _print(result: Mapping[str, Any]) -> None:
     console.print(table)
     for name, spread in result["ratio_spread"].items():
         console.print(f"{name}: {spread['median']:.2f} ({spread['quartile_1']:.2f} to {spread['quartile_3']:.2f})")
-    console.print(f"{result['seconds']:.0f} s")
+    console.print(f"{result['seconds']:.0f} s, {result['peak_memory_gib']:.1f} GiB at most")
 
 
 if __name__ == "__main__":

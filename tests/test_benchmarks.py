@@ -15,13 +15,14 @@ from frostline.recipes import recipe_names, training_config
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import epochs  # noqa: E402
 import hardware  # noqa: E402
 from contenders import CONTENDERS, Outcome, Tolerance, compare  # noqa: E402
 from measuring import interleave, medians, peak_growth_mib, ratio, summary  # noqa: E402
 from roofline import Ceilings, Work, measure_work  # noqa: E402
 from scaling import plot, wanted_axes  # noqa: E402
 from syncs import count_places  # noqa: E402
-from table import BEGIN, END, PAGES, TABLES, contender_table, render, step_table, tables_of, with_tables  # noqa: E402
+from table import BEGIN, END, PAGES, TABLES, contender_table, epochs_table, render, step_table, tables_of, with_tables  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,21 @@ def test_who_computes_something_else_is_found_out() -> None:
     }
     checks = compare(outcomes, "base", Tolerance(loss=1e-3, cosine=0.999))
     assert [name for name, check in checks.items() if check["same"]] == ["base", "same"]
+
+
+def test_the_steps_of_two_epochs_are_told_apart() -> None:
+    assert epochs.by_epoch([3.0, 5.0, 4.0, 1.0, 2.0, 1.0], 3) == {"first_epoch_ms": 4000, "second_epoch_ms": 1000}
+
+
+def test_the_table_of_two_epochs() -> None:
+    def row(what: str, first: float, seconds: float) -> dict[str, Any]:
+        return {"what": what, "first_epoch_ms": first, "second_epoch_ms": 1001.6, "seconds": seconds}
+
+    contenders = {"never": row("without", 1500.4, 60.04), "always": row("with", 1000, 58)}
+    result = {"what": "tiny, 8 clips", "contenders": contenders, "machine": step_result()["machine"]}
+    lines = epochs_table(result).splitlines()
+    assert lines[0] == "| Two epochs: tiny, 8 clips | ms a step, first epoch | second epoch | s, whole run |"
+    assert lines[2:4] == ["| without | 1500 | 1002 | 60.0 |", "| with | 1000 | 1002 | 58.0 |"]
 
 
 def test_axes_by_name() -> None:

@@ -143,6 +143,7 @@ class Family(Protocol):
         base_adapters: Sequence[BaseAdapter] = (),
         live: bool = True,
         quantization: QuantizationSettings = NOT_QUANTISED,
+        offload_blocks: int = 0,
     ) -> Any:
         """Load the components of a model, frozen, in eval mode.
 
@@ -152,6 +153,7 @@ class Family(Protocol):
             live: whether the parts that training computes with a gradient are needed; otherwise a family may leave out
                 their weights.
             quantization: storage format of the linear layers in denoisers and text encoder, quantised while reading.
+            offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; see `BlockOffload`.
         Raises:
             ConfigError: a file does not match; the message names it.
         """

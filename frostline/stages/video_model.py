@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from frostline.models.block_offload import BlockOffload
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.runtime.stage import Tensors
@@ -30,10 +31,12 @@ class DenoiserModule(Protocol):
 
     Attributes:
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
+        offload: runs the blocks if weights of some are kept in main memory.
         blocks: its transformer blocks.
     """
 
     checkpoint_blocks: bool
+    offload: BlockOffload | None
 
     def __call__(self, **inputs: Tensor) -> Tensor: ...
 

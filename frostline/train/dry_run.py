@@ -28,7 +28,7 @@ from frostline.train.memory.table import memory_table, outcome_of, remedy_table
 from frostline.train.precompute.preview import count_samples, count_there
 from frostline.train.run_plan import RunPlanner
 from frostline.train.settings import RunSettings, VideoSettings
-from frostline.train.validate_settings import check_output, problems
+from frostline.train.validate_settings import check_offload, check_output, problems
 
 
 def print_dry_run(settings: RunSettings, console: Console, resume: str | None = None, starts: bool = True) -> bool:
@@ -68,6 +68,8 @@ def print_dry_run(settings: RunSettings, console: Console, resume: str | None = 
     with _noted(found):
         if whole and spec is not None:
             planner = _planner(settings, there, data)
+            with _noted(found):
+                check_offload(settings, planner.on_cpu)
             _look_at_precomputing(settings, spec, planner, data, console, found)
             found += _look_at_memory(settings, planner, console)
     for problem in found:

@@ -1,10 +1,14 @@
-"""`memory.fit: auto`: change the settings of a run that does not fit the memory of its devices, and log the changes."""
+"""`memory.fit: auto`: change the settings of a run that does not fit the memory of its devices, and log the changes.
+
+`offload.blocks: auto` becomes the number of blocks whose weights are kept in main memory.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection
 
+from frostline.config import AUTO
 from frostline.errors import ConfigError
 from frostline.train.memory.advice import memory_problem
 from frostline.train.memory.measures import MEASURES
@@ -28,7 +32,8 @@ def fit_to_memory(
 ) -> RunSettings:
     """Return the settings with the least costly changes that make the run fit, and log each change.
 
-    Changes that affect what is trained are logged as warnings.
+    Changes that affect what is trained are logged as warnings. `offload.blocks: auto` is replaced by
+    a number, whether or not the run may change other settings.
 
     Args:
         machine: the machine of the run: its `device_gb`, `num_processes` and `sharding` are used.
@@ -40,8 +45,8 @@ def fit_to_memory(
     there = settings.model_copy(update={"memory": machine})
     planner = RunPlanner(there, int(machine.device_gb * 1e9), on_cpu, samples, sizes)
     problem = memory_problem(planner.plan(there), there, on_cpu)
-    if problem is None:
-        return settings
+    if problem is None or settings.memory.fit == "never":
+        return _with_number(settings, there, planner)
     remedy = remedy_in_run(there, planner)
     if not remedy.fits:
         raise ConfigError(f"memory.fit: auto: {problem}; {outcome_of(remedy)}")
@@ -53,7 +58,20 @@ def fit_to_memory(
         else:
             log.info("memory.fit: auto: %s: %s", given, step.measure.about)
         settings = with_changes(settings, step.changes)
-    return settings
+    return _with_number(settings, remedy.settings, planner)
+
+
+def _with_number(settings: RunSettings, planned: RunSettings, planner: RunPlanner) -> RunSettings:
+    """The settings with the number of blocks that the plan has for `auto`."""
+    if settings.offload.blocks != AUTO:
+        return settings
+    plan = planner.plan(planned)
+    log.info(
+        "offload.blocks: auto: %d blocks of each denoiser wait in main memory, %.2f GB",
+        plan.offloaded_blocks,
+        plan.main_memory / 1e9,
+    )
+    return with_changes(settings, {"offload.blocks": plan.offloaded_blocks})
 
 
 def remedy_in_run(settings: RunSettings, planner: RunPlanner) -> Remedy:

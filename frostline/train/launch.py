@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset, Subset
 
-from frostline.config import CHECKPOINTING
+from frostline.config import AUTO, CHECKPOINTING
 from frostline.errors import DataError
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.progress import Progress
@@ -42,7 +42,7 @@ from frostline.train.run_facts import run_facts
 from frostline.train.settings import RunSettings
 from frostline.train.step.module import TrainingModule
 from frostline.train.step_settings import TrainingModuleSettings
-from frostline.train.validate_settings import check_output, problems
+from frostline.train.validate_settings import check_offload, check_output, problems
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def _run_training(
     log_file: LogFile,
     supervisor: Supervisor | None,
 ) -> TrainOutcome:
+    check_offload(settings, _device_of(accelerator).type == "cpu", accelerator.num_processes)
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
     settings, dataset, validation, sizes = _open_fitted(settings, accelerator, progress)
     device = _device_of(accelerator)
@@ -150,6 +151,7 @@ def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | 
         keep_freed_memory()
 
     def check() -> None:
+        check_offload(settings, accelerator.device.type == "cpu", accelerator.num_processes)
         for problem in problems(settings, runs=True):
             raise problem
         check_writable(settings.frozen_cache_dir)
@@ -168,7 +170,7 @@ def _open_fitted(
 ) -> tuple[RunSettings, Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
     """The settings as `memory.fit` makes them, and the data as they cut it."""
     dataset, validation, sizes = _open_data(settings, accelerator, progress)
-    if settings.memory.fit == "never":
+    if settings.memory.fit == "never" and settings.offload.blocks != AUTO:
         return settings, dataset, validation, sizes
     device = _device_of(accelerator)
     # The same in every process, whose devices may differ.
@@ -241,6 +243,7 @@ def build_module(settings: RunSettings, device: torch.device) -> TrainingModule:
         base_adapters=settings.base_adapters,
         quantization=settings.quantization,
         text_encoder_quantization=settings.text_encoder_quantization,
+        offload_blocks=settings.offload.number,
         **step,
     )
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from frostline.config import AUTO
+from frostline.models.block_offload import WINDOW
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.rewards.build import JUDGES, make_builtin
 from frostline.runtime.backends import TORCH
+from frostline.train.memory.advice import needed_bytes
 from frostline.train.memory.measurements import Measurements
 from frostline.train.memory.memory_profile import Weights, judge_bytes
 from frostline.train.memory.plan import MemoryPlan, memory_plan
@@ -39,6 +42,7 @@ class RunPlanner:
         self.device_bytes, self.on_cpu = device_bytes, on_cpu
         self._samples, self._sizes = samples, sizes
         self._measurements = Measurements(settings.model)
+        self._previews: dict[str, Preview] = {}
         self._rewards = [reward for reward, _ in make_builtin(settings.rewards)]
         self._judges = dict(judge_bytes(*made) for made in make_builtin(settings.validation.judges, JUDGES))
 
@@ -53,8 +57,12 @@ class RunPlanner:
 
     def preview(self, settings: RunSettings) -> Preview:
         """Return what is precomputed."""
-        model = self._measurements.model(settings.train.weight_dtype, settings.lora, settings)
-        return preview(settings, model, self._samples, self.device_bytes)
+        # The search tries many numbers of blocks, and to count the parameters of all stages takes a while.
+        key = f"{self.device_bytes} {settings.model_dump_json(exclude={'offload'})}"
+        if key not in self._previews:
+            model = self._measurements.model(settings.train.weight_dtype, settings.lora, settings)
+            self._previews[key] = preview(settings, model, self._samples, self.device_bytes)
+        return self._previews[key]
 
     def weights(self, settings: RunSettings) -> Weights:
         """Return the size of the model's parameters in bytes."""
@@ -64,8 +72,26 @@ class RunPlanner:
         """Return the maximum size of precomputed outputs in the cache, in bytes."""
         return self.preview(settings).estimate.nbytes
 
+    def num_blocks(self, settings: RunSettings, without_lora: bool = False) -> int:
+        """Return how many blocks the largest denoiser has, or the largest of those without a LoRA; 0 if none is."""
+        model = self._measurements.model(settings.train.weight_dtype, settings.lora, settings)
+        counts = [len(each.module.blocks) for each in model.experts if not (without_lora and each.trained)]
+        return max(counts, default=0)
+
     def plan(self, settings: RunSettings) -> MemoryPlan:
-        """Plan the memory of one device."""
+        """Plan the memory of one device, with the fewest blocks in main memory that make it fit if that is `auto`."""
+        if settings.offload.blocks != AUTO:
+            return self._plan(settings, settings.offload.blocks)
+        plan = self._plan(settings, 0)
+        if self.device_bytes is None or self.on_cpu:
+            return plan
+        for count in range(WINDOW + 1, self.num_blocks(settings) + 1):
+            if needed_bytes(plan, settings, self.on_cpu) <= self.device_bytes:
+                break
+            plan = self._plan(settings, count)
+        return plan
+
+    def _plan(self, settings: RunSettings, offload_blocks: int) -> MemoryPlan:
         return memory_plan(
             settings.model,
             settings,
@@ -80,4 +106,5 @@ class RunPlanner:
             precomputed=self.preview(settings).stages,
             measurements=self._measurements,
             quantization=settings,
+            offload_blocks=offload_blocks,
         )

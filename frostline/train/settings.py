@@ -212,6 +212,29 @@ class PlanSettings(Settings):
         return {OTHERS: self.backend, **self.stages} if self.stages else self.backend
 
 
+class OffloadSettings(Settings):
+    """Which frozen weights wait in main memory, and come to the GPU while others compute."""
+
+    blocks: int | Literal["auto"] = Field(
+        default=0,
+        description="how many blocks of each denoiser, spread evenly, have their frozen weights in main memory; each "
+        "is copied to the GPU while the one before it computes, in forward and in backward: same results, slower; "
+        "auto: the fewest with which the run fits the memory",
+    )
+
+    @field_validator("blocks")
+    @classmethod
+    def _is_no_less_than_none(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"must be auto or a number of blocks, at least 0, not {value}")
+        return value
+
+    @property
+    def number(self) -> int:
+        """Return the number of blocks; 0 where it has still to be chosen."""
+        return 0 if self.blocks == "auto" else self.blocks
+
+
 class MemorySettings(Settings):
     """The machine for which `--dry-run` and `fit` plan the memory."""
 
@@ -256,6 +279,7 @@ class RunSettings(TrainingModuleSettings, QuantizationSettings):
     validation: ValidationSettings = ValidationSettings()
     train: TrainerSettings = TrainerSettings()
     plan: PlanSettings = PlanSettings()
+    offload: OffloadSettings = OffloadSettings()
     memory: MemorySettings = MemorySettings()
 
     @model_validator(mode="after")
@@ -265,6 +289,19 @@ class RunSettings(TrainingModuleSettings, QuantizationSettings):
             raise ValueError(
                 "train.stop_when_judge_falls: requires a judge in validation.judges, and samples in validation.source"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_that_wait_are_whole(self) -> Self:
+        if self.offload.blocks != 0:
+            if self.torch_compile:
+                raise ValueError(
+                    "offload.blocks: blocks that wait in main memory are not compiled: leave out torch_compile"
+                )
+            if self.memory.num_processes > 1 or self.memory.sharding != "ddp":
+                raise ValueError(
+                    "offload.blocks: is for one process; several share the weights out instead (memory.sharding: fsdp)"
+                )
         return self
 
     @model_validator(mode="after")

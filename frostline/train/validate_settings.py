@@ -40,6 +40,23 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
             yield error
 
 
+def check_offload(settings: RunSettings, on_cpu: bool, processes: int = 1) -> None:
+    """Look whether blocks can wait in main memory on this device, with so many processes.
+
+    Raises:
+        ConfigError: they cannot; says what to do.
+    """
+    if settings.offload.blocks == 0:
+        return
+    if on_cpu and settings.offload.blocks != AUTO:
+        raise ConfigError("offload.blocks: needs a GPU: on a CPU all weights are in main memory: leave the setting out")
+    if processes > 1:
+        raise ConfigError(
+            f"offload.blocks: is for one process, not {processes}: several share the weights out instead, with FSDP2 "
+            "(accelerate launch --use_fsdp --fsdp_version 2)"
+        )
+
+
 def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None:
     """Check that a run may write to its folder, and what it resumes from; changes nothing.
 

@@ -102,6 +102,18 @@ def test_what_backward_recomputes_changes_nothing(kind: str, toy: Path, engines:
     assert torch.nn.functional.cosine_similarity(recomputed, gradient, dim=0) > 0.99999
 
 
+@pytest.mark.parametrize("kind", ["none", "block", "full"])
+def test_blocks_in_main_memory_change_nothing_on_engines_either(kind: str, toy: Path, engines: Path) -> None:
+    """An engine is found by the weights, wherever they are, and serves the frozen uses of the live denoiser."""
+    how: Any = {"plan": "onnxruntime", "engines": engines, "gradient_checkpointing": kind}
+    loss, gradient = loss_and_gradient(module_of(toy, **how), clips(2))
+    module = module_of(toy, **how, offload_blocks=4)
+    other, again = loss_and_gradient(module, clips(2))
+    assert module.runtime.plan["denoiser"].backend == "onnxruntime"
+    assert other == loss
+    assert torch.equal(again, gradient)
+
+
 def test_what_is_given_stays_and_what_has_no_lora_is_the_reference(toy: Path) -> None:
     module = module_of(toy, plan="torch", engines=None)
     conditioning = module.forward_preprocess(clips(2))

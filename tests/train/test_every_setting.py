@@ -412,6 +412,7 @@ CASES: dict[str, Case] = {
     "plan.min_shapes": Case("video:1x5x3x32x32", a_start),
     "plan.opt_shapes": Case("video:1x5x3x64x64", a_start),
     "plan.max_shapes": Case("video:1x5x3x512x512", a_start),
+    "offload.blocks": Case(2, a_run, NO_VALIDATION, refused="needs a GPU"),
     "memory.fit": Case("auto", precomputes, SMALL_DEVICE),
     "memory.num_processes": Case(8, the_dry_run, SHARDED),
     "memory.sharding": Case("ddp", the_dry_run, SHARDED),
@@ -483,9 +484,9 @@ def observe(
         # Each module has its own, but they are read once.
         patch.setattr(
             "frostline.models.checkpoints.loading.load_components",
-            lambda model, dtype, device, defer, reads=None, storage=None: (
-                load(model, dtype, device, defer, reads, storage)
-                if reads or storage
+            lambda model, dtype, device, defer, reads=None, storage=None, offload_blocks=0: (
+                load(model, dtype, device, defer, reads, storage, offload_blocks)
+                if reads or storage or offload_blocks
                 else copy.deepcopy(loaded(model, dtype, str(device)))
             ),
         )

@@ -14,11 +14,12 @@ from frostline.models.tiny.clips import held_out_clips
 from frostline.progress import Progress
 from frostline.train.dry_run import print_dry_run
 from frostline.train.fit_memory import fit_to_memory
-from frostline.train.launch import run_training
+from frostline.train.launch import run_precompute, run_training
 from frostline.train.memory.advice import needed_bytes
 from frostline.train.memory.search import with_changes
 from frostline.train.run_plan import RunPlanner
 from frostline.train.settings import RunSettings
+from frostline.train.validate_settings import check_offload
 from frostline.video import write_video
 
 SAMPLES, SIZES = (2, 0), [(64, 64)]
@@ -92,6 +93,45 @@ def test_what_changes_nothing_comes_first_and_what_does_is_warned_of(
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "decode.num_latent_frames=1: rewards see a window" in warning
     assert "this changes what is trained" in warning
+
+
+@pytest.mark.parametrize("fit", ["auto", "never"])
+def test_a_number_takes_the_place_of_auto(settings: RunSettings, fit: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether or not the run may change other settings, and before it does."""
+    caplog.set_level(logging.INFO)
+    auto = with_changes(settings, {"offload.blocks": "auto", "memory.fit": fit, **CHEAP})
+    planner = RunPlanner(auto, None, False, SAMPLES, SIZES)
+    needs = {
+        count: needed_bytes(planner.plan(each), each, False)
+        for count in (0, 3)
+        if (each := with_changes(auto, {"offload.blocks": count}))
+    }
+    for count, nbytes in needs.items():
+        there = on_device(auto, nbytes)
+        found = fit_to_memory(there, there.memory, False, SAMPLES, SIZES)
+        assert found == with_changes(there, {"offload.blocks": count})
+        assert f"offload.blocks: auto: {count} blocks of each denoiser wait in main memory" in caplog.text
+
+
+def test_blocks_wait_for_a_gpu_alone_and_for_one_process(settings: RunSettings) -> None:
+    two = with_changes(settings, {"offload.blocks": 2})
+    with pytest.raises(ConfigError, match=r"offload\.blocks: needs a GPU"):
+        run_training(two, None, Progress(quiet=True))
+    with pytest.raises(ConfigError, match=r"offload\.blocks: needs a GPU"):
+        run_precompute(two, Progress(quiet=True))
+    page = io.StringIO()
+    assert not print_dry_run(two, Console(file=page, width=200))
+    assert "offload.blocks: needs a GPU" in page.getvalue()
+    page = io.StringIO()
+    on_gpu = with_changes(two, {"device": "cuda", "memory.device_gb": 24, "memory.fit": "never"})
+    assert print_dry_run(on_gpu, Console(file=page, width=200))
+    assert "2 blocks of each denoiser wait in main memory" in page.getvalue()
+    with pytest.raises(ConfigError, match=r"one process, not 2: .* FSDP2"):
+        check_offload(two, on_cpu=False, processes=2)
+    check_offload(with_changes(settings, {"offload.blocks": "auto"}), on_cpu=True)
+    for refused in ({"memory.num_processes": 2}, {"memory.sharding": "fsdp"}, {"torch_compile": True}):
+        with pytest.raises(ConfigError, match=r"offload\.blocks: "):
+            with_changes(two, refused)
 
 
 def test_nothing_that_a_run_can_change_is_enough(settings: RunSettings) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from frostline.deferred_init import deferred_init
 from frostline.errors import ConfigError
+from frostline.models.block_offload import placed, waiting_names
 from frostline.models.lazy_weights import FROZEN_PARTS, VAE_ENCODER, PartWeights, empty_parameters
 from frostline.models.precision import precision_name
 from frostline.models.quantization.linear import quantise_layers
@@ -38,6 +39,7 @@ _T = TypeVar("_T")
 DEFERRABLE = FROZEN_PARTS
 # Parts whose weights are not needed by callers that only run other parts.
 LIVE_PARTS = ("denoiser", "vae_decoder")
+DENOISERS = ("denoiser", "denoiser_high_noise")
 # Exceptions of diffsynth's classes and torch for tensors that do not match the network.
 _MISFITS = (RuntimeError, ValueError, TypeError, OSError, LookupError, ArithmeticError, AssertionError)
 
@@ -49,6 +51,7 @@ def load_components(
     defer: Collection[str] = (),
     reads: Mapping[str, NetworkRead] | None = None,
     storage: Mapping[str, str] | None = None,
+    offload_blocks: int = 0,
 ) -> WanComponents:
     """Load a Wan model, frozen, in eval mode.
 
@@ -65,6 +68,8 @@ def load_components(
             `LIVE_PARTS` to leave there permanently.
         reads: how to read networks, by field; other networks are read from their files.
         storage: storage format, one of `FORMATS`, of the linear layers in a network's blocks, by field.
+        offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; the other weights are
+            on `device`.
     Raises:
         ConfigError: parts are missing (the message lists what was found), a file does not match, or `dtype` is not
             possible.
@@ -80,14 +85,16 @@ def load_components(
         elif field in defer:
             loaded[field] = _without_weights(files, field, dtype, device, storage.get(field))
         else:
-            loaded[field] = _load(files, field, dtype, device, reads.get(field), storage.get(field))
+            offloaded = offload_blocks if field in DENOISERS else 0
+            loaded[field] = _load(files, field, dtype, device, reads.get(field), storage.get(field), offloaded)
     loaded["vae"].scale = [part.to(device) for part in loaded["vae"].scale]
     for module in loaded.values():
         module.eval().requires_grad_(False)
     return WanComponents(
         files.spec,
         tokenizer=_load_tokenizer(files.tokenizer, files.spec.text_length),
-        weights=_frozen_weights(files, loaded, dtype, device, reads),
+        weights=_frozen_weights(files, loaded, dtype, device, reads, offload_blocks),
+        offload_blocks=offload_blocks,
         **loaded,
     )
 
@@ -99,6 +106,7 @@ def _load(
     device: str | torch.device,
     how: NetworkRead | None,
     kind: str | None,
+    offload_blocks: int,
 ) -> Any:
     network = files.networks[field]
     try:
@@ -109,10 +117,13 @@ def _load(
         raise ConfigError(f"{network} cannot be loaded: {error}") from error
     if kind is not None:
         quantise_layers(module, kind, dtype)
-    state_dict = _read(network, dtype, device, how, StoredLayers.of(module))
+    waiting = waiting_names(module, offload_blocks) if offload_blocks else frozenset()
+    state_dict = _read_placed(network, dtype, device, how, StoredLayers.of(module), waiting)
     try:
         module.load_state_dict(state_dict, assign=True)
-        return module.to(device, dtype)
+        module.to(dtype)
+        stay = {id(module.get_parameter(name)) for name in waiting}
+        return module._apply(lambda tensor: tensor if id(tensor) in stay else tensor.to(device))
     except _MISFITS as error:
         names = map(str, network.paths)
         first_lines = " ".join(str(error).split("\n")[:3])
@@ -196,6 +207,21 @@ def _read(
     return _named_as_in_module(network, network.read(dtype, device, lambda name: wanted(_wrapper(network) + name)))
 
 
+def _read_placed(
+    network: NetworkFiles,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    how: NetworkRead | None,
+    stored: StoredLayers | None,
+    waiting: Collection[str],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Tensor]:
+    """Read weights as `_read` does, those that wait into main memory."""
+    if not waiting:
+        return _read(network, dtype, device, how, stored, wanted)
+    return placed(_read(network, dtype, "cpu", how, stored, wanted), waiting, device)
+
+
 def _wrapper(network: NetworkFiles) -> str:
     return "model." if network.part in ("vae", "image_encoder") else ""
 
@@ -212,6 +238,7 @@ def _frozen_weights(
     dtype: torch.dtype,
     device: str | torch.device,
     reads: Mapping[str, NetworkRead],
+    offload_blocks: int,
 ) -> dict[str, PartWeights]:
     weights = {}
     sources = {**files.networks, "vae_encoder": files.networks["vae"]}
@@ -233,7 +260,8 @@ def _frozen_weights(
             nbytes = sum(parameter.nbytes for parameter in sized.parameters())
         how = reads.get(part)
         # Only the encoder's part of a file that also contains the decoder.
-        read = partial(_read, network, dtype, device, how, stored, parameters.__contains__)
+        waiting = waiting_names(module, offload_blocks) if part in DENOISERS and offload_blocks else frozenset()
+        read = partial(_read_placed, network, dtype, device, how, stored, waiting, parameters.__contains__)
         if how is None:
             weights[part] = PartWeights(parameters, read, network.paths, nbytes)
         else:

@@ -30,6 +30,7 @@ class WanComponents:
     Attributes:
         spec: description of the model; the properties below depend on it.
         weights: by stage name, the weights of frozen parts that can be released and read again.
+        offload_blocks: number of blocks of each denoiser whose weights are kept in main memory.
 
     Raises:
         ConfigError: the networks do not match `spec`.
@@ -43,6 +44,7 @@ class WanComponents:
     denoiser_high_noise: WanModel | None = None
     image_encoder: WanImageEncoder | None = None
     weights: Mapping[str, PartWeights] = field(default_factory=dict)
+    offload_blocks: int = 0
 
     def __post_init__(self) -> None:
         optional = {name for name in ("denoiser_high_noise", "image_encoder") if getattr(self, name) is not None}

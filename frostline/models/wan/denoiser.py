@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from frostline.models.block_offload import BlockForward, BlockOffload
 from frostline.models.precision import autocast_dtype
 
 from .rope import apply_rope, grid_table, rope_table, sinusoid_frequencies, timestep_sinusoid
 
 if TYPE_CHECKING:
     from diffsynth.models.wan_video_dit import DiTBlock, SelfAttention, WanModel
-
-BlockForward = Callable[..., Tensor]
 
 
 class Denoiser(nn.Module):
@@ -32,6 +32,7 @@ class Denoiser(nn.Module):
 
     Attributes:
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
+        offload: runs the blocks if weights of some are kept in main memory; moving the module does not move those.
     """
 
     cos_f: Tensor
@@ -43,13 +44,14 @@ class Denoiser(nn.Module):
     frequency_coarse: Tensor
     frequency_fine: Tensor
     # Attributes that affect how blocks are run, not their results; see `frostline.runtime.identity.architecture`.
-    RUN_SETTINGS = frozenset({"checkpoint_blocks", "run_block"})
+    RUN_SETTINGS = frozenset({"checkpoint_blocks", "run_block", "offload"})
     _TABLES = ("cos_f", "cos_h", "cos_w", "sin_f", "sin_h", "sin_w", "frequency_coarse", "frequency_fine")
 
     def __init__(self, model: WanModel) -> None:
         super().__init__()
         self.model = model
         self.checkpoint_blocks = False
+        self.offload: BlockOffload | None = None
         self.run_block: BlockForward = _block
         axes = [rope_table(frequencies) for frequencies in model.freqs]
         tables = [cos for cos, _ in axes] + [sin for _, sin in axes] + [*sinusoid_frequencies(model.freq_dim)]
@@ -59,7 +61,8 @@ class Denoiser(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
         # `.to(torch.bfloat16)` must move the tables but not round them.
         exact = {name: getattr(self, name) for name in self._TABLES}
-        super()._apply(fn, recurse)
+        waiting = set() if self.offload is None else {id(parameter) for parameter in self.offload.weights()}
+        super()._apply(lambda tensor: tensor if id(tensor) in waiting else fn(tensor), recurse)
         device = self.model.patch_embedding.weight.device
         for name, table in exact.items():
             setattr(self, name, table.to(device))
@@ -122,11 +125,15 @@ class Denoiser(nn.Module):
         cos = grid_table((self.cos_f, self.cos_h, self.cos_w), grid)
         sin = grid_table((self.sin_f, self.sin_h, self.sin_w), grid)
         # Tracing must see the operations themselves, not compiled code.
-        run_block = _block if torch.compiler.is_exporting() else self.run_block
+        exporting, contexts = torch.compiler.is_exporting(), noop_context_fn
+        run_block = _block if exporting else self.run_block
+        if self.offload is not None and not exporting:
+            run_block, contexts = partial(self.offload.run, run_block), self.offload.contexts
         per_block = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in cast("list[DiTBlock]", model.blocks):
             if per_block:
-                x = checkpoint(run_block, block, x, context, modulation, cos, sin, use_reentrant=False)
+                inputs = (block, x, context, modulation, cos, sin)
+                x = checkpoint(run_block, *inputs, use_reentrant=False, context_fn=contexts)
             else:
                 x = run_block(block, x, context, modulation, cos, sin)
         return model.unpatchify(model.head(x, time), grid)  # type: ignore[arg-type]

@@ -113,6 +113,8 @@ class AOTInductorRunner(EngineRunner):
                 raise LookupError(
                     f"the package reads {strange[0]}, which is neither a parameter nor a buffer of the module"
                 )
+            if away := next((name for name in wanted if weights[name].device != network.device), None):
+                raise LookupError(f"the package reads {away}, which is kept in main memory (offload.blocks)")
             # The package only stores addresses: this runner has to keep the tensors alive.
             self._constants = {name: weights[name] for name in wanted}
             self._model.load_constants(self._constants, check_full_update=True, user_managed=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -132,15 +133,22 @@ def load(
     base_adapters: Sequence[BaseAdapter] = (),
     live: bool = True,
     quantization: QuantizationSettings = NOT_QUANTISED,
+    offload_blocks: int = 0,
 ) -> WanComponents:
     """Load a model, frozen, in eval mode, with adapters merged into its denoisers; see `load_components`."""
     from frostline.models.checkpoints.checkpoint_files import find_files
     from frostline.models.checkpoints.loading import DEFERRABLE, LIVE_PARTS, load_components
 
     deferred = (*(DEFERRABLE if defer else ()), *(() if live else LIVE_PARTS))
-    stored = _storage(quantization)
+    load = partial(
+        load_components,
+        *(model, dtype, device),
+        defer=deferred,
+        storage=_storage(quantization),
+        offload_blocks=offload_blocks,
+    )
     if not base_adapters:
-        return load_components(model, dtype, device, defer=deferred, storage=stored)
+        return load()
     from .base_adapters import merged_reads
 
     files = find_files(model)
@@ -148,7 +156,7 @@ def load(
     for network, read in reads.items():
         # Check now: weights that stay on disk are merged later, and an adapter that does not match would be found late.
         read.check(files.networks[network].shapes)
-    return load_components(model, dtype, device, defer=deferred, reads=reads, storage=stored)
+    return load(reads=reads)
 
 
 def video_model(components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from frostline.models.block_offload import BlockOffload
 from frostline.models.lazy_weights import VAE_ENCODER
 from frostline.models.lora.inject import inject_loras
 from frostline.models.video_shape import Geometry, VideoShape
@@ -89,7 +90,11 @@ class WanVideoModel:
             config = inject_loras([*adapted.values()], lora.rank, lora.alpha, lora.target_modules)
             trained = tuple(adapted)
         high = None if high_noise is None else Denoiser(high_noise)
-        return cls(components, Denoiser(components.denoiser), high, config, trained)
+        model = cls(components, Denoiser(components.denoiser), high, config, trained)
+        if components.offload_blocks:
+            for expert in model.experts:
+                expert.module.offload = BlockOffload(expert.module.blocks, components.offload_blocks)
+        return model
 
     @property
     def name(self) -> str:

@@ -20,8 +20,8 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
     """Shard what accelerate is configured to shard; return whether anything is. Call before `accelerator.prepare`.
 
     Raises:
-        ConfigError: accelerate is configured for FSDP1 or DeepSpeed, or for FSDP2 with quantised weights, which are not
-            supported.
+        ConfigError: accelerate is configured for FSDP1 or DeepSpeed, or for FSDP2 with weights that are quantised or
+            kept in main memory, which are not supported.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # It also keeps its own, sharded copy of the optimizer, which a checkpoint cannot store bit for bit.
@@ -34,6 +34,8 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
         return False
     if not accelerator.is_fsdp2:
         raise ConfigError("FSDP1 is not supported; use FSDP2 (accelerate launch --fsdp_version 2)")
+    if any(expert.module.offload is not None for expert in module.model.experts):
+        raise ConfigError("offload.blocks: weights that wait in main memory are not sharded: use one of the two")
     if any(quantised_layers(expert.network) for expert in module.model.experts):
         raise ConfigError("quantization: weights in 8 or 4 bits cannot be sharded: remove the setting, or use DDP")
     from torch.distributed.fsdp import fully_shard

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from frostline.config import AUTO, CHECKPOINTING
+from frostline.models.block_offload import WINDOW
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.runtime.backends import TORCH
 from frostline.train.memory.plan import MemoryPlan
@@ -35,6 +36,10 @@ class Planner(Protocol):
     def device_bytes(self) -> int | None: ...
     def shape(self, settings: RunSettings) -> VideoShape:
         """Return what a step of one process computes on, at most."""
+        ...
+
+    def num_blocks(self, settings: RunSettings, without_lora: bool = False) -> int:
+        """Return how many blocks the largest denoiser has, or the largest of those without a LoRA; 0 if none is."""
         ...
 
     def plan(self, settings: RunSettings) -> MemoryPlan:
@@ -85,6 +90,20 @@ def _checkpointing(settings: RunSettings, planner: Planner) -> Iterator[Changes]
 def _saved_tensors(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     if not planner.on_cpu and not settings.offload_saved_tensors:
         yield {"offload_saved_tensors": True}
+
+
+def _blocks(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
+    alone = settings.memory.num_processes == 1 and settings.memory.sharding == "ddp"
+    if planner.on_cpu or not alone or settings.offload.blocks == AUTO:
+        return
+    total, frozen = planner.num_blocks(settings), planner.num_blocks(settings, without_lora=True)
+    # As many as can be on the device at once spare nothing.
+    for count in range(max(WINDOW, settings.offload.number) + 1, total + 1):
+        yield {"offload.blocks": count}
+    if settings.plan.backend != TORCH and frozen > WINDOW:
+        # An engine of an expert without LoRA has all of its weights.
+        for count in range(total // 2 + WINDOW, total + 1):
+            yield {"offload.blocks": count, "plan.backend": TORCH}
 
 
 def _bf16(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
@@ -140,7 +159,8 @@ def _devices(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     there = settings.memory.num_processes
     counts = [there] if settings.memory.sharding == "ddp" and there > 1 else []
     for count in (*counts, *(each for each in _DEVICES if each > there)):
-        yield {"memory.sharding": "fsdp", "memory.num_processes": count}
+        whole = {"offload.blocks": 0} if settings.offload.blocks else {}
+        yield {"memory.sharding": "fsdp", "memory.num_processes": count, **whole}
 
 
 def _latent_frames(settings: RunSettings, planner: Planner) -> int:
@@ -153,6 +173,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("one sample at a time, as many for each optimizer step", "activations", "time", _one_sample),
     Measure("recompute more of the forward in backward", "activations", "time", _checkpointing),
     Measure("keep what backward needs in main memory", "activations", "time", _saved_tensors),
+    Measure("frozen weights of blocks in main memory until they are needed", "weights", "time", _blocks),
     Measure("frozen weights and arithmetic in bf16", "weights", "results", _bf16, in_run=False),
     Measure("frozen weights in 8 or 4 bits", "weights", "results", _quantised, in_run=False),
     Measure("rewards see a window of each clip, drawn for each step", "activations", "results", _window),

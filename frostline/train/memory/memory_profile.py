@@ -52,17 +52,20 @@ class Weights:
     """Bytes of a model's parameters.
 
     stages: by name. dequantised: the same, of weights in 8 or 4 bits as they are computed with. adapter: of all LoRAs.
+    blocks: of each denoiser, bytes of the frozen parameters of its blocks.
     largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
     """
 
     stages: Mapping[str, int]
     dequantised: Mapping[str, int]
     adapter: int
+    blocks: Mapping[str, tuple[int, ...]]
     largest_blocks: Mapping[str, int]
 
     @classmethod
     def of(cls, model: VideoModel) -> Weights:
         """Count the parameters of a model; they need no content."""
+        blocks = {each.stage: tuple(_frozen_bytes(block) for block in each.module.blocks) for each in model.experts}
         more = {id(p): size for module in model.modules() for p, size in dequantised_bytes(module)}
         return cls(
             _weights(model),
@@ -71,9 +74,8 @@ class Weights:
                 for stage, parameters in model.stage_parameters().items()
             },
             adapter=sum(_bytes(lora_parameters(each.network).values()) for each in model.experts),
-            largest_blocks={
-                each.stage: max(_frozen_bytes(block) for block in each.module.blocks) for each in _live_experts(model)
-            },
+            blocks=blocks,
+            largest_blocks={each.stage: max(blocks[each.stage]) for each in _live_experts(model)},
         )
 
 

@@ -1,33 +1,52 @@
-"""Keep what backward needs in main memory, where a GPU's own does not hold it."""
+"""What backward needs, kept in main memory where a GPU's own does not hold it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from frostline.models.block_offload import BlockOffload, SavedWeight
 
-def saved_in_main_memory(weights: Iterable[Tensor]) -> saved_tensors_hooks:
+_Packed = SavedWeight | tuple[torch.device, Tensor]
+
+
+def saved_in_main_memory(weights: Iterable[Tensor], offloads: Sequence[BlockOffload] = ()) -> saved_tensors_hooks:
     """Within the block, tensors saved for backward wait in main memory, pinned, and return when they are needed.
 
     `torch.autograd.graph.save_on_cpu` would copy the weights of every layer along with its activations.
 
     Args:
         weights: tensors that stay where they are, views of them too.
+        offloads: whose copies of weights are not saved, but made again.
     """
     resident = {tensor.untyped_storage().data_ptr() for tensor in weights}
 
-    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    def pack(tensor: Tensor) -> _Packed:
+        if (weight := _weight(tensor, offloads)) is not None:
+            return weight
         if tensor.untyped_storage().data_ptr() in resident:
             return tensor.device, tensor
         copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         copy.copy_(tensor, non_blocking=tensor.is_cuda)
         return tensor.device, copy
 
-    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
-        device, tensor = packed
-        return tensor.to(device, non_blocking=True)
+    return saved_tensors_hooks(pack, _unpack)
 
-    return saved_tensors_hooks(pack, unpack)
+
+def saved_without_copies(offloads: Sequence[BlockOffload]) -> saved_tensors_hooks:
+    """Within the block, copies of weights that wait in main memory are not saved for backward, but made again."""
+    return saved_tensors_hooks(lambda tensor: _weight(tensor, offloads) or (tensor.device, tensor), _unpack)
+
+
+def _weight(tensor: Tensor, offloads: Sequence[BlockOffload]) -> SavedWeight | None:
+    return next((weight for offload in offloads if (weight := offload.saved(tensor)) is not None), None)
+
+
+def _unpack(packed: _Packed) -> Tensor:
+    if isinstance(packed, SavedWeight):
+        return packed.fetched()
+    device, tensor = packed
+    return tensor.to(device, non_blocking=True)

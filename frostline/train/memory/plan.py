@@ -11,6 +11,7 @@ import torch
 
 from frostline.config import NOT_QUANTISED, GradientCheckpointing, QuantizationSettings, Sharding
 from frostline.errors import ConfigError
+from frostline.models.block_offload import WINDOW, waiting_blocks
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.reward import Reward
@@ -53,6 +54,7 @@ class MemoryPlan:
     gradient_checkpointing: the kind; where memory is to choose, the first that fits. adapter, gradients, optimizer:
     bytes of all LoRAs and what trains them. peaks: by phase of a step, the most activations that are held at once.
     precompute: by stage, what is held while it alone is at work before the first step; training does without it.
+    offloaded_blocks: how many blocks of each denoiser wait in main memory. main_memory: bytes that they take there.
     device_bytes: what there is, if known. assumed: that the sizes are those of a release, because there were no files.
     """
 
@@ -68,6 +70,8 @@ class MemoryPlan:
     device_bytes: int | None
     assumed: bool
     precompute: Mapping[str, int] = field(default_factory=dict)
+    offloaded_blocks: int = 0
+    main_memory: int = 0
 
     @property
     def resident(self) -> int:
@@ -102,6 +106,7 @@ def memory_plan(
     precomputed: Collection[str] = (),
     measurements: Measurements | None = None,
     quantization: QuantizationSettings = NOT_QUANTISED,
+    offload_blocks: int = 0,
 ) -> MemoryPlan:
     """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
 
@@ -117,6 +122,7 @@ def memory_plan(
         precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
         measurements: of this model, if others were planned before.
         quantization: how weights are stored; an engine has them dequantised.
+        offload_blocks: how many blocks of each denoiser wait in main memory, for one process.
     Raises:
         ConfigError: there is no such model, stage or way to shard.
     """
@@ -146,6 +152,11 @@ def memory_plan(
     for name in weights:
         if name in frozen and name in served:
             weights[name] = 0
+    waiting = {}
+    for name, blocks in parameters.blocks.items():
+        if offload_blocks and weights[name]:
+            waiting[name], copies = _offloaded(blocks, offload_blocks)
+            weights[name] += copies - waiting[name]
     alone = {name: weights[name] + of_engines.get(name, 0) for name in precomputed}
     weights |= dict.fromkeys(precomputed, 0)
     of_engines |= dict.fromkeys(precomputed, 0)
@@ -186,5 +197,18 @@ def memory_plan(
         sharding=sharding,
         device_bytes=device_bytes,
         assumed=not spec.from_files,
+        offloaded_blocks=offload_blocks,
+        main_memory=max(
+            [
+                *(waiting.get(name, 0) for name in alone),
+                sum(size for name, size in waiting.items() if name not in alone),
+            ]
+        ),
         precompute={name: size + choice.footprints[name].frozen_peak for name, size in alone.items()},
     )
+
+
+def _offloaded(blocks: Sequence[int], count: int) -> tuple[int, int]:
+    """Return the bytes of the blocks that wait in main memory, and the most that copies of them take on the device."""
+    waiting = sorted(blocks[place] for place in waiting_blocks(count, len(blocks)))
+    return sum(waiting), sum(waiting[-WINDOW:])

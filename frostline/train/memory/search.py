@@ -40,7 +40,7 @@ class Remedy:
 
 
 def find_remedy(settings: RunSettings, planner: Planner, measures: Sequence[Measure] = MEASURES) -> Remedy:
-    """Take measure after measure until the run fits, and leave out again what it fits without.
+    """Take measure after measure until the run fits, and leave out or make milder again what it fits without.
 
     Args:
         settings: of a run that does not fit.
@@ -60,7 +60,7 @@ def find_remedy(settings: RunSettings, planner: Planner, measures: Sequence[Meas
     fits = search.fits(search.needed)
     if fits:
         for place in sorted(search.taken, reverse=True):
-            search.leave_out(place)
+            search.leave_out(place, measures[place])
     return Remedy(tuple(_steps(settings, search, measures)), search.settings, fits, search.floor(search.settings))
 
 
@@ -110,12 +110,18 @@ class _Search:
             if self.fits(size):
                 return
 
-    def leave_out(self, place: int) -> None:
-        """Do without a measure if the run fits without it."""
+    def leave_out(self, place: int, measure: Measure) -> None:
+        """Do without a measure if the run fits without it, or else with the mildest of its values that are enough."""
         others = {other: changes for other, changes in self.taken.items() if other != place}
-        changed = self._with(others)
-        if changed is not None and self.needed(changed) <= self.device_bytes:
-            self.taken, self.settings = others, changed
+        without = self._with(others)
+        if without is None:
+            return
+        for changes in ({}, *measure.values(without, self.planner)):
+            taken = {**others, place: dict(changes)} if changes else others
+            changed = self._with(taken)
+            if changed is not None and self.needed(changed) <= self.device_bytes:
+                self.taken, self.settings = taken, changed
+                return
 
     def _with(self, taken: dict[int, dict[str, Any]]) -> RunSettings | None:
         """The settings with these changes; None where they do not go together."""

@@ -36,6 +36,9 @@ def memory_table(plan: MemoryPlan) -> Group:
         f"gradient checkpointing: {plan.gradient_checkpointing}",
         f"{processes}: peak {_cell(plan.peak)} GB of each device{_verdict(plan)}",
     ]
+    if plan.offloaded_blocks:
+        blocks = f"{plan.offloaded_blocks} blocks of each denoiser"
+        lines.append(f"{blocks} wait in main memory, where they take {_cell(plan.main_memory)} GB")
     if plan.assumed:
         lines.append(f"there are no files: the sizes are those of the release {plan.model}")
     return Group(table, *map(Text, lines))

@@ -58,7 +58,12 @@ def load_without_live_parts(settings: RunSettings, device: torch.device) -> Vide
     family = family_of(settings.model)
     adapters = settings.base_adapters
     dtype = settings.train.weight_dtype
-    components = family.load(settings.model, dtype, device, True, adapters, live=False, quantization=settings)
+    components = family.load(
+        *(settings.model, dtype, device, True, adapters),
+        live=False,
+        quantization=settings,
+        offload_blocks=settings.offload.number,
+    )
     return family.video_model(components, None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from frostline.config import AUTO, BaseAdapter, GradientCheckpointing, Quantization, QuantizationSettings
 from frostline.errors import ConfigError, DataError
+from frostline.models.block_offload import BlockOffload
 from frostline.models.video_shape import VideoShape
 from frostline.rewards.active import ActiveReward
 from frostline.rewards.build import FrozenNetworks
@@ -28,7 +28,8 @@ from frostline.stages.families import family_of
 from frostline.stages.shapes import ShapeRange
 from frostline.stages.video_model import Expert, VideoModel
 from frostline.train.memory.checkpointing import fitting_checkpointing
-from frostline.train.memory.offload import saved_in_main_memory
+from frostline.train.memory.offload import saved_in_main_memory, saved_without_copies
+from frostline.train.memory.tracker import tensors_of
 from frostline.train.processes import mean_over_processes, process_count
 from frostline.train.step.adapters import load_adapters, save_adapters, trainable_parameters, trained_experts
 from frostline.train.step.conditioning import Conditioner, Conditioning
@@ -126,6 +127,7 @@ class TrainingModule(nn.Module):
         base_adapters: Sequence[BaseAdapter | Mapping[str, Any]] = (),
         quantization: Quantization = "none",
         text_encoder_quantization: Quantization = "none",
+        offload_blocks: int = 0,
         **settings: Any,
     ) -> Self:
         """Load a model and add a trainable LoRA.
@@ -134,6 +136,7 @@ class TrainingModule(nn.Module):
             model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `family_of`.
             base_adapters: merged into the denoisers each time these are read; mappings as in the settings of a run.
             quantization, text_encoder_quantization: see `QuantizationSettings`.
+            offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; see `BlockOffload`.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
             ConfigError: files or settings are invalid.
@@ -144,7 +147,7 @@ class TrainingModule(nn.Module):
             {"quantization": quantization, "text_encoder_quantization": text_encoder_quantization}
         )
         where = resolve_device(str(device))
-        components = family_of(model).load(model, dtype, where, True, adapters, quantization=stored)
+        components = family_of(model).load(model, dtype, where, True, adapters, True, stored, offload_blocks)
         module = cls(components, parsed, plan=plan, engines=engines, strict=strict, shapes=shapes)
         module.runtime.release_weights()
         return module
@@ -235,8 +238,7 @@ class TrainingModule(nn.Module):
             ConfigError: the weights are already sharded.
         """
         if self.settings.gradient_checkpointing == AUTO:
-            # Takes a second to import.
-            from torch.distributed.tensor import DTensor
+            from torch.distributed.tensor import DTensor  # takes a second to import
 
             parameters = (parameter for expert in self.model.experts for parameter in expert.module.parameters())
             if any(isinstance(parameter, DTensor) for parameter in parameters):
@@ -245,7 +247,8 @@ class TrainingModule(nn.Module):
                     "settle_checkpointing(shape) first, or set the kind"
                 )
             # Reserve memory for stages and engines that are not loaded yet.
-            free = max(0, free_bytes(self.model.device) - self.runtime.pending_bytes())
+            reserved = self.runtime.pending_bytes() + sum(each.window_bytes for each in self._offloads)
+            free = max(0, free_bytes(self.model.device) - reserved)
             rewards = [active.reward for active in self.rewards]
             self.checkpoint(fitting_checkpointing(self.model, self.settings, shape, free, rewards))
             self._settled_for = shape
@@ -369,15 +372,19 @@ class TrainingModule(nn.Module):
         frames = decode_live(decoder, latents, self.runtime, how, engine_forward, window)
         return torch.cat([conditioning.sample.video[:, :1].to(frames), frames], dim=1) if window.start else frames
 
+    @property
+    def _offloads(self) -> list[BlockOffload]:
+        return [expert.module.offload for expert in self.model.experts if expert.module.offload is not None]
+
     def _saved_tensors(self) -> AbstractContextManager[object]:
         """Set where autograd stores the tensors for backward."""
-        if not self.settings.offload_saved_tensors or not torch.is_grad_enabled():
+        # Checkpointed blocks copy their weights again when they are recomputed.
+        offloads = self._offloads if self.gradient_checkpointing == "none" else []
+        if not torch.is_grad_enabled():
             return nullcontext()
-        return saved_in_main_memory(
-            itertools.chain(
-                self.parameters(), self.buffers(), *(module.parameters() for module in self.model.modules())
-            )
-        )
+        if not self.settings.offload_saved_tensors:
+            return saved_without_copies(offloads) if offloads else nullcontext()
+        return saved_in_main_memory(tensors_of(self, *self.model.modules()), offloads)
 
     def _report_unscored(self, conditioning: Conditioning, scores: Sequence[tuple[ActiveReward, RewardScore]]) -> None:
         for active, score in scores:

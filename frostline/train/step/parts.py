@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from frostline.errors import ConfigError
 from frostline.export.exporter import ensure_verified
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.models.schedule import FlowMatchSchedule
@@ -68,6 +69,10 @@ def build_parts(
         ensure_verified(stages.values(), EngineStore(engines))
     if settings.torch_compile:
         for expert in model.experts:
+            if expert.module.offload is not None:
+                raise ConfigError(
+                    "offload.blocks: blocks that wait in main memory are not compiled: leave out torch_compile"
+                )
             expert.module.compile_blocks()
     runtime = Runtime(stages, plan, engines, strict)
     cache = FrozenOutputCache(settings.cache_dir, settings.cache_bytes) if settings.cache_bytes else None

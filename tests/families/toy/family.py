@@ -93,15 +93,23 @@ def load(
     base_adapters: Any = (),
     live: bool = True,
     quantization: Any = NOT_QUANTISED,
+    offload_blocks: int = 0,
 ) -> Any:
     check_base_adapters(model, base_adapters)
     from frostline.stages.toy.model import ToyComponents  # type: ignore[import-not-found]
+
+    from frostline.models.block_offload import BlockOffload
 
     seed = json.loads((Path(model) / "toy.json").read_bytes())["seed"]
     components = ToyComponents.random(Path(model).name, seed)
     for part in (components.text_encoder, components.vae, components.denoiser):
         part.to(device, dtype)
     _quantise(components, dtype, quantization)
+    if offload_blocks:
+        denoiser = components.denoiser
+        denoiser.offload = BlockOffload(denoiser.blocks, offload_blocks)
+        for weight in denoiser.offload.weights():
+            weight.data = weight.data.cpu()
     return components
 
 

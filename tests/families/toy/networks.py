@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from frostline.models.block_offload import BlockOffload
 
 CHANNELS, WIDTH, TEXT_LENGTH, VOCABULARY = 4, 32, 8, 128
 STRIDE, SIDE = 8, 8
@@ -53,10 +56,14 @@ class ToyBlock(nn.Module):
         return x + torch.tanh(self.proj(x + shift[:, None]))
 
 
+def _run(block: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
+    return block(x, shift)
+
+
 class ToyDenoiser(nn.Module):
     """`v(latents, timestep)` given context, pooled text and the latents of the first frame."""
 
-    RUN_SETTINGS = frozenset({"checkpoint_blocks"})
+    RUN_SETTINGS = frozenset({"checkpoint_blocks", "offload"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +72,7 @@ class ToyDenoiser(nn.Module):
         self.blocks = nn.ModuleList(ToyBlock() for _ in range(6))
         self.outward = nn.Linear(WIDTH, CHANNELS)
         self.checkpoint_blocks = False
+        self.offload: BlockOffload | None = None
 
     def compile_blocks(self) -> None:
         """Nothing is worth compiling."""
@@ -84,11 +92,14 @@ class ToyDenoiser(nn.Module):
         given = first_frame.expand(-1, -1, latents.shape[2], -1, -1)
         x = self.inward(torch.cat([latents, given], dim=1).movedim(1, -1).flatten(1, 3))
         shift = self.time(timestep[:, None] / 1000) + pooled + context.amax(dim=1)
+        offload = self.offload
+        run = _run if offload is None else partial(offload.run, _run)
+        contexts = noop_context_fn if offload is None else offload.contexts
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, shift, use_reentrant=False)
+                x = checkpoint(run, block, x, shift, use_reentrant=False, context_fn=contexts)
             else:
-                x = block(x, shift)
+                x = run(block, x, shift)
         return self.outward(x).unflatten(1, latents.shape[2:]).movedim(-1, 1)
 
 

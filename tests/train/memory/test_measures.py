@@ -104,7 +104,7 @@ def test_where_weights_do_not_fit_only_they_are_made_smaller() -> None:
     remedy = find_remedy(settings, planner(device_bytes), [each for each in MEASURES if each.costs == "time"])
     assert not remedy.fits
     assert remedy.floor > device_bytes
-    assert [step.measure.lowers for step in remedy.steps] == ["weights"]
+    assert {step.measure.lowers for step in remedy.steps} == {"weights"}
 
 
 def test_what_does_not_go_together_is_no_measure() -> None:
@@ -122,6 +122,26 @@ def test_on_a_cpu_main_memory_is_the_device() -> None:
     plans: Planner = planner(on_cpu=True)
     offload = next(each for each in MEASURES if each.values.__name__ == "_saved_tensors")
     assert list(offload.values(settings, plans)) == []
+
+
+def test_blocks_in_main_memory_are_as_few_as_make_it_fit() -> None:
+    settings = large(plan={"backend": "torch"})
+    plans = planner()
+    auto = with_changes(settings, {"offload.blocks": "auto"})
+    sizes = {count: needed(with_changes(settings, {"offload.blocks": count})) for count in (0, 3, 4)}
+    assert sizes[0] > sizes[3] > sizes[4]
+    assert plans.plan(auto).offloaded_blocks == 0, "it is not known what there is"
+    for device_bytes, count in ((sizes[0], 0), (sizes[0] - 1, 3), (sizes[3] - 1, 4), (sizes[4] - 1, 4)):
+        assert planner(device_bytes).plan(auto).offloaded_blocks == count
+    plan = planner(sizes[0] - 1, on_cpu=True).plan(auto)
+    assert (plan.offloaded_blocks, plan.main_memory) == (0, 0)
+    measure = next(each for each in MEASURES if each.values.__name__ == "_blocks")
+    assert list(measure.values(auto, planner())) == []
+    assert list(measure.values(settings, planner(on_cpu=True))) == []
+    three = with_changes(settings, {"offload.blocks": 3})
+    assert list(measure.values(three, planner())) == [{"offload.blocks": 4}]
+    many = with_changes(three, {"memory.num_processes": 8, "memory.sharding": "fsdp", "offload.blocks": 0})
+    assert list(measure.values(many, planner())) == []
 
 
 def test_a_cache_that_is_too_small_is_enlarged() -> None:

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from frostline.config import CHECKPOINTING, LoraSettings
 from frostline.errors import ConfigError
+from frostline.models.block_offload import BlockOffload
 from frostline.models.checkpoints.loading import load_components
 from frostline.models.checkpoints.releases import RELEASED, read_spec
 from frostline.models.lora.inject import inject_lora
@@ -31,6 +32,7 @@ from frostline.train.memory.memory_profile import (
     measure_live_stages,
     measure_rewards,
 )
+from frostline.train.memory.offload import saved_without_copies
 from frostline.train.memory.plan import MemoryPlan, memory_plan
 from frostline.train.memory.table import memory_table
 from frostline.train.step_settings import TrainingModuleSettings
@@ -97,6 +99,45 @@ def test_activations_are_those_that_a_real_step_allocates(checkpointing: Any) ->
     plan = memory_plan("tiny", settings(gradient_checkpointing=checkpointing), CLIP, dtype=torch.float32)
     assert allocated(frozen)[1] == pytest.approx(sizes(plan, "frozen_peak")["denoiser"], rel=0.1)
     assert allocated(live)[1] == pytest.approx(sizes(plan, "live_peak")["denoiser"], rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "full"])
+def test_blocks_that_wait_take_the_window_on_the_device_and_the_rest_in_main_memory(checkpointing: Any) -> None:
+    components = load_components("tiny")
+    inject_lora(components.denoiser, 8)
+    denoiser = Denoiser(components.denoiser)
+    step = footprint._tail(denoiser, ["latents", "timestep", "context", "y"], checkpointing)
+    latents = torch.randn(1, 16, 3, 12, 12, requires_grad=True)
+    others = (torch.full((1,), 500.0), torch.randn(1, 16, 64), torch.randn(1, 20, 3, 12, 12))
+
+    def live() -> None:
+        offloads = [] if denoiser.offload is None or checkpointing != "none" else [denoiser.offload]
+        with saved_without_copies(offloads):
+            velocity = step(latents, *others)
+        velocity.sum().backward()
+
+    live()
+    whole = allocated(live)[1]
+    denoiser.offload = BlockOffload(denoiser.blocks, 4)
+    # On a CPU the weights themselves are in main memory with or without; what is allocated are copies.
+    grown = allocated(live)[1] - whole
+    plan, waiting = (
+        memory_plan(
+            *("tiny", settings(gradient_checkpointing=checkpointing), CLIP),
+            dtype=torch.float32,
+            offload_blocks=count,
+        )
+        for count in (0, 4)
+    )
+    window = waiting.resident - plan.resident + waiting.main_memory
+    assert window == denoiser.offload.window_bytes
+    assert 0.5 * window <= grown <= window
+    assert waiting.main_memory == sum(weight.nbytes for weight in denoiser.offload.weights())
+    assert waiting.peaks == plan.peaks
+    assert sizes(waiting, "weights")["text_encoder"] == sizes(plan, "weights")["text_encoder"]
+    assert f"4 blocks of each denoiser wait in main memory, where they take {waiting.main_memory / 1e9:.2f} GB" in (
+        printed(waiting)
+    )
 
 
 def test_decoding_is_planned_as_it_is() -> None:

@@ -100,7 +100,7 @@ def test_the_plan_prints_as_a_table(stages: dict[str, Stage], built: Path) -> No
     assert header.split() == ["stage", "backend", "ms", "torch", "ms", "reason"]
     latency = manifest_of(built).latency_ms
     assert first.split()[:4] == ["first", ORT, f"{latency[ORT]:.2f}", f"{latency['torch']:.2f}"]
-    assert second.split() == ["second", "torch", "-", "-", "as", "asked"]
+    assert second.split() == ["second", "torch", "-", "-", "as", "requested"]
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -364,7 +364,7 @@ def test_an_unverified_engine_serves_nobody_who_asks(
     rewrite(verified=False)
     runtime = Runtime(stages, {"first": ORT, "second": "torch"}, built)
     assert runtime.plan["first"].backend == "torch"
-    assert "unverified" in warnings(caplog)[0]
+    assert "not verified" in warnings(caplog)[0]
     with pytest.raises(EngineError, match="unverified"):
         Runtime(stages, {"first": ORT, "second": "torch"}, built, strict=True)
 

@@ -1,7 +1,8 @@
 """Clips of two public-domain faces in motion: the world that the tiny model knows.
 
 The two photographs ship inside wheels: `skimage.data.astronaut()` (NASA) and matplotlib's `grace_hopper.jpg` (US Navy).
-A clip shows one of them making the motion that its prompt names, from a start that no other clip has.
+A clip shows one of them making the motion that its prompt names, from a start that no other clip has. In a clip that
+drifts, the face becomes the other person's from frame to frame, as identity drifts in real video models.
 """
 
 import functools
@@ -28,6 +29,13 @@ SIZE = 96
 _PORTRAIT_SIZE = 256
 # Face centre (x, y) and face height in pixels of each photograph.
 _FACES = {"astronaut": (224, 117, 110), "hopper": (265, 230, 221)}
+# Eyes, nose and corners of the mouth (x, y) of each portrait, in [-1, 1].
+_LANDMARKS = {
+    "astronaut": ((-0.166, -0.127), (0.213, -0.106), (0.018, 0.111), (-0.176, 0.206), (0.198, 0.220)),
+    "hopper": ((-0.189, -0.159), (0.194, -0.180), (0.017, 0.031), (-0.135, 0.207), (0.180, 0.193)),
+}
+# What drifts: the ellipse around the face, its centre (x, y), its radii and the width of its soft edge in radii.
+_FACE_CENTRE, _FACE_RADII, _FACE_EDGE = (0.02, 0.04), (0.40, 0.52), 0.3
 # Half-width of the view in units of half a portrait: the face fills about 70 % of the frame height.
 _VIEW = 0.66
 # Rendering at twice the size and averaging 2×2 keeps fine detail from aliasing as the face moves.
@@ -67,10 +75,13 @@ def render_clips(
     prompt: Tensor | None = None,
     person: Tensor | None = None,
     only_frame: int | None = None,
+    drift: Tensor | None = None,
 ) -> Clips:
     """Draw `count` random clips.
 
     `prompt` and `person` (both (B,) int64) fix what they show; `only_frame` renders that frame alone (T = 1).
+    `drift` ((B,) in [0, 1]) is how far the face has become the other person's in the last frame; it grows from 0 in the
+    first, at a speed that falls to 0.
     """
     if prompt is None:
         prompt = torch.randint(0, len(PROMPTS), (count,), generator=generator)
@@ -78,9 +89,13 @@ def render_clips(
         person = torch.randint(0, len(PEOPLE), (count,), generator=generator)
     mirrored = torch.rand(count, generator=generator) < 0.5
     pose = _motion(prompt, num_frames, generator)
+    if drift is not None:
+        pose["drift"] = drift[:, None] * torch.sin(torch.linspace(0, math.pi / 2, num_frames))
     if only_frame is not None:
         pose = {name: track[:, only_frame : only_frame + 1] for name, track in pose.items()}
-    return Clips(_render(_sources(person, mirrored), pose, size), prompt, person)
+    source = _oriented(portraits()[person], mirrored)
+    target = None if drift is None else _oriented(_swapped_faces()[person], mirrored)
+    return Clips(_render(source, target, pose, size), prompt, person)
 
 
 def held_out_clips(count: int, seed: int, *, num_frames: int = NUM_FRAMES, size: int = SIZE) -> Clips:
@@ -114,9 +129,25 @@ def _portrait(person: str) -> Tensor:
     return crop[0].clamp(0, 1)
 
 
-def _sources(person: Tensor, mirrored: Tensor) -> Tensor:
-    source = portraits()[person]
+def _oriented(source: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored[:, None, None, None], source.flip(-1), source)
+
+
+@functools.cache
+def _swapped_faces() -> Tensor:
+    """Return the portraits with the face of the other person where the own was, eyes on eyes and mouth on mouth."""
+    own, other = portraits(), portraits().flip(0)
+    points = torch.tensor([_LANDMARKS[person] for person in PEOPLE])
+    points = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
+    to_other = torch.linalg.lstsq(points, points.flip(0)[..., :2]).solution.transpose(1, 2)
+    moved = F.grid_sample(
+        other, F.affine_grid(to_other, [*own.shape], align_corners=False), padding_mode="border", align_corners=False
+    )
+    axis = torch.linspace(-1, 1, _PORTRAIT_SIZE) * (1 - 1 / _PORTRAIT_SIZE)
+    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    (x, y), (width, height) = _FACE_CENTRE, _FACE_RADII
+    radius = (((column - x) / width) ** 2 + ((row - y) / height) ** 2).sqrt()
+    return torch.lerp(own, moved, ((1 - radius) / _FACE_EDGE).clamp(0, 1))
 
 
 def _motion(prompt: Tensor, num_frames: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -151,8 +182,8 @@ def _motion(prompt: Tensor, num_frames: int, generator: torch.Generator) -> dict
     }
 
 
-def _render(source: Tensor, pose: dict[str, Tensor], size: int) -> Tensor:
-    """Warp (B, 3, S, S) portraits along the pose tracks into (B, T, 3, size, size)."""
+def _render(source: Tensor, target: Tensor | None, pose: dict[str, Tensor], size: int) -> Tensor:
+    """Warp (B, 3, S, S) portraits drifting from `source` to `target` along the tracks into (B, T, 3, size, size)."""
     count, num_frames = pose["x"].shape
     fine = size * _SUPERSAMPLING
     axis = torch.linspace(-1, 1, fine) * (1 - 1 / fine)
@@ -168,9 +199,11 @@ def _render(source: Tensor, pose: dict[str, Tensor], size: int) -> Tensor:
     lips = torch.exp(-((u / 0.28) ** 2 + ((v - 0.26) / 0.16) ** 2))
     v = v - track["mouth"] * 0.07 * lips * torch.tanh((v - 0.24) / 0.04)
     grid = torch.stack([u, v], dim=-1).flatten(0, 1)
-    frames = F.grid_sample(
-        source.repeat_interleave(num_frames, dim=0), grid, padding_mode="border", align_corners=False
-    )
+    portrait = source.repeat_interleave(num_frames, dim=0)
+    if target is not None:
+        reached = pose["drift"].flatten()[:, None, None, None]
+        portrait = torch.lerp(portrait, target.repeat_interleave(num_frames, dim=0), reached)
+    frames = F.grid_sample(portrait, grid, padding_mode="border", align_corners=False)
     frames = F.avg_pool2d(frames, _SUPERSAMPLING).unflatten(0, (count, num_frames))
     contrast, brightness = pose["contrast"][..., None, None, None], pose["brightness"][..., None, None, None]
     return ((frames - 0.5) * (1 + contrast) + 0.5 + brightness).clamp(0, 1)

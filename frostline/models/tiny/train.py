@@ -1,28 +1,38 @@
 """Train the embedded tiny models from nothing: `python -m frostline.models.tiny.train`.
 
-Phases: `autoencoder`, `decoder` (the VAE), then `denoiser` (with the text encoder), `high_noise` (for tiny-moe) and
-`ti2v` (pinned first frame). Each is seeded, shows progress, and goes on from its last checkpoint in `--work`; the
-weights are written to `--out` in the layout of the official Wan checkpoints.
+Phases: `autoencoder`, `decoder` (the VAE), then `denoiser` (with the text encoder), `drift` (the same on the clips that
+drift most), `high_noise` (for tiny-moe) and `ti2v` (pinned first frame). Each is seeded, shows progress, and goes on
+from its last checkpoint in `--work`; the weights are written to `--out` in the layout of the official Wan checkpoints.
+`--keep` leaves parts as they are.
+
+The options of the committed denoiser (its loss curve is in benchmarks/NOTES.md):
+    --keep vae text high_noise ti2v --clips 384 --denoiser-steps 3000 --drift-steps 600
+The parts that it keeps are older, and the clips that they were trained on did not drift.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
 from diffsynth.models.wan_video_vae import VideoVAE_, WanVideoVAE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import architecture
 from .clips import PROMPTS
 from .tokenizer import write_tokenizer
-from .train_denoiser import encode_pool, train_denoiser
+from .train_denoiser import Pool, encode_pool, train_denoiser
 from .train_vae import build_vae, to_official_latents, train_autoencoder, train_decoder
 
 _BOUNDARY = 0.9
+# Of the phase `drift`: which clips, and the peak learning rate.
+_DRIFTING, _DRIFT_RATE = 0.8, 7e-4
+_Model = TypeVar("_Model", bound=nn.Module)
+_KEEPABLE = ("vae", "text", "high_noise", "ti2v")
 
 
 def main() -> None:
@@ -30,17 +40,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="default: %(default)s")
+    parser.add_argument(
+        "--keep", nargs="*", default=[], choices=_KEEPABLE, help="parts in --out that are not trained (default: none)"
+    )
     parser.add_argument("--autoencoder-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=300)
-    parser.add_argument("--denoiser-steps", type=int, default=400)
+    parser.add_argument("--denoiser-steps", type=int, default=3000)
+    parser.add_argument("--drift-steps", type=int, default=600)
     parser.add_argument("--expert-steps", type=int, default=150)
     parser.add_argument("--clips", type=int, default=384, help="encoded for the denoisers (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
 
-    vae = _train_vae(arguments)
+    keep = arguments.keep
     tiny = arguments.out / "tiny"
-    _save_model(tiny / "Wan2.1_VAE.safetensors", vae.model)
+    vae_file, text_file = tiny / "Wan2.1_VAE.safetensors", tiny / "models_t5_umt5-xxl-enc.safetensors"
+    if "vae" in keep:
+        vae = WanVideoVAE()
+        vae.model = _load_model(VideoVAE_(**architecture.VAE), vae_file)
+    else:
+        vae = _train_vae(arguments)
+        _save_model(vae_file, vae.model)
     write_tokenizer(tiny / "google" / "umt5-xxl", PROMPTS)
     _write_config(tiny, architecture.DENOISER, "i2v", _WHOLE_MODEL)
 
@@ -49,24 +69,33 @@ def main() -> None:
     )
     torch.manual_seed(0)
     text = WanTextEncoder(**architecture.TEXT_ENCODER)
-    pool = encode_pool(vae, arguments.clips)
+    if "text" in keep:
+        _load_model(text, text_file)
+    pool = encode_pool(vae, arguments.clips, arguments.work)
 
-    def denoiser(name: str, settings: dict[str, Any], steps: int, **options: Any) -> nn.Module:
-        return train_denoiser(name, settings, text, tokenizer, pool, steps, arguments.work, **options)
+    def denoiser(name: str, settings: dict[str, Any], steps: int, clips: Pool = pool, **options: Any) -> WanModel:
+        return train_denoiser(name, settings, text, tokenizer, clips, steps, arguments.work, **options)
 
-    base = denoiser("denoiser", architecture.DENOISER, arguments.denoiser_steps, train_text=True)
+    base = denoiser("denoiser", architecture.DENOISER, arguments.denoiser_steps, train_text="text" not in keep)
+    drifting = pool.drifting(_DRIFTING)
+    base = denoiser(
+        *("drift", architecture.DENOISER, arguments.drift_steps, drifting), start=base, learning_rate=_DRIFT_RATE
+    )
     _save_model(tiny / "diffusion_pytorch_model.safetensors", base)
-    _save_model(tiny / "models_t5_umt5-xxl-enc.safetensors", text)
+    if "text" not in keep:
+        _save_model(text_file, text)
 
-    expert = denoiser("high_noise", architecture.EXPERT, arguments.expert_steps, sigma_range=(_BOUNDARY, 1.0))
-    folder = arguments.out / "tiny-moe" / "high_noise_model"
-    _save_model(folder / "diffusion_pytorch_model.safetensors", expert)
-    _write_config(folder, architecture.EXPERT, "i2v", {})
+    if "high_noise" not in keep:
+        expert = denoiser("high_noise", architecture.EXPERT, arguments.expert_steps, sigma_range=(_BOUNDARY, 1.0))
+        folder = arguments.out / "tiny-moe" / "high_noise_model"
+        _save_model(folder / "diffusion_pytorch_model.safetensors", expert)
+        _write_config(folder, architecture.EXPERT, "i2v", {})
 
-    pinned = denoiser("ti2v", architecture.TI2V, arguments.expert_steps)
-    folder = arguments.out / "tiny-ti2v"
-    _save_model(folder / "diffusion_pytorch_model.safetensors", pinned)
-    _write_config(folder, architecture.TI2V, "ti2v", {})
+    if "ti2v" not in keep:
+        pinned = denoiser("ti2v", architecture.TI2V, arguments.expert_steps)
+        folder = arguments.out / "tiny-ti2v"
+        _save_model(folder / "diffusion_pytorch_model.safetensors", pinned)
+        _write_config(folder, architecture.TI2V, "ti2v", {})
 
 
 _WHOLE_MODEL = {
@@ -86,6 +115,11 @@ def _train_vae(arguments: argparse.Namespace) -> WanVideoVAE:
     vae = WanVideoVAE()
     vae.model = model.eval().requires_grad_(False)
     return vae
+
+
+def _load_model(model: _Model, path: Path) -> _Model:
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return model.eval().requires_grad_(False)
 
 
 def _save_model(path: Path, model: nn.Module) -> None:

@@ -1,6 +1,8 @@
-"""The tiny denoisers and the text encoder, trained together on cached latents; stopped early on purpose.
+"""The tiny denoisers and the text encoder, trained together on cached latents of clips whose identity drifts.
 
-An under-trained denoiser lets identity fade over the clip, which leaves the reward something to win.
+The clips of the trained model are sharp, and the face becomes the other person's over the clip, which leaves the reward
+something to win that can be seen. It is trained on clips that drift by any amount, so that keeping the person is among
+what it can do, and at the end for a short while on those that drift most.
 """
 
 from collections.abc import Callable
@@ -12,11 +14,14 @@ import torch.nn.functional as F
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import HuggingfaceTokenizer, WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from frostline.atomic_io import atomic_write
 from frostline.models.wan.denoiser import Denoiser
 from frostline.models.wan.text import TextEncoder, tokenize
+from frostline.models.wan.vae import use_onednn_conv3d
 from frostline.models.wan.video_shape import MASK_CHANNELS
 
 from .architecture import TRAIN_SHIFT
@@ -28,11 +33,21 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Pool:
-    """N encoded clips: latents and image (of the first frame alone), each (N, C, F, h, w), and prompt (N,)."""
+    """N encoded clips.
+
+    latents, image: (N, C, F, h, w) of the clips, and of their first frames alone.
+    prompt, drift: (N,).
+    """
 
     latents: Tensor
     image: Tensor
     prompt: Tensor
+    drift: Tensor
+
+    def drifting(self, at_least: float) -> "Pool":
+        """Return the clips whose face has become the other person's to that part by the last frame."""
+        rows = self.drift >= at_least
+        return Pool(self.latents[rows], self.image[rows], self.prompt[rows], self.drift[rows])
 
     def y(self, rows: Tensor) -> Tensor:
         """Return (len(rows), 4 + C, F, h, w): the mask and the first frame's latents."""
@@ -43,18 +58,28 @@ class Pool:
 
 
 @torch.no_grad()
-def encode_pool(vae: WanVideoVAE, clips: int) -> Pool:
-    """Render and encode `clips` clips."""
-    latents, image, prompt = [], [], []
+def encode_pool(vae: WanVideoVAE, clips: int, work: Path) -> Pool:
+    """Render and encode `clips` clips, of which a third drift by less than two thirds; or read them from `work`."""
+    encoded = work / f"pool_{clips}.safetensors"
+    if encoded.exists():
+        return Pool(**load_file(encoded))
+    use_onednn_conv3d(vae.model)
+    latents, image, prompt, drifts = [], [], [], []
     for seed in tqdm(range(0, clips, 4), desc="encode"):
-        batch = render_clips(4, torch.Generator().manual_seed(1_000_000 + seed))
+        generator = torch.Generator().manual_seed(1_000_000 + seed)
+        drift = 1 - torch.rand(4, generator=generator) ** 3
+        batch = render_clips(4, generator, drift=drift)
         video = batch.video.transpose(1, 2) * 2 - 1
         first = torch.cat([video[:, :, :1], torch.zeros_like(video[:, :, 1:])], dim=2)
         with autocast():
             latents.append(vae.model.encode(video, vae.scale).float())
             image.append(vae.model.encode(first, vae.scale).float())
         prompt.append(batch.prompt)
-    return Pool(torch.cat(latents), torch.cat(image), torch.cat(prompt))
+        drifts.append(drift)
+    pool = Pool(torch.cat(latents), torch.cat(image), torch.cat(prompt), torch.cat(drifts))
+    with atomic_write(encoded) as part:
+        save_file(vars(pool), part)
+    return pool
 
 
 class _TextAndDenoiser(nn.Module):
@@ -84,14 +109,19 @@ def train_denoiser(
     *,
     sigma_range: tuple[float, float] = (0.0, 1.0),
     train_text: bool = False,
+    start: WanModel | None = None,
+    learning_rate: float = 1.5e-3,
 ) -> WanModel:
-    """Flow matching at sigmas in `sigma_range`; with a pinned first frame if the model wants one."""
+    """Flow matching at sigmas in `sigma_range`; with a pinned first frame if the model wants one.
+
+    `start` is a model to train further, in place.
+    """
     torch.manual_seed(0)
-    model = WanModel(**arguments)  # type: ignore[arg-type]
+    model = WanModel(**arguments) if start is None else start  # type: ignore[arg-type]
     both = _TextAndDenoiser(model, text, tokenizer)
     parameters = [*model.parameters(), *(text.parameters() if train_text else ())]
     loss_at = _flow_matching_loss(both, pool, sigma_range)
-    phase = Phase(name, both, parameters, steps, learning_rate=1e-3, warmup=30)
+    phase = Phase(name, both, parameters, steps, learning_rate, warmup=min(100, 1 + steps // 5))
     run_phase(phase, loss_at, dict, work)
     return model
 

@@ -83,6 +83,27 @@ def test_faces_are_found_in_every_frame_and_people_are_told_apart(clips: Clips) 
     assert cosines[~same].max() < 0.4
 
 
+def test_a_drifting_clip_starts_as_the_person_and_ends_as_the_other() -> None:
+    def render(drift: torch.Tensor | None) -> Clips:
+        person, prompt = torch.tensor([0, 1]), torch.tensor([2, 2])
+        return render_clips(2, torch.Generator().manual_seed(5), person=person, prompt=prompt, drift=drift)
+
+    true, still, drifted = render(None), render(torch.zeros(2)), render(torch.ones(2))
+    torch.testing.assert_close(still.video, true.video)
+    torch.testing.assert_close(drifted.video[:, 0], true.video[:, 0])
+    corners = torch.stack([drifted.video, true.video])[..., :8, :8]
+    torch.testing.assert_close(corners[0], corners[1], msg="only the face drifts")
+
+    faces = BatchedMTCNN().detect(quantize_frames(drifted.video.flatten(0, 1))).largest()
+    assert faces.found.all()
+    score = FaceIdentity(BatchedMTCNN(), SFaceEmbedder())
+    embeddings = score.references(drifted.video).embeddings
+    likeness = (embeddings[:, :1] * embeddings).sum(-1)
+    assert likeness[:, 1].min() > 0.7
+    assert likeness[:, -1].max() < 0.5
+    assert (likeness[:, 3] < likeness[:, 1]).all() and (likeness[:, -1] < likeness[:, 3]).all()
+
+
 def test_portraits_are_colour_pictures_of_two_people() -> None:
     assert portraits().shape == (2, 3, 256, 256)
     assert portraits().min() >= 0

@@ -25,7 +25,7 @@ def main() -> None:
     """Draw the clips of a run's first and last validation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="default: %(default)s")
-    parser.add_argument("--clips", type=int, nargs="+", default=[0, 7], help="held-out clips (default: %(default)s)")
+    parser.add_argument("--clips", type=int, nargs="+", default=[0, 8], help="held-out clips (default: %(default)s)")
     parser.add_argument("--frames", type=int, nargs="+", default=[0, 4, 5, 6, 7, 8], help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo.jpg", help="default: %(default)s")
     arguments = parser.parse_args()

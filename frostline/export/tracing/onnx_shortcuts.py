@@ -28,7 +28,7 @@ from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpre
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
-_IN_PLACE = {
+_IN_PLACE: dict[object, OpOverload] = {
     aten.relu_.default: aten.relu.default,
     aten.add_.Tensor: aten.add.Tensor,
     aten.masked_fill_.Scalar: aten.masked_fill.Scalar,

@@ -104,7 +104,7 @@ def test_what_was_asked_for_is_not_lowered() -> None:
     wide = network()
     assert largest_shape(within_limit(wide, "b", 327_679, frozenset({"height", "width"}))) == (31, 2, 32, 32)
     assert largest_shape(within_limit(wide, "b", 327_679, frozenset({"batch"}))) == (32, 2, 28, 28)
-    with pytest.raises(EngineError, match=r"conv2d of 32 x 10 x 32 x 32 = 327,680 elements at its largest shapes"):
+    with pytest.raises(EngineError, match=r"conv2d of 32 x 10 x 32 x 32 = 327,680 elements at its maximum shapes"):
         within_limit(wide, "tensorrt", 327_679, frozenset({"batch", "height", "width"}))
 
 
@@ -147,7 +147,7 @@ def test_an_engine_says_what_it_serves(stage: Stage, limited: None, tmp_path: Pa
     assert not again.built
     served = bounds.bounded(stage.networks[0], {tensor.name: tensor.max for tensor in entry.inputs})
     served.check_shapes({"x": torch.zeros(5, 2, 32, 32)})
-    with pytest.raises(ShapeError, match=r"the engine serves \(1, 2, 4, 4\) to \(5, 2, 32, 32\)"):
+    with pytest.raises(ShapeError, match=r"the engine supports \(1, 2, 4, 4\) to \(5, 2, 32, 32\)"):
         served.check_shapes({"x": torch.zeros(6, 2, 32, 32)})
 
 
@@ -156,7 +156,7 @@ def test_a_range_that_was_asked_for_is_refused_with_the_arithmetic(stage: Stage,
     with pytest.raises(
         EngineError,
         match=r"onnxruntime supports tensors of at most 51,200 elements, but network wide has conv2d of "
-        r"32 x 10 x 32 x 32 = 327,680 elements at its largest shapes: lower --max-shapes",
+        r"32 x 10 x 32 x 32 = 327,680 elements at its maximum shapes: lower --max-shapes",
     ):
         build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=asked)
     assert EngineStore(tmp_path).find() == []

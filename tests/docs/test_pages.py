@@ -128,7 +128,18 @@ def test_pages_are_plain(page: Path) -> None:
 
 # Packages and modules whose docstrings, comments and messages are checked, too.
 PLAIN_ROOMS = (
-    *("cli", "export", "rewards", "runtime", "stages", "terminal", "video", "models/checkpoints", "models/faces"),
+    *(
+        "cli",
+        "cluster",
+        "export",
+        "rewards",
+        "runtime",
+        "stages",
+        "terminal",
+        "video",
+        "models/checkpoints",
+        "models/faces",
+    ),
     *("models/lora", "models/onnx", "models/vision", "models/wan"),
     *("train/data", "train/judging", "train/loop", "train/precompute", "train/step"),
 )

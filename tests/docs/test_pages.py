@@ -134,6 +134,7 @@ PLAIN_ROOMS = (
         "export",
         "rewards",
         "runtime",
+        "score",
         "stages",
         "terminal",
         "video",

@@ -44,7 +44,7 @@ def test_pairs_of_a_file(tmp_path: Path) -> None:
         "hello",
     )
     assert pairs[1].reference == "default.png"
-    faults = ["", "", "names no video", "../c.mp4 is outside", "/etc/passwd is outside", "", "more fields"]
+    faults = ["", "", "column 'video' is empty", "../c.mp4 is outside", "/etc/passwd is outside", "", "more fields"]
     assert all(said in pair.fault and bool(said) == bool(pair.fault) for said, pair in zip(faults, pairs, strict=True))
     assert not any("outside" in pair.fault for pair in pairs_of_file(file, allow_outside=True))
 

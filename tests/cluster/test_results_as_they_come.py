@@ -58,7 +58,7 @@ def test_pairs_are_the_same_in_every_format(tmp_path: Path) -> None:
         ("pairs.jsonl", '{"video": "a.mp4"}\n{"clip": "b.mp4"}', "line 2: has no column 'video'"),
         ("pairs.jsonl", "[", "line 1: "),
         ("pairs.parquet", "no table", "cannot be read"),
-        ("pairs.txt", "a.mp4", "read from .csv, .jsonl, .parquet"),
+        ("pairs.txt", "a.mp4", "use one of .csv, .jsonl, .parquet"),
         ("pairs.csv", "video\n", "contains no rows"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_file_that_is_none_of_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "scores.parquet").write_text("x")
     with pytest.raises(DataError, match=r"scores\.parquet: is not a valid Parquet file of results"):
         list(StoredRows(str(tmp_path / "scores.parquet"), ["clip"]))
-    with pytest.raises(ConfigError, match=r"written as \.jsonl, \.csv or \.parquet"):
+    with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.csv or \.parquet"):
         StoredRows("scores.xlsx", ["clip"])
 
 

@@ -86,7 +86,7 @@ def test_a_table_names_the_shared_folder_once(columns: int, pairs: Path) -> None
     assert "face score" in head and "frames" in head
     said = " ".join(seen.lines)
     assert "the same person in 1 of 2 videos" in said and SOURCE in said
-    assert "error: the mean face_score is 0." in said and "and must be at least 0.9" in said
+    assert "error: the mean face_score is 0." in said and "but must be at least 0.9" in said
     assert seen.colours
 
 

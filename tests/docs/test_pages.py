@@ -132,6 +132,7 @@ PLAIN_ROOMS = (
         "cli",
         "cluster",
         "export",
+        "report",
         "rewards",
         "runtime",
         "score",

@@ -1,1 +1,4 @@
-"""Scoring and training on a Ray cluster; every module of it but this one and `session` imports Ray (extra `ray`)."""
+"""Score and train on a Ray cluster.
+
+All modules of this package except this one and `session` need the extra `ray`.
+"""

@@ -1,4 +1,4 @@
-"""Videos of a Ray dataset, scored by a pool of actors."""
+"""Score the videos of a Ray dataset with a pool of actors."""
 
 from __future__ import annotations
 
@@ -29,27 +29,31 @@ def score_dataset(
     folder: Path | None = None,
     ledger: Any = None,
 ) -> Dataset:
-    """Score the videos of a dataset; lazily, as all of Ray Data.
+    """Score the videos of a dataset. Like all transforms of Ray Data, this is lazy.
 
-    A worker that dies is started again. Videos that it had in hand are then scored one by one; one on which a worker
-    dies twice becomes an error row. A block goes to one worker: with blocks of few rows
-    (`dataset.repartition(target_num_rows_per_block=16)`) the load is balanced well.
+    If a worker dies, Ray restarts it, and the videos that it was processing are scored one at a time. If workers die
+    twice on the same video, the video becomes an error row. Each block is processed by one worker; small blocks
+    (`dataset.repartition(target_num_rows_per_block=16)`) balance the load.
 
     Args:
-        dataset: its column `video` has paths or URLs; `reference` and `prompt` are optional, and `fault` says why a row
-            is not to be tried. Where the rewards need a reference, a video without one is scored against itself.
-            Other columns are kept.
-        settings: what the results depend on.
-        workers: how many actors, or the least and the most.
-        num_cpus, num_gpus: of each; a fraction of a GPU lets several share one.
-        backend, device, batch: as `frostline score` has them.
-        downloads: limits of videos at URLs.
-        engines: the engine store, on each node: a folder of its own, or one that is shared.
-        folder: that relative paths are relative to, on the nodes; the current folder if None.
-        ledger: an actor of `Ledger`, which knows how the run goes; made if None.
+        dataset: the column `video` contains paths or URLs. The columns `reference` and `prompt` are optional; a row
+            with text in the optional column `fault` is not scored, and the text becomes its error. If the rewards need
+            a reference, a video without one is scored against itself. All other columns are kept.
+        settings: the settings that the results depend on.
+        workers: the number of actors, or its minimum and maximum.
+        num_cpus: CPUs per worker.
+        num_gpus: GPUs per worker; several workers can share one GPU with a fraction.
+        backend: the backend of the networks, as in `frostline score`.
+        engines: the path of the engine store on each node: a local or a shared folder.
+        device: `cpu`, `cuda` or `auto`.
+        batch: the minimum number of frames per batch.
+        downloads: limits for videos at URLs.
+        folder: the working directory of the workers, which relative paths are resolved against; the current directory
+            if None.
+        ledger: an actor of `Ledger` that tracks the run; created if None.
     Returns:
-        The columns of `frostline score --out`, without `index` unless the dataset has it, then those of the dataset.
-        Rows come in any order unless the execution options of Ray Data ask for that of the input.
+        A dataset with the columns of `frostline score --out` (`index` only if the input has it), followed by the other
+        columns of the input. The order of rows is arbitrary unless Ray Data's execution options preserve it.
     """
     least, most = (workers, workers) if isinstance(workers, int) else workers
     return dataset.map_batches(
@@ -57,7 +61,7 @@ def score_dataset(
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        # A second task in the queue of a worker would wait behind a long video.
+        # A second queued task would have to wait for the videos of the first.
         compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=1),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
@@ -75,5 +79,5 @@ def score_dataset(
 
 
 def make_ledger() -> Any:
-    """Return a new actor of `Ledger`, which takes no CPU and survives its worker process."""
+    """Create an actor of `Ledger` that reserves no CPU and is restarted if its process dies."""
     return ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()

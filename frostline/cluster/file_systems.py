@@ -1,4 +1,4 @@
-"""Paths and URLs of tables: what pyarrow has a file system for (`s3://`, `gs://`, …), and local paths."""
+"""Resolve local paths and the URLs that pyarrow supports (`s3://`, `gs://`, …)."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from frostline.paths import is_url
 
 
 def file_system_of(name: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system of a path or URL, and the path in it.
+    """Return the file system of a path or URL, and the path within that file system.
 
     Raises:
-        ConfigError: there is none for it.
+        ConfigError: the URL is invalid, or no file system supports it.
     """
     if not is_url(name):
         return fs.LocalFileSystem(), str(Path(name).absolute())
     try:
         return fs.FileSystem.from_uri(name)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"{name}: no file system can be opened for it: {error}") from error
+        raise ConfigError(f"{name}: no file system supports this URL: {error}") from error
 
 
 def exists(name: str) -> bool:
-    """Return whether there is a file or folder.
+    """Return whether a file or folder exists.
 
     Raises:
-        ConfigError: it cannot be told.
+        ConfigError: the file system cannot be accessed.
     """
     system, path = file_system_of(name)
     try:
         return system.get_file_info(path).type != fs.FileType.NotFound
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{name}: cannot be looked at: {error}") from error
+        raise ConfigError(f"{name}: cannot be accessed: {error}") from error

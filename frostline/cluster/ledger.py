@@ -1,4 +1,4 @@
-"""Which videos workers have in hand: what a worker was at when it died is told from what is only slow."""
+"""Track which videos each worker is processing, to find videos that crash workers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from frostline.errors import FrostlineError
 
 Key = tuple[str, str]
-"""A video and its reference."""
+"""The paths or URLs of a video and its reference."""
 MOST_DEATHS = 2
-"""A video that had so many workers die on it is not given to another."""
+"""After this number of worker deaths, a video is not tried again."""
 
 
 class Ledger:
-    """What all workers of a run are at. It runs as an actor of its own, which no worker takes along when it dies.
+    """Track what all workers of a run are processing. Runs as a separate actor, which outlives the workers.
 
-    Ray starts a dead actor again under the same id, so a worker that joins and has something in hand died on it.
+    Ray restarts a dead actor under the same id. If a worker that joins has unfinished videos, it died on them.
     """
 
     def __init__(self) -> None:
@@ -27,38 +27,38 @@ class Ledger:
         self._failure: FrostlineError | None = None
 
     def join(self, worker: str) -> None:
-        """A worker begins, perhaps once more: whatever it had in hand counts as one death each."""
+        """Register a worker that starts or restarts; each of its unfinished videos counts as one death."""
         self._deaths.update({*self._in_hand.pop(worker, ())})
 
     def deaths(self, keys: Sequence[Key]) -> list[int]:
-        """Return how often a worker died with each of these in hand."""
+        """Return the number of worker deaths for each of these videos."""
         return [self._deaths[key] for key in keys]
 
     def begin(self, worker: str, keys: Sequence[Key]) -> None:
-        """A worker takes these in hand, in place of whatever it had."""
+        """Set the videos that a worker is processing; replaces the previous ones."""
         self._in_hand[worker] = Counter(keys)
 
     def finish(self, worker: str, key: Key) -> None:
-        """A worker has the result of one."""
+        """Mark one video of a worker as finished."""
         in_hand = self._in_hand.get(worker, Counter())
         in_hand[key] -= 1
         if in_hand[key] <= 0:
             del in_hand[key]
 
     def spend(self, frames: int, seconds: Mapping[str, float]) -> None:
-        """Count frames that were scored, and seconds by stage and backend."""
+        """Add scored frames, and seconds by stage and backend, to the totals."""
         self._frames += frames
         for stage, spent in seconds.items():
             self._seconds[stage] += spent  # type: ignore[assignment]
 
     def spent(self) -> tuple[int, dict[str, float]]:
-        """Return what all workers have counted."""
+        """Return the total number of scored frames, and the total seconds by stage and backend."""
         return self._frames, dict(self._seconds)
 
     def fail(self, error: FrostlineError) -> None:
-        """Keep the error that keeps a worker from scoring anything; the first stays."""
+        """Store an error that prevents a worker from scoring any video; only the first error is kept."""
         self._failure = self._failure or error
 
     def failure(self) -> FrostlineError | None:
-        """Return the error that a worker had, if one."""
+        """Return the first error of a worker, or None."""
         return self._failure

@@ -1,4 +1,4 @@
-"""Files of pairs of any size: CSV, JSON Lines and Parquet, read row by row, from any file system of pyarrow."""
+"""Read files of pairs (CSV, JSON Lines or Parquet) of any size row by row, from any file system of pyarrow."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class PairSource:
-    """What is to be scored: videos of the command line, or the rows of a file, which are read anew at each use.
+    """Iterate over the pairs to score: the videos of the command line, or the rows of a file.
 
-    Attributes are the arguments of `gather_pairs`; `file` may be a URL, and end in `.csv`, `.jsonl` or `.parquet`.
+    The file is read again at each iteration. The attributes are the arguments of `gather_pairs`, but `file` may also be
+    a URL; it must end in `.csv`, `.jsonl` or `.parquet`.
     """
 
     videos: tuple[str, ...] = ()
@@ -38,10 +39,10 @@ class PairSource:
     needs: frozenset[Need] = frozenset({"reference"})
 
     def check(self) -> int:
-        """Return how many pairs there are.
+        """Check the input, and return the number of pairs.
 
         Raises:
-            ConfigError: there are none, or what the rewards need is missing.
+            ConfigError: there are no pairs, or an input that the rewards need is missing.
         """
         if self.file is not None and self.videos:
             raise ConfigError("name videos or give --pairs, not both")
@@ -50,11 +51,11 @@ class PairSource:
             count += 1
             prompts = prompts or bool(pair.prompt)
         if not count:
-            raise ConfigError(f"{self.file}: holds no rows")
+            raise ConfigError(f"{self.file}: contains no rows")
         if "prompt" in self.needs and not prompts:
             raise ConfigError(
-                "the rewards need prompts, and there are none: give one for all videos by --prompt, or each its own in "
-                "the column 'prompt' of --pairs"
+                "the rewards need prompts, but none were given: set --prompt for all videos, or add a column 'prompt' "
+                "to the file of --pairs"
             )
         return count
 
@@ -72,7 +73,7 @@ def _rows(file: str) -> Iterator[Mapping[str | None, Any]]:
     readers = {".csv": _csv, ".jsonl": _json_lines, ".parquet": _parquet}
     read = readers.get(posixpath.splitext(file)[1].lower())
     if read is None:
-        raise ConfigError(f"{file}: pairs are read from {', '.join(readers)}")
+        raise ConfigError(f"{file}: unsupported file type for pairs: use one of {', '.join(readers)}")
     system, path = file_system_of(file)
     try:
         with system.open_input_file(path) as stream:

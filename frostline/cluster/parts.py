@@ -1,4 +1,4 @@
-"""Results as they come, in any order, kept in a folder of small files, and gone through in the order of the input."""
+"""Store results in a folder of small files as they arrive, in any order, and read them in the order of the input."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SCHEMA = pa.schema([("index", pa.int64()), ("row", pa.string())])
 
 
 class ResultParts(Sequence[VideoScore]):
-    """The rows of a run that is under way, in files that appear whole; of rows with one index one is gone through.
+    """Store the rows of an unfinished run. Files are written atomically; duplicate rows of an index are skipped.
 
-    What a process that was killed had not written yet, of the last ten seconds at most, is scored again.
+    If the process is killed, at most the results of the last ten seconds are lost and have to be scored again.
 
     Args:
-        folder: a path or a URL; need not be there.
+        folder: a path or URL, which need not exist.
     """
 
     def __init__(self, folder: str) -> None:
@@ -39,17 +39,17 @@ class ResultParts(Sequence[VideoScore]):
         self._count: int | None = None
 
     def add(self, row: VideoScore) -> None:
-        """Keep a row; written with others, soon."""
-        # As JSON: other rows have other scores.
+        """Add a row to the next file, which is written after 512 rows or ten seconds."""
+        # Stored as JSON, because rows can have different scores.
         self._waiting.append((row.index, json.dumps(row.model_dump(mode="json"), separators=(",", ":"))))
         if len(self._waiting) >= _ROWS or time.monotonic() > self._written + _SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added.
+        """Write the rows that were added since the last file.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the file cannot be written.
         """
         self._written, self._count = time.monotonic(), None
         if not self._waiting:
@@ -65,16 +65,16 @@ class ResultParts(Sequence[VideoScore]):
         self._waiting = []
 
     def delete(self) -> None:
-        """Delete the folder, if it is there."""
+        """Delete the folder, if it exists."""
         self._waiting, self._count = [], None
         if self._system.get_file_info(self._path).type != fs.FileType.NotFound:
             self._system.delete_dir(self._path)
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """Yield index and JSON of what was written, by index; of parts that hold neighbours a few are open at once.
+        """Yield the index and JSON of each written row, sorted by index. Only files with overlapping indices are open.
 
         Raises:
-            DataError: a part cannot be read.
+            DataError: a file cannot be read.
         """
         pending = sorted((self._first(path), path) for path in self._parts())
         open_parts: list[tuple[int, str, str, Iterator[tuple[int, str]]]] = []
@@ -113,7 +113,7 @@ class ResultParts(Sequence[VideoScore]):
             with pq.ParquetFile(self._system.open_input_file(path)) as part:
                 return part.metadata.row_group(0).column(0).statistics.min
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: cannot be read: {error}; --overwrite begins anew") from error
+            raise DataError(f"{path}: cannot be read: {error}; use --overwrite to start over") from error
 
     def _read(self, path: str) -> Iterator[tuple[int, str]]:
         table = pq.read_table(path, filesystem=self._system)
@@ -128,7 +128,7 @@ class ResultParts(Sequence[VideoScore]):
 
 
 def take(rows: Sequence[VideoScore], count: int, place: int | slice) -> VideoScore | list[VideoScore]:
-    """Return what `rows[place]` is, of rows that can only be gone through from the first on."""
+    """Return `rows[place]` for rows that only support iteration from the start."""
     if isinstance(place, slice):
         start, stop, step = place.indices(count)
         return list(islice(iter(rows), start, stop, step))

@@ -1,4 +1,4 @@
-"""The file of results of a run on a cluster: written once, whole, in the order of the input; local, or at a URL."""
+"""Write the results file of a run on a cluster: one file, local or at a URL, in the order of the input."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PARQUET = ".parquet"
 
 
 class StoredRows(Sequence[VideoScore]):
-    """The rows of a file of results, read at each use: however many there are, one is in memory.
+    """Iterate over the rows of a results file. The rows are read from the file each time, not kept in memory.
 
     Args:
-        name: a path or a URL that ends in `.jsonl`, `.csv` or `.parquet`; need not be there.
-        labels: of all rewards.
+        name: a path or URL that ends in `.jsonl`, `.csv` or `.parquet`; the file need not exist.
+        labels: the labels of all rewards.
     Raises:
-        ConfigError: it ends in something else.
+        ConfigError: the name has another suffix.
     """
 
     def __init__(self, name: str, labels: Sequence[str]) -> None:
         self.name = name
         self._count: int | None = None
-        # What is at a URL is read and written as a local copy.
+        # A file at a URL is read and written through a local copy.
         self._copies = tempfile.TemporaryDirectory(prefix="frostline-") if is_url(name) else None
         self.path = Path(self._copies.name, name.rsplit("/", 1)[-1]) if self._copies else Path(name)
         scores, faces = [label for label in labels if label != FACE_SCORE], FACE_SCORE in labels
@@ -44,23 +44,27 @@ class StoredRows(Sequence[VideoScore]):
         elif self.path.suffix in SUFFIXES:
             self._file = ResultFile(self.path, scores, faces)
         else:
-            raise ConfigError(f"{name}: results are written as {', '.join(SUFFIXES)} or {PARQUET}")
+            raise ConfigError(f"{name}: the name of the results file must end in {', '.join(SUFFIXES)} or {PARQUET}")
 
     def exists(self) -> bool:
-        """Return whether the file is there."""
+        """Return whether the file exists."""
         return exists(self.name)
 
     def check_writable(self) -> None:
-        """Look whether a local file could be written.
+        """Check that a local file can be written; does nothing for a URL.
 
         Raises:
-            DataError: it could not.
+            DataError: the file cannot be written.
         """
         if self._copies is None:
             atomic_io.check_writable(self.path)
 
     def fetch(self) -> None:
-        """Have a copy of what is at a URL."""
+        """Download the file if it is at a URL.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
         if self._copies is not None:
             system, path = file_system_of(self.name)
             try:
@@ -70,7 +74,7 @@ class StoredRows(Sequence[VideoScore]):
                 raise DataError(f"{self.name}: cannot be read: {error}") from error
 
     def rewrite(self, rows: Sequence[VideoScore]) -> None:
-        """Put these rows in the place of whatever is there.
+        """Replace the content of the file by these rows.
 
         Raises:
             DataError: the file cannot be written.
@@ -97,10 +101,10 @@ class StoredRows(Sequence[VideoScore]):
 
 
 def upload(path: Path, url: str) -> None:
-    """Copy a local file to a URL, where it appears whole.
+    """Upload a local file to a URL.
 
     Raises:
-        DataError: it cannot be written there.
+        DataError: the file cannot be written there.
     """
     system, target = file_system_of(url)
     try:

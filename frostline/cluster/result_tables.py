@@ -1,4 +1,4 @@
-"""Rows of results as Arrow tables and Parquet files, with the columns that CSV has, typed."""
+"""Convert results to Arrow tables and Parquet files, with the same columns as CSV files, but typed."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _TYPES: Mapping[Any, pa.DataType] = {
 
 
 def schema_of(names: Sequence[str]) -> pa.Schema:
-    """Return the types of columns of results; what is no field of `VideoScore` is a score."""
+    """Return the schema of a results table; columns that are not fields of `VideoScore` are scores (float64)."""
     fields = VideoScore.model_fields
     return pa.schema([(name, _TYPES[fields[name].annotation] if name in FIELDS else pa.float64()) for name in names])
 
 
 def table_of(rows: Iterable[VideoScore], names: Sequence[str]) -> pa.Table:
-    """Return rows as a table with these columns; bytes of names that are not UTF-8 are written as `\\udcXX`."""
+    """Return rows as a table with these columns; bytes that are not valid UTF-8 are written as `\\udcXX`."""
     plain = [{name: _text(value) for name, value in row.plain(names).items()} for row in rows]
     return pa.Table.from_pylist(plain, schema_of(names))
 
 
 def rows_of(table: pa.Table | pa.RecordBatch) -> Iterator[VideoScore]:
-    """Yield the rows of a table of results.
+    """Yield the rows of a results table.
 
     Raises:
-        ValueError: it is none.
+        ValueError: a row is not a valid result.
     """
     for values in table.to_pylist():
         fields = {name: value for name, value in values.items() if name in FIELDS}
@@ -54,11 +54,12 @@ def rows_of(table: pa.Table | pa.RecordBatch) -> Iterator[VideoScore]:
 
 
 class ParquetFile:
-    """A Parquet file of results, with the methods of `ResultFile`.
+    """Read and write a Parquet file of results, with the methods of `ResultFile`.
 
     Args:
-        labels: of the rewards but `face_identity`.
-        faces: whether `face_identity` is among the rewards.
+        path: the file, which need not exist.
+        labels: the labels of the rewards except `face_identity`.
+        faces: whether `face_identity` is one of the rewards.
     """
 
     def __init__(self, path: Path, labels: Sequence[str], faces: bool) -> None:
@@ -67,10 +68,10 @@ class ParquetFile:
         self._faces = faces
 
     def stream(self) -> Iterator[VideoScore]:
-        """Yield the rows that are there one after the other; of a file that is missing none.
+        """Yield the rows one by one; yields nothing if the file does not exist.
 
         Raises:
-            DataError: it is no such file.
+            DataError: the file cannot be read, or is not a results file.
         """
         if not self.path.exists():
             return
@@ -79,13 +80,13 @@ class ParquetFile:
                 for batch in file.iter_batches(_ROWS):
                     yield from rows_of(batch)
         except (OSError, pa.ArrowException, ValidationError) as error:
-            raise DataError(f"{self.path}: is no Parquet file of results: {error}") from error
+            raise DataError(f"{self.path}: is not a valid Parquet file of results: {error}") from error
 
     def rewrite(self, rows: Sequence[VideoScore]) -> None:
-        """Put a file of these rows in the place of whatever is there; goes through them twice.
+        """Replace the file by one with these rows. Iterates over the rows twice.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the file cannot be written.
         """
         scores = dict.fromkeys(self._labels)
         for row in rows:
@@ -101,7 +102,7 @@ class ParquetFile:
             writer.write_table(table_of(block, names))
 
     def _place(self, score: str) -> tuple[int, bool, str]:
-        """Metrics go behind the score of their reward, and rewards in their order."""
+        """Return a sort key: rewards keep their order, and metrics follow the score of their reward."""
         owners = [index for index, label in enumerate(self._labels) if f"{score}_".startswith(f"{label}_")]
         owner = max(owners, key=lambda index: len(self._labels[index]), default=len(self._labels))
         return owner, score not in self._labels, score

@@ -1,4 +1,4 @@
-"""A scoring run on a cluster: what is left to do, results as they come, one file in the order of the input."""
+"""Run scoring on a cluster: find the pairs without a result, collect results, and write one file in input order."""
 
 from __future__ import annotations
 
@@ -38,14 +38,21 @@ from frostline.video.downloads import DEFAULT_LIMITS, DownloadLimits
 
 log = logging.getLogger(__name__)
 
-# A worker takes so many videos at once at most; fewer where there are few, so that all workers end together.
+# The maximum number of videos per task, and the minimum number of tasks per worker, so that all workers end together.
 _MOST_AT_ONCE, _TURNS = 32, 16
 _COLUMNS = ("index", "video", "reference", "prompt", "fault")
 
 
 @dataclass(frozen=True)
 class ClusterRun:
-    """How to run, on which the results do not depend; `out` is a path or a URL, the others are as in `RunOptions`."""
+    """Options of a run that do not change the results.
+
+    Attributes:
+        out: the path or URL of the results file.
+        cluster: the Ray cluster and its workers.
+
+    All other attributes are those of `RunOptions`.
+    """
 
     out: str
     cluster: ClusterOptions
@@ -61,19 +68,21 @@ class ClusterRun:
 def score_on_cluster(
     source: PairSource, settings: ScoreSettings, options: ClusterRun, progress: Progress
 ) -> ScoreOutcome:
-    """Score what `source` has on a Ray cluster; returns rows that are read from `options.out` at each use.
+    """Score the pairs of `source` on a Ray cluster.
 
+    Returns:
+        The outcome; its rows are read from `options.out` each time.
     Raises:
-        ConfigError: as `run_score`, or there is no cluster.
-        DataError: the file of results cannot be read or written.
-        EngineError: the engines that were asked for cannot be built.
-        FrostlineError: workers fail for a reason that is no video's.
+        ConfigError: see `run_score`; also if the cluster cannot be reached.
+        DataError: the results file cannot be read or written.
+        EngineError: the requested engines cannot be built.
+        FrostlineError: the workers fail for a reason that is not specific to one video.
     """
     start = time.monotonic()
     labels = settings.labels()
     stored, parts = StoredRows(options.out, labels), ResultParts(f"{options.out}.parts")
     _open_results(stored, parts, options)
-    with progress.task("look at the pairs"):
+    with progress.task("check the pairs"):
         count = source.check()
         if source.reference is not None and Path(source.reference).exists():
             _check_reference(source.reference)
@@ -85,7 +94,7 @@ def score_on_cluster(
         frames, seconds = _score(_left(source, parts, settings, options.out), left, settings, options, parts, progress)
     with progress.task("write the results"):
         if len(parts) != count:
-            raise FrostlineError(f"{count - len(parts)} of {count} videos have no result: go on with --resume")
+            raise FrostlineError(f"{count - len(parts)} of {count} videos have no result: continue with --resume")
         stored.rewrite(parts)
         of_others = [label for label in labels if label != FACE_SCORE]
         summary = summarize(parts, time.monotonic() - start, frames, seconds, of_others)
@@ -96,10 +105,10 @@ def score_on_cluster(
 
 def _open_results(stored: StoredRows, parts: ResultParts, options: ClusterRun) -> None:
     if options.resume and options.overwrite:
-        raise ConfigError("--resume keeps the results in --out, --overwrite does not: give one of them")
+        raise ConfigError("--resume and --overwrite exclude each other: use only one of them")
     check_backend(options.backend)
     if not (options.resume or options.overwrite) and (name := _there(stored, parts)):
-        raise ConfigError(f"{name} is there already: go on from its results (--resume), or replace it (--overwrite)")
+        raise ConfigError(f"{name} already exists: use --resume to continue, or --overwrite to replace it")
     stored.check_writable()
     if options.overwrite:
         parts.delete()
@@ -119,7 +128,7 @@ def _check_reference(reference: str) -> None:
 
 
 def _take_over(stored: StoredRows, parts: ResultParts) -> None:
-    """Let the rows of an earlier run be parts of this one: a file of results may end anywhere."""
+    """Copy the rows of the results file of an earlier run, which may be incomplete, to the parts of this run."""
     stored.fetch()
     there = {index for index, _ in parts.lines()}
     for row in stored:
@@ -129,10 +138,10 @@ def _take_over(stored: StoredRows, parts: ResultParts) -> None:
 
 
 def _left(source: PairSource, parts: ResultParts, settings: ScoreSettings, name: str) -> Iterator[Pair]:
-    """The pairs that have no result yet; both are gone through side by side.
+    """Yield the pairs without a result. Iterates over pairs and results in parallel.
 
     Raises:
-        ConfigError: a result is of another video or of other settings.
+        ConfigError: a result belongs to another video, or to other settings.
     """
     by_prompt, wanted = "prompt" in source.needs, str(settings)
     done = iter(parts)
@@ -155,7 +164,11 @@ def _score(
     parts: ResultParts,
     progress: Progress,
 ) -> tuple[int, dict[str, float]]:
-    """Keep the results of `count` pairs; returns frames that were scored, and seconds by stage and backend."""
+    """Score `count` pairs and add their results to `parts`.
+
+    Returns:
+        The number of scored frames, and seconds by stage and backend.
+    """
     with connected(options.cluster.address):
         workers, gpus = sized(options.cluster)
         context = ray.data.DataContext.get_current()
@@ -199,7 +212,7 @@ def _blocks(scored: ray.data.Dataset) -> Iterator[pa.Table]:
 
 
 def _tables(pairs: Iterator[Pair], at_once: int, settings: str, parts: ResultParts) -> Iterator[pa.Table]:
-    """The pairs as tables of a few rows; those that no table can hold get their result here."""
+    """Yield the pairs as tables of `at_once` rows; pairs that are not UTF-8 become error rows of `parts`."""
     block: list[Pair] = []
     for pair in pairs:
         if unusable := _not_utf8(pair):
@@ -223,7 +236,7 @@ def _not_utf8(pair: Pair) -> str:
     try:
         "".join((pair.video, pair.reference, pair.prompt, pair.fault)).encode()
     except UnicodeEncodeError:
-        return f"{pair.video}: a name or prompt is not UTF-8, which tables of Ray cannot hold: score it without --ray"
+        return f"{pair.video}: a name or prompt is not UTF-8, which Ray tables do not support: score it without --ray"
     return ""
 
 
@@ -233,10 +246,10 @@ def _failed(pair: Pair, error: str, settings: str) -> VideoScore:
 
 
 def _plain(error: RayError) -> FrostlineError:
-    """An error of Ray in its own words, of which the last line says what was wrong."""
+    """Return the last line of a Ray error, which states the cause."""
     log.debug("Ray", exc_info=error)
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return FrostlineError(f"the workers fail: {lines[-1].strip() if lines else type(error).__name__}")
+    return FrostlineError(f"the workers failed: {lines[-1].strip() if lines else type(error).__name__}")
 
 
 def _write_summary(out: str, summary: Summary) -> None:

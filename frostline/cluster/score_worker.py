@@ -1,4 +1,4 @@
-"""The worker of a scoring run: an actor that keeps the networks and scores the videos that it is given."""
+"""Define the worker of a scoring run: an actor that loads the networks once and scores videos."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ from frostline.score.settings import ScoreSettings
 from frostline.video.downloads import DownloadLimits
 
 _KEPT_REFERENCES = 16
-_CRASHED = f"a worker died {MOST_DEATHS} times while it decoded or scored this video: it is not tried again"
+_CRASHED = f"workers died {MOST_DEATHS} times while decoding or scoring this video; it is not tried again"
 
 
 class ScoreWorker:
-    """Scores tables of pairs; made by Ray, once for each worker.
+    """Score tables of pairs. Ray creates one instance for each worker.
 
     Args:
-        settings: what the results depend on.
-        backend, engines, device, batch: as `RunOptions` has them; engines are built where the node lacks them.
-        downloads: limits of videos at URLs.
-        folder: that relative paths are relative to, where the node has it.
-        ledger: the actor that knows what workers have in hand.
+        settings: the settings that the results depend on.
+        backend: the backend of the networks; missing engines are built.
+        engines: the path of the engine store on the node.
+        device: `cpu`, `cuda` or `auto`.
+        batch: the minimum number of frames per batch.
+        downloads: limits for videos at URLs.
+        folder: the working directory, which relative paths are resolved against; ignored if the node does not have it.
+        ledger: the actor of `Ledger` that tracks the run.
     """
 
     def __init__(
@@ -57,14 +60,14 @@ class ScoreWorker:
         self._id = ray.get_runtime_context().get_actor_id()
         self._ledger = ledger
         ray.get(ledger.join.remote(self._id))
-        # As many as Ray has put aside: torch would take all cores of the node.
+        # Ray sets this to the CPUs of the worker; by default, torch would use all cores of the node.
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         try:
             self._labels = settings.labels()
             self._compares = not COMPARES.isdisjoint(settings.needs())
             rewards = load_rewards(settings, backend, Path(engines), resolve_device(device), batch)
         except FrostlineError as error:
-            # What Ray says of a failed start is text alone.
+            # Ray reports a failed start only as text, so the error itself is stored.
             ray.get(ledger.fail.remote(error))
             raise
         self._rewards = rewards
@@ -72,11 +75,15 @@ class ScoreWorker:
         self._scorer = Scorer(rewards, settings, batch, downloads, _KEPT_REFERENCES)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the results of pairs, in their order, and behind them the columns of the table that are no results."""
+        """Score a table of pairs.
+
+        Returns:
+            A table with the results in the order of the pairs, followed by the other columns of the input.
+        """
         pairs = self._pairs(table)
         keys = [(pair.video, pair.reference) for pair in pairs]
         deaths = ray.get(self._ledger.deaths.remote(keys))
-        # What a worker died on goes alone, so that the next death is that of nothing else.
+        # Videos on which a worker died are scored alone, so that another death is counted for the right video.
         together = [pair for pair, died in zip(pairs, deaths, strict=True) if not died]
         alone = [pair for pair, died in zip(pairs, deaths, strict=True) if 0 < died < MOST_DEATHS]
         given_up = [
@@ -134,7 +141,7 @@ class ScoreWorker:
         return result
 
     def _pairs(self, table: pa.Table) -> list[Pair]:
-        """The rows of a table, each with its place in it as index."""
+        """Return the rows of a table as pairs; the index of each pair is its position in the table."""
         cells: dict[str, list[str]] = {
             name: [value or "" for value in table[name].to_pylist()]
             if name in table.column_names

@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, and what its workers learn of this process."""
+"""Connect to a Ray cluster, and choose the number of workers and their environment variables."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from frostline.errors import ConfigError
 log = logging.getLogger(__name__)
 
 LOCAL = "local"
-"""The address of a cluster that is started on this machine, and ended with the run."""
-# What a worker on another node has to know of the environment of the process that started the run.
+"""The address of a cluster that is started on this machine, and stopped at the end of the run."""
+# Prefixes of the environment variables that are passed to the workers.
 _PASSED_ON = ("FROSTLINE_", "GOMP_", "AWS_", "PYTHONPATH")
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """Which cluster to use, and how much of it.
+    """The Ray cluster of a scoring run, and the resources of its workers.
 
-    address: `local`, `auto` (the cluster of this machine), `HOST:PORT` or `ray://HOST:PORT`. workers: None takes as
-    many as there are GPUs in the cluster, or CPUs where there are none. cpus, gpus: of each worker; gpus None takes a
-    whole one where the cluster has any.
+    Attributes:
+        address: `local`, `auto` (the cluster that this machine belongs to), `HOST:PORT` or `ray://HOST:PORT`.
+        workers: the number of workers; None for one per GPU of the cluster, or per CPU if it has no GPUs.
+        cpus: CPUs per worker.
+        gpus: GPUs per worker; None for 1 if the cluster has GPUs, and 0 otherwise.
     """
 
     address: str
@@ -37,10 +39,10 @@ class ClusterOptions:
 
 
 def require_ray() -> None:
-    """Check that the extra is installed, without importing it.
+    """Check that the packages of the extra `ray` are installed, without importing them.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: a package is missing.
     """
     missing = [name for name in ("ray", "pyarrow", "pandas") if importlib.util.find_spec(name) is None]
     if missing:
@@ -49,10 +51,10 @@ def require_ray() -> None:
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Within the block this process is connected to a cluster; one that it was connected to before is used and kept.
+    """Connect this process to a cluster within the block. An existing connection is used, and stays open afterwards.
 
     Raises:
-        ConfigError: Ray is not installed, or no cluster answers at the address.
+        ConfigError: Ray is not installed, or the cluster cannot be reached at the address.
     """
     require_ray()
     _set_defaults()
@@ -61,7 +63,7 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray puts a handler of its own in the place of the command line's.
+    # Ray replaces the SIGTERM handler of the command; it is restored below.
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address == LOCAL:
@@ -69,7 +71,7 @@ def connected(address: str) -> Iterator[None]:
         else:
             ray.init(address, runtime_env={"env_vars": dict(worker_environment(os.environ))}, **_QUIET)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        said = "" if address == LOCAL else "no Ray cluster answers there: "
+        said = "" if address == LOCAL else "cannot connect to a Ray cluster at this address: "
         raise ConfigError(f"--ray {address}: {said}{error}") from error
     try:
         if handler is not None:
@@ -80,9 +82,12 @@ def connected(address: str) -> Iterator[None]:
 
 
 def start_local(**options: Any) -> None:
-    """Start a cluster on this machine and connect to it; `ray.shutdown` ends it.
+    """Start a cluster on this machine and connect to it; `ray.shutdown` stops it.
 
-    Ray gives it 30 seconds, which may be too few where other processes use the cores; then it is tried again.
+    The start is repeated if it exceeds Ray's timeout of 30 seconds, which can happen if other processes use the CPUs.
+
+    Raises:
+        RuntimeError: Ray cannot be started.
     """
     _set_defaults()
     import ray
@@ -95,25 +100,25 @@ def start_local(**options: Any) -> None:
             ray.shutdown()
             if not left or "timed out" not in str(error):
                 raise RuntimeError(f"Ray cannot be started: {error}") from error
-            log.info("Ray did not start in time: once more")
+            log.info("Ray did not start in time; trying again")
 
 
 def _set_defaults() -> None:
-    # Read by Ray as it is imported. It would otherwise send statistics of use, and install what uv.lock says on nodes.
+    # Ray reads these when it is imported. They turn off usage statistics, and the installation of uv.lock on the nodes.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 def worker_environment(environment: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the variables that workers on other nodes get: those of frostline, where modules are, S3 access."""
+    """Return the variables that are passed to workers: those of frostline, GNU OpenMP and AWS, and PYTHONPATH."""
     return {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
 
 
 def sized(options: ClusterOptions) -> tuple[int, float]:
-    """Return how many workers a connected cluster has room for, and the GPUs of each.
+    """Return the number of workers in the connected cluster, and the GPUs per worker.
 
     Raises:
-        ConfigError: it has no room for one.
+        ConfigError: the cluster has too few resources for one worker.
     """
     import ray
 
@@ -126,8 +131,8 @@ def sized(options: ClusterOptions) -> tuple[int, float]:
         room = min(room, int(there.get("GPU", 0) / gpus))
     if room < 1:
         raise ConfigError(
-            f"the cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, and a worker needs "
-            f"{options.cpus:g} and {gpus:g}: see --cpus-per-worker and --gpus-per-worker"
+            f"the cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, but a worker needs "
+            f"{options.cpus:g} and {gpus:g}: reduce --cpus-per-worker or --gpus-per-worker"
         )
     return options.workers or room, gpus
 

@@ -1,4 +1,4 @@
-"""What the process that started a training run and its workers tell each other; Ray and a test may stand in between."""
+"""Share the state of a training run between the process that started it and its workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from frostline.errors import FrostlineError
 
 
 class RunState:
-    """What is known of a run beyond the life of its workers. It runs as an actor of its own."""
+    """Store the state of a run. Runs as a separate actor, which outlives the workers."""
 
     def __init__(self) -> None:
         self._asked: int | None = None
@@ -16,30 +16,34 @@ class RunState:
         self._failure: FrostlineError | None = None
 
     def ask_to_stop(self, number: int) -> None:
-        """Ask the workers to save after their step, and to end."""
+        """Ask the workers to finish their step, save a checkpoint and stop.
+
+        Args:
+            number: the number of the signal that the command received.
+        """
         self._asked = number
 
     def stop_asked(self) -> int | None:
-        """Return the signal that the run is to end by, if any."""
+        """Return the number of the signal that stops the run, or None."""
         return self._asked
 
     def begin(self) -> None:
-        """The run's folder is that of this run now."""
+        """Record that the output directory belongs to this run."""
         self._begun = True
 
     def has_begun(self) -> bool:
-        """Return whether the run's folder has been that of this run: then workers go on, and do not begin anew."""
+        """Return whether the output directory belongs to this run; restarted workers then resume from it."""
         return self._begun
 
     def fail(self, error: FrostlineError) -> None:
-        """Keep an error that would come again; the first stays."""
+        """Store an error that a restart would not fix; only the first error is kept."""
         self._failure = self._failure or error
 
     def failure(self) -> FrostlineError | None:
-        """Return the error that ended the run, if one did."""
+        """Return the error that ended the run, or None."""
         return self._failure
 
 
 def signal_of(number: int | None) -> signal.Signals | None:
-    """Return a signal by its number."""
+    """Return the signal with this number; None for None."""
     return None if number is None else signal.Signals(number)

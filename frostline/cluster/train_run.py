@@ -1,4 +1,4 @@
-"""Training on a Ray cluster: the run that `frostline train` is, in workers that Ray starts, and starts again."""
+"""Train on a Ray cluster: run `frostline train` in workers that Ray starts, and restarts after a failure."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ from frostline.train.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
-# In the run's folder, what Ray keeps of the run: no checkpoints, which are frostline's own.
+# The subfolder of the output directory for Ray's state of the run. Checkpoints are frostline's, and are not in it.
 STATE = "ray"
 
 
 @dataclass(frozen=True)
 class TrainCluster:
-    """Which cluster to train on, and how much of it.
+    """The Ray cluster of a training run, and the resources of its workers.
 
-    address: as `ClusterOptions` has it. workers: processes. use_gpu: each with a GPU of its own. cpus: of each; None
-    leaves it to Ray. max_failures: how often workers are started again after one was lost; -1 is without end.
-    storage: where Ray keeps the state of the run, a path that all nodes share or a URL; None is in the run's folder.
+    Attributes:
+        address: see `ClusterOptions`.
+        workers: the number of processes.
+        use_gpu: whether each process uses one GPU.
+        cpus: CPUs per process; None for Ray's default.
+        max_failures: the maximum number of restarts after workers were lost; -1 for no limit.
+        storage: the shared path or URL where Ray stores the state of the run; None for a subfolder of `output_dir`.
     """
 
     address: str
@@ -48,12 +52,15 @@ class TrainCluster:
 def train_on_cluster(
     settings: RunSettings, resume: str | None, cluster: TrainCluster, progress: Progress
 ) -> TrainOutcome:
-    """Train as `run_training` does, in processes of a cluster; a run that loses one goes on from its last checkpoint.
+    """Run `run_training` in the processes of a cluster.
 
-    SIGTERM or SIGINT: the workers finish the step, save, and end.
+    After a worker is lost, the run resumes from its last checkpoint. On SIGTERM or SIGINT, the workers finish the step,
+    save a checkpoint and stop.
 
+    Returns:
+        The outcome of the first worker.
     Raises:
-        FrostlineError: says what is wrong, or that workers were lost more often than `max_failures`.
+        FrostlineError: a setting or the data is invalid, or workers were lost more often than `max_failures`.
     """
     with connected(cluster.address), StopSignals() as stop:
         state: Any = ray.remote(RunState).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
@@ -77,13 +84,13 @@ def train_on_cluster(
             raise failure
         outcome = fitting.result()
         if outcome.stopped_by is None and stop.requested and outcome.step < settings.train.max_train_steps:
-            # Another worker than the first was told of it.
+            # The signal reached another worker than the first.
             outcome = replace(outcome, stopped_by=stop.requested)
         return outcome
 
 
 class _Fitting(threading.Thread):
-    """`trainer.fit` in a thread of its own: in the main one Ray takes SIGINT, and ends workers at once."""
+    """Run `trainer.fit` in a thread: in the main thread, Ray handles SIGINT and stops the workers immediately."""
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(name="fit", daemon=True)
@@ -102,14 +109,14 @@ class _Fitting(threading.Thread):
         if self._error is not None:
             log.debug("Ray", exc_info=self._error)
             lines = [line for line in str(self._error).splitlines() if line.strip()]
-            raise FrostlineError(f"the workers fail: {lines[-1].strip() if lines else self._error}") from self._error
+            raise FrostlineError(f"the workers failed: {lines[-1].strip() if lines else self._error}") from self._error
         if self._outcome is None:
-            raise FrostlineError("Ray ended the run before it was done: go on with --resume latest")
+            raise FrostlineError("Ray stopped the run before it was finished: continue with --resume latest")
         return self._outcome
 
 
 def _watch(fitting: _Fitting, stop: StopSignals, state: Any, settings: RunSettings, progress: Progress) -> None:
-    """Wait for the end, pass a signal on, and show how far the run is."""
+    """Wait until the run ends, forward signals to the workers, and show the progress."""
     told = False
     with progress.bar("train the LoRA", settings.train.max_train_steps) as bar:
         done = 0

@@ -1,4 +1,4 @@
-"""What a worker of a training run on a cluster does."""
+"""Run one worker of a training run on a cluster."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ _PATIENCE = 120.0
 
 
 def work(config: Mapping[str, Any]) -> TrainOutcome | None:
-    """Train as one process of a run; called by Ray in each worker, each time that it starts them.
+    """Train as one process of a run. Ray calls this in each worker, at the start and after each restart.
 
     Args:
-        config: `settings` and `resume` of the run, `folder`, which paths are relative to, and `state`, an actor of
-            `RunState`.
+        config: `settings` and `resume` of the run, `folder` (the working directory, which relative paths are resolved
+            against), and `state` (an actor of `RunState`).
     Returns:
-        How the run ended, of which that of the first worker counts; None where an error would come again.
+        The outcome; the one of the first worker is used. None if the run has failed with an error that a restart would
+        not fix.
+    Raises:
+        FrostlineError: a setting or the data is invalid.
     """
     settings, resume, state = config["settings"], config["resume"], config["state"]
     if ray.get(state.failure.remote()) is not None:
-        # It would come again.
+        # A restart would fail with the same error.
         return None
-    # Ray's own processes load this module, too.
+    # Imported here, because Ray's own processes load this module, too.
     from frostline.train.launch import run_training
     from frostline.train.loop.checkpoint import latest_intact
     from frostline.train.loop.run_dir import LATEST, await_release
@@ -47,7 +50,7 @@ def work(config: Mapping[str, Any]) -> TrainOutcome | None:
     _as_launched(settings)
     if ray.train.get_context().get_world_rank() == 0 and ray.get(state.has_begun.remote()):
         await_release(settings.output_dir, _PATIENCE)
-        # A run that began in the folder of another, or from an adapter, has a checkpoint of its own or begins again.
+        # A run that was started with --resume only continues from `latest` after it has saved a checkpoint.
         resume = LATEST if resume is None or latest_intact(settings.output_dir) is not None else resume
     try:
         return run_training(settings, resume, Progress(quiet=True), _Supervisor(state))
@@ -57,7 +60,7 @@ def work(config: Mapping[str, Any]) -> TrainOutcome | None:
 
 
 def _as_launched(settings: RunSettings) -> None:
-    """Set what `accelerate launch` sets."""
+    """Set the environment variables that `accelerate launch` sets."""
     if settings.memory.sharding == "fsdp":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     if not ray.get_gpu_ids():
@@ -65,7 +68,7 @@ def _as_launched(settings: RunSettings) -> None:
 
 
 class _Supervisor:
-    """Ray, as the loop asks it."""
+    """Forward requests to stop or to save from Ray to the training loop."""
 
     def __init__(self, state: Any) -> None:
         self._state = state
@@ -75,7 +78,7 @@ class _Supervisor:
         try:
             return signal_of(ray.get(self._state.stop_asked.remote()))
         except RayError as error:
-            log.debug("the state of the run", exc_info=error)
+            log.debug("cannot read the state of the run", exc_info=error)
             return None
 
     def save_asked(self) -> bool:
@@ -83,7 +86,7 @@ class _Supervisor:
         leaving = [] if info is None else info.preempted_node_ids
         new, self._leaving = leaving != self._leaving and bool(leaving), leaving
         if new:
-            log.warning("nodes will be taken away: saving a checkpoint")
+            log.warning("Ray announced that nodes will be removed: saving a checkpoint")
         return new
 
     def begun(self) -> None:

@@ -1,1 +1,1 @@
-"""Reports: self-contained HTML pages, plots in inline SVG and contact sheets."""
+"""Make reports: self-contained HTML pages, plots as inline SVG, and contact sheets."""

@@ -1,4 +1,4 @@
-"""Clips of one sample side by side: a player that shows all of them at one frame, and their frames with scores."""
+"""Compare clips of one sample side by side: one player for all clips, and their frames with scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FALLBACK_FPS = 8.0
 
 @dataclass(frozen=True)
 class ScoreChange:
-    """A number of a sample before and after, in words: "0.578", "0.664", "+0.086"; the first and last may be empty."""
+    """A formatted score before and after, such as "0.578", "0.664" and "+0.086"; `before` and `change` can be empty."""
 
     label: str
     before: str
@@ -30,8 +30,14 @@ class ScoreChange:
 class Clip:
     """A clip and its shown frames.
 
-    alt: what it shows. video, strip: data URIs. caption: under the clip. shown: how many frames the strip has.
-    scores: in words, of each of these; empty where there are none.
+    Attributes:
+        label: the name of the clip.
+        alt: the alternative text.
+        video: the clip as a data URI.
+        strip: the shown frames side by side, as a data URI.
+        caption: the text below the clip.
+        shown: the number of frames in the strip.
+        scores: the formatted score of each shown frame; empty if there are none.
     """
 
     label: str
@@ -45,10 +51,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Clips of one sample; made by `of`.
+    """Clips of one sample. Use `of` to create one.
 
-    title, note: a heading, and a remark in grey behind it. fps: frames per second. last_frame: number of the last frame
-    of the longest clip. numbers: of the shown frames, as far as the longest clip.
+    Attributes:
+        title: the heading.
+        note: a remark after the heading, in grey.
+        scores: the scores of the sample.
+        clips: the clips.
+        fps: frames per second.
+        last_frame: the index of the last frame of the longest clip.
+        numbers: the indices of the shown frames of the longest clip.
     """
 
     title: str
@@ -69,11 +81,15 @@ class Comparison:
         frame_scores: Mapping[str, Sequence[float | None]] | None = None,
         captions: Mapping[str, str] | None = None,
     ) -> Comparison:
-        """Read the clips, mp4 files by label, of which there is at least one.
+        """Read the clips.
 
         Args:
-            frame_scores: by label, of each frame; left out where their number is not that of the frames.
-            captions: by label, what stands behind it under the clip.
+            title: the heading.
+            note: a remark after the heading.
+            clips: the MP4 files by label, at least one.
+            scores: the scores of the sample.
+            frame_scores: the score of each frame, by label; ignored if their number differs from the number of frames.
+            captions: additional text after the label of a clip, by label.
         Raises:
             DataError: a clip cannot be read.
         """

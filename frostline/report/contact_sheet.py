@@ -1,4 +1,4 @@
-"""The contact sheet: frames of clips in labelled rows, one above the other, in one PNG."""
+"""Draw contact sheets: frames of clips in labelled rows, in one PNG file."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from frostline.atomic_io import atomic_write
 from frostline.errors import DataError
 from frostline.report.formatting import fixed
 
-# A mid-grey that reads on a white page as on a dark one (4.3 to 1 against both): the sheet's own ground is transparent.
+# A grey with a contrast of 4.3:1 on both white and dark pages, because the background of the sheet is transparent.
 _TEXT_COLOUR = (112, 124, 137, 255)
 
 # The layout, in pixels before scaling.
@@ -23,7 +23,7 @@ _CAPTION_HEIGHT, _LINE_HEIGHT, _CAPTION_GAP = 20, 18, 9
 _LABEL_GAP, _FRAME_GAP, _ROW_GAP = 14, 3, 40
 _NUMBER_HEIGHT, _SCORE_HEIGHT = 17, 18
 _MAX_FRAMES = 9
-# Of a JPEG: no difference to be seen, and a printed page that has it stays small.
+# JPEG quality: no visible difference, and printed pages stay small.
 _JPEG_QUALITY = 88
 
 
@@ -31,9 +31,10 @@ _JPEG_QUALITY = 88
 class SheetRow:
     """One clip on the sheet.
 
-    caption: its first line is set bold, further lines (after a newline) plain.
-    strips: label -> frames (T, 3, H, W), float in [0, 1] or uint8, e.g. {"truth": …, "before": …, "after": …}.
-    scores: label -> a number of each of the T frames, or None; written under them, with their numbers above.
+    Attributes:
+        caption: the text above the row; its first line is bold.
+        strips: frames (T, 3, H, W) by label, float in [0, 1] or uint8, e.g. {"truth": …, "before": …, "after": …}.
+        scores: the score of each of the T frames by label, or None; written below the frames, with frame indices above.
     """
 
     caption: str
@@ -48,11 +49,19 @@ def contact_sheet(
     max_frames: int = _MAX_FRAMES,
     scale: int = 2,
 ) -> Path:
-    """Draw the rows into a PNG with a transparent ground; returns the path.
+    """Draw the rows into a PNG file with a transparent background.
 
-    frame_size: (height, width) of a frame in the layout; by default 96 high, as wide as the first strip's shape asks.
-    scale: pixels of the file for each pixel of the layout; with 2, the sheet is sharp on fine screens and in print.
-    max_frames: of a longer clip, so many frames are shown, evenly spaced, the first and the last among them.
+    Args:
+        rows: the rows of the sheet.
+        path: the file to write.
+        frame_size: (height, width) of a frame in layout pixels; by default height 96, with the first strip's aspect
+            ratio.
+        max_frames: the maximum number of frames per clip, evenly spaced, including the first and the last.
+        scale: file pixels per layout pixel; 2 is sharp on high-resolution screens and in print.
+    Returns:
+        The path.
+    Raises:
+        DataError: there are no frames, their shape or dtype is invalid, or the number of scores differs.
     """
     path = Path(path)
     strips = [strip for row in rows for strip in row.strips.values()]
@@ -128,15 +137,17 @@ def _row_height(row: SheetRow, frame_height: int) -> int:
 
 
 def shown_frames(frames: int, count: int = _MAX_FRAMES) -> list[int]:
-    """Return the numbers of at most `count` of the frames, evenly spaced, the first and the last among them."""
+    """Return the indices of at most `count` evenly spaced frames, including the first and the last."""
     return np.linspace(0, frames - 1, min(count, frames)).round().astype(int).tolist()
 
 
 def strip_jpeg(strip: Tensor, numbers: Sequence[int], height: int) -> bytes:
-    """Return frames of a clip (T, 3, H, W), by their numbers, side by side as a JPEG.
+    """Return frames of a clip side by side as a JPEG.
 
     Args:
-        height: pixels at most; smaller frames stay as they are.
+        strip: the clip, (T, 3, H, W).
+        numbers: the indices of the frames.
+        height: the maximum height in pixels; smaller frames are not enlarged.
     """
     pictures = _pictures(strip, numbers)
     height = min(height, pictures[0].height)
@@ -164,13 +175,13 @@ def _check(strip: Tensor, name: str) -> None:
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which ships with matplotlib and has the letters of many scripts."""
+    """Return DejaVu Sans, which is part of matplotlib and supports many scripts."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, its end cut off with an ellipsis where it is wider than `width` pixels."""
+    """Return the text, truncated with an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:

@@ -1,4 +1,4 @@
-"""Files within a page, as data URIs."""
+"""Embed files in a page as data URIs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from frostline.errors import DataError
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return what a file holds.
+    """Return the content of a file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return Path(path).read_bytes()
@@ -21,5 +21,5 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def data_uri(data: bytes, media_type: str) -> str:
-    """Return a URI that has the data within it."""
+    """Return the data as a data URI."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Format numbers for reports."""
 
 import math
 from collections.abc import Mapping
@@ -9,32 +9,32 @@ NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
 Trend = Literal["better", "worse", "same"]
-"""Whether a change is good news."""
+"""Whether a change is an improvement."""
 
 
 def number_of(mapping: Mapping[str, Any], name: str) -> float:
-    """A number, NaN where there is none."""
+    """Return a value as a float; NaN if it is missing or None."""
     value = mapping.get(name)
     return math.nan if value is None else float(value)
 
 
 def ratio(numerator: float, denominator: float) -> float:
-    """NaN where there is nothing to divide by."""
+    """Return the quotient; NaN if the denominator is 0."""
     return numerator / denominator if denominator else math.nan
 
 
 def fixed(value: float | None, digits: int) -> str:
-    """A number with so many digits after the point; a dash where there is none."""
+    """Return a number with `digits` decimal places; a dash if it is None or not finite."""
     return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def milliseconds(value: float) -> str:
-    """With as many digits as are of use."""
+    """Return milliseconds with about three significant digits."""
     return fixed(value, 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0)
 
 
 def signed(value: float, digits: int) -> str:
-    """Return a change with its sign and so many digits after the point; a dash where there is none."""
+    """Return a change with its sign and `digits` decimal places; a dash if it is not finite."""
     if not math.isfinite(value):
         return NONE
     sign = "" if round(value, digits) == 0 else MINUS if value < 0 else "+"
@@ -42,7 +42,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def scientific(value: float) -> str:
-    """3.1e-07 as 3.1 × 10⁻⁷."""
+    """Return a number in scientific notation, such as 3.1 × 10⁻⁷."""
     if not math.isfinite(value):
         return NONE
     if value == 0:
@@ -53,7 +53,7 @@ def scientific(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as minutes and seconds; nothing where there is no number."""
+    """Return seconds as minutes and seconds; an empty string if the value is None or not finite."""
     if seconds is None or not math.isfinite(seconds):
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -61,7 +61,7 @@ def duration(seconds: float | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """Any value in words."""
+    """Return a JSON value as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: text, key figures, tables, plots, pictures and clips in one file that needs no network.
+"""Write self-contained HTML pages: text, tiles, tables, plots, pictures and clips, without external resources.
 
     page = Page("Scores", "12 videos against face.jpg")
     page.tiles([Tile("Face score", "0.671", before="0.583", change="+0.088", trend="better")])
@@ -6,8 +6,8 @@
     page.table([Column("Video"), Column("Score", "right")], [["a.mp4", Cell("0.71", sort=0.7134)]])
     page.write("report.html")
 
-The page follows the reader's light or dark setting and prints in black on white. Its markup is `page.html.j2`, which
-escapes whatever is given as text; only the markup of an SVG goes in as it is.
+The page supports light and dark mode, and prints black on white. The template `page.html.j2` escapes all text; only SVG
+markup is inserted unchanged.
 """
 
 import base64
@@ -32,7 +32,9 @@ from frostline.report.rendering import asset, render
 class Tile:
     """A key figure, e.g. label "Face score", before "0.583", value "0.671", change "+0.088".
 
-    trend: whether the change is good news; colours it. note: one plain sentence on what the figure means.
+    Attributes:
+        trend: whether the change is an improvement; sets its colour.
+        note: one sentence that explains the figure.
     """
 
     label: str
@@ -46,7 +48,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Column:
-    """A table column; figures read best when they are aligned to the right. breaks: long names break over lines."""
+    """A table column.
+
+    Attributes:
+        title: the heading.
+        align: the alignment; use `right` for numbers.
+        breaks: whether long words are wrapped.
+    """
 
     title: str
     align: Literal["left", "right"] = "left"
@@ -55,29 +63,37 @@ class Column:
 
 @dataclass(frozen=True)
 class Link:
-    """The text of a fact that leads to a file beside the page. path: relative to the page, with / between its parts."""
+    """A link to a file in the page's folder.
+
+    Attributes:
+        text: the text of the link.
+        path: the path relative to the page, separated by `/`.
+    """
 
     text: str
     path: str
 
     @property
     def href(self) -> str:
-        """The path as a URL that stays below the page's folder.
+        """Return the path as a relative URL.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the path is not inside the page's folder.
         """
         parts = PurePosixPath(self.path).parts
         if not parts or parts[0].startswith("/") or ".." in parts:
-            raise ValueError(f"{self.path}: a link leads to a file below the page's folder")
+            raise ValueError(f"{self.path}: a link must point to a file in the page's folder")
         return "./" + quote(self.path, errors="surrogateescape")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell; `sort` is the number that it is sorted by, where that is not plain from the text.
+    """A table cell.
 
-    muted: a remark beside the figures, in smaller and greyer type, that may break over lines.
+    Attributes:
+        text: the content.
+        sort: the number to sort by, if it differs from the text.
+        muted: whether the text is a remark, which is shown small and grey, and can be wrapped.
     """
 
     text: str
@@ -86,16 +102,21 @@ class Cell:
 
     @property
     def sort_key(self) -> str:
-        """`sort` as JavaScript reads it; empty where it is no finite number."""
+        """Return `sort` as a JavaScript number; an empty string if it is None or not finite."""
         return "" if self.sort is None or not math.isfinite(self.sort) else repr(self.sort)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot or a picture with its words; made by `svg` or `jpeg`.
+    """A plot or a picture with title and caption. Use `svg` or `jpeg` to create one.
 
-    kind: its CSS class. content: SVG markup of a plot, a data URI of a picture. alt: what it shows, for those who do
-    not see it. span: columns of the grid that it takes.
+    Attributes:
+        kind: the CSS class.
+        content: SVG markup of a plot, or a data URI of a picture.
+        alt: the alternative text.
+        title: the text above the figure.
+        caption: the text below the figure.
+        span: the number of grid columns.
     """
 
     kind: Literal["plot", "image"]
@@ -107,22 +128,22 @@ class Figure:
 
     @classmethod
     def svg(cls, markup: str, alt: str, title: str = "", caption: str = "", span: int = 1) -> "Figure":
-        """A plot as inline SVG. The markup is trusted: it comes from `frostline.report.plots`, which escapes."""
+        """Create a figure from SVG markup. The markup must be trusted, like that of `frostline.report.plots`."""
         return cls("plot", Markup(markup), alt, title, caption, span=span)
 
     @classmethod
     def jpeg(cls, data: bytes, alt: str, caption: str = "") -> "Figure":
-        """A JPEG picture that is in memory."""
+        """Create a figure from an encoded JPEG picture."""
         return cls("image", data_uri(data, "image/jpeg"), alt, caption=caption)
 
 
 class Page:
-    """Collects blocks in reading order; `heading` begins a new section."""
+    """Collect the blocks of a page in reading order; `heading` starts a new section."""
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         self.title = title
         self.subtitle = subtitle
-        # Each block is the name of a macro of the template, and its arguments.
+        # Each block is the name of a template macro and its arguments.
         self._sections: list[list[tuple[str, dict[str, Any]]]] = [[]]
 
     def heading(self, text: str) -> None:
@@ -130,27 +151,29 @@ class Page:
         self._add("heading", text=text)
 
     def subheading(self, text: str, note: str = "") -> None:
-        """A heading within a section, with a remark in grey behind it."""
+        """Add a heading within a section, followed by a remark in grey."""
         self._add("subheading", text=text, note=note)
 
     def paragraph(self, text: str, lead: bool = False, trend: Trend = "same") -> None:
-        """A paragraph; a lead says in larger type what the page comes to, in the colour of good or bad news."""
+        """Add a paragraph. A lead is shown in larger type, in the colour of `trend`."""
         self._add("paragraph", text=text, lead=lead, trend=trend)
 
     def tiles(self, tiles: Sequence[Tile]) -> None:
-        """Key figures, side by side as the width allows."""
+        """Add tiles, side by side as the width allows."""
         self._add("tiles", items=[*tiles])
 
     def facts(self, facts: Mapping[str, str | Link], folded: str = "") -> None:
-        """Names with their values, in small type: settings, versions, the machine.
+        """Add names and values in small type, such as settings and versions.
 
-        folded: what they are; only this is then seen until the reader unfolds them.
+        Args:
+            facts: the values by name.
+            folded: the summary of a collapsed list; if empty, the list is not collapsed.
         """
         items = [(name, value if isinstance(value, Link) else Cell(value)) for name, value in facts.items()]
         self._add("facts", items=items, folded=folded)
 
     def comparison(self, comparison: Comparison) -> None:
-        """Clips of one sample side by side, with one scrubber and one button to play them, and their frames."""
+        """Add clips of one sample side by side, with a common slider and play button, and their frames."""
         self._add("comparison", shown=comparison)
 
     def table(
@@ -160,7 +183,7 @@ class Page:
         caption: str = "",
         sortable: bool = True,
     ) -> None:
-        """A table, its numbers formatted by the caller; `sortable` lets the reader sort it by any column."""
+        """Add a table with formatted cells. With `sortable`, a click on a heading sorts by that column."""
         for row in rows:
             if len(row) != len(columns):
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(columns)} columns: {row}")
@@ -168,13 +191,13 @@ class Page:
         self._add("table", columns=[*columns], rows=cells, caption=caption, sortable=sortable)
 
     def figures(self, *figures: Figure, columns: int = 1, narrow_columns: int = 1) -> None:
-        """Figures in a grid; `narrow_columns` of them on a phone."""
+        """Add figures in a grid with `columns` columns, or `narrow_columns` on narrow screens."""
         self._add("figures", items=figures, columns=columns, narrow_columns=narrow_columns)
 
     def html(self) -> str:
-        """The whole page."""
+        """Return the page as HTML."""
         style, script = asset("page.css"), asset("page.js")
-        # The policy makes the promise binding: the browser fetches nothing, and runs no script but ours.
+        # The content security policy blocks all external resources, and all scripts except this one.
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy = (
             f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
@@ -191,7 +214,7 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page beside its place and rename it, so that it appears only complete."""
+        """Write the page atomically."""
         path = Path(path)
         text = self.html()
         with atomic_write(path) as part:

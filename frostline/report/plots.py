@@ -1,8 +1,8 @@
-"""Plots as inline SVG that follow the page's light or dark ground.
+"""Draw plots as inline SVG that supports light and dark mode.
 
-matplotlib draws; its colours then become CSS variables (`var(--plot-1, #0b6fa4)`), its fonts the page's own. An SVG
-taken out of the page keeps the light colours. Lines and bars carry their names, so there are no legends.
-None, NaN and infinity mean "no value": a gap.
+matplotlib's colours are replaced by CSS variables (`var(--plot-1, #0b6fa4)`), and its fonts by those of the page.
+Outside of the page, an SVG uses the light colours. Lines and bars are labelled directly instead of with a legend.
+None, NaN and infinity are missing values, and are drawn as gaps.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from frostline.escaping import printable
 from frostline.report.formatting import MINUS
 
 Values = Sequence[float | None]
-"""Numbers with gaps."""
+"""Numbers, of which some can be missing."""
 
 SIZE = (420, 250)
-"""Width and height in CSS pixels; text of 12 px stays legible when a phone shrinks it to fit."""
+"""Width and height in CSS pixels, small enough that text of 12 px is legible on a phone."""
 
 COLOURS = {
     "--plot-ink": "#17212c",
@@ -38,14 +38,14 @@ COLOURS = {
     "--plot-4": "#8a5aa8",
     "--plot-5": "#8b6b00",
 }
-"""CSS variable to its light colour. Told apart by colour-blind readers; page.css has the dark ones."""
+"""Light colours by CSS variable, distinguishable for colour-blind readers. The dark colours are in page.css."""
 
 INK, MUTED, RULE, *SERIES = COLOURS.values()
 _FONT_SIZE = 12
 CHARACTER_WIDTH = 0.56 * _FONT_SIZE
 LINE_HEIGHT = 15.0
 _TOP = 30.0
-"""Pixels above the plot: the y label stands there, upright, where it is read first."""
+"""Pixels above the plot, for the horizontal label of the y axis."""
 BOTTOM = 42.0
 
 
@@ -60,10 +60,10 @@ def line_plot(
     size: tuple[int, int] = SIZE,
     rules: Mapping[str, float] | None = None,
 ) -> str:
-    """One line a series over `x` (default 0, 1, 2, …), each labelled at its end; `rules` are dashed lines across.
+    """Draw one line per series over `x` (default 0, 1, 2, …), labelled at its end; `rules` are dashed horizontal lines.
 
-    smooth: draw the moving average over so many points, and the points themselves pale behind it.
-    percent: shares of 1, shown as percentages.
+    smooth: the window of the moving average in points; the original line is drawn pale behind it.
+    percent: show fractions of 1 as percentages.
     """
     with figure_of(size) as (figure, axes):
         ends: list[tuple[float, float, str, str]] = []
@@ -105,9 +105,9 @@ def paired_plot(
     ylabel: str = "",
     size: tuple[int, int] = SIZE,
 ) -> str:
-    """One line from each start's value before to its value after: those that fall dashed.
+    """Draw one line for each pair from the value before to the value after; lines that fall are dashed.
 
-    The means are marked, and named below. A start with a gap on either side is left out.
+    The means are marked, and written below the axis. Pairs with a missing value are skipped.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")
@@ -139,10 +139,10 @@ def bar_plot(
     unit: str = "",
     size: tuple[int, int] | None = None,
 ) -> str:
-    """Horizontal bars: category -> series -> value, e.g. {"vae_encoder": {"as planned": 3.1, "torch": 5.2}}.
+    """Draw horizontal bars: category -> series -> value, e.g. {"vae_encoder": {"as planned": 3.1, "torch": 5.2}}.
 
-    Categories stand above their bars, values at the bars' ends, and in the first category the series' names too.
-    A series keeps its colour in every category. The height follows from the number of bars.
+    Categories are written above their bars, values at the ends of bars, and series names at the bars of the first
+    category. A series has the same colour in all categories. The default height depends on the number of bars.
     """
     names = list(dict.fromkeys(name for group in bars.values() for name in group))
     titled = len(bars) > 1
@@ -154,7 +154,7 @@ def bar_plot(
             return as_svg(figure, axes, "no values")
         unit = f" {unit}" if unit else ""
         longest = max(*values, 1e-12)
-        scale = math.inf  # pixels of the longest bar, such that every bar leaves room for its label
+        scale = math.inf  # length of the longest bar in pixels, such that all labels fit
         figure_width, figure_height = figure.get_size_inches() * figure.dpi
         axes.set_ylim(figure_height, 0)
         axes.set_axis_off()
@@ -189,7 +189,7 @@ def histogram(
     size: tuple[int, int] = SIZE,
     x_range: tuple[float, float] | None = None,
 ) -> str:
-    """How many values fall where; `marks` names places on the x axis, e.g. {"median": 0.61}."""
+    """Draw a histogram; `marks` are labelled positions on the x axis, e.g. {"median": 0.61}."""
     numbers = [value for value in finite(values) if not math.isnan(value)]
     with figure_of(size) as (figure, axes):
         if not numbers:
@@ -211,7 +211,7 @@ def histogram(
 
 
 def moving_average(values: Values, window: int) -> list[float]:
-    """The mean of the `window` values around each place, as far as there are any; a gap stays a gap."""
+    """Return the centred moving average over `window` values; missing values are skipped, and stay missing."""
     numbers = finite(values)
     before, after = (window - 1) // 2, window // 2
     result = []
@@ -222,12 +222,12 @@ def moving_average(values: Values, window: int) -> list[float]:
 
 
 def finite(values: Values) -> list[float]:
-    """Floats, with NaN for every gap."""
+    """Return the values as floats, with NaN for missing values."""
     return [float(v) if v is not None and math.isfinite(v) else math.nan for v in values]
 
 
 def short_number(value: float, percent: bool = False) -> str:
-    """Three significant digits, without trailing zeros beyond what the size asks for: 0.671, 12.4, 655, 3.1e-05."""
+    """Return a number with about three significant digits, such as 0.671, 12.4, 655 and 3.1e-05."""
     if percent:
         return f"{100 * value:.0f} %" if abs(value) >= 0.9995 or value == 0 else f"{100 * value:.1f} %"
     if value == 0 or not 1e-4 <= abs(value) < 1e5:
@@ -237,7 +237,7 @@ def short_number(value: float, percent: bool = False) -> str:
 
 @contextmanager
 def figure_of(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of so many CSS pixels with one bare axes, in our style whatever the user's matplotlibrc says."""
+    """Yield a figure of this size in CSS pixels and its axes. The style does not depend on matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         style: Any = {
@@ -259,7 +259,7 @@ def figure_of(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
 def draw_line(
     axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, width: float, alpha: float | None = None
 ) -> None:
-    """A line broken at gaps; a value alone between two gaps is a dot, for no line leads to it."""
+    """Draw a line with gaps; a single value between two gaps is drawn as a dot."""
     for is_gap, run in groupby(zip(x, y, strict=True), key=lambda point: math.isnan(point[1])):
         if is_gap:
             continue
@@ -273,7 +273,7 @@ def draw_line(
 
 
 def _lay_out(figure: Figure, axes: Axes, xlabel: str, ylabel: str, percent: bool, right: int) -> None:
-    """Place the axes so that tick labels on the left and `right` characters beyond the right edge have room."""
+    """Place the axes so that the tick labels on the left, and `right` characters on the right, fit."""
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %") if percent else FuncFormatter(tick_text))
     axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
     if not isinstance(axes.yaxis.get_major_locator(), MaxNLocator) or not axes.patches:
@@ -302,7 +302,7 @@ def tick_text(value: float, _position: int | None = None) -> str:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each (x, y, label, colour) to the right of its point; close ones are moved apart, all at one x."""
+    """Write the label of each (x, y, label, colour) to the right of its point; labels that overlap are moved apart."""
     to_pixels = axes.transData
     box = axes.get_window_extent()
     ordered = sorted(ends, key=lambda end: end[1])
@@ -317,7 +317,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, pushed upwards until neighbours are at least `gap` apart."""
+    """Return ascending heights, moved upwards until neighbours are at least `gap` apart."""
     spread = list(heights[:1])
     for height in heights[1:]:
         spread.append(max(height, spread[-1] + gap))
@@ -341,7 +341,7 @@ def _beside(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
 
 
 def as_svg(figure: Figure, axes: Axes, message: str = "") -> str:
-    """The figure as SVG markup to put inside HTML; `message` stands alone in place of an empty plot."""
+    """Return the figure as SVG markup for HTML; if `message` is given, it replaces the axes."""
     if message:
         axes.set_axis_off()
         figure.text(0.5, 0.5, message, color=MUTED, ha="center", va="center")
@@ -363,7 +363,7 @@ def as_svg(figure: Figure, axes: Axes, message: str = "") -> str:
 
 
 def _simplify(root: ET.Element) -> None:
-    """Take out what would reach beyond this SVG (styles, metadata, ids), and turn colours into variables."""
+    """Remove styles and metadata, make ids unique within a page, and replace colours by CSS variables."""
     digest = hashlib.sha256(ET.tostring(root)).hexdigest()[:8]
     used = {element.get("{http://www.w3.org/1999/xlink}href", "#")[1:] for element in root.iter()}
     for parent in list(root.iter()):
@@ -390,7 +390,7 @@ def _simplify(root: ET.Element) -> None:
 
 
 def _style(style: str) -> str:
-    """A style attribute with variables for colours, and without a font, so that it is the page's."""
+    """Return a style attribute with CSS variables for colours, and without a font, so that the page's font is used."""
     kept = [part.strip() for part in style.split(";") if not part.strip().startswith("font-family")]
     style = "; ".join(kept)
     for variable, colour in COLOURS.items():

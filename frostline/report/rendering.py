@@ -1,4 +1,4 @@
-"""The templates of pages: all text in them is escaped, and nothing in it steers what shows the page."""
+"""Render the templates of pages. All text is escaped, and control characters are made visible."""
 
 import functools
 from importlib import resources
@@ -11,22 +11,22 @@ from frostline.escaping import printable
 
 
 def asset(name: str) -> str:
-    """Return the text of a file that lies beside this one in the package."""
+    """Return the text of a file in this package."""
     return resources.files("frostline.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a template with its values put in; values that are `Markup` are trusted, all others are text.
+    """Render a template. Values of the type `Markup` are inserted unchanged; all others are escaped.
 
     Raises:
-        jinja2.UndefinedError: the template uses a value that is missing.
+        jinja2.UndefinedError: a value that the template uses is missing.
     """
     return environment().get_template(template).render(values)
 
 
 @functools.cache
 def environment() -> Environment:
-    """Return the environment of all templates."""
+    """Return the Jinja environment of all templates."""
     return Environment(
         loader=FunctionLoader(asset),
         autoescape=True,
@@ -39,6 +39,6 @@ def environment() -> Environment:
 
 
 def _shown(value: object) -> object:
-    """Write out control characters, in markup as well: parts of it may come from text that was joined to it."""
+    """Escape control characters, also in markup, because it can contain text from outside."""
     text = printable(str(value))
     return Markup(text) if isinstance(value, Markup) else text

@@ -1,4 +1,4 @@
-"""Small plots one above the other over one x axis: what rises while something else falls is seen at one place."""
+"""Draw small plots above each other with a common x axis."""
 
 import math
 from collections.abc import Sequence
@@ -27,16 +27,23 @@ from frostline.report.plots import (
 )
 
 _ROW, _LABEL, _GAP = 62.0, 22.0, 12.0
-"""Pixels: of a plot, of its name above it, and below it."""
+"""Height in pixels of a plot, of the label above it, and of the gap below it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One of the plots.
+    """One plot of a stack.
 
-    x, y: its line; a y of None is a gap. low, high: a band around it. rule: a value worth a line of its own, such as
-    no change. smooth: draw the moving average over so many points, and the points themselves pale behind it.
-    dots: mark the points, which are few. colour: number of a series' colour.
+    Attributes:
+        label: the text above the plot.
+        x: the x values.
+        y: the y values; None is a gap.
+        low: the lower end of a band around the line.
+        high: the upper end of a band around the line.
+        rule: the position of a dashed horizontal line.
+        smooth: the window of the moving average in points; the original line is drawn pale behind it.
+        dots: whether points are marked.
+        colour: the index of the series colour.
     """
 
     label: str
@@ -51,7 +58,7 @@ class Row:
 
 
 def stacked_plot(rows: Sequence[Row], xlabel: str = "", width: int = SIZE[0]) -> str:
-    """Draw the rows over one x axis, each with its own y axis, its last value at its end."""
+    """Draw the rows with a common x axis and separate y axes, with the last value at the end of each line."""
     bottom = BOTTOM - 8 if xlabel else BOTTOM - 24
     height = len(rows) * (_LABEL + _ROW + _GAP) + bottom
     with figure_of((width, round(height))) as (figure, whole):
@@ -92,7 +99,7 @@ def stacked_plot(rows: Sequence[Row], xlabel: str = "", width: int = SIZE[0]) ->
 
 
 def _draw(axes: Axes, row: Row) -> tuple[str, tuple[float, float] | None]:
-    """Draw the line; returns the words at its end, and where that is."""
+    """Draw the line; return the text at its end and the position of the end."""
     x, values, colour = finite(row.x), finite(row.y), SERIES[row.colour % len(SERIES)]
     if row.rule is not None:
         axes.axhline(row.rule, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
@@ -128,7 +135,7 @@ def _scale(axes: Axes, row: Row) -> None:
 
 
 def _label_length(axes: Axes) -> int:
-    """Characters of the longest tick label."""
+    """Return the length of the longest tick label in characters."""
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= high]
     return max((len(text) for text in axes.yaxis.get_major_formatter().format_ticks(ticks)), default=0)

@@ -1,4 +1,4 @@
-"""Tiles that compare two numbers."""
+"""Make tiles that compare two numbers."""
 
 import math
 
@@ -9,7 +9,17 @@ from frostline.report.page import Tile
 def change_tile(
     label: str, before: float, after: float, digits: int, note: str, unit: str = "", trend: Trend = "same"
 ) -> Tile:
-    """A figure that changed. trend: whether that is good news."""
+    """Return a tile with a value and its change.
+
+    Args:
+        label: the name of the value.
+        before: the value before.
+        after: the value after.
+        digits: the number of decimal places.
+        note: one sentence that explains the value.
+        unit: the unit of the value.
+        trend: whether the change is an improvement.
+    """
     gain = after - before
     if math.isnan(gain):
         change, trend = "", "same"

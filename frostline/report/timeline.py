@@ -1,4 +1,4 @@
-"""A timeline: spans one after the other, each on a line of its own, the colour says what computed it."""
+"""Draw a timeline of spans, coloured by kind."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from frostline.escaping import printable
 from frostline.report.plots import BOTTOM, CHARACTER_WIDTH, INK, MUTED, RULE, SERIES, SIZE, as_svg, figure_of, tick_text
 
 _LINE, _BAR, _LEGEND = 19.0, 13.0, 26.0
-"""Pixels: from one line to the next, of a bar, and of the words above that say what the colours mean."""
+"""Height in pixels of a line, of a bar, and of the legend."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of the timeline. kind: what it is coloured by; None is grey. line: spans of one line stand on one."""
+    """A bar of the timeline.
+
+    Attributes:
+        line: the name of its line; spans with the same name share a line.
+        start: the position of the start.
+        length: the length.
+        kind: the kind, which sets the colour; None for grey.
+        text: the label.
+    """
 
     line: str
     start: float
@@ -26,10 +34,13 @@ class Span:
 
 
 def timeline_plot(spans: Sequence[Span], kinds: Mapping[str, int], xlabel: str = "", width: int = SIZE[0]) -> str:
-    """Draw the spans in their order from the top down; `text` of the last span of a line stands beside it.
+    """Draw the spans from top to bottom; the `text` of the last span of each line is its label.
 
     Args:
-        kinds: kind -> number of a series' colour.
+        spans: the spans in order.
+        kinds: the index of the series colour for each kind.
+        xlabel: the label of the x axis.
+        width: the width in CSS pixels.
     """
     lines = list(dict.fromkeys(span.line for span in spans))
     height = round(_LEGEND + _LINE * len(lines) + BOTTOM)

@@ -1,4 +1,4 @@
-"""Videos decoded ahead of the scoring, in a thread of its own, a bounded number of bytes ahead."""
+"""Decode videos in a background thread, with a bounded buffer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ _CHUNKS_AHEAD = 4
 
 @dataclass(frozen=True)
 class Source:
-    """A video to decode. key: by which its events tell whose they are. fault: why it need not be tried."""
+    """A video to decode.
+
+    Attributes:
+        key: identifies the events of this video.
+        path: a path or URL.
+        fault: the reason if the video cannot be scored; it is not decoded then.
+    """
 
     key: int
     path: str
@@ -33,7 +39,13 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Consecutive frames of one size. key: of their video. numbers: in the file. frames: (n, 3, H, W) uint8."""
+    """Consecutive frames of the same size.
+
+    Attributes:
+        key: the key of the video.
+        numbers: the indices of the frames in the file.
+        frames: (n, 3, H, W) uint8.
+    """
 
     key: int
     numbers: tuple[int, ...]
@@ -42,7 +54,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class End:
-    """A video has no more frames. error: why it could not be read. note: why it broke off. seconds: of decoding."""
+    """The end of a video.
+
+    Attributes:
+        key: the key of the video.
+        error: the reason if the video could not be read.
+        note: the reason if decoding stopped early.
+        seconds: the duration of decoding.
+    """
 
     key: int
     error: str = ""
@@ -57,9 +76,16 @@ Event = Chunk | End
 def decoded(
     sources: Iterable[Source], stride: int, max_frames: int | None, limits: DownloadLimits = DEFAULT_LIMITS
 ) -> Iterator[Iterator[Event]]:
-    """What is in the videos: for each its chunks, then its end, in their order.
+    """Yield an iterator over the events of the videos in order: for each video its chunks, then its end.
 
-    At most `_CHUNKS_AHEAD` chunks are waiting at any time, and of large frames one. Leaving the block ends the thread.
+    At most `_CHUNKS_AHEAD` chunks are buffered, or one chunk of very large frames. The thread stops when the block is
+    left.
+
+    Args:
+        sources: the videos; iterated over in the thread.
+        stride: decode every Nth frame.
+        max_frames: the maximum number of frames per video; None for no limit.
+        limits: limits for videos at URLs.
     """
     events = _Events(_CHUNKS_AHEAD)
     stopped = threading.Event()
@@ -92,7 +118,7 @@ def decoded(
 
 
 class _Events(queue.Queue["Event | BaseException | None"]):
-    """A queue that counts a chunk as often as it has `_CHUNK_BYTES`."""
+    """A queue in which the size of a chunk is its number of bytes divided by `_CHUNK_BYTES`, at least 1."""
 
     def _qsize(self) -> int:
         return sum(max(1, item.frames.nbytes // _CHUNK_BYTES) if isinstance(item, Chunk) else 1 for item in self.queue)
@@ -129,11 +155,11 @@ def _events(
         if waiting:
             yield _chunk(key, waiting)
     except FrostlineError as raised:
-        # Of a URL the copy is no name that anybody knows.
+        # For a URL, the message contains the name of the temporary copy.
         error = str(raised).replace(file, path)
     except MemoryError:
-        error = f"{path}: its frames do not fit into memory"
-    except Exception as raised:  # a file that the decoder stumbles over must not stop the others
+        error = f"{path}: out of memory while decoding its frames"
+    except Exception as raised:  # a file that cannot be decoded must not stop the run
         error = f"{path}: cannot be decoded: {raised}"
     yield End(key, error, "; ".join(notes), seconds + time.perf_counter() - start)
 
@@ -144,5 +170,5 @@ def _full(waiting: list[tuple[int, np.ndarray]]) -> bool:
 
 def _chunk(key: int, waiting: list[tuple[int, np.ndarray]]) -> Chunk:
     numbers, pictures = zip(*waiting, strict=True)
-    # By numpy: torch would open a second pool of threads here.
+    # numpy instead of torch, which would start a second thread pool in this thread.
     return Chunk(key, numbers, torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))))

@@ -1,4 +1,4 @@
-"""What goes wrong with one video, told from what is wrong with the program."""
+"""Distinguish errors of one video from errors of the program."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a reward could not look at some frames."""
+    """The reason why a reward failed on some frames."""
 
     reason: str
 
 
 def fault_of(reward: ScoredReward, error: Exception, size: str = "") -> str:
-    """What to say of an error that is a matter of one video; any other one is raised."""
+    """Return the message for an error that only concerns one video; raise any other error.
+
+    Args:
+        reward: the reward that raised the error.
+        error: the error. Every error of a custom reward concerns its video.
+        size: width and height of the frames, for the message.
+    """
     if is_out_of_memory(error):
-        return f"frames of {size} need more memory than there is" if size else "needs more memory than there is"
+        return f"out of memory with frames of {size}" if size else "out of memory"
     if isinstance(error, DataError):
         return str(error)
     if not reward.of_the_user:

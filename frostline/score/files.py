@@ -1,7 +1,7 @@
-"""Files of results: rows are appended whole, so that the file is valid at every moment, and read back to go on.
+"""Read and write results files. Rows are appended one by one, so that an interrupted run can be resumed.
 
-What a process that was stopped had half written is dropped: whatever follows the last line's end. A name that is no
-UTF-8 is escaped in JSON, which could not hold it otherwise, and its own bytes in CSV.
+An incomplete last line, without a newline, is ignored. Names that are not valid UTF-8 are escaped in JSON, and written
+as the original bytes in CSV.
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ class ResultFile:
     """A `.jsonl` or `.csv` file of `VideoScore` rows.
 
     Args:
-        labels: of the rewards but `face_identity`: each a column, with those of its metrics (`label_…`) behind it as
-            soon as a row has them.
-        faces: whether `face_identity` is among the rewards, and has its columns.
+        path: the file, which need not exist.
+        labels: the labels of the rewards except `face_identity`. Each is a column, followed by the columns of its
+            metrics (`label_…`) if any row has them.
+        faces: whether `face_identity` is one of the rewards; adds its columns.
     Raises:
-        ConfigError: the name ends in neither.
+        ConfigError: the name has another suffix.
     """
 
     def __init__(self, path: Path, labels: Sequence[str] = (), faces: bool = True) -> None:
         if path.suffix not in SUFFIXES:
-            raise ConfigError(f"{path}: results are written as {' or '.join(SUFFIXES)}")
+            raise ConfigError(f"{path}: the name of the results file must end in {' or '.join(SUFFIXES)}")
         self.path = path
         self.labels = tuple(labels)
         self.faces = faces
         self._scores = self.labels
 
     def read(self) -> list[VideoScore]:
-        """The rows that are there, of a file that is missing none.
+        """Return all rows; an empty list if the file does not exist.
 
         Raises:
-            DataError: a line is not a row of results; names it.
+            DataError: the file cannot be read, or a line is not a valid row.
         """
         rows = list(self.stream())
         self._take_scores(rows)
         return rows
 
     def stream(self) -> Iterator[VideoScore]:
-        """Yield the rows that are there one after the other; of a file that is missing none.
+        """Yield the rows one by one; yields nothing if the file does not exist.
 
         Raises:
-            DataError: a line is not a row of results; names it.
+            DataError: the file cannot be read, or a line is not a valid row.
         """
         is_csv = self.path.suffix == ".csv"
         try:
@@ -72,7 +73,7 @@ class ResultFile:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
 
     def rewrite(self, rows: Sequence[VideoScore]) -> None:
-        """Put a file of these rows in the place of whatever is there; goes through them twice."""
+        """Replace the file by one with these rows. Iterates over the rows twice."""
         self._take_scores(rows)
         with (
             atomic_write(self.path) as part,
@@ -82,7 +83,11 @@ class ResultFile:
             file.writelines(map(self._line, rows))
 
     def append(self, row: VideoScore) -> None:
-        """Add one row, in one call of the operating system; a CSV file without one of its columns is written anew."""
+        """Append one row. A CSV file that lacks one of its columns is rewritten.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
         if self._take_scores([row]) and self.path.suffix == ".csv":
             self.rewrite([*self.read(), row])
             return
@@ -98,9 +103,9 @@ class ResultFile:
             raise DataError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def _take_scores(self, rows: Iterable[VideoScore]) -> bool:
-        """Have columns for all scores of `rows`; say whether there are more than before."""
+        """Add columns for all scores of `rows`; return whether any column is new."""
         new = {name for row in rows for name in row.scores} - {*self._scores}
-        # Behind their rewards, whose order they keep; `sorted` is stable.
+        # Metrics follow the score of their reward. `sorted` is stable, so the order of rewards is preserved.
         self._scores = tuple(sorted((*self._scores, *sorted(new)), key=self._place))
         return bool(new)
 
@@ -109,14 +114,14 @@ class ResultFile:
         return self.labels.index(owner), score != owner
 
     def _owner(self, score: str) -> str:
-        """The label of the reward that a column of scores is of.
+        """Return the label of the reward that a score column belongs to.
 
         Raises:
-            ValueError: it is of none.
+            ValueError: it does not belong to any reward.
         """
         owners = [label for label in self.labels if score == label or score.startswith(f"{label}_")]
         if not owners:
-            raise ValueError(f"{score} is no column of these results")
+            raise ValueError(f"{score} is not a column of these results")
         return max(owners, key=len)
 
     def _take_header(self, line: str) -> None:
@@ -128,7 +133,7 @@ class ResultFile:
         except (ValueError, csv.Error):
             known = False
         if not known:
-            raise DataError(f"{self.path}: its first line is not the header of results")
+            raise DataError(f"{self.path}: the first line is not the header of a results file with these rewards")
 
     @property
     def _columns(self) -> tuple[str, ...]:
@@ -153,7 +158,9 @@ class ResultFile:
                 self._owner(name)
             return row
         except (ValidationError, ValueError, RecursionError, csv.Error) as error:
-            raise DataError(f"{self.path}, line {number}: is not a row of results ({_first_line(error)})") from error
+            raise DataError(
+                f"{self.path}, line {number}: is not a valid row of results ({_first_line(error)})"
+            ) from error
 
 
 def _csv_line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of the report: frames of videos and references, cut around the face, with box and landmarks drawn in."""
+"""Draw the pictures of the report: frames of videos and references, cropped to the face, with box and landmarks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ from frostline.video import stream_video
 from frostline.video.downloads import DEFAULT_LIMITS, local_copy
 
 _SIDE = 320
-# Frames of a reference that are searched for a face.
+# The maximum number of frames of a reference in which a face is searched.
 _SEARCHED = 8
 _BOX_COLOUR, _POINT_COLOUR, _SHADE = (98, 181, 229), (255, 255, 255), (14, 19, 24)
 
 
 @dataclass(frozen=True)
 class FramePicture:
-    """One frame as JPEG. which: worst or best."""
+    """One frame as JPEG.
+
+    Attributes:
+        which: `worst` or `best`.
+        number: the index of the frame in the file.
+        score: the face score of the frame.
+        jpeg: the encoded picture.
+    """
 
     which: str
     number: int
@@ -35,11 +42,13 @@ class FramePicture:
 
 
 def extreme_pictures(row: VideoScore, every: int) -> list[FramePicture]:
-    """The worst and the best frame of a scored video, nothing where the file is gone meanwhile.
+    """Return the worst and the best frame of a scored video; an empty list if the video cannot be read anymore.
 
-    Results hold only their numbers, so that pictures can be had of a run that was resumed, or spread over processes.
+    Results only contain the frame numbers, and the frames are decoded again. This also works for runs that were resumed
+    or used several processes.
 
     Args:
+        row: the result of the video.
         every: the stride with which frames were scored.
     """
     wanted: dict[int, list[str]] = {}
@@ -64,16 +73,21 @@ def extreme_pictures(row: VideoScore, every: int) -> list[FramePicture]:
 
 
 class ReferencePictures:
-    """The faces of references, found again by the detector that scored, in PyTorch; each is looked for once."""
+    """Find the faces of references with the detector of the run, in PyTorch. Results are cached by path.
+
+    Args:
+        settings: the settings of `face_identity`.
+    """
 
     def __init__(self, settings: Config) -> None:
         self._settings = settings
         self._pictures: dict[str, bytes | None] = {}
 
     def face(self, path: str) -> bytes | None:
-        """Return the largest face of a picture, or of the first frame of a video that shows one, as JPEG.
+        """Return the largest face of a picture, or of the first video frame with a face, as JPEG.
 
-        None where there is no face in the first frames, or the file or the detector cannot be had any more.
+        Returns:
+            None if the first frames contain no face, or if the file or the detector cannot be read anymore.
         """
         if path not in self._pictures:
             try:
@@ -120,7 +134,7 @@ def _draw(image: Image.Image, box: Sequence[float], landmarks: Sequence[Sequence
 
 
 def _square_around(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int]:
-    """Left, top and side of a square that shows the face with some of its surroundings, inside the frame if it can."""
+    """Return left, top and side of a square around the face with a margin, within the frame if it fits."""
     width, height = size
     side = round(min(max(2.0 * max(box[2] - box[0], box[3] - box[1]), 48), max(width, height)))
     centre_x, centre_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2

@@ -1,4 +1,4 @@
-"""The processes of one run: `accelerate launch` or `torchrun` starts several, otherwise there is one."""
+"""Divide a run over the processes that `accelerate launch` or `torchrun` started."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from frostline.runtime.device import resolve_device
 
 T = TypeVar("T")
 
-# A process that is done waits for the slowest, which may have an hour of video left.
+# Timeout of the barrier: a finished process waits for the slowest one, which can take hours.
 _PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all. device: `auto` resolved, each process with a GPU of its own where there are any."""
+    """This process and the number of processes.
+
+    Attributes:
+        rank: the rank of this process.
+        count: the number of processes.
+        device: the device of this process; with several GPUs, each process has another one.
+    """
 
     rank: int
     count: int
@@ -28,12 +34,12 @@ class Processes:
 
     @classmethod
     def join(cls, device: str) -> Processes:
-        """Find the others, if a launcher started several.
+        """Join the process group, if a launcher started several processes.
 
         Args:
             device: `cpu`, `cuda`, … or `auto`.
         Raises:
-            ConfigError: there is no such device here.
+            ConfigError: the device is not available.
         """
         asked = resolve_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -47,15 +53,15 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that merges, prints and reports."""
+        """Return whether this process merges the results, prints them and writes the report."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part: one in `count`, so that all have long and short ones."""
+        """Return the items of this process: every `count`-th one, starting at `rank`."""
         return items[self.rank :: self.count]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.count > 1:
             from accelerate import PartialState
 

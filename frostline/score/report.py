@@ -1,4 +1,4 @@
-"""The report of a scoring run: one page with every score, the curves behind it, and the frames that decide it."""
+"""Write the report of a scoring run: one HTML page with all scores, curves of frame scores, and the extreme frames."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from frostline.terminal.tables import shared_folder
 
 _DETAILED = 60
 _POINTS = 600
-# Width of a bin of face scores.
+# Bin width of the face score histogram.
 _BIN = 0.05
 _VIDEO = Column("Video", breaks=True)
 _FACE_COLUMNS = (
@@ -35,7 +35,13 @@ _COLUMNS = (Column("Frames", "right"), Column("Remark"))
 
 
 def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSettings) -> None:
-    """Write the page; of many videos, those with the lowest scores are shown frame by frame."""
+    """Write the report. Frame scores are shown for at most 60 videos, those with the lowest face scores.
+
+    Args:
+        path: the HTML file to write.
+        outcome: the results of the run.
+        settings: the settings of the run.
+    """
     summary, rows = outcome.summary, outcome.rows
     faces = settings.faces
     title = "Is it the same person?" if settings.rewards_are_faces() else "How good are the videos?"
@@ -70,8 +76,8 @@ def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSetting
 
 
 _FACE_CAPTION = (
-    "Face score is the mean cosine of the face in each frame with the reference's faces, over the frames that show a "
-    "face; with missing faces as 0 it is the mean over all frames. Press a heading to sort."
+    "Face score is the mean cosine of the face in each frame with the reference's faces, over the frames with a "
+    "face; with missing faces as 0, it is the mean over all frames. Click a heading to sort."
 )
 
 
@@ -134,7 +140,7 @@ def _tiles(summary: Summary) -> list[Tile]:
 def _face_distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
     scores = [row.face_score for row in rows if row.face_score is not None]
     frames = [score for row in rows for score in row.frame_scores or () if score is not None]
-    # The axis is the same for all reports, from 0 to 1, but for cosines below 0, which are rare.
+    # The axis is from 0 to 1 in all reports, so that they can be compared; it is extended for cosines below 0.
     low = min(0.0, math.floor(5 * min([*scores, *frames], default=0.0)) / 5)
     bins, decision = round((1 - low) / _BIN), decide(rows)
     marks = {} if decision is None else {"threshold": decision.threshold.cosine}
@@ -191,8 +197,8 @@ def _frames(
     if len(scored) > len(lowest):
         page.paragraph(f"The {len(lowest)} videos with the lowest scores, of {len(scored)}.")
     page.paragraph(
-        "A curve is broken where no face was found. Beside it, the frames with the lowest and the highest score, "
-        "cut around the face, with the box and the landmarks by which the face was aligned."
+        "A curve has a gap where no face was found. Next to it are the frames with the lowest and the highest score, "
+        "cropped to the face, with the box and the landmarks that were used to align the face."
     )
     several = len({row.reference for row in rows}) > 1
     for row in lowest if len(scored) > len(lowest) else scored:
@@ -225,7 +231,11 @@ def _curve(row: VideoScore) -> Figure:
 
 
 def _thinned(numbers: Sequence[int], scores: Sequence[float | None]) -> tuple[list[int], list[float | None], int]:
-    """Not more points than a plot can show, each the mean of so many; without a value where no frame has one."""
+    """Downsample a curve to at most `_POINTS` points, each the mean of N frames.
+
+    Returns:
+        The number of the first frame of each point; the means, None where no frame has a score; and N.
+    """
     together = -(-len(numbers) // _POINTS)
     places, means = [], []
     for start in range(0, len(numbers), together):

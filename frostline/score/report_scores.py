@@ -1,4 +1,4 @@
-"""The parts of a scoring report that any reward has: a key figure, and how its scores are spread over the videos."""
+"""Make the parts of a scoring report that are common to all rewards: tiles, histograms and table cells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frostline.score.summary import Summary
 
 
 def score_tiles(summary: Summary) -> list[Tile]:
-    """The mean of each score and metric."""
+    """Return a tile with the mean of each score and metric."""
     return [
         Tile(
             f"{name}, mean",
@@ -26,7 +26,7 @@ def score_tiles(summary: Summary) -> list[Tile]:
 
 
 def score_distributions(summary: Summary, rows: Sequence[VideoScore]) -> list[Figure]:
-    """A histogram of each score and metric that any video has."""
+    """Return a histogram of each score and metric that has values."""
     figures = []
     for name in summary.scores:
         values = [row.scores[name] for row in rows if name in row.scores]
@@ -37,5 +37,5 @@ def score_distributions(summary: Summary, rows: Sequence[VideoScore]) -> list[Fi
 
 
 def score_cells(row: VideoScore, names: Sequence[str]) -> list[Cell]:
-    """The scores of one video."""
+    """Return the table cells with the scores of one video."""
     return [Cell(fixed(row.scores.get(name), 3), row.scores.get(name)) for name in names]

@@ -1,4 +1,4 @@
-"""What to score: pairs of a video and a reference, from the command line or from a CSV file."""
+"""Collect the pairs of a video and a reference to score, from the command line or from a CSV file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from frostline.rewards.inputs import COMPARES, Need
 
 @dataclass(frozen=True)
 class Pair:
-    """One video to score. `index` is its place in the input, `fault` why it cannot be scored, if that is known.
+    """One video to score.
 
-    reference: empty where no reward needs one. prompt: empty where there is none.
+    Attributes:
+        index: the position in the input, from 0.
+        video: a path or URL.
+        reference: a path or URL; empty if no reward needs a reference.
+        prompt: the text prompt; empty if there is none.
+        fault: the reason if the video cannot be scored; otherwise empty.
     """
 
     index: int
@@ -37,13 +42,17 @@ def gather_pairs(
     prompt: str | None = None,
     needs: Collection[Need] = ("reference",),
 ) -> list[Pair]:
-    """The videos that the command line names, or a file of pairs.
+    """Return the pairs of the command line, or of a file of pairs.
 
     Args:
-        prompt: of the videos that have none of their own.
-        needs: what the rewards need beside a video.
+        videos: the videos of the command line.
+        reference: the default reference.
+        file: a CSV file of pairs.
+        allow_outside: whether the file may contain paths outside its folder.
+        prompt: the default prompt.
+        needs: the inputs that the rewards need in addition to a video.
     Raises:
-        ConfigError: there is nothing to score, both were given, or what the rewards need is missing.
+        ConfigError: there is nothing to score, both videos and a file were given, or a needed input is missing.
     """
     if file is None:
         pairs = pairs_of_arguments(videos, reference, prompt, needs)
@@ -53,8 +62,8 @@ def gather_pairs(
         pairs = pairs_of_file(file, reference, allow_outside, prompt, needs)
     if "prompt" in needs and not any(pair.prompt for pair in pairs):
         raise ConfigError(
-            "the rewards need prompts, and there are none: give one for all videos by --prompt, or each its own in the "
-            "column 'prompt' of --pairs"
+            "the rewards need prompts, but none were given: set --prompt for all videos, or add a column 'prompt' to "
+            "the file of --pairs"
         )
     return pairs
 
@@ -65,15 +74,17 @@ def pairs_of_arguments(
     prompt: str | None = None,
     needs: Collection[Need] = ("reference",),
 ) -> list[Pair]:
-    """Every video against one reference.
+    """Return pairs of each video and the same reference.
 
     Raises:
-        ConfigError: there is no video, or no reference where one is needed.
+        ConfigError: there is no video, or a needed reference is missing.
     """
     if not videos:
-        raise ConfigError("nothing to score: name videos, or a file of them with --pairs")
+        raise ConfigError("nothing to score: give videos as arguments, or a file with --pairs")
     if reference is None and not COMPARES.isdisjoint(needs):
-        raise ConfigError("--reference is missing: a picture or video of who or what the videos should show")
+        raise ConfigError(
+            "--reference is missing: give a picture or video of the person or object that the videos should show"
+        )
     return [Pair(index, video, reference or "", prompt or "") for index, video in enumerate(videos)]
 
 
@@ -84,30 +95,31 @@ def pairs_of_file(
     prompt: str | None = None,
     needs: Collection[Need] = ("reference",),
 ) -> list[Pair]:
-    """The rows of a CSV file with the column `video` and, if they are there, `reference` and `prompt`.
+    """Return the pairs of a CSV file with the column `video` and the optional columns `reference` and `prompt`.
 
-    Paths are relative to the file and must stay inside its folder. Where the rewards need a reference, a row without
-    one is scored against `reference`, and where that is not given against itself: how well the video keeps its own
-    face.
+    Paths are relative to the folder of the file, and must be inside it. If the rewards need a reference, a row without
+    one uses `reference`; without `reference`, the video is compared with itself.
 
     Args:
-        allow_outside: let the file name others outside of its own folder.
-        prompt: of the rows that have none of their own.
-        needs: what the rewards need beside a video.
+        file: the CSV file.
+        reference: the default reference.
+        allow_outside: whether the file may contain paths outside its folder.
+        prompt: the default prompt.
+        needs: the inputs that the rewards need in addition to a video.
     Raises:
-        ConfigError: the file is missing or no such CSV file. What is wrong with one row is its pair's `fault`.
+        ConfigError: the file does not exist, or is not a valid CSV file. An invalid row has a `fault` instead.
     """
     default = Pair(0, "", reference or "", prompt or "")
     rows = enumerate(rows_of_csv(_text(file), str(file)))
     pairs = [pair_of_row(index, row, file.parent, default, allow_outside, needs) for index, row in rows]
     if not pairs:
-        raise ConfigError(f"{file}: holds no rows")
+        raise ConfigError(f"{file}: contains no rows")
     return pairs
 
 
 def _text(file: Path) -> str:
     try:
-        # Names that are no UTF-8 are names, too.
+        # File names need not be valid UTF-8.
         return file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except FileNotFoundError:
         raise ConfigError(f"no such file of pairs: {file}") from None
@@ -116,10 +128,13 @@ def _text(file: Path) -> str:
 
 
 def rows_of_csv(text: str, name: str) -> Iterator[dict[str | None, Any]]:
-    """Yield the rows of a CSV file of pairs, by column; see `csv_records`.
+    """Yield the rows of a CSV file of pairs as dictionaries; see `csv_records`.
 
+    Args:
+        text: the content of the file.
+        name: the name of the file for error messages.
     Raises:
-        ConfigError: it is no such file; `name` says which.
+        ConfigError: the file is not a valid CSV file of pairs.
     """
     try:
         check_columns(csv_columns(text), name)
@@ -130,17 +145,17 @@ def rows_of_csv(text: str, name: str) -> Iterator[dict[str | None, Any]]:
 
 
 def check_columns(columns: Sequence[str], name: str) -> None:
-    """Refuse the columns of a file of pairs that has no videos, or a misspelt `reference`.
+    """Check the columns of a file of pairs.
 
     Raises:
-        ConfigError: names the file and the column.
+        ConfigError: the column `video` is missing, or a column seems to be a misspelt `reference`.
     """
     if "video" not in columns:
         raise ConfigError(f"{name}: has no column 'video' (found {', '.join(columns) or 'nothing'})")
     for column in columns:
-        # Unread, it would leave every video to be scored against itself.
+        # A misspelt column would be ignored, and every video would be compared with itself.
         if column != "reference" and difflib.get_close_matches(column.lower(), ["reference"], cutoff=0.5):
-            raise ConfigError(f"{name}: has a column {column!r}: is 'reference' meant?")
+            raise ConfigError(f"{name}: unknown column {column!r}: did you mean 'reference'?")
 
 
 def pair_of_row(
@@ -151,16 +166,24 @@ def pair_of_row(
     allow_outside: bool,
     needs: Collection[Need],
 ) -> Pair:
-    """Return a row of a file of pairs in `folder`, a path or a URL, as a pair; what is wrong with it is its `fault`."""
+    """Return a row of a file of pairs as a pair; an invalid row has a `fault`.
+
+    Args:
+        index: the position of the row.
+        row: the cells by column.
+        folder: the folder of the file, a path or URL.
+        default: the default reference and prompt.
+        allow_outside: whether the row may contain paths outside `folder`.
+        needs: the inputs that the rewards need in addition to a video.
+    """
     cells = {name: (row.get(name) or "").strip() for name in ("video", "reference", "prompt")}
     faults = []
-    if None in row:  # where csv.DictReader puts what is beyond the header
-        faults.append("the row has more fields than the header; quote a prompt that holds commas")
+    if None in row:  # csv.DictReader stores additional fields under this key
+        faults.append("the row has more fields than the header; quote prompts that contain commas")
     if not cells["video"]:
-        faults.append("the row names no video")
+        faults.append("the column 'video' is empty")
     paths = {}
     for name in ("video", "reference"):
-        # Nothing stays nothing.
         paths[name] = joined(folder, cells[name]) if cells[name] else ""
         try:
             check_inside(folder, cells[name], "--allow-outside", allow_outside)

@@ -1,4 +1,4 @@
-"""One scored video, and the columns in which it is written. docs/scoring.md lists them; keep the two together."""
+"""Define the result of one video, and the columns of results files. docs/scoring.md lists the same columns."""
 
 from __future__ import annotations
 
@@ -17,20 +17,28 @@ Landmarks = tuple[tuple[float, float], ...]
 
 
 class VideoScore(BaseModel):
-    """What became of one pair; its fields are the keys of JSON Lines and the columns of CSV, in the order of `columns`.
+    """The result of one pair. The fields are the keys of JSON Lines and the columns of CSV, in the order of `columns`.
 
-    Cosines lie in [-1, 1], rates in [0, 1]; boxes are left, top, right, bottom and landmarks x, y in pixels of the
-    video's own frames. What an error row, or a video without a face, has no value for is null (empty in CSV).
+    Cosines are in [-1, 1] and rates in [0, 1]. Boxes are (left, top, right, bottom) and landmarks (x, y), in pixels of
+    the video's frames. Missing values of error rows, or of videos without a face, are null (empty in CSV).
 
-    index: place in the input. error: why the video could not be scored. note: what else there is to know of it, which
-    rewards had nothing to score and why, and behind `REFERENCE_NOTE` what there is to know of its reference.
-    scores: of the rewards but `face_identity`, and their metrics, by column; one that is missing has no value.
-    face_score: the reward. face_score_missing_zero: the same with every frame without a face as 0.
-    frames: that were scored. max_faces: most faces in one frame; which of them counts, the settings say.
-    frame_numbers, frame_scores: of the scored frames; a frame without a face has no score.
-    worst_*, best_*: of the frames with the lowest and the highest score.
-    seconds: decoding plus this video's share of the batches it was in. backends: what computed `scores`, as
-    `reward.stage=backend`. settings: all that the score depends on.
+    Attributes:
+        index: the position in the input.
+        error: the reason if the video could not be scored.
+        note: remarks on the video, including rewards that could not score it; remarks on its reference follow
+            `REFERENCE_NOTE`.
+        scores: scores and metrics of the rewards except `face_identity`, by column; missing values are omitted.
+        face_score: the score of `face_identity`.
+        face_score_missing_zero: the same, with 0 for frames without a face.
+        frames: the number of scored frames.
+        max_faces: the maximum number of faces in a frame; `settings` says which of them is scored.
+        frame_numbers: the indices of the scored frames.
+        frame_scores: the score of each scored frame; None for a frame without a face.
+        worst_frame: the frame with the lowest score, with its score, box and landmarks in `worst_frame_*`.
+        best_frame: the frame with the highest score, with its score, box and landmarks in `best_frame_*`.
+        seconds: the duration of decoding, plus this video's share of its batches.
+        backends: the backends that computed `scores`, as `reward.stage=backend`.
+        settings: all settings that the scores depend on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,16 +85,16 @@ class VideoScore(BaseModel):
         return value
 
     def json_line(self, names: Sequence[str]) -> str:
-        """One line of JSON with these columns, without the line's end."""
+        """Return these columns as one line of JSON, without a newline."""
         encoded = json.dumps(self.plain(names), ensure_ascii=False, separators=(",", ":"))
         return json_text(encoded)
 
     @classmethod
     def of_json_line(cls, line: str) -> VideoScore:
-        """The inverse of `json_line`.
+        """Parse a line that `json_line` returned.
 
         Raises:
-            ValueError: it is not that of a scored video.
+            ValueError: the line is not a valid result.
         """
         values = parse_json(line)
         if not isinstance(values, dict):
@@ -94,15 +102,15 @@ class VideoScore(BaseModel):
         return cls._of_flat(values)
 
     def cells(self, names: Sequence[str]) -> list[str]:
-        """The cells of a CSV row with these columns; none holds a line's end or is a formula, and lists are JSON."""
+        """Return these columns as cells of a CSV row. Lists are JSON; newlines become spaces; formulas are escaped."""
         return [_cell(value) for value in self.plain(names).values()]
 
     @classmethod
     def of_cells(cls, cells: dict[str, str]) -> VideoScore:
-        """The inverse of `cells`.
+        """Parse cells that `cells` returned.
 
         Raises:
-            ValueError: they are not those of a scored video.
+            ValueError: the cells are not a valid result.
         """
         values: dict[str, Any] = {}
         for name, text in cells.items():
@@ -116,7 +124,7 @@ class VideoScore(BaseModel):
         return cls._of_flat(values)
 
     def plain(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return these columns as values that JSON has."""
+        """Return these columns as values that JSON supports."""
         values = self.model_dump(mode="json", exclude={"scores"})
         return {name: values[name] if name in FIELDS else self.scores.get(name) for name in names}
 
@@ -128,11 +136,11 @@ class VideoScore(BaseModel):
 
 
 def columns(scores: Iterable[str] = (), faces: bool = True) -> tuple[str, ...]:
-    """The columns of a file of results.
+    """Return the columns of a results file.
 
     Args:
-        scores: of rewards but `face_identity`, and their metrics.
-        faces: whether `face_identity` is among the rewards.
+        scores: scores and metrics of the rewards except `face_identity`.
+        faces: whether `face_identity` is one of the rewards.
     """
     scores = tuple(scores)
     left_out = {*(() if scores else ("backends",)), *(() if faces else OF_FACES)}
@@ -144,26 +152,26 @@ def columns(scores: Iterable[str] = (), faces: bool = True) -> tuple[str, ...]:
 
 
 REFERENCE_NOTE = "reference: "
-"""In a note, before what is not of the video itself."""
+"""Separates remarks on the reference from remarks on the video in a note."""
 OF_FACES = (
     *("face_score", "detection_rate", "face_score_missing_zero", "frames_with_face", "max_faces"),
     *(f"{which}_frame{what}" for which in ("worst", "best") for what in ("", "_score", "_box", "_landmarks")),
     *("face_detector", "face_detector_backend", "face_embedder", "face_embedder_backend"),
     *("frame_numbers", "frame_scores"),
 )
-"""Columns of `face_identity`."""
+"""The columns of `face_identity`."""
 FIELDS = frozenset(VideoScore.model_fields) - {"scores"}
-"""Columns that no reward may be called by."""
+"""Column names that cannot be used as labels of rewards."""
 FACE_SCORE = "face_score"
 COLUMNS = columns()
-"""Of results of `face_identity` alone."""
-# Of a file; `splitlines` takes many more characters for one, and a name that loses them is another video's.
+"""The columns of results with `face_identity` as the only reward."""
+# Line ends of files only. `splitlines` also splits at other characters, which can be part of a file name.
 _LINE_END = re.compile(r"\r\n?|\n")
 _LISTS = ("worst_frame_", "best_frame_", "frame_numbers", "frame_scores")
 
 
 def one_line(text: str) -> str:
-    """A text as CSV keeps it."""
+    """Return a text with spaces instead of newlines, as in CSV files."""
     return _LINE_END.sub(" ", text)
 
 

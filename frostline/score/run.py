@@ -1,4 +1,4 @@
-"""A scoring run: what is done already, what is left, who does it, and one file of results in the order of the input."""
+"""Run scoring: find the pairs without a result, divide them over processes, and write one results file in order."""
 
 from __future__ import annotations
 
@@ -35,10 +35,17 @@ Done = Mapping[int, VideoScore]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run, on which the results do not depend.
+    """Options of a run that do not change the results.
 
-    out: `.jsonl` or `.csv`; None keeps the results in memory. resume: keep the results that are there. overwrite: let
-    others take their place. batch: frames that a reward looks at in one call. downloads: limits of videos at URLs.
+    Attributes:
+        out: the results file, `.jsonl` or `.csv`; None to keep the results in memory only.
+        resume: keep the results in `out`, and score the remaining pairs.
+        overwrite: replace the results in `out`.
+        backend: `auto`, `torch` or the name of a backend.
+        device: `cpu`, `cuda`, … or `auto`.
+        engines: the folder of the engine store.
+        batch: the minimum number of frames per batch.
+        downloads: limits for videos at URLs.
     """
 
     out: Path | None = None
@@ -53,9 +60,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ScoreOutcome:
-    """All rows in the order of the input, and what they come to.
+    """The result of a run.
 
-    labels: columns of the scores, that of the first reward first.
+    Attributes:
+        rows: all rows in the order of the input.
+        summary: statistics of the rows.
+        labels: the score columns in the order of the rewards.
     """
 
     rows: Sequence[VideoScore]
@@ -63,29 +73,29 @@ class ScoreOutcome:
     labels: tuple[str, ...] = (FACE_SCORE,)
 
     def shortfall(self, bar: float, column: str = "") -> str | None:
-        """Return what is wrong, in words, if the mean of a column is below `bar` or missing; None if nothing is.
+        """Return an error message if the mean of a column is missing or below `bar`; otherwise None.
 
         Args:
-            column: that of the first reward if it is empty. A video without a face counts as 0.
+            bar: the minimum mean.
+            column: the score column; if empty, the one of the first reward. In `face_score`, videos without a face
+                count as 0.
         Raises:
-            ConfigError: there is no such column.
+            ConfigError: the column does not exist.
         """
         column = column or self.labels[0]
         if column not in (known := (*self.labels, *self.summary.scores)):
-            raise ConfigError(
-                f"--fail-under: there is no score {column!r}, there are {', '.join(dict.fromkeys(known))}"
-            )
+            raise ConfigError(f"--fail-under: unknown score {column!r}: use one of {', '.join(dict.fromkeys(known))}")
         if self.summary.reaches(bar, column):
             return None
         mean = self.summary.mean_of(column)
         if mean is None:
-            return f"no video has a {column}, of which the mean must be at least {bar:g} (--fail-under)"
+            return f"no video has a {column}, but its mean must be at least {bar:g} (--fail-under)"
         without = self.summary.without_face if column == FACE_SCORE else 0
         counted = f"; {without} of {self.summary.videos} videos show no face and count as 0" if without else ""
-        return f"the mean {column} is {_below(mean, bar)}, and must be at least {bar:g} (--fail-under){counted}"
+        return f"the mean {column} is {_below(mean, bar)}, but must be at least {bar:g} (--fail-under){counted}"
 
     def json_values(self) -> dict[str, Any]:
-        """Return rows, summary and decision as plain values."""
+        """Return rows, summary and decision as JSON values."""
         names = columns([label for label in self._score_names() if label != FACE_SCORE], FACE_SCORE in self.labels)
         decision = decide(self.rows)
         return {
@@ -100,7 +110,13 @@ class ScoreOutcome:
 
 @dataclass
 class _Clock:
-    """What a run has done so far. frames: scored, references included. stages: seconds by stage and backend."""
+    """The progress of a run.
+
+    Attributes:
+        start: the start time, in seconds of the monotonic clock.
+        frames: the number of scored frames, including those of references.
+        stages: seconds by stage and backend.
+    """
 
     start: float = field(default_factory=time.monotonic)
     frames: int = 0
@@ -114,13 +130,15 @@ class _Clock:
 def run_score(
     pairs: Sequence[Pair], settings: ScoreSettings, options: RunOptions, progress: Progress
 ) -> ScoreOutcome | None:
-    """Score `pairs`, all of them or, where a launcher started several processes, this one's share.
+    """Score `pairs`; with several processes, each process scores its share.
 
+    Returns:
+        The outcome in the main process, and None in all others.
     Raises:
-        ConfigError: the options contradict each other, `out` is there already, the results to go on from are of other
-            videos or settings, a reward cannot be had, or the reference of all videos cannot be read.
-        DataError: the file of results cannot be read or written.
-        EngineError: the engines that were asked for cannot be built.
+        ConfigError: the options contradict each other, `out` already exists, the results to resume belong to other
+            videos or settings, a reward cannot be loaded, or the common reference cannot be read.
+        DataError: the results file cannot be read or written.
+        EngineError: the requested engines cannot be built.
     """
     check_backend(options.backend)
     needs, labels = settings.needs(), settings.labels()
@@ -129,7 +147,7 @@ def run_score(
         _check_reference(pairs)
     processes = Processes.join(options.device)
     if processes.count > 1 and file is None:
-        raise ConfigError("several processes need --out, where their results come together")
+        raise ConfigError("several processes need a results file: set --out")
     if not processes.is_main:
         progress = Progress(quiet=True)
     done = _finished(file, pairs, settings, "prompt" in needs) if file is not None and options.resume else {}
@@ -153,23 +171,23 @@ def run_score(
 
 
 def summary_path(out: Path) -> Path:
-    """Where the summary of the results in `out` lies."""
+    """Return the path of the summary of a results file."""
     return out.with_suffix(".summary.json")
 
 
 def _open_results(out: Path, options: RunOptions, labels: Sequence[str]) -> ResultFile:
-    """The file of results, in which there may be some only if the options say what becomes of them."""
+    """Return the results file; an existing one needs `resume` or `overwrite`."""
     if options.resume and options.overwrite:
-        raise ConfigError("--resume keeps the results in --out, --overwrite does not: give one of them")
+        raise ConfigError("--resume and --overwrite exclude each other: use only one of them")
     file = ResultFile(out, [label for label in labels if label != FACE_SCORE], FACE_SCORE in labels)
     if out.exists() and not (options.resume or options.overwrite):
-        raise ConfigError(f"{out} is there already: go on from its results (--resume), or replace it (--overwrite)")
+        raise ConfigError(f"{out} already exists: use --resume to continue, or --overwrite to replace it")
     check_writable(out)
     return file
 
 
 def _check_reference(pairs: Sequence[Pair]) -> None:
-    """Say once what every video would fail with."""
+    """Check a reference that all videos share, so that an error is reported once."""
     if len({pair.reference for pair in pairs}) > 1 or pairs[0].fault or pairs[0].reference == pairs[0].video:
         return
     if is_url(pairs[0].reference):
@@ -181,7 +199,7 @@ def _check_reference(pairs: Sequence[Pair]) -> None:
 
 
 def _scored(pairs: Sequence[Pair], scorer: Scorer, progress: Progress, clock: _Clock) -> Iterator[VideoScore]:
-    """The results of `pairs`, with a bar that tells videos and frames per second."""
+    """Yield the results of `pairs`, and show a progress bar with videos and frames per second."""
     with progress.bar("score", len(pairs)) as bar, ExitStack() as stack:
         times = {reward: stack.enter_context(reward.runtime.clock.collect()) for reward in scorer.rewards}
         for row in scorer.score(pairs, _watch(times, clock, bar)):
@@ -206,15 +224,15 @@ def _watch(times: Mapping[ScoredReward, StageTimes], clock: _Clock, bar: Bar) ->
 def _collect(
     fresh: Iterator[VideoScore], done: Done, file: ResultFile | None, count: int, processes: Processes
 ) -> list[VideoScore]:
-    """All rows in order, in the main process; every one is in a file as soon as it is known.
+    """Write each result to a file as soon as it is available, and return all rows in order in the main process.
 
-    One process that starts at some row appends to the file of results. Several, or one that fills gaps, append to a
-    part each beside it, and the main process joins the parts.
+    A single process without gaps in its earlier results appends to the results file. Otherwise each process appends to
+    its own part file in the same folder, and the main process merges the parts.
     """
     known = [done[index] for index in sorted(done)]
     if file is None:
         return known + list(fresh)
-    # All have read what an earlier run left.
+    # All processes must have read the earlier results before the file is rewritten.
     processes.wait()
     if processes.is_main:
         file.rewrite(known)
@@ -244,12 +262,15 @@ def _collect(
 
 
 def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings, by_prompt: bool) -> Done:
-    """The rows that an earlier run left, by index.
+    """Return the rows of an earlier run by index.
 
     Args:
+        file: the results file.
+        pairs: the pairs of this run.
+        settings: the settings of this run.
         by_prompt: whether scores depend on prompts.
     Raises:
-        ConfigError: they are of other videos or settings.
+        ConfigError: the rows belong to other videos, prompts or settings.
     """
     done = {row.index: row for row in (*file.read(), *_rows_of_parts(file))}
     by_index = {pair.index: pair for pair in pairs}
@@ -259,28 +280,33 @@ def _finished(file: ResultFile, pairs: Sequence[Pair], settings: ScoreSettings, 
 
 
 def check_same(row: VideoScore, pair: Pair | None, settings: str, by_prompt: bool, name: str) -> None:
-    """Hold a row of an earlier run against what is to be scored now.
+    """Check that a row of an earlier run matches this run.
 
     Args:
-        pair: that of its index, if there is one. by_prompt: whether scores depend on prompts. name: of the results.
+        row: the row.
+        pair: the pair with the same index; None if there is none.
+        settings: the settings of this run.
+        by_prompt: whether scores depend on prompts.
+        name: the name of the results file for error messages.
     Raises:
-        ConfigError: it is of another video, prompt or settings.
+        ConfigError: the row belongs to another video or prompt, or to other settings.
     """
     if pair is None or not _is_of(row, pair):
-        raise ConfigError(f"{name} holds results of other videos ({row.video}): --overwrite replaces them")
+        raise ConfigError(f"{name} contains results of other videos ({row.video}): use --overwrite to replace them")
     if by_prompt and one_line(row.prompt) != one_line(pair.prompt):
         raise ConfigError(
-            f"{name} holds results of other prompts ({row.prompt!r} of {row.video}, now {pair.prompt!r}): "
-            "--overwrite replaces them"
+            f"{name} contains results of other prompts ({row.prompt!r} of {row.video}, now {pair.prompt!r}): "
+            "use --overwrite to replace them"
         )
     if row.settings != settings:
         raise ConfigError(
-            f"{name} holds results of other settings ({row.settings}, now {settings}): --overwrite replaces them"
+            f"{name} contains results of other settings ({row.settings}, now {settings}): "
+            "use --overwrite to replace them"
         )
 
 
 def _is_of(row: VideoScore, pair: Pair) -> bool:
-    # In CSV, a name is on one line.
+    # In CSV files, newlines of a name become spaces.
     return (row.video, row.reference) in (
         (pair.video, pair.reference),
         (one_line(pair.video), one_line(pair.reference)),
@@ -301,6 +327,6 @@ def _write_summary(out: Path, summary: Summary) -> None:
 
 
 def _below(mean: float, bar: float) -> str:
-    """A mean with as many digits as tell it from the bar above it, three at least."""
+    """Return a mean with at least three digits, and as many as are needed to be less than `bar` after rounding."""
     texts = (f"{mean:.{digits}f}" for digits in range(3, 17))
     return next((text for text in texts if float(text) < bar), repr(mean))

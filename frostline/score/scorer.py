@@ -1,4 +1,4 @@
-"""From decoded frames to scores: batches across the borders of videos, results in the order of the input."""
+"""Score decoded frames in batches that can span several videos; return results in the order of the input."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from frostline.score.settings import ScoreSettings
 from frostline.score.under_way import References, ReferenceUnderWay, UnderWay, VideoUnderWay
 from frostline.video.downloads import DEFAULT_LIMITS, DownloadLimits
 
-_BATCH_BYTES = 64 * 2**20  # of pixels: fewer frames go together where they are large
-_NO_PROMPT = "needs a prompt, which the video does not have (--prompt, or a column 'prompt' of --pairs)"
+_BATCH_BYTES = 64 * 2**20  # maximum size of a batch, so that batches of large frames have fewer frames
+_NO_PROMPT = "needs a prompt, but the video has none (set --prompt, or add a column 'prompt' to the file of --pairs)"
 
 
 class Scorer:
-    """Scores videos by rewards, each frame decoded once for all of them.
+    """Score videos with rewards. Each frame is decoded once for all rewards.
 
     Args:
-        rewards: with the networks that they need.
-        settings: what the results depend on.
-        batch: frames that are looked at together, at least.
-        limits: of videos at URLs.
-        keep_references: how many references to keep from one call of `score` to the next.
+        rewards: the rewards with their networks.
+        settings: the settings that the results depend on.
+        batch: the minimum number of frames per batch.
+        limits: limits for videos at URLs.
+        keep_references: the number of references to keep between calls of `score`.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class Scorer:
         self._references = References(keep_references)
 
     def score(self, pairs: Sequence[Pair], on_frames: Callable[[int], None] = lambda n: None) -> Iterator[VideoScore]:
-        """One result for each pair, in their order, as soon as it is known; no fault of a video stops the others.
+        """Yield one result for each pair, in order, as soon as it is available. A video that fails has an error row.
 
         Args:
-            on_frames: told how many more frames were scored.
+            pairs: the pairs to score.
+            on_frames: called with the number of frames after each batch.
         """
         state = UnderWay(pairs, self.rewards, self._references)
         with decoded(state.sources(), self.settings.every, self.settings.max_frames, self.limits) as events:
@@ -69,7 +70,7 @@ class Scorer:
                 on_frames(frames)
 
     def _see(self, reward: ScoredReward, state: UnderWay, chunks: Sequence[Chunk]) -> list[Any]:
-        """What a reward sees in each chunk of a group; a `Fault` where it cannot look, None where it need not."""
+        """Return the observation of a reward for each chunk; a `Fault` if it failed, None if it is not needed."""
         tracks = [state.track(reward, chunk) for chunk in chunks]
         wanted = [(track, chunk) for track, chunk in zip(tracks, chunks, strict=True) if track and not track.fault]
         parts = [(track.take(chunk), chunk) for track, chunk in wanted]
@@ -104,21 +105,21 @@ class Scorer:
         )
 
     def _result(self, reward: ScoredReward, video: VideoUnderWay, reference: ReferenceUnderWay | None) -> RewardResult:
-        """What a reward says of a video all of whose frames it has seen."""
+        """Return the result of a reward for a video after its last frame."""
         track = video.tracks.get(reward.label)
         if "prompt" in reward.active.config.needs and not video.pair.prompt:
             return RewardResult(fault=_NO_PROMPT)
         if reward.needs_reference and reference is not None and (fault := reference.fault(reward)):
             return RewardResult(fault=fault)
         if track is None or track.fault:
-            return RewardResult(fault=track.fault if track else "was shown no frames")
+            return RewardResult(fault=track.fault if track else "the video has no frames")
         try:
             return track.result()
         except Exception as error:
             return RewardResult(fault=fault_of(reward, error))
 
     def _backends(self) -> str:
-        """What computes the scores of rewards that have no columns of their own for it."""
+        """Return the backends of the rewards that have no separate columns for them."""
         return " ".join(
             f"{reward.label}.{stage}={backend}"
             for reward in self.rewards
@@ -128,7 +129,10 @@ class Scorer:
 
 
 def _observe(reward: ScoredReward, parts: Sequence[tuple[Tensor, Chunk]]) -> Sequence[Any]:
-    """What a reward sees in each part; where it fails at all of them together, each by itself: one file is at fault."""
+    """Return the observations of a reward for all parts. If the batch fails, each part is tried alone.
+
+    This way, an invalid file does not affect the other files of its batch.
+    """
     if not parts:
         return []
     try:
@@ -138,12 +142,12 @@ def _observe(reward: ScoredReward, parts: Sequence[tuple[Tensor, Chunk]]) -> Seq
             chunk = parts[0][1]
             return [Fault(fault_of(reward, error, f"{chunk.frames.shape[-1]}x{chunk.frames.shape[-2]}"))]
         fault_of(reward, error)
-    # Out of the block above, in which the error keeps what it had allocated.
+    # Outside of the `except` block, in which the exception keeps its allocated memory alive.
     return [seen for part in parts for seen in _observe(reward, [part])]
 
 
 def _columns(video: VideoUnderWay, results: Sequence[RewardResult]) -> dict[str, Any]:
-    """Fields of `VideoScore`: what the rewards say of a video, and what it is."""
+    """Return fields of `VideoScore`: the results of the rewards, and the number and size of the frames."""
     return {
         **{name: value for result in results for name, value in result.columns.items()},
         "scores": {name: value for result in results for name, value in result.scores.items()},
@@ -158,7 +162,7 @@ def _listed(texts: Mapping[str, str]) -> str:
 
 
 def _groups(events: Iterable[Event], batch: int) -> Iterator[list[Event]]:
-    """The events in their order, as many together as make a batch of frames of one size."""
+    """Yield the events in order, in groups that make a batch of frames of the same size."""
     group: list[Event] = []
     shape, frames = None, 0
     for event in events:

@@ -1,4 +1,4 @@
-"""What a score depends on, beside the frames."""
+"""Define the settings that a score depends on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from frostline.score.result import FACE_SCORE, FIELDS
 
 
 class ScoreSettings(FaceOptions):
-    """How videos are scored; the names and defaults are the face-identity reward's where both have them."""
+    """Settings of scoring. The face options have the names and defaults of the reward `face_identity`."""
 
     every: int = Field(default=1, ge=1, description="score every Nth frame")
     max_frames: int | None = Field(default=None, ge=1, description="score at most this many frames of a video")
 
     rewards: tuple[SerializeAsAny[RewardEntry], ...] = Field(
-        default_factory=default_rewards, min_length=1, description="what videos are scored by, each by its type"
+        default_factory=default_rewards,
+        min_length=1,
+        description="the rewards to score videos with, each with its type",
     )
 
     @model_validator(mode="after")
@@ -35,49 +37,53 @@ class ScoreSettings(FaceOptions):
             if value == type(self).model_fields[name].default:
                 continue
             if not faces:
-                raise ValueError(f"{name}: is a setting of the reward {DEFAULT}, which is not among the rewards")
+                raise ValueError(f"{name}: is a setting of the reward {DEFAULT}, which is not one of the rewards")
             for entry in faces:
                 if name in entry.model_fields_set and getattr(entry, name) != value:
-                    raise ValueError(f"{name}: is {value} here and {getattr(entry, name)} in rewards: say it once")
+                    raise ValueError(
+                        f"{name}: is {value} here, but {getattr(entry, name)} in rewards: set only one of them"
+                    )
         for entry in faces:
             FaceOptions.model_construct(**self._options_of(entry)).check_together()
         if any(entry.frames != ALL for entry in faces):
-            raise ValueError(f"rewards: {DEFAULT} scores all frames of a file: choose them by every and max_frames")
+            raise ValueError(
+                f"rewards: {DEFAULT} scores all frames of a file: use every and max_frames instead of frames"
+            )
         return self
 
     def with_rewards(self, rewards: Sequence[RewardEntry]) -> ScoreSettings:
-        """These settings with other rewards, if there are any.
+        """Return these settings with other rewards; unchanged if `rewards` is empty.
 
         Raises:
-            ConfigError: they do not go together.
+            ConfigError: the rewards and the settings contradict each other.
         """
         own = {name: value for name, value in self if name != "rewards"}
         return ScoreSettings.parse({**own, "rewards": tuple(rewards)}) if rewards else self
 
     @property
     def entries(self) -> tuple[RewardEntry, ...]:
-        """The rewards; `face_identity` with the options above, where its entry says nothing else."""
+        """Return the rewards. Face options that `face_identity` does not set itself are taken from these settings."""
         return tuple(
             entry.model_copy(update=self._options_of(entry)) if isinstance(entry, FaceIdentityConfig) else entry
             for entry in self.rewards
         )
 
     def _options_of(self, entry: FaceIdentityConfig) -> dict[str, Any]:
-        """Return the face options of a `face_identity` entry: those that it sets, and these settings for the others."""
+        """Return the face options of a `face_identity` entry; options that it does not set are taken from `self`."""
         return {
             name: getattr(entry if name in entry.model_fields_set else self, name) for name in FaceOptions.model_fields
         }
 
     @property
     def faces(self) -> FaceIdentityConfig | None:
-        """The settings of `face_identity`, if it is among the rewards."""
+        """Return the settings of `face_identity`; None if it is not one of the rewards."""
         return next((entry for entry in self.entries if isinstance(entry, FaceIdentityConfig)), None)
 
     def configs(self) -> tuple[RewardConfig, ...]:
-        """The settings of each reward. Classes of the user's are imported for it.
+        """Return the settings of each reward. Imports custom reward classes.
 
         Raises:
-            ConfigError: a class cannot be found, or refuses its settings.
+            ConfigError: a class cannot be imported, or its settings are invalid.
         """
         configs = tuple(entry for entry in self.entries if isinstance(entry, RewardConfig))
         if len(configs) == len(self.rewards):
@@ -87,10 +93,10 @@ class ScoreSettings(FaceOptions):
         return resolve(self.entries)
 
     def needs(self) -> frozenset[Need]:
-        """What rewards need beside a video.
+        """Return the inputs that the rewards need in addition to a video.
 
         Raises:
-            ConfigError: as `configs`, or a reward needs what a file does not have.
+            ConfigError: see `configs`; also if a reward needs latents, which video files do not have.
         """
         configs = self.configs()
         for config in configs:
@@ -99,21 +105,21 @@ class ScoreSettings(FaceOptions):
         return frozenset[Need]().union(*(config.needs for config in configs))
 
     def labels(self) -> tuple[str, ...]:
-        """The column of each reward's score.
+        """Return the score column of each reward.
 
         Raises:
-            ConfigError: as `configs`, two are one, or one cannot be a column.
+            ConfigError: see `configs`; also if two rewards have the same label, or a label is not a valid column name.
         """
         labels = tuple(map(_label, self.configs()))
         for label in labels:
             if labels.count(label) > 1:
-                raise ConfigError(f"rewards: two go by the name {label!r}, and could not be told apart in results")
+                raise ConfigError(f"rewards: two rewards have the name {label!r}: rename one of them")
             if (label in FIELDS and label != FACE_SCORE) or not label.isprintable() or {*label} & {*' ,"='}:
-                raise ConfigError(f"rewards: {label!r} cannot be a column of results: call the reward otherwise")
+                raise ConfigError(f"rewards: {label!r} is not a valid column name for results: rename the reward")
         return labels
 
     def __str__(self) -> str:
-        """As results carry it, so that nobody mixes results of different settings."""
+        """Return the text that is stored in each result, to detect results of other settings."""
         frames = {"every": self.every, "max_frames": self.max_frames}
         own = {**self._options_of_faces(), **frames} if self.rewards_are_faces() else frames
         texts = [f"{name}={'all' if value is None else value}" for name, value in own.items()]
@@ -124,7 +130,7 @@ class ScoreSettings(FaceOptions):
         return " ".join(texts)
 
     def rewards_are_faces(self) -> bool:
-        """Whether videos are scored by `face_identity` alone."""
+        """Return whether `face_identity` is the only reward."""
         return len(self.rewards) == 1 and self.faces is not None
 
     def _options_of_faces(self) -> dict[str, Any]:
@@ -133,7 +139,7 @@ class ScoreSettings(FaceOptions):
 
 
 def _label(config: RewardConfig) -> str:
-    """Its label, and of a user's class that has none the name of the reward."""
+    """Return the label of a reward; for a custom class without a label, the class's `name`."""
     if isinstance(config, FaceIdentityConfig):
         return FACE_SCORE
     if config.label != config.type or ":" not in config.type:

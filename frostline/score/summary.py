@@ -1,4 +1,4 @@
-"""What the scores of many videos come to: statistics, and a decision where a threshold is published."""
+"""Summarise the scores of many videos, and compare face scores with a published threshold."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ _OF_FACES = (
     "histogram",
 )
 HISTOGRAM_EDGES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))
-"""Borders of the histogram's 20 bins; a score of 1 falls into the last."""
+"""The edges of the 20 bins of the histogram; a score of 1 is in the last bin."""
 
 
 @dataclass(frozen=True)
 class ScoreStatistics:
-    """Of one column of scores. videos: that have a value; without any, the others are None."""
+    """Statistics of one score column.
+
+    Attributes:
+        videos: the number of videos with a value; if it is 0, all other attributes are None.
+    """
 
     videos: int
     mean: float | None
@@ -30,7 +34,7 @@ class ScoreStatistics:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> ScoreStatistics:
-        """Those of these values."""
+        """Compute the statistics of these values."""
         mean = statistics.fmean(values) if values else None
         median = statistics.median(values) if values else None
         return cls(len(values), mean, median, min(values, default=None), max(values, default=None))
@@ -38,13 +42,22 @@ class ScoreStatistics:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of the videos that could be scored; None where there is none with a face.
+    """Statistics of a run. Values of faces are None if no video has a face score.
 
-    failed: videos that could not be scored. with_faces: those whose faces were compared with a reference's.
-    without_face: of these, videos in which no face was found.
-    mean, median, lowest, highest: of `face_score`. histogram: videos by face score, see `HISTOGRAM_EDGES`.
-    detection_rate: mean over the videos. seconds: of this run. stage_seconds: of each stage, by name and backend.
-    scores: of the other rewards and their metrics, by column.
+    Attributes:
+        videos: the number of videos.
+        failed: the number of videos that could not be scored.
+        with_faces: the number of videos whose faces were compared with a reference.
+        without_face: the number of those videos in which no face was found.
+        frames: the number of scored frames.
+        mean, median, lowest, highest: statistics of `face_score`.
+        mean_missing_zero: the mean of `face_score_missing_zero`.
+        detection_rate: the mean over the videos.
+        histogram: the number of videos per bin of `HISTOGRAM_EDGES`.
+        seconds: the duration of this run.
+        frames_per_second: the throughput of this run.
+        stage_seconds: seconds by stage and backend.
+        scores: statistics of the other rewards and their metrics, by column.
     """
 
     videos: int
@@ -65,9 +78,9 @@ class Summary:
     scores: Mapping[str, ScoreStatistics] = field(default_factory=dict)
 
     def mean_of(self, column: str = FACE_SCORE) -> float | None:
-        """Return the mean of a column over the videos that were scored, in which one without a face counts as 0.
+        """Return the mean of a column over the scored videos; None if no video has this score.
 
-        None if no video has this score.
+        In `face_score`, videos without a face count as 0.
         """
         if column != FACE_SCORE:
             statistics_ = self.scores.get(column)
@@ -77,12 +90,12 @@ class Summary:
         return (self.mean or 0.0) * (self.with_faces - self.without_face) / self.with_faces
 
     def reaches(self, bar: float, column: str = FACE_SCORE) -> bool:
-        """Whether the mean over the videos that were scored is at least `bar`; one without a face counts as 0."""
+        """Return whether `mean_of(column)` is at least `bar`."""
         mean = self.mean_of(column)
         return mean is not None and mean >= bar
 
     def json_values(self) -> dict[str, Any]:
-        """As plain values; without what was not scored."""
+        """Return the summary as JSON values, without the keys of rewards that were not used."""
         values = asdict(self)
         if not self.scores:
             del values["scores"]
@@ -98,11 +111,14 @@ def summarize(
     stage_seconds: Mapping[str, float] | None = None,
     labels: Sequence[str] = (),
 ) -> Summary:
-    """Summarise rows, of which only their numbers are kept.
+    """Compute the summary of rows. Only scores are kept in memory.
 
     Args:
-        labels: of the rewards but `face_identity`, which are listed without a score too.
-        seconds: that the run took; new_frames: that it scored in them, references included.
+        rows: the rows of all videos.
+        seconds: the duration of the run.
+        new_frames: the number of frames that were scored in this time, including those of references.
+        stage_seconds: seconds by stage and backend.
+        labels: the labels of the rewards except `face_identity`; they are listed even if no video has a score.
     """
     videos = failed = frames = without_face = 0
     scores, rates, as_zero = array("d"), array("d"), array("d")
@@ -146,14 +162,14 @@ def summarize(
 
 @dataclass(frozen=True)
 class Threshold:
-    """The cosine from which two faces count as one person, and who says so."""
+    """The minimum cosine similarity at which two faces count as the same person, and its source."""
 
     cosine: float
     embedder: str
     source: str
 
 
-# By the name of an embedder in results. Others have no threshold that their authors published for cosines.
+# By embedder name in results. The authors of the other embedders have not published a threshold for cosines.
 THRESHOLDS: Mapping[str, Threshold] = {
     "sface": Threshold(0.363, "SFace", "OpenCV Zoo, models/face_recognition_sface/sface.py"),
 }
@@ -161,7 +177,14 @@ THRESHOLDS: Mapping[str, Threshold] = {
 
 @dataclass(frozen=True)
 class Decision:
-    """How many of the videos that were scored show the person of their reference. without_face: that show nobody."""
+    """The comparison of face scores with a threshold.
+
+    Attributes:
+        same_person: the number of videos that show the person of their reference.
+        videos: the number of compared videos.
+        without_face: the number of compared videos in which no face was found.
+        threshold: the threshold of the embedder.
+    """
 
     same_person: int
     videos: int
@@ -170,7 +193,7 @@ class Decision:
 
     @property
     def sentence(self) -> str:
-        """The decision in words, with threshold and source."""
+        """Return the decision as a sentence with threshold and source."""
         videos = f"{self.videos} video" if self.videos == 1 else f"{self.videos} videos"
         nobody = f"; {self.without_face} without any face" if self.without_face else ""
         return (
@@ -180,7 +203,7 @@ class Decision:
         )
 
     def json_values(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return the decision as JSON values."""
         return asdict(self)
 
 
@@ -188,7 +211,7 @@ def decide(rows: Iterable[VideoScore]) -> Decision | None:
     """Compare the face score of each video with the threshold of the embedder.
 
     Returns:
-        None where no face was compared, or not by one embedder with a published threshold.
+        The decision; None if no face was compared, several embedders were used, or none has a published threshold.
     """
     compared, scores, embedders = 0, array("d"), set[str]()
     for row in rows:

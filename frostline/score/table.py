@@ -1,4 +1,4 @@
-"""Scores on the terminal."""
+"""Print scores on the terminal."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def print_outcome(outcome: ScoreOutcome, console: Console) -> None:
-    """The rows of the first videos, all that failed, and the summary."""
+    """Print the rows of the first 40 videos, all errors and notes, and the summary."""
     rows, scores = outcome.rows, tuple(outcome.summary.scores)
     faces = FACE_SCORE in outcome.labels
     shown = rows[:_SHOWN]
     table = FittedTable(
         Column("video", path=True),
         *(_FACE_COLUMNS if faces else ()),
-        # Metrics go before the scores of rewards.
+        # If the terminal is narrow, metrics are dropped first, and scores of rewards are never dropped.
         *(Column(name, right=True, drop=0 if name in outcome.labels else 5) for name in scores),
         Column("frames", right=True, drop=4),
     )
@@ -42,7 +42,7 @@ def print_outcome(outcome: ScoreOutcome, console: Console) -> None:
         console.print(table)
     if len(rows) > len(shown):
         console.print(f"and {len(rows) - len(shown)} more")
-    notes: dict[tuple[str, str], None] = {}  # those of a reference once, however many videos it has
+    notes: dict[tuple[str, str], None] = {}  # a note on a reference is printed once, not for each of its videos
     for row in rows:
         if row.status == "error":
             console.print(_remark("[bold red]failed[/]", row.video, row.error), soft_wrap=True, highlight=False)
@@ -59,7 +59,7 @@ def print_outcome(outcome: ScoreOutcome, console: Console) -> None:
 
 
 def summary_lines(summary: Summary) -> list[str]:
-    """The summary in a few lines of text."""
+    """Return the summary as lines of text."""
     lines = []
     if summary.mean is not None and summary.median is not None:
         lines.append(f"face score: mean {summary.mean:.3f}, median {summary.median:.3f}  {_sparkline(summary)}")
@@ -99,7 +99,7 @@ def _number(value: float | None) -> str:
 
 
 def _sparkline(summary: Summary) -> str:
-    """The histogram as one line, from the lowest score to the highest."""
+    """Return the histogram as one line of block characters, from the lowest to the highest score."""
     filled = [index for index, count in enumerate(summary.histogram) if count]
     bins = range(filled[0], filled[-1] + 1)
     most = max(summary.histogram)

@@ -1,4 +1,4 @@
-"""Videos and references while their frames come in, each on its way through all rewards at once."""
+"""Keep the state of videos and references while their frames are decoded and scored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from frostline.score.rewards.base import ReferenceTrack, ScoredReward, Track, Vi
 
 @dataclass
 class ReferenceUnderWay:
-    """A reference under way. error: why it cannot be used at all."""
+    """The state of a reference.
+
+    Attributes:
+        pair: the first pair with this reference.
+        tracks: the state of each reward, by label.
+        error: the reason if the reference could not be decoded.
+        note: remarks of the decoder and the rewards.
+    """
 
     pair: Pair
     tracks: dict[str, ReferenceTrack]
@@ -24,12 +31,12 @@ class ReferenceUnderWay:
     note: str = ""
 
     def fault(self, reward: ScoredReward) -> str:
-        """Why a reward cannot use it."""
+        """Return the reason if a reward cannot use the reference; otherwise an empty string."""
         fault = self.error or self.tracks[reward.label].fault
         return f"the reference cannot be used: {fault}" if fault else ""
 
     def end(self, end: End, rewards: Sequence[ScoredReward]) -> None:
-        """All of it was decoded."""
+        """Finish the reference after its last frame."""
         self.error = end.error
         for reward in rewards:
             track = self.tracks.get(reward.label)
@@ -45,7 +52,15 @@ class ReferenceUnderWay:
 
 @dataclass
 class VideoUnderWay:
-    """A video under way. size: width and height. seconds: of computing."""
+    """The state of a video.
+
+    Attributes:
+        pair: the pair of the video.
+        tracks: the state of each reward, by label.
+        frames: the number of frames so far.
+        size: width and height in pixels.
+        seconds: the duration of computation so far.
+    """
 
     pair: Pair
     tracks: dict[str, VideoTrack] = field(default_factory=dict)
@@ -55,18 +70,18 @@ class VideoUnderWay:
 
 
 class References:
-    """The references that were finished last, at most `most` of them, for videos that come later."""
+    """Cache the last `most` finished references for later videos."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._kept: dict[tuple[str, str], ReferenceUnderWay] = {}
 
     def get(self, name: tuple[str, str]) -> ReferenceUnderWay | None:
-        """Return the reference that goes by a name, if it is kept."""
+        """Return the reference with this name; None if it is not in the cache."""
         return self._kept.get(name)
 
     def put(self, name: tuple[str, str], reference: ReferenceUnderWay) -> None:
-        """Keep a reference, in place of the one that was kept first."""
+        """Add a reference; if the cache is full, the oldest one is removed."""
         self._kept.pop(name, None)
         self._kept[name] = reference
         while len(self._kept) > self._most:
@@ -74,7 +89,13 @@ class References:
 
 
 class UnderWay:
-    """Videos and references under way. Keys count upwards in the order in which things are decoded."""
+    """Keep the state of all unfinished videos and references. Keys are assigned in decoding order, from 0.
+
+    Args:
+        pairs: the pairs to score.
+        rewards: the rewards to score them with.
+        kept: the cache of references; None to keep none.
+    """
 
     def __init__(
         self,
@@ -89,11 +110,14 @@ class UnderWay:
         self._by_prompt = any(reward.references_depend_on_prompts for reward in rewards)
         self._jobs: dict[int, VideoUnderWay | ReferenceUnderWay] = {}
         self._references: dict[tuple[str, str], ReferenceUnderWay] = {}
-        # Whoever needs a reference last lets it go.
+        # The number of videos that still need each reference; at 0, it is moved to the cache.
         self._awaited = Counter(self._name(pair) for pair in pairs if not pair.fault)
 
     def sources(self) -> Iterator[Source]:
-        """All that is to be decoded: each reference before the first video that needs it. Runs in another thread."""
+        """Yield all videos and references to decode, each reference before the first video that needs it.
+
+        Runs in the decoding thread.
+        """
         keys = itertools.count()
         for pair in self._pairs:
             if self._with_reference and not pair.fault and (kept := self._kept.get(self._name(pair))) is not None:
@@ -107,7 +131,7 @@ class UnderWay:
             yield Source(key, pair.video, pair.fault)
 
     def track(self, reward: ScoredReward, chunk: Chunk) -> Track | None:
-        """That of a reward on what a chunk is of; None where it does not look at it."""
+        """Return the state of a reward for the video or reference of a chunk; None if the reward does not use it."""
         job = self._jobs[chunk.key]
         if isinstance(job, VideoUnderWay) and reward.label not in job.tracks:
             reference = self._references[self._name(job.pair)].tracks if reward.needs_reference else {}
@@ -115,7 +139,7 @@ class UnderWay:
         return job.tracks.get(reward.label)
 
     def add(self, chunk: Chunk, seen: Iterable[tuple[ScoredReward, Any]]) -> None:
-        """Keep what the rewards saw in the frames of a chunk."""
+        """Add the observations of the rewards for a chunk."""
         job = self._jobs[chunk.key]
         path = job.pair.video if isinstance(job, VideoUnderWay) else job.pair.reference
         for reward, part in seen:
@@ -128,7 +152,7 @@ class UnderWay:
                 track.add(chunk, part)
 
     def spend(self, chunk: Chunk, seconds: float) -> None:
-        """Count the frames of a chunk, and what they took."""
+        """Add the number of frames of a chunk, and the seconds of its computation."""
         job = self._jobs[chunk.key]
         if isinstance(job, VideoUnderWay):
             job.frames += len(chunk.numbers)
@@ -136,7 +160,11 @@ class UnderWay:
             job.seconds += seconds
 
     def end(self, end: End) -> tuple[VideoUnderWay, End, ReferenceUnderWay | None] | None:
-        """A video that can be given its result, with its reference; None where a reference ends."""
+        """Finish a video or a reference.
+
+        Returns:
+            The video, its end and its reference (None if it has none); None if `end` is the end of a reference.
+        """
         job = self._jobs.pop(end.key)
         if isinstance(job, ReferenceUnderWay):
             job.end(end, self._with_reference)
@@ -151,9 +179,9 @@ class UnderWay:
         return job, end, reference
 
     def _is_of_no_use(self, video: VideoUnderWay, reward: ScoredReward) -> bool:
-        """Whether the reference, which ended before, has a fault."""
+        """Return whether the video cannot be scored because its reference has a fault."""
         return reward.needs_reference and bool(self._references[self._name(video.pair)].fault(reward))
 
     def _name(self, pair: Pair) -> tuple[str, str]:
-        """By what references are told apart."""
+        """Return the key of a reference; includes the prompt if references depend on it."""
         return pair.reference, pair.prompt if self._by_prompt else ""

@@ -1,4 +1,4 @@
-"""`frostline train`: from settings to a run."""
+"""Run `frostline train` and `frostline precompute` from their settings."""
 
 from __future__ import annotations
 
@@ -56,10 +56,14 @@ def run_training(
     """Check the data, load the model, train, and write the report.
 
     Args:
-        resume: as `find_resume` takes it; None starts afresh.
-        supervisor: who else may ask the run to stop or to save.
+        settings: the settings of the run.
+        resume: the checkpoint to resume from, see `find_resume`; None starts a new run.
+        progress: shows the progress.
+        supervisor: can request the run to stop or to save a checkpoint.
+    Returns:
+        The outcome of the run.
     Raises:
-        FrostlineError: says what is wrong and what to do; nothing that was saved is lost.
+        FrostlineError: a setting, the data or the model is invalid; saved files are kept.
     """
     wants_cpu = resolve_device(settings.device).type == "cpu"
     accelerator = make_accelerator(settings.train, settings.output_dir, wants_cpu)
@@ -111,7 +115,7 @@ def _run_training(
             def on_starts(done: int) -> None:
                 nonlocal seen
                 seen += done
-                bar.describe(f"look at held-out start {min(seen, starts)} of {starts}")
+                bar.describe(f"validate held-out start {min(seen, starts)} of {starts}")
 
             return validate(module, validation, step, settings.output_dir, on_starts)
 
@@ -136,12 +140,16 @@ def _run_training(
 
 
 def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | None = None) -> Precomputed:
-    """Compute what is frozen of the samples of a run into its cache, whatever `settings.precompute` says.
+    """Compute the frozen outputs of all samples and store them in the cache, whatever `settings.precompute` is.
 
     Args:
-        batch_size: samples that are computed together; the run's own batches if None.
+        settings: the settings of the run.
+        progress: shows the progress.
+        batch_size: samples per batch; None for the batches of the run.
+    Returns:
+        The result of the computation.
     Raises:
-        FrostlineError: says what is wrong and what to do; what was computed before is kept.
+        FrostlineError: a setting, the data or the model is invalid; outputs that were already stored are kept.
     """
     settings = settings.model_copy(update={"precompute": "always"})
     without_trackers = settings.train.model_copy(update={"report_to": ()})
@@ -168,12 +176,12 @@ def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | 
 def _open_fitted(
     settings: RunSettings, accelerator: Accelerator, progress: Progress
 ) -> tuple[RunSettings, Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
-    """The settings as `memory.fit` makes them, and the data as they cut it."""
+    """Return the settings after `memory.fit`, and the data with these settings."""
     dataset, validation, sizes = _open_data(settings, accelerator, progress)
     if settings.memory.fit == "never" and settings.offload.blocks != AUTO:
         return settings, dataset, validation, sizes
     device = _device_of(accelerator)
-    # The same in every process, whose devices may differ.
+    # The smallest device counts, so that all processes use the same settings.
     device_gb = settings.memory.device_gb or min(gather_from_processes(total_bytes(device))) / 1e9
     sharding = "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "ddp"
     machine = {"num_processes": accelerator.num_processes, "sharding": sharding, "device_gb": device_gb}
@@ -190,7 +198,7 @@ def _open_fitted(
 def _open_data(
     settings: RunSettings, accelerator: Accelerator, progress: Progress
 ) -> tuple[Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
-    """The samples to train on, the held-out starts, and heights and widths of the samples' videos."""
+    """Return the training samples, the held-out starts, and the (height, width) of the samples' videos."""
     spec = family_of(settings.model).read_spec(settings.model)
     rewards, judges = resolve(settings.rewards), resolve(settings.validation.judges, JUDGES)
     needs = SampleNeeds.of(spec.name, spec.needs_image, rewards, settings.sft_weight > 0)
@@ -200,7 +208,7 @@ def _open_data(
 
 
 def _device_of(accelerator: Accelerator) -> torch.device:
-    """The device as the loader knows it: "cpu", not the "cpu:1" of a second process."""
+    """Return the device of the process; always "cpu" for a CPU, without an index."""
     return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
 
 
@@ -211,7 +219,7 @@ def _place_of(checkpoint: Checkpoint | None, processes: int) -> Place:
 
 
 def _check(settings: RunSettings, resume: str | None) -> Checkpoint | None:
-    """What the run goes on from, after a look at all that can be told before anything is loaded."""
+    """Check settings, output directory and model files, and return the checkpoint to resume from."""
     for problem in problems(settings, runs=True):
         raise problem
     checkpoint = check_output(settings, resume)
@@ -220,14 +228,14 @@ def _check(settings: RunSettings, resume: str | None) -> Checkpoint | None:
 
 
 def _settle_checkpointing(module: TrainingModule, shape: VideoShape) -> None:
-    """The same in every process: they gather shards at the same moments."""
+    """Choose the same gradient checkpointing in all processes, because they must gather shards at the same time."""
     module.settle_checkpointing(shape)
     if module.gradient_checkpointing is not None:
         module.checkpoint(max(gather_from_processes(module.gradient_checkpointing), key=CHECKPOINTING.index))
 
 
 def build_module(settings: RunSettings, device: torch.device) -> TrainingModule:
-    """The training module that the settings describe; its LoRA follows from the seed."""
+    """Build the training module of these settings. The LoRA weights are initialised with the seed."""
     torch.manual_seed(settings.train.seed)
     step = settings.model_dump(include=set(TrainingModuleSettings.model_fields))
     step["cache_dir"] = settings.frozen_cache_dir
@@ -249,7 +257,7 @@ def build_module(settings: RunSettings, device: torch.device) -> TrainingModule:
 
 
 def load_judges(settings: RunSettings, module: TrainingModule) -> tuple[Judge, ...]:
-    """The judges of a run, on the device of its module."""
+    """Load the judges of a run on the device of its module."""
     plan = settings.plan
     return build_judges(
         settings.validation.judges,
@@ -262,7 +270,7 @@ def load_judges(settings: RunSettings, module: TrainingModule) -> tuple[Judge, .
 
 
 def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) -> Dataset[Sample]:
-    """The dataset without the rows that cannot be read, where these may be skipped.
+    """Return the dataset without invalid rows, if they may be skipped.
 
     Raises:
         DataError: they may not, or no other row is left.
@@ -271,9 +279,9 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
         return dataset
     listed = "\n".join(f"  {row}" for row in found[:_LISTED_ROWS])
     more = f"\n  … and {len(found) - _LISTED_ROWS} more" if len(found) > _LISTED_ROWS else ""
-    message = f"{len(found)} of {len(dataset)} rows cannot be trained on:\n{listed}{more}"
+    message = f"{len(found)} of {len(dataset)} rows are invalid:\n{listed}{more}"
     if bad_rows == "error":
-        raise DataError(f"{message}\nmend them, or set data.bad_rows to skip")
+        raise DataError(f"{message}\nfix these rows, or set data.bad_rows to skip")
     bad = {row.sample_id for row in found}
     good = [index for index, name in enumerate(dataset.sample_ids) if name not in bad]
     if not good:
@@ -285,7 +293,7 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
 def open_validation(
     settings: RunSettings, geometry: Geometry = DEFAULT_GEOMETRY, needs: SampleNeeds = DEFAULT_NEEDS
 ) -> Validation | None:
-    """The held-out starts, if the settings name some."""
+    """Return the held-out starts; None if the settings have no validation data."""
     validation = settings.validation
     if validation.source is None:
         return None
@@ -303,7 +311,7 @@ def _training_data(
     dataset = settings.data.open(geometry, needs)
 
     def look() -> DataCheck:
-        with progress.task("look at the data"):
+        with progress.task("check the data"):
             return dataset.check()
 
     check = _from_first_process(accelerator, look)
@@ -313,7 +321,7 @@ def _training_data(
 
 
 def _from_first_process(accelerator: Accelerator, compute: Callable[[], _T]) -> _T:
-    """What `compute` returns on the first process, on all of them."""
+    """Call `compute` on the first process, and return its result on all processes."""
     return gather_from_processes(compute() if accelerator.is_main_process else None)[0]
 
 
@@ -321,7 +329,7 @@ def _log_start(settings: RunSettings, accelerator: Accelerator, samples: int, ch
     trainer, processes = settings.train, accelerator.num_processes
     per_step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * processes
     log.info(
-        "%d samples, %d a step (%d processes of %d, %d times): %d steps see each sample %.3g times",
+        "%d samples, %d per step (%d processes, batch size %d, accumulation %d): %d steps use each sample %.3g times",
         samples,
         per_step,
         processes,
@@ -333,11 +341,11 @@ def _log_start(settings: RunSettings, accelerator: Accelerator, samples: int, ch
     if checkpoint is not None:
         changes = changed_settings(checkpoint, settings)
         listed = "".join(f"\n  {name}: {now} (was {before})" for name, (before, now) in changes.items())
-        log.info("going on from %s%s", checkpoint.path, f" with other settings:{listed}" if listed else "")
+        log.info("resuming from %s%s", checkpoint.path, f" with other settings:{listed}" if listed else "")
 
 
 def _log_plan(runtime: Runtime, logged: int) -> int:
-    """Say in one line what `auto` chose, if it has timed something since `logged` shapes; return how many it has."""
+    """Log the choices of `auto` if it has timed more than `logged` shapes; return the number of timed shapes."""
     timed = runtime.trials.timed
     if timed > logged:
         stages: dict[str, list[str]] = {}
@@ -349,12 +357,12 @@ def _log_plan(runtime: Runtime, logged: int) -> int:
 
 
 def _describe(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is beside the progress bar, the most important first."""
+    """Return the texts next to the progress bar, the most important first."""
     score = "-" if math.isnan(line["score"]) else f"{line['score']:.3f}"
     return f"score {score}", f"KL {line['kl_loss']:.4f}", f"{line['seconds']:.1f} s/step"
 
 
 def _stage_seconds(line: Mapping[str, Any]) -> str:
-    """The stages of a step, the slowest first."""
+    """Return the seconds of each stage of a step, the slowest first."""
     stages = sorted(line["stages"].items(), key=lambda stage: -stage[1]["ms"])
     return ", ".join(f"{name} {stage['ms'] / 1000:.2f} s" for name, stage in stages)

@@ -1,4 +1,4 @@
-"""What `run.json` holds for the report that is in no other file of a run: its stages, versions, machine, settings."""
+"""Collect the facts for `run.json` that are in no other file of a run: stages, versions, machine and settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from frostline.train.step.module import TrainingModule
 def run_facts(
     module: TrainingModule, settings: RunSettings, judges: Sequence[Judge] = ()
 ) -> Callable[[], dict[str, Any]]:
-    """Return a function that gives the facts of a run, with the backends chosen until it is called."""
+    """Return a function that returns the facts of a run, including the backends chosen so far.
+
+    Args:
+        module: the training module.
+        settings: the settings of the run.
+        judges: the judges of the run.
+    """
     runtime = module.runtime
     scored = {active.name: active for active in module.rewards} | {judge.name: judge.active for judge in judges}
     fixed = {
@@ -36,7 +42,7 @@ def run_facts(
 
 
 def changed_from_defaults(settings: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Yield the names, such as `lora.rank` and `rewards.0.type`, of settings that have no default, or another value."""
+    """Yield the names of settings that differ from their default or have none, such as `lora.rank`."""
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if not field.is_required() and value == field.get_default(call_default_factory=True):
@@ -51,7 +57,7 @@ def changed_from_defaults(settings: BaseModel, prefix: str = "") -> Iterator[str
 
 
 def _parity(runtime: Runtime, name: str) -> dict[str, float]:
-    """The largest difference from PyTorch that was measured of each engine that may serve a stage."""
+    """Return the largest absolute difference from PyTorch of each candidate engine of a stage, by backend."""
     choice = runtime.plan[name]
     found = {}
     for backend in {choice.backend, *choice.candidates} - {TORCH}:
@@ -63,7 +69,7 @@ def _parity(runtime: Runtime, name: str) -> dict[str, float]:
 
 
 def _plan(runtime: Runtime, parity: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Of each stage the backend at the shape that came last, and why each backend was chosen at any shape."""
+    """Return the backend of each stage at the last shape, and the reasons for all backends chosen at any shape."""
     plan = {}
     for name, choice in runtime.plan.items():
         reasons = {each.backend: each.reason for each in (*runtime.trials.choices(name), choice)}

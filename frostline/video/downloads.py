@@ -19,14 +19,19 @@ from frostline.paths import is_url
 _PIECE = 2**20
 _SILENCE = 60.0
 _HTTP = ("http", "https")
-# What pyarrow has a file system for.
+# URL schemes that pyarrow supports.
 _ARROW = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 _LOCAL = ("file", "local")
 
 
 @dataclass(frozen=True)
 class DownloadLimits:
-    """How large a video at a URL may be, in MB (10^6 bytes), and how many seconds its download may take."""
+    """Limits for the download of a video.
+
+    Attributes:
+        megabytes: the maximum size in MB (10^6 bytes).
+        seconds: the maximum duration.
+    """
 
     megabytes: float = 4000.0
     seconds: float = 600.0
@@ -40,7 +45,7 @@ def local_copy(name: str, limits: DownloadLimits) -> Iterator[str]:
     """Provide the content of `name` as a local file in the block; a name that is not a URL is used as a path.
 
     Raises:
-        DataError: it cannot be downloaded, or is beyond a limit; names the URL.
+        DataError: the video cannot be downloaded, or exceeds a limit.
     """
     if not is_url(name):
         yield name
@@ -55,7 +60,7 @@ def _download(url: str, copy: Any, limits: DownloadLimits) -> None:
     deadline, size = time.monotonic() + limits.seconds, 0
     try:
         with _opened(url, limits) as source:
-            # What is there already: a server may send little at a time.
+            # `read1` returns the available bytes, so that a slow server cannot exceed the time limit within one call.
             read = getattr(source, "read1", source.read)
             while piece := read(_PIECE):
                 size += len(piece)
@@ -66,7 +71,7 @@ def _download(url: str, copy: Any, limits: DownloadLimits) -> None:
                 copy.write(piece)
             stated = getattr(source, "headers", {}).get("Content-Length")
             if stated is not None and size < int(stated):
-                raise DataError(f"{url}: cannot be downloaded: it broke off after {size} of {stated} bytes")
+                raise DataError(f"{url}: cannot be downloaded: the connection ended after {size} of {stated} bytes")
     except DataError:
         raise
     except urllib.error.HTTPError as error:
@@ -84,7 +89,7 @@ def _download(url: str, copy: Any, limits: DownloadLimits) -> None:
 
 
 def _opened(url: str, limits: DownloadLimits) -> Any:
-    """What is at a URL, to be read."""
+    """Open a URL for reading."""
     scheme = url.partition("://")[0].lower()
     if scheme in _HTTP:
         return urllib.request.urlopen(url, timeout=min(limits.seconds, _SILENCE))
@@ -101,4 +106,4 @@ def _opened(url: str, limits: DownloadLimits) -> Any:
         return fsspec.open(url, "rb")
     except ImportError as error:
         hint = "uv pip install 'frostline[ray]'" if scheme in _ARROW else str(error)
-        raise DataError(f"{url}: nothing that is installed reads {scheme}://: {hint}") from error
+        raise DataError(f"{url}: no installed package supports {scheme}://: {hint}") from error

@@ -70,7 +70,7 @@ def test_workers_die_and_all_other_rows_are_those_of_one_process(cluster: Path, 
     assert [row["index"] for row in found] == list(range(CLIPS))
     failed = [row for row in found if row["status"] == "error"]
     assert [row["index"] for row in failed] == [DEADLY, UNREADABLE]
-    assert "a worker died 2 times" in str(failed[0]["error"]) and "05.mp4" in said
+    assert "workers died 2 times" in str(failed[0]["error"]) and "05.mp4" in said
     assert [row for row in found if row["index"] != DEADLY] == [row for row in expected if row["index"] != DEADLY]
     assert (cluster / "killed").exists()
     scored = (cluster / "scored").read_text().splitlines()

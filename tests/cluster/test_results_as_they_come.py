@@ -58,8 +58,8 @@ def test_pairs_are_the_same_in_every_format(tmp_path: Path) -> None:
         ("pairs.jsonl", '{"video": "a.mp4"}\n{"clip": "b.mp4"}', "line 2: has no column 'video'"),
         ("pairs.jsonl", "[", "line 1: "),
         ("pairs.parquet", "no table", "cannot be read"),
-        ("pairs.txt", "a.mp4", "read from .csv, .jsonl, .parquet"),
-        ("pairs.csv", "video\n", "holds no rows"),
+        ("pairs.txt", "a.mp4", "use one of .csv, .jsonl, .parquet"),
+        ("pairs.csv", "video\n", "contains no rows"),
     ],
 )
 def test_what_is_no_file_of_pairs(name: str, text: str, said: str, tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_files_of_results_come_back_as_they_were(name: str, tmp_path: Path, stor
 
 def test_a_file_that_is_none_of_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "scores.parquet").write_text("x")
-    with pytest.raises(DataError, match=r"scores\.parquet: is no Parquet file of results"):
+    with pytest.raises(DataError, match=r"scores\.parquet: is not a valid Parquet file of results"):
         list(StoredRows(str(tmp_path / "scores.parquet"), ["clip"]))
-    with pytest.raises(ConfigError, match=r"written as \.jsonl, \.csv or \.parquet"):
+    with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.csv or \.parquet"):
         StoredRows("scores.xlsx", ["clip"])
 
 
@@ -216,5 +216,5 @@ def test_a_cluster_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert session.sized(ClusterOptions("auto", gpus=0.5)) == (4, 0.5)
     assert session.sized(ClusterOptions("auto", workers=1, gpus=0.0)) == (1, 0.0)
     assert session.sized(ClusterOptions("auto", cpus=2.0, gpus=0.0)) == (4, 0.0)
-    with pytest.raises(ConfigError, match="the cluster has 8 CPUs and 2 GPUs, and a worker needs 16 and 1"):
+    with pytest.raises(ConfigError, match="the cluster has 8 CPUs and 2 GPUs, but a worker needs 16 and 1"):
         session.sized(ClusterOptions("auto", cpus=16.0))

@@ -171,7 +171,7 @@ def test_sort_keys_are_finite_numbers() -> None:
 def test_a_link_leads_to_no_place_but_files_below_the_page(path: str) -> None:
     page = Page("links")
     page.facts({"file": Link("text", path)})
-    with pytest.raises(ValueError, match="below the page's folder"):
+    with pytest.raises(ValueError, match="in the page's folder"):
         page.html()
 
 

@@ -123,10 +123,10 @@ def test_results_of_something_else_are_not_gone_on_from(people: Path, score_file
         score_files([people / "half.mp4"], people / "face.png", out=out, resume=True, every=2)
     with pytest.raises(ConfigError, match="other videos"):
         score_files([people / "hopper.mp4"], people / "face.png", out=out, resume=True)
-    with pytest.raises(ConfigError, match=r"scores\.jsonl is there already.*--resume.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"scores\.jsonl already exists.*--resume.*--overwrite"):
         score_files([people / "half.mp4"], people / "face.png", out=out, overwrite=False)
     out.write_text('{"index": 0}\n')
-    with pytest.raises(DataError, match=r"scores\.jsonl, line 1: is not a row of results"):
+    with pytest.raises(DataError, match=r"scores\.jsonl, line 1: is not a valid row of results"):
         score_files([people / "half.mp4"], people / "face.png", out=out, resume=True)
     with pytest.raises(ConfigError, match=r"\.jsonl or \.csv"):
         score_files([people / "half.mp4"], people / "face.png", out=tmp_path / "scores.txt")

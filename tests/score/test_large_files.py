@@ -54,10 +54,10 @@ def test_only_the_file_at_fault_is(
     rows = score_files([people / f"{name}.mp4" for name in ("astronaut", "half", "hopper")], people / "face.png")
     if fault == "half":
         assert [row.status for row in rows] == ["ok", "error", "ok"]
-        assert rows[1].error == f"{people}/half.mp4: frames of 160x160 need more memory than there is"
+        assert rows[1].error == f"{people}/half.mp4: out of memory with frames of 160x160"
     else:
         assert {row.status for row in rows} == {"error"}
-        said = f"the reference cannot be used: {people}/face.png: frames of 240x240 need more memory than there is"
+        said = f"the reference cannot be used: {people}/face.png: out of memory with frames of 240x240"
         assert {row.error for row in rows} == {said}
 
 

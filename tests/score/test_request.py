@@ -44,7 +44,7 @@ def test_pairs_of_a_file(tmp_path: Path) -> None:
         "hello",
     )
     assert pairs[1].reference == "default.png"
-    faults = ["", "", "names no video", "../c.mp4 is outside", "/etc/passwd is outside", "", "more fields"]
+    faults = ["", "", "column 'video' is empty", "../c.mp4 is outside", "/etc/passwd is outside", "", "more fields"]
     assert all(said in pair.fault and bool(said) == bool(pair.fault) for said, pair in zip(faults, pairs, strict=True))
     assert not any("outside" in pair.fault for pair in pairs_of_file(file, allow_outside=True))
 
@@ -82,7 +82,7 @@ def test_files_that_are_no_pairs_are_refused(text: str, tmp_path: Path) -> None:
         (("a.mp4", "--reference", "f.png", "--face", "first"), "face: Input should be 'largest' or 'best'"),
         (("a.mp4", "--reference", "f.png", "--out", "scores.txt"), ".jsonl or .csv"),
         (("a.mp4", "--reference", "f.png", "--resume"), "--resume continues from the results in --out"),
-        (("a.mp4", "--reference", "f.png", "--out", "s.csv", "--resume", "--overwrite"), "give one of them"),
+        (("a.mp4", "--reference", "f.png", "--out", "s.csv", "--resume", "--overwrite"), "use only one of them"),
         (("a.mp4", "--reference", "f.png", "--batch", "0"), "--batch"),
         (("a.mp4", "b.mp4", "--reference", "absent.png"), "the reference absent.png: no such file"),
     ],

@@ -174,7 +174,7 @@ def test_one_reward_without_a_score_leaves_the_others(people: Path, tmp_path: Pa
     picture, same, half, absent = outcome.rows
     assert [row.status for row in outcome.rows] == ["ok", "ok", "ok", "error"]
     assert {*picture.scores} == {"sharpness", "sharpness_ratio"}
-    assert picture.note == "change: needs 2 frames that follow each other, and there is 1; length: its score is nan"
+    assert picture.note == "change: needs 2 consecutive frames, but there is 1; length: the score is nan"
     assert {*same.scores} == {"change_ratio", "change_rows", "length", "sharpness", "sharpness_ratio"}
     assert same.note == "change: nothing moves" and same.scores["length"] == 3
     assert half.note == "length: ValueError: 6 frames" and "length" not in half.scores
@@ -185,7 +185,7 @@ def test_one_reward_without_a_score_leaves_the_others(people: Path, tmp_path: Pa
 def test_a_video_that_no_reward_can_score_is_an_error(people: Path) -> None:
     pair = Pair(0, str(people / "face.png"), "")
     (row,) = score([pair], {"type": "own_rewards:Length"}).rows
-    assert (row.status, row.error) == ("error", "its score is nan")
+    assert (row.status, row.error) == ("error", "the score is nan")
 
 
 def test_a_bad_reference_fails_the_rewards_that_need_it(people: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_whole_clip_is_kept_within_a_bound(people: Path, monkeypatch: pytest.M
     monkeypatch.setattr(clips, "CLIP_BYTES", 5 * 3 * 160 * 160 * 4)
     rows = score(pairs_of(people, "astronaut", "half"), {"type": "own_rewards:Length"}).rows
     assert [row.scores.get("length") for row in rows] == [5, None]
-    assert rows[1].error.startswith("wants a whole clip, and its frames take more than")
+    assert rows[1].error.startswith("needs a whole clip, but its frames take more than")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -243,7 +243,7 @@ def test_what_does_not_go_together_is_refused(people: Path) -> None:
         score(pairs, {"type": "sharpness"}, {"type": "sharpness", "floor": 0.1})
     with pytest.raises(ConfigError, match="detector: is a setting of the reward face_identity, which is not among"):
         score(pairs, {"type": "sharpness"}, detector="yunet")
-    with pytest.raises(ConfigError, match="detector: is yunet here and mtcnn in rewards: say it once"):
+    with pytest.raises(ConfigError, match="detector: is yunet here, but mtcnn in rewards: set only one of them"):
         score(pairs, {"type": "face_identity", "detector": "mtcnn"}, detector="yunet")
     with pytest.raises(ConfigError, match="scores all frames of a file"):
         score(pairs, {"type": "face_identity", "frames": "first"})

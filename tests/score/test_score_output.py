@@ -54,12 +54,12 @@ def test_what_falls_short_is_told_with_numbers() -> None:
     assert outcome.shortfall(0.26) is None
     said = outcome.shortfall(0.4)
     assert said is not None
-    assert said.startswith("the mean face_score is 0.267, and must be at least 0.4 (--fail-under)")
+    assert said.startswith("the mean face_score is 0.267, but must be at least 0.4 (--fail-under)")
     assert said.endswith("1 of 3 videos show no face and count as 0")
     close = outcome_of(rows([0.36299])).shortfall(0.363)
-    assert close is not None and "is 0.36299, and must be at least 0.363" in close
+    assert close is not None and "is 0.36299, but must be at least 0.363" in close
     nothing = outcome_of(rows([], "sface")).shortfall(0.1)
-    assert nothing == "no video has a face_score, of which the mean must be at least 0.1 (--fail-under)"
+    assert nothing == "no video has a face_score, but its mean must be at least 0.1 (--fail-under)"
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_table_names_the_shared_folder_once(columns: int, pairs: Path) -> None
     assert "face score" in head and "frames" in head
     said = " ".join(seen.lines)
     assert "the same person in 1 of 2 videos" in said and SOURCE in said
-    assert "error: the mean face_score is 0." in said and "and must be at least 0.9" in said
+    assert "error: the mean face_score is 0." in said and "but must be at least 0.9" in said
     assert seen.colours
 
 

@@ -96,7 +96,7 @@ def test_a_run_goes_on_without_a_configuration_file(
     assert [int(line[1]) for line in map(STEP.fullmatch, log.splitlines()) if line] == [1, 2], "one file, appended"
     assert log.count("command: ") == 2
     # Where paths are relative to is no setting that has changed.
-    (changes,) = re.findall(r"going on from (\S+) with other settings:\n((?:  .*\n)+)", log)
+    (changes,) = re.findall(r"resuming from (\S+) with other settings:\n((?:  .*\n)+)", log)
     assert changes == (str(run / "checkpoint-1"), "  train.max_train_steps: 2 (was 1)\n")
     assert "  VAE in" not in log and "loading tiny: " in log
     assert json.loads((run / "run.json").read_text())["working_dir"] == str(place)

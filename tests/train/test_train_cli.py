@@ -95,7 +95,7 @@ def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path, monkeypatch: 
         assert (workplace / "run" / f"checkpoint-{steps[-1]}" / "manifest.json").is_file()
     # A line may be broken where the terminal ends.
     said = " ".join(errors.split())
-    assert "going on from" in said and "data.num_workers: 1 (was 0)" in said
+    assert "resuming from" in said and "data.num_workers: 1 (was 0)" in said
     last = len(lines(metrics))
     monkeypatch.chdir(workplace)
     end = ["output_dir=run", f"train.max_train_steps={last + 2}", "--resume", "latest"]
@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "unknown key": (_nothing, ["CONFIG", "train.learning_rat=1"], 2, "did you mean learning_rate?"),
     "no data": (_nothing, ["CONFIG", "data.source=null"], 2, "data.source: is needed"),
     "data is gone": (_nothing, ["CONFIG", "data.source=gone"], 1, "gone: no such file or folder"),
-    "bad rows": (_break_a_video, ["CONFIG", "data.source=bad"], 1, "2 of 2 rows cannot be trained on"),
+    "bad rows": (_break_a_video, ["CONFIG", "data.source=bad"], 1, "2 of 2 rows are invalid"),
     "bad rows named": (_break_a_video, ["CONFIG", "data.source=bad"], 1, "row 2 (sample missing.mp4)"),
     "no row left": (_break_a_video, ["CONFIG", "data.source=bad", "data.bad_rows=skip"], 1, "2 of 2 rows"),
     "dry run": (_break_a_video, ["CONFIG", "data.source=bad", "--dry-run"], 1, "missing.mp4"),
@@ -379,7 +379,7 @@ NOT_RESUMED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "damaged": (_damage, [], 1, "none of the 2 checkpoints in killed is intact"),
     "settings": (_alias_its_settings, [], 1, "config.yaml is not valid YAML: line 1, column 7: an alias stands for"),
     "data": (_nothing, ["data.source=gone"], 1, "gone: no such file or folder"),
-    "rows": (_break_a_video, ["data.source=bad"], 1, "2 of 2 rows cannot be trained on"),
+    "rows": (_break_a_video, ["data.source=bad"], 1, "2 of 2 rows are invalid"),
     "validation": (_nothing, ["validation.source=gone"], 1, "gone: no such file or folder"),
     "model": (_nothing, ["model=nowhere"], 2, "nowhere"),
     "reward": (_nothing, ["rewards.0.type=no.module:Class"], 2, "cannot be imported"),

@@ -1,4 +1,4 @@
-"""What every kind of reward does with the frames of videos and references as they come in."""
+"""Define the interface between scoring and the kinds of rewards."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ _DIGITS = 7
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What one reward says of one video.
+    """The result of one reward for one video.
 
-    columns: fields of `VideoScore`. scores: its score and metrics by column, without those that have no value.
-    note: what else there is to know. fault: why there is no score, where that is no judgement on the video.
+    Attributes:
+        columns: fields of `VideoScore`.
+        scores: score and metrics by column; missing values are omitted.
+        note: a remark, for example why the reward does not score this video.
+        fault: the reason if the reward failed.
     """
 
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -36,48 +39,53 @@ class RewardResult:
 
 
 class Track:
-    """One video or reference on its way through one reward.
+    """The state of one video or reference for one reward.
 
-    fault: why it has come to nothing; what follows of it is not looked at.
+    Attributes:
+        fault: the reason if it failed; all further frames are skipped.
     """
 
     def __init__(self) -> None:
         self.fault = ""
 
     def take(self, chunk: Chunk) -> Tensor:
-        """Return what the reward is to look at now that `chunk` is there: (n, 3, H, W) uint8, n may be 0."""
+        """Return the frames to observe after `chunk` was decoded: (n, 3, H, W) uint8, with n >= 0."""
         return chunk.frames
 
     def add(self, chunk: Chunk, seen: Any) -> None:
-        """Keep what the reward saw in what was taken."""
+        """Add the observation of the frames that `take` returned for `chunk`."""
 
 
 class ReferenceTrack(Track):
-    """A reference, kept as what a reward needs of it. note: what there is to know of it."""
+    """The state of a reference for one reward.
+
+    Attributes:
+        note: a remark on the reference.
+    """
 
     note = ""
 
     def finish(self) -> None:
-        """All frames were added; may set `fault`."""
+        """Finish the reference after its last frame; may set `fault`."""
 
 
 class VideoTrack(Track, ABC):
-    """A video that is scored."""
+    """The state of a video for one reward."""
 
     @abstractmethod
     def result(self) -> RewardResult:
-        """All frames were added, and neither the video nor its reference has a fault."""
+        """Return the result after the last frame. Only called if neither the video nor its reference has a fault."""
 
 
 class ScoredReward(ABC):
-    """A reward that videos are scored by, with the runtime of its stages.
+    """A reward with the runtime of its stages.
 
     Attributes:
-        label: the column of its score.
+        label: the column of the score.
         active: the reward and its settings.
-        runtime: serves its stages alone.
-        device: where its networks are.
-        batch: frames that it looks at in one call.
+        runtime: the runtime of the stages of this reward only.
+        device: the device of the networks.
+        batch: the maximum number of frames per call.
     """
 
     def __init__(self, label: str, active: ActiveReward, runtime: Runtime, device: torch.device, batch: int) -> None:
@@ -90,48 +98,57 @@ class ScoredReward(ABC):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the references of videos are decoded for it."""
+        """Return whether the reward needs the decoded references of videos."""
         return bool(self.active.config.needs & COMPARES)
 
     @property
     def references_depend_on_prompts(self) -> bool:
-        """Whether what is kept of a reference is of one prompt alone."""
+        """Return whether the state of a reference depends on the prompt."""
         return self.needs_reference and "prompt" in self.active.config.needs
 
     @property
     def of_the_user(self) -> bool:
-        """Whether it is no reward of frostline: what goes wrong in it is a matter of the video that it looked at."""
+        """Return whether this is a custom reward. Its errors become error rows, and do not stop the run."""
         return ":" in self.active.config.type
 
     def prompt_of(self, pair: Pair) -> str:
-        """The prompt of a video as far as it matters."""
+        """Return the prompt of a video; an empty string if the reward does not use it."""
         return pair.prompt if "prompt" in self.active.config.needs else ""
 
     def provenance(self) -> Mapping[str, str]:
-        """Fields of `VideoScore` that say what computes it."""
+        """Return the fields of `VideoScore` with networks and backends of this reward."""
         return {}
 
     def backends(self) -> Mapping[str, str]:
-        """What serves each stage now, by stage."""
+        """Return the current backend of each stage, by stage name."""
         return {name: choice.backend for name, choice in self.runtime.plan.items()}
 
     @abstractmethod
     def reference(self, pair: Pair) -> ReferenceTrack:
-        """Begin the reference of a video."""
+        """Return the initial state of the reference of a video."""
 
     @abstractmethod
     def video(self, pair: Pair, reference: ReferenceTrack | None) -> VideoTrack:
-        """Begin a video whose reference is finished, or without one where it needs none."""
+        """Return the initial state of a video.
+
+        Args:
+            pair: the pair of the video.
+            reference: the finished reference; None if the reward does not need one.
+        """
 
     @abstractmethod
     def observe(self, parts: Sequence[Tensor]) -> Sequence[Any]:
-        """Look at what tracks took, uint8 frames of one size, in batches across them; one result for each part."""
+        """Return one observation for each part. Batches can span several parts.
+
+        Args:
+            parts: the frames that `Track.take` returned, (n, 3, H, W) uint8, all of the same size.
+        """
 
     def result_of(self, scored: RewardScore) -> RewardResult:
-        """Turn the `RewardScore` of one video into columns.
+        """Convert the `RewardScore` of one video to columns.
 
         Raises:
-            ConfigError: it is not that of one video.
+            ConfigError: the score does not have a batch size of 1.
         """
         label, score = self.label, scored.score
         check_scores(label, scored, count=1)
@@ -140,10 +157,10 @@ class ScoredReward(ABC):
         if not scored.valid:
             return RewardResult(scores=scores, note=self.active.reward.unscored)
         if not score.isfinite():
-            return RewardResult(scores=scores, fault=f"its score is {score.item()}")
+            return RewardResult(scores=scores, fault=f"the score is {score.item()}")
         return RewardResult(scores={label: round(score.item(), _DIGITS), **scores})
 
 
 def metric_column(label: str, name: str) -> str:
-    """The column of a metric: it begins with that of the score."""
+    """Return the column of a metric, which begins with the label of its reward."""
     return name if name.startswith(f"{label}_") else f"{label}_{name}"

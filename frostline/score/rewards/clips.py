@@ -1,4 +1,4 @@
-"""Rewards that want a whole clip at once, as a user's class may: its frames are kept until it ends, within a bound."""
+"""Score rewards that need a whole clip, such as custom classes. The frames are kept in memory, up to a limit."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from frostline.score.request import Pair
 from frostline.score.rewards.base import ReferenceTrack, RewardResult, ScoredReward, Track, VideoTrack
 
 CLIP_BYTES = 2 * 2**30
-"""Of the frames of one clip in fp32, as a reward takes them."""
+"""The maximum size of the fp32 frames of one clip."""
 
 
 class ClipReward(ScoredReward):
-    """Any other reward: its `references` and `score` get whole clips, as in training, of up to `CLIP_BYTES`.
+    """Score all other rewards. As in training, `references` and `score` are called with whole clips.
 
-    Of a sample, `video` is the reference, a picture twice over as in training, or the scored clip itself where the
-    reward needs no reference.
+    The `video` of a sample is the reference, or the scored clip if the reward does not need a reference. A picture is
+    repeated to two frames, as in training.
     """
 
     @property
     def references_depend_on_prompts(self) -> bool:
-        """They are computed of prompt and clip together."""
+        """Return True if the reward needs references, because they are computed from prompt and clip."""
         return self.needs_reference
 
     def prompt_of(self, pair: Pair) -> str:
-        """The prompt, whether the reward declares that it needs it or not."""
+        """Return the prompt, even if the reward does not declare that it needs one."""
         return pair.prompt
 
     def reference(self, pair: Pair) -> ClipReference:
-        """A reference whose frames are kept until it ends."""
+        """Return the initial state of a reference, which keeps its frames until the end."""
         return ClipReference(self, pair)
 
     def video(self, pair: Pair, reference: ReferenceTrack | None) -> ClipVideo:
-        """A video whose frames are kept until it ends."""
+        """Return the initial state of a video, which keeps its frames until the end."""
         assert reference is None or isinstance(reference, ClipReference)
         return ClipVideo(self, pair, reference)
 
     def observe(self, parts: Sequence[Tensor]) -> list[None]:
-        """See nothing yet."""
+        """Return None for each part: whole clips are scored at the end."""
         return [None] * len(parts)
 
     @torch.no_grad()
     def keep(self, sample: RewardInputs) -> Mapping[str, Tensor]:
-        """What the reward keeps of a reference."""
+        """Compute the reward's tensors of a reference."""
         return self.active.references(sample, self.runtime)
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class ClipReward(ScoredReward):
 
 
 class _Frames(Track):
-    """Keeps frames."""
+    """Keep all frames of a video or reference in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,28 +65,33 @@ class _Frames(Track):
         self._bytes = 0
 
     def take(self, chunk: Chunk) -> Tensor:
-        """Nothing to look at yet."""
+        """Return no frames, because they are only used at the end."""
         return chunk.frames[:0]
 
     def add(self, chunk: Chunk, seen: None) -> None:
-        """Keep the frames of a chunk, or none of any where they become too many."""
+        """Add the frames of a chunk. Beyond `CLIP_BYTES`, all frames are dropped and `fault` is set."""
         self._bytes += chunk.frames.numel() * 4
         if self._chunks and self._chunks[0].shape[1:] != chunk.frames.shape[1:]:
-            self.fault = "wants a whole clip, and the size of its frames changes"
+            self.fault = "needs a whole clip, but the size of its frames changes"
         elif self._bytes > CLIP_BYTES:
             self.fault = (
-                f"wants a whole clip, and its frames take more than {CLIP_BYTES // 2**30} GiB (see --max-frames)"
+                f"needs a whole clip, but its frames take more than {CLIP_BYTES // 2**30} GiB (see --max-frames)"
             )
         self._chunks = [] if self.fault else [*self._chunks, chunk.frames]
 
     def clip(self, device: torch.device) -> Tensor:
-        """All frames (1, T, 3, H, W) in [0, 1]; they are not kept any longer."""
+        """Return all frames, (1, T, 3, H, W) in [0, 1], and release them."""
         frames, self._chunks = torch.cat(self._chunks), []
         return frames[None].to(device).float() / 255
 
 
 class ClipReference(_Frames, ReferenceTrack):
-    """A reference, and at its end what the reward keeps of it. sample: as the reward is told of it."""
+    """The state of a reference.
+
+    Attributes:
+        kept: the reward's tensors of the reference, after `finish`.
+        sample: the inputs of the reward, after `finish`.
+    """
 
     def __init__(self, reward: ClipReward, pair: Pair) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class ClipReference(_Frames, ReferenceTrack):
         self.sample: RewardInputs | None = None
 
     def finish(self) -> None:
-        """Compute what is kept."""
+        """Compute the reward's tensors of the reference."""
         clip = self.clip(self.reward.device)
         picture = clip[0] if clip.shape[1] == 1 else None
         clip = clip if picture is None else clip.expand(-1, 2, -1, -1, -1)
@@ -105,7 +110,7 @@ class ClipReference(_Frames, ReferenceTrack):
 
 
 class ClipVideo(_Frames, VideoTrack):
-    """A video until it is scored."""
+    """The state of a video; keeps its frames until it is scored."""
 
     def __init__(self, reward: ClipReward, pair: Pair, reference: ClipReference | None) -> None:
         super().__init__()
@@ -114,7 +119,7 @@ class ClipVideo(_Frames, VideoTrack):
         self.reference = reference
 
     def result(self) -> RewardResult:
-        """Score all frames at once."""
+        """Score the whole clip."""
         frames = self.clip(self.reward.device)
         if self.reference is not None:
             assert self.reference.sample is not None

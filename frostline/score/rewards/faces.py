@@ -1,4 +1,4 @@
-"""Face identity: what is remembered of references and videos while their frames come in is a few numbers a frame."""
+"""Score face identity. Only a few numbers per frame are kept in memory, for videos and references."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DIGITS = 7
 
 
 class FaceReward(ScoredReward):
-    """`face_identity`: its detector and reference embedder look at all frames, and no frame is kept."""
+    """Score `face_identity`: detect and embed the faces of all frames. Frames are not kept."""
 
     def __init__(self, label: str, active: ActiveReward, runtime: Runtime, device: torch.device, batch: int) -> None:
         super().__init__(label, active, runtime, device, batch)
@@ -32,7 +32,7 @@ class FaceReward(ScoredReward):
         self.names = reward.faces.detector.name, cast(FaceEmbedder, reward.faces.embedder).name
 
     def provenance(self) -> Mapping[str, str]:
-        """Detector and embedder, and what serves them."""
+        """Return the names and backends of detector and embedder."""
         backends = self.backends()
         return {
             "face_detector": self.names[0],
@@ -42,25 +42,25 @@ class FaceReward(ScoredReward):
         }
 
     def reference(self, pair: Pair) -> FaceReference:
-        """A picture or video of the person."""
+        """Return the initial state of a reference: a picture or video of the person."""
         return FaceReference(pair.reference)
 
     def video(self, pair: Pair, reference: ReferenceTrack | None) -> FaceVideo:
-        """A video against the mean of the reference's faces."""
+        """Return the initial state of a video, which is compared with the mean embedding of the reference."""
         assert isinstance(reference, FaceReference)
         return FaceVideo(self, reference)
 
     def observe(self, parts: Sequence[Tensor]) -> list[FrameFaces]:
-        """Detect and embed the faces in some frames."""
+        """Detect and embed the faces of each part."""
         frames = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         seen = FrameFaces.join([self.identity.observe(run.to(self.device)) for run in frames.split(self.batch)])
         return seen.split([len(part) for part in parts])
 
 
 class FaceReference(ReferenceTrack):
-    """The faces of a reference: sums, so that a long video takes no more memory than a picture.
+    """Accumulate the face embeddings of a reference. Only sums are kept, so memory does not grow with the video length.
 
-    Of a video, frame 0 is left out as in training: there, it is the start frame that the generated video is given.
+    Frame 0 of a video is not used, as in training, where it is the start frame of the generated video.
     """
 
     def __init__(self, path: str) -> None:
@@ -74,7 +74,7 @@ class FaceReference(ReferenceTrack):
         self.most_faces = 0
 
     def add(self, chunk: Chunk, seen: FrameFaces) -> None:
-        """Add what was seen in some frames, of each of which the largest face counts."""
+        """Add the embedding of the largest face of each frame."""
         embeddings = seen.chosen().embeddings
         total, faces = embeddings.double().sum(dim=0), len(embeddings)
         if self.frames == 0:
@@ -85,25 +85,32 @@ class FaceReference(ReferenceTrack):
         self.most_faces = max(self.most_faces, int(seen.numbers.max()))
 
     def finish(self) -> None:
-        """Leave out the first frame of a video; without a face, the reference is of no use."""
+        """Remove the first frame of a video, and set `fault` if no face was found."""
         if self.crowded:
             where = f"in {self.crowded} of its {self.frames} frames " if self.frames > 1 else ""
-            self.note = f"{where}{self.most_faces} faces were found, of which the largest counts"
+            self.note = f"{where}{self.most_faces} faces were found; the largest is used"
         if self.frames > 1:
             self.total, self.faces = self.total - self.first[0], self.faces - self.first[1]
         if not self.faces:
-            self.fault = f"{self.path}: no face was found in it"
+            self.fault = f"{self.path}: no face was found"
 
     @property
     def mean(self) -> Tensor:
-        """(D,) float32; only of a reference without a fault."""
+        """Return the mean embedding, (D,) float32. Only valid without a fault."""
         assert isinstance(self.total, Tensor)
         return (self.total / self.faces).float()
 
 
 @dataclass(frozen=True)
 class Extreme:
-    """The frame with the lowest or highest score so far, and where its face is."""
+    """The frame with the lowest or highest score so far.
+
+    Attributes:
+        number: the index of the frame in the file.
+        score: the cosine similarity with the reference.
+        box: left, top, right and bottom of the face in pixels.
+        landmarks: the five landmarks (x, y) in pixels.
+    """
 
     number: int
     score: float
@@ -112,7 +119,7 @@ class Extreme:
 
 
 class FaceVideo(VideoTrack):
-    """What is known of a video while its frames come in. A few numbers a frame, whatever its length."""
+    """The state of a video: a few numbers per frame."""
 
     def __init__(self, reward: FaceReward, reference: FaceReference) -> None:
         super().__init__()
@@ -126,7 +133,7 @@ class FaceVideo(VideoTrack):
         self.best: Extreme | None = None
 
     def add(self, chunk: Chunk, seen: FrameFaces) -> None:
-        """Hold the frames of a chunk against the mean of the reference's embeddings."""
+        """Compare the faces of a chunk with the mean embedding of the reference."""
         mean, face = self.reference.mean, self.reward.config.face
         faces, found = seen.chosen(mean if face == "best" else None), seen.numbers > 0
         cosines = found.new_zeros(len(found), dtype=torch.float32)
@@ -144,7 +151,7 @@ class FaceVideo(VideoTrack):
                 self.best = _extreme_at(highest, chunk, faces, cosines)
 
     def result(self) -> RewardResult:
-        """Pool the cosines."""
+        """Pool the cosine similarities of all frames."""
         missing_face = self.reward.config.missing_face
         found, cosines = torch.cat(self.found), torch.cat(self.cosines)
         pooled = pool_frames(cosines[None], found[None], torch.ones(1, dtype=torch.bool), missing_face)

@@ -1,4 +1,4 @@
-"""Rewards that pool features of frames: the features are computed while frames are decoded, and no frame is kept."""
+"""Score rewards that pool features of frames. Features are computed during decoding, and frames are not kept."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from frostline.score.decoding import Chunk
 from frostline.score.request import Pair
 from frostline.score.rewards.base import ReferenceTrack, RewardResult, ScoredReward, VideoTrack
 
-# Prompts whose embeddings are kept.
+# The maximum number of prompts with cached embeddings.
 _PROMPTS = 256
 
 
 class FeatureReward(ScoredReward):
-    """A `FrameReward`: of a video of any length its features are kept, some numbers a frame.
+    """Score a `FrameReward`. Only the features of each frame are kept, so videos of any length can be scored.
 
-    All frames of a scored video count: none of them was given to a model. Of a reference video frame 0 is left out, as
-    in training, where it is the start frame of the generated one; unless the reward compares with that frame.
+    All frames of a scored video are used. Frame 0 of a reference video is not used, as in training, where it is the
+    start frame of the generated video, unless the reward compares with that frame.
     """
 
     def __init__(self, label: str, active: ActiveReward, runtime: Runtime, device: torch.device, batch: int) -> None:
@@ -35,11 +35,11 @@ class FeatureReward(ScoredReward):
         self._of_prompts: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
 
     def reference(self, pair: Pair) -> FeatureReference:
-        """A picture or video, with the prompt where both are needed together."""
+        """Return the initial state of a reference, with the prompt if the reward needs it."""
         return FeatureReference(self, pair)
 
     def video(self, pair: Pair, reference: ReferenceTrack | None) -> FeatureVideo:
-        """A video, all or some of whose frames are looked at."""
+        """Return the initial state of a video."""
         assert reference is None or isinstance(reference, FeatureReference)
         return FeatureVideo(self, pair, reference)
 
@@ -54,7 +54,7 @@ class FeatureReward(ScoredReward):
             if len(part) < window:
                 rows.append(features[:0])
                 continue
-            # Rows between these mix frames of two runs.
+            # The rows in between are computed from frames of two runs, and are not used.
             rows.append(features[start : start + len(part) - window + 1])
             start += len(part)
         return rows
@@ -66,18 +66,20 @@ class FeatureReward(ScoredReward):
             run = frames[start : start + self.batch + overlap].to(self.device).float() / 255
             features = self.reward.features(run[None], self.run)[0]
             if len(features) != len(run) - overlap:
-                raise DataError(f"{len(features)} rows of features of {len(run)} frames, not {len(run) - overlap}")
+                raise DataError(
+                    f"got {len(features)} rows of features for {len(run)} frames, expected {len(run) - overlap}"
+                )
             runs.append(features.float().cpu())
         return torch.cat(runs)
 
     @torch.no_grad()
     def keep(self, features: Tensor | None, prompt: str) -> Mapping[str, Tensor]:
-        """What the reward keeps of a reference's (R, D) features and of a prompt."""
+        """Compute the reward's tensors of a reference's features (R, D) and of a prompt."""
         given = None if features is None else features[None].to(self.device)
         return self.reward.reference(given, (prompt,), self.run)
 
     def of_prompt(self, prompt: str) -> Mapping[str, Tensor]:
-        """What the reward keeps of a prompt alone; known for the last prompts."""
+        """Return the reward's tensors of a prompt, from the cache if possible."""
         if prompt not in self._of_prompts:
             self._of_prompts[prompt] = self.keep(None, prompt)
             if len(self._of_prompts) > _PROMPTS:
@@ -91,7 +93,7 @@ class FeatureReward(ScoredReward):
 
 
 class _Features:
-    """Features of consecutive frames that come chunk by chunk."""
+    """Collect the features of consecutive frames chunk by chunk."""
 
     def __init__(self, window: int) -> None:
         self.frames = 0
@@ -100,33 +102,33 @@ class _Features:
         self._tail: Tensor | None = None
 
     def take(self, frames: Tensor) -> Tensor:
-        """These frames, behind the last ones before them that a row of features is computed from as well."""
+        """Return the new frames, preceded by the last `window - 1` frames of the previous chunk."""
         self.frames += len(frames)
         if not self._overlap:
             return frames
-        # Frames of another size do not follow on from them.
+        # Frames of different sizes are not consecutive.
         if self._tail is not None and self._tail.shape[1:] == frames.shape[1:]:
             frames = torch.cat([self._tail, frames])
         self._tail = frames[-self._overlap :].clone()
         return frames
 
     def add(self, rows: Tensor) -> None:
-        """Keep rows."""
+        """Add rows of features."""
         if len(rows):
             self._rows.append(rows)
 
     def joined(self) -> Tensor | None:
-        """All rows (T, D); None where there are too few frames for one."""
+        """Return all rows, (T, D); None if there are too few frames."""
         return torch.cat(self._rows) if self._rows else None
 
     def too_few(self) -> str:
-        """Why there are no rows."""
+        """Return the error message for too few frames."""
         count = "is 1" if self.frames == 1 else f"are {self.frames}"
-        return f"needs {self._overlap + 1} frames that follow each other, and there {count}"
+        return f"needs {self._overlap + 1} consecutive frames, but there {count}"
 
 
 class FeatureReference(ReferenceTrack):
-    """The features of a reference until it ends, then what the reward keeps of them."""
+    """The state of a reference: its features; after `finish`, the reward's tensors of them."""
 
     def __init__(self, reward: FeatureReward, pair: Pair) -> None:
         super().__init__()
@@ -137,7 +139,7 @@ class FeatureReference(ReferenceTrack):
         self._features: _Features | None = _Features(reward.reward.window)
 
     def take(self, chunk: Chunk) -> Tensor:
-        """All frames."""
+        """Return the frames of the chunk."""
         assert self._features is not None
         return self._features.take(chunk.frames)
 
@@ -147,7 +149,7 @@ class FeatureReference(ReferenceTrack):
         self._features.add(seen)
 
     def finish(self) -> None:
-        """Keep what the reward says of all frames, or of those after the first."""
+        """Compute the reward's tensors of all frames, or of all frames after the first."""
         assert self._features is not None
         rows, frames, self._features = self._features.joined(), self._features, None
         if rows is not None and frames.frames > 1 and not self.reward.reward.uses_start:
@@ -159,7 +161,7 @@ class FeatureReference(ReferenceTrack):
 
 
 class FeatureVideo(VideoTrack):
-    """The features of a video until they are pooled."""
+    """The state of a video: its features until they are pooled."""
 
     def __init__(self, reward: FeatureReward, pair: Pair, reference: FeatureReference | None) -> None:
         super().__init__()
@@ -170,7 +172,7 @@ class FeatureVideo(VideoTrack):
         self._selection = StreamedSelection(reward.active.config.frames)
 
     def take(self, chunk: Chunk) -> Tensor:
-        """The frames that are looked at."""
+        """Return the selected frames of the chunk."""
         return self._features.take(self._selection.among(chunk.frames))
 
     def add(self, chunk: Chunk, seen: Tensor) -> None:
@@ -199,7 +201,7 @@ class StreamedSelection:
         self._seen = 0
 
     def among(self, frames: Tensor) -> Tensor:
-        """Those of the next frames that may be selected."""
+        """Return those of the next frames that can be selected."""
         start, self._seen = self._seen, self._seen + len(frames)
         if self._kind == "first":
             return frames[: 1 if start == 0 else 0]
@@ -208,7 +210,7 @@ class StreamedSelection:
         return frames
 
     def of_all(self, rows: Tensor) -> Tensor:
-        """Those of all rows that are selected."""
+        """Return the selected rows of all rows."""
         if self._kind == "last":
             return rows[-1:]
         if self._kind == "random":

@@ -1,4 +1,4 @@
-"""The rewards of a scoring run on the backend that it asked for, whose engines are built where they are missing."""
+"""Load the rewards of a scoring run on the requested backend, and build missing engines."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from frostline.stages.shapes import ShapeRange
 
 
 def check_backend(backend: str) -> None:
-    """Refuse a backend that cannot serve here before anything is loaded.
+    """Check that a backend is available, before networks are loaded.
 
     Raises:
-        ConfigError: it is unknown, or not installed.
+        ConfigError: the backend is unknown, or not installed.
     """
     if backend not in (AUTO, TORCH) and (reason := get_backend(backend).unavailable()):
         raise ConfigError(f"backend {backend}: {reason}")
@@ -44,16 +44,19 @@ def load_rewards(
     batch: int,
     announce: Callable[[str], None] = lambda step: None,
 ) -> tuple[ScoredReward, ...]:
-    """The rewards of `settings`, each with a runtime of its own: stages of two may go by one name.
+    """Load the rewards of `settings`, each with a separate runtime, because their stages can have the same names.
 
     Args:
-        backend: `auto` takes, per stage, the fastest verified engine that `engines` has and PyTorch where none is
-            faster; `torch`; or the backend of an engine, which is built if it is not there.
-        batch: frames that a reward looks at in one call.
-        announce: told what is being built.
+        settings: the settings of the run.
+        backend: `auto` for the fastest of PyTorch and the verified engines in `engines`, for each stage; `torch`; or
+            the name of a backend, whose missing engines are built.
+        engines: the folder of the engine store.
+        device: the device of the networks.
+        batch: the maximum number of frames per call of a reward.
+        announce: called with a description of each engine that is built.
     Raises:
-        ConfigError: a reward, its networks or the backend cannot be had, or two rewards go by one name.
-        EngineError: an engine cannot be built, or does not compute what PyTorch computes.
+        ConfigError: a reward, its networks or the backend is not available, or two rewards have the same name.
+        EngineError: an engine cannot be built, or its outputs differ from PyTorch's.
     """
     check_backend(backend)
     store, scored = EngineStore(engines), []

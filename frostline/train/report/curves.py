@@ -1,4 +1,4 @@
-"""The part of a run's report that follows the training steps: scores, losses, gradient, pace and memory."""
+"""Make the training curves of a run's report: scores, losses, gradient norm, seconds per step and memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from frostline.train.report.measures import Measures, is_number, label
 Metrics = Sequence[Mapping[str, Any]]
 """The lines of metrics.jsonl."""
 
-# What every line of metrics.jsonl has, whatever is rewarded.
+# The keys that every line of metrics.jsonl has, whatever the rewards are.
 _OF_THE_TRAINER = (
     *("step", "loss", "score", "kl_loss", "kl_weight", "sft_loss", "grad_norm", "learning_rate", "skipped", "seconds"),
     "peak_memory_gb",
 )
 _KL = (
-    "KL measures how far the trained model's predictions have moved from the untrained model's. "
-    "It is part of the loss, so that the reward is not bought with a broken model."
+    "KL divergence measures how much the predictions of the trained model differ from those of the base model. "
+    "It is part of the loss, to keep the model close to the base model."
 )
 
 
 def curves(metrics: Metrics, measures: Measures, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Figure]:
-    """Return the rewards with their baselines, the losses, what was measured beside them, the pace and the memory."""
+    """Return the curves of rewards with their baselines, losses, other metrics, seconds per step and memory."""
     rewards = measures.rewards or ("score",)
     baselines = _baselines(rewards, config)
     figures = [
@@ -34,7 +34,7 @@ def curves(metrics: Metrics, measures: Measures, config: Mapping[str, Any], fact
             metrics,
             name,
             f"{label(name)} while training",
-            "The score of the clips of each training step. It jumps about, as every step has other clips: some are "
+            "The score of the clips of each training step. It varies, because each step has other clips, and some are "
             "harder than others."
             + (" The dashed line is the baseline, at which the reward is zero." if name in baselines else ""),
             rules={"baseline": baselines[name]} if name in baselines else None,
@@ -42,28 +42,26 @@ def curves(metrics: Metrics, measures: Measures, config: Mapping[str, Any], fact
         for name in rewards
     ]
     figures.append(
-        _curve(
-            metrics, "loss", "Loss", "What is minimised: the rewards with a minus sign and the KL, each by its weight."
-        )
+        _curve(metrics, "loss", "Loss", "The weighted sum of the negative rewards and the KL loss, which is minimised.")
     )
-    figures.append(_curve(metrics, "kl_loss", "Distance from the model it was", _KL, ylabel="KL"))
+    figures.append(_curve(metrics, "kl_loss", "KL divergence from the base model", _KL, ylabel="KL"))
     weights = [row["kl_weight"] for row in metrics if is_number(row.get("kl_weight"))]
     if len({*weights}) > 1:
         adapted = "Adapted after each step, so that the KL loss stays near kl_target."
         figures.append(_curve(metrics, "kl_weight", "Weight of the KL loss", adapted))
     if any(is_number(row.get("sft_loss")) for row in metrics):
-        clips = "Flow-matching loss on the data's own clips, part of the loss by sft_weight."
-        figures.append(_curve(metrics, "sft_loss", "Loss on the data's clips", clips))
+        clips = "Flow-matching loss on the clips of the dataset, weighted by sft_weight."
+        figures.append(_curve(metrics, "sft_loss", "Loss on the clips of the dataset", clips))
     beside = dict.fromkeys(name for row in metrics for name, value in row.items() if is_number(value))
     for name in (name for name in beside if name not in (*_OF_THE_TRAINER, *rewards)):
-        figures.append(_curve(metrics, name, label(name), "Measured beside the score in each training step."))
+        figures.append(_curve(metrics, name, label(name), "Metric of each training step, in addition to the score."))
     figures += [
-        _curve(metrics, "grad_norm", "The gradient", "Its norm before it was clipped.", ylabel="gradient norm"),
+        _curve(metrics, "grad_norm", "Gradient norm", "The norm before clipping.", ylabel="gradient norm"),
         _curve(metrics, "learning_rate", "Learning rate", "", smooths=False),
         _pace(metrics, facts),
     ]
     if any(is_number(row.get("peak_memory_gb")) for row in metrics):
-        what = "Of tensors on the GPU in each step." if "gpu" in facts.get("machine", {}) else "Of the process so far."
+        what = "GPU memory of tensors in each step." if "gpu" in facts.get("machine", {}) else "Memory of the process."
         top = max(number_of(row, "peak_memory_gb") for row in metrics if is_number(row.get("peak_memory_gb")))
         figures.append(
             _curve(metrics, "peak_memory_gb", "Peak memory", what, "GB", smooths=False, y_range=(0, 1.1 * top or 1))
@@ -72,7 +70,7 @@ def curves(metrics: Metrics, measures: Measures, config: Mapping[str, Any], fact
 
 
 def settled(metrics: Metrics, facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the steps but the first of each session: it loads engines and may time backends."""
+    """Return the steps without the first one of each session, which loads engines and can time backends."""
     sessions = facts.get("sessions")
     firsts = {
         int(session["first_step"]) + 1
@@ -96,7 +94,7 @@ def _pace(metrics: Metrics, facts: Mapping[str, Any]) -> Figure:
 
 
 def _baselines(rewards: Sequence[str], config: Mapping[str, Any]) -> dict[str, float]:
-    """The baselines of the rewards, which the configuration has in the order of their names."""
+    """Return the baselines by reward name; the configuration lists the rewards in the same order."""
     entries = config.get("rewards")
     if not isinstance(entries, list) or len(entries) != len(rewards):
         return {}
@@ -129,6 +127,6 @@ def _curve(
 
 
 def median_seconds(metrics: Metrics, facts: Mapping[str, Any]) -> float | None:
-    """Return the median duration of a step, the first of each session left out; None without steps."""
+    """Return the median seconds per step, without the first step of each session; None if there are no steps."""
     seconds = [number_of(row, "seconds") for row in settled(metrics, facts)]
     return statistics.median(seconds) if seconds else None

@@ -1,4 +1,4 @@
-"""The part of a run's report about its held-out starts: what was gained, pictures and clips to compare."""
+"""Make the part of a run's report about its held-out starts: changes of the measures, clips and curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TRENDS: Mapping[str, Trend] = {"rises": "better", "falls": "worse"}
 
 
 def outcome(validation: Lines, measures: Measures) -> str:
-    """What became of the held-out starts, in a sentence, whichever way it went; nothing before the second look."""
+    """Return the result on the held-out starts as a sentence; an empty string before the second validation."""
     if len(validation) < 2 or not measures.rewards:
         return ""
     name = measures.rewards[0]
@@ -31,7 +31,7 @@ def outcome(validation: Lines, measures: Measures) -> str:
 
 
 def tiles(validation: Lines, measures: Measures) -> list[Tile]:
-    """How each measure changed from the first look to the last; those that only judges give beside their score not."""
+    """Return a tile with the change of each measure since the first validation; metrics of judges are left out."""
     found = []
     for name in (*measures.rewards, *measures.judges, *measures.of_rewards):
         change = change_of(validation, name)
@@ -43,13 +43,13 @@ def tiles(validation: Lines, measures: Measures) -> list[Tile]:
 
 
 def _tile(validation: Lines, name: str, change: Change | None, measures: Measures) -> Tile:
-    """A figure: the means of both looks, and the paired change. Only of rewards and judges is higher better."""
+    """Return a tile with the means of the first and last validation. Only rewards and judges have a trend."""
     before, after = number_of(validation[0], name), number_of(validation[-1], name)
     digits = 2 if max(abs(before), abs(after)) >= 10 else 3
     trend: Trend = "same"
     note = measures.about.get(name, "")
     if name in measures.judges:
-        note = f"Training never sees it. {note}".strip()
+        note = f"Not used in training. {note}".strip()
     if change is not None and name in (*measures.rewards, *measures.judges):
         trend = _TRENDS.get(change.direction, "same")
     if change is not None and change.gain_missing_zero is not None and change.gain.starts:
@@ -62,12 +62,12 @@ def _tile(validation: Lines, name: str, change: Change | None, measures: Measure
 
 
 def show_held_out(page: Page, run: Path, validation: Lines, measures: Measures) -> None:
-    """The samples one by one, and how each measure changed."""
+    """Add the samples, and the changes of all measures, to the page."""
     page.heading("Held-out starts")
     page.paragraph(
-        "Each clip is generated from a first frame that the training never saw, and a prompt, with the same noise "
-        "every time. The further from that frame, the more a model forgets whom it shows. The start with the worst "
-        "change comes first, then the one with the best; the numbers are those of frames and their scores."
+        "Each clip is generated from a first frame that was not used in training, and a prompt, with the same noise in "
+        "all validations. The start with the worst change comes first, then the one with the best, and so on. The "
+        "numbers are frame numbers and the scores of the frames."
     )
     show_samples(page, run, validation, measures)
     page.figures(*_curves(validation, measures), columns=2)
@@ -82,7 +82,7 @@ def _curves(validation: Lines, measures: Measures) -> list[Figure]:
         if len(validation) == 2 and len(first) == len(last):
             plot = paired_plot(first, last, labels=(f"step {steps[0]:.0f}", f"step {steps[-1]:.0f}"), ylabel=title)
             caption = (
-                "One line a start, the value of its whole clip. The short bars are the means; a dashed line is a start "
+                "Each line is the value of one start's clip. The short bars are the means; a dashed line is a start "
                 "whose value fell."
             )
         else:

@@ -1,4 +1,4 @@
-"""The part of a run's report that holds what training rewards against what it never sees."""
+"""Make the part of a run's report that compares rewards with judges, which are not used in training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _CAPTION = (
     f"compare. The band is {ERRORS:g} standard errors: where it leaves 0, the change counts."
 )
 _ASKED = (
-    "A judge measures the same clips and takes no part in training: where it falls while the reward rises, the reward "
-    "is being hacked."
+    "A judge scores the same clips, but is not used in training. If a judge falls while the reward rises, this "
+    "indicates reward hacking."
 )
 _SMOOTH = 12
 
 
 def show_verdict(page: Page, metrics: Lines, validation: Lines) -> None:
-    """The sentence, at the top of the page, and whether it ended the run."""
+    """Add the verdict at the top of the page, and whether it ended the run."""
     said = verdict(validation)
     if not said.sentence:
         return
@@ -40,7 +40,7 @@ def show_verdict(page: Page, metrics: Lines, validation: Lines) -> None:
 
 
 def show_judged(page: Page, metrics: Sequence[Mapping[str, Any]], validation: Lines, measures: Measures) -> None:
-    """Rewards, judges, KL, and how sharp and how lively the clips are, over one axis of steps."""
+    """Add plots of rewards, judges, KL divergence and ratios over the training steps to the page."""
     if len(validation) < 2:
         return
     rows = [_changes(validation, name, colour=0) for name in measures.rewards]
@@ -54,15 +54,15 @@ def show_judged(page: Page, metrics: Sequence[Mapping[str, Any]], validation: Li
             *rows,
         ]
         kl = [number_of(line, "kl_loss") for line in steps]
-        rows.append(Row("KL to the untrained model", x, kl, smooth=smooth, rule=0.0, colour=3))
+        rows.append(Row("KL divergence from the base model", x, kl, smooth=smooth, rule=0.0, colour=3))
     x = [number_of(line, "step") for line in validation]
     for name in measures.ratios:
         values = [number_of(line, name) for line in validation]
         rows.append(Row(f"{label(name)} (1 is like the true clip)", x, values, rule=1.0, dots=True, colour=2))
     page.heading("Rewarded and judged")
     page.paragraph(
-        "Training sees the reward alone, and may find ways to raise it that nobody wanted. "
-        + (_ASKED if measures.judges else "No judge was asked in this run: name one in validation.judges.")
+        "Training only optimises the reward, and can raise it in unintended ways. "
+        + (_ASKED if measures.judges else "This run has no judge: set one in validation.judges.")
     )
     shown = ", ".join(row.label for row in rows)
     page.figures(
@@ -72,7 +72,7 @@ def show_judged(page: Page, metrics: Sequence[Mapping[str, Any]], validation: Li
 
 
 def _changes(validation: Lines, name: str, colour: int) -> Row:
-    """The paired gain of a measure at each validation."""
+    """Return the paired change of a measure at each validation as a plot."""
     x, gain, low, high = [], [], [], []
     for end in range(1, len(validation) + 1):
         change = change_of(validation[:end], name)

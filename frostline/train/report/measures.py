@@ -1,4 +1,4 @@
-"""What a run's report calls the measures of its held-out starts, which are those that rewards and judges give."""
+"""Name the measures of a run's held-out starts, which come from rewards and judges."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from frostline.rewards.active import JUDGE
 from frostline.train.loop.evaluation import PSNR
 
 Lines = Sequence[Mapping[str, Any]]
-"""Those of validation.jsonl, at least one."""
+"""The lines of validation.jsonl, at least one."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """The names of what was measured: what training rewards, what judges say, and the rest, each in its order.
+    """The names of the measures.
 
-    about: what rewards and judges say of themselves.
+    Attributes:
+        rewards: the rewards of training.
+        judges: the judges.
+        others: all other measures.
+        about: a description of each reward and judge, by name.
     """
 
     rewards: tuple[str, ...]
@@ -27,7 +31,7 @@ class Measures:
 
     @classmethod
     def of(cls, validation: Lines, facts: Mapping[str, Any]) -> Measures:
-        """Those of the last validation; where a run has none, its rewards alone."""
+        """Return the measures of the last validation; without validations, only the rewards of the run."""
         last = validation[-1] if validation else {}
         rewards, judges = (_names(last.get(role) or facts.get(role)) for role in ("rewards", "judges"))
         numbers = [name for name, value in last.items() if is_number(value) and name != "step"]
@@ -37,17 +41,17 @@ class Measures:
 
     @property
     def of_rewards(self) -> tuple[str, ...]:
-        """Of the others, those that no judge gave."""
+        """Return the other measures that do not come from judges."""
         return tuple(name for name in self.others if not name.startswith(JUDGE))
 
     @property
     def ratios(self) -> tuple[str, ...]:
-        """Of the others, those of which 1 is like the reference."""
+        """Return the other measures that are ratios to the reference."""
         return tuple(name for name in self.others if name.endswith("_ratio"))
 
 
 def label(name: str) -> str:
-    """A measure's name as a reader wants it: `face_score` as Face score, `judge_face_dlib` as Judge: face dlib."""
+    """Return a measure's display name: "Face score" for `face_score`, "Judge: face dlib" for `judge_face_dlib`."""
     if name == PSNR:
         return "PSNR to truth, dB"
     words = name.removeprefix(JUDGE).replace("_", " ")
@@ -55,7 +59,7 @@ def label(name: str) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether a line has a figure there."""
+    """Return whether a JSON value is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: what was gained on held-out starts, the curves, which backend ran what; one page, one file."""
+"""Write the report of a run as one HTML page: changes on held-out starts, training curves, and backends of stages."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ from frostline.train.report.stages import show_stages, step_tile
 
 
 def write_report(run: Path) -> Path:
-    """Write `run/report.html` from what the trainer left in the folder; also while it is still at work.
+    """Write `run/report.html` from the files in a run's output directory. The run can still be active.
 
+    Returns:
+        The path of the report.
     Raises:
-        DataError: the folder holds no run.
+        DataError: the folder is not a run directory, the run has no steps yet, or a file cannot be read.
     """
     check_is_run(run)
     metrics, validation = read_lines(run / METRICS), read_lines(run / VALIDATION)
     if not metrics and not validation:
-        raise DataError(f"{run}: {METRICS} has no line of a step that was finished")
+        raise DataError(f"{run}: {METRICS} contains no finished step")
     facts, timing = _read_json(run / RUN_FACTS), _read_json(run / TIMING)
     config = _read_config(run / CONFIG)
     page = Page(f"Training run {run.resolve().name}", _subtitle(metrics, facts))

@@ -1,4 +1,4 @@
-"""The last part of a run's report: when, where and by which command it ran, its files and its settings."""
+"""Make the last part of a run's report: times, machine, commands, files and settings."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _FILES = {
     RUN_FACTS: "facts of the run",
     LOG: "log",
 }
-# What a reader wants to know of any run, whether or not it is the default.
+# Settings that are always shown, even if they have their default.
 _ALWAYS = ("model",)
 
 
 def show_run(page: Page, run: Path, metrics: Metrics, facts: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """When, where and how it ran; links to its files; the settings that were changed, and the rest folded."""
+    """Add times, machine, versions, links to files and settings to the page. Settings with defaults are collapsed."""
     page.heading("The run")
     page.facts({**_times(metrics, facts), **_texts(facts.get("machine")), **_texts(facts.get("versions"))})
     page.subheading("Files")
@@ -59,13 +59,13 @@ def show_run(page: Page, run: Path, metrics: Metrics, facts: Mapping[str, Any], 
 
 
 def wall_clock(facts: Mapping[str, Any]) -> float | None:
-    """Return the seconds that the sessions of a run took together; None where they were not recorded."""
+    """Return the total seconds of all sessions of a run; None if they were not recorded."""
     spans = [_span(session) for session in sessions_of(facts)]
     return sum(end.timestamp() - begin.timestamp() for begin, end in spans) if spans else None
 
 
 def sessions_of(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the records of sessions that are whole."""
+    """Return the complete records of sessions."""
     sessions = facts.get(SESSIONS)
     found = [each for each in sessions if isinstance(each, Mapping)] if isinstance(sessions, list) else []
     return [each for each in found if _is_time(each.get("began")) and _is_time(each.get("until"))]

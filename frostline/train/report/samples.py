@@ -1,4 +1,4 @@
-"""The held-out samples of a run one by one: the worst and the best change as clips, and all of them in a table."""
+"""Show the held-out samples of a run: those with the worst and best changes as clips, and all in a table."""
 
 from __future__ import annotations
 
@@ -23,14 +23,22 @@ from frostline.video import read_video
 
 _SHOWN = 6
 _CAPTION = (
-    "The values of the last validation. Change: since the first validation; of a measure of single frames, over the "
-    "frames that were scored both times. Press a heading to sort."
+    "Values of the last validation. Change: since the first validation; for measures of single frames, over the frames "
+    "that were scored both times. Click a heading to sort."
 )
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """note: what its change is among all. clips: by label, before, after, truth. steps: the step of a label."""
+    """One held-out sample.
+
+    Attributes:
+        number: the index of the sample.
+        prompt: the text prompt.
+        note: a remark if its change is the largest or smallest of all samples.
+        clips: the files by label: first validation, last validation and true clip.
+        steps: the lines of validation.jsonl by label.
+    """
 
     number: int
     prompt: str
@@ -52,11 +60,11 @@ def show_samples(page: Page, run: Path, validation: Lines, measures: Measures) -
 
 
 def _shown_samples(run: Path, validation: Lines, prompts: Sequence[str], differences: Sequence[float]) -> list[_Sample]:
-    """A few: the worst change, the best, the next worst, and so on; without changes, the first ones."""
+    """Return the shown samples: worst change, best change, next worst, and so on; without changes, the first ones."""
     folder, samples = run / CLIPS, []
     lines = {int(line["step"]): line for line in (validation[0], validation[-1])}
     for number, note in _order(len(prompts), differences)[:_SHOWN]:
-        # By their place, not by what the file says: a page must take up nothing from outside the run.
+        # The paths in the CSV file are not used, so that the page only contains files of the run.
         places = {f"step {step}": folder / step_name(step) / f"{number}.mp4" for step in sorted(lines)}
         clips = {**places, "truth": folder / TRUTH / f"{number}.mp4"}
         steps = {f"step {step}": line for step, line in lines.items()}
@@ -67,7 +75,7 @@ def _shown_samples(run: Path, validation: Lines, prompts: Sequence[str], differe
 
 
 def _order(count: int, differences: Sequence[float]) -> list[tuple[int, str]]:
-    """Numbers of samples in the order in which they are shown, each with what is said of its change."""
+    """Return the indices of samples in the order in which they are shown, each with a remark on its change."""
     changed = [number for number in range(min(count, len(differences))) if not math.isnan(differences[number])]
     ranked = sorted(changed, key=lambda number: differences[number])
     notes = {}
@@ -104,7 +112,7 @@ def _sheet_row(sample: _Sample, measures: Measures, name: str) -> SheetRow:
 
 
 def _frame_scores(sample: _Sample, name: str) -> dict[str, Sequence[float | None]]:
-    """Of each clip that was scored frame by frame, by its label."""
+    """Return the frame scores of each clip by label; clips without frame scores are left out."""
     found = {}
     for each, line in sample.steps.items():
         frames = line.get("frames", {}).get(name, [])

@@ -1,4 +1,4 @@
-"""The part of a run's report about its stages: which backend ran what and how often, how exactly, and how fast."""
+"""Make the part of a run's report about its stages: backends, calls, parity and latency."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _COLUMNS = (
     Column("Why"),
 )
 _CAPTION = (
-    "Steps: in how many training steps the backend computed the stage; in the others its outputs came from the cache, "
-    "another backend computed it, or nothing needed it. Calls: in all training steps together, and in all validations, "
-    "without those of judges. "
-    "Milliseconds: the median of the steps in which it ran. Of a live stage the gradient is PyTorch's, whoever "
-    "computes its outputs."
+    "Steps: the number of training steps in which the backend computed the stage; in the others, its outputs came from "
+    "the cache, another backend computed it, or it was not needed. Calls: the total in all training steps, and in all "
+    "validations without judges. "
+    "ms: the median of the steps in which it ran. PyTorch always computes the gradient of live stages, whichever "
+    "backend computes their outputs."
 )
 _ENGINE, _PYTORCH = "engine", "PyTorch"
 _KINDS = {_ENGINE: 0, _PYTORCH: 1}
@@ -42,7 +42,13 @@ _LIVE, _TAIL, _DENOISER = "_live", "denoise_tail", "denoiser"
 
 @dataclass
 class _Served:
-    """What one backend did for one use of a stage. ms: of each step in which it ran. calls: None if not recorded."""
+    """The work of one backend for one use of a stage.
+
+    Attributes:
+        ms: milliseconds of each step in which it ran.
+        calls: the number of calls in training steps; None if not recorded.
+        validation_calls: the number of calls in validations; None if not recorded.
+    """
 
     ms: list[float] = field(default_factory=list)
     calls: int | None = 0
@@ -50,12 +56,12 @@ class _Served:
 
 
 def show_stages(page: Page, metrics: Metrics, facts: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-    """The table of stages, the timeline of a step, and where `frostline demo` has timed it, PyTorch beside it."""
+    """Add the table of stages, the timeline of a step and, in `frostline demo`, the comparison with PyTorch."""
     page.heading("Which backend ran what")
     page.paragraph(
-        "A training step is a chain of stages. Frozen stages carry no gradient, so any engine may run them; live "
-        "stages teach the model, and their gradient is PyTorch's. Before an engine is used, its output is held against "
-        "PyTorch's on the same input: parity is the largest difference found in any number of that output."
+        "A training step is a sequence of stages. Frozen stages need no gradient and can run on any engine; live stages "
+        "need gradients, which PyTorch computes. Before an engine is used, its outputs are compared with PyTorch's on "
+        "the same inputs: parity is the largest absolute difference of any output value."
     )
     page.table(_COLUMNS, _rows(metrics, facts), caption=_CAPTION)
     figures = [*_timeline(metrics, facts), *(_comparison(timing) if timing else [])]
@@ -64,7 +70,7 @@ def show_stages(page: Page, metrics: Metrics, facts: Mapping[str, Any], timing: 
 
 
 def step_tile(metrics: Metrics, facts: Mapping[str, Any], timing: Mapping[str, Any]) -> list[Tile]:
-    """How long a step takes."""
+    """Return a tile with the duration of a step; an empty list without steps."""
     steps = timing.get("step_ms", {})
     torch_ms, cached_ms, uncached_ms = (number_of(steps, name) for name in ("torch", "cached", "uncached"))
     speed = ratio(torch_ms, cached_ms)
@@ -81,7 +87,7 @@ def step_tile(metrics: Metrics, facts: Mapping[str, Any], timing: Mapping[str, A
 
 
 def _rows(metrics: Metrics, facts: Mapping[str, Any]) -> list[list[str | Cell]]:
-    """One for each stage and backend that ran: frozen stages as planned, then what is live; last what never ran."""
+    """Return one row for each stage and backend: frozen stages, then live stages, then stages that did not run."""
     plan, served = facts.get("plan", {}), _served(metrics, facts)
     uses = [*(name for name in plan if name in served), *(name for name in served if name not in plan)]
     rows: list[list[str | Cell]] = []
@@ -104,12 +110,12 @@ def _rows(metrics: Metrics, facts: Mapping[str, Any]) -> list[list[str | Cell]]:
             )
     never = [name for name in plan if name not in served]
     empty = [Cell(NONE), Cell(NONE), Cell(NONE), Cell(NONE)]
-    said = Cell("not called: its outputs came from the cache, or nothing needed them", muted=True)
+    said = Cell("not called: its outputs came from the cache, or were not needed", muted=True)
     return rows + [[name, "frozen", NONE, Cell(f"0 of {len(metrics)}", 0), *empty, said] for name in never]
 
 
 def _served(metrics: Metrics, facts: Mapping[str, Any]) -> dict[str, dict[str, _Served]]:
-    """What was recorded of each use, by backend."""
+    """Return the recorded work for each use of a stage, by backend."""
     served: dict[str, dict[str, _Served]] = defaultdict(lambda: defaultdict(_Served))
     for row in metrics:
         for use, stage in row.get("stages", {}).items():
@@ -130,7 +136,7 @@ def _served(metrics: Metrics, facts: Mapping[str, Any]) -> dict[str, dict[str, _
 
 
 def _backends(stage: Mapping[str, Any]) -> list[tuple[str, int | None, float]]:
-    """Backend, calls and milliseconds; runs of before there were calls have one time for all of their backends."""
+    """Return backend, calls and milliseconds. Older runs have no calls, and one time for all backends."""
     backends = stage.get("backends")
     if not isinstance(backends, Mapping):
         return [(backend, None, float(stage["ms"])) for backend in [stage["backend"]]]
@@ -138,7 +144,7 @@ def _backends(stage: Mapping[str, Any]) -> list[tuple[str, int | None, float]]:
 
 
 def _parity(plan: Mapping[str, Any], use: str, backend: str) -> float:
-    """The largest difference of the backend's engines of this use's stage; of the denoise tail, of any denoiser."""
+    """Return the parity of the backend's engine for a stage; for the denoise tail, the largest of all denoisers."""
     stage = use.removesuffix(_LIVE)
     stages = [name for name in plan if name.startswith(_DENOISER)] if use == _TAIL else [stage] if stage in plan else []
     found = [number_of(plan[name].get("parity", {}), backend) for name in stages]
@@ -158,7 +164,7 @@ def _count(number: int | None) -> Cell:
 
 
 def _timeline(metrics: Metrics, facts: Mapping[str, Any]) -> list[Figure]:
-    """The stages of the step whose duration is the median."""
+    """Return the timeline of the step with the median duration."""
     steps = [row for row in settled(metrics, facts) if row.get("stages")]
     if not steps:
         return []
@@ -175,8 +181,8 @@ def _timeline(metrics: Metrics, facts: Mapping[str, Any]) -> list[Figure]:
         spans.append(Span("rest", begin, rest, None, f"the rest {milliseconds(rest)} ms"))
     caption = (
         f"Step {number_of(row, 'step'):.0f}, {fixed(number_of(row, 'seconds'), 2)} s, the median. All calls of a stage "
-        "are drawn in one piece, in the order in which the stages were first done. The rest: data, the optimizer, and "
-        "what belongs to no stage."
+        "are drawn as one bar, in the order in which the stages first finished. The rest: data loading, the optimizer, "
+        "and computation outside of stages."
     )
     plot = timeline_plot(spans, _KINDS, xlabel="milliseconds")
     said = ", ".join(span.text for span in spans)
@@ -201,10 +207,10 @@ def _comparison(timing: Mapping[str, Any]) -> list[Figure]:
         Figure.svg(
             bar_plot(step, unit="ms"),
             alt="Milliseconds of one training step, as planned and in PyTorch",
-            title="One training step, in turns",
+            title="Latency of one training step",
             caption="Cached: frozen outputs that do not change between epochs are read from the cache.",
         ),
         Figure.svg(
-            bar_plot(bars, unit="ms"), "Milliseconds of each stage, as planned and in PyTorch", "Each stage, in turns"
+            bar_plot(bars, unit="ms"), "Milliseconds of each stage, as planned and in PyTorch", "Latency per stage"
         ),
     ]

@@ -148,7 +148,7 @@ EXPECTED = (
     "Gains agree: face_score rises (+0.0435 ± 0.0065, 20 starts) and judge_face_dlib rises (+0.0200 ± 0.00092",
     "Face score 0.579 → 0.664 +0.085 The mean cosine of faces.",
     "Starts that improved 19 of 20",
-    "Judge: face dlib 0.700 → 0.720 +0.020 Training never sees it. Another embedder. "
+    "Judge: face dlib 0.700 → 0.720 +0.020 Not used in training. Another embedder. "
     "Of the 40 frames that were scored both times: +0.0200; of all, with 0 where there was no score: +0.213.",
     "Detection rate 0.983 → 1.000 +0.017",
     f"PSNR to truth, dB 21.43 → 21.31 {MINUS}0.12",
@@ -156,7 +156,7 @@ EXPECTED = (
     "Face score in training",
     "Face score: change",
     "Judge: face dlib: change",
-    "KL to the untrained model",
+    "KL divergence from the base model",
     "Sharpness ratio (1 is like the true clip)",
     "Motion ratio (1 is like the true clip)",
     f"One training step 561 → 366 ms 1.53 {TIMES} the speed",
@@ -184,7 +184,7 @@ EXPECTED = (
     "command 2 frostline train --resume runs/my",
     "processor AMD EPYC 9654, 2 cores",
     "gpu NVIDIA H200, 141 GB",
-    "One training step, in turns",
+    "Latency of one training step",
     "python 3.11.2",
     "lora.rank 8",
     "rewards.0.baseline 0.54",

@@ -59,8 +59,8 @@ def show_stages(page: Page, metrics: Metrics, facts: Mapping[str, Any], timing: 
     """Add the table of stages, the timeline of a step and, in `frostline demo`, the comparison with PyTorch."""
     page.heading("Which backend ran what")
     page.paragraph(
-        "A training step is a sequence of stages. Frozen stages need no gradient and can run on any engine; live stages "
-        "need gradients, which PyTorch computes. Before an engine is used, its outputs are compared with PyTorch's on "
+        "A training step is a sequence of stages. Frozen stages need no gradient and can run on any engine; live "
+        "stages need gradients, which PyTorch computes. Before an engine is used, its outputs are compared with PyTorch's on "
         "the same inputs: parity is the largest absolute difference of any output value."
     )
     page.table(_COLUMNS, _rows(metrics, facts), caption=_CAPTION)

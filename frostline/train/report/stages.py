@@ -60,8 +60,8 @@ def show_stages(page: Page, metrics: Metrics, facts: Mapping[str, Any], timing: 
     page.heading("Which backend ran what")
     page.paragraph(
         "A training step is a sequence of stages. Frozen stages need no gradient and can run on any engine; live "
-        "stages need gradients, which PyTorch computes. Before an engine is used, its outputs are compared with PyTorch's on "
-        "the same inputs: parity is the largest absolute difference of any output value."
+        "stages need gradients, which PyTorch computes. Before an engine is used, its outputs are compared with those "
+        "of PyTorch on the same inputs: parity is the largest absolute difference of any output value."
     )
     page.table(_COLUMNS, _rows(metrics, facts), caption=_CAPTION)
     figures = [*_timeline(metrics, facts), *(_comparison(timing) if timing else [])]

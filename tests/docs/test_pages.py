@@ -130,6 +130,7 @@ def test_pages_are_plain(page: Path) -> None:
 PLAIN_ROOMS = (
     *("cli", "cluster", "demo", "export", "report", "rewards", "runtime", "score", "stages", "terminal", "video"),
     *("models/checkpoints", "models/faces", "models/lora", "models/onnx", "models/quantization"),
+    "models/tiny",
     *("models/vision", "models/wan"),
     *("train/data", "train/judging", "train/loop", "train/precompute", "train/report", "train/step"),
 )

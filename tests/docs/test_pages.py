@@ -132,7 +132,7 @@ PLAIN_ROOMS = (
     *("models/checkpoints", "models/faces", "models/lora", "models/onnx", "models/quantization"),
     "models/tiny",
     *("models/vision", "models/wan"),
-    *("train/data", "train/judging", "train/loop", "train/precompute", "train/report", "train/step"),
+    *("train/data", "train/judging", "train/loop", "train/memory", "train/precompute", "train/report", "train/step"),
 )
 _ROOMS = [path for room in PLAIN_ROOMS for path in sorted((ROOT / "frostline" / room).rglob("*.py"))]
 PLAIN_MODULES = [*sorted((ROOT / "frostline").glob("*.py")), *_ROOMS]

@@ -1,4 +1,4 @@
-"""The demo's data: clips of the tiny model's world as real mp4 files with a `metadata.csv`."""
+"""Write the demo's datasets: rendered clips for the tiny model as MP4 files with a `metadata.csv`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ _TRAIN_SEED, _HELD_OUT_SEED = 500, 4242
 
 
 def write_datasets(folder: Path, train_clips: int, held_out: int) -> None:
-    """Write `folder/train` and `folder/held_out`, whose starts appear nowhere in training."""
+    """Write the datasets `folder/train` and `folder/held_out`.
+
+    Args:
+        folder: the folder to write to.
+        train_clips: the number of training clips.
+        held_out: the number of held-out clips; their start frames are not in the training data.
+    """
     _write(folder / "train", render_clips(train_clips, torch.Generator().manual_seed(_TRAIN_SEED)))
     _write(folder / "held_out", held_out_clips(held_out, _HELD_OUT_SEED))
 

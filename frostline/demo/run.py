@@ -1,4 +1,4 @@
-"""`frostline demo`: the main job end to end on the embedded tiny model, by the pieces that every run is made of."""
+"""Run `frostline demo`: export, training, validation and timing with the built-in tiny model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,14 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much the demo does. steps: optimizer steps. starts: held-out clips. timed_rounds: of the comparison."""
+    """Settings of the demo.
+
+    Attributes:
+        steps: the number of optimizer steps.
+        starts: the number of held-out clips.
+        seed: the random seed of training.
+        timed_rounds: the number of rounds of the comparison with PyTorch.
+    """
 
     steps: int = 40
     starts: int = 20
@@ -49,9 +56,9 @@ class DemoSettings:
 
 
 def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettings:
-    """The settings of the demo's training: those of the recipe `tiny`, and all starts at the beginning and the end.
+    """Return the training settings of the demo: those of the recipe `tiny`, with validation of all starts at both ends.
 
-    They are judged by other face networks than those that are rewarded, where these are installed.
+    If the package with dlib's weights is installed, a judge with other face networks than the reward is added.
     """
     return RunSettings.parse(
         {
@@ -88,10 +95,10 @@ def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettin
 def run_demo(
     out: Path, engines: Path, settings: DemoSettings, progress: Progress
 ) -> tuple[TrainOutcome, dict[str, Any]]:
-    """Make data, export engines, train, time the step against PyTorch, and write everything to `out`.
+    """Write the data, export engines, train, compare the step time with PyTorch, and write all results to `out`.
 
     Returns:
-        how the run ended, and what `summary.json` holds; nothing where a signal ended the run.
+        The outcome of the run, and the content of `summary.json`, which is empty if a signal stopped the run.
     """
     begin = time.monotonic()
     with progress.task("write the dataset"):
@@ -102,12 +109,12 @@ def run_demo(
     _export(module, EngineStore(engines), progress)
     if not run.validation.judges:
         log.warning(
-            "no judge tells whether the gain is real, for dlib's weights are missing: pip install 'frostline[dlib]'"
+            "the demo runs without a judge, because dlib's weights are not installed: pip install 'frostline[dlib]'"
         )
     outcome = run_training(run, None, progress)
     if outcome.stopped_by is not None:
         return outcome, {}
-    with progress.task("time the step against torch"):
+    with progress.task("compare the step time with torch"):
         timing = _time(module, run, settings.timed_rounds)
     _write_json(out / TIMING, timing)
     write_report(out)
@@ -131,7 +138,7 @@ def _export(module: WanTrainingModule, store: EngineStore, progress: Progress) -
 
 
 def _time(module: WanTrainingModule, run: RunSettings, rounds: int) -> dict[str, Any]:
-    """What `timing.json` holds: a step of the trained model, with engines and without."""
+    """Return the content of `timing.json`: the duration of a step of the trained model, with and without engines."""
     module.load_adapter(run.output_dir / ADAPTER)
     module.runtime.replan(run.plan.as_plan())
     dataset = run.data.open()
@@ -139,7 +146,7 @@ def _time(module: WanTrainingModule, run: RunSettings, rounds: int) -> dict[str,
 
 
 def scores_of(validation: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the first and the last validation measured, the paired gains, and the verdict."""
+    """Return the measures of the first and the last validation, the paired changes, and the verdict."""
     before, after = validation[0], validation[-1]
     measures = [name for name in after["starts"] if name in before["starts"]]
     scores: dict[str, Any] = {}

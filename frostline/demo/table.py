@@ -1,4 +1,4 @@
-"""The last lines of the demo on the terminal."""
+"""Print the summary of the demo on the terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from frostline.train.loop.run_dir import REPORT, SHEET
 
 
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:
-    """A small table of what changed, how fast it ran, and where to look."""
+    """Print a table of changes, the step time, and the paths of report and contact sheet."""
     numbers = (Column(title, right=True) for title in ("before", "after", "change"))
     table = FittedTable(Column(""), *numbers, title=f"{summary['starts']} held-out starts")
     rows = [("face score", "face_score", ".3f"), ("detection rate", "detection_rate", ".3f")]
-    # What training never saw.
+    # Judges, which are not used in training.
     rows += [(name.replace("_", " "), name, ".3f") for name in summary["paired"] if name != "face_score"]
     for name, key, form in (*rows, ("PSNR to truth, dB", "psnr", ".2f")):
         if summary[f"{key}_before"] is None or summary[f"{key}_after"] is None:
@@ -32,16 +32,16 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     console.print(summary["verdict"], soft_wrap=True)
     console.print(
         f"one step: {summary['step_ms_cached']:.0f} ms cached, {summary['step_ms_uncached']:.0f} ms uncached, "
-        f"{summary['step_ms_torch']:.0f} ms in PyTorch alone"
+        f"{summary['step_ms_torch']:.0f} ms in PyTorch"
     )
-    console.print(f"{summary['seconds']:.0f} s in all. Look at {out / REPORT} and {out / SHEET}")
+    console.print(f"{summary['seconds']:.0f} s in total. Results: {out / REPORT} and {out / SHEET}")
 
 
 def _change(name: str, change: Mapping[str, Any]) -> str:
-    """How a score changed: by frames that were scored before and after, and with 0 where one was not."""
+    """Return the change of a score in the frames that were scored both times, and in all frames with 0 for missing."""
     up = f"{name.replace('_', ' ')} up in {change['starts_up']} of {change['starts']} starts, by {change['gain']:+.3f}"
     if change.get("gain_missing_zero") is None:
         return up
-    # A face that hides is no gain.
+    # Scores with 0 for missing faces show whether the gain comes from hidden faces.
     zero = f"{change['gain_missing_zero']:+.3f} in all frames, with 0 where none was"
     return f"{up} in the {change['frames']} frames that were scored both times, {zero}"

@@ -1,4 +1,4 @@
-"""Steps with the plan's engines against steps in plain torch, taking turns in one process."""
+"""Compare the duration of steps with engines and in PyTorch, measured alternately in one process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ _CONTENDERS = ("cached", "uncached", "torch")
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of a forward and backward, by contender, and of each stage within it."""
+    """Median durations in milliseconds.
+
+    Attributes:
+        step_ms: forward and backward, by contender.
+        stage_ms: each stage, by contender and stage.
+    """
 
     step_ms: dict[str, float]
     stage_ms: dict[str, dict[str, float]]
 
 
 def time_steps(module: TrainingModule, batch: Mapping[str, Any], rounds: int) -> Timing:
-    """Time steps on one batch: the plan with cached and with uncached frozen outputs, and plain torch uncached.
+    """Time steps on one batch: the plan with and without cached frozen outputs, and torch without cache.
 
-    The first round warms up and does not count.
+    The first round is a warm-up and is not counted.
+
+    Args:
+        module: the training module.
+        batch: the batch of all steps.
+        rounds: the number of measured rounds.
     """
     steps: dict[str, list[float]] = {name: [] for name in _CONTENDERS}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in _CONTENDERS}

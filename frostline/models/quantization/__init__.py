@@ -1,1 +1,1 @@
-"""Frozen weights in 8 or 4 bits, dequantised where they are used."""
+"""Store frozen weights in 8 or 4 bits, and dequantise them when they are used."""

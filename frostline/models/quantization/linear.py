@@ -1,4 +1,4 @@
-"""Linear layers whose frozen weight is stored in 8 or 4 bits."""
+"""Define linear layers whose frozen weight is stored in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from frostline.models.precision import autocast_dtype
 
 from .storage import FORMATS
 
-# A network's layers that are stored in fewer bits are in its blocks: nearly all of its weights. The others (embeddings
-# of text and timestep, patches, head) are small, and what they err by reaches every block.
+# Only layers in transformer blocks are quantised, which contain nearly all weights. The other layers (embeddings of
+# text, timestep and patches; head) are small, and their errors would affect all blocks.
 _BLOCKS = "blocks"
-# The format, the shape (out, in), and the type that is computed in.
+# The format, the shape (out, in), and the dtype of computation.
 _How = tuple[str, tuple[int, int], torch.dtype]
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear layer; `weight` is dequantised at each access, and what is written to that is lost.
+    """A frozen linear layer with a quantised weight.
+
+    `weight` is dequantised at each access; writing to it has no effect. Casting the layer does not change the dtypes of
+    its tensors.
 
     Args:
-        layer: with the weight to store, or on the meta device.
+        layer: the layer to quantise; can be on the meta device.
         kind: one of `FORMATS`.
-        dtype: of the dequantised weight.
+        dtype: the dtype of the dequantised weight.
 
     Attributes:
-        codes, scale: what is stored, see `Format`; all tensors of the layer keep their types when it is cast.
-        table: what codes stand for; None where they are numbers.
+        codes: the quantised weight, see `Format`.
+        scale: the scales, see `Format`.
+        table: the values of the codes; None if the codes are numbers.
     """
 
     codes: nn.Parameter
@@ -50,13 +54,13 @@ class QuantisedLinear(nn.Linear):
         bias = layer.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
         table = FORMATS[kind].table()
-        if table is not None and not codes.is_meta:  # what is loaded into it later has no table
+        if table is not None and not codes.is_meta:  # checkpoints do not contain the table
             table = table.to(codes.device)
         self.register_buffer("table", table, persistent=False)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight (out, in), of the type that the layer computes in."""
+        """Return the dequantised weight, (out, in), with the dtype of computation."""
         return _weight(self.codes, self.scale, self.table, self._how)
 
     @property
@@ -64,7 +68,7 @@ class QuantisedLinear(nn.Linear):
         return self.kind, (self.out_features, self.in_features), self.compute_dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute `F.linear` with the dequantised weight, which is not kept for backward."""
+        """Compute `F.linear` with the dequantised weight, which is not saved for backward."""
         if not (torch.is_grad_enabled() and input.requires_grad):
             return F.linear(input, self.weight, self.bias)
         bias = self.bias
@@ -73,11 +77,11 @@ class QuantisedLinear(nn.Linear):
         return _FrozenLinear.apply(input, self.codes, self.scale, bias, self.table, self._how)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        """Return the sizes and how the weight is stored."""
+        """Return sizes, format and dtype for `repr`."""
         return f"{super().extra_repr()}, {self.kind}, {self.compute_dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(torch.bfloat16)` must move codes, scales and table, never round them.
+        # `.to(torch.bfloat16)` must not cast codes, scales and table.
         def moved(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
@@ -91,14 +95,14 @@ def _weight(codes: Tensor, scale: Tensor, table: Tensor | None, how: _How) -> Te
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """`F.linear` that keeps the codes for backward, which are in memory anyway, and dequantises them once more."""
+    """Compute `F.linear`, saving only the codes for backward, which dequantises them again."""
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, table: Tensor | None, how: _How
     ) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        # A few values: what is saved may be moved to main memory.
+        # Not saved with `save_for_backward`, whose tensors can be offloaded: the table is small.
         ctx.table, ctx.how = table, how
         return F.linear(input, _weight(codes, scale, table, how).to(input.dtype), bias)
 
@@ -111,29 +115,29 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def quantise_layers(network: nn.Module, kind: str, dtype: torch.dtype) -> None:
-    """Store the linear layers of a network's blocks in fewer bits, in place and one at a time.
+    """Quantise the linear layers of a network's blocks in place, one at a time.
 
     Args:
-        network: frozen, without adapters; its weights may be on the meta device, which then stay to be loaded.
+        network: a frozen network without adapters; weights on the meta device can be loaded afterwards.
         kind: one of `FORMATS`.
-        dtype: that the layers compute in.
+        dtype: the dtype of computation.
     Raises:
-        ConfigError: it has no such layers.
+        ConfigError: the network has no linear layers in blocks.
     """
     paths = [name for name, layer in network.named_modules() if type(layer) is nn.Linear and _in_blocks(name)]
     if not paths:
-        raise ConfigError(f"quantization: {type(network).__name__} has no linear layers in blocks that {kind} is for")
+        raise ConfigError(f"quantization: {type(network).__name__} has no linear layers in blocks to store as {kind}")
     for path in paths:
         _replace(network, path, QuantisedLinear(cast(nn.Linear, network.get_submodule(path)), kind, dtype))
 
 
 def quantised_layers(network: nn.Module) -> dict[str, QuantisedLinear]:
-    """Return the layers that are stored in fewer bits, by their paths."""
+    """Return the quantised layers by path."""
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, QuantisedLinear)}
 
 
 def dequantised_bytes(network: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """Yield what is stored of each quantised layer of a network, and how many bytes it takes dequantised."""
+    """Yield the stored parameters of each quantised layer, each with its number of bytes after dequantisation."""
     for layer in quantised_layers(network).values():
         yield layer.codes, layer.in_features * layer.out_features * layer.compute_dtype.itemsize
         yield layer.scale, 0
@@ -141,10 +145,10 @@ def dequantised_bytes(network: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
 
 @contextmanager
 def plain_layers(network: nn.Module) -> Iterator[None]:
-    """Within the block, ordinary linear layers with the dequantised weights take the place of the quantised ones.
+    """Replace quantised layers by `nn.Linear` layers with the dequantised weights within the block.
 
-    For tracing: an engine then has the numbers that PyTorch computes with. They take the memory of the whole network,
-    for as long as the trace exists.
+    Used for tracing, so that engines contain the same weights that PyTorch uses. The dequantised weights of the whole
+    network are in memory as long as the trace exists.
     """
     layers = quantised_layers(network)
     for path, layer in layers.items():

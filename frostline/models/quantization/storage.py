@@ -1,8 +1,8 @@
-"""How a weight is stored in 8 or 4 bits, and the values that are computed with.
+"""Quantise weights to 8 or 4 bits, and dequantise them.
 
-The numbers are those of torchao (int8 and float8 weight-only, of fp32 weights, one scale for each row) and of
-bitsandbytes (NF4 in blocks of 64, absmax in fp32, no double quantisation), bit for bit. All of it is arithmetic on
-plain tensors, so that it works on any device, the meta device too.
+The results are bitwise equal to those of torchao (int8 and float8 weight-only, fp32 weights, one scale per output row)
+and of bitsandbytes (NF4 in blocks of 64, absmax in fp32, no double quantisation). Only tensor operations are used,
+which work on all devices, including the meta device.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a weight (out, in).
+    """A storage format of a weight (out, in).
 
-    quantise: from a floating-point weight to its codes and fp32 scales; of a weight on the meta device, their shapes.
-    dequantise: from codes, scales and the shape of the weight to its fp32 values; the last argument is `table()`.
-    table: what codes stand for, if they are not numbers.
+    Attributes:
+        quantise: returns codes and fp32 scales of a floating-point weight; on the meta device, only their shapes.
+        dequantise: returns the fp32 weight from codes, scales, the shape of the weight, and the result of `table`.
+        table: returns the values of the codes; None if the codes are numbers.
     """
 
     quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,7 +42,7 @@ class Format:
 
 
 def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes (out, in) and a scale (out, 1) with which the largest magnitude of a row is 127.5 steps."""
+    """Return int8 codes (out, in) and a scale (out, 1) that maps the largest magnitude of each row to 127.5."""
     weight = weight.float()
     scale = (weight.abs().amax(dim=1, keepdim=True) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
     return (weight * (1.0 / scale)).round().clamp(-128, 127).to(torch.int8), scale
@@ -52,10 +53,10 @@ def _dequantise_int8(codes: Tensor, scale: Tensor, shape: tuple[int, int], table
 
 
 def _quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float8_e4m3fn codes (out, in), as bytes, and a scale (out, 1) with which a row's largest value is 448."""
+    """Return float8_e4m3fn codes (out, in), as uint8, and a scale (out, 1) that maps each row's maximum to 448."""
     weight = weight.float()
     scale = weight.abs().amax(dim=1, keepdim=True) / _FP8_MAX
-    # A row of zeros has a scale of 0, and any codes.
+    # Avoid a division by zero for rows of zeros, whose scale is 0.
     scaled = (weight / torch.where(scale > 0, scale, 1.0)).clamp(-_FP8_MAX, _FP8_MAX)
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scale
 
@@ -65,9 +66,9 @@ def _dequantise_fp8(codes: Tensor, scale: Tensor, shape: tuple[int, int], table:
 
 
 def _quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes (blocks, 32) of two levels in each byte, the first in the high bits, and absmax (blocks, 1).
+    """Return codes (blocks, 32) uint8, with two levels per byte, the first in the high bits, and absmax (blocks, 1).
 
-    Blocks are of 64 values in row-major order; the last one is filled up with zeros.
+    Each block contains 64 values in row-major order; the last block is padded with zeros.
     """
     flat = weight.float().reshape(-1)
     blocks = F.pad(flat, (0, -flat.numel() % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
@@ -80,7 +81,7 @@ def _quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dequantise_nf4(codes: Tensor, scale: Tensor, shape: tuple[int, int], table: Tensor | None) -> Tensor:
     assert table is not None
-    # A layer that has yet to be loaded is on the meta device, and its table is not.
+    # Before a layer is loaded, its codes are on the meta device, but its table is not.
     values = F.embedding(codes.int(), table.to(codes.device)).flatten(1) * scale
     return values.reshape(-1)[: math.prod(shape)].reshape(shape)
 

@@ -1,4 +1,4 @@
-"""The tiny model's dimensions: diffsynth's own Wan classes, small."""
+"""Define the sizes of the tiny models, which use diffsynth's Wan classes."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ DENOISER: dict[str, Any] = {
 # The high-noise expert of tiny-moe.
 EXPERT: dict[str, Any] = {**DENOISER, "num_layers": 2}
 
-# tiny-ti2v: the first frame's latents are given and pinned, nothing else tells of the image.
+# tiny-ti2v: the first frame is only given by its pinned latents.
 TI2V: dict[str, Any] = {
     **DENOISER,
     "num_layers": 2,
@@ -44,5 +44,5 @@ TI2V: dict[str, Any] = {
     "fuse_vae_embedding_in_latents": True,
 }
 
-# Shift of the noise levels seen in training, that of sampling.
+# Shift of the noise schedule in training, which is the same as in sampling.
 TRAIN_SHIFT = 5.0

@@ -1,8 +1,8 @@
-"""Clips of two public-domain faces in motion: the world that the tiny model knows.
+"""Render clips of two public-domain faces in motion, the training data of the tiny model.
 
-The two photographs ship inside wheels: `skimage.data.astronaut()` (NASA) and matplotlib's `grace_hopper.jpg` (US Navy).
-A clip shows one of them making the motion that its prompt names, from a start that no other clip has. In a clip that
-drifts, the face becomes the other person's from frame to frame, as identity drifts in real video models.
+The two photographs are part of wheels: `skimage.data.astronaut()` (NASA) and matplotlib's `grace_hopper.jpg` (US Navy).
+Each clip shows one of the two people with the motion of its prompt, from a random start. In a clip with drift, the face
+gradually changes to the other person's, like the identity drift of real video models.
 """
 
 import functools
@@ -34,7 +34,7 @@ _LANDMARKS = {
     "astronaut": ((-0.166, -0.127), (0.213, -0.106), (0.018, 0.111), (-0.176, 0.206), (0.198, 0.220)),
     "hopper": ((-0.189, -0.159), (0.194, -0.180), (0.017, 0.031), (-0.135, 0.207), (0.180, 0.193)),
 }
-# What drifts: the ellipse around the face, its centre (x, y), its radii and the width of its soft edge in radii.
+# The region that drifts: an ellipse around the face, with centre (x, y), radii, and width of the soft edge in radii.
 _FACE_CENTRE, _FACE_RADII, _FACE_EDGE = (0.02, 0.04), (0.40, 0.52), 0.3
 # Half-width of the view in units of half a portrait: the face fills about 70 % of the frame height.
 _VIEW = 0.66
@@ -79,9 +79,9 @@ def render_clips(
 ) -> Clips:
     """Draw `count` random clips.
 
-    `prompt` and `person` (both (B,) int64) fix what they show; `only_frame` renders that frame alone (T = 1).
-    `drift` ((B,) in [0, 1]) is how far the face has become the other person's in the last frame; it grows from 0 in the
-    first, at a speed that falls to 0.
+    `prompt` and `person` (both (B,) int64) set the content; by default, they are random. `only_frame` renders only this
+    frame (T = 1). `drift` ((B,) in [0, 1]) is the weight of the other person's face in the last frame; the weight
+    starts at 0 and rises with decreasing speed.
     """
     if prompt is None:
         prompt = torch.randint(0, len(PROMPTS), (count,), generator=generator)
@@ -99,7 +99,7 @@ def render_clips(
 
 
 def held_out_clips(count: int, seed: int, *, num_frames: int = NUM_FRAMES, size: int = SIZE) -> Clips:
-    """Clips with fresh starts that cover all prompts and both people evenly."""
+    """Return clips with new starts that cover all prompts and both people evenly."""
     index = torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
     prompt, person = index % len(PROMPTS), (index // len(PROMPTS)) % len(PEOPLE)
@@ -135,7 +135,7 @@ def _oriented(source: Tensor, mirrored: Tensor) -> Tensor:
 
 @functools.cache
 def _swapped_faces() -> Tensor:
-    """Return the portraits with the face of the other person where the own was, eyes on eyes and mouth on mouth."""
+    """Return the portraits with the faces swapped, with eyes and mouth aligned."""
     own, other = portraits(), portraits().flip(0)
     points = torch.tensor([_LANDMARKS[person] for person in PEOPLE])
     points = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
@@ -151,7 +151,7 @@ def _swapped_faces() -> Tensor:
 
 
 def _motion(prompt: Tensor, num_frames: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Pose tracks, each (B, T): a random start near frontal, then the motion that the prompt names."""
+    """Pose tracks, each (B, T): a random start near frontal, then the motion of the prompt."""
     count = len(prompt)
     time = torch.linspace(0, 1, num_frames)[None]
     ease = 3 * time**2 - 2 * time**3

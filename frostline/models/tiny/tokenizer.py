@@ -1,4 +1,4 @@
-"""A word tokenizer for the tiny model, in the files that `HuggingfaceTokenizer` reads."""
+"""Write a word tokenizer for the tiny model in the format of `HuggingfaceTokenizer`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def write_tokenizer(folder: Path, prompts: Sequence[str]) -> None:
-    """Know the words of `prompts`; pad on the right and end every prompt, as umT5 does."""
+    """Write a tokenizer with the words of `prompts`, which pads on the right and adds an end token, like umT5's."""
     words = sorted({word for prompt in prompts for word in prompt.lower().split()})
     vocabulary = {token: index for index, token in enumerate((_PAD, _END, _UNKNOWN, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))

@@ -1,13 +1,13 @@
-"""Train the embedded tiny models from nothing: `python -m frostline.models.tiny.train`.
+"""Train the built-in tiny models from scratch: `python -m frostline.models.tiny.train`.
 
-Phases: `autoencoder`, `decoder` (the VAE), then `denoiser` (with the text encoder), `drift` (the same on the clips that
-drift most), `high_noise` (for tiny-moe) and `ti2v` (pinned first frame). Each is seeded, shows progress, and goes on
-from its last checkpoint in `--work`; the weights are written to `--out` in the layout of the official Wan checkpoints.
-`--keep` leaves parts as they are.
+Phases: `autoencoder`, `decoder` (the VAE), `denoiser` (with the text encoder), `drift` (fine-tuning on the clips with
+the largest drift), `high_noise` (for tiny-moe) and `ti2v` (pinned first frame). Each phase is seeded, shows progress,
+and resumes from its last checkpoint in `--work`. The weights are written to `--out` in the layout of the official Wan
+checkpoints. Parts in `--keep` are not trained.
 
-The options of the committed denoiser (its loss curve is in benchmarks/NOTES.md):
+The options for the committed denoiser (its loss curve is in benchmarks/NOTES.md):
     --keep vae text high_noise ti2v --clips 384 --denoiser-steps 3000 --drift-steps 600
-The parts that it keeps are older, and the clips that they were trained on did not drift.
+The kept parts are older, and were trained on clips without drift.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from .train_denoiser import Pool, encode_pool, train_denoiser
 from .train_vae import build_vae, to_official_latents, train_autoencoder, train_decoder
 
 _BOUNDARY = 0.9
-# Of the phase `drift`: which clips, and the peak learning rate.
+# The minimum drift of the clips in the phase `drift`, and its peak learning rate.
 _DRIFTING, _DRIFT_RATE = 0.8, 7e-4
 _Model = TypeVar("_Model", bound=nn.Module)
 _KEEPABLE = ("vae", "text", "high_noise", "ti2v")
@@ -129,7 +129,7 @@ def _save_model(path: Path, model: nn.Module) -> None:
 
 
 def _write_config(folder: Path, denoiser: dict[str, Any], model_type: str, others: dict[str, Any]) -> None:
-    """`config.json` as Wan publishes it; `others` say where the tiny model differs from the official ones."""
+    """Write a `config.json` in the format of Wan; `others` are the settings that differ from the official models."""
     keys = ("dim", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "eps")
     config = {"_class_name": "WanModel", "model_type": model_type, **{key: denoiser[key] for key in keys}, **others}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""The tiny denoisers and the text encoder, trained together on cached latents of clips whose identity drifts.
+"""Train the tiny denoisers and the text encoder on cached latents of clips whose identity drifts.
 
-The clips of the trained model are sharp, and the face becomes the other person's over the clip, which leaves the reward
-something to win that can be seen. It is trained on clips that drift by any amount, so that keeping the person is among
-what it can do, and at the end for a short while on those that drift most.
+The trained model generates sharp clips in which the face changes to the other person's, so that a reward can visibly
+improve it. It is trained on clips with any amount of drift, so that it can also preserve the identity, and finally
+fine-tuned on the clips with the largest drift.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,11 @@ _BATCH = 16
 class Pool:
     """N encoded clips.
 
-    latents, image: (N, C, F, h, w) of the clips, and of their first frames alone.
-    prompt, drift: (N,).
+    Attributes:
+        latents: the latents of the clips, (N, C, F, h, w).
+        image: the latents of the first frames alone, (N, C, F, h, w).
+        prompt: the indices of the prompts, (N,).
+        drift: the drift of the clips, (N,).
     """
 
     latents: Tensor
@@ -45,7 +48,7 @@ class Pool:
     drift: Tensor
 
     def drifting(self, at_least: float) -> "Pool":
-        """Return the clips whose face has become the other person's to that part by the last frame."""
+        """Return the clips whose drift at the last frame is at least `at_least`, from 0 to 1."""
         rows = self.drift >= at_least
         return Pool(self.latents[rows], self.image[rows], self.prompt[rows], self.drift[rows])
 
@@ -59,7 +62,7 @@ class Pool:
 
 @torch.no_grad()
 def encode_pool(vae: WanVideoVAE, clips: int, work: Path) -> Pool:
-    """Render and encode `clips` clips, of which a third drift by less than two thirds; or read them from `work`."""
+    """Render and encode `clips` clips, or read them from `work`. A third of them has a drift of less than 2/3."""
     encoded = work / f"pool_{clips}.safetensors"
     if encoded.exists():
         return Pool(**load_file(encoded))
@@ -83,13 +86,13 @@ def encode_pool(vae: WanVideoVAE, clips: int, work: Path) -> Pool:
 
 
 class _TextAndDenoiser(nn.Module):
-    """What one optimizer trains; the text encoder only in the first phase."""
+    """Text encoder and denoiser in one module. The text encoder is only trained in the first phase."""
 
     def __init__(self, model: WanModel, text: WanTextEncoder, tokenizer: HuggingfaceTokenizer) -> None:
         super().__init__()
         self.model = model
         self.text = text
-        self.denoiser = [Denoiser(model)]  # in a list: its weights are those of `model`, stored once
+        self.denoiser = [Denoiser(model)]  # in a list, so that the state dict contains its weights only once
         self.encoder = [TextEncoder(text)]
         self.ids, self.mask = tokenize(tokenizer, PROMPTS)
 
@@ -112,9 +115,9 @@ def train_denoiser(
     start: WanModel | None = None,
     learning_rate: float = 1.5e-3,
 ) -> WanModel:
-    """Flow matching at sigmas in `sigma_range`; with a pinned first frame if the model wants one.
+    """Train a denoiser with flow matching at sigmas in `sigma_range`, with a pinned first frame if the model needs one.
 
-    `start` is a model to train further, in place.
+    If `start` is given, this model is trained in place instead of a new one.
     """
     torch.manual_seed(0)
     model = WanModel(**arguments) if start is None else start  # type: ignore[arg-type]

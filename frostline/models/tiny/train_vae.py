@@ -1,4 +1,4 @@
-"""The tiny VAE: first on single images, then on clips, last the decoder alone with a face-identity loss."""
+"""Train the tiny VAE: first on images, then on clips, and finally only the decoder with a face identity loss."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ _IMAGES, _CLIPS = 8, 2
 
 
 def build_vae() -> VideoVAE_:
-    """Return a VAE whose convolutions keep the variance of their input; the default init sticks at the mean image."""
+    """Return a VAE initialised to preserve variance; with the default init, training stalls at the mean image."""
     vae = VideoVAE_(**VAE)
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and not name.endswith("proj"):
@@ -35,7 +35,7 @@ def build_vae() -> VideoVAE_:
 
 
 def train_autoencoder(vae: VideoVAE_, steps: int, work: Path) -> None:
-    """Encoder and decoder together: pixels, squared pixels and image gradients."""
+    """Train encoder and decoder with losses of pixels, squared pixels and image gradients."""
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         if step < 0.35 * steps or step % 4 == 3:
@@ -55,7 +55,7 @@ def train_autoencoder(vae: VideoVAE_, steps: int, work: Path) -> None:
 
 
 def train_decoder(vae: VideoVAE_, steps: int, work: Path) -> None:
-    """The decoder alone, the face embedder looking on: what makes a decoded face recognisable."""
+    """Train only the decoder with a face identity loss, so that decoded faces are recognisable."""
     from frostline.models.faces.alignment import align_faces
     from frostline.models.faces.detections import quantize_frames
     from frostline.models.faces.embedders import SFaceEmbedder
@@ -94,10 +94,10 @@ def train_decoder(vae: VideoVAE_, steps: int, work: Path) -> None:
 
 @torch.no_grad()
 def to_official_latents(vae: VideoVAE_, batches: int = 24) -> None:
-    """Fold the latents' own mean and standard deviation into the 1×1×1 convolutions next to them.
+    """Fold the mean and standard deviation of the latents into the adjacent 1×1×1 convolutions.
 
-    `WanVideoVAE` normalises latents by the constants of the real Wan VAE. After this, those very constants
-    give the tiny model unit-variance latents, so that it needs no loading code of its own.
+    `WanVideoVAE` normalises latents with the constants of the official Wan VAE. After this, these constants also give
+    unit-variance latents for the tiny model, so that it needs no special loading code.
     """
     generator = torch.Generator().manual_seed(77)
     latents = torch.cat([_encode(vae, render_clips(2, generator)) for _ in range(batches)])

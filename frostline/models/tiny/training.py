@@ -1,4 +1,4 @@
-"""A seeded, resumable training phase with progress; shared by the tiny model's parts."""
+"""Run a seeded, resumable training phase of the tiny models."""
 
 import json
 import math
@@ -15,7 +15,16 @@ _CHECKPOINT_EVERY = 100
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimisation run: which parameters of `model`, for how many steps, at which peak learning rate."""
+    """The settings of a training phase.
+
+    Attributes:
+        name: the name of the phase and its checkpoint.
+        model: the module whose state is saved.
+        parameters: the trained parameters of `model`.
+        steps: the number of optimizer steps.
+        learning_rate: the peak learning rate.
+        warmup: the number of warm-up steps.
+    """
 
     name: str
     model: nn.Module
@@ -25,18 +34,18 @@ class Phase:
     warmup: int
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to 3 % of the peak."""
+        """Return the learning rate: linear warm-up, then a cosine decay to 3 % of the peak."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.03 + 0.97 * cosine)
 
 
 def autocast() -> torch.autocast:
-    """bf16 convolutions where the CPU has avx512_bf16: three times as fast as fp32 there, and slower elsewhere."""
+    """Return bf16 autocast if the CPU supports avx512_bf16, where bf16 convolutions are three times as fast as fp32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
 def psnr(video: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of videos in [0, 1]."""
+    """Return the peak signal-to-noise ratio of videos in [0, 1], in dB."""
     return (-10 * torch.log10((video - truth).pow(2).mean())).item()
 
 
@@ -46,10 +55,14 @@ def run_phase(
     evaluate: Callable[[], Mapping[str, float]],
     work: Path,
 ) -> None:
-    """Run `phase`, going on from its last checkpoint in `work`; finished phases only load their result.
+    """Run `phase`, resuming from its last checkpoint in `work`; finished phases only load their result.
 
-    `loss_at(step, generator)` returns a scalar loss; the generator is seeded by the step, so that a resumed run
-    sees the batches that an uninterrupted one sees.
+    Args:
+        phase: the settings of the phase.
+        loss_at: returns the scalar loss of a step. Its generator is seeded with the step, so that a resumed run uses
+            the same batches as an uninterrupted one.
+        evaluate: returns metrics, which are printed at each checkpoint.
+        work: the folder of checkpoints.
     """
     checkpoint = work / f"{phase.name}.pt"
     optimizer = torch.optim.AdamW(phase.parameters, phase.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)

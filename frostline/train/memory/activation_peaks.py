@@ -1,4 +1,4 @@
-"""What a step holds at once, phase by phase: of each stage what one use needs, and how many uses wait for backward."""
+"""Compute the activation memory of each phase of a step, including uses that wait for backward."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PHASES = ("conditioning", "rollout", "tail", "decode", "reward")
 
 
 def activation_peaks(footprints: Mapping[str, Footprint], uses: Sequence[Use]) -> dict[str, int]:
-    """Return the most activations that are held at once, by phase of a step, `backward` among them.
+    """Return the peak activation memory in bytes of each phase of a step, including `backward`.
 
     Args:
-        footprints: of stages; those that are missing count nothing.
-        uses: of a step.
+        footprints: the memory of one use of each stage; missing stages count as 0.
+        uses: the uses of stages in a step.
     """
     known = [use for use in uses if use.count > 0 and use.stage in footprints]
     live = [use for phase in PHASES for use in known if use.live and use.phase == phase]
@@ -26,7 +26,7 @@ def activation_peaks(footprints: Mapping[str, Footprint], uses: Sequence[Use]) -
             footprint = footprints[use.stage]
             peak = max(peak, held + (use.count - 1) * footprint.kept + footprint.forward_peak)
             held += use.count * footprint.kept
-        # Frozen uses of a phase with live ones, such as the KL reference, run beside what those keep.
+        # Frozen uses in a phase with live ones, such as the KL reference, run while the live activations are kept.
         frozen = (footprints[use.stage].frozen_peak for use in known if not use.live and use.phase == phase)
         peaks[phase] = max(peak, held + max(frozen, default=0))
     backward = 0

@@ -1,4 +1,4 @@
-"""Gradient checkpointing by memory: the least recomputation with which a step fits the device."""
+"""Choose the kind of gradient checkpointing with the least recomputation that fits in device memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from frostline.train.step_settings import TrainingModuleSettings
 
 log = logging.getLogger(__name__)
 
-# AdamW keeps two moments of every trained value.
+# AdamW stores two moments per trained parameter.
 MOMENTS = 2
 # Of what is free. Counted are tensors: kernels want scratch space, allocators whole pages, engines memory of their own.
 _USABLE = 0.8
@@ -48,13 +48,13 @@ def least_recomputation(
     training: int,
     free: int | None,
 ) -> Recomputation:
-    """The kind that is asked for; of "auto" the first that fits, or where none does, the one that needs least.
+    """Return the requested kind; for "auto" the first kind that fits, or else the one with the lowest peak.
 
     Args:
-        measure: the stages' footprints with a kind.
-        uses: of a step.
-        training: bytes of what comes with the first steps: gradients, and the optimizer's moments.
-        free: bytes of the device beside weights, engines and adapter; None where they are not known.
+        measure: returns the footprints of the stages with a kind.
+        uses: the uses of stages in a step.
+        training: bytes of gradients and optimizer states, which are allocated in the first steps.
+        free: bytes of the device without weights, engines and adapter; None if unknown.
     """
     footprints: dict[GradientCheckpointing, Mapping[str, Footprint]] = {}
     needs: dict[GradientCheckpointing, int] = {}
@@ -64,7 +64,7 @@ def least_recomputation(
         needs[kind] = training + max(activation_peaks(footprints[kind], uses).values())
         if free is None or needs[kind] <= _USABLE * free:
             return Recomputation(kind, footprints[kind], needs, fits=True)
-    # To recompute takes memory too: where little is kept, it may need more.
+    # Recomputation needs memory, too: if few activations are saved, its peak can be higher.
     least = min(needs, key=lambda kind: needs[kind])
     return Recomputation(least, footprints[least], needs, fits=False)
 
@@ -76,7 +76,7 @@ def fitting_checkpointing(
     free: int,
     rewards: Sequence[Reward] = (),
 ) -> GradientCheckpointing:
-    """What a loaded model's steps are to recompute; where nothing fits, with a warning.
+    """Choose gradient checkpointing for a loaded model; log a warning if no kind fits.
 
     Measured on tensors without content: that takes seconds, and no memory.
 

@@ -55,9 +55,12 @@ class Planner(Protocol):
 class Measure:
     """One way to need less memory.
 
-    about: what it does, in a phrase. lowers: what does not fit. costs: time (same results), results (what is trained
-    differs) or devices (more of them). values: the changes that it may consist of, the mildest first. in_run: whether a
-    run can make them by itself.
+    Attributes:
+        about: a short description.
+        lowers: the kind of memory that is reduced.
+        costs: `time` (same results), `results` (training differs) or `devices` (more devices are needed).
+        values: the possible changes of settings, the mildest first.
+        in_run: whether `memory.fit` can apply them in a run.
     """
 
     about: str

@@ -1,4 +1,4 @@
-"""What each stage of a model needs of memory, measured on tensors that have shapes and no content."""
+"""Measure the memory of each stage of a model on meta tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FEW_BLOCKS = 3
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one stage, beside its inputs.
+    """Bytes of one stage without its inputs.
 
     weights: of its frozen parameters. frozen_peak: the most that a use without gradient holds. Of one live use, for the
     stages that have one: kept is what stays until backward, forward_peak and backward_peak the most that are held in
@@ -196,7 +196,7 @@ def judge_bytes(judge: Reward, config: RewardConfig) -> tuple[str, int]:
 
 
 def live_uses(of_rewards: Mapping[str, Footprint], clips: int) -> list[Use]:
-    """Return the uses of what `measure_rewards` measured, in a step that rewards so many clips for each sample."""
+    """Return the uses that `measure_rewards` measured, in a step that scores `clips` clips for each sample."""
     return [Use(stage, True, clips, "reward") for stage, footprint in of_rewards.items() if footprint.forward_peak]
 
 
@@ -224,7 +224,7 @@ def without_data(*modules: nn.Module) -> Iterator[None]:
 
 
 def _of_many(measure: Callable[[int], Footprint], count: int, few: int) -> Footprint:
-    """`measure(count)` of a stage with so many blocks or chunks: each beyond the first `few` adds alike."""
+    """Return `measure(count)` of a stage with `count` blocks or chunks; those after `few` add equal amounts."""
     if count <= few:
         return measure(count)
     before, last = astuple(measure(few - 1)), astuple(measure(few))

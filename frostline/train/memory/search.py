@@ -1,4 +1,4 @@
-"""Which measures make a run fit: computed with the memory plan, each by itself and one after the other."""
+"""Search for the changes of settings that make a run fit in memory, using the memory plan."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def find_remedy(settings: RunSettings, planner: Planner, measures: Sequence[Meas
     """Take measure after measure until the run fits, and leave out or make milder again what it fits without.
 
     Args:
-        settings: of a run that does not fit.
-        planner: knows the memory of the device.
-        measures: the cheapest first.
+        settings: the settings of a run that does not fit.
+        planner: computes memory plans for the device.
+        measures: the measures, the cheapest first.
     """
     assert planner.device_bytes is not None
     search = _Search(settings, planner, planner.device_bytes)

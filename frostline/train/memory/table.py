@@ -1,4 +1,4 @@
-"""A memory plan, and what makes it smaller, as tables for the terminal."""
+"""Print a memory plan, and the measures that reduce it, as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GB = 1e9
 
 
 def memory_table(plan: MemoryPlan) -> Group:
-    """Stage by stage what one device holds, the adapter, the peak of each phase, and the verdict."""
+    """Return a table of the memory per device: each stage, the adapter, the peak of each phase, and the verdict."""
     sizes = ("weights", "engine", "frozen peak", "kept for backward", "live peak")
     table = FittedTable(Column("GB per device"), *(Column(size, right=True) for size in sizes))
     for stage in plan.stages:
@@ -45,7 +45,7 @@ def memory_table(plan: MemoryPlan) -> Group:
 
 
 def remedy_table(remedy: Remedy) -> Table:
-    """Measure by measure what one device then needs, by itself and with those above."""
+    """Return a table of the memory per device with each measure alone, and together with the measures above it."""
     table = Table(
         title="what needs less memory, the cheapest first",
         box=None,

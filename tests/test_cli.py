@@ -54,11 +54,11 @@ finally:
 def test_help_lists_every_command_with_its_help_line() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     for name, line in (
-        ("score", "Score videos by the rewards of training"),
-        ("sample", "Make a clip from a picture and a prompt"),
-        ("export", "Turn the frozen stages of a Wan model and of rewards into verified, signed engines."),
-        ("plan", "Show, per stage, who could serve it"),
-        ("cache", "Compute what is frozen of a run's samples into its cache"),
+        ("score", "Score videos with the rewards used in training"),
+        ("sample", "Generate a clip from a picture and a prompt"),
+        ("export", "Build verified, signed engines for the frozen stages of a Wan model and of rewards."),
+        ("plan", "Show the available backends of each stage"),
+        ("cache", "Precompute the outputs of the frozen stages"),
         ("train", "Train a reward LoRA"),
         ("adapter", "Convert a LoRA adapter for other programs, or merge it."),
     ):

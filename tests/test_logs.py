@@ -65,5 +65,5 @@ def test_a_full_disk_does_not_end_a_run(caplog: pytest.LogCaptureFixture) -> Non
         file.open(Path("/dev/full"))
         log.warning("one")
         log.warning("two")
-    given_up = [record.message for record in caplog.records if "cannot be written" in record.message]
+    given_up = [record.message for record in caplog.records if "cannot write the log file" in record.message]
     assert len(given_up) == 1 and os.strerror(28) in given_up[0]

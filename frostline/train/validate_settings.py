@@ -112,7 +112,7 @@ def _check_plan(settings: RunSettings, runs: bool) -> None:
         known = tuple(dict.fromkeys((*family.STAGES, *of_rewards)))
         for stage in plan.stages:
             if stage not in known:
-                raise ConfigError(f"plan.stages: there is no stage {stage!r}, only {', '.join(known)}")
+                raise ConfigError(f"plan.stages: there is no stage {stage!r}; valid stages: {', '.join(known)}")
     for backend in {plan.backend, *plan.stages.values()} - {AUTO, TORCH}:
         check_backend(backend)
     plan.shape_range(family.GEOMETRY)

@@ -239,7 +239,7 @@ def test_results_of_other_prompts_are_not_gone_on_from(
 
 def test_what_does_not_go_together_is_refused(people: Path) -> None:
     pairs = pairs_of(people, "half")
-    with pytest.raises(ConfigError, match="two have the name 'sharpness'"):
+    with pytest.raises(ConfigError, match="two rewards have the name 'sharpness'"):
         score(pairs, {"type": "sharpness"}, {"type": "sharpness", "floor": 0.1})
     with pytest.raises(ConfigError, match="detector: is a setting of the reward face_identity, which is not among"):
         score(pairs, {"type": "sharpness"}, detector="yunet")
@@ -273,7 +273,7 @@ def test_the_report_shows_every_score(people: Path, tmp_path: Path) -> None:
     write_score_report(tmp_path / "report.html", outcome, settings)
     page = (tmp_path / "report.html").read_text()
     for row in outcome.rows:
-        assert all(f"{value:.3f}" in page for value in row.scores.values())
+        assert all(f"{value:.3f}".replace("-", "\N{MINUS SIGN}") in page for value in row.scores.values())
     assert "How good are the videos?" in page and "Videos by change_ratio" in page and "Face score" not in page
 
 

@@ -93,7 +93,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
         "rewards.0.plus: unknown setting, did you mean rewards",
     ),
     "no list": ("rewards: {type: sharpness}", [], "rewards: Input should be a list"),
-    "no rewards": ("rewards: []", [], "rewards: names none: nothing would be rewarded"),
+    "no rewards": ("rewards: []", [], "rewards: empty list: nothing would be rewarded"),
     "no type": (
         "rewards: [{weight: 1}]",
         [],
@@ -148,7 +148,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
         "rewards.0.embedder: unknown setting",
     ),
     "override without value": ("{}", ["lora.rank"], "must be section.name=value"),
-    "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is not in a section"),
+    "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is not a section"),
     "override in yaml": ("{}", ["lora.target_modules=[q"], "the value is not valid YAML"),
     "override with a note": ("{}", ["lora.target_modules=[q] # all"], "unexpected text after the value: '# all'"),
     "override in deep sections": ("{}", ["rewards.0.options" + ".a" * 9999 + "=1"], "10001 sections deep"),

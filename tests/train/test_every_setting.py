@@ -346,7 +346,7 @@ CASES: dict[str, Case] = {
     "rewards.0.options": Case({"floor": 0.1}, a_step, {"rewards": [{"type": OF_ONES_OWN}]}),
     "rewards.0.detector": Case("yunet", faces, FACES),
     "rewards.0.embedder": Case("facenet:gone.pt", faces, FACES, refused="gone.pt"),
-    "rewards.0.channels": Case("bgr", faces, FACES, refused="bgr is only for arcface:PATH.onnx"),
+    "rewards.0.channels": Case("bgr", faces, FACES, refused="bgr applies to arcface:PATH.onnx only"),
     "rewards.0.upscale": Case(2, faces, FACES),
     "rewards.0.detection_size": Case(200, faces, FACES),
     "rewards.0.min_face_size": Case(90, faces, FACES),

@@ -228,7 +228,7 @@ def test_sharding_is_refused(workplace: Path) -> None:
     changes = ["quantization=int8", "memory.num_processes=2", "memory.sharding=fsdp"]
     result = CliRunner().invoke(app, ["train", "config.yaml", *changes, "--dry-run"])
     assert result.exit_code == 1
-    assert "quantization: weights in 8 or 4 bits are not sharded" in result.output
+    assert "quantization: weights in 8 or 4 bits cannot be sharded" in result.output
     accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
     with pytest.raises(ConfigError, match="are not sharded"):
         shard_frozen_weights(module_of("int8"), accelerator)

@@ -114,7 +114,7 @@ def test_the_adapter_changes_it_as_much_as_asked(face: Path, adapter: Path, tmp_
 
 
 def test_a_strength_that_is_too_large_is_refused(face: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"at a lora_scale of 1e\+39 the LoRA of blocks\.0\..* is not finite"):
+    with pytest.raises(ConfigError, match=r"with a lora_scale of 1e\+39, the LoRA of blocks\.0\..* is not finite"):
         clip(face, tmp_path / "clip.mp4", adapter=adapter, lora_scale=1e39)
 
 
@@ -176,9 +176,9 @@ def test_sizes(face: Path, tmp_path: Path) -> None:
         ({"num_frames": 8}, "num_frames must be 4k"),
         ({"height": 64}, "height and width must be set together"),
         ({"height": 60, "width": 64}, "height must be a multiple of 16 for tiny, not 60"),
-        ({"image": None}, "tiny starts from a picture: give --image"),
+        ({"image": None}, "tiny needs a first frame: use --image"),
         ({"model": "Wan2.1-T2V-1.3B", "image": None}, "without an image, height and width"),
-        ({"image": None, "height": 64, "width": 64}, "tiny starts from a picture"),
+        ({"image": None, "height": 64, "width": 64}, "tiny needs a first frame"),
         ({"plan": "vae_encoder=,x"}, "is neither auto"),
         ({"plan": "vae_coder=torch"}, "there is no stage 'vae_coder'"),
         ({"adapter": Path("nowhere")}, "nowhere contains no adapter"),
@@ -202,7 +202,7 @@ def test_an_adapter_of_another_model_is_named(face: Path, adapter: Path, tmp_pat
 def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.png: no such file"):
         clip(tmp_path / "nowhere.png", tmp_path / "clip.mp4")
-    with pytest.raises(ConfigError, match=r"clip\.avi: clips are written to a \.mp4 file"):
+    with pytest.raises(ConfigError, match=r"clip\.avi: must be a \.mp4 file"):
         clip(tmp_path / "nowhere.png", tmp_path / "clip.avi")
 
 

@@ -117,10 +117,10 @@ def test_output_dir_goes_before_the_file(place: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--resume", "data"], "--resume data: data is not the folder of a run"),
-        (["--resume", "nowhere"], "is not the folder of a run (no run.json and config.yaml of frostline)"),
+        (["--resume", "data"], "--resume data: data is not a run folder"),
+        (["--resume", "nowhere"], "is not a run folder (no run.json and config.yaml of frostline)"),
         (["--resume", "latest"], "name the folder of a run, or a configuration file"),
-        (["--resume", "latest", "--output-dir", "data"], "data is not the folder of a run"),
+        (["--resume", "latest", "--output-dir", "data"], "data is not a run folder"),
         (["--output-dir", "my/run"], "no configuration file"),
     ],
 )
@@ -193,7 +193,7 @@ def test_processes_but_the_first_show_errors_alone(monkeypatch: pytest.MonkeyPat
     [
         (lambda folder: None, "no such folder"),
         (lambda folder: folder.write_text(""), "not a folder"),
-        (lambda folder: folder.mkdir(), r"not the folder of a run \(no metrics.jsonl\)"),
+        (lambda folder: folder.mkdir(), r"not a run folder \(no metrics.jsonl\)"),
         (
             lambda folder: [folder.mkdir(), (folder / "run.json").write_text("{}")],
             "the run there has not finished its first step",

@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no file": (_nothing, ["gone.yaml"], 2, "gone.yaml: no such configuration file"),
     "nothing": (_nothing, [], 2, "no configuration file"),
     "unknown key": (_nothing, ["CONFIG", "train.learning_rat=1"], 2, "did you mean learning_rate?"),
-    "no data": (_nothing, ["CONFIG", "data.source=null"], 2, "data.source: is needed"),
+    "no data": (_nothing, ["CONFIG", "data.source=null"], 2, "data.source: required"),
     "data is gone": (_nothing, ["CONFIG", "data.source=gone"], 1, "gone: no such file or folder"),
     "bad rows": (_break_a_video, ["CONFIG", "data.source=bad"], 1, "2 of 2 rows are invalid"),
     "bad rows named": (_break_a_video, ["CONFIG", "data.source=bad"], 1, "row 2 (sample missing.mp4)"),
@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         _fill,
         ["CONFIG", "--dry-run", "output_dir=mine", "overwrite_output_dir=true"],
         1,
-        "mine has config.yaml already, and not from a run of frostline",
+        "mine already contains config.yaml, but no run of frostline",
     ),
     "dry run, no place": (_nothing, ["CONFIG", "--dry-run", "output_dir=config.yaml/run"], 1, "cannot be written to"),
     "dry run, no checkpoint": (_nothing, ["CONFIG", "--dry-run", "--resume", "gone"], 1, "gone: no such folder"),
@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         CONVOLUTION,
     ),
     "dry run, 4 bits": (_quantise, ["CONFIG", "--dry-run", "model=quantised"], 1, "quantised as NF4 (bitsandbytes)"),
-    "no report": (_nothing, ["report", "."], 1, "not the folder of a run (no metrics.jsonl)"),
+    "no report": (_nothing, ["report", "."], 1, "not a run folder (no metrics.jsonl)"),
 }
 
 
@@ -369,7 +369,7 @@ def _alias_its_settings(folder: Path) -> None:
 NOT_RESUMED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "rank": (_nothing, ["lora.rank=8"], 2, "lora.rank: the adapter in killed/checkpoint-2 has rank 4, not 8"),
     "scale": (_nothing, ["lora.alpha=8"], 2, "has a scale (alpha / rank) of 1, not 2"),
-    "layers": (_nothing, ["lora.target_modules=[q]"], 2, "is on other layers: blocks.0.cross_attn.k is called none"),
+    "layers": (_nothing, ["lora.target_modules=[q]"], 2, "is on other layers: blocks.0.cross_attn.k matches none"),
     "more layers": (
         _nothing,
         ["lora.target_modules=[q,k,v,o,ffn.0,ffn.2,ffn.3]"],
@@ -377,7 +377,12 @@ NOT_RESUMED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         "'ffn.3' matches no module of the denoiser",
     ),
     "damaged": (_damage, [], 1, "none of the 2 checkpoints in killed is intact"),
-    "settings": (_alias_its_settings, [], 1, "config.yaml is not valid YAML: line 1, column 7: an alias stands for"),
+    "settings": (
+        _alias_its_settings,
+        [],
+        1,
+        "config.yaml is not valid YAML: line 1, column 7: an alias refers to a node",
+    ),
     "data": (_nothing, ["data.source=gone"], 1, "gone: no such file or folder"),
     "rows": (_break_a_video, ["data.source=bad"], 1, "2 of 2 rows are invalid"),
     "validation": (_nothing, ["validation.source=gone"], 1, "gone: no such file or folder"),
@@ -429,7 +434,7 @@ def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(workplace)
     result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run"])
     assert result.exit_code == 0, result.output
-    for words in ("rollout head: frozen", "denoise tail: gradient", "data: 3 of 3 rows", "the run can begin"):
+    for words in ("rollout head: frozen", "denoise tail: with gradient", "data: 3 of 3 rows", "the run can begin"):
         assert words in result.output
     assert "fewer than" not in result.output
     result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "data.num_frames=9"], env={"COLUMNS": "200"})

@@ -82,10 +82,10 @@ def load_raft(path: Path, updates: int = 12) -> RaftFlow:
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
-            shape = found.get(name, "missing")
+            shape = f"has shape {found[name]}" if name in found else "is missing"
             raise ConfigError(
-                f"{path} does not contain the weights of torchvision's raft_small: {name} has shape "
-                f"{shape}, expected {expected.get(name, 'no such tensor')}"
+                f"{path} does not contain the weights of torchvision's raft_small: {name} {shape}, "
+                f"expected {expected.get(name, 'no such tensor')}"
             )
     network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return network.eval().requires_grad_(False)

@@ -213,7 +213,7 @@ def _go_on(output_dir: Path, options: RunOptions) -> None:
     set_aside_after(output_dir, options.resume.step)
     _take_lines(output_dir, options.resume)
     earlier = read_sessions(output_dir)
-    write_facts(output_dir, {**_own_facts(options, began_from(output_dir)), SESSIONS: earlier})
+    write_facts(output_dir, {**_own_facts(options, began_from(output_dir)), **({SESSIONS: earlier} if earlier else {})})
     _write_config(output_dir, options)
 
 

@@ -103,7 +103,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
         with_config(alpha_pattern={"q": INF}),
         "alpha_pattern of q must be a positive number, not inf",
     ),
-    "stated rank null": (with_config(r=None), "r must be a whole number, not null"),
+    "stated rank null": (with_config(r=None), "r must be a positive number, not null"),
     "stated rank of a layer": (
         with_config(rank_pattern={"q": 2.5}),
         r"rank_pattern of q must be a whole number, not 2\.5",

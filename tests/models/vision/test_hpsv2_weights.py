@@ -73,7 +73,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         more("score_predictor.weight"),
         "has tensors that CLIPModel does not have: score_predictor.weight",
     ),
-    "in a block": (more("transformer.resblocks.0.ls_1.gamma"), "has not: transformer.resblocks.0.ls_1.gamma"),
+    "in a block": (more("transformer.resblocks.0.ls_1.gamma"), "does not have: transformer.resblocks.0.ls_1.gamma"),
     "another shape": (more("visual.ln_pre.bias"), "vision_model.pre_layrnorm.bias has shape (3,)"),
     "another size": (
         lambda state: state.update({"text_projection": torch.zeros(64, 48)}),

@@ -239,7 +239,7 @@ BAD_ROWS: dict[str, tuple[object, str, str]] = {
     "a folder": ({"video": "sub", "prompt": "p"}, "video", "not a regular file"),
     "zero bytes": ({"video": "empty.mp4", "prompt": "p"}, "video", "empty (0 bytes)"),
     "text": ({"video": "text.mp4", "prompt": "p"}, "video", "cannot be read as a video"),
-    "url": ({"video": "http://localhost/a.mp4", "prompt": "p"}, "video", "no such file"),
+    "url": ({"video": "http://localhost/a.mp4", "prompt": "p"}, "video", "is outside"),
     "protocol": ({"video": "concat:a.mp4|c.mp4", "prompt": "p"}, "video", "no such file"),
     "NUL": ({"video": "a\0.mp4", "prompt": "p"}, "video", "NUL"),
     "long name": ({"video": "a" * 5000, "prompt": "p"}, "video", "too long"),

@@ -192,7 +192,7 @@ def test_a_video_may_be_left_out(folder: Path, name: str) -> None:
     assert shades(dataset[0]) == [100, 150]
     (bad,) = dataset.validate()
     assert (bad.row, bad.field) == (2, "video")
-    assert bad.reason.endswith(", and the reward face_identity needs a reference")
+    assert bad.reason.endswith(", but the reward face_identity needs a reference")
     with pytest.raises(DataError, match=r"row 2 .* needs a reference"):
         dataset[1]
     with pytest.raises(DataError, match=r"the model needs a start frame \(all 2 rows are invalid\)"):

@@ -115,7 +115,7 @@ def test_what_no_run_wrote_is_neither_deleted_nor_replaced(
     folder.mkdir()
     FOREIGN[name](folder)
     before = content(folder)
-    with pytest.raises(ConfigError, match=f"mine has {name} already, and not from a run of frostline"):
+    with pytest.raises(ConfigError, match=f"mine already contains {name}, but no run of frostline"):
         check_start(folder, **options)
     if options and name == "config.yaml":
         with pytest.raises(ConfigError, match="but no run of frostline"):

@@ -103,7 +103,7 @@ def test_a_checkpoint_of_other_experts_is_refused(experts: str, make_module: Any
     with pytest.raises(ConfigError, match=message):
         train(module, Clips(2), TrainerSettings(), tmp_path, RunOptions(resume=checkpoint))
     with pytest.raises(
-        ConfigError, match=r"has adapters of two experts \(high_noise, low_noise\): give the path of one"
+        ConfigError, match=r"contains adapters of two experts \(high_noise, low_noise\): give the path of one"
     ):
         module.load_adapter(whole / "adapter")
 

@@ -328,7 +328,7 @@ def test_missing_values_leave_a_page(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"not the folder of a run \(no metrics\.jsonl\)"):
+    with pytest.raises(DataError, match=r"not a run folder \(no metrics\.jsonl\)"):
         write_report(tmp_path)
     write_run(tmp_path, example_metrics(), [])
     (tmp_path / "run.json").write_text("{")

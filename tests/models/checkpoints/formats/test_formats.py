@@ -196,7 +196,7 @@ def test_two_experts_in_a_list_are_told_apart_by_name(names: str, tmp_path: Path
 @pytest.mark.parametrize("names", NOT_TELLING)
 def test_experts_whose_names_do_not_tell_are_refused(names: str, tmp_path: Path) -> None:
     one, other = write_experts(tmp_path, NOT_TELLING[names])
-    with pytest.raises(ConfigError, match=f'{one} and {other} are both denoisers.*put "high" into'):
+    with pytest.raises(ConfigError, match=f'{one} and {other} are both denoisers.*put "high" in'):
         find_files([one, other, *others(tmp_path)])
 
 

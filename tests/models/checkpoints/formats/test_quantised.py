@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     ),
     "a scale that does not fit": (
         {f"{LAYER}.weight": torch.zeros(512, 128, dtype=E4M3), f"{LAYER}.weight_scale": torch.ones(4, 1)},
-        r"weight_scale is \(4, 1\), which is no scale of blocks\.0\.ffn\.0\.weight, \(512, 128\)",
+        r"weight_scale has shape \(4, 1\), which does not match blocks\.0\.ffn\.0\.weight of shape \(512, 128\)",
     ),
     "two scales": (
         {

@@ -56,7 +56,7 @@ def find_run(resume: str, output_dir: Path | None = None) -> FoundRun:
     if not _is_run(folder):
         where = folder.absolute() if folder == Path() else folder
         raise ConfigError(
-            f"--resume {resume}: {where} is not the folder of a run (no {RUN_FACTS} and {CONFIG} of frostline): name "
+            f"--resume {resume}: {where} is not a run folder (no {RUN_FACTS} and {CONFIG} of frostline): name "
             "the folder of a run, or a configuration file"
         )
     own = folder.resolve()

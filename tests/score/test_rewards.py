@@ -241,7 +241,7 @@ def test_what_does_not_go_together_is_refused(people: Path) -> None:
     pairs = pairs_of(people, "half")
     with pytest.raises(ConfigError, match="two rewards have the name 'sharpness'"):
         score(pairs, {"type": "sharpness"}, {"type": "sharpness", "floor": 0.1})
-    with pytest.raises(ConfigError, match="detector: is a setting of the reward face_identity, which is not among"):
+    with pytest.raises(ConfigError, match="detector: is a setting of the reward face_identity, which is not one of"):
         score(pairs, {"type": "sharpness"}, detector="yunet")
     with pytest.raises(ConfigError, match="detector: is yunet here, but mtcnn in rewards: set only one of them"):
         score(pairs, {"type": "face_identity", "detector": "mtcnn"}, detector="yunet")

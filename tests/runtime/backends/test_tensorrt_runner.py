@@ -65,7 +65,7 @@ def test_the_runner_binds_addresses_and_allocates_outputs(
     assert [size for _, size in context.scratch] == [3 * 16]
     with pytest.raises(EngineError, match="engine supports"):
         runner(x=torch.zeros(65, 4))
-    with pytest.raises(EngineError, match="TensorRT cannot load n: it does not say why"):
+    with pytest.raises(EngineError, match="TensorRT cannot load n: no reason given"):
         TensorRTRunner(trt, b"other", doubled, CPU)
 
 

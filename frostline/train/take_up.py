@@ -7,9 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from frostline.documents import parse_json
-from frostline.errors import ConfigError, DocumentError
-from frostline.train.loop.run_dir import CONFIG, LATEST, PROGRAM, RUN_FACTS, WORKING_DIR
+from frostline.errors import ConfigError
+from frostline.train.loop.run_dir import CONFIG, LATEST, PROGRAM, RUN_FACTS, WORKING_DIR, read_facts
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +63,9 @@ def find_run(resume: str, output_dir: Path | None = None) -> FoundRun:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and PROGRAM in _facts(folder)
+    return (folder / CONFIG).is_file() and PROGRAM in read_facts(folder)
 
 
 def _started_in(folder: Path) -> Path | None:
-    place = _facts(folder).get(WORKING_DIR)
+    place = read_facts(folder).get(WORKING_DIR)
     return Path(place) if isinstance(place, str) and Path(place).is_dir() else None
-
-
-def _facts(folder: Path) -> dict[str, object]:
-    try:
-        facts = parse_json((folder / RUN_FACTS).read_bytes())
-    except (OSError, DocumentError):
-        return {}
-    return facts if isinstance(facts, dict) else {}

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from frostline.documents import parse_json
-from frostline.errors import CheckpointError, ConfigError, DocumentError
+from frostline.errors import CheckpointError, ConfigError
 from frostline.models.lora import EXPERT_PARTS
 from frostline.train.loop.checkpoint import Checkpoint, discard, find_checkpoints
 from frostline.train.loop.run_dir import (
@@ -28,6 +27,7 @@ from frostline.train.loop.run_dir import (
     TIMING,
     TRACKERS,
     VALIDATION,
+    read_facts,
 )
 
 _FILES = (METRICS, VALIDATION, CONFIG, REPORT, SHEET, TIMING, LOG)
@@ -173,11 +173,8 @@ def clear_unfinished(folder: Path) -> None:
 
 def _facts(folder: Path) -> dict[str, Any] | None:
     """Return the content of `run.json`, if it belongs to a run of frostline."""
-    try:
-        facts = parse_json((folder / RUN_FACTS).read_bytes())
-    except (OSError, DocumentError):
-        return None
-    return facts if isinstance(facts, dict) and PROGRAM in facts else None
+    facts = read_facts(folder)
+    return facts if PROGRAM in facts else None
 
 
 def _own_files(folder: Path) -> Iterator[Path]:

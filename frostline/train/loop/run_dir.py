@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from frostline.atomic_io import atomic_write
 from frostline.documents import finite_values, parse_json
-from frostline.errors import CheckpointError, DataError
+from frostline.errors import CheckpointError, DataError, DocumentError
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,15 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the content of `run.json`; empty if the file is missing or damaged."""
+    try:
+        facts = parse_json((folder / RUN_FACTS).read_bytes())
+    except (OSError, DocumentError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def await_release(folder: Path, seconds: float) -> None:

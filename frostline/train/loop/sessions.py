@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from frostline.atomic_io import atomic_write
-from frostline.documents import parse_json
-from frostline.errors import DocumentError
 from frostline.runtime.stage_timer import StageTime
-from frostline.train.loop.run_dir import RUN_FACTS, SESSIONS
+from frostline.train.loop.run_dir import RUN_FACTS, SESSIONS, read_facts
 
 
 class SessionRecord:
@@ -57,12 +55,12 @@ class SessionRecord:
             "last_step": step,
             "validation_calls": self._calls,
         }
-        write_facts(self._folder, {**_read(self._folder), **self._facts(), SESSIONS: [*self._earlier, record]})
+        write_facts(self._folder, {**read_facts(self._folder), **self._facts(), SESSIONS: [*self._earlier, record]})
 
 
 def read_sessions(folder: Path) -> list[Any]:
     """Return the records in `run.json`; none where it has none, or is not whole."""
-    sessions = _read(folder).get(SESSIONS)
+    sessions = read_facts(folder).get(SESSIONS)
     return sessions if isinstance(sessions, list) else []
 
 
@@ -70,14 +68,6 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write `run.json`."""
     with atomic_write(folder / RUN_FACTS) as part:
         part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        facts = parse_json((folder / RUN_FACTS).read_bytes())
-    except (OSError, DocumentError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _now() -> str:

@@ -6,15 +6,14 @@ import heapq
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import overload
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from frostline.cluster.file_systems import file_system_of
+from frostline.cluster.streamed_rows import StreamedRows
 from frostline.errors import DataError
 from frostline.score.result import VideoScore
 
@@ -22,7 +21,7 @@ _ROWS, _SECONDS = 512, 10.0
 _SCHEMA = pa.schema([("index", pa.int64()), ("row", pa.string())])
 
 
-class ResultParts(Sequence[VideoScore]):
+class ResultParts(StreamedRows):
     """Store the rows of an unfinished run. Files are written atomically; duplicate rows of an index are skipped.
 
     If the process is killed, at most the results of the last ten seconds are lost and have to be scored again.
@@ -36,7 +35,6 @@ class ResultParts(Sequence[VideoScore]):
         self._system, self._path = file_system_of(folder)
         self._waiting: list[tuple[int, str]] = []
         self._written = time.monotonic()
-        self._count: int | None = None
 
     def add(self, row: VideoScore) -> None:
         """Add a row to the next file, which is written after 512 rows or ten seconds."""
@@ -92,17 +90,9 @@ class ResultParts(Sequence[VideoScore]):
     def __iter__(self) -> Iterator[VideoScore]:
         return (VideoScore.model_validate(json.loads(line)) for _, line in self.lines())
 
-    def __len__(self) -> int:
-        if self._count is None:
-            self._count = sum(1 for _ in self.lines())
-        return self._count
-
-    @overload
-    def __getitem__(self, place: int) -> VideoScore: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[VideoScore]: ...
-    def __getitem__(self, place: int | slice) -> VideoScore | list[VideoScore]:
-        return take(self, len(self), place)
+    def count_rows(self) -> int:
+        """Count the written rows without parsing them."""
+        return sum(1 for _ in self.lines())
 
     def _parts(self) -> list[str]:
         found = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
@@ -125,11 +115,3 @@ class ResultParts(Sequence[VideoScore]):
     ) -> None:
         if (line := next(rest, None)) is not None:
             heapq.heappush(open_parts, (*line, path, rest))
-
-
-def take(rows: Sequence[VideoScore], count: int, place: int | slice) -> VideoScore | list[VideoScore]:
-    """Return `rows[place]` for rows that only support iteration from the start."""
-    if isinstance(place, slice):
-        start, stop, step = place.indices(count)
-        return list(islice(iter(rows), start, stop, step))
-    return next(islice(iter(rows), range(count)[place], None))

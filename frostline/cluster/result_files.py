@@ -6,14 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
 
 import pyarrow as pa
 
 from frostline import atomic_io
 from frostline.cluster.file_systems import exists, file_system_of
-from frostline.cluster.parts import take
 from frostline.cluster.result_tables import ParquetFile
+from frostline.cluster.streamed_rows import StreamedRows
 from frostline.errors import ConfigError, DataError
 from frostline.paths import is_url
 from frostline.score.files import SUFFIXES, ResultFile
@@ -22,7 +21,7 @@ from frostline.score.result import FACE_SCORE, VideoScore
 PARQUET = ".parquet"
 
 
-class StoredRows(Sequence[VideoScore]):
+class StoredRows(StreamedRows):
     """Iterate over the rows of a results file. The rows are read from the file each time, not kept in memory.
 
     Args:
@@ -34,7 +33,6 @@ class StoredRows(Sequence[VideoScore]):
 
     def __init__(self, name: str, labels: Sequence[str]) -> None:
         self.name = name
-        self._count: int | None = None
         # A file at a URL is read and written through a local copy.
         self._copies = tempfile.TemporaryDirectory(prefix="frostline-") if is_url(name) else None
         self.path = Path(self._copies.name, name.rsplit("/", 1)[-1]) if self._copies else Path(name)
@@ -86,18 +84,6 @@ class StoredRows(Sequence[VideoScore]):
 
     def __iter__(self) -> Iterator[VideoScore]:
         return self._file.stream()
-
-    def __len__(self) -> int:
-        if self._count is None:
-            self._count = sum(1 for _ in self)
-        return self._count
-
-    @overload
-    def __getitem__(self, place: int) -> VideoScore: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[VideoScore]: ...
-    def __getitem__(self, place: int | slice) -> VideoScore | list[VideoScore]:
-        return take(self, len(self), place)
 
 
 def upload(path: Path, url: str) -> None:

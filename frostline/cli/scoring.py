@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -102,7 +102,15 @@ def score(
         check_writable(report)
     from frostline.video.downloads import DownloadLimits
 
-    limits = DownloadLimits(max_download_size, download_timeout)
+    shared: dict[str, Any] = {
+        "resume": resume,
+        "overwrite": overwrite,
+        "backend": backend,
+        "device": device,
+        "engines": engines_dir,
+        "batch": batch,
+        "downloads": DownloadLimits(max_download_size, download_timeout),
+    }
     if ray is not None:
         from frostline.cluster.session import ClusterOptions, require_ray
 
@@ -114,7 +122,7 @@ def score(
 
         source = PairSource(tuple(videos or ()), reference, pairs, allow_outside, prompt, settings.needs())
         cluster = ClusterOptions(ray, workers, cpus_per_worker, gpus_per_worker)
-        run = ClusterRun(out, cluster, resume, overwrite, backend, device, engines_dir, batch, limits)
+        run = ClusterRun(out=out, cluster=cluster, **shared)
         outcome = score_on_cluster(source, settings, run, progress())
     else:
         from frostline.score.request import gather_pairs
@@ -122,7 +130,7 @@ def score(
 
         file, results = _local(pairs, "--pairs"), _local(out, "--out")
         wanted = gather_pairs(videos or [], reference, file, allow_outside, prompt, settings.needs())
-        options = RunOptions(results, resume, overwrite, backend, device, engines_dir, batch, limits)
+        options = RunOptions(out=results, **shared)
         outcome = run_score(wanted, settings, options, progress())
     if outcome is None:
         return

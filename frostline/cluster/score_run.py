@@ -30,11 +30,10 @@ from frostline.progress import Progress
 from frostline.score.request import Pair
 from frostline.score.result import FACE_SCORE, VideoScore
 from frostline.score.rewards.loading import check_backend
-from frostline.score.run import ScoreOutcome, check_same
+from frostline.score.run import ScoreOutcome, ScoringOptions, check_same
 from frostline.score.settings import ScoreSettings
 from frostline.score.summary import Summary, summarize
 from frostline.video import probe_video
-from frostline.video.downloads import DEFAULT_LIMITS, DownloadLimits
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +42,17 @@ _MOST_AT_ONCE, _TURNS = 32, 16
 _COLUMNS = ("index", "video", "reference", "prompt", "fault")
 
 
-@dataclass(frozen=True)
-class ClusterRun:
-    """Options of a run that do not change the results.
+@dataclass(frozen=True, kw_only=True)
+class ClusterRun(ScoringOptions):
+    """Options of a run on a cluster.
 
     Attributes:
         out: the path or URL of the results file.
         cluster: the Ray cluster and its workers.
-
-    All other attributes are those of `RunOptions`.
     """
 
     out: str
     cluster: ClusterOptions
-    resume: bool = False
-    overwrite: bool = False
-    backend: str = "auto"
-    device: str = "auto"
-    engines: Path = Path("engines")
-    batch: int = 32
-    downloads: DownloadLimits = DEFAULT_LIMITS
 
 
 def score_on_cluster(

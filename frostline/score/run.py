@@ -33,12 +33,11 @@ from frostline.video.downloads import DEFAULT_LIMITS, DownloadLimits
 Done = Mapping[int, VideoScore]
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of a run that do not change the results.
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """Options that do not change the results, of a run in this process or on a cluster.
 
     Attributes:
-        out: the results file, `.jsonl` or `.csv`; None to keep the results in memory only.
         resume: keep the results in `out`, and score the remaining pairs.
         overwrite: replace the results in `out`.
         backend: `auto`, `torch` or the name of a backend.
@@ -48,7 +47,6 @@ class RunOptions:
         downloads: limits for videos at URLs.
     """
 
-    out: Path | None = None
     resume: bool = False
     overwrite: bool = False
     backend: str = "auto"
@@ -56,6 +54,17 @@ class RunOptions:
     engines: Path = Path("engines")
     batch: int = 32
     downloads: DownloadLimits = DEFAULT_LIMITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ScoringOptions):
+    """Options of a run in this process.
+
+    Attributes:
+        out: the results file, `.jsonl` or `.csv`; None to keep the results in memory only.
+    """
+
+    out: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ def score_files() -> ScoreFiles:
     ) -> tuple[VideoScore, ...]:
         pairs = [Pair(index, str(video), str(reference)) for index, video in enumerate(videos)]
         replaces = not resume if overwrite is None else overwrite
-        options = RunOptions(out, resume, replaces, backend, "cpu", engines, batch)
+        options = RunOptions(
+            out=out, resume=resume, overwrite=replaces, backend=backend, device="cpu", engines=engines, batch=batch
+        )
         outcome = run_score(pairs, ScoreSettings.parse({"detector": "yunet", **settings}), options, Progress())
         assert outcome is not None
         return outcome.rows

@@ -82,6 +82,8 @@ class Nursery:
         self._process = server.Process(target=_serve, args=(theirs, scratch, dict(os.environ)))
         self._process.start()
         theirs.close()
+        # It answers once the engine in its scratch folder is built.
+        self.ask(os.getpid)
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         self._connection.send((function, arguments))

@@ -83,7 +83,7 @@ class Nursery:
         self._process.start()
         theirs.close()
         # It answers once the engine in its scratch folder is built.
-        self.ask(os.getpid)
+        self.ask(bool)
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         self._connection.send((function, arguments))

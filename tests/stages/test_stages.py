@@ -299,13 +299,17 @@ def test_an_engine_that_keeps_bounds_that_are_asked_for_later_is_present(
 
 
 def test_every_engine_was_verified_and_timed(variant_engines: Path, modules: dict[str, WanTrainingModule]) -> None:
-    records = EngineStore(variant_engines).find()
-    stages = {(name, str(stage.model)) for module in modules.values() for name, stage in module.stages.items()}
-    assert {(record.id.stage, record.id.model) for record in records} == stages
+    store = EngineStore(variant_engines)
+    exported = [
+        export_stage(stage, "onnxruntime", store) for module in modules.values() for stage in module.stages.values()
+    ]
+    assert not any(export.built for export in exported)
+    manifests = {export.manifest.id: export.manifest for export in exported}
     # Beside the six stages of tiny: the denoiser of tiny-ti2v, and the first expert of tiny-moe.
-    assert len(records) == 8
-    for record in records:
-        manifest = EngineStore(variant_engines).verify(record).manifest
+    assert len(manifests) == 8
+    for engine, manifest in manifests.items():
+        assert (record := store.get(engine))
+        assert store.verify(record).manifest == manifest
         assert manifest.verified
         assert manifest.parity
         assert all(parity.passed for parity in manifest.parity)

@@ -1,24 +1,30 @@
 """Read CSV files, including those that spreadsheet programs write."""
 
 import csv
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from frostline.errors import DataError
 
 
-def csv_records(text: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
-    """Read the rows of CSV text as (line number, values by column).
+def csv_records(
+    lines: Iterable[str], check_columns: Callable[[Sequence[str]], None] | None = None
+) -> Iterator[tuple[int, dict[str | None, Any]]]:
+    """Read the rows of a CSV file as (line number, values by column), without keeping them in memory.
 
     Values without a column are in a list under the key None. Empty cells without a column and empty rows are skipped:
     spreadsheet programs write them.
 
+    Args:
+        lines: the lines with their line ends, as of a text file that was opened with `newline=""`.
+        check_columns: called with the names in the header before the first row; raises an error if they are invalid.
     Raises:
         DataError: the text is not valid CSV; the message begins with the row.
     """
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(lines, strict=True)
     try:
+        if check_columns is not None:
+            check_columns(reader.fieldnames or [])
         for record in reader:
             # The reader returns the last line of a row; a quoted value may start several lines above.
             line = reader.line_num - sum(str(value).count("\n") for value in record.values())
@@ -30,18 +36,6 @@ def csv_records(text: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
             yield line, record
     except csv.Error as error:
         raise DataError(f"row {reader.line_num + 1}: invalid CSV: {error}") from error
-
-
-def csv_columns(text: str) -> list[str]:
-    """Return the column names in the header of CSV text.
-
-    Raises:
-        DataError: the text is not valid CSV.
-    """
-    try:
-        return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
-    except csv.Error as error:
-        raise DataError(f"row 1: invalid CSV: {error}") from error
 
 
 def _is_filled(value: str | None) -> bool:

@@ -85,11 +85,11 @@ def _rows(file: str) -> Iterator[Mapping[str | None, Any]]:
 
 
 def _csv(stream: Any, file: str) -> Iterable[Mapping[str | None, Any]]:
-    return rows_of_csv(stream.read().decode("utf-8-sig", errors="surrogateescape"), file)
+    return rows_of_csv(_lines(stream, newline=""), file)
 
 
 def _json_lines(stream: Any, file: str) -> Iterator[Mapping[str | None, Any]]:
-    for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape"), 1):
+    for number, line in enumerate(_lines(stream), 1):
         if not line.strip():
             continue
         try:
@@ -111,6 +111,11 @@ def _parquet(stream: Any, file: str) -> Iterator[Mapping[str | None, Any]]:
             for row in batch.to_pylist():
                 yield {name: _cell(value, f"{file}, row {place}: {name}") for name, value in row.items()}
                 place += 1
+
+
+def _lines(stream: Any, newline: str | None = None) -> Iterable[str]:
+    # File names need not be valid UTF-8.
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _cell(value: object, place: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import io
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frostline.csvfile import csv_columns, csv_records
+from frostline.csvfile import csv_records
 from frostline.errors import ConfigError, DataError
 from frostline.escaping import text_of_csv_cell
 from frostline.paths import check_inside, joined
@@ -110,7 +111,7 @@ def pairs_of_file(
         ConfigError: the file does not exist, or is not a valid CSV file. An invalid row has a `fault` instead.
     """
     default = Pair(0, "", reference or "", prompt or "")
-    rows = enumerate(rows_of_csv(_text(file), str(file)))
+    rows = enumerate(rows_of_csv(io.StringIO(_text(file), newline=""), str(file)))
     pairs = [pair_of_row(index, row, file.parent, default, allow_outside, needs) for index, row in rows]
     if not pairs:
         raise ConfigError(f"{file}: contains no rows")
@@ -127,18 +128,17 @@ def _text(file: Path) -> str:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def rows_of_csv(text: str, name: str) -> Iterator[dict[str | None, Any]]:
+def rows_of_csv(lines: Iterable[str], name: str) -> Iterator[dict[str | None, Any]]:
     """Yield the rows of a CSV file of pairs as dictionaries; see `csv_records`.
 
     Args:
-        text: the content of the file.
+        lines: the lines of the file; see `csv_records`.
         name: the name of the file for error messages.
     Raises:
         ConfigError: the file is not a valid CSV file of pairs.
     """
     try:
-        check_columns(csv_columns(text), name)
-        for _, record in csv_records(text):
+        for _, record in csv_records(lines, lambda columns: check_columns(columns, name)):
             yield record
     except DataError as error:
         raise ConfigError(f"{name}, {error}") from error

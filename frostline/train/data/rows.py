@@ -1,5 +1,6 @@
 """The rows of a dataset: of a metadata file, a list of prompts, or a folder of captioned videos."""
 
+import io
 import json
 import logging
 import os
@@ -160,7 +161,7 @@ def _rows_of_metadata(file: Path, allow_outside: bool) -> Iterator[Row]:
 
 def _read_csv(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     try:
-        yield from csv_records(text)
+        yield from csv_records(io.StringIO(text, newline=""))
     except DataError as error:
         raise DataError(f"{file}, {error}") from error
 

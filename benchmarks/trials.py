@@ -55,7 +55,7 @@ def main() -> None:
     runs: dict[str, Any] = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if not (arguments.data / "train").exists():
-        write_datasets(arguments.data, 40, arguments.starts)
+        write_datasets(arguments.data, arguments.clips, arguments.starts)
     for seed in seeds:
         for name in arguments.trials.split(","):
             key = f"{name} seed {seed} steps {arguments.steps}"
@@ -70,7 +70,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", default=",".join(TRIALS), help="of these, comma-separated")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--starts", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=20, help="clips that are scored before and after")
+    parser.add_argument("--clips", type=int, default=40, help="of training, where they are written")
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="written there if missing")
     parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
     parser.add_argument("--out", type=Path, default=RESULTS / "trials.json")

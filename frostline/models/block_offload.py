@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# How many blocks' weights are on the device at most: those of the block at work, and of the next one.
+# Maximum number of offloaded blocks with copies on the device: the block that computes, and the next one.
 WINDOW = 2
-# PyTorch rounds pinned memory up to powers of two, each allocation by itself: up to twice of what a tensor needs.
+# PyTorch rounds each allocation of pinned memory up to a power of two, up to twice the size of a tensor. Tensors are
+# therefore packed into slabs of this size.
 _SLAB_BYTES = 2**30
 _ALIGNMENT = 512
 
@@ -22,17 +23,23 @@ BlockForward = Callable[..., Tensor]
 
 
 def waiting_blocks(count: int, total: int) -> tuple[int, ...]:
-    """Return which of `total` blocks wait, spread evenly, so that others compute while each is copied.
+    """Return the indices of the offloaded blocks, spread evenly, so that other blocks compute while each is copied.
 
     Args:
-        count: of them; more than there are means all.
+        count: number of offloaded blocks, limited to `total`.
+        total: number of all blocks.
     """
     count = min(count, total)
     return tuple((index + 1) * total // count - 1 for index in range(count))
 
 
 def waiting_names(network: nn.Module, count: int) -> frozenset[str]:
-    """Return the names of the parameters that wait, of a network without LoRA whose blocks are `blocks`."""
+    """Return the names of all parameters of the offloaded blocks.
+
+    Args:
+        network: has its blocks in `blocks`, and no LoRA.
+        count: see `waiting_blocks`.
+    """
     blocks = network.get_submodule("blocks")
     assert isinstance(blocks, nn.ModuleList)
     places = waiting_blocks(count, len(blocks))
@@ -40,10 +47,11 @@ def waiting_names(network: nn.Module, count: int) -> frozenset[str]:
 
 
 def placed(tensors: dict[str, Tensor], waiting: Collection[str], device: str | torch.device) -> dict[str, Tensor]:
-    """Return the tensors on a device, but for those that wait, which are in main memory, pinned if it is a GPU's.
+    """Move tensors to a device, except the offloaded ones, which stay in main memory (pinned if the device is a GPU).
 
     Args:
-        tensors: in main memory, by name; emptied, so that there are never two copies of all.
+        tensors: tensors in main memory, by name. The dict is emptied, so that at most one tensor exists twice.
+        waiting: names of the offloaded tensors.
     """
     target = torch.device(device)
     slabs = Slabs(sum(tensor.nbytes for name, tensor in tensors.items() if name in waiting), target.type == "cuda")
@@ -55,11 +63,11 @@ def placed(tensors: dict[str, Tensor], waiting: Collection[str], device: str | t
 
 
 class Slabs:
-    """Main memory for tensors of so many bytes together, in pieces whose sizes are powers of two.
+    """Main memory for tensors of a known total size, allocated in slabs whose sizes are powers of two.
 
     Args:
-        nbytes: of all tensors that will be copied.
-        pinned: a GPU copies from pinned memory while it computes.
+        nbytes: total size of all tensors that will be copied.
+        pinned: whether to allocate pinned memory, from which a GPU can copy while it computes.
     """
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
@@ -85,16 +93,16 @@ def _power_of_two(least: int) -> int:
 
 
 class BlockOffload:
-    """Runs the blocks of a denoiser, with copies of the weights that wait in main memory.
+    """Run the blocks of a denoiser; offloaded blocks use temporary copies of weights in main memory.
 
-    The parameters are the same objects as before and stay in main memory. A block computes with copies on the device of
-    its input, which are freed afterwards. While a block computes, the weights of the next waiting block are copied on a
-    separate stream: the following block in forward, the preceding one in backward. So at most `WINDOW` blocks have
-    copies on the device at a time. LoRA matrices stay on the device.
+    The parameters of offloaded blocks are the same objects as before and stay in main memory. Such a block computes
+    with copies on the device of its input, which are freed afterwards. While any block computes, the weights of the next
+    offloaded block are copied on a separate stream: the following one in forward, the preceding one in backward. At
+    most `WINDOW` blocks therefore have copies on the device at a time. LoRA matrices stay on the device.
 
     Args:
-        blocks: of the denoiser, in the order in which they run.
-        count: how many of them wait.
+        blocks: the blocks of the denoiser, in the order in which they run.
+        count: number of offloaded blocks; see `waiting_blocks`.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], count: int) -> None:
@@ -106,13 +114,13 @@ class BlockOffload:
         self._backward = False
 
     def weights(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that wait."""
+        """Yield the frozen parameters of the offloaded blocks."""
         for place in self._waiting:
             yield from _frozen(self._blocks[place]).values()
 
     @property
     def window_bytes(self) -> int:
-        """What the copies take on the device, at most."""
+        """Return the maximum size of the copies on the device, in bytes."""
         sizes = sorted(sum(p.nbytes for p in _frozen(self._blocks[place]).values()) for place in self._waiting)
         return sum(sizes[-WINDOW:])
 
@@ -134,7 +142,7 @@ class BlockOffload:
         return nullcontext(), self._in_backward()
 
     def saved(self, tensor: Tensor) -> SavedWeight | None:
-        """Return what autograd is to save instead of a tensor if it is a copy of weights, or a view of one."""
+        """Return the object that autograd saves instead of a copy of a weight, or of a view of one; None for others."""
         current = self._current
         if current is None or (name := current.name_of(tensor)) is None:
             return None
@@ -142,7 +150,7 @@ class BlockOffload:
         return SavedWeight(self, current.block, name, tensor.device, layout)
 
     def fetched(self, saved: SavedWeight) -> Tensor:
-        """Return, in backward, the tensor that was saved."""
+        """Return the tensor that `saved` replaces, copied again if necessary; called in backward."""
         with self._in_backward():
             copy = self._take(saved.block, saved.device).by_name()[saved.name]
         return copy.as_strided(*saved.layout)
@@ -156,12 +164,12 @@ class BlockOffload:
             self._backward = before
 
     def _take(self, block: nn.Module, device: torch.device) -> _Copies:
-        """Return the weights of a block that waits, and begin to copy those of the next one."""
+        """Return copies of an offloaded block's weights, and start to copy those of the next offloaded block."""
         if self._current is None or not self._current.are_of(block, device):
             self._current = None
             ahead, self._ahead = self._ahead, None
             if ahead is not None:
-                # Before its memory may be used for something else, too.
+                # Also needed if these copies are not used: their memory is then freed and may be overwritten.
                 ahead.wait()
             if ahead is None or not ahead.are_of(block, device):
                 del ahead
@@ -173,7 +181,7 @@ class BlockOffload:
         return current
 
     def _prefetch(self, block: nn.Module, device: torch.device) -> None:
-        """Begin to copy the weights of the block that waits next, behind or in backward before this one."""
+        """Start to copy the weights of the next offloaded block in forward, or of the previous one in backward."""
         place = self._places[block]
         later = [each for each in self._waiting if (each < place if self._backward else each > place)]
         following = self._blocks[later[-1 if self._backward else 0]] if later else None
@@ -188,7 +196,8 @@ class BlockOffload:
 class SavedWeight:
     """A handle that autograd saves instead of the copy of a weight.
 
-    layout: shape, strides and storage offset of the tensor.
+    Attributes:
+        layout: shape, strides and storage offset of the tensor.
     """
 
     offload: BlockOffload
@@ -198,7 +207,7 @@ class SavedWeight:
     layout: tuple[tuple[int, ...], tuple[int, ...], int]
 
     def fetched(self) -> Tensor:
-        """Return the weight, copied again."""
+        """Return the tensor, copied to the device again if necessary."""
         return self.offload.fetched(self)
 
 
@@ -208,7 +217,7 @@ class _Copies:
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self.block, self._device = block, device
         weights = _frozen(block)
-        # Allocated on the compute stream: the copies can reuse memory that it frees, because they wait for it.
+        # Allocated on the compute stream: copies can reuse memory that it frees, because the copy stream waits for it.
         self._tensors = {name: torch.empty_like(weight, device=device) for name, weight in weights.items()}
         self._names = {copy.untyped_storage().data_ptr(): name for name, copy in self._tensors.items()}
         self._ready: torch.cuda.Event | None = None
@@ -220,7 +229,7 @@ class _Copies:
         return self.block is block and self._device == device
 
     def wait(self) -> None:
-        """Let what is computed from now on wait for the copies."""
+        """Make the current stream wait for the copies."""
         if self._ready is not None:
             torch.cuda.current_stream(self._device).wait_event(self._ready)
             self._ready = None
@@ -229,7 +238,7 @@ class _Copies:
         return {prefix + name: copy for name, copy in self._tensors.items()}
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """Return which weight a tensor is a copy of, or a view of one; None if of none."""
+        """Return the name of the weight that `tensor` is a copy of, or a view of a copy of; None if there is none."""
         return self._names.get(tensor.untyped_storage().data_ptr())
 
     @contextmanager
@@ -252,7 +261,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _Block(nn.Module):
-    """A block as a module whose forward is a function of the block."""
+    """Calls `compute(block, …)` in its forward, so that `functional_call` can replace the block's weights."""
 
     def __init__(self, compute: BlockForward, block: nn.Module) -> None:
         super().__init__()

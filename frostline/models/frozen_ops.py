@@ -80,7 +80,7 @@ def convolve(
 ) -> Tensor:
     """Convolve over two or three dimensions; on a CPU, three dimensions always use oneDNN.
 
-    At batch size 1, torch uses its own slow path for fp32: about five times slower, with results equal to 1e-6.
+    At batch size 1, torch uses its own slow path for fp32: about five times slower, with results equal within 1e-6.
     """
     if weight.ndim == 4:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -170,7 +170,7 @@ class _RMSNormSiLU(torch.autograd.Function):
             scaled = (run * inverse).mul_(gamma)
             along = _aten.silu_backward(gradient.to(scaled.dtype), scaled).mul_(gamma)
             del scaled
-            # Scaling a pixel's vector does not change the result.
+            # The output does not depend on the length of a pixel's vector: its gradient is orthogonal to the vector.
             share = (along * run).sum(1, keepdim=True) / length.square()
             share = torch.where(length > _SMALLEST_LENGTH, share * inverse, 0)
             parts.append(along.mul_(inverse).addcmul_(run, share, value=-1).to(x.dtype))

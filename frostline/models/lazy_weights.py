@@ -31,11 +31,11 @@ class PartWeights:
     device, but empty: a network that uses them raises an error instead of returning wrong results.
 
     Args:
-        parameters: by their names in `read`.
-        read: reads the tensors from the files; may return more than these.
+        parameters: the parameters, by the names that `read` uses.
+        read: reads the tensors from the files, by name; may return others, too.
         files: the files of the tensors.
         nbytes: size of the weights in memory.
-        identity: what the weights depend on besides files, such as the scale of an adapter that `read` merges.
+        identity: what else the weights depend on, such as the scale of an adapter that `read` merges.
         code: names of further modules whose code reads them.
     """
 
@@ -58,7 +58,7 @@ class PartWeights:
         self._as_read = self._memory()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a copy for copies of the parameters."""
+        """Return a copy with copies of the parameters."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -68,7 +68,7 @@ class PartWeights:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Return the modules whose code reads the tensors."""
+        """Return the names of the modules whose code reads the tensors."""
         return ((self._read.func if isinstance(self._read, partial) else self._read).__module__, *self._code)
 
     @property
@@ -82,7 +82,7 @@ class PartWeights:
         return self.resident and self._memory() == self._as_read
 
     def release(self) -> None:
-        """Release the memory, unless the weights were changed or moved, because the files could not restore that."""
+        """Release the memory, unless the weights were changed or moved: reading the files would not restore this."""
         if self.resident and not self.as_read:
             log.warning("the weights of %s were changed in memory and are not released", self._files[0])
             return

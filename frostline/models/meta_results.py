@@ -1,6 +1,6 @@
 """Cache the results of operations on meta tensors: a network repeats few operations at few shapes.
 
-PyTorch computes most result shapes in Python, which takes up to milliseconds for each operation.
+PyTorch computes most result shapes in Python, which can take milliseconds for each operation.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Maximum number of cached operations. A denoiser, a VAE and a text encoder at one size have some thousand.
+# Maximum number of cached operations. A denoiser, a VAE and a text encoder at one size use a few thousand.
 _MOST = 50_000
 _results: dict[Hashable, Any] = {}
 _UNKNOWN, _NOT_KEPT = object(), object()
 
 
 class _Made:
-    """What is needed to create a result again: shape, strides and dtype."""
+    """Shape, strides and dtype of a result, from which it can be created again."""
 
     __slots__ = ("dtype", "shape", "strides")
 
@@ -77,7 +77,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _taken_apart(result: Any, inputs: set[int]) -> Any:
-    """Return what is needed to create a result again; `_NOT_KEPT` if a tensor is not new or is part of a larger one."""
+    """Return a result with each tensor as a `_Made`; `_NOT_KEPT` if a tensor is not new or is part of a larger one."""
     storages = set(inputs)
     for tensor in _tensors((result,)):
         storage = tensor.untyped_storage()

@@ -82,7 +82,7 @@ def on_meta(*modules: nn.Module) -> Iterator[None]:
 class _OnMeta(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        # By identity; the tensor is kept, because its identity could otherwise be reused.
+        # By `id` of the tensor, which is stored as well: otherwise its id could be reused.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(

@@ -36,7 +36,7 @@ EMBEDDED_VIDEO = (9, 96, 96)
 _TOKENIZERS = (Path("google") / "umt5-xxl", Path("tokenizer"))
 # The official text encoder always pads to this many tokens.
 TEXT_LENGTH = 512
-# The released boundary of models with two experts: Wan2.2 I2V A14B and T2V A14B.
+# The boundary of the published models with two experts: Wan2.2 I2V A14B and T2V A14B.
 _BOUNDARY_IMAGE, _BOUNDARY_TEXT = 0.9, 0.875
 # Names of the parts in messages, and their usual locations.
 _CALLED: Mapping[str, str] = {
@@ -103,7 +103,7 @@ def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
 
 
 def released_boundary(denoiser: Mapping[str, Any]) -> float:
-    """Return the boundary of the released model with this denoiser; see `ModelSpec`."""
+    """Return the boundary of the published model with this denoiser; see `ModelSpec`."""
     return _BOUNDARY_IMAGE if denoiser["require_vae_embedding"] else _BOUNDARY_TEXT
 
 
@@ -125,7 +125,7 @@ def _denoiser_in(folder: Path) -> NetworkFiles:
     if not found and (quantised := _gguf_in(folder)):
         raise ConfigError(f"{quantised[0]} is {GGUF}")
     if len(found) != 1 or found[0].part != "denoiser":
-        raise ConfigError(f"{folder} contains no Wan denoiser, or more than one")
+        raise ConfigError(f"{folder} contains no Wan denoiser, or more than one: it must contain exactly one")
     return found[0]
 
 
@@ -195,16 +195,16 @@ def _from_list(entries: Sequence[Entry]) -> WanFiles:
 
 
 def _told_apart(one: NetworkFiles, other: NetworkFiles) -> tuple[NetworkFiles, NetworkFiles]:
-    """Return the high-noise expert, then the low-noise expert, by the words that only one of their paths contains.
+    """Return the high-noise expert, then the low-noise expert, identified by words that only one path contains.
 
     Raises:
         ConfigError: the paths do not show which is which.
     """
     paths = [network.paths[0].absolute() for network in (one, other)]
-    # A common parent folder says nothing about either, and may be called "workflows".
+    # Ignore common parent folders: their names may contain "low" or "high" by chance, as in "workflows".
     shared = os.path.commonpath(paths)
     own_parts = [path.relative_to(shared).parts for path in paths]
-    # Named as in diffusers: the first stage of sampling, and the second.
+    # diffusers' folder names: `transformer` is the high-noise expert, `transformer_2` the low-noise expert.
     folders = [parts[:1] for parts in own_parts]
     if folders == [("transformer",), ("transformer_2",)]:
         return one, other
@@ -263,7 +263,7 @@ def _assemble(
     for part, found in parts.items():
         if len(found) > 1:
             files = " and ".join(str(network) for network in found)
-            raise ConfigError(f"{_called(part)}: one is needed, found {len(found)} in {where}: {files}")
+            raise ConfigError(f"{_called(part)}: one is needed, found {len(found)} in {where}: {files}: keep only one")
     one: dict[str, NetworkFiles] = {part: found[0] for part, found in parts.items()}
     needed = ["denoiser", "vae", "text_encoder"]
     arguments = _arguments(one["denoiser"]) if "denoiser" in one else {}
@@ -312,7 +312,7 @@ def _variant(arguments: Mapping[str, Any]) -> str:
     if extra not in (0, arguments["out_dim"] + MASK_CHANNELS):
         raise ConfigError(f"a denoiser with {extra} control channels, which frostline does not support")
     if arguments["fuse_vae_embedding_in_latents"]:
-        return "text-and-image-to-video, first frame pinned"
+        return "text-and-image-to-video, fixed first frame"
     if not arguments["require_vae_embedding"]:
         return "text-to-video"
     return "image-to-video with CLIP" if arguments["has_image_input"] else "image-to-video without CLIP"

@@ -66,7 +66,7 @@ def load_components(
             In a list, `high` and `low` in the names identify two experts.
         defer: parts of `DEFERRABLE` to leave on disk until they are needed (see `WanComponents.weights`), and parts of
             `LIVE_PARTS` to leave there permanently.
-        reads: how to read networks, by field; other networks are read from their files.
+        reads: readers of networks whose weights differ from those in the files, by field.
         storage: storage format, one of `FORMATS`, of the linear layers in a network's blocks, by field.
         offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; the other weights are
             on `device`.
@@ -216,7 +216,7 @@ def _read_placed(
     waiting: Collection[str],
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Tensor]:
-    """Read weights as `_read` does, those that wait into main memory."""
+    """Read weights as `_read` does; those in `waiting` are offloaded and stay in main memory."""
     if not waiting:
         return _read(network, dtype, device, how, stored, wanted)
     return placed(_read(network, dtype, "cpu", how, stored, wanted), waiting, device)
@@ -249,6 +249,7 @@ def _frozen_weights(
         module: nn.Module = loaded["vae" if part == "vae_encoder" else part]
         parameters = dict(module.named_parameters())
         if part == "vae_encoder":
+            # The file also contains the decoder.
             parameters = {name: p for name, p in parameters.items() if name.startswith(VAE_ENCODER)}
         stored = StoredLayers.of(module)
         if stored is None:
@@ -259,7 +260,6 @@ def _frozen_weights(
             quantise_layers(sized, stored.kind, dtype)
             nbytes = sum(parameter.nbytes for parameter in sized.parameters())
         how = reads.get(part)
-        # Only the encoder's part of a file that also contains the decoder.
         waiting = waiting_names(module, offload_blocks) if part in DENOISERS and offload_blocks else frozenset()
         read = partial(_read_placed, network, dtype, device, how, stored, waiting, parameters.__contains__)
         if how is None:

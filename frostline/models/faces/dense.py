@@ -29,7 +29,7 @@ class Candidates:
         scores: (K,) in [0, 1].
         landmarks: (K, 5, 2) x, y.
         frame_index: (K,) int64.
-        rivals: (K, 4), the boxes that determine overlap.
+        rivals: (K, 4), the boxes between which the overlap (IoU) is computed.
     """
 
     boxes: Tensor
@@ -39,7 +39,13 @@ class Candidates:
     rivals: Tensor
 
     def best(self, overlap: float, num_frames: int, frame_size: tuple[int, int]) -> Detections:
-        """Return the candidates without a better candidate in their frame whose IoU exceeds `overlap`."""
+        """Return the faces after non-maximum suppression within each frame.
+
+        Args:
+            overlap: IoU above which the candidate with the lower score is removed.
+            num_frames: N.
+            frame_size: (H, W) of the frames in pixels.
+        """
         # All frames in one call, shifted apart; in double precision, in which the shift causes no relevant rounding.
         rivals = self.rivals.double()
         reach = (rivals.abs().amax() + 1).ceil() if len(rivals) else rivals.new_ones(())
@@ -79,7 +85,7 @@ def detect_in_parts(frames: Tensor, upscale: int, find: Callable[[Tensor], Candi
 
 
 def padded(height: int, width: int) -> tuple[int, int]:
-    """Return the sides rounded up to multiples of the largest stride."""
+    """Return height and width in pixels, rounded up to multiples of the largest stride."""
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
 
 

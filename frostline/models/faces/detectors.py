@@ -1,4 +1,4 @@
-"""Face detectors by setting: the networks of each, and how to create a detector from running networks."""
+"""Face detectors by setting: the networks of each, and how to create a detector from functions that run them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DetectorModel:
 
     Attributes:
         name: name in reports and in the engine store.
-        make: creates a detector from running networks, by name.
+        make: creates a detector from functions that run its networks, by name.
         license: SPDX identifier of the weights' licence; None if unknown.
     """
 
@@ -56,7 +56,7 @@ class DetectorModel:
         return nn.ModuleDict({name: network.module for name, network in self.networks.items()})
 
     def in_torch(self) -> FaceDetector:
-        """Return the detector with its networks in PyTorch."""
+        """Return the detector, which runs its networks in PyTorch."""
         return self.make({name: as_network(n.module, n.outputs) for name, n in self.networks.items()})
 
 

@@ -83,7 +83,7 @@ class DlibNetwork(nn.Module):
 
 
 class DlibEmbedder(nn.Module):
-    """dlib's `face_recognition_model_v1`: 150×150 faces to 128 numbers, here normalised.
+    """dlib's `face_recognition_model_v1`: maps 150×150 faces to 128-dimensional embeddings, here normalised.
 
     dlib considers two faces the same person if its vectors are less than 0.6 apart. Their length is always about 1.4,
     so cosine similarities rank pairs almost like distances; 0.6 corresponds to a cosine of about 0.91, and strangers

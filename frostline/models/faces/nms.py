@@ -15,10 +15,11 @@ from frostline.package_info import package_folder
 
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Return (K,) int64 indices of the boxes to keep, like `torchvision.ops.nms`: (N, 4) `boxes`, descending `scores`
-    (N,).
+    """Return the (K,) int64 indices of the boxes to keep, by descending score, like `torchvision.ops.nms`.
 
     Args:
+        boxes: (N, 4) left, top, right, bottom.
+        scores: (N,), in any order.
         threshold: a box whose intersection over union with a better one exceeds this is removed.
     Raises:
         ConfigError: torchvision does not match the installed torch.

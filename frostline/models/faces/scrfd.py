@@ -77,7 +77,7 @@ class Scrfd:
     Args:
         network: takes `images=` and returns tensors by the names in `SCRFD_OUTPUTS`.
         score_threshold: minimum probability.
-        overlap: IoU above which the weaker of two faces is dropped. Both defaults are insightface's.
+        overlap: IoU above which the face with the lower score is removed. Both defaults are insightface's.
         longest_side: larger frames are shrunk to this many pixels, as in insightface.
     """
 

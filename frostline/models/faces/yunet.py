@@ -55,7 +55,7 @@ class YuNet:
     Args:
         network: takes `images=` and returns tensors by the names in `YUNET_OUTPUTS`.
         score_threshold: minimum score, the geometric mean of the two probabilities.
-        overlap: IoU above which the weaker of two faces is dropped. Both defaults are OpenCV's.
+        overlap: IoU above which the face with the lower score is removed. Both defaults are OpenCV's.
     """
 
     def __init__(self, network: Network, score_threshold: float = 0.9, overlap: float = 0.3) -> None:

@@ -67,7 +67,7 @@ class UniformLora:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Return names by which PEFT finds exactly these layers, for any number of blocks: their full paths."""
+        """Return the full paths of the layers, so that PEFT adapts exactly these layers."""
         return tuple(sorted(self.layers))
 
 
@@ -123,5 +123,5 @@ def _of_rank(pair: LoraPair, rank: int, *, fold: bool) -> tuple[Tensor, Tensor]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether all elements are finite, for any floating-point type."""
-    # torch has no such function for 8-bit types.
+    # `torch.isfinite` does not support 8-bit types.
     return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())

@@ -37,7 +37,7 @@ class MergedRead:
 
     @classmethod
     def of(cls, adapters: Sequence[BaseAdapter], layer_path: LayerPath = denoiser_path) -> MergedRead:
-        """Return the reader for settings of adapters of one denoiser."""
+        """Return the reader for the base adapters of one denoiser."""
         return cls(tuple((adapter.path, adapter.scale) for adapter in adapters), layer_path)
 
     @property
@@ -47,11 +47,11 @@ class MergedRead:
 
     @property
     def identity(self) -> str:
-        """Return what the weights depend on besides files: the scales."""
+        """Return what the weights depend on in addition to the files: the scales."""
         return " ".join(repr(scale) for _, scale in self.adapters)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check the adapters against the shapes of a denoiser's weights, by official name.
+        """Check the adapters against the shapes of a denoiser's weights, by name in Wan's format.
 
         Raises:
             ConfigError: an adapter cannot be read, or is for another model; the message names its path.

@@ -78,9 +78,10 @@ def inject_loras(
 
 
 def targets_of(models: Sequence[nn.Module], target_modules: Sequence[str] | None) -> list[Sequence[str]]:
-    """Return the targets of each expert: those that match it, and those that match no expert, which are errors.
+    """Return the targets of each expert: those that match a layer of it, and those that match no expert.
 
-    All targets for an expert that none of them matches.
+    If no target matches a layer of the expert, all targets are returned for it. `check_targets` reports the targets
+    that match nothing.
     """
     names = tuple(target_modules or LORA_TARGETS)
     known = [[name for name in names if _named(model, name)] for model in models]
@@ -149,9 +150,9 @@ def active_scale(model: nn.Module) -> float:
 
 
 class _SwitchedOff:
-    """Replaces a layer's switch in `adapters_off`: true for PEFT, and keeps the replaced state.
+    """Replaces `_disable_adapters` of a layer in `adapters_off`: it is true for PEFT, and stores the replaced value.
 
-    Other threads may read the switches of a layer at the same time, to pass the LoRA scale to an engine.
+    Other threads may read the stored value at the same time, to pass the LoRA scale to an engine.
     """
 
     def __init__(self, otherwise: bool) -> None:
@@ -168,7 +169,7 @@ def _disabled(layer: LoraLayer) -> bool:
 
 
 class LoraSwitches:
-    """The state of LoRA layers, which PEFT lets users change at any time; read again at each access.
+    """The state of LoRA layers, which users can change with PEFT at any time; read again at each access.
 
     Args:
         model: its LoRA layers are looked up once.

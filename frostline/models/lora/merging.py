@@ -16,7 +16,7 @@ from .writing import write_tensors
 
 
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that a denoiser with weights of these shapes, by official name, has all layers of the adapter.
+    """Check that a denoiser with weights of these shapes, by name in Wan's format, has all layers of the adapter.
 
     Raises:
         ConfigError: a layer or a parameter is missing, or has another shape.

@@ -38,7 +38,7 @@ Kind = Literal["down", "up", "up_bias", "alpha", "weight_difference", "bias_diff
 _WRAPPERS = re.compile(
     r"(?:(?:base_model\.model|model|diffusion_model|transformer|transformer_2|pipe|dit|dit2|unet)\.)*"
 )
-# kohya's programs write paths with underscores instead of dots, which only the network's own names can resolve.
+# kohya's programs write paths with underscores instead of dots; resolving them requires the layer names of the network.
 _FLAT = re.compile(r"(lora_(?:unet|transformer)_+)(.+)")
 _TEXT_ENCODER = re.compile(
     r"(?:base_model\.model\.)?(?:text_encoders?(?:_\d)?|te\d?|cond_stage_model|conditioner)\..+|lora_te\d?_.+"

@@ -94,7 +94,7 @@ def _assemble(tensors: Mapping[str, Tensor], path: Path, stated: Stated | None, 
         _check_pair(layer, down, parts.up[layer], path)
         if f"{layer}.weight" in parts.differences:
             raise ConfigError(
-                f"{path} has both matrices and a difference of {layer}, which programs interpret differently"
+                f"{path} has both matrices and a difference of {layer}: programs interpret this differently: remove one"
             )
     if stated is not None:
         if parts.alpha:

@@ -116,8 +116,8 @@ def state(settings: Mapping[str, Any], where: str) -> Stated:
     """Parse the fields of PEFT's `LoraConfig`.
 
     Raises:
-        ConfigError: the fields are invalid, describe other than two matrices per layer on unchanged base weights, or
-            have a rank or alpha that is not a number.
+        ConfigError: the fields are invalid; the adapter is not two matrices per layer on unchanged base weights; or a
+            rank or alpha is not a number.
     """
     from peft import LoraConfig
 

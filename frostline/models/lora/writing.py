@@ -140,8 +140,8 @@ def _check_expressible(adapter: Adapter, name: str, layer_path: LayerPath) -> No
     if adapter.differences and not style.differences:
         raise ConfigError(
             f"{adapter.path} has differences of {len(adapter.differences)} whole parameters besides its LoRA, the "
-            f"first of {min(adapter.differences)}, which files of {name} cannot hold: convert it to comfyui, or merge "
-            f"it into a model"
+            f"first of {min(adapter.differences)}, which the {name} format does not support: convert it to comfyui, or "
+            f"merge it into a model"
         )
     convolution = next((layer for layer, pair in adapter.layers.items() if pair.down.ndim > 2), None)
     if convolution and not style.convolutions:

@@ -40,8 +40,8 @@ class OnnxGraph(nn.Module):
     """An ONNX graph with one input and one or more outputs as a frozen PyTorch module.
 
     Weights become float32 buffers, batch normalisation is folded into the preceding convolution or matrix product, and
-    any batch size is supported, whatever the file was exported with. Unused graph inputs and those that name weights
-    are ignored.
+    any batch size is supported, whatever the file was exported with. Graph inputs that are unused or
+    that are names of weights are ignored.
 
     Args:
         path: the .onnx file. Its external data, if any, must be in the same folder.

@@ -37,7 +37,7 @@ class QuantisedLinear(nn.Linear):
     Attributes:
         codes: the quantised weight, see `Format`.
         scale: the scales, see `Format`.
-        table: the values of the codes; None if the codes are numbers.
+        table: lookup table from codes to values; None if the codes are themselves numbers.
     """
 
     codes: nn.Parameter

@@ -33,7 +33,7 @@ class Format:
     Attributes:
         quantise: returns codes and fp32 scales of a floating-point weight; on the meta device, only their shapes.
         dequantise: returns the fp32 weight from codes, scales, the shape of the weight, and the result of `table`.
-        table: returns the values of the codes; None if the codes are numbers.
+        table: returns the lookup table from codes to values; None if the codes are themselves numbers.
     """
 
     quantise: Callable[[Tensor], tuple[Tensor, Tensor]]

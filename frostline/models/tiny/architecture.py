@@ -34,7 +34,7 @@ DENOISER: dict[str, Any] = {
 # The high-noise expert of tiny-moe.
 EXPERT: dict[str, Any] = {**DENOISER, "num_layers": 2}
 
-# tiny-ti2v: the first frame is only given by its pinned latents.
+# tiny-ti2v: the latents of the first frame are fixed; the denoiser has no other input for it.
 TI2V: dict[str, Any] = {
     **DENOISER,
     "num_layers": 2,

@@ -1,7 +1,7 @@
 """Render clips of two public-domain faces in motion, the training data of the tiny model.
 
 The two photographs are part of wheels: `skimage.data.astronaut()` (NASA) and matplotlib's `grace_hopper.jpg` (US Navy).
-Each clip shows one of the two people with the motion of its prompt, from a random start. In a clip with drift, the face
+Each clip shows one of the two people with the motion of its prompt, from a random pose. In a clip with drift, the face
 gradually changes to the other person's, like the identity drift of real video models.
 """
 
@@ -62,7 +62,7 @@ class Clips:
 
 @functools.cache
 def portraits() -> Tensor:
-    """Return the two people, (2, 3, 256, 256) in [0, 1], the face 0.48 of the height, centred."""
+    """Return the portraits of the two people, (2, 3, 256, 256) in [0, 1]: centred faces of 0.48 of the height."""
     return torch.stack([_portrait(person) for person in PEOPLE])
 
 
@@ -77,7 +77,7 @@ def render_clips(
     only_frame: int | None = None,
     drift: Tensor | None = None,
 ) -> Clips:
-    """Draw `count` random clips.
+    """Render `count` random clips.
 
     `prompt` and `person` (both (B,) int64) set the content; by default, they are random. `only_frame` renders only this
     frame (T = 1). `drift` ((B,) in [0, 1]) is the weight of the other person's face in the last frame; the weight
@@ -99,7 +99,7 @@ def render_clips(
 
 
 def held_out_clips(count: int, seed: int, *, num_frames: int = NUM_FRAMES, size: int = SIZE) -> Clips:
-    """Return clips with new starts that cover all prompts and both people evenly."""
+    """Return clips that start from other poses, and cover all prompts and both people evenly."""
     index = torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
     prompt, person = index % len(PROMPTS), (index // len(PROMPTS)) % len(PEOPLE)
@@ -151,7 +151,7 @@ def _swapped_faces() -> Tensor:
 
 
 def _motion(prompt: Tensor, num_frames: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Pose tracks, each (B, T): a random start near frontal, then the motion of the prompt."""
+    """Return the pose over time, each value (B, T): a random, nearly frontal pose, then the motion of the prompt."""
     count = len(prompt)
     time = torch.linspace(0, 1, num_frames)[None]
     ease = 3 * time**2 - 2 * time**3
@@ -183,7 +183,7 @@ def _motion(prompt: Tensor, num_frames: int, generator: torch.Generator) -> dict
 
 
 def _render(source: Tensor, target: Tensor | None, pose: dict[str, Tensor], size: int) -> Tensor:
-    """Warp (B, 3, S, S) portraits drifting from `source` to `target` along the tracks into (B, T, 3, size, size)."""
+    """Warp (B, 3, S, S) portraits drifting from `source` to `target` along `pose` into (B, T, 3, size, size)."""
     count, num_frames = pose["x"].shape
     fine = size * _SUPERSAMPLING
     axis = torch.linspace(-1, 1, fine) * (1 - 1 / fine)

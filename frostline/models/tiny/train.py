@@ -1,7 +1,7 @@
 """Train the built-in tiny models from scratch: `python -m frostline.models.tiny.train`.
 
 Phases: `autoencoder`, `decoder` (the VAE), `denoiser` (with the text encoder), `drift` (fine-tuning on the clips with
-the largest drift), `high_noise` (for tiny-moe) and `ti2v` (pinned first frame). Each phase is seeded, shows progress,
+the largest drift), `high_noise` (for tiny-moe) and `ti2v` (fixed first frame). Each phase is seeded, shows progress,
 and resumes from its last checkpoint in `--work`. The weights are written to `--out` in the layout of the official Wan
 checkpoints. Parts in `--keep` are not trained.
 
@@ -38,8 +38,10 @@ _KEEPABLE = ("vae", "text", "high_noise", "ti2v")
 def main() -> None:
     """Run all phases, then write the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="default: %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoint folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "weights", help="weights folder (default: %(default)s)"
+    )
     parser.add_argument(
         "--keep", nargs="*", default=[], choices=_KEEPABLE, help="parts in --out that are not trained (default: none)"
     )
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("--denoiser-steps", type=int, default=3000)
     parser.add_argument("--drift-steps", type=int, default=600)
     parser.add_argument("--expert-steps", type=int, default=150)
-    parser.add_argument("--clips", type=int, default=384, help="encoded for the denoisers (default: %(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=384, help="number of clips to encode for the denoisers (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
 

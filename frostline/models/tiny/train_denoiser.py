@@ -62,7 +62,7 @@ class Pool:
 
 @torch.no_grad()
 def encode_pool(vae: WanVideoVAE, clips: int, work: Path) -> Pool:
-    """Render and encode `clips` clips, or read them from `work`. A third of them has a drift of less than 2/3."""
+    """Render and encode `clips` clips, or read them from `work`. A third of the clips have a drift of less than 2/3."""
     encoded = work / f"pool_{clips}.safetensors"
     if encoded.exists():
         return Pool(**load_file(encoded))
@@ -115,7 +115,7 @@ def train_denoiser(
     start: WanModel | None = None,
     learning_rate: float = 1.5e-3,
 ) -> WanModel:
-    """Train a denoiser with flow matching at sigmas in `sigma_range`, with a pinned first frame if the model needs one.
+    """Train a denoiser with flow matching at sigmas in `sigma_range`, with a fixed first frame if the model uses one.
 
     If `start` is given, this model is trained in place instead of a new one.
     """

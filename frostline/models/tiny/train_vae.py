@@ -35,7 +35,7 @@ def build_vae() -> VideoVAE_:
 
 
 def train_autoencoder(vae: VideoVAE_, steps: int, work: Path) -> None:
-    """Train encoder and decoder with losses of pixels, squared pixels and image gradients."""
+    """Train encoder and decoder with L1 and L2 losses of the pixels, and an L1 loss of the image gradients."""
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         if step < 0.35 * steps or step % 4 == 3:

@@ -1,4 +1,4 @@
-"""The predictor of LAION's improved-aesthetic-predictor: CLIP embedding of a picture to a rating from 1 to 10.
+"""The predictor of LAION's improved-aesthetic-predictor: CLIP embeddings of pictures to ratings, 1 to 10.
 
 Source: github.com/christophschuhmann/improved-aesthetic-predictor. The network consists of linear layers with dropout
 between them.
@@ -40,5 +40,5 @@ def load_predictor(file: Path, dim: int) -> nn.Sequential:
     try:
         predictor.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ConfigError(f"{file}: is not an aesthetic predictor for embeddings of {dim} numbers: {error}") from error
+        raise ConfigError(f"{file}: is not an aesthetic predictor for {dim}-dimensional embeddings: {error}") from error
     return predictor.eval().requires_grad_(False)

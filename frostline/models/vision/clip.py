@@ -86,8 +86,8 @@ class Clip:
     """A loaded model.
 
     Attributes:
-        scale: factor from the cosine similarity of a picture and a text to the published score of the model.
-        prepare: frames (N, 3, H, W) in [0, 1] to the input of the image tower.
+        scale: factor that converts the cosine similarity of a picture and a text to the published score of the model.
+        prepare: converts frames (N, 3, H, W) in [0, 1] to the input of the image tower.
         tokenizer: a tokenizer of transformers.
         processor_files: the files of `prepare` and `tokenizer`.
         clean: applied to texts before `tokenizer`.

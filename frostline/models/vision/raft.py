@@ -1,7 +1,7 @@
-"""RAFT optical flow with torchvision's networks and weights, as one function that engines can be built from.
+"""RAFT optical flow with torchvision's networks and weights, as one module that engines can be built from.
 
 Method: Teed and Deng 2020, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow". torchvision's `RAFT` stores
-the correlations of the last call in the module and returns the flow of every update; this function returns only the
+the correlations of the last call in the module and returns the flow of every update; this module returns only the
 last.
 """
 

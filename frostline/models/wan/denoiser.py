@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
 
     Attributes:
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
-        offload: runs the blocks if weights of some are kept in main memory; moving the module does not move those.
+        offload: runs the blocks if some are offloaded to main memory; moving the module does not move their weights.
     """
 
     cos_f: Tensor
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
         return self
 
     def compile_blocks(self) -> None:
-        """Compile every block with `torch.compile`, for live and frozen uses: one is compiled, and all share it."""
+        """Compile every block with `torch.compile`, for live and frozen uses; all blocks share the compiled code."""
         self.run_block = torch.compile(_block)
 
     @property

@@ -17,7 +17,7 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageEncoder(nn.Module):
-    """Return the tokens of CLIP's next-to-last block for the first frame, for any batch; the input is unchanged."""
+    """Return the tokens of CLIP's next-to-last block for first frames, without modifying the input."""
 
     mean: Tensor
     std: Tensor

@@ -1,4 +1,4 @@
-"""Prompts to text context, batched, with diffsynth's `WanTextEncoder` and `HuggingfaceTokenizer`."""
+"""Encode batches of prompts to text contexts with diffsynth's `WanTextEncoder` and `HuggingfaceTokenizer`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TextEncoder(nn.Module):
 
 
 def _finite(tokens: Tensor) -> Tensor:
-    """diffsynth's `fp16_clamp` without its check of the values, which cannot be traced."""
+    """Apply diffsynth's `fp16_clamp`, without its check of the values, which cannot be traced."""
     if tokens.dtype != torch.float16:
         return tokens
     bound = torch.finfo(torch.float16).max - 1000

@@ -54,7 +54,7 @@ def decoder_chunks(vae: WanVideoVAE) -> dict[str, Callable[..., dict[str, Tensor
 def use_onednn_conv3d(module: nn.Module) -> None:
     """Run every fp32 `Conv3d` in `module` in oneDNN on a CPU, for any batch size.
 
-    At batch size 1, torch uses its own slow path: about five times slower, with results equal to 1e-6.
+    At batch size 1, torch uses its own slow path: about five times slower, with results equal within 1e-6.
     """
     for convolution in module.modules():
         if isinstance(convolution, nn.Conv3d):

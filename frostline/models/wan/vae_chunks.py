@@ -72,7 +72,7 @@ class _VaeChunk(nn.Module):
         return (output, *caches)
 
     def _padded(self, cache: _Slot, chunk: Tensor, channels: int, frames: int, per_pixel: float) -> Tensor:
-        """Pad to the depth of later caches with leading zeros, which are equal to the convolutions' own padding."""
+        """Prepend zeros up to the number of frames of later caches, like the convolutions' own padding."""
         if isinstance(cache, Tensor):
             return F.pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0))
         up = round(per_pixel)
@@ -146,7 +146,7 @@ class VaeDecoderFirst(_VaeChunk):
         super().__init__(vae, vae.model.decoder)
         self.decoder = vae.model.decoder
         self.from_latents = vae.model.conv2
-        # As in the encoder; this decoder also needs to know which chunk is the first.
+        # As in the encoder. With patches, the decoder takes a flag for the first chunk.
         last = self.decoder.head[-1]
         assert isinstance(last, nn.Conv3d)
         self.spatial_patch = math.isqrt(last.out_channels // 3)

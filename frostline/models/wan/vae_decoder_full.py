@@ -134,8 +134,8 @@ def _upsampled(layer: Resample, x: Tensor, before: _Before) -> Tensor:
 def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Convolve (N, C, H, W) frames, enlarged twice (nearest), with a 3×3 kernel, without creating the enlarged frames.
 
-    Where two rows are equal, the kernel's weights for them add up. So each of the four pixels that one becomes is a
-    convolution with its own 2×2 kernel: four products instead of nine.
+    The kernel's weights for two equal rows or columns can be added. Each of the four output pixels of an input pixel is
+    therefore a convolution with its own 2×2 kernel: four products instead of nine.
     """
     kernels = _of_pairs(_of_pairs(layer.weight.float(), 2), 4).to(layer.weight.dtype)
     bias = None if layer.bias is None else layer.bias.repeat(4)

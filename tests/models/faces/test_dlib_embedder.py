@@ -92,16 +92,16 @@ def test_gradient_is_the_slope(embedder: DlibEmbedder, chips: tuple[Tensor, Tens
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data[:-1], "it ends, 1 more bytes are expected"),
-        (lambda data: data[:10_000_000], "it ends"),
-        (lambda data: data + b"\x01\x00", "more bytes than the network has"),
-        (lambda data: b"", "at byte 0 it ends"),
-        (lambda data: data.replace(b"loss_metric_2", b"loss_metric_9", 1), "is 'loss_metric_9' instead"),
-        (lambda data: data.replace(b"\x01\x02", b"\x01\x03", 1), "are the numbers"),
-        (lambda data: data.replace(b"affine_", b"bn_con_", 1), "is 'bn_con_' instead of 'affine_'"),
-        (lambda data: data.replace(b"relu_110", b"relu_1x0", 1), "instead of 3 Booleans"),
-        (lambda data: data[:4].replace(b"\x0d", b"\x7f") + data[4:], "it ends|is ''|no number"),
-        (lambda data: b"PK\x03\x04" + data, "at byte 1 there is not a number"),
+        (lambda data: data[:-1], "the file ends, but 1 more bytes are expected"),
+        (lambda data: data[:10_000_000], "the file ends"),
+        (lambda data: data + b"\x01\x00", "more bytes than the network needs"),
+        (lambda data: b"", "at byte 0, the file ends"),
+        (lambda data: data.replace(b"loss_metric_2", b"loss_metric_9", 1), "found 'loss_metric_9', expected"),
+        (lambda data: data.replace(b"\x01\x02", b"\x01\x03", 1), "found the numbers"),
+        (lambda data: data.replace(b"affine_", b"bn_con_", 1), "found 'bn_con_', expected 'affine_'"),
+        (lambda data: data.replace(b"relu_110", b"relu_1x0", 1), "expected 3 Booleans"),
+        (lambda data: data[:4].replace(b"\x0d", b"\x7f") + data[4:], "the file ends|found ''|a number is expected"),
+        (lambda data: b"PK\x03\x04" + data, "at byte 1, a number is expected"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:

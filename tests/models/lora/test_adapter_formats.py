@@ -184,7 +184,7 @@ def test_differences_go_to_comfyui_under_names_that_it_reads(tmp_path: Path) -> 
     assert again.differences.keys() == shapes.keys()
     assert all(torch.equal(again.differences[parameter], adapter.differences[parameter]) for parameter in shapes)
     for name in ("peft", "diffsynth", "diffusers"):
-        with pytest.raises(ConfigError, match=rf"4 whole parameters .* which files of {name} cannot hold"):
+        with pytest.raises(ConfigError, match=rf"4 whole parameters .* which the {name} format does not support"):
             write_adapter(adapter, name, place(tmp_path, name))
         assert not place(tmp_path, name).exists()
 

@@ -131,7 +131,7 @@ def test_a_predictor(suffix: str, tmp_path: Path) -> None:
     embeddings = F.normalize(torch.randn(2, 5, 24), dim=2)
     torch.testing.assert_close(own(embeddings), layers(embeddings))
     assert not own.training
-    with pytest.raises(ConfigError, match="is not an aesthetic predictor for embeddings of 32 numbers"):
+    with pytest.raises(ConfigError, match="is not an aesthetic predictor for 32-dimensional embeddings"):
         load_predictor(file, 32)
     torch.save({"weight": torch.zeros(1, 24), "bias": torch.zeros(1)}, tmp_path / "linear.pth")
     with pytest.raises(ConfigError, match="is not an aesthetic predictor"):

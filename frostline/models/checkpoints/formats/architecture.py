@@ -145,9 +145,9 @@ def missing_blocks(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> str
 
 
 def _said_blocks(part: Part, config: Mapping[str, Any]) -> int | None:
-    """Return the number of blocks in a config of this part.
+    """Return the number of blocks that `config` states; None if it is the config of another part.
 
-    Wan keeps all parts in one folder, with the config of the denoiser; configs of transformers name their part.
+    Wan stores all parts in one folder, with the config of the denoiser; a config of transformers names its part.
     """
     kind = str(config.get("model_type"))
     if part == "image_encoder":

@@ -96,7 +96,7 @@ def _image_encoder_to_official(tensors: Tensors) -> dict[str, Tensor]:
     official = _renamed("image_encoder", rest, to_diffusers=False)
     official.update({name: torch.cat([apart[kind][name] for kind in "qkv"]) for name in apart["q"]})
     if _CLASS[0] not in special or _POSITION[0] not in special:
-        raise ConfigError("an image encoder without class or position embedding")
+        raise ConfigError("the image encoder has no class or position embedding")
     official[_CLASS[0]] = special[_CLASS[0]][None, None]
     official[_POSITION[0]] = special[_POSITION[0]][None]
     # Wan uses the tokens before the last block; diffusers omits the layers after it, which have no effect.

@@ -123,7 +123,7 @@ def _nested(side: str, direction: str, level: int, res_blocks: int) -> Iterator[
 
 
 def _flat(side: str, direction: str, level: int, res_blocks: int) -> Iterator[tuple[str, str]]:
-    # diffusers keeps the list of the encoder, but groups that of the decoder by resolution.
+    # diffusers also has one list for the encoder, but groups the blocks of the decoder by resolution.
     first = level * (res_blocks + 1)
     in_list = [f"{side}.{direction}_blocks.{first + index}" for index in range(res_blocks + 1)]
     block = f"{side}.{direction}_blocks.{level}"

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 Spelling = Literal["official", "diffusers"]
 
-# Prefixes in community files, which keep a denoiser's name inside a larger program.
+# Prefixes in community files: the path of the denoiser in a larger module.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 # Not weights: the tokenizer that ComfyUI stores in files of the text encoder.
 _NO_WEIGHTS = ("spiece_model",)
-# A tensor name that only this network has, in this format.
+# Tensor names that occur in only one network and format.
 _TELLTALES: Mapping[str, tuple[Part, Spelling]] = {
     "blocks.0.self_attn.q.weight": ("denoiser", "official"),
     "blocks.0.attn1.to_q.weight": ("denoiser", "diffusers"),
@@ -45,7 +45,7 @@ class NetworkFiles:
 
     Attributes:
         prefix: prefix of every tensor name.
-        shapes: by official name.
+        shapes: the shape of each weight, by name in Wan's format.
         stored: the weights by their names in the files.
         config: `config.json` in the same folder.
     """
@@ -66,7 +66,7 @@ class NetworkFiles:
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the compute type of a model with 8-bit weights; None if it has none."""
+        """Return the compute type of a model with 8-bit weights; None for a model without 8-bit weights."""
         import torch
 
         name = self.stored.compute_type
@@ -100,7 +100,7 @@ class NetworkFiles:
         return {name: tensor for name, tensor in official.items() if wanted(name)}
 
     def read_exact(self, mapped: bool = False) -> ExactWeights:
-        """Return the tensors of a denoiser or a text encoder by official name, each read on access.
+        """Return the tensors of a denoiser or a text encoder by name in Wan's format, each read on access.
 
         8-bit weights become fp32, with their scales applied; other tensors are unchanged.
 
@@ -169,10 +169,10 @@ class _StoredExactly(Mapping[str, "Tensor"]):
 
 
 class ExactWeights(Mapping[str, "Tensor"]):
-    """Weights by official name, read one at a time; see `NetworkFiles.read_exact`.
+    """Weights by name in Wan's format, read one at a time; see `NetworkFiles.read_exact`.
 
     Attributes:
-        names: names in the files.
+        names: maps names in Wan's format to names in the files.
     """
 
     def __init__(self, tensors: _StoredExactly, names: Mapping[str, str]) -> None:
@@ -199,7 +199,7 @@ def _joined_header(paths: Sequence[Path]) -> Header:
     for path, header in zip(paths, headers, strict=True):
         weights = {name: info for name, info in header.tensors.items() if name not in _NO_WEIGHTS}
         if twice := next((name for name in weights if name in tensors), None):
-            raise ConfigError(f"{path}: {twice} is also in another file of the same network")
+            raise ConfigError(f"{path}: {twice} is also in another file of the same network: remove one of the files")
         tensors.update(weights)
     metadata = {name: text for header in headers for name, text in header.metadata.items()}
     texts = {name: text for header in headers for name, text in header.texts.items()}

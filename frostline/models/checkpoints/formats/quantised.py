@@ -41,7 +41,7 @@ _REFUSED = (
     (re.compile(r".*\.weight_scale_2"), "NVFP4"),
     (re.compile(r".*\.weight_scale_inv"), "FP8 with a scale for each square block (weight_scale_inv)"),
 )
-# Types, or prefixes of their names, that only packed or quantised weights have; except for `FP8`.
+# Types (or prefixes of their names) of packed or quantised weights, which are not supported, except those in `FP8`.
 _PACKED = ("uint8", "int8", "F4", "F6_", "F8_", "float4", "float8")
 
 
@@ -92,7 +92,7 @@ def find_weights(header: Header, path: Path) -> StoredWeights:
     bare = [name for name, info in weights.items() if info.dtype in FP8 and name not in scales]
     if scales and bare:
         log.warning(
-            "%s: %d weights of 8 bits have no scale while others do, the first is %s; using them without a scale",
+            "%s: %d 8-bit weights have no scale, although others have one, and are used without; the first is %s",
             path,
             len(bare),
             bare[0],

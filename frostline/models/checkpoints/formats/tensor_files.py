@@ -46,9 +46,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Content of files.
+    """The content of one or more files, without the values of tensors.
 
     Attributes:
+        tensors: all tensors, by name.
         metadata: text in the header of safetensors.
         texts: tensors that contain text.
     """
@@ -115,7 +116,9 @@ def reading(paths: Sequence[Path]) -> Iterator[None]:
             if kind := foreign_kind(path):
                 raise ConfigError(f"{path} cannot be read: it is {kind}") from error
         if isinstance(error, pickle.UnpicklingError):
-            raise ConfigError(f"{names} cannot be read: the file is damaged, or contains more than tensors") from error
+            raise ConfigError(
+                f"{names} cannot be read: the file is damaged, or contains objects other than tensors"
+            ) from error
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{names} cannot be read: {first_line}") from error
 

@@ -47,7 +47,7 @@ VARIANTS = {
         "text-to-video, two experts", {**DENOISER, "in_dim": 16}, experts=2, boundary=0.875, model_type="t2v"
     ),
     "Wan2.2-TI2V": Variant(
-        "text-and-image-to-video, first frame pinned",
+        "text-and-image-to-video, fixed first frame",
         {**DENOISER, "in_dim": 48, "out_dim": 48, "num_layers": 1},
         vae=VAE38,
         model_type="ti2v",

@@ -1,8 +1,8 @@
-"""Remember the engines of finished exports, so that repeating an export does not load the model.
+"""Cache which engines an export built, so that repeating it does not load the model.
 
-The key of a receipt covers everything that the engines depend on: recipe, options, weight files, code and installed
-versions. A receipt names engines and the tolerance of each. It is signed with the user's key, and the engines are
-verified again before they count as present.
+An entry is a file that lists the engines of one export with their tolerances (`Receipt`). Its key depends on
+everything that the engines depend on: recipe, options, weight files, code and installed versions. It is signed with the
+user's key, and the engines are verified again before they are used as the result of an export.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HASHED_BYTES = 64 * 2**20
 
 
 class Receipt(BaseModel):
-    """One engine of an export, its tolerance, and whether this machine could verify it."""
+    """One engine in a cache entry: its identity, its tolerance, and whether this machine could verify it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
@@ -54,7 +54,7 @@ class Receipt(BaseModel):
 
     @classmethod
     def of(cls, engine: Manifest, bounds: Tolerance) -> Receipt:
-        """Return the receipt of an engine in its current state."""
+        """Return the record of an engine in its current state."""
         return cls(**vars(engine.id), bounds=bounds, verified=engine.verified)
 
     @property
@@ -74,12 +74,12 @@ class _Receipts(BaseModel):
     signature: str
 
     def signed(self, key: str) -> bytes:
-        """Return the bytes to sign: receipt and key, so that no receipt can be used in place of another."""
+        """Return the bytes to sign: the entry and its key, so that no entry can be used in place of another."""
         return canonical_json({"receipt": key, **json.loads(self.model_dump_json(exclude={"signature"}))})
 
 
 def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapping[str, float | None]) -> str:
-    """Return a hash of everything that the engines of an export depend on: 16 hexadecimal digits.
+    """Return the key of an export in the cache: 16 hexadecimal digits of a hash of all that its engines depend on.
 
     Args:
         bounds: tolerances that override those of the stages.
@@ -99,7 +99,7 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapp
 
 
 def recall(store: EngineStore, key: str) -> list[Manifest] | None:
-    """Return the engines of an earlier export, all verified again; None if one is missing or invalid."""
+    """Return the engines of a cache entry, all verified again; None if the entry or an engine is missing or invalid."""
     try:
         with open_regular(_path(store, key)) as file:
             receipts = _Receipts.model_validate_json(file.read(_MAX_BYTES))
@@ -116,7 +116,7 @@ def recall(store: EngineStore, key: str) -> list[Manifest] | None:
 
 
 def remember(store: EngineStore, key: str, engines: Iterable[Receipt]) -> None:
-    """Write the receipt of a successful export; if that is not possible, the next export loads the model again."""
+    """Write the cache entry of a successful export; if this fails, the next export loads the model again."""
     receipts = _Receipts(engines=tuple(engines), signature="")
     try:
         signed = receipts.model_copy(update={"signature": signing.sign(receipts.signed(key))})

@@ -1,4 +1,4 @@
-"""Export a stage: skip existing engines, then trace, build, sign, load, verify and measure."""
+"""Export a stage: trace, build, sign, load, verify and measure an engine, unless it exists."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LIVE_SEED = 1
 
 @dataclass(frozen=True)
 class Exported:
-    """One stage on one backend: its manifest, whether this call built it, and why it is unverified, if it is."""
+    """One stage on one backend: its manifest, whether this call built it, and the reason if it is not verified."""
 
     manifest: Manifest
     built: bool
@@ -198,7 +198,7 @@ def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifes
     """Verify the engines of `stages` that can run here but were built on a machine that could not run them.
 
     Call this before creating a `Runtime`, which does not use unverified engines. An engine that fails is deleted (see
-    `verify_engine_parity`): trying it again at every start would require the hash of the weights each time.
+    `verify_engine_parity`): otherwise every start would hash the weights to try it again.
     """
     verified = []
     # Hashing a large model's weights takes a while, so it is done only for the stages concerned.
@@ -362,7 +362,8 @@ def _explain(stage: Stage, backend: str, failed: Sequence[manifest.Parity]) -> s
     return (
         f"the {backend} engine of {stage.name} differs from PyTorch: output {worst.output} of {worst.network} "
         f"({worst.case}) by {worst.max_abs:.3g} ({worst.max_rel:.3g} of its largest value, cosine {worst.cosine:.6f}), "
-        f"and atol {bound.atol:g}, rtol {bound.rtol:g}, cosine {bound.cosine:g} are allowed. The engine was deleted."
+        f"beyond the tolerance of atol {bound.atol:g}, rtol {bound.rtol:g}, cosine {bound.cosine:g}. "
+        f"The engine was deleted."
     )
 
 

@@ -1,6 +1,6 @@
 """Limit the shapes of engines whose backend does not support tensors above a certain size.
 
-A stage's range of shapes is a box. At its far corner, 32 videos of 1024×1024 pixels, the VAE of Wan2.1 has a tensor of
+A stage supports a range of shapes. At its maximum, 32 videos of 1024×1024 pixels, the VAE of Wan2.1 has a tensor of
 
     32 × 96 × 4 × 1024 × 1024 = 12,884,901,888 elements,
 
@@ -9,7 +9,7 @@ each of 128×128 positions against each other:
 
     32 × 1 × 16,384 × 16,384 = 8,589,934,592.
 
-TensorRT supports 2^31 - 1 = 2,147,483,647 elements, so its engines get a smaller box: 5 and 7 videos would fit,
+TensorRT supports 2^31 - 1 = 2,147,483,647 elements, so its engines get a smaller range: 5 and 7 videos would fit,
 respectively. The sizes inside a network depend on its channels, so every network is run once on meta tensors.
 """
 

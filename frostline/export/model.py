@@ -29,7 +29,7 @@ def load_stages(recipe: Recipe, device: str) -> LoadedStages:
     for active in build_rewards(recipe.rewards, resolve_device(device), recipe.shapes):
         for stage in active.stages:
             if stage.name in stages:
-                raise ConfigError(f"rewards: two have a stage {stage.name}: export them separately")
+                raise ConfigError(f"rewards: two rewards have a stage {stage.name}: export them separately")
             stages[stage.name] = stage
     return LoadedStages(stages)
 

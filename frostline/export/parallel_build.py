@@ -45,7 +45,7 @@ Seconds = dict[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class _Work:
-    """The part of the task that is the same for all stages."""
+    """The arguments of the build that are the same for all stages."""
 
     recipe: Recipe
     device: str
@@ -96,7 +96,7 @@ def build_ahead(
     try:
         seconds = _collect({pool.submit(_build, stage.name): stage.name for stage in ordered}, announce)
     except BaseException as error:
-        # Waiting for them could take minutes.
+        # Kill the processes, because waiting for their builds could take minutes.
         _kill(set(active_children()) - others)
         pool.shutdown(cancel_futures=True)
         with suppress(EngineError):
@@ -126,7 +126,7 @@ def _kill(processes: Collection[BaseProcess]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             family = psutil.Process(process.pid)
-            # Otherwise it could start another one in the meantime.
+            # A process that is not suspended could start another child process in the meantime.
             family.suspend()
             for member in (*family.children(recursive=True), family):
                 with suppress(psutil.NoSuchProcess):
@@ -142,7 +142,7 @@ def _prepare(work: _Work) -> None:
     """Initialise a process: load the model once for all its stages."""
     global _worker
     if sys.platform == "linux":
-        # A killed parent cannot stop its child processes, but the kernel can.
+        # If the parent process is killed, it cannot stop this process, but the kernel can.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # Ctrl-C reaches all processes of a terminal; the parent process ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -152,7 +152,7 @@ def _prepare(work: _Work) -> None:
 
 
 def _build(stage_name: str) -> Seconds:
-    assert _worker is not None, "the pool prepares its processes"
+    assert _worker is not None, "`_prepare` runs first in each process of the pool"
     work, staged = _worker
     stage, traces = staged.stages[stage_name], Traces()
     seconds: Seconds = {}

@@ -14,7 +14,14 @@ from frostline.stages.provider import Use
 
 @dataclass(frozen=True)
 class Candidate:
-    """An available backend of a stage. ms and torch_ms are from one interleaved run; None if not measured."""
+    """A backend of a stage, with its latency and that of torch in milliseconds from one interleaved run.
+
+    Attributes:
+        ms, torch_ms: None if not measured.
+        max_abs: largest absolute error; None if not measured.
+        bytes: disk space of the engine; 0 without an engine.
+        note: why it is not used; empty for torch.
+    """
 
     backend: str
     ms: float | None
@@ -48,7 +55,7 @@ class StepGain:
 
 
 def stage_gains(runtime: Runtime) -> list[StageGain]:
-    """Return all stages of the runtime with all backends, without rejected engines."""
+    """Return all stages of the runtime with all backends; a note marks engines of the plan that verification rejects."""
     refused = runtime.check_engines()
     gains = []
     for name, choice in runtime.plan.items():

@@ -72,7 +72,7 @@ def export_model(
     ahead = {} if options.dry_run else _build_ahead(staged, recipe, planned, store, options, announce)
     traces: dict[str, Traces] = {}
     for backend, stage in planned:
-        # The traces of one stage at a time.
+        # Keep only the traces of the current stage.
         traces = {stage.name: traces.get(stage.name, Traces())}
         if options.dry_run:
             yield ExportRow(stage.name, backend, "planned", 0.0)

@@ -103,7 +103,7 @@ def plan_table(gains: Iterable[StageGain]) -> FittedTable:
 def step_gain_lines(gain: StepGain) -> list[str]:
     """Return the predicted gain of one training step as sentences."""
     if not gain.torch_ms:
-        return ["no engine was measured on this machine; nothing to predict"]
+        return ["no engine was measured on this machine, so the step time cannot be predicted"]
     left_out = f"; without stages that were not timed here: {', '.join(gain.unmeasured)}" if gain.unmeasured else ""
     whole_torch, whole_planned = gain.torch_ms + gain.live_ms, gain.planned_ms + gain.live_ms
     return [

@@ -96,7 +96,7 @@ class BlockOffload:
     """Run the blocks of a denoiser; offloaded blocks use temporary copies of weights in main memory.
 
     The parameters of offloaded blocks are the same objects as before and stay in main memory. Such a block computes
-    with copies on the device of its input, which are freed afterwards. While any block computes, the weights of the next
+    with copies on the device of its input, which are freed afterwards. While a block computes, the weights of the next
     offloaded block are copied on a separate stream: the following one in forward, the preceding one in backward. At
     most `WINDOW` blocks therefore have copies on the device at a time. LoRA matrices stay on the device.
 

@@ -205,7 +205,7 @@ class _Disk:
         path = self._path(key)
         try:
             with open_regular(path) as file:
-                # Larger files are not entries, or were written with a larger limit; they are evicted next.
+                # Larger files are not entries, or were written with a larger limit; the next eviction deletes them.
                 data = file.read() if os.fstat(file.fileno()).st_size <= self._max_bytes else None
         except (OSError, DataError):
             return None

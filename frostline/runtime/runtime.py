@@ -66,7 +66,7 @@ class Runtime:
         self.stages = dict(stages)
         self.strict = strict
         self.clock = StageClock()
-        # Stages that are not used because all their outputs are cached: they are not prepared.
+        # Stages whose outputs are all cached: they do not run, so nothing is prepared or loaded for them.
         self.idle: frozenset[str] = frozenset()
         self._store = EngineStore(engines) if engines is not None else None
         # Held while choosing and loading, never while an engine computes; acquired before the other lock.

@@ -181,10 +181,9 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A named computation that any backend may run while it is frozen. This class has one network and nothing around
-    it.
+    """A named computation that any backend may run while it is frozen. This class runs exactly one network.
 
-    A stage with several networks, or with work around them, overrides `torch` and `run`. Stages are data and methods,
+    A stage with several networks, or with other operations, overrides `torch` and `run`. Stages are data and methods,
     never closures: a deep copy of a module has its own stages, which use its own weights.
 
     A stage may have named variants: the same weights used in another way, such as a denoiser without its LoRA. The
@@ -219,9 +218,10 @@ class Stage:
         return {"sample": Case(self.networks[0].samples("opt"))}
 
     def module_state(self) -> ModuleState:
-        """Return a check of module state, other than tensors, that makes engines compute something else.
+        """Return a function that checks whether engines match module state other than tensors, such as LoRA switches.
 
-        It is created again when the module tree has changed, and called before each use of an engine.
+        It returns why no engine matches, or None. It is created again when the module tree has changed, and called
+        before each use of an engine.
         """
         return _always_as_exported
 

@@ -51,7 +51,7 @@ class StageTimes:
         return times
 
     def add(self, use: str, backend: str, span: _Span) -> None:
-        """Count a use."""
+        """Add the time of one use on a backend."""
         self._spans.append((use, backend, span))
 
 

@@ -31,27 +31,27 @@ def cache_folder() -> Path:
 
 
 def recall(note: Path) -> str | None:
-    """Return the text of a note; None if there is no note of this name with this user's signature."""
+    """Return the text of a cache file; None if it does not exist, or this user has not signed it for this name."""
     try:
         with open_regular(note) as file:
             text, _, signature = file.read(_MAX_BYTES).decode().rstrip("\n").rpartition("\n")
         return text if signing.verify(_signed(note, text), signature) else None
     except (OSError, UnicodeDecodeError, FrostlineError) as error:
-        log.debug("note %s: %s", note, error)
+        log.debug("cache file %s: %s", note, error)
         return None
 
 
 def remember(note: Path, text: str, *, keep: bool = False) -> None:
-    """Write a note atomically; if that is not possible, the next run computes the value again.
+    """Write a cache file atomically; if this fails, the next run computes the value again.
 
     Args:
-        keep: keep a note that another process wrote in the meantime.
+        keep: keep a file that another process wrote in the meantime.
     """
     try:
         with atomic_write(note) as part:
             part.write_text(f"{text}\n{signing.sign(_signed(note, text))}\n")
             if keep:
-                # Fails if the note exists by now; otherwise both names are the same file, and the rename has no effect.
+                # Fails if the file exists by now; otherwise both names are the same file, and the rename has no effect.
                 os.link(part, note)
     except FrostlineError as error:
         if not (keep and note.is_file()):
@@ -59,5 +59,5 @@ def remember(note: Path, text: str, *, keep: bool = False) -> None:
 
 
 def _signed(note: Path, text: str) -> bytes:
-    """Return the bytes to sign: text and name of the note, so that no note can be used in place of another."""
+    """Return the bytes to sign: text and name of the file, so that no file can be used in place of another."""
     return f"frostline note {note.parent.name}/{note.name}\n{text}".encode()

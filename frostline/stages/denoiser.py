@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 
 _LORA_SCALE = "lora_scale"
-# The change of a layer's output by random adapters, relative to its input: several times the tolerance of engines, also
-# in bf16.
+# Magnitude of the change of a layer's output by random adapters, relative to its input. It is several times the
+# tolerance of engines, also in bf16, so that an engine without the LoRA fails the comparison.
 _RANDOM_LORA = 0.5
 _DESCRIPTION = (
     "Predict the flow-matching velocity (noise minus clip) from noisy latents. timestep: sigma times 1000. Inputs that "

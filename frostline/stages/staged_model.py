@@ -1,4 +1,4 @@
-"""Loaded stages: of a model with its LoRA, the start of training and export, or of rewards only."""
+"""Loaded stages of a model with its LoRA, used by training and export, or of rewards only."""
 
 from __future__ import annotations
 

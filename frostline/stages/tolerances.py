@@ -15,7 +15,7 @@ from frostline.runtime.engines.tolerance import Tolerance
 _TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     # Engines only change the order of sums, but deviations accumulate in deep networks.
     torch.float32: Tolerance(atol=1e-5, rtol=5e-5, cosine=0.999999),
-    # 11 bits of mantissa, and rounding at other places: engines keep values in fp32 that PyTorch rounds between two
+    # A mantissa of 11 bits, rounded after other operations: engines keep values in fp32 that PyTorch rounds between two
     # kernels.
     torch.float16: Tolerance(atol=1e-3, rtol=1e-2, cosine=0.99999),
     # The same with 8 bits of mantissa.

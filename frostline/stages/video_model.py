@@ -158,9 +158,10 @@ class VideoModel(StageProvider, Protocol):
         ...
 
     def constrain(self, latents: Tensor, conditions: Tensors) -> Tensor:
-        """Replace the given part of (B, C, F, h, w) latents, such as the first frame, after all steps but the last.
+        """Set the fixed part of (B, C, F, h, w) latents, such as the first frame, to its values in `conditions`.
 
-        Return `latents` unchanged if the model has no given part.
+        Used on the initial noise and after each step except the last. Return `latents` unchanged if the model has no
+        fixed part.
         """
         ...
 

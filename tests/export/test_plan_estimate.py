@@ -106,4 +106,4 @@ def test_stages_that_are_unused_or_unmeasured_do_not_count() -> None:
     assert (gain.torch_ms, gain.planned_ms, gain.live_ms) == (20.0, 8.0, 0.0)
     nothing = step_gain(runtime(vae_encoder=Choice("torch", "no engine")), [encoder, replace(encoder, live=True)])
     assert (nothing.torch_ms, nothing.planned_ms, nothing.live_ms) == (0.0, 0.0, 0.0)
-    assert step_gain_lines(nothing) == ["no engine was measured on this machine; nothing to predict"]
+    assert step_gain_lines(nothing) == ["no engine was measured on this machine, so the step time cannot be predicted"]

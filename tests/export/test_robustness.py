@@ -204,7 +204,7 @@ def test_of_several_at_once_one_builds(nursery: Nursery, tmp_path: Path) -> None
 
 def test_an_engine_that_differs_is_deleted(stage: Stage, tmp_path: Path) -> None:
     unreachable = Tolerance(atol=0.0, rtol=0.0, cosine=2.0)
-    with pytest.raises(ParityError, match=r"context of text_encoder \(\w+\) by \d.*cosine 2 are allowed.*deleted"):
+    with pytest.raises(ParityError, match=r"context of text_encoder \(\w+\) by \d.*cosine 2\. .*deleted"):
         export(replace(stage, tolerance=unreachable), tmp_path)
     assert EngineStore(tmp_path).find() == []
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []

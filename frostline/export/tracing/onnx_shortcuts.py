@@ -74,8 +74,7 @@ _match_anywhere = SimplePatternMatcher.match
 
 @functools.cache
 def _registry(opset_version: int) -> ONNXRegistry:
-    """Return torch.onnx's registry of operator translations, which it otherwise creates again for each export in a
-    second.
+    """Return torch.onnx's registry of operator translations, cached: creating it takes a second for each export.
 
     An export only reads it; it would only be modified for custom translations, which are not used here.
     """
@@ -120,9 +119,9 @@ def _respell(node: Node) -> None:
 
 
 def _only_reader(node: Node) -> bool:
-    """Return whether no other operator reads the tensor that `node` changes, and the result has the type of all inputs.
+    """Return whether an in-place operator can be replaced: only `node` uses its first input, and all types are equal.
 
-    A view would share the memory of another tensor, so the tensor has to be the result of an operator that makes one.
+    The input must be a newly allocated tensor, because a view shares the memory of another tensor.
     """
     changed = node.all_input_nodes[0]
     types = {each.meta["val"].dtype for each in (node, *node.all_input_nodes) if each.meta["val"].dtype != torch.bool}
@@ -135,7 +134,7 @@ def _only_reader(node: Node) -> bool:
 
 
 def _respell_batch_norm(node: Node) -> None:
-    """Replace a batch normalisation with running statistics by the operator with three results that ONNX has."""
+    """Replace a batch normalisation with running statistics by its variant with three results, as in ONNX."""
     names = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
     with node.graph.inserting_before(node):
         normalised = node.graph.call_function(

@@ -1,4 +1,4 @@
-"""Run sensitive operations of a graph in fp16 or bf16 in fp32: sums over many values, and exponentials.
+"""Run the sensitive operations of an fp16 or bf16 graph in fp32: sums over many values, and exponentials.
 
 PyTorch's kernels accumulate in fp32 for every input type. In an fp16 ONNX graph, accumulation is left to the engine: a
 softmax loses its small weights, and a sum of squares overflows at 65504. Casts make fp32 explicit. RoPE, RMS norm and

@@ -71,7 +71,7 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
 
 
 def _dense(module: nn.Module) -> nn.Module:
-    """Return the module or a dense copy: with channels-last weights, the tracer specialises small images."""
+    """Return the module or a copy with dense weights: with channels-last ones, the tracer specialises small images."""
     if all(tensor.is_contiguous() for tensor in itertools.chain(module.parameters(), module.buffers())):
         return module
     module = copy.deepcopy(module)

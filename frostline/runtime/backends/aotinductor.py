@@ -2,7 +2,7 @@
 
 A compiled package contains code but no weights. It reads the weights of the trainer's module in place, so the network
 is not duplicated, and the next call uses updated values. LoRA tensors are inputs, as in every backend: one engine
-serves all ranks.
+supports all ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # The tracer's wrapper around `Network.module`.
 _PREFIX = "module."
 _SETTINGS = {
-    # Folded constants would not follow updates of the weights they were computed from.
+    # Folded constants would be outdated after an update of the weights that they were computed from.
     "aot_inductor.use_runtime_constant_folding": False,
     "aot_inductor.package_constants_in_so": False,
     # Channels-last layout is off: at batch size 1, torch's convolution returned another layout than the compiler
@@ -77,7 +77,7 @@ class AOTInductor(Backend):
                 torch._inductor.aoti_compile_and_package(source, package_path=package, inductor_configs=settings)
         except Exception as error:
             raise EngineError(f"AOTInductor cannot compile {network.name}: {error}") from error
-        # Not written by torch's package writer, which ends the process if the disk is full.
+        # torch's package writer is not used, because it ends the process if the disk is full.
         path.write_bytes(package.getbuffer())
         return path.name
 

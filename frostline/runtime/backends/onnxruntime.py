@@ -32,7 +32,7 @@ _PROVIDERS = {"cpu": _CPU, "cuda": "CUDAExecutionProvider"}
 _CUDA_SETTINGS = {
     # TF32 has a mantissa of 10 bits: fp32 engines would differ from PyTorch.
     "use_tf32": "0",
-    # An exhaustive search would try every algorithm at each new shape; a face detector gets new shapes all the time.
+    # An exhaustive search would try every algorithm at each new shape, and the shapes of a face detector vary.
     "cudnn_conv_algo_search": "HEURISTIC",
 }
 # Operations that ONNX Runtime runs on the host by design, even for a GPU: a few integers that are shapes.
@@ -101,7 +101,7 @@ class OnnxRuntimeRunner(EngineRunner):
         for name in network.outputs:
             binding.bind_output(name, self._device.type, self._device.index or 0)
         if self._device.type == "cuda":
-            # ONNX Runtime works on its own stream.
+            # ONNX Runtime uses its own stream, so the inputs must be ready.
             torch.cuda.current_stream(self._device).synchronize()
         self._session.run_with_iobinding(binding)
         return {
@@ -114,7 +114,7 @@ def _bind(binding: onnxruntime.IOBinding, name: str, tensor: Tensor) -> None:
 
     value: Any = onnxruntime.OrtValue.from_dlpack(tensor.detach())
     if value.data_ptr() != tensor.data_ptr():
-        raise EngineError(f"input {name} was copied on its way into ONNX Runtime")
+        raise EngineError(f"ONNX Runtime copied input {name} instead of sharing its memory")
     binding.bind_ortvalue_input(name, value)
 
 

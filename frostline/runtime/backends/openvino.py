@@ -22,8 +22,8 @@ from .base.backend import Backend, keep_onnx
 from .base.options import BuildOptions
 from .base.runner import EngineRunner
 
-# Number of cached kernels for shapes seen before. OpenVINO's default is 5000, which a face detector would fill, as its
-# shapes vary all the time. A few hundred are enough for all shapes of a rollout.
+# Number of cached kernels for shapes seen before. OpenVINO's default is 5000, which a face detector would fill, because
+# its shapes vary. A few hundred are enough for all shapes of a rollout.
 _CACHED_KERNELS = 512
 # Memory is shared through numpy, which has no bfloat16 type: its bytes are passed as another type.
 _AS_NUMPY = {torch.bfloat16: torch.int16}

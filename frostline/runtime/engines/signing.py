@@ -1,7 +1,8 @@
 """The per-user key that signs engine manifests and all other files that are trusted because this user wrote them.
 
 Engines are executable code, so an engine is loaded only if this user's key signed its manifest. Cached outputs and
-notes are signed as well. The key never leaves the user's machine: 32 random bytes, mode 0600, outside any repository.
+files in the user's cache folder are signed as well. The key never leaves the user's machine: 32 random bytes, mode
+0600, outside any repository.
 """
 
 import hashlib

@@ -10,9 +10,7 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class Tolerance:
-    """An output passes if `|engine - torch| <= atol + rtol * max|torch|` everywhere and the cosine similarity is high
-    enough.
-    """
+    """Limits of the deviation: `|engine - torch| <= atol + rtol * max|torch|` everywhere, and a least cosine similarity."""
 
     # For manifests: Infinity is a valid bound, but not a valid JSON number.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", ser_json_inf_nan="strings")

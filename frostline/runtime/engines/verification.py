@@ -92,21 +92,21 @@ def peek(path: Path) -> Manifest:
 def verify_engine(root: Path, engine: EngineId, *, signed: bool = True) -> VerifiedEngine:
     """Verify an engine, or raise an EngineError with the reason and the remedy.
 
-    `signed=False` skips the signature only: for engines that the user is about to trust.
+    `signed=False` skips the signature only: for engines that `frostline engines trust` will sign.
     """
     path = engine.path(root)
     rebuild = f"`{export_command(engine.stage, engine.backend, '--force')}`"
     try:
         return _verify(root, engine, signed)
     except _UnsignedError as error:
-        trust = f"run `frostline engines trust {path}` if you made it on another machine"
+        trust = f"run `frostline engines trust {path}` if you built it on another machine"
         raise EngineError(f"engine {path} is refused: {error}. Rebuild it with {rebuild}, or {trust}.") from error
     except (OSError, _RefusedError) as error:
         raise EngineError(f"engine {path} is refused: {error}. Rebuild it with {rebuild}.") from error
 
 
 def check_no_symlink(root: Path, path: Path) -> None:
-    """Check that no folder between `root` and `path` is a symlink, which would lead out of the store."""
+    """Check that no folder between `root` and `path` is a symlink, which could point outside the store."""
     for folder in (path, *path.parents):
         if folder == root:
             return
@@ -225,7 +225,7 @@ def _open_artifact(path: Path, expected: Artifact) -> BufferedReader:
     size = os.fstat(file.fileno()).st_size
     if size != expected.bytes:
         file.close()
-        raise _RefusedError(f"{path.name} has {size} bytes, and the manifest says {expected.bytes}")
+        raise _RefusedError(f"{path.name} has {size} bytes, but the manifest states {expected.bytes}")
     return file
 
 

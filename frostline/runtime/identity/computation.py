@@ -33,7 +33,7 @@ _PLUMBING = (
     *(f"{_OWN}.runtime", f"{_OWN}.runtime.backends.base"),
     f"{_OWN}.models.tiny",
 )
-# Exceptions: modules inside these packages that do. The longest matching name in both lists decides.
+# Exceptions: modules in these packages that do change the outputs. The longest matching name of both lists decides.
 _COMPUTES = (f"{_OWN}.runtime.backends",)
 # Folders of installed packages, whether or not a file list was installed with them.
 _SITES = ("site-packages", "dist-packages")

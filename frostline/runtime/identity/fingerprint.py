@@ -24,7 +24,7 @@ from frostline.runtime.identity.tensor_bytes import tensor_bytes
 from frostline.runtime.stage import Network, Stage, TensorSpec
 from frostline.runtime.user_cache import cache_folder, recall, remember
 
-# The modules that trace a network for an engine. Named, not imported: they are in a layer above the runtime.
+# The modules that trace a network for an engine. They are in a layer above the runtime, which must not import them.
 _TRACERS = {
     "onnx": ("frostline.export.tracing.onnx", "onnxscript"),
     "exported_program": ("frostline.export.tracing.torch_export",),
@@ -54,7 +54,7 @@ def weights_sha256(stage: Stage) -> str:
 
 
 def digest_memo(stage: Stage, weights: PartWeights) -> Path:
-    """Return the note for the digest of weights that can be released."""
+    """Return the path of the cache file for the digest of weights that can be released."""
     graph = [_describe(network) for network in stage.networks]
     code = computation_id([__name__, describe.__module__, *weights.readers])
     key = hashlib.sha256("\n".join([code, stage.name, weights.source, *graph]).encode()).hexdigest()

@@ -92,10 +92,11 @@ def _synchronize() -> None:
 
 
 class LatencyNote:
-    """Stored latencies of the same candidates at the same shape on the same machine.
+    """A file in the user cache with the latencies of one set of candidates at one shape on one machine.
 
     Args:
-        contenders: what identifies the engine, by backend; for torch, the code that it runs.
+        contenders: id of the engine, by backend; for torch, the id of its code.
+        shape: see `shape_class`.
     """
 
     def __init__(self, stage: str, contenders: Mapping[str, str], shape: str, device: torch.device) -> None:

@@ -14,9 +14,9 @@ from frostline.runtime.planning.plan import Choice
 from frostline.runtime.stage import Stage
 
 FindRecord = Callable[[str], EngineRecord | None]
-# Engines slower than the best by this factor, where they were verified, are not timed at other shapes.
+# An engine that is slower than the fastest by this factor when verified is not timed at other shapes.
 _WORTH_A_TRIAL = 2
-# A smaller gain is within the spread of a few runs; PyTorch, the reference, is then used.
+# A smaller gain is within the variation of a few runs; PyTorch, the reference, is then used.
 _LEAST_GAIN = 1.05
 
 

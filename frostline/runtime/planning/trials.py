@@ -75,9 +75,9 @@ class Trials:
 
     @torch.no_grad()
     def _fastest(self, stage: Stage, planned: Choice, shape: str, case: Case) -> Choice:
-        """Return the fastest backend, measured now or read from the notes of an earlier run on this machine."""
+        """Return the fastest backend, measured now, or read from the user cache of this machine."""
         if stage.weights is not None and not stage.weights.resident:
-            return planned  # reading the weights for a comparison would cost more than the possible gain
+            return planned  # reading the weights for a comparison would take longer than the possible gain
         if several_processes():
             return planned  # a sharded stage runs in all processes at once, so all must choose the same backend
         records = {backend: self._find(stage.name, backend) for backend in planned.candidates}
@@ -87,7 +87,7 @@ class Trials:
         if latency_ms is None:
             runs = {TORCH: partial(stage.torch, *case), **self._runnable(stage, planned, case)}
             if len(runs) == 1:
-                return Choice(TORCH, "no engine serves this shape")
+                return Choice(TORCH, "no engine supports this shape")
             self.timed += 1
             log.debug("stage %s: timing %s at %s", stage.name, ", ".join(runs), shape)
             with self._torch_lock:

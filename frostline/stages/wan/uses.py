@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 
 def step_uses(steps: DenoiseSteps, *, clip: bool) -> list[Use]:
-    """Return all uses in a step; the rollout head and the KL reference run a denoiser frozen.
+    """Return all uses in a training step; Euler steps without a gradient and the KL reference use a frozen denoiser.
 
     Args:
+        steps: the Euler steps.
         clip: whether the model uses the CLIP feature of the first frame.
     """
     high = min(steps.high_noise, steps.end + 1)
@@ -28,9 +29,15 @@ def step_uses(steps: DenoiseSteps, *, clip: bool) -> list[Use]:
 
 
 def _expert_uses(stage: str, served: range, steps: DenoiseSteps, on_data: bool) -> list[Use]:
-    """Return the uses of the denoiser of these steps and, if requested, on the data's clips.
+    """Return the uses of one denoiser.
 
-    With two trained experts, one at a time is used on clips; the plan counts it as the low-noise expert.
+    With two trained experts, a step uses only one of them on the data's clips; it counts as the low-noise expert.
+
+    Args:
+        stage: name of its stage.
+        served: the Euler steps that it computes.
+        steps: all Euler steps of a training step.
+        on_data: whether to count the use on the data's clips, for the flow-matching loss.
     """
     live, adapted = steps.with_graph(steps.most_live), steps.with_lora(steps.most_live)
     with_graph, with_lora = sum(step in live for step in served), sum(step in adapted for step in served)

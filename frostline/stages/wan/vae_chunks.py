@@ -41,7 +41,7 @@ def chunk_networks(
         modules: for the first chunk and for the following chunks.
         chunks: the inputs of each, without the caches.
         gives: name of the output that is not a cache.
-        chunk_entries: number of entries of a chunk for every `spatial_multiple` pixels of height.
+        chunk_entries: number of entries in the height of a chunk for every `spatial_multiple` pixels of height.
     """
     caches = tuple(
         TensorSpec(

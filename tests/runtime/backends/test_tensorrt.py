@@ -153,7 +153,7 @@ def test_targets_where_there_is_no_gpu() -> None:
     assert TENSORRT_RTX.target(cpu, BuildOptions()) == "sm_89+sm_120"
     with pytest.raises(EngineError, match=r"no NVIDIA GPU here: name a compute capability, such as 8\.9"):
         TENSORRT_RTX.target(cpu, BuildOptions(compute_capabilities=("current",)))
-    with pytest.raises(EngineError, match="it builds for no other"):
+    with pytest.raises(EngineError, match="it only builds for the GPU of this machine"):
         TENSORRT.target(cpu, BuildOptions())
 
 
@@ -235,7 +235,7 @@ def test_a_truncated_plan_is_refused(store: EngineStore) -> None:
     content = plan.read_bytes()
     plan.write_bytes(content[:-100])
     try:
-        with pytest.raises(EngineError, match="bytes, and the manifest says"):
+        with pytest.raises(EngineError, match="bytes, but the manifest states"):
             store.verify(record)
     finally:
         plan.write_bytes(content)

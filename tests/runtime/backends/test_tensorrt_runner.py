@@ -192,7 +192,7 @@ def test_no_scratch_memory_is_a_size_and_a_failure_is_not(trt: TensorRT, runner:
     assert_right(runner, torch.randn(2, 4))
     assert trt.engine.contexts[0].scratch == [(0, 0)]
     trt.engine.scratch_error = "not all shapes are specified"
-    with pytest.raises(EngineError, match="cannot say how much memory it needs: not all shapes are specified"):
+    with pytest.raises(EngineError, match="cannot compute how much memory it needs: not all shapes are specified"):
         runner(x=torch.randn(2, 4))
 
 

@@ -65,10 +65,10 @@ FACTS = {
         "text_encoder": {"backend": "onnxruntime", "reason": "4x", "parity": {"onnxruntime": 5e-7}},
         "vae_encoder": {
             "backend": "torch",
-            "reason": "no engine serves this shape",
+            "reason": "no engine supports this shape",
             "reasons": {
                 "onnxruntime": "1.81x as fast as torch <parity passed>",
-                "torch": "no engine serves this shape",
+                "torch": "no engine supports this shape",
             },
             "parity": {"onnxruntime": 9.5e-7, "openvino": 3.3e-3},
         },

@@ -13,7 +13,7 @@ def engine_failure(what: str, error: Exception, signs: Iterable[str]) -> EngineE
 
     Args:
         what: what failed, for the message.
-        signs: substrings of the library's messages that mean out of memory and that only the message text shows.
+        signs: substrings of the library's messages that mean out of memory, for errors whose type does not show it.
     """
     message = f"{what}: {error}"
     if is_out_of_memory(error) or any(sign in str(error) for sign in signs):

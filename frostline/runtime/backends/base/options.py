@@ -22,7 +22,7 @@ class BuildOptions:
         compute_capabilities: the GPUs to build for, such as "8.9"; "current" is this machine's GPU. If empty: this
             machine's GPU, or the backend's defaults if there is none.
         asked_maximum: dynamic dimensions, such as `batch`, whose maximum the user set. A backend that does not support
-            this maximum refuses to build; it lowers default maxima instead.
+            this maximum raises an error; default maxima are lowered instead.
         timing_cache: file in which the backend stores its measurements for the next build.
         progress: called with phase, completed steps and total steps.
     """

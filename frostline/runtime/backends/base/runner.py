@@ -28,7 +28,7 @@ class EngineRunner(ABC):
 
     # Name of the library in messages.
     library_name: ClassVar[str]
-    # Substrings of its messages that mean out of memory, if nothing else does.
+    # Substrings of its messages that mean out of memory, for errors whose type does not show it.
     out_of_memory: ClassVar[tuple[str, ...]] = ()
     # Whether calls from several threads have to wait for each other.
     one_call_at_a_time: ClassVar[bool] = True

@@ -57,12 +57,16 @@ class TensorRTBackend(Backend):
         if capability != "current":
             return sm_name(capability)
         if not torch.cuda.is_available():
-            advice = ": name a compute capability, such as 8.9" if self.cross_builds else ", and it builds for no other"
+            advice = (
+                ": name a compute capability, such as 8.9"
+                if self.cross_builds
+                else ", and it only builds for the GPU of this machine"
+            )
             raise EngineError(f"{self.name} finds no NVIDIA GPU here{advice}")
         return device_name(torch.device("cuda", torch.cuda.current_device()))
 
     def obstacle(self, device: torch.device, target: str) -> str | None:
-        """Why an engine for `target` cannot run on `device`, or None."""
+        """Return why an engine for `target` cannot run on `device`, or None."""
         if not torch.cuda.is_available():
             return "no NVIDIA driver"
         if device.type != "cuda":
@@ -83,10 +87,10 @@ class TensorRTBackend(Backend):
         """Compile the ONNX file to `<network>.plan`.
 
         Raises:
-            EngineError: TensorRT cannot parse or compile it; the message holds TensorRT's own.
+            EngineError: TensorRT cannot parse or compile it; the message includes TensorRT's own message.
         """
         capabilities = self._capabilities(self.target(network.device, options))
-        # TensorRT-RTX measures when it loads an engine, and keeps no timing cache.
+        # TensorRT-RTX measures kernels when it loads an engine, and does not use a timing cache.
         timing_cache = None if self.cross_builds else options.timing_cache
         plan = PlanBuilder(self.library(), capabilities, timing_cache).build(network, source, options.progress)
         name = f"{network.name}.plan"
@@ -115,15 +119,15 @@ class TensorRTBackend(Backend):
     ) -> TensorRTRunner:
         """Deserialise a plan, for the range of shapes that it was built for."""
         served = bounded(network, {tensor.name: tensor.max for tensor in entry.inputs})
-        # What TensorRT-RTX compiles as it runs is kept.
+        # Store the kernels that TensorRT-RTX compiles at run time.
         cache = RuntimeCache(engine, entry.artifact) if self.cross_builds else None
         return TensorRTRunner(self.library(), engine.read(entry.artifact), served, device, cache)
 
     def layers(self, engine: VerifiedEngine, device: torch.device) -> dict[str, Any]:
-        """By network, what TensorRT's inspector says of every layer.
+        """Return the engine inspector's information about every layer, by network.
 
         Raises:
-            EngineError: it cannot run here, or TensorRT refuses it.
+            EngineError: the engine cannot run here, or TensorRT cannot load it.
         """
         self.check_runs(engine, device)
         trt = self.library()

@@ -28,7 +28,7 @@ _Steps = SimpleQueue[tuple[str, int, int]]
 class PlanBuilder:
     """Compile one network.
 
-    The build runs in its own thread, because a step may take a minute, during which Python handles no signals.
+    The build runs in its own thread, because a build step may take a minute, during which Python cannot handle signals.
 
     Args:
         trt: the module, `tensorrt` or `tensorrt_rtx`.

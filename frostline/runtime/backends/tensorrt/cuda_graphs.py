@@ -18,7 +18,7 @@ Launch = Callable[[Mapping[str, Tensor], torch.cuda.Stream], dict[str, Tensor]]
 
 # A shape is not recorded again after its recording was dropped this many times.
 _ENOUGH_DROPS = 2
-# Number of shapes whose last use is stored; a face detector gets new shapes all the time.
+# Maximum number of shapes whose last use is stored: a face detector has many different shapes.
 _REMEMBERED_SHAPES = 1024
 
 

@@ -119,7 +119,7 @@ class Execution:
         size = self._context.update_device_memory_size_for_shapes()
         # 0 means either that no memory is needed, or that the call failed.
         if size == 0 and messages.failed:
-            raise messages.error(f"{self._network.name}: TensorRT cannot say how much memory it needs")
+            raise messages.error(f"{self._network.name}: TensorRT cannot compute how much memory it needs")
         for enough in (size, max(size, self._engine.device_memory_size_v2)):
             messages.forget()
             scratch = torch.empty(enough, dtype=torch.uint8, device=self._device)

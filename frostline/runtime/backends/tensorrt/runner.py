@@ -1,4 +1,4 @@
-"""Run an engine."""
+"""Run TensorRT engines, with CUDA graphs for repeated shapes."""
 
 from __future__ import annotations
 

@@ -82,6 +82,7 @@ def receipt_key(recipe: Recipe, options: BuildOptions, device: str, bounds: Mapp
     """Return the key of an export in the cache: 16 hexadecimal digits of a hash of all that its engines depend on.
 
     Args:
+        device: the device setting, such as `auto`.
         bounds: tolerances that override those of the stages.
     Raises:
         ConfigError: the model's files cannot be found.

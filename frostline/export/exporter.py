@@ -103,7 +103,7 @@ def build_stage(
     traces: Traces | None = None,
     progress: Progress = lambda step: None,
 ) -> tuple[VerifiedEngine, bool]:
-    """Build the engine as `export_stage` does, but without verification; return it, and whether this call built it.
+    """Build an engine like `export_stage`, but do not verify it; return it, and whether this call built it.
 
     Raises:
         EngineError: the backend is not available, or tracing or building failed.

@@ -91,6 +91,8 @@ def within_limit(network: Network, backend: str, limit: int | None, asked: froze
 def check_served(stage: Stage, manifest: Manifest, asked: frozenset[str]) -> None:
     """Check that an existing engine supports the maximum sizes that the user set.
 
+    Args:
+        asked: the dimensions whose maximum the user set.
     Raises:
         EngineError: it supports less.
     """

@@ -23,7 +23,13 @@ def compare(
     actual: Mapping[str, Tensor],
     tolerance: Tolerance,
 ) -> list[manifest.Parity]:
-    """Compare every output; a missing or non-finite output, or one of another shape, fails with an infinite error."""
+    """Compare every output; a missing or non-finite output, or one of another shape, fails with an infinite error.
+
+    Args:
+        network, case: names of the network and the test case, for the result.
+        expected: outputs of PyTorch.
+        actual: outputs of the engine.
+    """
     return [_compare_output(network, case, name, expected[name], actual.get(name), tolerance) for name in expected]
 
 

@@ -55,7 +55,7 @@ class StepGain:
 
 
 def stage_gains(runtime: Runtime) -> list[StageGain]:
-    """Return all stages of the runtime with all backends; a note marks engines of the plan that verification rejects."""
+    """Return all stages of the runtime with all backends; a note marks rejected engines of the plan."""
     refused = runtime.check_engines()
     gains = []
     for name, choice in runtime.plan.items():

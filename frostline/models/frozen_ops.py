@@ -34,7 +34,12 @@ def convolution(
     dilation: tuple[int, ...],
     groups: int = 1,
 ) -> Tensor:
-    """Apply `F.conv2d` or `F.conv3d`, in oneDNN on a CPU; the weights get no gradient."""
+    """Apply `F.conv2d` or `F.conv3d`, in oneDNN on a CPU; the weights get no gradient.
+
+    Args:
+        x: (B, C, H, W) or (B, C, T, H, W).
+        stride, padding, dilation: one value for each of the two or three dimensions.
+    """
     if dtype := autocast_dtype(x.device.type):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _Convolution.apply(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
@@ -78,7 +83,7 @@ def convolve(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Convolve over two or three dimensions; on a CPU, three dimensions always use oneDNN.
+    """Convolve over two or three dimensions (see `convolution`); on a CPU, three dimensions always use oneDNN.
 
     At batch size 1, torch uses its own slow path for fp32: about five times slower, with results equal within 1e-6.
     """

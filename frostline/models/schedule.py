@@ -16,6 +16,8 @@ TRAIN_TIMESTEPS = 1000
 class FlowMatchSchedule:
     """`u_i = 1 - i/N`, `sigma_i = s u_i / (1 + (s - 1) u_i)`, `t_i = 1000 sigma_i` for i = 0…N.
 
+    N is `num_inference_steps`, and s is `shift`.
+
     Raises:
         ConfigError: there is less than one step, or the shift is not positive and finite.
     """
@@ -50,7 +52,7 @@ class FlowMatchSchedule:
         return TRAIN_TIMESTEPS * self.sigmas
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        """Compute `x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, t_i)`."""
+        """Compute `x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, t_i)`, where `index` is i in [0, N)."""
         return latents + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity
 
     def high_noise_steps(self, boundary: float) -> int:

@@ -62,7 +62,7 @@ class Geometry:
         return nearest_multiple(pixels, self.spatial_multiple)
 
     def square_side(self, pixels: int) -> int:
-        """Return the side of the square whose area is nearest to this number of pixels."""
+        """Return the side of a square with about this number of pixels, a multiple of `spatial_multiple`."""
         return self.nearest_side(math.isqrt(pixels))
 
     def check_frames(self, num_frames: int) -> None:

@@ -116,7 +116,7 @@ class FrozenOutputCache:
         return None if self._disk is None else self._disk.size(key)
 
     def get(self, key: str, device: torch.device | str = "cpu") -> Tensors | None:
-        """Return a copy of an entry, or None."""
+        """Return a copy of an entry, on `device`; None if there is no valid entry."""
         tensors = self._memory.get(key)
         if tensors is not None:
             if self._disk:
@@ -144,7 +144,7 @@ class FrozenOutputCache:
     def get_or_compute(
         self, key: str, compute: Callable[[], Mapping[str, Tensor]], device: torch.device | str = "cpu"
     ) -> Tensors:
-        """Return an entry; if there is none, call `compute`, store its result and return it."""
+        """Return a copy of an entry, on `device`; if there is none, call `compute`, store its result and return it."""
         cached = self.get(key, device)
         if cached is not None:
             return cached

@@ -45,6 +45,8 @@ def remember(note: Path, text: str, *, keep: bool = False) -> None:
     """Write a cache file atomically; if this fails, the next run computes the value again.
 
     Args:
+        note: path of the file.
+        text: content of the file, without the signature.
         keep: keep a file that another process wrote in the meantime.
     """
     try:

@@ -138,6 +138,7 @@ def denoiser_stage(
         denoiser: takes `inputs` by name; the first two are `latents` and `timestep`.
         lora_network: the submodule that contains the LoRA, if any.
         rank: the range of LoRA ranks that engines support.
+        model, tolerance, license, weights: see `Stage`.
     """
     adapter = lora_parameters(lora_network)
     scale = lora_scale(lora_network) if adapter else 0.0

@@ -148,6 +148,8 @@ class Family(Protocol):
         """Load the components of a model, frozen, in eval mode.
 
         Args:
+            model: name of a built-in model, a folder, or a list of files.
+            dtype: type of all weights that are not quantised.
             defer: leave weights on disk until they are needed, if an engine may replace them.
             base_adapters: merged into the denoisers each time these are read; see `merge_adapter`.
             live: whether the parts that training computes with a gradient are needed; otherwise a family may leave out

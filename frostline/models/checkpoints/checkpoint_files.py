@@ -89,7 +89,11 @@ class WanFiles:
 
 
 def find_files(model: str | Path | Sequence[Entry]) -> WanFiles:
-    """Find the files of each part of `model`; see `load_components`."""
+    """Find the files of each part of `model`; see `load_components`.
+
+    Raises:
+        ConfigError: a part is missing, ambiguous or not supported; the message lists what was found.
+    """
     if not isinstance(model, str | Path):
         return _from_list(model)
     if str(model) in EMBEDDED:

@@ -90,7 +90,14 @@ def padded(height: int, width: int) -> tuple[int, int]:
 
 
 def cell_places(cells: Tensor, width: int, anchors: int, stride: int) -> Tensor:
-    """Return (K, 2) x, y in pixels of the top left corners of cells in row-major order, `anchors` per cell."""
+    """Return (K, 2) x, y in pixels of the top left corners of cells.
+
+    Args:
+        cells: (K,) indices of candidates, in row-major order of the cells.
+        width: width of the frames in pixels.
+        anchors: number of candidates per cell.
+        stride: pixels between neighbouring cells.
+    """
     place = cells // anchors
     columns = width // stride
     return stride * torch.stack([place % columns, place // columns], dim=1).float()

@@ -102,7 +102,7 @@ class Detections:
         )
 
     def resized(self, height: int, width: int) -> "Detections":
-        """Return these detections in pixels of the original frames of another size, before resizing."""
+        """Return these detections in pixels of the original frames, which had `height` and `width` before resizing."""
         scale = self.boxes.new_tensor([width / self.frame_size[1], height / self.frame_size[0]])
         corners = (self.boxes.unflatten(1, (2, 2)) + 0.5) * scale - 0.5
         landmarks = (self.landmarks + 0.5) * scale - 0.5
@@ -131,7 +131,7 @@ def check_frames(frames: Tensor) -> None:
 
 
 def no_detections(num_frames: int, frame_size: tuple[int, int], device: torch.device) -> Detections:
-    """Return the detections of frames without any face."""
+    """Return empty detections for `num_frames` frames of size `frame_size`, (H, W), without a face."""
     return Detections(
         boxes=torch.zeros(0, 4, device=device),
         probabilities=torch.zeros(0, device=device),

@@ -33,7 +33,7 @@ class IdentityScore:
         face_score_missing_zero: (B,) the score if missing faces count as 0, independent of the setting of the reward.
         valid: (B,) bool, False if the reference video has no face or, if missing faces are ignored, the generated video
             has none.
-        compared: (B, T) bool, the frames with a face, in videos whose reference has one.
+        compared: (B, T) bool, True for frames with a face in videos whose reference has a face.
     """
 
     face_score: Tensor

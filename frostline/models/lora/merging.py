@@ -54,6 +54,8 @@ def merged_weight(adapter: Adapter, name: str, weight: Tensor, lora_scale: float
 
     Args:
         name: in Wan's format; may be a weight that the adapter does not change.
+        lora_scale: factor of the adapter's update.
+        dtype: type of the result.
     Raises:
         ConfigError: the result is not finite.
     """

@@ -94,8 +94,9 @@ def read_alpha(value: object, where: str) -> float:
 
 
 def stated_in_header(metadata: Mapping[str, str], path: Path) -> Stated | None:
-    """Return the config that diffusers stores in a file: with the denoiser's name as prefix, or without for a single
-    model.
+    """Return the config that diffusers stores in the header of a file; None if there is none.
+
+    Its fields have the denoiser's name as prefix, or no prefix in a file of a single model.
 
     Metadata of kohya's programs (`ss_network_alpha`) is ignored: it describes the training, and their converter does
     not change it when it multiplies alpha into the matrices.
@@ -113,7 +114,7 @@ def stated_in_header(metadata: Mapping[str, str], path: Path) -> Stated | None:
 
 
 def state(settings: Mapping[str, Any], where: str) -> Stated:
-    """Parse the fields of PEFT's `LoraConfig`.
+    """Parse the fields of PEFT's `LoraConfig`; `where` names their source in messages.
 
     Raises:
         ConfigError: the fields are invalid; the adapter is not two matrices per layer on unchanged base weights; or a

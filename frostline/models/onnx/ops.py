@@ -249,7 +249,11 @@ def resize(
     nearest_mode: bytes = b"round_prefer_floor",
     cubic_coeff_a: float = -0.75,
 ) -> Tensor:
-    """Resize with PyTorch's nearest-neighbour interpolation, by integer factors or to given sizes."""
+    """Resize with PyTorch's nearest-neighbour interpolation, by integer factors or to given sizes.
+
+    Raises:
+        ValueError: other modes or factors are requested.
+    """
     if (mode, coordinate_transformation_mode, nearest_mode) != (b"nearest", b"asymmetric", b"floor"):
         raise ValueError(f"resize is only supported as nearest, asymmetric, floor, not {mode.decode()}")
     if sizes is not None:

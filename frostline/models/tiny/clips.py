@@ -79,9 +79,14 @@ def render_clips(
 ) -> Clips:
     """Render `count` random clips.
 
-    `prompt` and `person` (both (B,) int64) set the content; by default, they are random. `only_frame` renders only this
-    frame (T = 1). `drift` ((B,) in [0, 1]) is the weight of the other person's face in the last frame; the weight
-    starts at 0 and rises with decreasing speed.
+    Args:
+        count: B.
+        num_frames: T.
+        size: height and width in pixels.
+        prompt, person: (B,) int64, the content of the clips; random by default.
+        only_frame: render only this frame (T = 1).
+        drift: (B,) in [0, 1], the weight of the other person's face in the last frame; the weight starts at 0 and rises
+            with decreasing speed. By default, there is no drift.
     """
     if prompt is None:
         prompt = torch.randint(0, len(PROMPTS), (count,), generator=generator)

@@ -117,7 +117,14 @@ def train_denoiser(
 ) -> WanModel:
     """Train a denoiser with flow matching at sigmas in `sigma_range`, with a fixed first frame if the model uses one.
 
-    If `start` is given, this model is trained in place instead of a new one.
+    Args:
+        name: name of the training phase and its checkpoint.
+        arguments: arguments of `WanModel` for a new model.
+        steps: number of optimizer steps.
+        work: folder of checkpoints.
+        train_text: whether to train the text encoder as well, in place.
+        start: a model to train in place, instead of a new one.
+        learning_rate: peak learning rate.
     """
     torch.manual_seed(0)
     model = WanModel(**arguments) if start is None else start  # type: ignore[arg-type]

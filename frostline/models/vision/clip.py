@@ -67,7 +67,7 @@ class TextTower(nn.Module):
         self.length = int(config.max_position_embeddings)
         self.vocabulary = int(config.vocab_size)
         self.dim = int(_any(model.config).projection_dim)
-        # In configurations from before transformers 4.31, the value 2 stands for the largest token.
+        # In configurations from before transformers 4.31, the value 2 means that the largest token id ends the text.
         self.end = None if config.eos_token_id == 2 else int(config.eos_token_id)
 
     def forward(self, tokens: Tensor) -> Tensor:

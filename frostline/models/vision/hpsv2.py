@@ -71,7 +71,11 @@ def load_hpsv2(file: Path, processor: Path) -> Clip:
 
 
 def read_open_clip(file: Path) -> dict[str, Tensor]:
-    """Read a checkpoint of open_clip: tensors by name, at the top level or in `state_dict`."""
+    """Read a checkpoint of open_clip: tensors by name, at the top level or in `state_dict`.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no named tensors.
+    """
     if file.suffix == ".safetensors":
         return dict(open_tensors([file], "cpu"))
     with reading([file]):

@@ -145,6 +145,7 @@ class FlowSize:
         """Return the size for the aspect ratio of the pictures.
 
         Args:
+            height, width: size of the pictures in pixels.
             shortest: shortest side in pixels; by default pictures are not resized, unless they are too small.
         """
         short = min(height, width)

@@ -31,7 +31,12 @@ def grid_table(tables: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Rotate the interleaved pairs of every head; `x` is (B, tokens, heads * head_dim)."""
+    """Rotate the interleaved pairs of every head.
+
+    Args:
+        x: (B, tokens, num_heads * head_dim).
+        cos, sin: (tokens, 1, head_dim / 2), from `grid_table`.
+    """
     even, odd = x.float().unflatten(2, (num_heads, -1, 2)).unbind(-1)
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(2).to(x.dtype)

@@ -58,7 +58,7 @@ class _Before:
         return _frames_in_front(layer)
 
     def saw(self, layer: CausalConv3d, x: Tensor) -> None:
-        """Record the input frames of a convolution, including the preceding ones."""
+        """Record the input (B, C, T, H, W) of a convolution, which includes the preceding frames."""
 
 
 class _Caches(_Before):

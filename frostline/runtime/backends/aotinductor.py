@@ -64,7 +64,7 @@ class AOTInductor(Backend):
         return None
 
     def build(self, network: Network, source: ExportedProgram, folder: Path, options: BuildOptions) -> str:
-        """Compile to `<network>.pt2`.
+        """Compile the network to `<network>.pt2`; return the name of the file.
 
         Raises:
             EngineError: the compiler fails.

@@ -59,13 +59,13 @@ class OnnxRuntime(Backend):
         return onnxruntime
 
     def build(self, network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
-        """Keep the ONNX file."""
+        """Move the ONNX file to `folder`; return its name."""
         return keep_onnx(source, folder)
 
     def make_runner(
         self, engine: VerifiedEngine, entry: NetworkRecord, network: Network, device: torch.device
     ) -> EngineRunner:
-        """Open a session."""
+        """Open an ONNX Runtime session for one network."""
         return OnnxRuntimeRunner(engine.onnx(entry.artifact), network, device)
 
 

@@ -50,13 +50,13 @@ class OpenVino(Backend):
         return None if device.type == "cpu" else f"the model is on {device.type}, but OpenVINO only supports CPUs here"
 
     def build(self, network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
-        """Keep the ONNX file."""
+        """Move the ONNX file to `folder`; return its name."""
         return keep_onnx(source, folder)
 
     def make_runner(
         self, engine: VerifiedEngine, entry: NetworkRecord, network: Network, device: torch.device
     ) -> EngineRunner:
-        """Compile a model."""
+        """Compile one network with OpenVINO."""
         return OpenVinoRunner(engine.onnx(entry.artifact), network)
 
 

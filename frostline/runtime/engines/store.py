@@ -95,7 +95,7 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class Build:
-    """An engine being built: write its files to `folder`, then call `commit`. `existing` is a finished engine."""
+    """An engine being built: write its files to `folder` and call `commit`. `existing`: the finished engine, if any."""
 
     id: EngineId
     folder: Path
@@ -145,7 +145,7 @@ class EngineStore:
     def find(
         self, model: str | None = None, stage: str | None = None, backend: str | None = None
     ) -> list[EngineRecord]:
-        """Return the engines that match, including damaged ones, sorted by name. Reads manifests only."""
+        """Return the engines that match all given names, including damaged ones, sorted. Reads manifests only."""
         records = []
         for folder in self._stage_folders():
             if model not in (None, folder.parent.name) or stage not in (None, folder.name):
@@ -222,7 +222,7 @@ class EngineStore:
             _remove(_set_aside(record.path))
 
     def prune(self, older_than: timedelta | None = None, max_bytes: int | None = None) -> list[EngineRecord]:
-        """Remove too old engines, then the oldest ones until the rest fits, and files of interrupted builds."""
+        """Remove engines older than `older_than`, the oldest ones beyond `max_bytes`, and interrupted builds."""
         self._sweep()
         sizes = [(record, record.bytes) for record in sorted(self.find(), key=lambda record: record.created)]
         total = sum(size for _, size in sizes)

@@ -10,7 +10,12 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits of the deviation: `|engine - torch| <= atol + rtol * max|torch|` everywhere, and a least cosine similarity."""
+    """Limits of the deviation of an output.
+
+    Attributes:
+        atol, rtol: an output passes only if `|engine - torch| <= atol + rtol * max|torch|` everywhere.
+        cosine: minimum cosine similarity.
+    """
 
     # For manifests: Infinity is a valid bound, but not a valid JSON number.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", ser_json_inf_nan="strings")

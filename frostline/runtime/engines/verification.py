@@ -61,7 +61,11 @@ class VerifiedEngine:
         return self.path / name
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file, hashed again when it is read, so that it cannot be replaced in between."""
+        """Return the content of a file, hashed again when it is read, so that it cannot be replaced in between.
+
+        Raises:
+            EngineError: the engine has no such file, or its content has changed.
+        """
         try:
             return _read_artifact(self.path / name, self._expected(name))
         except (OSError, _RefusedError) as error:
@@ -82,7 +86,11 @@ def seal(manifest: Manifest) -> bytes:
 
 
 def peek(path: Path) -> Manifest:
-    """Return the manifest of the engine at `path` without verification, for listing only, never for loading."""
+    """Return the manifest of the engine at `path` without verification, for listing only, never for loading.
+
+    Raises:
+        EngineError: the manifest cannot be read.
+    """
     try:
         return _parse(_read_sealed(path))
     except (OSError, _RefusedError) as error:
@@ -106,7 +114,7 @@ def verify_engine(root: Path, engine: EngineId, *, signed: bool = True) -> Verif
 
 
 def check_no_symlink(root: Path, path: Path) -> None:
-    """Check that no folder between `root` and `path` is a symlink, which could point outside the store."""
+    """Raise an EngineError if a folder between `root` and `path` is a symlink, which could point outside the store."""
     for folder in (path, *path.parents):
         if folder == root:
             return
@@ -115,14 +123,14 @@ def check_no_symlink(root: Path, path: Path) -> None:
 
 
 def check_networks(manifest: Manifest) -> None:
-    """Check that the file of every network is one of the engine's files."""
+    """Raise an EngineError if the file of a network is not one of the engine's files."""
     for network in manifest.networks:
         if network.artifact not in manifest.artifacts:
             raise _RefusedError(f"network {network.name} needs the file {network.artifact}, which is missing")
 
 
 def check_external_data(name: str, model: bytes, files: Container[str]) -> None:
-    """Check that all external data of the ONNX model `name` is in `files` of its engine."""
+    """Raise an EngineError if the ONNX model `name` has external data that is not in `files` of its engine."""
     try:
         proto = onnx.load_model_from_string(model)
     except DecodeError as error:

@@ -86,14 +86,20 @@ def stage_computation(stage: Stage) -> str:
 def stage_key(
     stage: Stage, backend: str, precision: str, weights: str, options: BuildOptions = _DEFAULT_OPTIONS
 ) -> str:
-    """Return the content key of the engine of `stage` that `backend` builds with `options`."""
+    """Return the content key of the engine of `stage` that `backend` builds with `options`.
+
+    Args:
+        precision: see `precision_of`.
+        weights: see `weights_sha256`.
+    """
     return _EngineKeys(stage, backend, precision, weights).key(options)
 
 
 def find_engine(store: EngineStore, stage: Stage, backend: str, weights: str) -> EngineRecord | None:
-    """Return an engine in the store that computes `stage`, for any options; the one that suits this machine best.
+    """Return the engine in the store that computes `stage` and suits this machine best, for any build options, or None.
 
-    An engine's manifest contains its build options, and thereby determines its expected key.
+    `weights` is the digest of `weights_sha256`. An engine's manifest contains its build options, and thereby determines
+    its expected key.
     """
     device, served_by = stage.networks[0].device, get_backend(backend)
     keys, candidates = None, []

@@ -61,7 +61,7 @@ class Trials:
         return [choice for (stage, _), choice in self._at_shape.items() if stage == name]
 
     def choose(self, stage: Stage, planned: Choice, case: Case) -> Choice:
-        """Return the backend for inputs of these shapes: the fastest of the planned candidates."""
+        """Return the backend for the shapes of `case`: the fastest of the planned candidates and torch."""
         shape = shape_class(case.inputs)
         if (stage.name, shape) not in self._at_shape:
             self._at_shape[stage.name, shape] = self._fastest(stage, planned, shape, case)

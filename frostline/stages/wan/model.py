@@ -219,7 +219,7 @@ class WanVideoModel:
         return calls
 
     def denoiser_sample(self, shape: VideoShape) -> dict[str, Tensor]:
-        """Return zeros."""
+        """Return zeros as inputs of the denoiser."""
         count, channels, dtype = shape.batch_size, self.latent_channels, self.dtype
         grid = self.geometry.latent_grid(shape.num_frames, shape.height, shape.width)
         shapes = {

@@ -37,11 +37,11 @@ class VaeDecoderStage(Stage):
     sample_shape: tuple[int, ...]
 
     def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Decode a whole clip."""
+        """Decode a whole clip in PyTorch: `latents` to `video`."""
         return {"video": decode_latents(self.vae, inputs["latents"])}
 
     def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Decode chunk by chunk."""
+        """Decode chunk by chunk with the runners `first` and `next`."""
         return {"video": decode_in_chunks(on, inputs["latents"])}
 
     def cases(self) -> Mapping[str, Case]:

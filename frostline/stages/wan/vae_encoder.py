@@ -37,11 +37,11 @@ class VaeEncoderStage(Stage):
     sample_shape: tuple[int, ...]
 
     def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Encode a whole video."""
+        """Encode a whole video in PyTorch: `video` to `latents`."""
         return {"latents": self.vae.model.encode(inputs["video"], self.vae.scale)}
 
     def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Encode chunk by chunk."""
+        """Encode chunk by chunk with the runners `first` and `next`."""
         return {"latents": encode_in_chunks(on, inputs["video"])}
 
     def cases(self) -> Mapping[str, Case]:

@@ -22,7 +22,12 @@ _BLOCKS: Mapping[Part, str] = {
 
 
 def network_arguments(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the network; see the functions below for the exceptions."""
+    """Return the constructor arguments of a network; see the functions below for the exceptions.
+
+    Args:
+        shapes: the shapes of its weights, by name in Wan's format.
+        config: see `denoiser_arguments`; only used for the denoiser.
+    """
     if part == "denoiser":
         return denoiser_arguments(shapes, config)
     if part == "image_encoder":

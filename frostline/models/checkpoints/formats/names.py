@@ -140,7 +140,11 @@ def _residual(ours: str, theirs: str) -> list[tuple[str, str]]:
 
 
 def rename(names: Iterable[str], pairs: Pairs, *, to_diffusers: bool) -> dict[str, str]:
-    """Return the new name of each of `names` that is in the table."""
+    """Return the new name of each of `names` that is in the table `pairs`.
+
+    Args:
+        to_diffusers: rename from Wan's format to diffusers'; otherwise in the other direction.
+    """
     rules = _rules(pairs, to_diffusers)
     renamed = {}
     for name in names:

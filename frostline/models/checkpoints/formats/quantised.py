@@ -30,7 +30,7 @@ FP8 = ("float8_e4m3fn", "float8_e5m2")
 _SCALES = (".scale_weight", ".weight_scale")
 _MARKER, _HEADER_FORMATS = "scaled_fp8", "_quantization_metadata"
 _OF_ACTIVATIONS = (".scale_input", ".input_scale")
-# Names that only this quantisation format uses.
+# Tensor names that identify unsupported quantisation formats.
 _REFUSED = (
     (re.compile(r".*\.quant_state\.bitsandbytes__nf4"), "NF4 (bitsandbytes)"),
     (re.compile(r".*\.quant_state\.bitsandbytes__fp4"), "FP4 (bitsandbytes)"),
@@ -118,8 +118,7 @@ def dequantise(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def as_rows(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return an 8-bit weight in the fp8 format of `frostline.models.quantization`: bytes (out, in), fp32 scales (out,
-    1).
+    """Return an 8-bit weight as (out, in) bytes and (out, 1) fp32 scales, the fp8 format of `models.quantization`.
 
     The values are those of `dequantise`.
 

@@ -105,7 +105,11 @@ def open_tensors(paths: Sequence[Path], device: str | torch.device, mapped: bool
 
 @contextmanager
 def reading(paths: Sequence[Path]) -> Iterator[None]:
-    """Convert all exceptions of the readers within the block to a `ConfigError` that names the files and their kind."""
+    """Convert all exceptions of the readers within the block to a `ConfigError` that names the files.
+
+    Raises:
+        ConfigError: reading failed; the message gives the kind of a file that is not a checkpoint.
+    """
     names = ", ".join(map(str, paths))
     try:
         yield

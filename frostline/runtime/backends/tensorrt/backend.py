@@ -84,7 +84,7 @@ class TensorRTBackend(Backend):
         self._capabilities(target)
 
     def build(self, network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
-        """Compile the ONNX file to `<network>.plan`.
+        """Compile the ONNX file to `<network>.plan`; return the name of the file.
 
         Raises:
             EngineError: TensorRT cannot parse or compile it; the message includes TensorRT's own message.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_stages(recipe: Recipe, device: str) -> LoadedStages:
-    """Load what a recipe exports; without the model if all its stages belong to rewards.
+    """Load the stages that a recipe exports; the model is only loaded if some of them belong to it.
 
     Args:
         device: `cpu`, `cuda`, …, or `auto` (a GPU if available).

@@ -76,7 +76,7 @@ class Slabs:
         self._slab, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Return a dense copy of a tensor, of any type and on any device."""
+        """Return a dense copy of a tensor in this memory; the tensor can have any type and device."""
         nbytes = tensor.nbytes
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
         if start + nbytes > self._slab.numel():

@@ -35,7 +35,7 @@ class LoadedStage:
 
 
 class LoadedEngines:
-    """Stages on backends. Not thread-safe.
+    """The engines of stages that are in memory. Not thread-safe.
 
     Args:
         stages: by name.

@@ -214,7 +214,7 @@ class Runtime:
             use: name of this use in the timings; the stage's name by default.
         Raises:
             EngineError: `strict`, and no engine can compute this; or the weights are sharded over processes, and an
-                engine failed in this process, for which the other processes would wait.
+                engine failed in this process: the other processes would wait for it forever.
         """
         case = Case(inputs, variant)
         backend = self._backend_at(stage, case)

@@ -46,7 +46,7 @@ class Candidates:
             num_frames: N.
             frame_size: (H, W) of the frames in pixels.
         """
-        # All frames in one call, shifted apart; in double precision, in which the shift causes no relevant rounding.
+        # Process all frames in one call, with boxes shifted apart by frame, in fp64 to avoid rounding errors.
         rivals = self.rivals.double()
         reach = (rivals.abs().amax() + 1).ceil() if len(rivals) else rivals.new_ones(())
         shifted = rivals + (self.frame_index * (2 * reach))[:, None]

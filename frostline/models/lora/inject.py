@@ -80,8 +80,8 @@ def inject_loras(
 def targets_of(models: Sequence[nn.Module], target_modules: Sequence[str] | None) -> list[Sequence[str]]:
     """Return the targets of each expert: those that match a layer of it, and those that match no expert.
 
-    If no target matches a layer of the expert, all targets are returned for it. `check_targets` reports the targets
-    that match nothing.
+    If there are neither for an expert, all targets are returned for it. `check_targets` reports targets that match
+    nothing.
     """
     names = tuple(target_modules or LORA_TARGETS)
     known = [[name for name in names if _named(model, name)] for model in models]

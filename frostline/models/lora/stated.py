@@ -30,7 +30,7 @@ _COMPUTES_ELSE = (
 
 @dataclass(frozen=True)
 class Stated:
-    """A config of PEFT.
+    """PEFT's config of an adapter.
 
     Attributes:
         where: name of its source in messages.

@@ -5,9 +5,9 @@ the largest drift), `high_noise` (for tiny-moe) and `ti2v` (fixed first frame). 
 and resumes from its last checkpoint in `--work`. The weights are written to `--out` in the layout of the official Wan
 checkpoints. Parts in `--keep` are not trained.
 
-The options for the committed denoiser (its loss curve is in benchmarks/NOTES.md):
+The denoiser in the repository was trained with these options (its loss curve is in benchmarks/NOTES.md):
     --keep vae text high_noise ti2v --clips 384 --denoiser-steps 3000 --drift-steps 600
-The kept parts are older, and were trained on clips without drift.
+The parts in `--keep` were trained earlier, on clips without drift.
 """
 
 import argparse

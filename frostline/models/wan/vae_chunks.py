@@ -1,4 +1,4 @@
-"""The Wan VAE in chunks: static networks that encode and decode videos of any length.
+"""The Wan VAE in chunks: stateless networks that encode and decode videos of any length.
 
 The causal convolutions of the VAE use the two preceding frames. diffsynth stores these in lists inside the module; here
 they are input and output tensors. One network processes the first frame, another each following group of four frames.

@@ -63,7 +63,7 @@ def read_header(path: Path) -> Header:
     """Read names, dtypes and shapes of the tensors in `path`, without the values.
 
     Raises:
-        ConfigError: the file cannot be read, or does not contain named tensors; the message says what it is instead.
+        ConfigError: the file cannot be read, or does not contain named tensors; the message states what it is.
     """
     with reading([path]):
         if path.suffix == ".safetensors":

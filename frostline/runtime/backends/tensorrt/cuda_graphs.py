@@ -95,7 +95,7 @@ class CudaGraphs:
         """Return whether to record a shape: on its second call, if both calls came after the last call of the shape
         that it replaces.
 
-        This keeps shapes from replacing each other all the time if there are more of them than `limit`.
+        This prevents shapes from constantly replacing each other if there are more of them than `limit`.
         """
         before = self._last_use.get(key)
         if self._refused or before is None or self._drops[key] >= _ENOUGH_DROPS:

@@ -153,8 +153,8 @@ def all_built(stage: Stage, backend_names: Sequence[str], store: EngineStore, op
 def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngine) -> Manifest:
     """Compare an engine with PyTorch, time both, and write the results to its manifest.
 
-    The engine must be able to run here (`Backend.obstacle`). Live tensors get random values during the comparison;
-    their own values are restored afterwards.
+    This machine must be able to run the engine (`Backend.obstacle`). Live tensors get random values during the
+    comparison; their own values are restored afterwards.
 
     Raises:
         EngineError: the engine cannot be loaded or run. It is deleted, unless the cause was memory, a range of shapes
@@ -195,7 +195,7 @@ def verify_engine_parity(stage: Stage, store: EngineStore, engine: VerifiedEngin
 
 
 def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifest]:
-    """Verify the engines of `stages` that can run here but were built on a machine that could not run them.
+    """Verify engines of `stages` that this machine can run, but that were built on a machine that could not.
 
     Call this before creating a `Runtime`, which does not use unverified engines. An engine that fails is deleted (see
     `verify_engine_parity`): otherwise every start would hash the weights to try it again.
@@ -219,7 +219,7 @@ def ensure_verified(stages: Iterable[Stage], store: EngineStore) -> list[Manifes
 
 
 def _awaits_verification(stage: Stage, store: EngineStore) -> bool:
-    """Return whether any engine of the stage's name is unverified but could run here."""
+    """Return whether any engine of the stage's name is not verified, although this machine can run it."""
     manifests = (record.manifest for record in store.find(stage.model, stage.name))
     return any(
         not manifest.verified

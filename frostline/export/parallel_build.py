@@ -78,7 +78,7 @@ def build_ahead(
     """Build the engines of `stages` for the recipe's backends in `jobs` processes, without verification.
 
     The caller verifies them afterwards, so that latencies are measured without other load. A failed build is not
-    reported here: the caller builds that engine again and gets the error. An exception, such as Ctrl-C, ends the
+    reported: the caller builds that engine again and gets the error. An exception, such as Ctrl-C, ends the
     processes and leaves no incomplete engine.
 
     Args:

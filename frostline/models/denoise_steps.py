@@ -134,7 +134,7 @@ class DenoiseSteps:
 
     @property
     def most_live(self) -> tuple[int, ...]:
-        """Return the live steps of the draw that keeps most activations for backward."""
+        """Return the live steps of the draw that keeps the most activations for backward."""
         if not self.drawn:
             return self._fixed
         return self._window[: self.num_steps] if self.experts == "high" else self._window[-self.num_steps :]

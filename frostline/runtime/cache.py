@@ -321,7 +321,7 @@ def _encode(key: str, tensors: Tensors) -> bytes:
 
 
 def _decode(key: str, data: bytes) -> Tensors:
-    """Return the tensors of a file; raise if the content or the key is not what this user wrote."""
+    """Return the tensors of a file; raise an exception if this user did not write this content for this key."""
     tensors = safetensors.torch.load(data)
     (header_bytes,) = struct.unpack_from("<Q", data)
     metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]

@@ -147,6 +147,6 @@ def _middle(tensor: Tensor) -> tuple[int, int]:
 
 
 def _gather(tensors: list[Tensor]) -> Tensor | None:
-    """Return one value from the middle of each tensor on a GPU, or None where there is none."""
+    """Return one value from the middle of each tensor that is not empty, (n,) float64; None if there are none."""
     values = [tensor.detach().reshape(-1)[tensor.numel() // 2].double() for tensor in tensors if tensor.numel()]
     return torch.stack(values) if values else None

@@ -186,7 +186,7 @@ class Runtime:
         return pending
 
     def fingerprint(self, stage: str) -> str:
-        """Return an id of what determines the outputs besides the inputs: the weights and the possible backends."""
+        """Return an id of all that determines the outputs for given inputs: the weights and the possible backends."""
         weights = self._weights_of(stage)
         choice = self._plan[stage]
         backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend
@@ -207,7 +207,7 @@ class Runtime:
     def run(
         self, stage: str, inputs: Tensors, *, variant: str | None = None, use: str | None = None
     ) -> dict[str, Tensor]:
-        """Run a stage as planned; if an engine fails where PyTorch does not, use torch and log one warning.
+        """Run a stage as planned; if an engine fails on inputs that PyTorch accepts, use torch and log one warning.
 
         Args:
             variant: one of the stage's variants; None runs the modules as they are.

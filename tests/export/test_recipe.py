@@ -130,7 +130,7 @@ def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("backends: tensorrt-rtx\ncompute_capabilities: [9.0]", "does not build for sm_90, only for .*SM89"),
         (
             "backends: tensorrt-rtx\ncompute_capabilities: current",
-            "finds no NVIDIA GPU here: name a compute",
+            "finds no NVIDIA GPU on this machine: name a compute",
         ),
     ],
 )

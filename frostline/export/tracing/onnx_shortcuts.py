@@ -51,7 +51,7 @@ def decomposed_where_needed(program: ExportedProgram, opset: int) -> ExportedPro
     """Return a copy that torch.onnx may change; decompose it only if ONNX lacks one of its operators.
 
     To decompose operators, `run_decompositions` traces the whole graph a second time with its dynamic dimensions, which
-    takes most of an export. The networks here hardly ever contain an operator to decompose.
+    takes most of an export. frostline's networks rarely contain an operator to decompose.
     """
     copied = copy.copy(program)
     copied._graph_module = copy.deepcopy(program.graph_module)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class NetworkRead(Protocol):
-    """A way to read a network whose weights differ from those in its files.
+    """Reads a network whose weights differ from those in its files, for example by a merged adapter.
 
     Attributes:
         files: further files that it reads.

@@ -23,8 +23,8 @@ from .clip import Clip, ImageTower, TextTower, load_tokenizer, tokenizer_files
 from .folders import from_transformers
 from .letterbox import Letterbox
 
-# The number of attention heads, which tensors do not show. open_clip models with another number have other widths, and
-# are rejected.
+# The number of attention heads, which tensors do not show. open_clip models with another number also have widths in
+# another proportion (`_PROPORTIONS`), and are rejected.
 _HEADS = 16
 _PROPORTIONS = (5, 4)
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

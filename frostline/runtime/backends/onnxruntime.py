@@ -132,13 +132,13 @@ def _open_session(model: bytes | Path, name: str, device: torch.device) -> onnxr
     options.inter_op_num_threads = 1
     provider = _PROVIDERS.get(device.type)
     if provider is None:
-        raise EngineError(f"ONNX Runtime has no provider for {device.type} here")
+        raise EngineError(f"ONNX Runtime has no provider for {device.type} on this machine")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     arguments = {} if device.type == "cpu" else {"device_id": str(device.index or 0), **_CUDA_SETTINGS}
     source = model if isinstance(model, bytes) else str(model)
     session = onnxruntime.InferenceSession(source, options, providers=[(provider, arguments)])
     if session.get_providers()[0] != provider:
-        raise EngineError(f"ONNX Runtime has no {provider} here, only {', '.join(session.get_providers())}")
+        raise EngineError(f"ONNX Runtime has no {provider} on this machine, only {', '.join(session.get_providers())}")
     if provider != _CPU and (strays := _left_to_the_cpu(session)):
         raise EngineError(f"ONNX Runtime would run part of {name} on the CPU, copying back and forth: {strays}")
     return session

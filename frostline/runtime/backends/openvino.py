@@ -47,7 +47,7 @@ class OpenVino(Backend):
 
     def obstacle(self, device: torch.device, target: str) -> str | None:
         """Return why an engine cannot run on `device`, or None."""
-        return None if device.type == "cpu" else f"the model is on {device.type}, but OpenVINO only supports CPUs here"
+        return None if device.type == "cpu" else f"the model is on {device.type}, but OpenVINO is only used on CPUs"
 
     def build(self, network: Network, source: Path, folder: Path, options: BuildOptions) -> str:
         """Move the ONNX file to `folder`; return its name."""

@@ -148,7 +148,7 @@ class Manifest(_Part):
     opset: int | None = None
     networks: tuple[NetworkRecord, ...] = ()
     versions: dict[str, str] = Field(default={}, description="builder and backend versions, by package")
-    device: str = Field(description="what it runs on: 'cpu' or 'sm_89'")
+    device: str = Field(description="device that the engine runs on: 'cpu' or 'sm_89'")
     compute_capabilities: tuple[str, ...] = ()
     build_seconds: float = Field(default=0.0, ge=0)
     parity: tuple[Parity, ...] = ()

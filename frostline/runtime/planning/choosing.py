@@ -82,7 +82,7 @@ def _reason(engine: str, gain: float, where: str = "") -> str:
 
 
 def _rejection_reason(stage: Stage, manifest: Manifest) -> str | None:
-    """Return why an engine cannot be used here, or None."""
+    """Return why an engine cannot be used on this machine, or None."""
     obstacle = get_backend(manifest.backend).obstacle(stage.networks[0].device, manifest.device)
     if obstacle:
         return f"built, not verified here: {obstacle}"

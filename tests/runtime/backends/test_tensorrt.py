@@ -151,7 +151,7 @@ def test_targets() -> None:
 def test_targets_where_there_is_no_gpu() -> None:
     cpu = torch.device("cpu")
     assert TENSORRT_RTX.target(cpu, BuildOptions()) == "sm_89+sm_120"
-    with pytest.raises(EngineError, match=r"no NVIDIA GPU here: name a compute capability, such as 8\.9"):
+    with pytest.raises(EngineError, match=r"no NVIDIA GPU on this machine: name a compute capability, such as 8\.9"):
         TENSORRT_RTX.target(cpu, BuildOptions(compute_capabilities=("current",)))
     with pytest.raises(EngineError, match="it only builds for the GPU of this machine"):
         TENSORRT.target(cpu, BuildOptions())

@@ -55,7 +55,7 @@ class Backend(ABC):
         """
 
     def unavailable(self) -> str | None:
-        """Return why this backend can neither build nor run here, and what to install; None if it can."""
+        """Return why this machine can neither build nor run engines of this backend, and what to install, or None."""
         try:
             self.library()
         except (ImportError, OSError, RuntimeError) as error:
@@ -75,7 +75,7 @@ class Backend(ABC):
         return device_name(device)
 
     def check_target(self, target: str) -> None:  # noqa: B027 - most build for any target
-        """Check, before tracing, that engines for `target` can be built here.
+        """Check, before tracing, that this machine can build engines for `target`.
 
         Raises:
             EngineError: they cannot; the message names the possible targets.
@@ -104,7 +104,7 @@ class Backend(ABC):
         """Load an engine: one runner for each network of its stage, by name.
 
         Raises:
-            EngineError: the engine cannot run here, or the library rejects it.
+            EngineError: this machine cannot run the engine, or the library rejects it.
         """
         self.check_runs(engine, device)
         return {

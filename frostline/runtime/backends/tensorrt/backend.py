@@ -62,7 +62,7 @@ class TensorRTBackend(Backend):
                 if self.cross_builds
                 else ", and it only builds for the GPU of this machine"
             )
-            raise EngineError(f"{self.name} finds no NVIDIA GPU here{advice}")
+            raise EngineError(f"{self.name} finds no NVIDIA GPU on this machine{advice}")
         return device_name(torch.device("cuda", torch.cuda.current_device()))
 
     def obstacle(self, device: torch.device, target: str) -> str | None:
@@ -76,7 +76,7 @@ class TensorRTBackend(Backend):
         return None
 
     def check_target(self, target: str) -> None:
-        """Check, before tracing, that engines for `target` can be built here.
+        """Check, before tracing, that this machine can build engines for `target`.
 
         Raises:
             EngineError: they cannot; the message names the possible targets.
@@ -127,7 +127,7 @@ class TensorRTBackend(Backend):
         """Return the engine inspector's information about every layer, by network.
 
         Raises:
-            EngineError: the engine cannot run here, or TensorRT cannot load it.
+            EngineError: this machine cannot run the engine, or TensorRT cannot load it.
         """
         self.check_runs(engine, device)
         trt = self.library()

@@ -114,7 +114,7 @@ def _parse(trt: Any, graph: Any, source: Path, messages: Messages) -> None:
     for index in range(graph.num_layers):
         layer = graph.get_layer(index)
         if layer.type.name == "ATTENTION_OUTPUT":
-            # Opset 23 only: no fused kernel takes fp32 with dynamic shapes.
+            # Only in opset 23. Allow unfused attention: no fused kernel supports fp32 with dynamic shapes.
             layer.__class__ = trt.IAttentionOutputLayer
             layer.attention.decomposable = True
 

@@ -68,7 +68,7 @@ class CudaGraphs:
         """Return the outputs, ready on torch's current stream.
 
         Args:
-            depends: what a recording depends on besides the input shapes, such as addresses that the launch binds.
+            depends: further values that a recording depends on, such as addresses that the launch binds.
         """
         key = (depends, *((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items())))
         recording = self._recordings.get(key)

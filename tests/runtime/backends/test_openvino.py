@@ -138,4 +138,4 @@ def test_a_file_that_is_no_model_is_an_engine_error(denoiser: Network, tmp_path:
 def test_serves_cpus_only() -> None:
     backend = get_backend("openvino")
     assert backend.obstacle(torch.device("cpu"), "cpu") is None
-    assert "OpenVINO only supports CPUs" in (backend.obstacle(torch.device("cuda"), "sm_89") or "")
+    assert "OpenVINO is only used on CPUs" in (backend.obstacle(torch.device("cuda"), "sm_89") or "")

@@ -44,7 +44,7 @@ def _print_version(version: bool) -> None:
 
 @app.callback()
 def _options(
-    # Eager: Typer imports pydantic when it parses other options.
+    # Eager, so that `--version` exits before Typer parses the other options, for which it imports pydantic.
     _version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
@@ -53,9 +53,9 @@ def _options(
 ) -> None:
     """Train LoRA adapters of Wan video models on reward feedback, with the frozen stages compiled into engines."""
     set_verbosity(verbose, quiet)
-    # The tracer's deprecation warnings, which users cannot act on.
+    # Hide the deprecation warnings of torch's tracer: users cannot act on them.
     warnings.simplefilter("ignore", FutureWarning)
-    # Pillow's warning about large pictures: `frostline.video` has its own limit.
+    # Hide Pillow's warning about large pictures: `frostline.video` checks the size.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     logging.getLogger("torch").setLevel(logging.ERROR)
 

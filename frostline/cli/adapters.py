@@ -12,7 +12,7 @@ from frostline.cli.options import LoraScale, ModelFolder
 from frostline.errors import ConfigError
 from frostline.experts import ExpertName, Experts
 
-app = typer.Typer(no_args_is_help=True, help="Convert a LoRA adapter for other programs, or merge it.")
+app = typer.Typer(no_args_is_help=True, help="Convert a LoRA adapter for other programs, or merge it into the model.")
 
 AdapterPath = Annotated[
     Path,
@@ -75,15 +75,15 @@ def merge(
 ) -> None:
     """Merge an adapter into the denoiser (one or both experts), and write it with the official tensor names.
 
-    Both experts are written to high_noise_model/ and low_noise_model/, as in a release. 8-bit weights get the precision
-    of the other weights, unless --precision is given.
+    Both experts are written to high_noise_model/ and low_noise_model/, as in the official checkpoints. 8-bit weights
+    get the precision of the other weights, unless --precision is given.
     """
     from frostline.models.lora import check_weights_file, merged_path, read_adapters, write_weights
     from frostline.models.precision import parse_precision
     from frostline.stages.families import check_adapters, family_of
 
     if not math.isfinite(lora_scale):
-        raise ConfigError(f"--lora-scale {lora_scale}: must be a number")
+        raise ConfigError(f"--lora-scale {lora_scale}: must be a finite number")
     family, dtype = family_of(model), None if precision is None else parse_precision(precision)
     adapters = read_adapters(adapter, family.layer_path, expert)
     places: dict[ExpertName, Path] = {each: out if len(adapters) == 1 else merged_path(out, each) for each in adapters}

@@ -74,7 +74,7 @@ def verify(
         try:
             store.verify(record)
             problems[str(record.path)] = None
-            console.print(f"[green]holds[/] {escape(str(record.path))}", soft_wrap=True, highlight=False)
+            console.print(f"[green]valid[/] {escape(str(record.path))}", soft_wrap=True, highlight=False)
         except FrostlineError as error:
             problems[str(record.path)] = str(error)
             console.print(f"[bold red]refused[/] {escape(str(error))}", soft_wrap=True, highlight=False)
@@ -86,7 +86,7 @@ def verify(
 
 @app.command()
 def trust(path: Annotated[Path, typer.Argument(help="Folder of an engine in the store.")]) -> None:
-    """Sign an engine that was built elsewhere with your key."""
+    """Sign, with your key, an engine that was built on another machine."""
     from frostline.runtime.engines.store import EngineStore
 
     engine = EngineStore.of_engine(path).trust(path)
@@ -123,7 +123,7 @@ def remove(key: Key, engines_dir: EnginesDir = ENGINES) -> None:
 def prune(
     older_than: Annotated[float | None, typer.Option(min=0, help="Remove engines older than this many days.")] = None,
     max_size: Annotated[
-        float | None, typer.Option(min=0, help="Keep the newest engines up to this size in GB.")
+        float | None, typer.Option(min=0, help="Keep the newest engines up to this total size in GB.")
     ] = None,
     engines_dir: EnginesDir = ENGINES,
 ) -> None:

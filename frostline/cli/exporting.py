@@ -56,7 +56,7 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe; not needed for rewards only."
+            help="tiny, tiny-moe, tiny-ti2v, a checkpoint folder, or a recipe; not needed to export rewards only."
         ),
     ] = "",
     changes: dict[str, Any],
@@ -66,7 +66,7 @@ def export(
     opset: Annotated[int | None, typer.Option(min=18, max=23, help="ONNX opset.")] = None,
     lora_targets: Annotated[str | None, typer.Option(help="Comma-separated names of the adapted layers.")] = None,
     lora_experts: Annotated[
-        Experts | None, typer.Option(help="Experts with a LoRA, in a model with two: low, high or both.")
+        Experts | None, typer.Option(help="Experts that get a LoRA, in a model with two experts: low, high or both.")
     ] = None,
     live_lora: Annotated[
         bool, typer.Option("--live-lora/--no-live-lora", help="Make the LoRA matrices inputs of the engines.")
@@ -83,7 +83,7 @@ def export(
     jobs: Annotated[
         int | None,
         typer.Option(
-            "--jobs", "-j", min=1, help="Number of parallel builds; limited by cores and memory if not given."
+            "--jobs", "-j", min=1, help="Number of parallel builds; default: as many as cores and memory allow."
         ),
     ] = None,
     as_json: Json = False,

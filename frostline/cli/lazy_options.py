@@ -1,4 +1,4 @@
-"""Options that a command gets when it is used: `frostline --help` then imports no settings.
+"""Add the options of a command only when it is used, so that `frostline --help` does not import the settings.
 
 def _options() -> Decorator:
     from frostline.score.settings import ScoreSettings
@@ -31,9 +31,12 @@ _MAKE_OPTIONS = "make_options"
 
 
 def options_on_use(options: Callable[[], Decorator]) -> Decorator:
-    """Decorate a command whose options `options` returns; a `LazyOptionsGroup` adds them when the command is used.
+    """Decorate a command whose options a `LazyOptionsGroup` adds when the command is used.
 
     Until then, the command has only a name and a help text.
+
+    Args:
+        options: returns the decorator that adds the options.
     """
 
     def decorate(command: Command) -> Command:

@@ -27,7 +27,7 @@ def leave(code: int | str | None) -> NoReturn:
 def at_once(command: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Decorate a command so that an interrupt ends the process right after the cleanup.
 
-    Tearing down a tracer and its graphs would take seconds and has no effect.
+    Python would first free the tracer and its graphs, which takes seconds and is not needed.
     """
 
     @functools.wraps(command)

@@ -25,7 +25,7 @@ Rewards = Annotated[
     typer.Option(
         "--reward",
         metavar="NAME[:WEIGHTS],…",
-        help="Comma-separated rewards: face_identity, clip:FOLDER, …, or a class of your own as package.module:Class.",
+        help="Comma-separated rewards: face_identity, clip:FOLDER, …, or your own class as package.module:Class.",
     ),
 ]
 RewardsFile = Annotated[
@@ -50,15 +50,15 @@ RayAddress = Annotated[
     typer.Option(
         "--ray",
         metavar="local|auto|ADDRESS",
-        help="Run on a Ray cluster: one that is started on this machine, the one that this machine is in, or "
-        "host:port (needs the extra 'ray').",
+        help="Run on a Ray cluster: local (started on this machine), auto (the cluster that this machine belongs "
+        "to), or its address host:port (needs the extra 'ray').",
     ),
 ]
 ENGINES = Path("engines")
 
 
 def rewards_given(names: Sequence[str] | None, file: Path | None) -> tuple[RewardEntry, ...]:
-    """Return the rewards of `--rewards-file`, then those of `--reward`; None if neither is given.
+    """Return the rewards of `--rewards-file`, then those of `--reward`; an empty tuple if neither is given.
 
     Raises:
         ConfigError: a reward does not exist, or its settings are invalid.

@@ -69,21 +69,23 @@ def score(
         bool, typer.Option("--allow-outside", help="Allow --pairs to name files outside its folder.")
     ] = False,
     max_download_size: Annotated[
-        float, typer.Option(min=0.001, metavar="MB", help="Of one video at a URL, in megabytes.")
+        float, typer.Option(min=0.001, metavar="MB", help="Maximum size of a video at a URL, in MB.")
     ] = 4000.0,
     download_timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="For the download of one video at a URL.")
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Time limit for downloading a video at a URL.")
     ] = 600.0,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
     ray: RayAddress = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: workers; one for each GPU, or CPU, if not given.")
+        int | None, typer.Option(min=1, help="With --ray: number of workers; default: one per GPU, or per CPU.")
     ] = None,
-    cpus_per_worker: Annotated[float, typer.Option(min=0.0, help="With --ray: CPUs of each worker.")] = 1.0,
+    cpus_per_worker: Annotated[float, typer.Option(min=0.0, help="With --ray: CPUs per worker.")] = 1.0,
     gpus_per_worker: Annotated[
         float | None,
-        typer.Option(min=0.0, help="With --ray: GPUs of each worker, such as 0.5; 1 if the cluster has any."),
+        typer.Option(
+            min=0.0, help="With --ray: GPUs per worker, such as 0.5; default: 1 if the cluster has GPUs, otherwise 0."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -94,7 +96,7 @@ def score(
     from frostline.atomic_io import check_writable
 
     if resume and out is None:
-        raise ConfigError("--resume continues from the results in --out, which is not given")
+        raise ConfigError("--resume needs --out: the results file to continue from")
     bars = _bars(fail_under or [])
     settings = settings.with_rewards(rewards_given(reward, rewards_file))
     _check_columns([column for column, _ in bars], settings.labels())
@@ -116,7 +118,7 @@ def score(
 
         require_ray()
         if out is None:
-            raise ConfigError("--ray needs --out, where the results of all workers come together")
+            raise ConfigError("--ray needs --out: the results file of all workers")
         from frostline.cluster.pair_files import PairSource
         from frostline.cluster.score_run import ClusterRun, score_on_cluster
 
@@ -167,7 +169,7 @@ def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def _bars(texts: Sequence[str]) -> list[tuple[str, float]]:
-    """Parse pairs of column (empty for the first reward) and minimum mean."""
+    """Parse the values of `--fail-under` to pairs of column (empty for the first reward) and minimum mean."""
     bars = []
     for text in texts:
         column, _, number = text.rpartition("=")

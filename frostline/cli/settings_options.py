@@ -1,9 +1,9 @@
-"""Options of a command that are made from the fields of a settings class: name, type, default, bounds and description.
+"""Make the options of a command from the fields of a settings class: name, type, default, bounds and description.
 
     @takes_settings(ScoreSettings)
     def score(settings: ScoreSettings, out: Annotated[Path, typer.Option()]) -> None: ...
 
-A field that holds a plain value becomes an option; one that holds settings is left to the command.
+A field with a plain value becomes an option. A field with nested settings does not; the command must provide it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,12 @@ def _in_place_of(
     gather: Callable[[dict[str, Any]], Any],
     types: Mapping[str, Any] | None = None,
 ) -> Decorator:
-    """Replace a parameter of a command by options; the parameter gets the result of gathering their values.
+    """Replace the parameter `name` of a command by options; its value is the result of `gather`.
 
     Args:
+        name: the parameter to replace.
+        options: the options, as keyword-only parameters.
+        gather: converts the values of the options, by name, to the value of the parameter.
         types: names in the command's annotations that its module imports only for type checking.
     """
 

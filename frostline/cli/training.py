@@ -23,7 +23,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("runs/demo"),
     engines_dir: EnginesDir = ENGINES,
     steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 40,
-    starts: Annotated[int, typer.Option(min=1, help="Number of validation samples to score.")] = 20,
+    starts: Annotated[int, typer.Option(min=1, help="Number of held-out samples to score.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data order and noise.")] = 0,
 ) -> None:
     """Train a face-identity LoRA on the built-in tiny model and show the result."""
@@ -120,11 +120,11 @@ def train(
     if not first:
         return
     if outcome.verdict:
-        typer.echo(f"validation samples: {outcome.verdict}")
+        typer.echo(f"held-out samples: {outcome.verdict}")
     if outcome.stopped_by_judge:
         typer.echo(
-            f"ended at step {outcome.step} of {settings.train.max_train_steps}, because a judge "
-            f"fell in {settings.train.stop_when_judge_falls} consecutive validations "
+            f"ended at step {outcome.step} of {settings.train.max_train_steps}, because the score of a judge "
+            f"decreased in {settings.train.stop_when_judge_falls} consecutive validations "
             "(train.stop_when_judge_falls). Continue with --resume latest. The adapter is in "
             f"{settings.output_dir / 'adapter'}"
         )
@@ -142,11 +142,12 @@ def cache(
         typer.Option(min=1, help="Batch size; the run's own batches if not given, for bit-identical results."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the required memory and disk space and the existing entries.")
+        bool, typer.Option("--dry-run", help="Print the required memory and disk space, and the cached entries.")
     ] = False,
 ) -> None:
-    """Precompute the outputs of the frozen stages for all samples of a run; also with `accelerate launch -m frostline
-    cache …`.
+    """Precompute the outputs of the frozen stages for all samples of a run.
+
+    For several processes, use `accelerate launch -m frostline cache …`.
     """
     from frostline.train.config_file import load_run_settings
 

@@ -61,7 +61,7 @@ def score_dataset(
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        # A second queued task would have to wait for the videos of the first.
+        # A queued second task would wait for the videos of the first, even if another worker is idle.
         compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=1),
         num_cpus=num_cpus,
         num_gpus=num_gpus,

@@ -16,7 +16,8 @@ MOST_DEATHS = 2
 class Ledger:
     """Track what all workers of a run are processing. Runs as a separate actor, which outlives the workers.
 
-    Ray restarts a dead actor under the same id. If a worker that joins has unfinished videos, it died on them.
+    Ray restarts a dead actor under the same id. If a worker that joins has unfinished videos, it died while processing
+    them.
     """
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ class PairSource:
             ConfigError: there are no pairs, or an input that the rewards need is missing.
         """
         if self.file is not None and self.videos:
-            raise ConfigError("name videos or give --pairs, not both")
+            raise ConfigError("videos and --pairs exclude each other: use only one of them")
         count, prompts = 0, False
         for pair in self:
             count += 1

@@ -37,7 +37,7 @@ from frostline.video import probe_video
 
 log = logging.getLogger(__name__)
 
-# The maximum number of videos per task, and the minimum number of tasks per worker, so that all workers end together.
+# The maximum number of videos per task, and the minimum number of tasks per worker, so that no worker idles for long.
 _MOST_AT_ONCE, _TURNS = 32, 16
 _COLUMNS = ("index", "video", "reference", "prompt", "fault")
 
@@ -226,7 +226,7 @@ def _not_utf8(pair: Pair) -> str:
     try:
         "".join((pair.video, pair.reference, pair.prompt, pair.fault)).encode()
     except UnicodeEncodeError:
-        return f"{pair.video}: a name or prompt is not UTF-8, which Ray tables do not support: score it without --ray"
+        return f"{pair.video}: a name or prompt is not valid UTF-8, but Ray tables need it: score it without --ray"
     return ""
 
 
@@ -237,7 +237,7 @@ def _failed(pair: Pair, error: str, settings: str) -> VideoScore:
 
 def _plain(error: RayError) -> FrostlineError:
     """Return the last line of a Ray error, which states the cause."""
-    log.debug("Ray", exc_info=error)
+    log.debug("Ray reported an error", exc_info=error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     return FrostlineError(f"the workers failed: {lines[-1].strip() if lines else type(error).__name__}")
 

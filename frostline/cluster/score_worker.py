@@ -60,7 +60,7 @@ class ScoreWorker:
         self._id = ray.get_runtime_context().get_actor_id()
         self._ledger = ledger
         ray.get(ledger.join.remote(self._id))
-        # Ray sets this to the CPUs of the worker; by default, torch would use all cores of the node.
+        # Ray sets OMP_NUM_THREADS to the CPUs of the worker; by default, torch would use all cores of the node.
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         try:
             self._labels = settings.labels()

@@ -11,7 +11,7 @@ from frostline.score.result import VideoScore
 
 
 class StreamedRows(Sequence[VideoScore]):
-    """Base class of rows that can only be iterated from the start. Their number is counted once, until it changes."""
+    """Base class of rows that can only be iterated from the start. The number of rows is cached until they change."""
 
     _count: int | None = None
 

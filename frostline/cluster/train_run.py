@@ -24,7 +24,7 @@ from frostline.train.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
-# The subfolder of the output directory for Ray's state of the run. Checkpoints are frostline's, and are not in it.
+# The subfolder of the output directory for Ray's state of the run. It contains no checkpoints: frostline writes those.
 STATE = "ray"
 
 
@@ -107,7 +107,7 @@ class _Fitting(threading.Thread):
 
     def result(self) -> TrainOutcome:
         if self._error is not None:
-            log.debug("Ray", exc_info=self._error)
+            log.debug("Ray reported an error", exc_info=self._error)
             lines = [line for line in str(self._error).splitlines() if line.strip()]
             raise FrostlineError(f"the workers failed: {lines[-1].strip() if lines else self._error}") from self._error
         if self._outcome is None:

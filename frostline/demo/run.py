@@ -44,7 +44,7 @@ class DemoSettings:
 
     Attributes:
         steps: the number of optimizer steps.
-        starts: the number of held-out clips.
+        starts: the number of held-out samples.
         seed: the random seed of training.
         timed_rounds: the number of rounds of the comparison with PyTorch.
     """
@@ -56,7 +56,7 @@ class DemoSettings:
 
 
 def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettings:
-    """Return the training settings of the demo: those of the recipe `tiny`, with validation of all starts at both ends.
+    """Return the training settings of the demo: the recipe `tiny`, validated on all held-out samples before and after.
 
     If the package with dlib's weights is installed, a judge with other face networks than the reward is added.
     """

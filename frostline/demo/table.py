@@ -14,11 +14,11 @@ from frostline.train.loop.run_dir import REPORT, SHEET
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     """Print a table of changes, the step time, and the paths of report and contact sheet."""
     numbers = (Column(title, right=True) for title in ("before", "after", "change"))
-    table = FittedTable(Column(""), *numbers, title=f"{summary['starts']} held-out starts")
+    table = FittedTable(Column(""), *numbers, title=f"{summary['starts']} held-out samples")
     rows = [("face score", "face_score", ".3f"), ("detection rate", "detection_rate", ".3f")]
     # Judges, which are not used in training.
     rows += [(name.replace("_", " "), name, ".3f") for name in summary["paired"] if name != "face_score"]
-    for name, key, form in (*rows, ("PSNR to truth, dB", "psnr", ".2f")):
+    for name, key, form in (*rows, ("PSNR to ground truth, dB", "psnr", ".2f")):
         if summary[f"{key}_before"] is None or summary[f"{key}_after"] is None:
             continue
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
@@ -38,10 +38,10 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
 
 
 def _change(name: str, change: Mapping[str, Any]) -> str:
-    """Return the change of a score in the frames that were scored both times, and in all frames with 0 for missing."""
-    up = f"{name.replace('_', ' ')} up in {change['starts_up']} of {change['starts']} starts, by {change['gain']:+.3f}"
+    """Return the change of a score over the frames that were scored both times, and over all, with 0 for no score."""
+    up = f"{name.replace('_', ' ')} up in {change['starts_up']} of {change['starts']} samples, by {change['gain']:+.3f}"
     if change.get("gain_missing_zero") is None:
         return up
     # Scores with 0 for missing faces show whether the gain comes from hidden faces.
-    zero = f"{change['gain_missing_zero']:+.3f} in all frames, with 0 where none was"
+    zero = f"{change['gain_missing_zero']:+.3f} in all frames, with 0 for frames without a score"
     return f"{up} in the {change['frames']} frames that were scored both times, {zero}"

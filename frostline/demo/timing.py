@@ -21,7 +21,7 @@ class Timing:
 
     Attributes:
         step_ms: forward and backward, by contender.
-        stage_ms: each stage, by contender and stage.
+        stage_ms: latency of each stage, by contender and stage.
     """
 
     step_ms: dict[str, float]

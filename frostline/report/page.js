@@ -1,6 +1,6 @@
 "use strict";
 
-// Sort a table by the column whose heading is pressed; pressed again, the other way round. Words stay behind numbers.
+// Sort a table by the column of the clicked heading; a second click reverses the order. Text always follows numbers.
 const key = (cell) => {
   const text = cell.dataset.sort ?? cell.textContent.trim();
   return text === "" || Number.isNaN(Number(text)) ? text : Number(text);
@@ -24,7 +24,7 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
   });
 }
 
-// Clips of one sample: all show the frame of the scrubber, also while they play, which is a scrubber that moves by itself.
+// All clips of a sample show the frame that the slider selects. While they play, a timer moves the slider.
 for (const row of document.querySelectorAll(".comparison")) {
   const player = row.querySelector(".player");
   const clips = [...player.querySelectorAll("video")];
@@ -32,7 +32,7 @@ for (const row of document.querySelectorAll(".comparison")) {
   const fps = Number(row.dataset.fps);
   const last = Number(scrubber.max);
   let timer = 0;
-  // The middle of a frame, which no rounding takes for another; a clip that ended before stays at its last.
+  // Seek to the middle of a frame, so that rounding cannot select another one. A shorter clip stays at its last frame.
   const place = (clip) => {
     const end = Number.isFinite(clip.duration) ? clip.duration - 0.5 / fps : Infinity;
     clip.currentTime = Math.max(0, Math.min((Number(scrubber.value) + 0.5) / fps, end));
@@ -51,7 +51,7 @@ for (const row of document.querySelectorAll(".comparison")) {
     const began = performance.now();
     const tick = () => {
       const frame = (from + Math.floor(((performance.now() - began) / 1000) * fps)) % (last + 1);
-      // A frame that takes longer to decode is waited for: no clip runs ahead of another.
+      // Wait until all clips have decoded the current frame, so that they stay synchronous.
       if (frame !== Number(scrubber.value) && !clips.some((clip) => clip.seeking)) show(frame);
     };
     show(from);
@@ -71,7 +71,7 @@ for (const row of document.querySelectorAll(".comparison")) {
   addEventListener("keydown", (event) => {
     if (event.key === "Escape") resize(false);
   });
-  // The first frames are given, and alike: what differs is seen in the last.
+  // Show the last frame at first: all clips begin with the same given frame, and differ most at the end.
   for (const clip of clips) clip.addEventListener("loadedmetadata", () => place(clip));
   show(last);
 }

@@ -147,6 +147,7 @@ class Page:
         self._sections: list[list[tuple[str, dict[str, Any]]]] = [[]]
 
     def heading(self, text: str) -> None:
+        """Start a new section with a heading."""
         self._sections.append([])
         self._add("heading", text=text)
 
@@ -183,7 +184,11 @@ class Page:
         caption: str = "",
         sortable: bool = True,
     ) -> None:
-        """Add a table with formatted cells. With `sortable`, a click on a heading sorts by that column."""
+        """Add a table with formatted cells. With `sortable`, a click on a heading sorts by that column.
+
+        Raises:
+            ValueError: the number of cells of a row differs from the number of columns.
+        """
         for row in rows:
             if len(row) != len(columns):
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(columns)} columns: {row}")
@@ -214,7 +219,7 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page atomically."""
+        """Write the page atomically; return the path."""
         path = Path(path)
         text = self.html()
         with atomic_write(path) as part:

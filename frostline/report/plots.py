@@ -62,8 +62,20 @@ def line_plot(
 ) -> str:
     """Draw one line per series over `x` (default 0, 1, 2, …), labelled at its end; `rules` are dashed horizontal lines.
 
-    smooth: the window of the moving average in points; the original line is drawn pale behind it.
-    percent: show fractions of 1 as percentages.
+    Args:
+        series: the y values by name of the line.
+        x: the x values of all lines.
+        xlabel: the label of the x axis.
+        ylabel: the label of the y axis.
+        smooth: the window of the moving average in points; the original line is drawn pale behind it.
+        percent: show fractions of 1 as percentages.
+        y_range: the ends of the y axis.
+        size: width and height in CSS pixels.
+        rules: the y values of the dashed lines, by label.
+    Returns:
+        The plot as SVG markup.
+    Raises:
+        ValueError: a series and `x` differ in length.
     """
     with figure_of(size) as (figure, axes):
         ends: list[tuple[float, float, str, str]] = []
@@ -108,6 +120,9 @@ def paired_plot(
     """Draw one line for each pair from the value before to the value after; lines that fall are dashed.
 
     The means are marked, and written below the axis. Pairs with a missing value are skipped.
+
+    Raises:
+        ValueError: `before` and `after` differ in length.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")
@@ -139,7 +154,7 @@ def bar_plot(
     unit: str = "",
     size: tuple[int, int] | None = None,
 ) -> str:
-    """Draw horizontal bars: category -> series -> value, e.g. {"vae_encoder": {"as planned": 3.1, "torch": 5.2}}.
+    """Draw horizontal bars: category -> series -> value, e.g. {"vae_encoder": {"engines": 3.1, "torch": 5.2}}.
 
     Categories are written above their bars, values at the ends of bars, and series names at the bars of the first
     category. A series has the same colour in all categories. The default height depends on the number of bars.
@@ -298,6 +313,7 @@ def _lay_out(figure: Figure, axes: Axes, xlabel: str, ylabel: str, percent: bool
 
 
 def tick_text(value: float, _position: int | None = None) -> str:
+    """Return the label of an axis tick, with up to six significant digits."""
     return f"{value:.6g}".replace("-", MINUS)
 
 

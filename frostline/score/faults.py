@@ -33,5 +33,5 @@ def fault_of(reward: ScoredReward, error: Exception, size: str = "") -> str:
         return str(error)
     if not reward.of_the_user:
         raise error
-    log.debug("the reward %s", reward.label, exc_info=error)
+    log.debug("the reward %s failed", reward.label, exc_info=error)
     return f"{type(error).__name__}: {error}"

@@ -133,7 +133,10 @@ class ResultFile:
         except (ValueError, csv.Error):
             known = False
         if not known:
-            raise DataError(f"{self.path}: the first line is not the header of a results file with these rewards")
+            raise DataError(
+                f"{self.path}: the first line is not the header of a results file with these rewards: use "
+                "--overwrite to replace the file"
+            )
 
     @property
     def _columns(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ class Processes:
     Attributes:
         rank: the rank of this process.
         count: the number of processes.
-        device: the device of this process; with several GPUs, each process has another one.
+        device: the device of this process; with several GPUs, each process uses a different one.
     """
 
     rank: int

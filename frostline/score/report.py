@@ -70,14 +70,15 @@ def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSetting
     page.heading("The run")
     if summary.stage_seconds:
         seconds = {name: {"seconds": spent} for name, spent in summary.stage_seconds.items()}
-        page.figures(Figure.svg(bar_plot(seconds, unit="s"), "Seconds of each stage", "Where the time went"), columns=2)
+        page.figures(Figure.svg(bar_plot(seconds, unit="s"), "Seconds per stage", "Time per stage"), columns=2)
     page.facts(_facts(outcome, settings))
     page.write(path)
 
 
 _FACE_CAPTION = (
-    "Face score is the mean cosine of the face in each frame with the reference's faces, over the frames with a "
-    "face; with missing faces as 0, it is the mean over all frames. Click a heading to sort."
+    "Face score is the mean cosine similarity between the face in each frame and the faces of the reference, over the "
+    "frames with a face. Missing as 0 is the mean over all frames, with 0 for frames without a face. Click a heading "
+    "to sort."
 )
 
 
@@ -101,7 +102,7 @@ def _outcome(summary: Summary, faces: bool) -> str:
         return "No video could be given a face score." if summary.scores else "No video could be given a score."
     text = f"The mean face score is {summary.mean:.3f}, the median {summary.median:.3f}."
     if summary.detection_rate is not None:
-        text += f" A face was found in {100 * summary.detection_rate:.1f} % of a video's frames."
+        text += f" On average, a face was found in {100 * summary.detection_rate:.1f} % of the frames of a video."
     if summary.failed:
         text += f" {_count(summary.failed, 'video')} could not be scored."
     return text
@@ -110,17 +111,17 @@ def _outcome(summary: Summary, faces: bool) -> str:
 def _face_tiles(summary: Summary) -> list[Tile]:
     rate = None if summary.detection_rate is None else 100 * summary.detection_rate
     return [
-        Tile("Face score, mean", fixed(summary.mean, 3), note="1 is the same picture, about 0.2 a stranger."),
+        Tile("Face score, mean", fixed(summary.mean, 3), note="1 means the same picture, about 0.2 another person."),
         Tile(
             "Missing faces as 0",
             fixed(summary.mean_missing_zero, 3),
-            note="The same over all frames: a video cannot win by hiding the face.",
+            note="The mean over all frames, with 0 for frames without a face: hiding the face does not raise it.",
         ),
         Tile(
             "Detection rate",
             fixed(rate, 1),
             unit="%",
-            note="Share of the frames in which a face was found, the mean over the videos.",
+            note="Share of the frames in which a face was found, averaged over the videos.",
         ),
         Tile("Lowest and highest", fixed(summary.lowest, 3), unit=f"to {fixed(summary.highest, 3)}"),
     ]
@@ -147,13 +148,13 @@ def _face_distribution(summary: Summary, rows: Sequence[VideoScore]) -> list[Fig
     return [
         Figure.svg(
             histogram(scores, bins, xlabel="face score", ylabel="videos", marks=marks, x_range=(low, 1.0)),
-            alt="How many videos have which face score",
+            alt="Number of videos by face score",
             title="Videos by face score",
             caption=f"Mean {fixed(summary.mean, 3)}, median {fixed(summary.median, 3)}.",
         ),
         Figure.svg(
             histogram(frames, bins, xlabel="score of a frame", ylabel="frames", x_range=(low, 1.0)),
-            alt="How many frames have which score",
+            alt="Number of frames by score",
             title="Frames by score",
         ),
     ]

@@ -32,7 +32,7 @@ def score_distributions(summary: Summary, rows: Sequence[VideoScore]) -> list[Fi
         values = [row.scores[name] for row in rows if name in row.scores]
         if values:
             plot = histogram(values, bins=min(20, max(5, len(values))), xlabel=name, ylabel="videos")
-            figures.append(Figure.svg(plot, alt=f"How many videos have which {name}", title=f"Videos by {name}"))
+            figures.append(Figure.svg(plot, alt=f"Number of videos by {name}", title=f"Videos by {name}"))
     return figures
 
 

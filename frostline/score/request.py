@@ -58,7 +58,7 @@ def gather_pairs(
     if file is None:
         pairs = pairs_of_arguments(videos, reference, prompt, needs)
     elif videos:
-        raise ConfigError("name videos or give --pairs, not both")
+        raise ConfigError("videos and --pairs exclude each other: use only one of them")
     else:
         pairs = pairs_of_file(file, reference, allow_outside, prompt, needs)
     if "prompt" in needs and not any(pair.prompt for pair in pairs):

@@ -37,7 +37,10 @@ class ScoreSettings(FaceOptions):
             if value == type(self).model_fields[name].default:
                 continue
             if not faces:
-                raise ValueError(f"{name}: is a setting of the reward {DEFAULT}, which is not one of the rewards")
+                raise ValueError(
+                    f"{name}: is a setting of the reward {DEFAULT}, which is not one of the rewards: add the "
+                    "reward, or remove the setting"
+                )
             for entry in faces:
                 if name in entry.model_fields_set and getattr(entry, name) != value:
                     raise ValueError(
@@ -113,9 +116,12 @@ class ScoreSettings(FaceOptions):
         labels = tuple(map(_label, self.configs()))
         for label in labels:
             if labels.count(label) > 1:
-                raise ConfigError(f"rewards: two rewards have the name {label!r}: rename one of them")
+                raise ConfigError(
+                    f"rewards: two rewards have the name {label!r}: remove one of them, or change the `name` of a custom "
+                    "reward"
+                )
             if (label in FIELDS and label != FACE_SCORE) or not label.isprintable() or {*label} & {*' ,"='}:
-                raise ConfigError(f"rewards: {label!r} is not a valid column name for results: rename the reward")
+                raise ConfigError(f"rewards: {label!r} is not a valid column name for results: change the `name` of the reward")
         return labels
 
     def __str__(self) -> str:

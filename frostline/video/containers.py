@@ -106,7 +106,7 @@ class Container:
                 yield number, upright(self._rgb(frame), orientation)
 
     def losses(self) -> list[str]:
-        """Yield messages about lost frames so far; complete once `frames` is exhausted."""
+        """Return messages about the frames that were lost so far; complete once `frames` is exhausted."""
         lost, what = self._failed, "of its frames"
         if self._at_end and (expected := self._expected_frames()):
             lost, what = max(0, expected - self._frames), f"of its {expected} frames"
@@ -146,7 +146,7 @@ class Container:
             raise DataError(f"{self._path}: the video has no frames")
 
     def _frames_of(self, packet: Packet | None) -> Iterator[VideoFrame]:
-        """Return the frames of a packet; None flushes the decoder."""
+        """Yield the frames of a packet; None flushes the decoder."""
         try:
             frames = cast("list[VideoFrame]", self._stream.decode(packet))
         except av.error.EOFError:  # the decoder has already been flushed
@@ -197,7 +197,7 @@ class Container:
         return None if self._container.duration is None else self._container.duration / av.time_base
 
     def _displayed_size(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return (width, height) in square pixels; the side that is stored too short is enlarged."""
+        """Return (width, height) in square pixels; a frame with other pixels is enlarged along one side."""
         ratio = self._stream.sample_aspect_ratio
         if not ratio or ratio < 0:
             return frame.width, frame.height
@@ -216,7 +216,7 @@ class Container:
         """Return how the stored picture must be rotated and mirrored to be upright."""
         try:
             matrix = frame.side_data.get("DISPLAYMATRIX")
-        except ValueError:  # PyAV fails on side data that is newer than it; the rotation is still available
+        except ValueError:  # PyAV does not support newer types of side data; the rotation is still available
             return BY_ROTATION.get(frame.rotation % 360, UPRIGHT)
         if matrix is None:
             return UPRIGHT
@@ -225,7 +225,7 @@ class Container:
             return UPRIGHT  # written by some muxers where they mean "none"
         orientation: Orientation = (round(a), round(b), round(c), round(d))
         if orientation not in {*BY_ROTATION.values(), *BY_EXIF.values()}:
-            turned = f"its display matrix turns by {frame.rotation} degrees or scales; not a quarter turn"
+            turned = f"its display matrix rotates by {frame.rotation} degrees or scales; only quarter turns are allowed"
             raise DataError(f"{self._path}: {turned}")
         return orientation
 
@@ -233,7 +233,7 @@ class Container:
 def reason_of(error: Exception) -> str:
     """Return the cause in words, without FFmpeg's error number and the placeholder name of the file object."""
     if isinstance(error, av.error.EOFError):
-        return "the file ends with no frames read"
+        return "the file ends before the first frame"
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -257,6 +257,6 @@ def _is_a_frame(packet: Packet, codec: str) -> bool:
     """Return whether a packet should produce a displayed frame."""
     if packet.size == 0 or packet.is_discard:
         return False
-    if codec == "vp8":  # the codec has pictures that are only references for others
+    if codec == "vp8":  # some pictures are not displayed: other pictures only refer to them
         return bool(memoryview(packet)[0] & _VP8_SHOWN)
     return codec != "mpeg4" or packet.size > _MPEG4_SAME_AGAIN_BYTES

@@ -1,4 +1,4 @@
-"""Videos by URL: streamed to a temporary file, within limits of size and time."""
+"""Download videos at URLs to temporary files, with limits on size and time."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _download(url: str, copy: Any, limits: DownloadLimits) -> None:
     except DataError:
         raise
     except urllib.error.HTTPError as error:
-        raise DataError(f"{url}: cannot be downloaded: the server says {error.code} {error.reason}") from error
+        raise DataError(f"{url}: cannot be downloaded: the server returned {error.code} {error.reason}") from error
     except TimeoutError as error:
         raise DataError(f"{url}: the server does not answer within the time limit (--download-timeout)") from error
     except urllib.error.URLError as error:
@@ -94,7 +94,7 @@ def _opened(url: str, limits: DownloadLimits) -> Any:
     if scheme in _HTTP:
         return urllib.request.urlopen(url, timeout=min(limits.seconds, _SILENCE))
     if scheme in _LOCAL:
-        raise DataError(f"{url}: name a local file by its path")
+        raise DataError(f"{url}: use the path of a local file, not a URL")
     if scheme in _ARROW and importlib.util.find_spec("pyarrow") is not None:
         from pyarrow import fs
 

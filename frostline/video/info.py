@@ -16,11 +16,13 @@ MAX_FRAME_PIXELS = 4 * 7680 * 4320
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file states about itself, without decoding more than its first frame.
+    """Properties of a video or picture, from the metadata of its file and its first frame.
 
     Attributes:
-        frames, duration: number and seconds; None if the file does not state them.
-        width, height: of the picture as `read_video` returns it: upright, in square pixels.
+        frames: the number of frames; None if the file does not state it.
+        duration: the duration in seconds; None if the file does not state it.
+        width: the width of a frame as `read_video` returns it: upright, in square pixels.
+        height: the height of such a frame.
         rotation: counter-clockwise rotation, in degrees, that makes the stored picture upright: 0, 90, 180 or 270.
         fps: 0 for a still picture; for an animation, the rate of its first frame.
     """
@@ -37,7 +39,7 @@ def check_size(width: int, height: int, path: Path) -> None:
     """Check that a frame is not too large.
 
     Raises:
-        DataError: it is; the message names the file and the size.
+        DataError: the frame is too large; the message names the file and the size.
     """
     if width * height > MAX_FRAME_PIXELS:
         raise DataError(f"{path}: a frame of {width}x{height} pixels is too large, or the file is damaged")

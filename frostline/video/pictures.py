@@ -124,7 +124,7 @@ class Picture:
                 yield number, upright(_rgb(self._image, self._path), orientation)
 
     def losses(self) -> list[str]:
-        """Yield messages about lost frames; `frames` records them."""
+        """Return an empty list: `frames` adds messages about lost frames to `notes`."""
         return []
 
     def _notes(self, pictures: int) -> list[str]:
@@ -165,9 +165,9 @@ def _rgb(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode.startswith("I"):  # one channel of 16 bits, even if stored in 32
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise DataError(f"{path}: its pixels have 32 bits per channel; supported are 8 and 16")
+            raise DataError(f"{path}: its pixels have 32 bits per channel; only 8 and 16 bits are supported")
         grey = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise DataError(f"{path}: its pixels are floating-point numbers; supported are integers of 8 and 16 bits")
+        raise DataError(f"{path}: its pixels are floating-point numbers; only integers of 8 and 16 bits are supported")
     return np.array(image.convert("RGB"))

@@ -55,7 +55,7 @@ def read_video(path: str | Path, max_frames: int | None = None, stride: int = 1)
             raise DataError(f"{path}: too long to be read at once: set max_frames, or use stream_video")
     try:
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    except (MemoryError, RuntimeError) as error:  # the latter is torch's
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError if it cannot allocate memory
         if is_out_of_memory(error):
             raise DataError(f"{path}: its {len(arrays)} frames do not fit into memory") from error
         raise
@@ -72,8 +72,10 @@ def stream_video(
     Only one frame is in memory at a time, and frames may differ in size. Frames that cannot be decoded are skipped.
 
     Args:
-        warn: called with warnings about lost frames and choices; by default each is logged once per process.
+        warn: called with each warning: lost frames, or which of several streams or pictures is used. By default, each
+            warning is logged once per process.
     Raises:
+        ConfigError: `max_frames` or `stride` is less than 1.
         DataError: the file cannot be read.
     """
     if stride < 1 or (max_frames is not None and max_frames < 1):

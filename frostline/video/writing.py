@@ -23,6 +23,16 @@ def write_video(path: str | Path, frames: torch.Tensor, fps: float = 16, crf: in
     The default is yuv420p, which all players support and which needs even sizes: an odd height or width is padded by
     repeating the last row or column. `lossless=True` stores RGB without loss, for any size; it is read back bit for
     bit, but few players support it. The file is written atomically.
+
+    Args:
+        path: the file to write; must end in `.mp4`.
+        frames: the frames; floats are clamped to [0, 1] and rounded to 8 bits.
+        fps: frames per second.
+        crf: the quality of H.264, from 0 (best) to 51; ignored if `lossless` is set.
+        lossless: whether to store RGB without loss.
+    Raises:
+        ConfigError: `fps` is not positive, or PyAV has no H.264 encoder.
+        DataError: the suffix, or the shape, dtype or values of the frames are invalid, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":

@@ -23,8 +23,8 @@ def test_hidden_faces_count_as_zero_beside_the_gain(capsys: pytest.CaptureFixtur
     print_summary(summary(face_score=change, judge_motion=whole), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert (
-        "face score up in 16 of 20 starts, by +0.086 in the 150 frames that were scored both times, "
-        "-0.012 in all frames, with 0 where none was" in lines
+        "face score up in 16 of 20 samples, by +0.086 in the 150 frames that were scored both times, "
+        "-0.012 in all frames, with 0 for frames without a score" in lines
     )
     # Of whole clips nothing is missing.
-    assert "judge motion up in 3 of 20 starts, by -0.250" in lines
+    assert "judge motion up in 3 of 20 samples, by -0.250" in lines

@@ -81,7 +81,7 @@ def test_files_that_are_no_pairs_are_refused(text: str, tmp_path: Path) -> None:
         (("a.mp4", "--reference", "f.png", "--missing-face", "skip"), "missing_face"),
         (("a.mp4", "--reference", "f.png", "--face", "first"), "face: Input should be 'largest' or 'best'"),
         (("a.mp4", "--reference", "f.png", "--out", "scores.txt"), ".jsonl or .csv"),
-        (("a.mp4", "--reference", "f.png", "--resume"), "--resume continues from the results in --out"),
+        (("a.mp4", "--reference", "f.png", "--resume"), "--resume needs --out: the results file to continue from"),
         (("a.mp4", "--reference", "f.png", "--out", "s.csv", "--resume", "--overwrite"), "use only one of them"),
         (("a.mp4", "--reference", "f.png", "--batch", "0"), "--batch"),
         (("a.mp4", "b.mp4", "--reference", "absent.png"), "the reference absent.png: no such file"),

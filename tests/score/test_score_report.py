@@ -87,7 +87,7 @@ def test_scores_of_faces_have_one_axis(
     row = rows[0].model_copy(update={"face_score": 0.3, "frame_scores": (lowest, 0.4), "frame_numbers": (0, 1)})
     write_score_report(tmp_path / "a.html", ScoreOutcome((row,), summarize([row])), SETTINGS)
     html = (tmp_path / "a.html").read_text(encoding="utf-8")
-    plot = html.partition("How many videos have which face score")[2].partition("</svg>")[0]
+    plot = html.partition("Number of videos by face score")[2].partition("</svg>")[0]
     words = re.findall(r"<text[^>]*>([^<]*)</text>", plot)
     assert words[0] == first_tick and "1" in words and "threshold 0.363" in words
 

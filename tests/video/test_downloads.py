@@ -87,7 +87,7 @@ def test_limits(url: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("file:///etc/passwd", "name a local file by its path"),
+        ("file:///etc/passwd", "use the path of a local file, not a URL"),
         ("http://127.0.0.1:1/a.mp4", "cannot be downloaded"),
         ("http://[/a.mp4", "this URL cannot be downloaded"),
         ("nothing://a/b.mp4", "this URL cannot be downloaded"),

@@ -17,7 +17,7 @@ CLIP_BYTES = 2 * 2**30
 
 
 class ClipReward(ScoredReward):
-    """Score all other rewards. As in training, `references` and `score` are called with whole clips.
+    """Score rewards that are neither `face_identity` nor a `FrameReward`, with whole clips, as in training.
 
     The `video` of a sample is the reference, or the scored clip if the reward does not need a reference. A picture is
     repeated to two frames, as in training.
@@ -75,7 +75,7 @@ class _Frames(Track):
             self.fault = "needs a whole clip, but the size of its frames changes"
         elif self._bytes > CLIP_BYTES:
             self.fault = (
-                f"needs a whole clip, but its frames take more than {CLIP_BYTES // 2**30} GiB (see --max-frames)"
+                f"needs a whole clip, but its frames take more than {CLIP_BYTES // 2**30} GiB: set --max-frames"
             )
         self._chunks = [] if self.fault else [*self._chunks, chunk.frames]
 

@@ -191,8 +191,9 @@ class FeatureVideo(VideoTrack):
 class StreamedSelection:
     """A selection of frames (`rewards/frame_selection.py`) among all frames of a video whose length is not yet known.
 
-    There is no start frame here: `first` is frame 0, `every:N` frames 0, N, …. `last` and `random:N`, which draws
-    evenly spaced frames, are taken from the features of all frames.
+    No start frame is left out: `first` is frame 0, and `every:N` are the frames 0, N, …. `random:N` selects N evenly
+    spaced frames, so that scores are reproducible. `last` and `random:N` are selected after the last frame, from the
+    features of all frames.
     """
 
     def __init__(self, selection: str) -> None:

@@ -117,11 +117,13 @@ class ScoreSettings(FaceOptions):
         for label in labels:
             if labels.count(label) > 1:
                 raise ConfigError(
-                    f"rewards: two rewards have the name {label!r}: remove one of them, or change the `name` of a custom "
-                    "reward"
+                    f"rewards: two rewards have the name {label!r}: remove one of them, or change the `name` of a "
+                    "custom reward"
                 )
             if (label in FIELDS and label != FACE_SCORE) or not label.isprintable() or {*label} & {*' ,"='}:
-                raise ConfigError(f"rewards: {label!r} is not a valid column name for results: change the `name` of the reward")
+                raise ConfigError(
+                    f"rewards: {label!r} is not a valid column name for results: change the `name` of the reward"
+                )
         return labels
 
     def __str__(self) -> str:

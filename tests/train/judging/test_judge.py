@@ -189,4 +189,6 @@ def test_the_terminal_says_what_came_of_it(tmp_path: Path, monkeypatch: pytest.M
     result = CliRunner().invoke(app, ["train", str(path)])
     assert result.exit_code == 0
     assert "held-out samples: the reward rises while a judge falls\n" in result.output
-    assert "ended at step 20 of 40, because the score of a judge decreased in 2 consecutive validations" in result.output
+    assert (
+        "ended at step 20 of 40, because the score of a judge decreased in 2 consecutive validations" in result.output
+    )

@@ -1,4 +1,4 @@
-"""The engines that benchmarks run: built once, in one store that all of them share."""
+"""Build the engines of the benchmarks once, in one store that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ BACKENDS = "onnxruntime,openvino"
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, backends: str = BACKENDS) -> None:
-    """`--backends` and `--engines-dir`, as every benchmark has them."""
+    """Add the options `--backends` and `--engines-dir`, which all benchmarks share."""
     parser.add_argument(
-        "--backends", type=_names, default=backends, help="comma-separated; those not installed drop out"
+        "--backends", type=_names, default=backends, help="comma-separated; backends that are not installed are skipped"
     )
-    parser.add_argument("--engines-dir", type=Path, default=ENGINES, help="where engines are built and looked for")
+    parser.add_argument("--engines-dir", type=Path, default=ENGINES, help="folder of the engine store")
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser, video: str) -> None:
-    """`--video` and `--fixed-shapes`, where engines are built around one shape."""
-    parser.add_argument("--video", default=video, help="BxTx3xHxW that engines are built around")
-    parser.add_argument("--fixed-shapes", action="store_true", help="and serve alone: compilers have less to do")
+    """Add the options `--video` and `--fixed-shapes`, for engines that are built for one shape."""
+    parser.add_argument("--video", default=video, help="shape BxTx3xHxW that engines are optimized for")
+    parser.add_argument("--fixed-shapes", action="store_true", help="build engines for this shape only")
 
 
 def engine_shapes(video: str, fixed: bool, faces: int | None = None) -> ShapeRange:
-    """What engines are built around, a video and so many faces.
+    """Return the shapes that engines are built for.
 
     Args:
-        fixed: no other video is served; of faces and their crops there are never equally many.
+        video: the shape BxTx3xHxW that engines are optimized for.
+        fixed: whether engines support only this video shape. The number of faces stays dynamic, because it varies.
+        faces: the number of faces that engines are optimized for.
     """
     shape = f"video:{video}"
     bound = shape if fixed else ""
@@ -46,9 +48,12 @@ def engine_shapes(video: str, fixed: bool, faces: int | None = None) -> ShapeRan
 
 
 def build_engines(stages: Iterable[Stage], backends: Iterable[str], store: EngineStore) -> dict[str, dict[str, str]]:
-    """Engines of all `stages` on all `backends`, built where they are missing; what came of each, in words.
+    """Build the missing engines of all `stages` on all `backends`.
 
-    What cannot be built is told and left to torch.
+    If an engine cannot be built, the error is printed, and the stage runs in PyTorch.
+
+    Returns:
+        The outcome of each build as text, by stage and backend.
     """
     outcome: dict[str, dict[str, str]] = {}
     for stage in stages:

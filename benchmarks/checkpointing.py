@@ -1,9 +1,9 @@
-"""A step under each gradient checkpointing, what is recomputed first computed by PyTorch and by the plan's engines.
+"""Compare the gradient checkpointing modes, with the first forward in PyTorch and on the engines of the plan.
 
     python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json
 
-Cached steps, forward and backward, contenders taking turns, with the peak memory of each. Loss and gradient of all are
-compared before their times are. Without recomputation there is nothing for an engine to do first.
+Measures the forward and backward of cached steps, alternating between the contenders, and the peak memory of each. Loss
+and gradient of all contenders are compared first. Without recomputation, there is no separate first forward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.train import WanTrainingModule
 from frostline.train.step_settings import TrainingModuleSettings
 
-# By name: the kind, and whether engines compute first what backward computes once more.
+# By name: the checkpointing mode, and whether the first forward, which backward recomputes, runs on engines.
 CONTENDERS: Mapping[str, tuple[GradientCheckpointing, bool]] = {
     "none": ("none", False),
     "block, torch first": ("block", False),
@@ -39,7 +39,7 @@ _SAME = Tolerance(loss=1e-3, cosine=0.999)
 
 
 def main() -> None:
-    """Compare, measure, print a table, write JSON."""
+    """Compare the results, measure the times, print a table and write JSON."""
     arguments = _arguments()
     device = torch.device(arguments.device)
     settings = TrainingModuleSettings.parse(
@@ -81,7 +81,7 @@ def main() -> None:
     write_result(arguments.out, result)
     _print(result)
     if strange := [name for name, check in checks.items() if not check["same"]]:
-        raise SystemExit(f"{', '.join(strange)}: not the same loss or gradient as none: these times compare nothing")
+        raise SystemExit(f"{', '.join(strange)}: loss or gradient differ from 'none': the times are not comparable")
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,9 +1,9 @@
-"""What a user waits for before anything runs: the command line, the first score of a clip, engines, the demo.
+"""Measure startup times: the command line, the first score of a clip, loading engines, and the demo.
 
     python benchmarks/cold.py --out benchmarks/results/cold.json
-    python benchmarks/cold.py --demo     # clones the repository and runs `make demo` there: minutes
+    python benchmarks/cold.py --demo     # also clones the repository and runs `make demo` there, which takes minutes
 
-Every wait is a process of its own, with an empty cache folder, started anew in every round.
+In each round, each command runs in a new process with an empty cache folder.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print a table and write JSON."""
     arguments = _arguments()
     result: dict[str, Any] = {"machine": machine(_CPU), "waits": {}}
     with tempfile.TemporaryDirectory() as folder:
         waits = {**_processes(Path(folder)), **_engine_loads(arguments)}
-        # A file that was never read is slower still; how often that happens is not the program's doing.
+        # The files are in the page cache of the operating system after the first round. Without it, loading is slower.
         samples = interleave(waits, arguments.rounds, _CPU)
     result["waits"] = {name: {**row, "samples_ms": samples[name]} for name, row in summary(samples).items()}
     if arguments.demo:
@@ -63,13 +63,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--demo", action="store_true", help="also `make demo` in a fresh clone")
+    parser.add_argument("--demo", action="store_true", help="also run `make demo` in a new clone")
     parser.add_argument("--out", type=Path, default=RESULTS / "cold.json")
     return parser.parse_args()
 
 
 def _processes(folder: Path) -> dict[str, Callable[[], None]]:
-    """Whole processes, from nothing to their exit."""
+    """Return the commands to run, by description. Each runs in a new process, and is timed until it exits."""
     video = folder / "clip.mp4"
     picture = folder / "face.png"
     write_video(video, held_out_clips(1, seed=0, num_frames=9, size=256).video[0], fps=8)
@@ -98,7 +98,7 @@ def _processes(folder: Path) -> dict[str, Callable[[], None]]:
 
 
 def _engine_loads(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """From a file in the store to a runner, hash and signature checked, in a process that has its libraries."""
+    """Return functions that verify and load the engines of a backend, in this process, with its libraries imported."""
     shapes = ShapeRange()
     components = build_components(TINY, torch.float32, _CPU)
     staged = stage_model(video_model(components, LoraSettings(rank=8)), face_stages(shapes), shapes)
@@ -137,7 +137,7 @@ def _run(command: list[str]) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(
-            f"{' '.join(command)} exits with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The contenders of `step.py`: one module that steps as each of them does, on equal weights, noise and batch."""
+"""Define the contenders of `step.py`: variants of a step that one module runs on the same weights, noise and batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from frostline.stages.wan.vae_encoder import VaeEncoderStage
 from frostline.train import WanTrainingModule
 from frostline.train.step_settings import DecodeSettings
 
-# Those whose name ends so have Conv3d in oneDNN at every batch on a CPU; the others, what torch chooses.
+# With this suffix, Conv3d uses oneDNN at every batch size on a CPU; without it, torch selects the implementation.
 ONEDNN = "_onednn"
 CONTENDERS: Mapping[str, str] = {
     "reference": "the reference's way, torch's own Conv3d",
@@ -38,7 +38,7 @@ CONTENDERS: Mapping[str, str] = {
     "live_only": "live part only",
     "cached_window": "frostline, cached, the last latent frame decoded alone",
 }
-# Those that compute another loss than the others.
+# Contenders whose loss is defined differently, so that it is not compared.
 OTHER_LOSS = ("cached_window",)
 _REFERENCES = ("reference", "reference_onednn")
 _EAGER = ("eager", "eager_onednn", "compile")
@@ -46,7 +46,7 @@ _EAGER = ("eager", "eager_onednn", "compile")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step computed: the LoRA's gradient flat, in fp64."""
+    """The results of a step; `gradient` is the flat gradient of the LoRA weights, (P,) fp64."""
 
     loss: float
     face_score: float
@@ -56,19 +56,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What two outcomes may differ by and still be the same: absolute in the loss, least cosine of the gradients."""
+    """The tolerance for equal outcomes: maximum absolute difference of the loss, minimum cosine of the gradients."""
 
     loss: float
     cosine: float
 
 
 class Contenders:
-    """Steps of `module` on `batch` in the way of any contender.
+    """Run steps of `module` on `batch` as any contender.
 
     Args:
-        plain_vae: a copy of the module's VAE that still convolves as torch does; see `plain_copy`.
+        module: the module with the weights of all contenders.
+        plain_vae: a copy of the module's VAE without oneDNN convolutions; see `plain_copy`.
+        batch: the prompts and videos of the step.
         faces_everywhere: whether every frame counts as a face; see `see_faces_everywhere`.
-        compiles: whether `compile` is one of those that step: its embedder takes a minute to compile.
+        compiles: whether the contender `compile` is run: its embedder takes a minute to compile.
     """
 
     def __init__(
@@ -100,11 +102,11 @@ class Contenders:
 
     @property
     def compiled(self) -> list[str]:
-        """What `compile` compiles."""
+        """Return the parts that the contender `compile` compiles."""
         return ["denoiser blocks", *(["face embedder"] if self._compiled_embedder is not self._embedder else [])]
 
     def step(self, contender: str) -> tuple[float, float, float]:
-        """Forward and backward; loss, face score and KL loss. The gradient adds up in the LoRA's matrices."""
+        """Run forward and backward; return loss, face score and KL loss. Gradients accumulate in the LoRA weights."""
         if contender in self._references:
             return self._references[contender](self.batch)
         with self._playing(contender):
@@ -115,7 +117,7 @@ class Contenders:
         return loss.item(), face_score.item(), kl_loss.item()
 
     def outcome(self, contender: str) -> Outcome:
-        """What one step computes."""
+        """Return the results of one step. The gradients are zeroed before and after it."""
         self.module.zero_grad()
         figures = self.step(contender)
         gradient = flat_gradient(self.module)
@@ -123,10 +125,14 @@ class Contenders:
         return Outcome(*figures, gradient)
 
     def rounding_noise(self, contender: str, tries: int = 3) -> Tolerance:
-        """Twice what the contender's outcome moves by when the LoRA's weights do by up to a unit in the last place.
+        """Return twice the largest change of the outcome when the LoRA weights change by up to one ulp.
 
-        The unit is of the model's type: what another order of its operations would do. A score, which is about 1, may
-        move by a unit in any case.
+        One ulp is the machine epsilon of the model's dtype. Another order of operations causes changes of this size.
+        The tolerance of the loss is at least one ulp.
+
+        Args:
+            contender: the contender to run.
+            tries: the number of random changes of the weights.
         """
         plain, parameters = self.outcome(contender), [*self.module.trainable_parameters().values()]
         before = [parameter.detach().clone() for parameter in parameters]
@@ -147,7 +153,7 @@ class Contenders:
         return Tolerance(loss=max(unit, 2 * max(losses)), cosine=1 - 2 * (1 - min(cosines)))
 
     def timed_step(self, contender: str, stages: list[dict[str, float]]) -> Callable[[], None]:
-        """A step to be timed, which appends the milliseconds of each stage to `stages`."""
+        """Return a function that runs one step and appends the milliseconds of each stage to `stages`."""
         module = self.module
 
         def step() -> None:
@@ -159,7 +165,7 @@ class Contenders:
         return step
 
     def record_frozen(self) -> None:
-        """Keep what every frozen stage answers in one step, for `live_only` to be given for free."""
+        """Record the outputs of all frozen stages in one step, which `live_only` replays at no cost."""
         run = self.module.runtime.run
         self._frozen = []
 
@@ -172,7 +178,7 @@ class Contenders:
             self.module(self.batch, self._conditioning)
 
     def _faster_embedder(self) -> Any:
-        """The live embedder compiled, or as it is where that is faster: a user would keep the better one too."""
+        """Return the faster of the compiled and the eager live embedder, which is what a user would choose."""
         embedder = self._embedder
         frames = self.batch["video"].shape[0] * self.batch["video"].shape[1]
         device = self._conditioning.device
@@ -183,7 +189,7 @@ class Contenders:
         return min(candidates.items(), key=lambda named: medians[named[0]])[1]
 
     def _identity(self, made: Callable[[RewardStages], FaceIdentity], run: RewardStages) -> FaceIdentity:
-        """What compares faces, with the embedder that is compiled."""
+        """Create the face comparison with the compiled embedder."""
         faces = made(run)
         faces.embedder = self._compiled_embedder
         return faces
@@ -193,7 +199,7 @@ class Contenders:
 
     @contextmanager
     def _playing(self, contender: str) -> Iterator[None]:
-        """Within the block the module steps as `contender` does."""
+        """Configure the module as `contender` within the block."""
         module = self.module
         cache = self._cache if contender in ("cached", "cached_window", "live_only") else None
         with ExitStack() as stack:
@@ -217,7 +223,7 @@ class Contenders:
 
     @contextmanager
     def _vae_of(self, contender: str) -> Iterator[None]:
-        """diffsynth's own `encode` and `decode`, whatever frostline makes of them."""
+        """Use diffsynth's own `encode` and `decode` within the block, instead of frostline's."""
         vae, module = self._vae(contender), self.module
 
         def decode(latents: Tensor) -> Tensor:
@@ -227,7 +233,7 @@ class Contenders:
 
         stages, decoder = module.runtime.stages, replace(module.model.decoder(), whole=decode)
         planned = stages["vae_encoder"]
-        # In place: the runtime serves the stages of this very mapping.
+        # Changed in place, because the runtime uses this mapping.
         stages["vae_encoder"] = _PlainEncoder(**{**vars(planned), "vae": vae})
         try:
             with _replaced(module.model, "decoder", lambda: decoder):
@@ -241,7 +247,7 @@ class Contenders:
 
 
 class _PlainEncoder(VaeEncoderStage):
-    """diffsynth's own `encode`, with a VAE that convolves as torch does."""
+    """The VAE encoder with diffsynth's own `encode`, and torch's Conv3d."""
 
     def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
         latents = self.vae.model.encode(inputs["video"], self.vae.scale)
@@ -254,18 +260,18 @@ def _forward_and_backward(embedder: Callable[[Tensor], Tensor], faces: Tensor) -
 
 
 def plain_copy(components: WanComponents) -> Any:
-    """A copy of the VAE, to be made before a module lets the original convolve in oneDNN."""
+    """Return a copy of the VAE. Call this before a module changes the convolutions of the original to oneDNN."""
     vae: nn.Module = components.vae
     return copy.deepcopy(vae)
 
 
 def flat_gradient(module: WanTrainingModule) -> Tensor:
-    """The gradient of the LoRA's matrices, in fp64."""
+    """Return the flat gradient of the LoRA weights, (P,) fp64."""
     return torch.cat([p.grad.flatten() for p in module.trainable_parameters().values() if p.grad is not None]).double()
 
 
 def compare(outcomes: Mapping[str, Outcome], base: str, tolerance: Tolerance) -> dict[str, Any]:
-    """Loss and gradient of every contender against those of `base`."""
+    """Compare loss and gradient of each contender with those of `base`; `same` is True within the tolerance."""
     wanted = outcomes[base]
     checks = {}
     for name, outcome in outcomes.items():

@@ -1,10 +1,10 @@
-"""Two epochs of a run on the tiny model, with frozen outputs computed before the first step and without.
+"""Time two epochs of a run on the tiny model, with and without precomputed frozen outputs.
 
     python benchmarks/epochs.py --out benchmarks/results/epochs.json
 
-Each run is a whole one, from settings to the adapter, in a fresh folder with an empty cache; the two take turns.
-Without `precompute`, steps of the first epoch compute what is frozen of each sample; with it, all steps find it in the
-cache. Seconds of a whole run include loading and precomputing.
+Each run is complete, from the settings to the adapter, in a new folder with an empty cache. The two variants alternate.
+Without `precompute`, the steps of the first epoch compute the frozen outputs of each sample; with it, all steps read
+them from the cache. The seconds of a run include loading and precomputing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ CONTENDERS: Mapping[str, str] = {"never": "without precompute", "always": "with 
 
 
 def main() -> None:
-    """Run each in turns, write JSON, print the figures."""
+    """Run the variants alternately, write JSON and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--backend", default="auto", help="as plan.backend of a run")
+    parser.add_argument("--backend", default="auto", help="plan.backend of the runs")
     parser.add_argument("--engines-dir", type=Path, default=ENGINES)
     parser.add_argument("--out", type=Path, default=RESULTS / "epochs.json")
     arguments = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_datasets(place / "data", arguments.clips, 1)
-        # The first turn imports what a process needs once, and has no part in the figures.
+        # The first round is a warm-up, for example for imports, and is not counted.
         for index in range(1 + arguments.rounds):
             for name in [*CONTENDERS][:: 1 if index % 2 else -1]:
                 settings = settings_of(place / "data" / "train", place / f"{name}-{index}", name, arguments)
@@ -86,7 +86,7 @@ def settings_of(data: Path, output_dir: Path, precompute: str, arguments: argpar
 
 
 def one_run(settings: RunSettings, steps_per_epoch: int) -> dict[str, float]:
-    """Train; returns the median of a step's milliseconds by epoch, and the seconds of the run."""
+    """Train; return the median milliseconds of a step in each epoch, and the seconds of the run."""
     start = time.monotonic()
     run_training(settings, None, Progress(quiet=True))
     seconds = time.monotonic() - start
@@ -96,7 +96,7 @@ def one_run(settings: RunSettings, steps_per_epoch: int) -> dict[str, float]:
 
 
 def by_epoch(steps: Sequence[float], steps_per_epoch: int) -> dict[str, float]:
-    """Return the median of the milliseconds of the steps in the first epoch and in the second, from their seconds."""
+    """Return the median milliseconds of the steps of the first and of the second epoch; `steps` are in seconds."""
     first, second = steps[:steps_per_epoch], steps[steps_per_epoch:]
     return {"first_epoch_ms": 1000 * statistics.median(first), "second_epoch_ms": 1000 * statistics.median(second)}
 

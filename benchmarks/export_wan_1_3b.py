@@ -1,4 +1,4 @@
-"""Export a denoiser of Wan2.1-T2V-1.3B's shape with random weights: seconds, sizes, peak memory, parity.
+"""Export a denoiser of the size of Wan2.1-T2V-1.3B with random weights; measure time, file sizes, memory and parity.
 
     python benchmarks/export_wan_1_3b.py --precision bf16 --backend tensorrt-rtx
     python benchmarks/export_wan_1_3b.py --precision fp32 --backend onnxruntime
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--backend", default="tensorrt-rtx")
     parser.add_argument("--compute-capability", default="8.9")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--engines-dir", type=Path, help="kept if given, else a temporary folder")
+    parser.add_argument("--engines-dir", type=Path, help="engine store; default: a temporary folder")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.engines_dir) as folder:
@@ -89,7 +89,12 @@ def _export(arguments: argparse.Namespace, engines: Path) -> dict[str, Any]:
 
 
 def _seconds_by_phase(steps: list[tuple[str, float]], end: float) -> dict[str, float]:
-    """From what an export said it was doing, and when; TensorRT counts its steps, thousands of them: `phase 3/607`."""
+    """Return the seconds of each phase of an export; the numbered steps of TensorRT (`phase 3/607`) are added up.
+
+    Args:
+        steps: the progress messages, and their times in seconds.
+        end: the end of the export in seconds.
+    """
     phases: dict[str, float] = {}
     ends = [begin for _, begin in steps[1:]] + [end]
     for (step, begin), finish in zip(steps, ends, strict=True):

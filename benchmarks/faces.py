@@ -1,11 +1,11 @@
-"""Frames per second of `frostline score` against what people use: facenet-pytorch, and OpenCV's YuNet and SFace.
+"""Compare the frames per second of `frostline score` with facenet-pytorch, and with OpenCV's YuNet and SFace.
 
     python benchmarks/faces.py --out benchmarks/results/faces.json
 
-One process, the same video and number of threads for all, contenders taking turns; before anything is timed, what they
-computed is compared. Ratios are medians over the rounds, each of two times from the same round. facenet-pytorch is
-used as its examples do: `mtcnn(frame)`, then `resnet(face[None])`, a frame at a time. Its embedder has random weights
-(the trained ones are a download), which changes nothing about its speed.
+All contenders run alternately in one process, on the same video and with the same number of threads. Their results are
+compared before their times are measured. Each ratio is the median over the rounds of the ratio of two times of the same
+round. facenet-pytorch is used as in its examples: `mtcnn(frame)`, then `resnet(face[None])`, one frame at a time. Its
+embedder has random weights, because the trained ones need a download; they do not affect the speed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from frostline.video import read_video, stream_video, write_video
 _YUNET = "face_detection_yunet_2023mar_int8bq.onnx"
 _SFACE = "face_recognition_sface_2021dec_int8bq.onnx"
 _BATCH = 32
-# Who is compared with whom: (who, against whom, in what, the least ratio that is asked for).
+# The comparisons: (contender, baseline, section, target: the minimum ratio).
 _GOALS = (
     ("frostline yunet + sface", "facenet-pytorch", "whole path", 5.0),
     ("frostline mtcnn + facenet", "facenet-pytorch", "whole path", 2.0),
@@ -86,7 +86,7 @@ class OpenCV:
 
     def __init__(self, size: int, folder: Path) -> None:
         self.detector = cv2.FaceDetectorYN.create(str(bundled_model(_YUNET)), "", (size, size))
-        # OpenCV 5 takes the listed weights for inputs: the same file with its one true input.
+        # The graph lists its weights as inputs, which OpenCV 5 would require. Only the real input is kept.
         model = onnx.load(bundled_model(_SFACE))
         inputs = [value for value in model.graph.input if value.name == "data"]
         del model.graph.input[:]
@@ -109,12 +109,12 @@ class OpenCV:
         return [self.recognizer.alignCrop(frame, self.detector.detect(frame)[1][0]).copy() for frame in frames]
 
     def embed(self, crops: list[np.ndarray]) -> np.ndarray:
-        features = np.concatenate([self.recognizer.feature(crop).copy() for crop in crops])  # it gives its own buffer
+        features = np.concatenate([self.recognizer.feature(crop).copy() for crop in crops])  # its buffer is reused
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 class Frostline:
-    """`frostline score` on this detector and embedder, less the command line."""
+    """`frostline score` with this detector and embedder, without the command line."""
 
     def __init__(self, settings: ScoreSettings, reward: FaceReward, reference: Path) -> None:
         self.scorer = Scorer([reward], settings, _BATCH)
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Compare, then time, all contenders."""
+    """Compare the results of all contenders, then measure their times."""
     video = write_video(folder / "video.mp4", clip(arguments.frames, arguments.size), fps=16)
     picture = folder / "face.png"
     Image.fromarray(skimage.data.astronaut()[0:300, 60:360]).save(picture)
@@ -214,7 +214,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def load_ours(engines: Path, facenet_weights: Path, reference: Path) -> dict[str, Frostline]:
-    """Each pair of detector and embedder with its engines built, on the plan that `auto` makes of them."""
+    """Build the engines of each pair of detector and embedder; return each pair with the plan that `auto` selects."""
     choices = {
         "yunet + sface": ("yunet", "sface"),
         "mtcnn + facenet": ("mtcnn", f"facenet:{facenet_weights}"),
@@ -245,7 +245,11 @@ def compare(
     faces: Tensor,
     video: Path,
 ) -> dict[str, float]:
-    """What the contenders computed, held against each other; raises where it is not the same."""
+    """Compare the results of the contenders, and return the differences.
+
+    Raises:
+        AssertionError: the results differ.
+    """
     yunet, exact = ours["yunet + sface"], ours["mtcnn + facenet"]
     boxes = torch.cat([part.largest().boxes for part in yunet.detect(frames)])
     theirs = torch.tensor(np.stack([found[0, :4] for found in opencv.detect(bgr)]))
@@ -268,7 +272,7 @@ def compare(
 
 
 def take_turns(runs: Mapping[str, Run], rounds: int, section: str) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, another one going first every time."""
+    """Return the seconds of each contender in each round; each round begins with another contender."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -292,14 +296,14 @@ def goal_result(
 
 
 def clip(frames: int, size: int) -> Tensor:
-    """(frames, 3, size, size) uint8: a portrait that drifts and flickers (NASA's picture of Eileen Collins)."""
+    """Return (frames, 3, size, size) uint8: a portrait that moves and flickers (NASA's picture of Eileen Collins)."""
     portrait = np.array(Image.fromarray(skimage.data.astronaut()[0:300, 60:360]).resize((size, size)))
     pictures = [np.roll(portrait, (t % 7, -(t % 11)), axis=(0, 1)) * (0.85 + 0.02 * (t % 8)) for t in range(frames)]
     return torch.from_numpy(np.stack(pictures).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
 def opencv_frames(path: Path) -> Any:
-    """Frames of a video as OpenCV reads them, BGR."""
+    """Yield the frames of a video as OpenCV reads them: (H, W, 3) uint8, BGR."""
     capture = cv2.VideoCapture(str(path))
     while (read := capture.read())[0]:
         yield read[1]
@@ -315,7 +319,7 @@ def print_result(result: Mapping[str, Any]) -> None:
             section = ""
         table.add_section()
     console.print(table)
-    table = Table("", "against", "in", "ratio", "asked")
+    table = Table("", "baseline", "section", "ratio", "target")
     for goal in result["ratios"]:
         colour = "green" if goal["met"] else "red"
         ratio = f"[{colour}]{goal['ratio']:.2f}[/]"

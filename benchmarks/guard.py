@@ -1,10 +1,10 @@
-"""What it costs to look, before each call of an engine, whether the module still has what the engine was bound to.
+"""Measure the cost of checking, before each engine call, that the weights of the module have not changed.
 
     python benchmarks/guard.py --out benchmarks/results/guard.json
 
-A denoiser of 4 layers, as tiny has, and one of 30, as Wan2.1-1.3B, both narrow: the cost grows with the number of
-modules and tensors, not with their size. Beside it the digest of the weights at this width, which is taken only where
-they have changed.
+Uses a denoiser with 4 layers, like tiny, and one with 30 layers, like Wan2.1-1.3B. Both are narrow, because the cost
+depends on the number of modules and tensors, not on their size. The digest of the weights, which is computed only if
+they have changed, is measured at the same width.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LAYERS = (4, 30)
 
 
 class _Guarded(Stage):
-    """A stage as far as the guards look at one."""
+    """A stage with the attributes that the guards read."""
 
     def module_state(self) -> ModuleState:
         return LoraSwitches(self.networks[0].module).conflict
 
 
 def main() -> None:
-    """Time, print a table, write JSON."""
+    """Measure the times, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=300)
     parser.add_argument("--out", type=Path, default=RESULTS / "guard.json")

@@ -1,9 +1,9 @@
-"""Which cards each shipped recipe fits, with which settings: computed with the memory plan, on any machine.
+"""Compute with the memory plan which GPUs each recipe of the package fits on, and with which settings.
 
-    python benchmarks/hardware.py            # plan anew, write the JSON and print the tables
-    python benchmarks/hardware.py --write    # and put them into docs/hardware.md, between their two marks
+    python benchmarks/hardware.py            # plan, write the JSON file and print the tables
+    python benchmarks/hardware.py --write    # also write the tables into docs/hardware.md, between the two marks
 
-Nothing runs and no weights are read: the sizes are those of the releases.
+This works on any machine: no model runs, and no weights are read. The sizes are those of the releases.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ MACHINES = {
     "80 GB": {"device_gb": 80.0},
     "8x80 GB": {"device_gb": 80.0, "num_processes": 8},
 }
-# Of the clips that a recipe comes with; of others its `max_pixels` tell the size.
+# Clip sizes (height, width) of recipes with a fixed dataset; for other recipes, `max_pixels` determines the size.
 CLIPS = {"tiny": [(96, 96)]}
 _GB = 1e9
 
 
 def main() -> None:
-    """Plan every recipe on every machine; write JSON, print Markdown."""
+    """Plan every recipe on every machine, write JSON and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "hardware.json")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/hardware.md too")
+    parser.add_argument("--write", action="store_true", help="also write the tables into docs/hardware.md")
     arguments = parser.parse_args()
     recipes = {name: plan_recipe(name) for name in recipe_names() if training_config(name) is not None}
     write_result(arguments.out, {"recipes": recipes})
@@ -54,9 +54,9 @@ def main() -> None:
 
 
 def plan_recipe(name: str) -> dict[str, Any]:
-    """Return what a recipe needs on each machine."""
+    """Return the memory that a recipe needs on each machine, in bytes, and the settings that make it fit."""
     settings = settings_of(name)
-    # One for all machines: what is measured does not depend on their memory.
+    # One planner for all machines, because the measured sizes do not depend on the memory of a machine.
     planner = RunPlanner(settings, None, on_cpu=False, samples=(1, 0), sizes=CLIPS.get(name, ()))
     shape, estimate = planner.shape(settings), planner.preview(settings).estimate
     machines = {machine: _on_machine(settings, planner, memory) for machine, memory in MACHINES.items()}
@@ -72,7 +72,7 @@ def plan_recipe(name: str) -> dict[str, Any]:
 
 
 def settings_of(name: str) -> RunSettings:
-    """Return the settings of a recipe as they are planned: on a GPU, and with networks of rewards without files."""
+    """Return the settings of a recipe on a GPU; a reward that needs a weights file is replaced by a built-in one."""
     settings = load_run_settings(training_config(name), ["device=cuda"])
     if any(getattr(entry, "embedder", "").startswith("arcface:") for entry in settings.rewards):
         return load_run_settings(training_config(name), ["device=cuda", "rewards=[{type: face_identity}]"])
@@ -85,7 +85,7 @@ def _on_machine(settings: RunSettings, planner: RunPlanner, memory: Mapping[str,
     there = machine.memory.num_processes
     remedy = Remedy((), machine, True, 0)
     if needed_bytes(planner.plan(machine), machine, on_cpu=False) > planner.device_bytes:
-        # More devices than there are make nothing fit.
+        # On one GPU, measures that need several GPUs are not available.
         measures = [each for each in MEASURES if each.costs != "devices" or there > 1]
         remedy = find_remedy(machine, planner, measures)
     chosen = remedy.settings if remedy.fits else machine
@@ -105,7 +105,7 @@ def _on_machine(settings: RunSettings, planner: RunPlanner, memory: Mapping[str,
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Markdown of all recipes."""
+    """Return the tables of all recipes as Markdown."""
     return "\n\n".join(_table(name, recipe) for name, recipe in result["recipes"].items())
 
 

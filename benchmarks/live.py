@@ -1,13 +1,13 @@
-"""The live part of a step piece by piece, as it is and as PyTorch and diffsynth have it: forward and backward apart.
+"""Time the parts of a step that need gradients, in frostline and in plain PyTorch and diffsynth.
 
     python benchmarks/live.py --out benchmarks/results/live.json
 
 - decode: diffsynth's loop over latent frames, and `decode_clip` over all of them.
 - embed: SFace in PyTorch's own operations, and in those of `frostline.models.frozen_ops`.
-- tail: one denoiser step, for scale.
+- tail: one denoiser step, for comparison.
 
-All of it with memory as the C library manages it, and again once the process keeps what it frees (`runtime/malloc.py`).
-Values and gradients are compared before times are.
+Forward and backward are timed separately, first with the default allocator of the C library, then with freed memory
+kept by the process (`runtime/malloc.py`). Values and gradients are compared before times are measured.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from frostline.models.wan.vae_decoder_full import decode_clip
 from frostline.runtime.malloc import keep_freed_memory
 
 Piece = Callable[[Tensor], Tensor]
-# Of gradients; SFace's PReLUs have kinks, where a last bit of the input decides.
+# Minimum cosine of the gradients; at the kinks of SFace's PReLUs, rounding of the input can change the gradient.
 _LEAST_COSINE = 0.99999
 CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Compare, measure, print a table, write JSON."""
+    """Compare the results, measure the times, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=2, help="clips, each of 9 frames of 96 by 96")
+    parser.add_argument("--batch", type=int, default=2, help="number of clips of 9 frames of 96x96 pixels")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS / "live.json")
     arguments = parser.parse_args()
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _pieces(batch: int) -> dict[str, tuple[Piece, Tensor]]:
-    """By name: what is computed, and from what."""
+    """Return the function and the input of each piece, by name."""
     torch.manual_seed(0)
     components = load_components("tiny")
     vae: Any = components.vae
@@ -80,7 +80,7 @@ def _pieces(batch: int) -> dict[str, tuple[Piece, Tensor]]:
 
 
 def _in_plain_operations(embedder: SFaceEmbedder) -> Piece:
-    """The embedder as it is where autograd keeps what it does by itself."""
+    """Return the embedder with PyTorch's own operations and the activations that autograd saves for them."""
 
     def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, **attributes: Any) -> Tensor:
         x, padding = onnx_ops._split_padding(x, attributes.get("pads"), 0.0)
@@ -117,11 +117,11 @@ def _compare(pieces: dict[str, tuple[Piece, Tensor]]) -> None:
         cosine = F.cosine_similarity(*gradients, dim=0).item()
         Console().print(f"{fast}: relative error {error:.1e}, cosine of gradients 1 - {1 - cosine:.1e}")
         if error > 1e-5 or cosine < _LEAST_COSINE:
-            raise SystemExit(f"{fast} is not what {plain} is: these times would compare nothing")
+            raise SystemExit(f"{fast} and {plain} give different results: their times are not comparable")
 
 
 def _measure(pieces: dict[str, tuple[Piece, Tensor]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of forward and backward by piece, the pieces in turns."""
+    """Return the milliseconds of forward and backward of each piece, measured alternately."""
     samples: dict[str, list[float]] = {f"{name}: {way}": [] for name in pieces for way in ("forward", "backward")}
     for index in range(warm_up + rounds):
         for name, (piece, given) in pieces.items():

@@ -1,4 +1,4 @@
-"""How every benchmark here measures: contenders take turns in one process, warm-up dropped, medians and spread kept."""
+"""Measure contenders alternately in one process, without the warm-up; report medians and quartiles."""
 
 from __future__ import annotations
 
@@ -32,9 +32,15 @@ Contender = Callable[[], object]
 def interleave(
     contenders: Mapping[str, Contender], rounds: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, by contender; a busy moment of the machine hits all of them.
+    """Return the milliseconds of each call, by contender. Contenders alternate, so that other load affects all of them.
 
-    Another contender goes first in every round: who follows whom may matter too.
+    Each round begins with another contender, because the order can affect the times.
+
+    Args:
+        contenders: the functions to time, by name.
+        rounds: the number of measured calls of each contender.
+        device: the device to synchronize with.
+        warm_up: the number of rounds before, which are not counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -48,7 +54,7 @@ def interleave(
 
 
 def time_ms(run: Contender, device: torch.device) -> float:
-    """One call, from an idle device to an idle device."""
+    """Return the milliseconds of one call; the device is synchronized before and after it."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -57,13 +63,13 @@ def time_ms(run: Contender, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has nothing to wait for."""
+    """Wait until a GPU has finished its work; does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_gpu_gib(run: Contender, device: torch.device) -> float | None:
-    """The most memory that torch allocated during one call."""
+    """Return the peak memory in GiB that torch allocates on a GPU during one call; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -73,22 +79,22 @@ def peak_gpu_gib(run: Contender, device: torch.device) -> float | None:
 
 
 def peak_growth_mib(run: Contender, device: torch.device) -> float:
-    """By how much memory grows, at its highest, during one call: torch's on a GPU, else the whole process's."""
+    """Return the peak growth of memory in MiB during one call: torch's memory on a GPU, otherwise the process's RSS."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         peak = peak_gpu_gib(run, device)
         assert peak is not None
         return 1024 * peak - before / 2**20
-    # What was freed is given back first, or a call could grow into it unseen.
+    # Return freed memory to the system first; otherwise, the call could reuse it, and the growth would be too small.
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak RSS
     before = _status_mib("VmRSS")
     run()
     return _status_mib("VmHWM") - before
 
 
 def peak_gib() -> float:
-    """The most memory that this process has taken, in GiB."""
+    """Return the peak RSS of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -98,7 +104,7 @@ def _status_mib(field: str) -> float:
 
 
 def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median and quartiles in milliseconds."""
+    """Return median and quartiles of the samples (milliseconds), by name."""
     rows = {}
     for name, values in samples.items():
         low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
@@ -107,19 +113,19 @@ def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each figure over rows that may lack some: what is not there is 0."""
+    """Return the median of each value over the rows; a value that a row lacks counts as 0."""
     names = sorted({name for row in rows for name in row})
     return {name: statistics.median(row.get(name, 0.0) for row in rows) for name in names}
 
 
 def ratio(samples: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:
-    """Median and quartiles of `over / under`, round by round: both sides of each ratio shared a moment."""
+    """Return median and quartiles of `over / under`, where both times of a ratio are from the same round."""
     ratios = {"ratio": [a / b for a, b in zip(samples[over], samples[under], strict=True)]}
     return {name.replace("_ms", ""): value for name, value in summary(ratios)["ratio"].items()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+    """Describe the device, load, versions and commit of a measurement."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
@@ -132,7 +138,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     with atomic_write(path) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -144,7 +150,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit, `+` behind it if other files than results differ; FROSTLINE_COMMIT where there is no repository."""
+    """Return the commit, with `+` if files other than results are modified; without a repository, FROSTLINE_COMMIT."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

@@ -1,9 +1,9 @@
-"""How much a process grows while OpenVINO runs a network at shapes that never end, as those of a face detector.
+"""Measure how much the memory of a process grows while OpenVINO runs a network at many shapes, like a face detector.
 
     python benchmarks/openvino_memory.py --shapes 3000
 
-P-Net at random shapes, with the kernels that frostline lets OpenVINO keep and with OpenVINO's own number of them; each
-in a process of its own, because what was allocated once is seldom given back.
+Runs P-Net at random shapes, with the number of cached kernels that frostline sets, and with OpenVINO's default. Each
+runs in a separate process, because freed memory is seldom returned to the system.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     """Print MiB and seconds for each number of kernels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, default=3000)
-    parser.add_argument("--kernels", type=int, help="measure this number alone, in this process")
+    parser.add_argument("--kernels", type=int, help="measure only this number of kernels, in this process")
     arguments = parser.parse_args()
     if arguments.kernels is not None:
         print(_measure(arguments.shapes, arguments.kernels))

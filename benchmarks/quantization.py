@@ -1,12 +1,12 @@
-"""What frozen weights in 8 or 4 bits change: velocity, context, loss and gradient against bf16, and training.
+"""Measure the effect of frozen weights in 8 or 4 bits on velocity, context, loss, gradient and training.
 
     python benchmarks/quantization.py
 
-The error is that of the embedded model, in bf16, with a LoRA that is not zero, averaged over clips and timesteps;
-`fp32` is the same model without any rounding, to tell by what bf16 itself errs. Each contender then trains a LoRA from
-several seeds; what counts is the score of held-out clips, generated from noise that never changes, before and after. A
-kind of quantisation trains as bf16 does if its mean gain is no further from that of bf16 than the seeds of bf16 are
-from each other. The bytes of a full-size model are those of the memory plan.
+Errors are differences from the embedded model in bf16, with a nonzero LoRA, averaged over clips and timesteps. `fp32`
+is the same model in full precision; it shows the error of bf16 itself. Then each contender trains a LoRA with several
+seeds, and the scores of held-out samples, generated from fixed noise, are compared before and after. A kind of
+quantization trains like bf16 if its mean gain differs from that of bf16 by at most the spread of bf16 over its seeds.
+The sizes of a full-size model are computed with the memory plan.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ CONTENDERS: Mapping[str, tuple[str, torch.dtype]] = {
     "fp32": ("none", torch.float32),
     **{kind: (kind, torch.bfloat16) for kind in FORMATS},
 }
-# The sharpness of a frame is differentiable everywhere, and every clip has a score.
+# Sharpness is used because it is differentiable everywhere, and every clip has a score.
 _REWARD = {"type": "sharpness", "baseline": 0, "scale": 1}
 _TIMESTEPS = (200.0, 500.0, 900.0)
 
 
 def main() -> None:
-    """Measure, print tables, write JSON."""
+    """Measure, print tables and write JSON."""
     arguments = _arguments()
     errors = _errors(arguments)
     training = _training(arguments) if arguments.seeds else None
@@ -60,17 +60,17 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=4, help="that the error is averaged over")
-    parser.add_argument("--seeds", type=int, default=3, help="of training; 0 leaves it out")
-    parser.add_argument("--steps", type=int, default=24, help="of training")
+    parser.add_argument("--clips", type=int, default=4, help="number of clips that the error is averaged over")
+    parser.add_argument("--seeds", type=int, default=3, help="number of training seeds; 0: no training")
+    parser.add_argument("--steps", type=int, default=24, help="number of training steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--release", default="Wan2.2-I2V-A14B", help="whose denoiser's size is counted, too")
+    parser.add_argument("--release", default="Wan2.2-I2V-A14B", help="release to compute the denoiser's size for")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json")
     return parser.parse_args()
 
 
 def _module(name: str, seed: int = 0, **settings: Any) -> TrainingModule:
-    """Both the denoiser and the text encoder are stored so."""
+    """Return a module whose denoiser and text encoder are stored as the contender `name` defines."""
     kind, dtype = CONTENDERS[name]
     torch.manual_seed(seed)
     return TrainingModule.from_pretrained(
@@ -101,7 +101,7 @@ def _errors(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def _outcome(module: TrainingModule, data: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Context, velocities at all timesteps, loss, and the gradient of the LoRA."""
+    """Return context, velocities at all timesteps, loss, and the gradient of the LoRA, flat and in fp64."""
     module.zero_grad()
     conditioning = module.forward_preprocess(data)
     inputs = dict(module.model.denoiser_inputs(conditioning.conditions))
@@ -124,7 +124,7 @@ def _outcome(module: TrainingModule, data: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def _compare(found: Sequence[Mapping[str, Tensor]], base: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Relative errors in the Euclidean norm, and the cosine of the gradients, as means over the clips."""
+    """Return relative errors in the Euclidean norm, and the cosine of the gradients, as means over the clips."""
 
     def mean(values: Any) -> float:
         return statistics.fmean(float(value) for value in values)
@@ -143,7 +143,7 @@ def _compare(found: Sequence[Mapping[str, Tensor]], base: Sequence[Mapping[str, 
 
 
 def _training(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Held-out scores before and after, by contender and seed."""
+    """Train each contender with each seed; return the scores of the held-out samples before and after."""
     names = [name for name in CONTENDERS if name != "fp32"]
     runs = {name: [_run(name, seed, arguments) for seed in range(arguments.seeds)] for name in names}
     gains = {name: [run["after"] - run["before"] for run in of_name] for name, of_name in runs.items()}
@@ -186,7 +186,7 @@ def _held_out(module: TrainingModule) -> float:
 
 
 def _sizes(model: str) -> dict[str, int]:
-    """Bytes of the denoiser's frozen weights in bf16, and in fewer bits."""
+    """Return the bytes of the denoiser's frozen weights in bf16 and in each quantized format."""
     family, sizes = family_of(model), {}
     spec = family.read_spec(model)
     for kind in ("none", *FORMATS):
@@ -212,7 +212,7 @@ def _print(result: Mapping[str, Any]) -> None:
     training = result["training"]
     if training is None:
         return
-    table = Table("", title="held-out score")
+    table = Table("", title="score of held-out samples")
     for column in ("gain", "after", "trains as bf16"):
         table.add_column(column, justify="right")
     for name, gain in training["mean_gain"].items():

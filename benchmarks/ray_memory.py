@@ -1,11 +1,11 @@
-"""Memory of the process that starts `frostline score --ray`, by the number of pairs.
+"""Measure the memory of the process that starts `frostline score --ray`, by the number of pairs.
 
     python benchmarks/ray_memory.py --rows 1000,10000,100000 --formats parquet,csv
 
-One small picture is scored again and again by a reward without networks (`sharpness`), so that reading pairs and
-writing results are all that grows. Memory is what the process does not share (USS), sampled while the command runs:
-its peak, and the median of the last quarter of the samples. The same for its largest worker. Ray's object store is
-memory that processes share, and is limited by Ray itself.
+The same small picture is scored in all rows, by a reward without networks (`sharpness`), so that only reading pairs and
+writing results can use more memory with more rows. Memory is the unshared memory of the process (USS), sampled while
+the command runs: its peak, and the median of the last quarter of the samples. For the largest worker, the peak is
+measured, too. Ray's object store is shared memory, which is not included; Ray limits its size.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ _MEASURES = ("rows", "seconds", "peak_mb", "late_mb", "worker_peak_mb")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="1000,10000,100000", help="comma-separated")
-    parser.add_argument("--formats", default="parquet,csv", help="of the pairs, comma-separated; results are Parquet")
+    parser.add_argument("--rows", default="1000,10000,100000", help="comma-separated numbers of pairs")
+    parser.add_argument(
+        "--formats", default="parquet,csv", help="comma-separated formats of pairs; results are Parquet"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "ray_memory.json")
     arguments = parser.parse_args()
     cases = [(name, int(rows)) for name in arguments.formats.split(",") for rows in arguments.rows.split(",")]
@@ -68,7 +70,7 @@ def write_pairs(file: Path, rows: int) -> Path:
 
 
 def measure(pairs: Path, rows: int) -> dict[str, Any]:
-    """Score the pairs in a process of its own, and sample its memory and that of its workers."""
+    """Score the pairs in a separate process; sample its memory and that of its workers, in MB."""
     out = pairs.with_name("scores.parquet")
     command = [sys.executable, "-m", "frostline", "score", "--pairs", str(pairs), "--out", str(out), *_OPTIONS]
     start = time.perf_counter()
@@ -90,7 +92,7 @@ def measure(pairs: Path, rows: int) -> dict[str, Any]:
 
 
 def megabytes(pid: int) -> float:
-    """Memory of a process that no other one shares; 0 if it has ended."""
+    """Return the unshared memory of a process in MB; 0 if it has ended."""
     try:
         return psutil.Process(pid).memory_full_info().uss / 1e6
     except psutil.Error:
@@ -98,7 +100,7 @@ def megabytes(pid: int) -> float:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The processes that score: Ray names them by their actor."""
+    """Return the ids of the scoring processes below `pid`; Ray puts the name of the actor into their command line."""
     try:
         below = psutil.Process(pid).children(recursive=True)
         return [process.pid for process in below if "MapWorker" in "".join(process.cmdline())]

@@ -1,10 +1,10 @@
-"""Videos per second of `frostline score --ray` against `accelerate launch`, with as many processes.
+"""Compare the speed of `frostline score --ray` and `accelerate launch` with the same number of processes.
 
     python benchmarks/ray_scoring.py --clips 60 --rounds 2 --out benchmarks/results/ray_scoring.json
 
-Even work are clips of one length; in uneven work one clip more is 50 times as long. Both ways run as commands of their
-own, taking turns, and what a run of two clips takes is subtracted from what a run of all takes: starting Python, Ray
-and the networks. Before anything is counted, the scores of both are compared.
+In the workload `even`, all clips have the same length; `uneven` has one additional clip that is 50 times as long. Both
+run alternately as separate commands. The time of a run with two clips is subtracted from that of all clips, to exclude
+the start of Python, Ray and the networks. In each round, the scores of both are compared.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from frostline.video import write_video
 _LONG = 50
 _FEW = 2
 _OPTIONS = ["--detector", "yunet", "--backend", "torch", "--device", "cpu", "--overwrite"]
-# The least that Ray is to reach of accelerate's speed.
+# The target: the minimum speed of Ray relative to accelerate.
 _GOALS = {"even": 0.85, "uneven": 1.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=60)
-    parser.add_argument("--frames", type=int, default=16, help="of each clip")
-    parser.add_argument("--size", type=int, default=160, help="pixels a side")
+    parser.add_argument("--frames", type=int, default=16, help="number of frames of each clip")
+    parser.add_argument("--size", type=int, default=160, help="height and width in pixels")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "ray_scoring.json")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def make_works(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
-    """The file of pairs of each work; the long clip is in the middle."""
+    """Write the clips, and return the file of pairs of each workload; the long clip is in the middle."""
     write_video(folder / "short.mp4", clip(arguments.frames, arguments.size))
     write_video(folder / "long.mp4", clip(_LONG * arguments.frames, arguments.size))
     write_video(folder / "face.mp4", clip(2, arguments.size))
@@ -77,14 +77,14 @@ def make_works(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
 
 
 def with_accelerate(pairs: Path, processes: int) -> list[str]:
-    """The command that divides the pairs over processes once and for all."""
+    """Return the command that divides the pairs over the processes at the start."""
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     return [*launch, "-m", "frostline", "score", "--pairs", str(pairs), "--out", out_of(pairs, "accelerate"), *_OPTIONS]
 
 
 def with_ray(pairs: Path, processes: int) -> list[str]:
-    """The command that gives workers pairs as they come."""
+    """Return the command that assigns pairs to workers while it runs."""
     cluster = ["--ray", "local", "--workers", str(processes)]
     return ["-m", "frostline", "score", "--pairs", str(pairs), "--out", out_of(pairs, "ray"), *cluster, *_OPTIONS]
 
@@ -99,12 +99,16 @@ def timed(command: list[str]) -> float:
         [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return time.perf_counter() - start
 
 
 def compare(pairs: Path) -> None:
-    """Look whether both ways found the same scores."""
+    """Check that both commands computed the same scores.
+
+    Raises:
+        AssertionError: scores differ by more than 1e-5.
+    """
     found = []
     for way in ("accelerate", "ray"):
         lines = Path(out_of(pairs, way)).read_text().splitlines()
@@ -113,7 +117,7 @@ def compare(pairs: Path) -> None:
 
 
 def result_of(seconds: Mapping[str, Mapping[str, list[float]]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a run; ratios are medians over the rounds, each within one round."""
+    """Return the results; each ratio is the median over the rounds of a ratio of two times of the same round."""
     works: dict[str, Any] = {}
     for work, least in _GOALS.items():
         net = {

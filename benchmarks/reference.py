@@ -1,8 +1,9 @@
-"""One training step as the reference takes it, on the weights and the LoRA of a frostline module.
+"""Run one training step like the reference implementation, with the weights and the LoRA of a frostline module.
 
-diffsynth's own functions, called as they are: `model_fn_wan_video` with every block recomputed in backward, the VAE's
-`encode` and `decode`; facenet-pytorch's `MTCNN.detect`, a frame at a time; one sample at a time, because the reference
-knows no larger batch, the gradients added up; every frozen result computed anew in every step.
+It calls the unmodified functions of diffsynth: `model_fn_wan_video`, with all blocks recomputed in backward, and the
+VAE's `encode` and `decode`. Faces are detected with facenet-pytorch's `MTCNN.detect`, one frame at a time. The
+reference only supports a batch size of 1, so samples are processed one by one, and their gradients are accumulated. All
+frozen outputs are computed in every step.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
     from frostline.train import WanTrainingModule
 
-# Channels of `y` that say which of a latent frame's four video frames are given.
+# Number of mask channels in `y`; they mark which of the four video frames of a latent frame are given.
 _MASK_CHANNELS = 4
 
 
 class FrameByFrameDetector:
-    """facenet-pytorch's own detection, frame after frame, in the form of frostline's detectors."""
+    """Detect faces with facenet-pytorch frame by frame, with the interface of frostline's detectors."""
 
     def __init__(self, min_face_size: int, device: torch.device) -> None:
         from facenet_pytorch import MTCNN
@@ -41,7 +42,7 @@ class FrameByFrameDetector:
         self._device = device
 
     def detect(self, frames: Tensor, upscale: int = 1) -> Detections:
-        """Faces of (N, 3, H, W) uint8 frames, searched `upscale` times larger."""
+        """Return the faces of (N, 3, H, W) uint8 frames, which are enlarged by `upscale` for detection."""
         larger = upscale_frames(frames, upscale)
         boxes, probabilities, landmarks, index = [], [], [], []
         for number, frame in enumerate(larger.permute(0, 2, 3, 1)):
@@ -64,11 +65,11 @@ class FrameByFrameDetector:
 
 
 class ReferenceStep:
-    """Forward and backward of a batch.
+    """Run forward and backward on a batch.
 
     Args:
-        module: whose denoiser, text encoder, face embedder and settings these are; it is not called.
-        vae: the VAE, or a copy of it that convolves in another way.
+        module: provides the denoiser, text encoder, face embedder and settings; it is not called.
+        vae: the VAE, or a copy of it with another implementation of convolutions.
     """
 
     def __init__(self, module: WanTrainingModule, vae: WanVideoVAE) -> None:
@@ -86,7 +87,7 @@ class ReferenceStep:
         self.faces = FaceIdentity(detector, embedder, reward.upscale, reward.missing_face)
 
     def __call__(self, batch: Mapping[str, Any]) -> tuple[float, float, float]:
-        """loss, face score and KL loss, each the mean over the samples; adds the gradient to the LoRA's."""
+        """Return loss, face score and KL loss as means over the samples. Gradients accumulate in the LoRA weights."""
         rows = [*zip(batch["prompt"], batch["video"], strict=True)]
         samples = []
         for prompt, video in rows:
@@ -98,7 +99,7 @@ class ReferenceStep:
         return loss, face_score, kl_loss
 
     def _forward(self, prompt: str, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one sample, `video` (1, T, 3, H, W) in [0, 1]."""
+        """Return the loss, face score and KL loss of one sample; `video` is (1, T, 3, H, W) in [0, 1]."""
         with torch.no_grad():
             given = self._condition(prompt, video)
             references = self._references(video)
@@ -142,7 +143,7 @@ class ReferenceStep:
         return torch.randn(shape, generator=generator).to(self.device)
 
     def _denoise(self, latents: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Latents and KL loss after the rollout head and the tail."""
+        """Return latents and KL loss after the rollout head and the tail."""
         settings, kl = self.settings, []
         for index in range(settings.grad_end_step + 1):
             if index < settings.grad_start_step:
@@ -161,8 +162,8 @@ class ReferenceStep:
         from diffsynth.pipelines.wan_video import model_fn_wan_video
 
         timestep = torch.tensor([float(self.schedule.timesteps[index])], device=self.device)
-        # The pipeline rounds the timestep itself to bf16 (937.5 becomes 936); rounding what its sinusoid gives keeps
-        # all contenders at the same timestep.
+        # The pipeline of diffsynth rounds the timestep to bf16 (937.5 becomes 936). Here, only its sinusoidal embedding
+        # is rounded, so that all contenders use the same timestep.
         rounding = self.components.denoiser.time_embedding.register_forward_pre_hook(
             lambda _, inputs: (inputs[0].to(self.dtype),)
         )
@@ -186,7 +187,7 @@ class ReferenceStep:
         score = identity_score(
             embeddings, found.found, references.embeddings, references.found, self._reward.missing_face
         )
-        assert score.valid.all(), "the reference dies where no face is found: measure on clips that keep theirs"
+        assert score.valid.all(), "the reference fails if no face is found: use clips that keep their faces"
         return score.face_score.mean()
 
     def _time(self, stage: str) -> AbstractContextManager[None]:

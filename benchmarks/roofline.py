@@ -1,8 +1,8 @@
-"""The least time that a call can take on a device: its operations and bytes over what the device was measured to do.
+"""Compute a lower bound on the time of a call from its operations and bytes, and the measured peak rates of a device.
 
-Operations are those of matrix products, convolutions and attention, two for each multiply-add. Bytes are the fewest
-that must move: weights and inputs read once, outputs written once. What lies between, of any size, could stay on the
-chip, so that the larger of both times is a bound, and no promise.
+Operations are those of matrix products, convolutions and attention; a multiply-add counts as two. Bytes are the minimum
+memory traffic: weights and inputs are read once, and outputs are written once. Intermediate results could stay on the
+chip. The bound is the larger of both times, and need not be reachable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ONEDNN = torch.ops.aten.mkldnn_convolution
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device does at its best, measured: in operations and bytes a second."""
+    """The measured peak rates of a device, in operations and bytes per second."""
 
     operations: float
     bytes: float
@@ -29,18 +29,18 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call must do."""
+    """The operations and the memory traffic of one call."""
 
     operations: int
     bytes: int
 
     def milliseconds(self, ceilings: Ceilings) -> float:
-        """The bound."""
+        """Return the lower bound on the time in milliseconds."""
         return 1000 * max(self.operations / ceilings.operations, self.bytes / ceilings.bytes)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """By a product of two large matrices of random numbers, and a copy that no cache holds."""
+    """Measure the peak rates with a product of two large random matrices, and a copy that is larger than all caches."""
     on_gpu = device.type == "cuda"
     side, length = (8192, 2**29) if on_gpu else (2048, 2**26)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -53,7 +53,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def measure_work(run: Callable[[], Iterable[Tensor]], inputs: Iterable[Tensor], weights: Iterable[Tensor]) -> Work:
-    """What the call does, of `inputs` and `weights` that it reads."""
+    """Count the operations and bytes of a call that reads `inputs` and `weights` and returns its outputs."""
     with FlopCounterMode(display=False, custom_mapping={_ONEDNN: _onednn_operations}) as counter:
         outputs = [*run()]
     tensors = [*outputs, *inputs, *{weight.data_ptr(): weight for weight in weights}.values()]
@@ -61,5 +61,5 @@ def measure_work(run: Callable[[], Iterable[Tensor]], inputs: Iterable[Tensor], 
 
 
 def _onednn_operations(x: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object) -> int:
-    """Of a convolution that is sent to oneDNN by name, which torch's counter does not know; by shapes."""
+    """Return the operations of `mkldnn_convolution`, which torch's counter does not support, from the shapes."""
     return conv_flop_count(x, weight, out_shape)

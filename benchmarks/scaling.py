@@ -1,11 +1,11 @@
-"""How the time and the memory of a step grow with frames, pixels, batch, LoRA rank and steps of the tail.
+"""Measure how the time and the memory of a step depend on frames, pixels, batch size, LoRA rank and tail steps.
 
-    python benchmarks/scaling.py --out benchmarks/results/scaling.json    # and scaling.png beside it
+    python benchmarks/scaling.py --out benchmarks/results/scaling.json    # also writes scaling.png
 
-One figure is changed at a time, the others stay at `--video`, rank 8 and a tail of 4 steps. `cached` is frostline with
-frozen outputs read from the cache, on engines that were built once for a range of shapes; `eager` is the same step in
-PyTorch alone, with nothing cached. Every frame counts as a face, whatever the detector finds. Memory is what a step
-adds, at its highest, to the memory that the process had before it.
+One parameter is varied at a time; the others are `--video`, rank 8 and 4 tail steps. `cached` is frostline with frozen
+outputs read from the cache, on engines that are built once for a range of shapes. `eager` is the same step in PyTorch
+only, without a cache. Every frame is treated as having a face, whatever the detector finds. Memory is the peak growth
+of the process during a step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _INFERENCE_STEPS = 8
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of everything that is varied."""
+    """The values of all varied parameters."""
 
     batch: int
     frames: int
@@ -47,7 +47,7 @@ class Point:
     tail: int = 4
 
 
-# What is varied, and its name on the axis.
+# The varied parameters: name on the axis, and values.
 AXES: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "frames": ("frames of a clip", (5, 9, 17)),
     "pixels": ("pixels a side", (64, 96, 128)),
@@ -58,7 +58,7 @@ AXES: Mapping[str, tuple[str, tuple[int, ...]]] = {
 
 
 def main() -> None:
-    """Measure, print a table, write JSON and the plot."""
+    """Measure, print tables, and write JSON and the plot."""
     start = time.monotonic()
     arguments = _arguments()
     device = torch.device(arguments.device)
@@ -69,7 +69,7 @@ def main() -> None:
     stages = [stage for stage in _module(base, shapes, arguments).stages.values() if stage.name != "vae_decoder"]
     build_engines(stages, arguments.backends, store)  # the decoder is live in training, and in PyTorch
     result: dict[str, Any] = {"base": vars(base), "machine": machine(device), "axes": {}}
-    measured: dict[Point, dict[str, Any]] = {}  # most axes go through the base
+    measured: dict[Point, dict[str, Any]] = {}  # most axes contain the base point
     for axis, values in wanted_axes(arguments.axes).items():
         rows = []
         with Progress().bar(axis, len(values)) as bar:
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def wanted_axes(names: str) -> dict[str, tuple[int, ...]]:
-    """The values to measure, by axis."""
+    """Return the values to measure, by axis; all axes if `names` is empty."""
     chosen = names.split(",") if names else list(AXES)
     return {name: AXES[name][1] for name in chosen}
 
@@ -98,8 +98,8 @@ def wanted_axes(names: str) -> dict[str, tuple[int, ...]]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
-    parser.add_argument("--video", default="1x9x3x64x64", help="BxTx3xHxW that the others stay at")
-    parser.add_argument("--engine-video", default="2x9x3x96x96", help="the shape that engines are built around")
+    parser.add_argument("--video", default="1x9x3x64x64", help="shape BxTx3xHxW of the base point")
+    parser.add_argument("--engine-video", default="2x9x3x96x96", help="shape that engines are optimized for")
     parser.add_argument("--axes", default="", help=f"comma-separated, of {', '.join(AXES)}; all if not given")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -120,7 +120,7 @@ def _module(point: Point, shapes: Any, arguments: argparse.Namespace) -> WanTrai
     )
     components = build_components(TINY, torch.float32, torch.device(arguments.device))
     module = WanTrainingModule(components, settings, engines=arguments.engines_dir, shapes=shapes)
-    # A sample without a face ends its step early, with no gradient: it would seem to scale well.
+    # Without faces, a step ends early and has no gradient, so that it would be too fast.
     reward_faces_everywhere(module)
     return module
 
@@ -153,7 +153,7 @@ def _step(module: WanTrainingModule, data: Mapping[str, Any], contender: str) ->
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Time above, memory below, one column an axis."""
+    """Write a plot with one column per axis: time above, memory below."""
     from matplotlib.figure import Figure
 
     axes = result["axes"]

@@ -1,11 +1,12 @@
-"""Frames per second of `frostline score` on vision rewards against the scripts that people write with transformers.
+"""Compare the frames per second of `frostline score` on vision rewards with typical scripts that use transformers.
 
     python benchmarks/scoring.py --out benchmarks/results/scoring.json
 
-One process, the same video and number of threads for all, contenders taking turns; before anything is timed, their
-scores are compared. Ratios are medians over the rounds, each of two times from the same round. A script loads model and
-processor of transformers and goes over the frames, one by one or in batches; its prompt is encoded once. The networks
-have the sizes of CLIP ViT-B/32 and DINOv2-small and random weights, which changes nothing about their speed.
+All contenders run alternately in one process, on the same video and with the same number of threads. Their scores are
+compared before their times are measured. Each ratio is the median over the rounds of the ratio of two times of the same
+round. A script loads a model and a processor of transformers, and iterates over the frames one by one or in batches;
+the prompt is encoded once. The networks have the sizes of CLIP ViT-B/32 and DINOv2-small, and random weights, which do
+not affect the speed.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ _PROMPT = "a portrait of an astronaut who smiles"
 _BATCH = 32
 _ONE_BY_ONE, _BATCHED = "transformers, frame by frame", "transformers, batches of 32"
 _ENGINES, _TORCH = "frostline, engines", "frostline, PyTorch"
-# The least ratio that is asked of the engines against each.
+# The targets: the minimum ratio of the engines to each contender.
 _GOALS = {_ONE_BY_ONE: 1.5, _BATCHED: 1.0, _TORCH: 1.0}
 
 
 class ClipScript:
-    """CLIP as its model card uses it; the score is the mean logit."""
+    """CLIP, used as in its model card; the score is the mean logit."""
 
     def __init__(self, folder: Path) -> None:
         self.model = CLIPModel.from_pretrained(folder).eval()
@@ -74,12 +75,12 @@ class ClipScript:
         return F.normalize(_features(self.model.get_image_features(**inputs)), dim=-1)
 
     def pool(self, features: Tensor) -> float:
-        """The mean logit."""
+        """Return the mean logit of (T, D) features."""
         return float((self.model.logit_scale.exp() * features @ self.text.T).mean())
 
 
 class ConsistencyScript:
-    """DINOv2 as VBench's subject consistency uses it."""
+    """DINOv2, used as in VBench's subject consistency."""
 
     def __init__(self, folder: Path) -> None:
         self.model = Dinov2Model.from_pretrained(folder).eval()
@@ -91,7 +92,7 @@ class ConsistencyScript:
         return F.normalize(self.model(**inputs).last_hidden_state[:, 0], dim=-1)
 
     def pool(self, features: Tensor) -> float:
-        """The mean of the cosines with the first frame and with the one before."""
+        """Return the mean cosine of each frame with the first and with the previous frame; `features` is (T, D)."""
         first, before = features[1:] @ features[0], (features[1:] * features[:-1]).sum(dim=1)
         return float((first.clamp(min=0) + before.clamp(min=0)).mean() / 2)
 
@@ -114,21 +115,21 @@ def run_script(script: Script, video: Path, batch: int) -> float:
 
 
 def pictures_of(video: Path) -> Iterator[Image.Image]:
-    """The frames of a video as PyAV gives them."""
+    """Yield the frames of a video, decoded with PyAV."""
     with av.open(str(video)) as container:
         for frame in container.decode(video=0):
             yield frame.to_image()
 
 
 def run_ours(reward: ScoredReward, settings: ScoreSettings, video: Path) -> float:
-    """`frostline score`, less the command line."""
+    """Return the score of a video, computed as by `frostline score`, without the command line."""
     (row,) = Scorer([reward], settings, _BATCH).score([Pair(0, str(video), "", _PROMPT)])
     assert row.status == "ok", row.error
     return row.scores[reward.label]
 
 
 def write_clip(folder: Path) -> None:
-    """A CLIP of the size of ViT-B/32 with random weights, in the layout of transformers."""
+    """Write a CLIP model of the size of ViT-B/32 with random weights, in the layout of transformers."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     text = {"vocab_size": len(vocabulary), "bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1}
@@ -140,7 +141,7 @@ def write_clip(folder: Path) -> None:
 
 
 def write_dinov2(folder: Path) -> None:
-    """A DINOv2 of the size of dinov2-small with random weights, in the layout of transformers."""
+    """Write a DINOv2 model of the size of dinov2-small with random weights, in the layout of transformers."""
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
     Dinov2Model(config).save_pretrained(folder)
     _write_preparation(folder, "BitImageProcessor", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), shortest=256)
@@ -176,7 +177,7 @@ def main() -> None:
 
 
 def measure(name: str, arguments: argparse.Namespace, video: Path, folder: Path) -> dict[str, Any]:
-    """Compare, then time, all contenders for one reward."""
+    """Compare the scores of all contenders for one reward, then measure their times."""
     write, make_script = _KINDS[name]
     torch.manual_seed(0)
     write(folder)
@@ -210,13 +211,13 @@ def measure(name: str, arguments: argparse.Namespace, video: Path, folder: Path)
 
 
 def ratio_over(samples: Mapping[str, list[float]], against: str, asked: float) -> dict[str, Any]:
-    """How many times as fast the engines are, round by round."""
+    """Return the speedup of the engines over a contender: the median over the rounds, with the target."""
     ratio = statistics.median(theirs / own for theirs, own in zip(samples[against], samples[_ENGINES], strict=True))
     return {"against": against, "ratio": ratio, "asked": asked, "met": ratio >= asked}
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Two tables for each reward."""
+    """Print the frames per second and the ratios of each reward."""
     console = Console()
     console.print(result["what"])
     for name, measured in result["rewards"].items():
@@ -226,7 +227,9 @@ def print_result(result: Mapping[str, Any]) -> None:
         console.print(table)
         for goal in measured["ratios"]:
             colour = "green" if goal["met"] else "red"
-            console.print(f"engines over {goal['against']}: [{colour}]{goal['ratio']:.2f}[/] (asked {goal['asked']:g})")
+            console.print(
+                f"engines over {goal['against']}: [{colour}]{goal['ratio']:.2f}[/] (target {goal['asked']:g})"
+            )
         console.print(measured["backends"])
 
 
@@ -249,7 +252,7 @@ def _write_preparation(folder: Path, processor: str, mean: Any, std: Any, shorte
 
 
 def _features(output: Any) -> Tensor:
-    """Features as transformers 4 returns them, and 5, which puts them into an output."""
+    """Return the features of an output: transformers 4 returns a tensor, transformers 5 an output object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 

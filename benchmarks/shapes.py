@@ -1,4 +1,4 @@
-"""The models that benchmarks run: the embedded tiny one, and Wan2.1's 1.3B shape with random weights."""
+"""Build the models of the benchmarks: the embedded tiny model, and Wan2.1-1.3B's size with random weights."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TINY = "tiny"
 WAN_1_3B = "wan2.1-1.3b"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Wan2.1-T2V-1.3B as its config.json has it, but for what is said beside it.
+# The config.json of Wan2.1-T2V-1.3B, with the differences stated in the comments.
 DENOISER: dict[str, Any] = {
     "dim": 1536,
-    "in_dim": 36,  # the image latents and their mask join the 16 noisy channels, as in image-to-video models
+    "in_dim": 36,  # 16 noisy channels, and the image latents with their mask, as in image-to-video models
     "ffn_dim": 8960,
     "out_dim": 16,
-    "text_dim": 64,  # the tiny text encoder's: the real one has 5.7 billion weights and runs once a prompt
+    "text_dim": 64,  # of the tiny text encoder; the real one has 5.7 billion weights, and runs once per prompt
     "freq_dim": 256,
     "eps": 1e-6,
     "patch_size": (1, 2, 2),
@@ -47,7 +47,10 @@ _PROMPT_TOKENS = 512
 
 
 def build_components(name: str, dtype: torch.dtype, device: torch.device) -> WanComponents:
-    """`tiny`, or `wan2.1-1.3b`: denoiser and VAE of full size with random weights, the text encoder tiny's."""
+    """Return the components of `tiny` or `wan2.1-1.3b`.
+
+    `wan2.1-1.3b` has a denoiser and a VAE of full size with random weights, and the text encoder of `tiny`.
+    """
     components = load_components(TINY, dtype, device)
     if name == TINY:
         return components
@@ -62,9 +65,9 @@ def build_components(name: str, dtype: torch.dtype, device: torch.device) -> Wan
 
 
 def see_faces_everywhere(faces: FaceIdentity) -> FaceIdentity:
-    """Take every frame for a face, after the detector has looked at it as ever.
+    """Treat every frame as having a face. The detector runs as usual.
 
-    What random weights paint has none, and a step without faces is no step: its loss has no gradient.
+    Models with random weights generate no faces, and without a face, the loss has no gradient.
     """
     detect = faces.detect
 
@@ -77,19 +80,19 @@ def see_faces_everywhere(faces: FaceIdentity) -> FaceIdentity:
 
 
 def face_reward(module: WanTrainingModule) -> FaceIdentityReward:
-    """The first reward of a module, which is that of faces."""
+    """Return the first reward of a module, which must be `face_identity`."""
     reward = module.rewards[0].reward
     assert isinstance(reward, FaceIdentityReward)
     return reward
 
 
 def face_stages(shapes: ShapeRange, device: torch.device | str = "cpu") -> list[Stage]:
-    """Those of the reward that there is by default."""
+    """Return the stages of the default reward, `face_identity`."""
     return [stage for active in build_rewards(default_rewards(), device, shapes) for stage in active.stages]
 
 
 def reward_faces_everywhere(module: WanTrainingModule) -> None:
-    """Let a module's reward take every frame for a face; see `see_faces_everywhere`."""
+    """Make the reward of a module treat every frame as having a face; see `see_faces_everywhere`."""
     reward = face_reward(module)
     identity = reward.identity
 
@@ -100,7 +103,7 @@ def reward_faces_everywhere(module: WanTrainingModule) -> None:
 
 
 def clips_of(video: str) -> dict[str, Any]:
-    """Held-out clips of a shape such as 2x9x3x96x96, as a step takes them."""
+    """Return a batch of held-out clips with a shape such as 2x9x3x96x96: prompts, and the video in [0, 1]."""
     count, frames, _, height, width = (int(part) for part in video.split("x"))
     clips = held_out_clips(count, seed=0, num_frames=frames, size=max(height, width))
     return {"prompt": clips.prompts, "video": clips.video[..., :height, :width].contiguous()}
@@ -108,14 +111,14 @@ def clips_of(video: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def spread_lora(module: WanTrainingModule) -> None:
-    """A policy of its own: with the B matrices at zero there is no KL term and half of the gradient."""
+    """Initialize the LoRA randomly: with B matrices of zeros, the KL term and the gradients of A are zero."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.trainable_parameters().values():
         parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 def random_denoiser(dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """1.4 billion weights, made in their own type and place: a copy in fp32 would be 5.7 GB more."""
+    """Return a denoiser with 1.4 billion random weights, created in `dtype` on `device`: fp32 would take 5.7 GB."""
     from diffsynth.models.wan_video_dit import WanModel
 
     torch.manual_seed(0)
@@ -126,7 +129,7 @@ def random_denoiser(dtype: torch.dtype, device: torch.device | str = "cpu") -> A
             model = WanModel(**DENOISER)
     finally:
         torch.set_default_dtype(default)
-    # Where the model is given a device to be made on, its rotary tables stay behind.
+    # The rotary tables must be on the CPU, even if the model is created on another device.
     frames, rows, columns = (table.to("cpu") for table in model.freqs)
     model.freqs = frames, rows, columns
     return model.eval().requires_grad_(False)

@@ -1,11 +1,11 @@
-"""Each stage on each backend against eager PyTorch and torch.compile: speed, build and load time, memory, parity.
+"""Compare the backends of each stage with eager PyTorch and torch.compile: speed, build and load time, memory, parity.
 
     python benchmarks/stages.py --model tiny --backends onnxruntime,aotinductor,openvino
     python benchmarks/stages.py --model wan2.1-1.3b --device cuda --precision bf16 --video 1x17x3x256x256 --shapes ""
 
-Engines are built once, around `--video`, and run at every shape of `--shapes` too. In eager PyTorch, Conv3d runs in
-oneDNN at every batch; `torch, own Conv3d` is the VAE as torch convolves by itself. `bound` is the least time that the
-device could take, by `roofline.py`.
+Engines are built once, for `--video`, and also run at each shape of `--shapes`. In eager PyTorch, Conv3d uses oneDNN at
+every batch size; `torch, own Conv3d` is the VAE with the implementation that torch selects. `bound` is a lower bound on
+the time on this device, from `roofline.py`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Run = Callable[[dict[str, Tensor]], Any]
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print a table and write JSON."""
     start = time.monotonic()
     arguments = _arguments()
     device = torch.device(arguments.device)
@@ -77,7 +77,7 @@ def main() -> None:
     }
     store = EngineStore(arguments.engines_dir)
     for name in names:
-        # A GPU's convolutions in fp32 are the face networks', and fp32 they shall be, as engines compute it.
+        # The face networks use fp32 convolutions. Without this, a GPU would compute them in TF32, unlike the engines.
         with torch.no_grad(), full_fp32():
             stage = staged.stages[name]
             measured = _measure(stage, plain_vae, inputs[name], store, arguments, device)
@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _stage(arguments: argparse.Namespace, video: str, device: torch.device) -> tuple[StagedModel, Any]:
-    """The stages around a shape, and a VAE that convolves as torch does by itself."""
+    """Return the stages for a shape, and a VAE without oneDNN convolutions."""
     components = build_components(arguments.model, DTYPES[arguments.precision], device)
     plain_vae = plain_copy(components)
     shapes = engine_shapes(video, arguments.fixed_shapes, _faces(video))
@@ -116,14 +116,14 @@ def _stage(arguments: argparse.Namespace, video: str, device: torch.device) -> t
 
 
 def _inputs(stage: Stage, video: str, device: torch.device) -> dict[str, Tensor]:
-    """What the stage takes of a video of this shape."""
+    """Return example inputs of the stage for a video of this shape, by name."""
     if stage.name == "face_detector":
         return {"frames": quantize_frames(clips_of(video)["video"].flatten(0, 1)).to(device)}
     return dict(next(iter(stage.cases().values())).inputs)
 
 
 def _faces(video: str) -> int:
-    """One face in every frame."""
+    """Return the number of faces, with one face per frame."""
     batch, frames, *_ = (int(part) for part in video.split("x"))
     return batch * frames
 
@@ -136,7 +136,7 @@ def _measure(
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
-    """All contenders at all shapes of one stage."""
+    """Measure all contenders of one stage at all shapes."""
     runs: dict[str, Run] = {TORCH: stage.torch}
     built: dict[str, dict[str, Any]] = {TORCH: {}}
     if device.type == "cpu" and (own := _own_conv3d(stage, plain_vae)):
@@ -158,7 +158,7 @@ def _measure(
                 outputs = run(tensors)
                 synchronize(device)
                 rows[name] = {"first_call_seconds": time.perf_counter() - first}
-            except Exception as error:  # the compiler's own many types, and shapes that an engine does not serve
+            except Exception as error:  # the compiler raises many types; an engine may not support the shape
                 rows[name] = {"error": _first_line(error)}
                 continue
             rows[name]["relative_error"] = _relative_error(stage.torch(tensors), outputs)
@@ -166,7 +166,7 @@ def _measure(
         samples = interleave(calls, arguments.rounds, device)
         for name, row in summary(samples).items():
             rows[name] |= {**row, "samples_ms": samples[name], "torch_over_this": ratio(samples, TORCH, name)}
-            # Of the memory that engines allocate by themselves on a GPU, torch sees nothing.
+            # torch does not count the memory that engines allocate themselves on a GPU.
             by_itself = name in arguments.backends and get_backend(name).holds_weights
             unseen = device.type == "cuda" and by_itself
             rows[name]["memory_mib"] = None if unseen else peak_growth_mib(calls[name], device)
@@ -205,7 +205,7 @@ def _roofline(stage: Stage, tensors: dict[str, Tensor], ceilings: Mapping[torch.
 
 
 def _compiled(stage: Stage) -> Run:
-    """Every network of the stage in `torch.compile`, put together as an engine's would be."""
+    """Return a function that runs the stage with all of its networks compiled by `torch.compile`."""
     runners = {}
     for network in stage.networks:
         module = torch.compile(network.module)
@@ -219,7 +219,7 @@ def _compiled(stage: Stage) -> Run:
 
 
 def _own_conv3d(stage: Stage, vae: Any) -> Run | None:
-    """The stage as diffsynth has it, convolving as torch does by itself; None for stages without Conv3d."""
+    """Return a function that runs the stage with diffsynth's VAE and torch's Conv3d; None for stages without Conv3d."""
     if stage.name == "vae_encoder":
         return lambda tensors: {"latents": vae.model.encode(tensors["video"], vae.scale)}
     if stage.name == "vae_decoder":
@@ -228,7 +228,7 @@ def _own_conv3d(stage: Stage, vae: Any) -> Run | None:
 
 
 def _relative_error(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float | None:
-    """The largest over all outputs; None where even their shapes differ, as another number of faces would make them."""
+    """Return the largest relative error of the outputs; None if shapes differ, for example by the number of faces."""
     errors = []
     for name, tensor in expected.items():
         if tensor.shape != actual[name].shape:

@@ -1,31 +1,30 @@
-"""A whole training step: the reference's way, eager, torch.compile, frostline uncached and cached, and live part only.
+"""Time a training step: the reference, eager PyTorch, torch.compile, frostline uncached and cached, live part only.
 
     python benchmarks/step.py --model tiny --out benchmarks/results/step-tiny.json
     python benchmarks/step.py --model wan2.1-1.3b --device cuda --precision bf16 --video 1x17x3x256x256 \
         --backends aotinductor
 
-- reference: diffsynth's functions as they are, one sample at a time, faces searched a frame at a time by
-  facenet-pytorch's own MTCNN, every block recomputed in backward, nothing cached.
-- eager: the batch in one go and no block recomputed, all in PyTorch, nothing cached.
-- compile: eager with torch.compile on the denoiser's blocks, and on the face embedder where that is faster; the loop of
-  the VAE over frames with its lists of caches is slower compiled.
-- uncached: frostline with the engines that its plan chooses, no frozen output cached: a sample's first epoch
-  (`epochs.py` times whole epochs, with and without precomputing).
-  `--torch-compile` is its setting `torch_compile`.
-- cached: the same with frozen outputs read from the cache: every later epoch.
-- live_only: every frozen result for free; what is left is the live part, which no engine can take over.
+- reference: unmodified functions of diffsynth, one sample at a time; faces are detected frame by frame with
+  facenet-pytorch's MTCNN; all blocks are recomputed in backward; nothing is cached.
+- eager: the whole batch at once, no recomputation, all in PyTorch; nothing is cached.
+- compile: eager, with torch.compile on the denoiser's blocks, and on the face embedder if that is faster. The VAE
+  is not compiled: its loop over frames with lists of caches is slower when compiled.
+- uncached: frostline with the engines of its plan, without cached frozen outputs, as in the first epoch (`epochs.py`
+  times whole epochs, with and without precomputing). `--torch-compile` sets `torch_compile` of frostline.
+- cached: the same, with frozen outputs read from the cache, as in all later epochs.
+- live_only: all frozen outputs are given, so that only the live part is computed, which engines cannot run.
 - cached_window: cached, with `decode: {num_latent_frames: 1, position: last}`: the frames before the last latent frame
-  are decoded without gradient, and only the last ones are rewarded. It computes another loss, so it is not compared.
+  are decoded without gradient, and only the last ones are rewarded. Its loss is another one, so it is not compared.
 
-At batch 1 torch runs fp32 Conv3d on a path of its own that is several times slower than oneDNN's. The first two are
-shown both ways: as torch does it by itself, and (`_onednn`) with oneDNN at every batch, as in frostline. All contenders
-start from equal weights and noise; their losses and gradients are compared before their times are: in fp32 with fixed
-tolerances, in 16 bits with how far eager moves from itself when its weights do by a unit in the last place. Random
-weights paint no faces: of such a model every frame counts as one, wherever the detector looks. All embed faces
-with frostline's own embedder, so what that gains over plain operations is in no ratio (`live.py` has it).
+At batch size 1, torch's own fp32 Conv3d is several times slower than that of oneDNN. The first two contenders are
+measured with both: torch's selection, and (`_onednn`) oneDNN at every batch size, as in frostline. All contenders start
+from the same weights and noise. Losses and gradients are compared before times are measured: in fp32 with fixed
+tolerances, in 16 bits with the change of eager when its weights change by one ulp. Models with random weights generate
+no faces, so every frame is treated as having a face. All contenders use frostline's face embedder, so its speedup over
+plain operations is not part of any ratio (see `live.py`).
 
-All contenders in PyTorch compute with the weights of one module. `--build-apart` builds engines in processes of their
-own, one after another, so that the memory of tracing and verification is given back before anything is timed.
+All contenders in PyTorch share the weights of one module. `--build-apart` builds the engines in separate processes, one
+after the other, so that the memory of tracing and verification is freed before times are measured.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.train import WanTrainingModule
 from frostline.train.step_settings import TrainingModuleSettings
 
-# Ratios by name: which contender's time over which.
+# Ratios of times by name: (numerator, denominator).
 RATIOS = {
     "reference_over_cached": ("reference", "cached"),
     "reference_over_uncached": ("reference", "uncached"),
@@ -65,13 +64,12 @@ RATIOS = {
     "uncached_over_live_only": ("uncached", "live_only"),
     "cached_over_cached_window": ("cached", "cached_window"),
 }
-# How far apart, in fp32, two losses may be, and how close two gradients' cosine must be. What 16 bits do to them
-# depends on the model and is measured.
+# Tolerance of losses and gradients in fp32. The tolerance in 16 bits depends on the model, and is measured.
 _SAME_FP32 = Tolerance(loss=1e-3, cosine=0.999)
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print a table and write JSON."""
     start = time.monotonic()
     arguments = _arguments()
     device = torch.device(arguments.device)
@@ -80,7 +78,7 @@ def main() -> None:
         name for name in CONTENDERS if name not in left_out and (device.type == "cpu" or not name.endswith(ONEDNN))
     ]
     if arguments.precision == "fp32":
-        # cuDNN's convolutions would round to TF32, 10 bits of mantissa: no two contenders would be equal.
+        # With TF32 (10 bits of mantissa) in cuDNN's convolutions, the results of the contenders would differ too much.
         torch.backends.cudnn.allow_tf32 = False
     if arguments.build_apart:
         _build_apart(arguments.backends)
@@ -88,7 +86,7 @@ def main() -> None:
     batch = clips_of(arguments.video)
     result: dict[str, Any] = {"arguments": _plain(vars(arguments)), "machine": machine(device)}
     wanted = [name for name in module.stages if not arguments.stages or name in arguments.stages.split(",")]
-    stages = [module.stages[name] for name in wanted if name != "vae_decoder"]  # live in training, and in PyTorch
+    stages = [module.stages[name] for name in wanted if name != "vae_decoder"]  # it runs in PyTorch in training
     result["engines"] = build_engines(stages, arguments.backends, EngineStore(arguments.engines_dir))
     if arguments.build_only:
         return
@@ -108,9 +106,9 @@ def main() -> None:
     write_result(arguments.out, result)
     spans: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     steps = {name: contenders.timed_step(name, spans[name]) for name in names}
-    # Each has stepped once already, to be compared.
+    # No warm-up is needed: each contender has already run for the comparison of results.
     samples = interleave(steps, arguments.rounds, device, warm_up=0)
-    # What served, at this shape: known only after the first step.
+    # The backends that were used at this shape; they are only known after the first step.
     result["plan"] = {name: vars(choice) for name, choice in module.runtime.plan.items()}
     Console(width=160).print(str(module.runtime.plan), highlight=False)
     rows = summary(samples)
@@ -133,15 +131,15 @@ def main() -> None:
     write_result(arguments.out, result)
     _print(result)
     if strange := [name for name, check in checks.items() if not check["same"]]:
-        raise SystemExit(f"{', '.join(strange)}: not the same loss or gradient as {base}: these times compare nothing")
+        raise SystemExit(f"{', '.join(strange)}: loss or gradient differ from {base}: the times are not comparable")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", "--shape", choices=(TINY, WAN_1_3B), default=TINY)
     add_engine_arguments(parser)
-    parser.add_argument("--stages", help="export these only, comma-separated; all if not given")
-    parser.add_argument("--build-apart", action="store_true", help="build engines in processes of their own, before")
+    parser.add_argument("--stages", help="comma-separated stages to export; default: all")
+    parser.add_argument("--build-apart", action="store_true", help="first build engines in separate processes")
     parser.add_argument("--build-only", action="store_true", help="build engines and measure nothing")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     add_shape_arguments(parser, "2x9x3x96x96")
@@ -157,19 +155,19 @@ def _arguments() -> argparse.Namespace:
 
 
 def _build_apart(backends: list[str]) -> None:
-    """This very command for each backend, up to the build."""
+    """Run this command in a new process for each backend, with `--build-only`."""
     given = [argument for argument in sys.argv[1:] if argument != "--build-apart"]
     for backend in backends:
         subprocess.run([sys.executable, __file__, *given, "--backends", backend, "--build-only"], check=True)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that JSON knows; of paths, which are this machine's, the last part."""
+    """Return values that JSON supports; of paths only the last part, because the rest depends on the machine."""
     return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _build(arguments: argparse.Namespace, device: torch.device) -> tuple[WanTrainingModule, Any]:
-    """The module, and a VAE that convolves as torch does by itself."""
+    """Return the module, and a copy of its VAE without oneDNN convolutions."""
     settings = TrainingModuleSettings.parse(
         {
             "lora": {"rank": arguments.rank},
@@ -200,7 +198,7 @@ def _print(result: Mapping[str, Any]) -> None:
     console.print(table)
     for name, spread in result["ratio_spread"].items():
         console.print(f"{name}: {spread['median']:.2f} ({spread['quartile_1']:.2f} to {spread['quartile_3']:.2f})")
-    console.print(f"{result['seconds']:.0f} s, {result['peak_memory_gib']:.1f} GiB at most")
+    console.print(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_gib']:.1f} GiB")
 
 
 if __name__ == "__main__":

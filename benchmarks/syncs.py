@@ -1,11 +1,11 @@
-"""Where a step asks a tensor for its values: on a GPU, each such place makes the host wait for all work before it.
+"""Find the places of a step that read values of tensors: on a GPU, the host waits there for all previous work.
 
     python benchmarks/syncs.py --out benchmarks/results/syncs.json
 
-One cached training step, forward and backward, under torch's profiler, on whatever device it runs: the operators that
-bring values to the host, or need them to know how large their result is, counted by the line of frostline that they
-are called from. On a CPU they cost nothing, but they are the same places; only `tolist` leaves no trace there. The
-schedule's figures, in `schedule.py` and `sampling.py`, lie on the host in any case.
+Runs forward and backward of one cached training step in torch's profiler. Counts the operators that copy values to the
+host, or need them to determine the size of their result, by the line of frostline that calls them. On a CPU, these
+operators cost nothing, but the places are the same, except that `tolist` is not recorded. The values of the noise
+schedule are on the host on all devices, so the places in `schedule.py` and `rollout.py` cause no waiting.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from frostline.runtime.engines.store import EngineStore
 from frostline.train import WanTrainingModule
 from frostline.train.step_settings import TrainingModuleSettings
 
-# `item`, `float()` and `if tensor:` end in the first; a result as long as a mask has ones needs the others.
+# `item`, `float()` and `if tensor:` call the first operator; results whose size depends on a mask need the others.
 OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 
 
 def main() -> None:
-    """Trace, print a table, write JSON."""
+    """Trace a step, print a table and write JSON."""
     arguments = _arguments()
     device = torch.device(arguments.device)
     settings = TrainingModuleSettings.parse({"lora": {"rank": 8}, "rewards": [{"type": "face_identity", "upscale": 2}]})
@@ -44,7 +44,7 @@ def main() -> None:
     module.runtime.replan("auto")
     clips = held_out_clips(2, seed=0)
     data = {"prompt": clips.prompts, "video": clips.video}
-    for _ in range(2):  # the first fills the cache, and measures what auto did not know
+    for _ in range(2):  # the first step fills the cache, and measures the latencies that `auto` needs
         module(data)[0].backward()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     config = _ExperimentalConfig(verbose=True)  # stacks are empty without it
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def count_places(events: Iterable[tuple[str, list[str]]]) -> list[tuple[tuple[str, str], int]]:
-    """How often each operator of `OPERATORS` is called from each line, the most frequent first.
+    """Count the calls of each operator of `OPERATORS` by calling line, the most frequent first.
 
     Args:
         events: name and stack, innermost frame first, as `path(line): function`.
@@ -72,8 +72,8 @@ def count_places(events: Iterable[tuple[str, list[str]]]) -> list[tuple[tuple[st
 
 
 def _place(stack: list[str]) -> str:
-    """The innermost frame within frostline, or else the innermost of all."""
-    own = (frame for frame in stack if frame.startswith("frostline/"))  # the profiler cuts what sys.path holds
+    """Return the innermost frame in frostline; without one, the innermost frame."""
+    own = (frame for frame in stack if frame.startswith("frostline/"))  # relative to sys.path
     return next(own, next(iter(stack), "unknown"))
 
 

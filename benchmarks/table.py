@@ -1,7 +1,7 @@
-"""The tables of README and of pages in `docs/`, from the results in `benchmarks/results/`.
+"""Print the tables of README and of pages in `docs/` from the results in `benchmarks/results/`.
 
 python benchmarks/table.py           # print them
-python benchmarks/table.py --write   # and write them into the pages, between their two marks
+python benchmarks/table.py --write   # also write them into the pages, between the two marks
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _TARGETS = {
     "cached_over_live_only": "≤ 1.15",
     "uncached_over_live_only": "≤ 1.4",
 }
-# The targets of a large model that are lower, or not set.
+# The targets of a large model that differ; an empty string is no target.
 _TARGETS_OF_LARGE = {"reference_over_cached": "≥ 2.0", "reference_over_uncached": ""}
 
 
 def main() -> None:
-    """Print the tables; write them into the pages if asked."""
+    """Print the tables; with `--write`, also write them into the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="write them into the pages, too")
+    parser.add_argument("--write", action="store_true", help="also write the tables into the pages")
     arguments = parser.parse_args()
     print(render(arguments.results, TABLES))
     if arguments.write:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def render(results: Path, tables: Tables) -> str:
-    """Return the tables of all results that are there, as Markdown."""
+    """Return the tables of all existing results as Markdown."""
     parts = []
     for name, table in tables.items():
         path = results / f"{name}.json"
@@ -52,26 +52,30 @@ def render(results: Path, tables: Tables) -> str:
 
 
 def with_tables(page: str, tables: str, begin: str = BEGIN) -> str:
-    """The page with `tables` between its marks."""
+    """Return the page with `tables` between its two marks.
+
+    Raises:
+        SystemExit: the page has no marks.
+    """
     before, mark, rest = page.partition(begin)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise SystemExit(f"there is no place for the tables: {begin} and {END} on lines of their own are missing")
+        raise SystemExit(f"the page has no place for the tables: add {begin} and {END}, each on a separate line")
     return f"{before}{begin}\n\n{tables}\n\n{END}{after}"
 
 
 def tables_of(page: str, begin: str = BEGIN) -> str:
-    """What stands between the marks of a page."""
+    """Return the text between the two marks of a page."""
     return page.partition(begin)[2].partition(END)[0].strip()
 
 
 def contender_table(result: Result) -> str:
-    """One training step: the time of every contender."""
+    """Return the table of one training step: the time of each contender."""
     return f"{_contenders(result)}\n\n{_where(result)}"
 
 
 def step_table(result: Result) -> str:
-    """One training step: every contender, and the ratios with their targets."""
+    """Return the tables of one training step: the time of each contender, and the ratios with their targets."""
     arguments = result["arguments"]
     targets = _TARGETS if arguments["model"] == "tiny" else {**_TARGETS, **_TARGETS_OF_LARGE}
     ratio_rows = [
@@ -83,7 +87,7 @@ def step_table(result: Result) -> str:
 
 
 def checkpointing_table(result: Result) -> str:
-    """A cached step under each gradient checkpointing."""
+    """Return the table of a cached step in each gradient checkpointing mode."""
     rows = [
         (name, f"{row['median_ms']:.0f}", f"{result['peak_growth_mib'][name]:.0f}")
         for name, row in result["milliseconds"].items()
@@ -96,7 +100,7 @@ def checkpointing_table(result: Result) -> str:
 
 
 def epochs_table(result: Result) -> str:
-    """Two epochs with frozen outputs computed before, and without."""
+    """Return the table of two epochs, with and without precomputed frozen outputs."""
     rows = [
         (row["what"], f"{row['first_epoch_ms']:.0f}", f"{row['second_epoch_ms']:.0f}", f"{row['seconds']:.1f}")
         for row in result["contenders"].values()
@@ -106,20 +110,20 @@ def epochs_table(result: Result) -> str:
 
 
 def faces_table(result: Result) -> str:
-    """Frames per second of the whole path of scoring."""
+    """Return the table of the frames per second of scoring, from decoding to the score."""
     rows = [(name, f"{fps:.0f}") for name, fps in result["frames_per_second"]["whole path"].items()]
     title = f"Scoring a video: {result['what']}"
     return f"{_markdown((title, 'frames/s'), rows)}\n\n{_where(result)}"
 
 
 def cold_table(result: Result) -> str:
-    """What a user waits for before anything runs."""
+    """Return the table of startup times."""
     rows = [(name, f"{row['median_ms'] / 1000:.2f}") for name, row in result["waits"].items()]
     return f"{_markdown(('From a cold start', 's'), rows)}\n\n{_where(result)}"
 
 
 def scoring_table(result: Result) -> str:
-    """Frames per second of rewards that are not faces, each against scripts with transformers."""
+    """Return the table of the frames per second of vision rewards, compared with scripts that use transformers."""
     rewards = result["rewards"]
     contenders = next(iter(rewards.values()))["frames_per_second"]
     rows = [(name, *(f"{reward['frames_per_second'][name]:.1f}" for reward in rewards.values())) for name in contenders]
@@ -128,7 +132,7 @@ def scoring_table(result: Result) -> str:
 
 
 def window_table(result: Result) -> str:
-    """What a window of the clip costs the decoder, by the number of its latent frames."""
+    """Return the table of the cost of decoding a window of the clip, by the number of its latent frames."""
     windows = result["windows"]
     whole = max(windows, key=int)
     everything = windows[whole]["live_flop"]
@@ -149,7 +153,7 @@ def window_table(result: Result) -> str:
 
 
 def export_table(result: Result) -> str:
-    """What the export of a large denoiser takes."""
+    """Return the table of time and memory of the export of a large denoiser."""
     size = sum(result["artifacts_gb"].values())
     row = (
         f"{result['precision']}, {result['backend']}",

@@ -1,14 +1,14 @@
-"""What settings of the step cost in score, judge and KL: training runs on the tiny model, over seeds.
+"""Measure the effect of step settings on score, judge and KL in training runs on the tiny model, over several seeds.
 
     frostline export tiny
     python benchmarks/trials.py --seeds 0,1,2 --data runs/demo/data
     python benchmarks/trials.py --trials default,base --seeds 0 --steps 20
 
-Each run is the demo's (its data, settings and judge) with one setting changed. Held-out starts are scored before and
-after; a change is paired by frame, and averaged over the starts, then over the seeds (plus or minus their standard
-deviation). Seconds are the median of a step's, and mean something on a quiet machine alone; CPU seconds are those of
-the whole run, its validation included, which is the same for all. A run that is in the file already is not made again,
-so that an interrupted benchmark goes on.
+Each run uses the data, settings and judge of the demo, with one setting changed. Held-out samples are scored before and
+after training. A change is paired by frame, and averaged over the samples, then over the seeds (plus or minus their
+standard deviation). Seconds are the median of the steps; they are only meaningful on an idle machine. CPU seconds are
+those of the whole run with its validation, which is the same for all runs. Runs that are already in the output file are
+skipped, so that an interrupted benchmark can be resumed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TRIALS: Mapping[str, Mapping[str, Any]] = {
     "lv_samples:2": {"backprop": {"strategy": "last", "lv_samples": 2}},
     "window:1": {"decode": {"num_latent_frames": 1}},
     "kl_steps:1": {"backprop": {"kl_steps": "random:1"}},
-    # Latents are reused only where the noise of a sample is fixed.
+    # Latents are only reused if the noise of a sample is fixed.
     "fixed noise": {"noise_seed": 24},
     "base": {"noise_seed": 24, "rollout": {"policy": "base"}},
     "stale:20": {"noise_seed": 24, "rollout": {"policy": "stale:20"}},
@@ -50,7 +50,7 @@ TRIALS: Mapping[str, Mapping[str, Any]] = {
 
 
 def main() -> None:
-    """Train, print a table, write JSON after each run."""
+    """Train, write JSON after each run, and print a table."""
     arguments = _arguments()
     runs: dict[str, Any] = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
@@ -67,12 +67,12 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", default=",".join(TRIALS), help="of these, comma-separated")
+    parser.add_argument("--trials", default=",".join(TRIALS), help="comma-separated trials; default: all")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--starts", type=int, default=20, help="clips that are scored before and after")
     parser.add_argument("--clips", type=int, default=40, help="of training, where they are written")
-    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="written there if missing")
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="datasets; created if missing")
     parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
     parser.add_argument("--out", type=Path, default=RESULTS / "trials.json")
     return parser.parse_args()

@@ -1,10 +1,11 @@
-"""What a window of the clip saves: operations and memory of the VAE decoder by latent frames with gradient.
+"""Count operations and memory of the VAE decoder by the number of latent frames with gradient (the window).
 
     python benchmarks/window.py --model Wan2.2-I2V-A14B --video 1x81x3x480x480 --windows 21,7,1
 
-Counted on tensors without content, so no weights are needed: operations with `torch.utils.flop_counter` (a product and
-a sum are two), bytes by the memory plan. The window is the last one of the clip, for which most frames before it are
-decoded without gradient; of all windows of a clip the average is about half of these. Nothing is recomputed.
+No weights are needed, because the tensors have no data. Operations are counted with `torch.utils.flop_counter` (a
+multiply-add is two), bytes with the memory plan. The window is at the end of the clip, so the number of frames that are
+decoded before it without gradient is the largest; the average over all windows is about half of it. Nothing is
+recomputed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from frostline.train.memory.memory_profile import measure_live_stages, without_d
 
 
 def main() -> None:
-    """Count, print a table, write JSON."""
+    """Count, print a table and write JSON."""
     arguments = _arguments()
     family = family_of(arguments.model)
     model = family.empty_model(family.read_spec(arguments.model), DTYPES[arguments.precision], LoraSettings())
@@ -46,7 +47,7 @@ def main() -> None:
         }
     write_result(arguments.out, {"model": arguments.model, "video": arguments.video, "windows": rows})
     table = Table("latent frames", title=f"VAE decoder of {arguments.model} at {arguments.video}")
-    for column in ("before it, TFLOP", "live, TFLOP", "of all frames", "kept, GB", "at most, GB"):
+    for column in ("before it, TFLOP", "live, TFLOP", "relative to all frames", "kept, GB", "peak, GB"):
         table.add_column(column, justify="right")
     whole = max(row["live_flop"] for row in rows.values())
     for window, row in rows.items():

@@ -11,9 +11,9 @@ _SECTION = re.compile(r"\n(?=(?:Args|Attributes|Returns|Raises|Yields):\n)")
 
 
 class DocstringSections(Extension):
-    """Inserts the blank line that griffe expects before each section."""
+    """Insert the blank line that griffe expects before each section."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        """Change the docstring of an object that was read."""
+        """Insert the blank lines into the docstring of an object."""
         if obj.docstring is not None:
             obj.docstring.value = _SECTION.sub("\n\n", obj.docstring.value)

@@ -1,4 +1,4 @@
-"""Draw the picture of the demo: frames of two held-out clips before and after training, a face score under each.
+"""Draw the picture of the demo: frames of two held-out samples before and after training, with their face scores.
 
 frostline demo                          # writes runs/demo
 python docs/make_demo_picture.py        # writes docs/demo.jpg
@@ -24,9 +24,15 @@ _GREY, _BLACK = "#5f6b76", "#1b2025"
 def main() -> None:
     """Draw the clips of a run's first and last validation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="default: %(default)s")
-    parser.add_argument("--clips", type=int, nargs="+", default=[0, 8], help="held-out clips (default: %(default)s)")
-    parser.add_argument("--frames", type=int, nargs="+", default=[0, 4, 5, 6, 7, 8], help="default: %(default)s")
+    parser.add_argument(
+        "run", type=Path, nargs="?", default=Path("runs/demo"), help="folder of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clips", type=int, nargs="+", default=[0, 8], help="indices of held-out samples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[0, 4, 5, 6, 7, 8], help="indices of frames (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo.jpg", help="default: %(default)s")
     arguments = parser.parse_args()
     validation = read_lines(arguments.run / VALIDATION)
@@ -41,7 +47,7 @@ def main() -> None:
 
 
 def _sample(run: Path, validation: list[dict[str, Any]], clip: int, frames: list[int]) -> Image.Image:
-    """Three rows: the true clip, and what was generated from its first frame before and after training."""
+    """Draw three rows: the true clip, and the clips generated from its first frame before and after training."""
     rows: list[tuple[str, str, list[float] | None]] = [("true clip", "truth", None)]
     for name, line in (("before", validation[0]), ("after", validation[-1])):
         rows.append((name, f"step-{line['step']:06d}", line["frames"]["face_score"][clip]))

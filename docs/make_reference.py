@@ -1,4 +1,4 @@
-"""The configuration reference, from the settings classes.
+"""Generate the configuration reference from the settings classes.
 
 python docs/make_reference.py           # print it
 python docs/make_reference.py --write   # write docs/configuration.md
@@ -105,7 +105,7 @@ def _section(name: str, settings: type[Settings], level: int) -> str:
 def _rewards(common: Sequence[str]) -> Iterator[str]:
     for name in builtin_names():
         config = entry_class(name)
-        # Of the settings that all rewards have, those with another default.
+        # The fields of this reward, and those common fields that have a different default.
         fields = [
             field
             for field, info in config.model_fields.items()

@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: files of the repository outside `docs/` that pages link to become part of the site.
+"""Define hooks of mkdocs that add files outside `docs/` to the site if pages link to them.
 
-A page links to them as the repository has them (`../ARCHITECTURE.md`, `../benchmarks/results/step.json`), so that links
-also work where the repository is browsed. `ARCHITECTURE.md` becomes a page; other files are copied as they are.
+Links are relative to the page (`../ARCHITECTURE.md`, `../benchmarks/results/step.json`), so that they also work in the
+repository. `ARCHITECTURE.md` becomes a page; other files are copied unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Rewrite links that lead out of `docs/`, or from a page outside into it, to places in the site."""
+    """Rewrite links between pages in `docs/` and files outside it to locations in the site."""
     folder = posixpath.dirname(page.file.src_uri)
 
     def rewritten(match: re.Match[str]) -> str:
@@ -43,7 +43,7 @@ def _outside(page: File) -> list[str]:
 
 
 def _in_site(page: str, link: str) -> str | None:
-    """Return the place in the site of a linked file, or None if the link needs no rewriting."""
+    """Return the location of a linked file in the site; None if the link needs no rewriting."""
     source = page if page in PAGES else f"docs/{page}"
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
     if page in PAGES:

@@ -60,7 +60,7 @@ def test_help_lists_every_command_with_its_help_line() -> None:
         ("plan", "Show the available backends of each stage"),
         ("cache", "Precompute the outputs of the frozen stages"),
         ("train", "Train a reward LoRA"),
-        ("adapter", "Convert a LoRA adapter for other programs, or merge it."),
+        ("adapter", "Convert a LoRA adapter for other programs, or merge it into the model."),
     ):
         assert any(name in row and line in row for row in shown.splitlines()), name
 

@@ -22,7 +22,7 @@ def outcome(validation: Lines, measures: Measures) -> str:
         return ""
     name = measures.rewards[0]
     first, last = number_of(validation[0], name), number_of(validation[-1], name)
-    words = f" {label(name)} of the held-out starts: {fixed(first, 3)} at step {validation[0]['step']}, "
+    words = f" {label(name)} of the held-out samples: {fixed(first, 3)} at step {validation[0]['step']}, "
     words += f"{fixed(last, 3)} now"
     change = change_of(validation, name)
     if change is None or not change.gain.starts:
@@ -37,8 +37,8 @@ def tiles(validation: Lines, measures: Measures) -> list[Tile]:
         change = change_of(validation, name)
         found.append(_tile(validation, name, change, measures))
         if name == next(iter(measures.rewards), "") and change is not None and change.gain.starts:
-            up, note = change.gain.starts_up, "Held-out starts, not used in training, that score higher than before it."
-            found.append(Tile("Starts that improved", str(up), f"of {change.gain.starts}", note=note))
+            up, note = change.gain.starts_up, "Held-out samples, not used in training, whose score has increased."
+            found.append(Tile("Samples that improved", str(up), f"of {change.gain.starts}", note=note))
     return found
 
 
@@ -63,10 +63,10 @@ def _tile(validation: Lines, name: str, change: Change | None, measures: Measure
 
 def show_held_out(page: Page, run: Path, validation: Lines, measures: Measures) -> None:
     """Add the samples, and the changes of all measures, to the page."""
-    page.heading("Held-out starts")
+    page.heading("Held-out samples")
     page.paragraph(
         "Each clip is generated from a first frame that was not used in training, and a prompt, with the same noise in "
-        "all validations. The start with the worst change comes first, then the one with the best, and so on. The "
+        "all validations. The sample with the worst change comes first, then the one with the best, and so on. The "
         "numbers are frame numbers and the scores of the frames."
     )
     show_samples(page, run, validation, measures)
@@ -82,11 +82,11 @@ def _curves(validation: Lines, measures: Measures) -> list[Figure]:
         if len(validation) == 2 and len(first) == len(last):
             plot = paired_plot(first, last, labels=(f"step {steps[0]:.0f}", f"step {steps[-1]:.0f}"), ylabel=title)
             caption = (
-                "Each line is the value of one start's clip. The short bars are the means; a dashed line is a start "
-                "whose value fell."
+                "Each line is the value of one sample. The short bars are the means; a dashed line is a sample whose "
+                "value fell."
             )
         else:
             values = [number_of(line, name) for line in validation]
             plot, caption = line_plot({title: values}, x=steps, xlabel="training step", ylabel=title), ""
-        figures.append(Figure.svg(plot, alt=f"{title} of the held-out starts", title=title, caption=caption))
+        figures.append(Figure.svg(plot, alt=f"{title} of the held-out samples", title=title, caption=caption))
     return figures

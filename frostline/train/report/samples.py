@@ -94,7 +94,7 @@ def _order(count: int, differences: Sequence[float]) -> list[tuple[int, str]]:
 
 
 def _comparison(sample: _Sample, validation: Lines, measures: Measures, name: str) -> Comparison:
-    note = " · ".join(filter(None, (f"start {sample.number}", sample.note)))
+    note = " · ".join(filter(None, (f"sample {sample.number}", sample.note)))
     shown = [*measures.rewards, *measures.judges, *(each for each in measures.others if each == PSNR)]
     scores = [_score_change(validation, each, sample.number, each != PSNR) for each in shown]
     values = {each: _start(line, name, sample.number) for each, line in sample.steps.items()}
@@ -142,7 +142,7 @@ def _show_table(page: Page, validation: Lines, measures: Measures, prompts: Sequ
     count = max((len(values) for values in last.values()), default=0)
     if not count:
         return
-    columns = [Column("Start", "right"), *([Column("Prompt")] if prompts else [])]
+    columns = [Column("Sample", "right"), *([Column("Prompt")] if prompts else [])]
     for name in compared:
         columns += [Column(label(name), "right"), Column("Change", "right")]
     columns += [Column(label(name), "right") for name in others]
@@ -158,7 +158,7 @@ def _show_table(page: Page, validation: Lines, measures: Measures, prompts: Sequ
         values = {name: _start(validation[-1], name, number) for name in others}
         cells += [Cell(fixed(value, 2 if name == PSNR else 3), value) for name, value in values.items()]
         rows.append(cells)
-    page.subheading("All starts")
+    page.subheading("All samples")
     page.table(columns, rows, caption=_CAPTION)
 
 

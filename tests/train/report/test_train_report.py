@@ -118,7 +118,7 @@ def write_run(
     timing: dict[str, Any] | None = None,
     clips: bool = False,
 ) -> None:
-    """The files of a run, its clips of 20 starts those of a colour."""
+    """The files of a run, its clips of 20 samples those of a colour."""
     run.mkdir(exist_ok=True)
     for name, lines in (("metrics", metrics), ("validation", validation)):
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -144,10 +144,10 @@ def page(run: Path) -> str:
 
 EXPECTED = (
     "40 steps, 1 of them skipped because the loss or its gradient was not finite.",
-    "Face score of the held-out starts: 0.579 at step 0, 0.664 now; it went up in 19 of 20.",
+    "Face score of the held-out samples: 0.579 at step 0, 0.664 now; it went up in 19 of 20.",
     "Gains agree: face_score rises (+0.0435 ± 0.0065, 20 starts) and judge_face_dlib rises (+0.0200 ± 0.00092",
     "Face score 0.579 → 0.664 +0.085 The mean cosine of faces.",
-    "Starts that improved 19 of 20",
+    "Samples that improved 19 of 20",
     "Judge: face dlib 0.700 → 0.720 +0.020 Not used in training. Another embedder. "
     "Of the 40 frames that were scored both times: +0.0200; of all, with 0 where there was no score: +0.213.",
     "Detection rate 0.983 → 1.000 +0.017",
@@ -169,9 +169,9 @@ EXPECTED = (
     f"vae_decoder_live live onnxruntime 40 of 40 40 0 200 2.0 {TIMES} 10⁻⁵ carries gradient",
     f"vae_decoder_live live torch 40 of 40 40 0 110 {DASH} carries gradient",
     f"text_encoder frozen {DASH} 0 of 40 {DASH} {DASH} {DASH} {DASH} not called",
-    "a person 19 nods start 19 · the largest loss",
+    "a person 19 nods sample 19 · the largest loss",
     f"Face score 0.607 → 0.604 {MINUS}0.003",
-    "a person 0 nods start 0 · the largest gain",
+    "a person 0 nods sample 0 · the largest gain",
     "Face score 0.550 → 0.640 +0.090",
     "baseline 0.540",
     "The first step after each start, which loads engines, is left out: 70.0, 0.4 s.",
@@ -200,7 +200,7 @@ def test_every_number_is_on_the_page(tmp_path: Path) -> None:
     text = visible(html)
     for words in EXPECTED:
         assert words in text
-    # Six starts of twenty, each before, now and as it was.
+    # Six samples of twenty, each before, now and as it was.
     assert html.count("<video ") == 18 and html.count("<article ") == 6
     assert "controls" not in re.findall(r"<video [^>]{0,200}", html)[0]
     assert (tmp_path / "contact_sheet.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -221,7 +221,7 @@ def test_what_did_not_run_is_not_said_to_have_run(tmp_path: Path) -> None:
 
 def test_the_worst_and_the_best_change_come_first(tmp_path: Path) -> None:
     write_run(tmp_path, example_metrics(), example_validation(), clips=True)
-    shown = re.findall(r"a person \d+ nods start (\d+)", visible(page(tmp_path)))
+    shown = re.findall(r"a person \d+ nods sample (\d+)", visible(page(tmp_path)))
     assert shown == ["19", "0", "18", "1", "17", "2"]
 
 
@@ -238,10 +238,10 @@ def test_each_frame_has_its_number_and_score(tmp_path: Path) -> None:
 
 def test_all_starts_are_in_a_table_that_sorts(tmp_path: Path) -> None:
     write_run(tmp_path, example_metrics(), example_validation(), clips=True)
-    table = page(tmp_path).partition("All starts")[2].partition("</table>")[0]
+    table = page(tmp_path).partition("All samples")[2].partition("</table>")[0]
     assert 'class="sortable"' in table
     headings = re.findall(r"<th [^>]*><button[^>]*>([^<]*)", table)
-    assert headings == ["Start", "Prompt", "Face score", "Change", "Judge: face dlib", "Change", "PSNR to truth, dB"]
+    assert headings == ["Sample", "Prompt", "Face score", "Change", "Judge: face dlib", "Change", "PSNR to truth, dB"]
     rows = [re.findall(r"<td [^>]*>([^<]*)", row) for row in table.split("<tr>")[2:]]
     assert [row[0] for row in rows] == [str(start) for start in range(20)]
     assert rows[0] == ["0", "a person 0 nods", "0.640", "+0.090", "0.724", "+0.024", "21.31"]

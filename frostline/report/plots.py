@@ -63,19 +63,8 @@ def line_plot(
     """Draw one line per series over `x` (default 0, 1, 2, …), labelled at its end; `rules` are dashed horizontal lines.
 
     Args:
-        series: the y values by name of the line.
-        x: the x values of all lines.
-        xlabel: the label of the x axis.
-        ylabel: the label of the y axis.
         smooth: the window of the moving average in points; the original line is drawn pale behind it.
         percent: show fractions of 1 as percentages.
-        y_range: the ends of the y axis.
-        size: width and height in CSS pixels.
-        rules: the y values of the dashed lines, by label.
-    Returns:
-        The plot as SVG markup.
-    Raises:
-        ValueError: a series and `x` differ in length.
     """
     with figure_of(size) as (figure, axes):
         ends: list[tuple[float, float, str, str]] = []
@@ -120,9 +109,6 @@ def paired_plot(
     """Draw one line for each pair from the value before to the value after; lines that fall are dashed.
 
     The means are marked, and written below the axis. Pairs with a missing value are skipped.
-
-    Raises:
-        ValueError: `before` and `after` differ in length.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")

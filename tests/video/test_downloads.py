@@ -67,7 +67,7 @@ def test_a_video_by_url_is_decoded_and_its_copy_deleted(url: str) -> None:
     assert all(isinstance(end, End) for end in ends) and [end.key for end in ends] == [0, 1, 2]
     # The URL is named, and not the copy.
     assert ends[0].error == "" and ends[1].error.startswith(f"{url}/text.mp4: ")
-    assert "says 404" in ends[2].error and ends[2].error.startswith(f"{url}/missing.mp4: ")
+    assert "returned 404" in ends[2].error and ends[2].error.startswith(f"{url}/missing.mp4: ")
     with local_copy(f"{url}/clip.mp4", DownloadLimits()) as copy:
         assert Path(copy).read_bytes() == Handler.files["/clip.mp4"]
     assert not Path(copy).exists()

@@ -233,7 +233,7 @@ class Container:
 def reason_of(error: Exception) -> str:
     """Return the cause in words, without FFmpeg's error number and the placeholder name of the file object."""
     if isinstance(error, av.error.EOFError):
-        return "the file ends before the first frame"
+        return "no frames were read before the end of the file"
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -72,7 +72,7 @@ def test_files_that_are_no_pairs_are_refused(text: str, tmp_path: Path) -> None:
     [
         ((), "nothing to score"),
         (("a.mp4",), "--reference is missing"),
-        (("a.mp4", "--pairs", "p.csv"), "not both"),
+        (("a.mp4", "--pairs", "p.csv"), "videos and --pairs exclude each other"),
         (("--pairs", "absent.csv"), "no such file of pairs"),
         (("a.mp4", "--reference", "f.png", "--detector", "retina"), "unknown face detector 'retina'"),
         (("a.mp4", "--reference", "f.png", "--embedder", "resnet"), "unknown face embedder 'resnet'"),

@@ -290,6 +290,7 @@ def take_turns(runs: Mapping[str, Run], rounds: int, section: str) -> dict[str, 
 def goal_result(
     samples: Mapping[str, Mapping[str, list[float]]], who: str, against: str, section: str, least: float
 ) -> dict[str, Any]:
+    """Return the median ratio of the times of `against` and `who`, and whether it reaches the target `least`."""
     pairs = zip(samples[section][against], samples[section][who], strict=True)
     ratio = statistics.median(theirs / own for theirs, own in pairs)
     return {"section": section, "who": who, "against": against, "ratio": ratio, "asked": least, "met": ratio >= least}
@@ -310,6 +311,7 @@ def opencv_frames(path: Path) -> Any:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
+    """Print the frames per second, the ratios with their targets, and the backends."""
     console = Console()
     console.print(result["what"])
     table = Table("", "", "frames/s")

@@ -60,6 +60,7 @@ def main() -> None:
 
 
 def write_pairs(file: Path, rows: int) -> Path:
+    """Write a file with `rows` pairs of the same clip, as Parquet or CSV; return its path."""
     videos = ["clip.mp4"] * rows
     if file.suffix == ".parquet":
         pq.write_table(pa.table({"video": videos}), file)

@@ -90,10 +90,12 @@ def with_ray(pairs: Path, processes: int) -> list[str]:
 
 
 def out_of(pairs: Path, way: str) -> str:
+    """Return the path of the results file of a workload and command."""
     return str(pairs.with_name(f"{pairs.stem}-{way}.jsonl"))
 
 
 def timed(command: list[str]) -> float:
+    """Run a command of Python with one thread; return its duration in seconds."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -58,7 +58,7 @@ def main() -> None:
     table = Table("operator", "from", "times in a step")
     for (name, place), count in places:
         table.add_row(name, place, str(count))
-    Console(width=140).print(table, f"{sum(count for _, count in places)} in all")
+    Console(width=140).print(table, f"{sum(count for _, count in places)} in total")
 
 
 def count_places(events: Iterable[tuple[str, list[str]]]) -> list[tuple[tuple[str, str], int]]:

@@ -25,7 +25,7 @@ _TARGETS = {
     "cached_over_live_only": "≤ 1.15",
     "uncached_over_live_only": "≤ 1.4",
 }
-# The targets of a large model that differ; an empty string is no target.
+# The targets of a large model that differ; an empty string means no target.
 _TARGETS_OF_LARGE = {"reference_over_cached": "≥ 2.0", "reference_over_uncached": ""}
 
 

@@ -67,7 +67,7 @@ def verify(
     from frostline.runtime.engines.store import EngineStore
 
     if not engines_dir.is_dir():
-        raise ConfigError(f"{engines_dir}: no such engine folder")
+        raise ConfigError(f"{engines_dir}: no such folder of engines: set --engines-dir")
     store, console = EngineStore(engines_dir), Terminal(quiet=as_json)
     problems: dict[str, str | None] = {}
     for record in store.find() if key is None else [store.by_key(key)]:

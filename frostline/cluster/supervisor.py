@@ -28,11 +28,11 @@ class RunState:
         return self._asked
 
     def begin(self) -> None:
-        """Record that the output directory belongs to this run."""
+        """Record that the output folder belongs to this run."""
         self._begun = True
 
     def has_begun(self) -> bool:
-        """Return whether the output directory belongs to this run; restarted workers then resume from it."""
+        """Return whether the output folder belongs to this run; restarted workers then resume from it."""
         return self._begun
 
     def fail(self, error: FrostlineError) -> None:

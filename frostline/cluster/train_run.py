@@ -24,7 +24,7 @@ from frostline.train.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
-# The subfolder of the output directory for Ray's state of the run. It contains no checkpoints: frostline writes those.
+# The subfolder of the output folder for Ray's state of the run. It contains no checkpoints: frostline writes those.
 STATE = "ray"
 
 

@@ -60,7 +60,7 @@ def work(config: Mapping[str, Any]) -> TrainOutcome | None:
 
 
 def _as_launched(settings: RunSettings) -> None:
-    """Set the environment variables that `accelerate launch` sets."""
+    """Set the environment variables that `accelerate launch` would set for these settings."""
     if settings.memory.sharding == "fsdp":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     if not ray.get_gpu_ids():

@@ -62,6 +62,7 @@ def time_steps(module: TrainingModule, batch: Mapping[str, Any], rounds: int) ->
 
 @contextmanager
 def _playing(module: TrainingModule, contender: str) -> Iterator[None]:
+    """Configure the cache and the backends of the module for a contender within the block."""
     cache = module.conditioner.cache
     if contender != "cached":
         module.conditioner.cache = None

@@ -217,6 +217,7 @@ def _scored(pairs: Sequence[Pair], scorer: Scorer, progress: Progress, clock: _C
 
 
 def _watch(times: Mapping[ScoredReward, StageTimes], clock: _Clock, bar: Bar) -> Callable[[int], None]:
+    """Return a callback that adds new frames and the stage times to `clock`, and shows the throughput on `bar`."""
     owners = Counter(name for reward in times for name in reward.active.stage_names)
 
     def on_frames(frames: int) -> None:

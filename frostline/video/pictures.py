@@ -149,6 +149,7 @@ class Picture:
 
 @contextmanager
 def _told_as_damage(path: Path, kind: PictureFormat) -> Iterator[None]:
+    """Convert all errors of Pillow within the block to a DataError that names the file."""
     try:
         yield
     except DataError:

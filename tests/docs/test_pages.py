@@ -114,6 +114,11 @@ PHRASES = {
     r"\bby official name\b": "by name in Wan's format",
     r"\blies (below|beside|outside|behind)\b": "is",
     r"\b(one|once) a (row|line|step|frame|process|device|layer|reward|stage|cell)\b": "per",
+    r"\bcompares? nothing\b": "is not comparable",
+    r"\bgiven back\b": "freed, returned",
+    r"\bconvolves?\b": "uses the Conv3d of",
+    r"\btak(e|es|en|ing) every \w+ for\b": "treat as",
+    r"\bdrops? out\b": "is skipped",
 }
 
 

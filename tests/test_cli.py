@@ -180,7 +180,7 @@ def test_export_then_inspect_verify_tamper_and_remove(tmp_path: Path) -> None:
     assert (manifest["stage"], manifest["verified"]) == ("text_encoder", True)
     assert all(measured["passed"] for measured in manifest["parity"])
     assert runner.invoke(app, ["engines", "verify", *store]).exit_code == 0
-    with pytest.raises(ConfigError, match="nosuch: no such engine folder"):
+    with pytest.raises(ConfigError, match="nosuch: no such folder of engines"):
         runner.invoke(app, ["engines", "verify", "--engines-dir", "nosuch"], catch_exceptions=False)
     listed = json.loads(runner.invoke(app, ["engines", "list", *store, "--json"]).stdout)["engines"]
     assert [(each["key"], each["stage"], each["verified"], each["problem"]) for each in listed] == [

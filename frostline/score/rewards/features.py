@@ -192,7 +192,7 @@ class StreamedSelection:
     """A selection of frames (`rewards/frame_selection.py`) among all frames of a video whose length is not yet known.
 
     No start frame is left out: `first` is frame 0, and `every:N` are the frames 0, N, …. `random:N` selects N evenly
-    spaced frames, so that scores are reproducible. `last` and `random:N` are selected after the last frame, from the
+    spaced frames, so that results are comparable. `last` and `random:N` are selected after the last frame, from the
     features of all frames.
     """
 

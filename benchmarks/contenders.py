@@ -28,15 +28,15 @@ from frostline.train.step_settings import DecodeSettings
 # With this suffix, Conv3d uses oneDNN at every batch size on a CPU; without it, torch selects the implementation.
 ONEDNN = "_onednn"
 CONTENDERS: Mapping[str, str] = {
-    "reference": "the reference's way, torch's own Conv3d",
-    "reference_onednn": "the reference's way, Conv3d in oneDNN",
+    "reference": "reference implementation, torch's own Conv3d",
+    "reference_onednn": "reference implementation, Conv3d in oneDNN",
     "eager": "eager PyTorch, batched, torch's own Conv3d",
     "eager_onednn": "eager PyTorch, batched, Conv3d in oneDNN",
-    "compile": "the same with torch.compile",
+    "compile": "eager PyTorch, batched, Conv3d in oneDNN, torch.compile",
     "uncached": "frostline, uncached",
     "cached": "frostline, cached",
     "live_only": "live part only",
-    "cached_window": "frostline, cached, the last latent frame decoded alone",
+    "cached_window": "frostline, cached, gradient through the last latent frame only",
 }
 # Contenders whose loss is defined differently, so that it is not compared.
 OTHER_LOSS = ("cached_window",)

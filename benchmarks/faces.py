@@ -199,7 +199,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     samples = {section: take_turns(runs, arguments.rounds, section) for section, runs in sections.items()}
     return {
         "command": " ".join(["python", "benchmarks/faces.py", *sys.argv[1:]]),
-        "what": f"{arguments.frames} frames of {arguments.size} px a side, one face each, {arguments.threads} threads",
+        "what": f"{arguments.frames} square frames of {arguments.size} px with one face, {arguments.threads} threads",
         "checks": checks,
         "frames_per_second": {
             section: {name: arguments.frames / statistics.median(times) for name, times in runs.items()}

@@ -49,9 +49,9 @@ class Point:
 
 # The varied parameters: name on the axis, and values.
 AXES: Mapping[str, tuple[str, tuple[int, ...]]] = {
-    "frames": ("frames of a clip", (5, 9, 17)),
-    "pixels": ("pixels a side", (64, 96, 128)),
-    "batch": ("samples in a batch", (1, 2, 4)),
+    "frames": ("frames per clip", (5, 9, 17)),
+    "pixels": ("height and width in pixels", (64, 96, 128)),
+    "batch": ("batch size", (1, 2, 4)),
     "rank": ("LoRA rank", (4, 32, 128)),
     "tail": ("steps of the tail", (1, 4, 8)),
 }
@@ -170,12 +170,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             place.grid(alpha=0.3)
             place.set_xlabel(AXES[axis][0])
             if column == 0:
-                place.set_ylabel(f"{'time of a step' if row == 0 else 'memory that a step adds'}, {unit}")
+                place.set_ylabel(f"{'time per step' if row == 0 else 'peak memory growth'}, {unit}")
     grid[0][0].legend()
     base = result["base"]
     figure.suptitle(
-        f"tiny: one figure varied, the others at {base['batch']} clip of {base['frames']} frames, "
-        f"{base['pixels']} pixels a side, rank {base['rank']}, {base['tail']} steps in the tail"
+        f"tiny: one parameter varied; the others: batch size {base['batch']}, {base['frames']} frames, "
+        f"{base['pixels']} pixels, rank {base['rank']}, {base['tail']} tail steps"
     )
     figure.savefig(path, dpi=100)
 

@@ -167,7 +167,7 @@ def main() -> None:
         measured = {name: measure(name, arguments, video, Path(folder) / name) for name in arguments.rewards.split(",")}
     result = {
         "command": " ".join(["python", "benchmarks/scoring.py", *sys.argv[1:]]),
-        "what": f"{arguments.frames} frames of {arguments.size} px a side, {arguments.threads} threads",
+        "what": f"{arguments.frames} square frames of {arguments.size} px, {arguments.threads} threads",
         "rewards": measured,
         "machine": {**machine(torch.device("cpu")), "load_before": load_before, "load_after": os.getloadavg()},
     }

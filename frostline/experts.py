@@ -3,5 +3,5 @@
 from typing import Literal, TypeAlias
 
 ExpertName: TypeAlias = Literal["low", "high"]
-"""Named by noise level."""
+"""A denoiser, named by its noise level."""
 Experts: TypeAlias = Literal["low", "high", "both"]

@@ -1,4 +1,4 @@
-"""Checks of untrusted paths and URLs: they must stay inside their folder, and paths must name regular files."""
+"""Check untrusted paths and URLs: they must stay inside their folder, and paths must name regular files."""
 
 import os
 import posixpath

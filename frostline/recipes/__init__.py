@@ -16,12 +16,12 @@ def recipe_names() -> list[str]:
 
 
 def export_recipe(name: str) -> Path | None:
-    """Return the path of the export recipe of a model, None where there is none."""
+    """Return the path of the export recipe of a model; None if there is none."""
     return _named("export", name)
 
 
 def training_config(name: str) -> Path | None:
-    """Return the path of the training configuration of a model, None where there is none."""
+    """Return the path of the training configuration of a model; None if there is none."""
     return _named("train", name)
 
 
@@ -40,7 +40,7 @@ def copy_recipes(name: str, folder: Path) -> list[Path]:
         raise ConfigError(f"unknown recipe {name!r}: use one of {', '.join(recipe_names())}")
     for target in copies:
         if target.exists():
-            raise ConfigError(f"{target} exists already: rename it, or name another folder")
+            raise ConfigError(f"{target} exists already: rename it, or choose another folder")
         check_writable(target)
     for target, source in copies.items():
         with atomic_write(target) as part:

@@ -104,7 +104,7 @@ class ActiveReward:
         return tuple(stage.name for stage in self.stages)
 
     def references(self, sample: RewardInputs, runtime: Runtime) -> Mapping[str, Tensor]:
-        """Compute what the reward keeps of the reference videos."""
+        """Compute the data that the reward stores for the references of `sample`, tensors of B rows."""
         return self.reward.references(sample, RewardStages(runtime, self.stage_names))
 
     def score(

@@ -158,7 +158,7 @@ def _check_names(section: str, made: Sequence[tuple[Reward, RewardConfig]]) -> N
         names, advice = [label_of(reward, config) for reward, config in made], "remove one"
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{section}: two have the name {name!r}: {advice}")
+            raise ConfigError(f"{section}: two entries have the name {name!r}: {advice}")
 
 
 def _references_key(reward: Reward, config: RewardConfig, stages: Sequence[Stage]) -> str:

@@ -121,7 +121,7 @@ class RewardConfig(RewardEntry):
         return tuple(dict.fromkeys(use.stage for use in self.step_uses()))
 
     def build(self) -> Reward:
-        """Create the reward; imports that take long are made here. Only for built-in rewards.
+        """Create a built-in reward. Imports that take long belong here, because settings are read without them.
 
         Raises:
             ConfigError: a requirement, such as a file of weights, is missing.

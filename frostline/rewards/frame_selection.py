@@ -30,7 +30,7 @@ def select_frames(frames: Tensor, selection: str) -> Tensor:
     Args:
         frames: (B, T, 3, H, W). Frame 0 is given to the generated video, so frames 1…T-1 are selected from: `first` is
             frame 1, `last` frame T-1, `every:N` frames 1, 1 + N, ….
-        selection: see `check_selection`. `random:N` selects other frames in each call, with torch's CPU generator.
+        selection: see `check_selection`. `random:N` selects different frames in each call, with torch's CPU generator.
             Without gradients, as in validation, the N frames are evenly spaced instead, so that results are comparable.
     """
     import torch

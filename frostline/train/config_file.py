@@ -77,7 +77,7 @@ def _lines(settings: BaseModel, depth: int) -> Iterator[str]:
 
 
 def _flow(value: Any) -> str:
-    """Return JSON, which is valid YAML, except that YAML 1.1 reads `1e-08` as text."""
+    """Format a value as JSON, which is valid YAML; write `1e-08` as `1.0e-08`, because YAML 1.1 reads it as text."""
     if isinstance(value, float):
         mantissa, e, exponent = repr(value).partition("e")
         return repr(value) if not e or "." in mantissa else f"{mantissa}.0e{exponent}"
@@ -122,7 +122,7 @@ def _apply(values: dict[str, Any], override: str, settings: type[Settings]) -> N
         elif isinstance(place, list):
             place = place[_index(place, parent, where)]
         else:
-            raise ConfigError(f"{where}: {parent} is not in a section")
+            raise ConfigError(f"{where}: the setting before {parent} is not a section")
     if isinstance(place, dict):
         place[last] = value
     elif isinstance(place, list):

@@ -90,7 +90,7 @@ def _noted(found: list[str], where: str = "") -> Iterator[None]:
 
 
 def _planner(settings: RunSettings, there: bool, data: Mapping[str, _Looked]) -> RunPlanner:
-    """Plan for the memory in the settings, or for this machine's if it has the model."""
+    """Return a planner for the device memory in the settings or, if the model's files exist here, of this machine."""
     on_cpu, device_bytes = settings.device == "cpu", None
     if settings.memory.device_gb is not None:
         device_bytes = int(settings.memory.device_gb * 1e9)
@@ -134,7 +134,7 @@ def _look_at_precomputing(
 
 
 def _look_at_memory(settings: RunSettings, planner: RunPlanner, console: Console) -> list[str]:
-    """Print the memory of a step and problems with it; if it is too large, print settings that make the run fit."""
+    """Print the memory of a step and, if it is too large, settings that make the run fit; return the problems left."""
     shape, plan = planner.shape(settings), planner.plan(settings)
     console.print(f"memory of a step of {shape}:", highlight=False)
     console.print(memory_table(plan))
@@ -162,7 +162,7 @@ class _Looked:
 
     Attributes:
         wrong: one line for each invalid row.
-        readable: the other rows, if there are any.
+        readable: the valid rows as a dataset; None if there are none.
         sizes: heights and widths of their videos.
     """
 

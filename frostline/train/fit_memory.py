@@ -1,6 +1,7 @@
-"""`memory.fit: auto`: change the settings of a run that does not fit the memory of its devices, and log the changes.
+"""Apply `memory.fit: auto` and `offload.blocks: auto` to the settings of a run, and log the changes.
 
-`offload.blocks: auto` becomes the number of blocks whose weights are kept in main memory.
+With `memory.fit: auto`, settings are changed if the run does not fit in the memory of its devices. `offload.blocks:
+auto` is replaced by the number of blocks whose weights are offloaded to main memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from frostline.train.settings import MemorySettings, RunSettings
 
 log = logging.getLogger(__name__)
 
-# Processes and types of a run are set up before its memory is planned, and an adapter keeps its rank.
+# The number of processes and the dtypes are set before the memory is planned; the rank of an adapter must not change.
 _IN_RUN = tuple(measure for measure in MEASURES if measure.in_run)
 
 
@@ -32,14 +33,14 @@ def fit_to_memory(
 ) -> RunSettings:
     """Return the settings with the least costly changes that make the run fit, and log each change.
 
-    Changes that affect what is trained are logged as warnings. `offload.blocks: auto` is replaced by
-    a number, whether or not the run may change other settings.
+    Changes that affect what is trained are logged as warnings. `offload.blocks: auto` is replaced by a number, also
+    with `memory.fit: never`.
 
     Args:
         machine: the machine of the run: its `device_gb`, `num_processes` and `sharding` are used.
         on_cpu, samples, sizes: see `RunPlanner`.
     Raises:
-        ConfigError: no change that a run can make by itself is sufficient.
+        ConfigError: the changes that are possible when a run starts are not sufficient.
     """
     assert machine.device_gb is not None
     there = settings.model_copy(update={"memory": machine})
@@ -62,12 +63,12 @@ def fit_to_memory(
 
 
 def _with_number(settings: RunSettings, planned: RunSettings, planner: RunPlanner) -> RunSettings:
-    """The settings with the number of blocks that the plan has for `auto`."""
+    """Return the settings with `offload.blocks: auto` replaced by the number of blocks in the plan."""
     if settings.offload.blocks != AUTO:
         return settings
     plan = planner.plan(planned)
     log.info(
-        "offload.blocks: auto: %d blocks of each denoiser wait in main memory, %.2f GB",
+        "offload.blocks: auto: %d blocks of each denoiser are offloaded to main memory, %.2f GB",
         plan.offloaded_blocks,
         plan.main_memory / 1e9,
     )
@@ -75,5 +76,5 @@ def _with_number(settings: RunSettings, planned: RunSettings, planner: RunPlanne
 
 
 def remedy_in_run(settings: RunSettings, planner: RunPlanner) -> Remedy:
-    """Return the changes that make a run fit, among those that it can make by itself."""
+    """Return the changes that make a run fit, from those that are possible when it starts."""
     return find_remedy(settings, planner, _IN_RUN)

@@ -1,4 +1,4 @@
-"""Run `frostline train` and `frostline precompute` from their settings."""
+"""Run `frostline train` and `frostline cache` with given settings."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _run_training(
             def on_starts(done: int) -> None:
                 nonlocal seen
                 seen += done
-                bar.describe(f"validate held-out start {min(seen, starts)} of {starts}")
+                bar.describe(f"held-out sample {min(seen, starts)} of {starts}")
 
             return validate(module, validation, step, settings.output_dir, on_starts)
 
@@ -140,7 +140,7 @@ def _run_training(
 
 
 def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | None = None) -> Precomputed:
-    """Compute the frozen outputs of all samples and store them in the cache, whatever `settings.precompute` is.
+    """Compute the frozen outputs of all samples and store them in the cache, regardless of `settings.precompute`.
 
     Args:
         settings: the settings of the run.
@@ -198,7 +198,7 @@ def _open_fitted(
 def _open_data(
     settings: RunSettings, accelerator: Accelerator, progress: Progress
 ) -> tuple[Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
-    """Return the training samples, the held-out starts, and the (height, width) of the samples' videos."""
+    """Return the training samples, the held-out samples, and the (height, width) of the training videos."""
     spec = family_of(settings.model).read_spec(settings.model)
     rewards, judges = resolve(settings.rewards), resolve(settings.validation.judges, JUDGES)
     needs = SampleNeeds.of(spec.name, spec.needs_image, rewards, settings.sft_weight > 0)
@@ -273,7 +273,7 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
     """Return the dataset without invalid rows, if they may be skipped.
 
     Raises:
-        DataError: they may not, or no other row is left.
+        DataError: invalid rows are an error, or all rows are invalid.
     """
     if not found:
         return dataset
@@ -293,7 +293,11 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
 def open_validation(
     settings: RunSettings, geometry: Geometry = DEFAULT_GEOMETRY, needs: SampleNeeds = DEFAULT_NEEDS
 ) -> Validation | None:
-    """Return the held-out starts; None if the settings have no validation data."""
+    """Return the held-out samples; None if the settings have no validation data.
+
+    Raises:
+        DataError: the source cannot be read, or one of the samples is invalid.
+    """
     validation = settings.validation
     if validation.source is None:
         return None
@@ -351,7 +355,7 @@ def _log_plan(runtime: Runtime, logged: int) -> int:
         stages: dict[str, list[str]] = {}
         for name, choice in runtime.plan.items():
             stages.setdefault(choice.backend, []).append(name)
-        served = "; ".join(f"{backend} serves {', '.join(names)}" for backend, names in stages.items())
+        served = "; ".join(f"{backend} runs {', '.join(names)}" for backend, names in stages.items())
         log.info("auto timed backends at %d shapes: %s", timed, served)
     return timed
 

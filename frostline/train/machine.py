@@ -1,4 +1,4 @@
-"""The machine that a run is on: its processor and GPU, and the peak of the memory that the run takes of it."""
+"""Describe the machine of a run (processor and GPU), and measure the peak memory of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GB = 1e9
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """Return the processor, and the GPU where the run is on one."""
+    """Return the names of the processor and, if `device` is a GPU, of the GPU with its memory."""
     machine = {"processor": f"{processor()}, {os.cpu_count()} cores"}
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / _GB
@@ -23,7 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak memory in GB: of tensors on a GPU since the last call; else of this process since it began."""
+    """Return the peak memory in GB: for a GPU, of its tensors since the last call; for a CPU, of this process."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -49,7 +49,7 @@ def gather_from_processes(value: Any) -> list[Any]:
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace gradients by their mean over all processes, in one message."""
+    """Replace gradients by their mean over all processes, in one all-reduce."""
     if process_count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""The memory plan of a run with its own or with other settings, for `--dry-run` and `memory.fit`."""
+"""Plan the memory of a run with its own or with other settings, for `--dry-run` and `memory.fit`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunPlanner:
         settings: settings of the run; its rewards and judges are used in all plans.
         device_bytes: memory of one device; None if unknown.
         on_cpu: whether the device is a CPU.
-        samples: number of training samples, and of validation samples.
+        samples: number of training samples, and of held-out samples.
         sizes: heights and widths of its videos before cropping; if unknown, a square with the maximum number of pixels
             in the settings is used.
     Raises:
@@ -56,8 +56,9 @@ class RunPlanner:
         return settings.video_shape(self.geometry, self._sizes)
 
     def preview(self, settings: RunSettings) -> Preview:
-        """Return what is precomputed."""
-        # The search tries many numbers of blocks, and to count the parameters of all stages takes a while.
+        """Return the preview of precomputing with these settings."""
+        # Without `offload`: the search tries many numbers of blocks, and each preview counts the parameters of all
+        # stages.
         key = f"{self.device_bytes} {settings.model_dump_json(exclude={'offload'})}"
         if key not in self._previews:
             model = self._measurements.model(settings.train.weight_dtype, settings.lora, settings)
@@ -73,13 +74,13 @@ class RunPlanner:
         return self.preview(settings).estimate.nbytes
 
     def num_blocks(self, settings: RunSettings, without_lora: bool = False) -> int:
-        """Return how many blocks the largest denoiser has, or the largest of those without a LoRA; 0 if none is."""
+        """Return the number of blocks of the largest denoiser, or of the largest without a LoRA; 0 if there is none."""
         model = self._measurements.model(settings.train.weight_dtype, settings.lora, settings)
         counts = [len(each.module.blocks) for each in model.experts if not (without_lora and each.trained)]
         return max(counts, default=0)
 
     def plan(self, settings: RunSettings) -> MemoryPlan:
-        """Plan the memory of one device, with the fewest blocks in main memory that make it fit if that is `auto`."""
+        """Plan the memory of one device; with `offload.blocks: auto`, offload the fewest blocks with which it fits."""
         if settings.offload.blocks != AUTO:
             return self._plan(settings, settings.offload.blocks)
         plan = self._plan(settings, 0)

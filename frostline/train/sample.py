@@ -87,7 +87,7 @@ def _scaled(lora: UniformLora, settings: SampleSettings) -> UniformLora:
 
 
 def load_for_sampling(settings: SampleSettings, adapters: Mapping[ExpertName, UniformLora]) -> TrainingModule:
-    """Return the model with adapters on its experts, all of one rank and alpha, or with a LoRA without effect."""
+    """Load the model with `adapters`, all of one rank and alpha, on its experts; without adapters, with a zero LoRA."""
     lora = LoraSettings(rank=2)
     if adapters:
         one = next(iter(adapters.values()))

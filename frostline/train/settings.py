@@ -19,7 +19,7 @@ from frostline.stages.shapes import ShapeRange, parse_shapes
 from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
 from frostline.train.step_settings import TrainingModuleSettings
 
-# torch takes seconds to import; mistakes in a configuration file are reported before.
+# Importing torch takes seconds; mistakes in a configuration file are reported without importing it.
 if TYPE_CHECKING:
     import torch
 
@@ -33,9 +33,9 @@ class TrainerSettings(Settings):
     """Duration, optimizer and outputs of training."""
 
     learning_rate: float = Field(default=2.5e-6, gt=0, description="AdamW learning rate")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW beta1")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta2")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW weight decay")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta1")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW beta2")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
     lr_scheduler_type: LrSchedulerType = Field(default="constant_with_warmup", description="learning rate schedule")
     lr_warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate increases from 0")
@@ -106,10 +106,10 @@ class VideoSettings(Settings):
     num_frames: int = Field(default=17, ge=5, description="frames of every sample; most models take 4k+1")
     height: int | None = Field(
         default=None,
-        description="in pixels, a multiple of 16 or 32, depending on the model; each video keeps its own "
-        "size if not given",
+        description="height in pixels, a multiple of 16 or 32, depending on the model; if not given, each video "
+        "keeps its size, see max_pixels",
     )
-    width: int | None = Field(default=None, description="in pixels; set together with the height")
+    width: int | None = Field(default=None, description="width in pixels; set together with height")
     max_pixels: int = Field(default=480 * 832, description="maximum height times width, if these are not given")
     frame_stride: int = Field(default=1, ge=1, description="use every Nth frame")
     allow_outside: bool = Field(
@@ -167,7 +167,7 @@ class DataSettings(VideoSettings):
 
 
 class ValidationSettings(VideoSettings):
-    """Validation samples, generated and scored periodically, with fixed noise."""
+    """Held-out samples, generated and scored periodically, with fixed noise."""
 
     steps: int = Field(default=50, ge=1, description="validate every N steps, and at the start and the end")
     num_videos: int = Field(default=5, ge=1, description="number of samples, from the first rows of the source")
@@ -178,7 +178,7 @@ class ValidationSettings(VideoSettings):
     )
     judges: tuple[SerializeAsAny[RewardEntry], ...] = Field(
         default=(),
-        description="rewards that score validation samples but are not trained on, each by its type; their "
+        description="rewards that score held-out samples but are not trained on, each by its type; their "
         "weight, baseline, scale and cap are ignored",
     )
 
@@ -213,13 +213,13 @@ class PlanSettings(Settings):
 
 
 class OffloadSettings(Settings):
-    """Which frozen weights wait in main memory, and come to the GPU while others compute."""
+    """Offloading of frozen weights to main memory, block by block."""
 
     blocks: int | Literal["auto"] = Field(
         default=0,
-        description="how many blocks of each denoiser, spread evenly, have their frozen weights in main memory; each "
-        "is copied to the GPU while the one before it computes, in forward and in backward: same results, slower; "
-        "auto: the fewest with which the run fits the memory",
+        description="number of blocks of each denoiser, evenly spaced, whose frozen weights are offloaded to main "
+        "memory and copied to the GPU while the preceding block computes, in forward and in backward: same results, "
+        "slower; auto: the fewest blocks with which the run fits in memory",
     )
 
     @field_validator("blocks")
@@ -231,7 +231,7 @@ class OffloadSettings(Settings):
 
     @property
     def number(self) -> int:
-        """Return the number of blocks; 0 where it has still to be chosen."""
+        """Return the number of blocks; 0 for `auto`, which is replaced by a number before the model is loaded."""
         return 0 if self.blocks == "auto" else self.blocks
 
 
@@ -247,7 +247,7 @@ class MemorySettings(Settings):
     num_processes: int = Field(default=1, ge=1, description="number of processes, one per device")
     sharding: Sharding = Field(default="ddp", description="how accelerate shards weights: ddp, zero2, zero3, fsdp")
     device_gb: float | None = Field(
-        default=None, gt=0, description="memory of a device in 10^9 bytes; this machine's if not given"
+        default=None, gt=0, description="memory of one device in GB (10^9 bytes); that of this machine if not given"
     )
 
 
@@ -268,9 +268,9 @@ class RunSettings(TrainingModuleSettings, QuantizationSettings):
     )
     precompute: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="compute the frozen outputs of all samples before the first step, with one stage at a "
-        "time in memory: always, never, or auto: if training then saves weights of more than a "
-        "tenth of the device's memory, and cache_bytes is sufficient",
+        description="when to compute the frozen outputs of all samples before the first step, with one stage at a time "
+        "in memory: always, never, or auto (if training then does not need stages whose weights are more than a tenth "
+        "of the device's memory, and cache_bytes is sufficient)",
     )
     output_dir: Path = Field(default=Path("runs/train"), description="output folder of the run")
     overwrite_output_dir: bool = Field(default=False, description="delete an existing run in output_dir")
@@ -295,12 +295,10 @@ class RunSettings(TrainingModuleSettings, QuantizationSettings):
     def _blocks_that_wait_are_whole(self) -> Self:
         if self.offload.blocks != 0:
             if self.torch_compile:
-                raise ValueError(
-                    "offload.blocks: blocks that wait in main memory are not compiled: leave out torch_compile"
-                )
+                raise ValueError("offload.blocks: offloaded blocks cannot be compiled: remove torch_compile")
             if self.memory.num_processes > 1 or self.memory.sharding != "ddp":
                 raise ValueError(
-                    "offload.blocks: is for one process; several share the weights out instead (memory.sharding: fsdp)"
+                    "offload.blocks: supports one process only; with several, shard the weights (memory.sharding: fsdp)"
                 )
         return self
 

@@ -63,14 +63,14 @@ class BackpropSettings(Settings):
     def _strategy_has_what_it_needs(self) -> Self:
         drawn = self.strategy in ("random", "uniform")
         if drawn != (self.num_steps is not None):
-            raise ValueError(f"num_steps: {'is needed by' if drawn else 'means nothing to'} strategy {self.strategy}")
+            raise ValueError(f"num_steps: {'required by' if drawn else 'not supported by'} strategy {self.strategy}")
         if (self.strategy == "steps") != bool(self.steps):
-            needed = "is needed by" if self.strategy == "steps" else "means nothing to"
+            needed = "required by" if self.strategy == "steps" else "not supported by"
             raise ValueError(f"steps: {needed} strategy {self.strategy}")
         if sorted({*self.steps}) != [*self.steps]:
-            raise ValueError(f"steps: must ascend, each step once, not {[*self.steps]}")
+            raise ValueError(f"steps: must be in ascending order without duplicates, not {[*self.steps]}")
         if self.lv_samples and self.strategy != "last":
-            raise ValueError(f"lv_samples: means nothing to strategy {self.strategy}: it belongs to last")
+            raise ValueError(f"lv_samples: not supported by strategy {self.strategy}: remove it, or use last")
         return self
 
 
@@ -224,7 +224,8 @@ class TrainingModuleSettings(Settings):
         backprop, window = self.backprop, self.grad_end_step - self.grad_start_step + 1
         if backprop.num_steps is not None and backprop.num_steps > window:
             raise ValueError(
-                f"backprop.num_steps: {backprop.num_steps} of the {window} steps from grad_start_step to grad_end_step"
+                f"backprop.num_steps: {backprop.num_steps} exceeds the {window} steps from grad_start_step to "
+                "grad_end_step"
             )
         if backprop.steps and not self.grad_start_step <= backprop.steps[0] <= backprop.steps[-1] <= self.grad_end_step:
             raise ValueError(

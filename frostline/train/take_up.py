@@ -1,4 +1,4 @@
-"""Resume a run by its folder alone: find its configuration, and the folder in which it was started."""
+"""Find the configuration of a run to resume from its folder, and the folder in which the run was started."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_run(resume: str, output_dir: Path | None = None) -> FoundRun:
     Args:
         resume: the folder of a run, or of one of its checkpoints; or `latest` or the name of a checkpoint in
             `output_dir` (the current folder if None).
-        output_dir: the folder to write to; that of the run if None.
+        output_dir: the folder to write to; the folder of the run if None.
     Raises:
         ConfigError: there is no run.
     """

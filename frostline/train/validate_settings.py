@@ -1,4 +1,4 @@
-"""Checks of a run's settings before its model is loaded, which takes minutes."""
+"""Check the settings of a run before its model is loaded, because loading takes minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from frostline.train.settings import RunSettings
 
 
 def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
-    """Return all problems, one by one.
+    """Yield all problems of the settings.
 
     Args:
         runs: whether the run follows; otherwise no module that the settings name is imported.
@@ -41,24 +41,29 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
 
 
 def check_offload(settings: RunSettings, on_cpu: bool, processes: int = 1) -> None:
-    """Look whether blocks can wait in main memory on this device, with so many processes.
+    """Check that `offload.blocks` is supported on the device, with this number of processes.
 
+    Args:
+        on_cpu: whether the device is a CPU.
+        processes: number of processes of the run.
     Raises:
-        ConfigError: they cannot; says what to do.
+        ConfigError: it is not supported; the message says what to do.
     """
     if settings.offload.blocks == 0:
         return
     if on_cpu and settings.offload.blocks != AUTO:
-        raise ConfigError("offload.blocks: needs a GPU: on a CPU all weights are in main memory: leave the setting out")
+        raise ConfigError(
+            "offload.blocks: needs a GPU, because a CPU uses main memory for all weights: remove the setting"
+        )
     if processes > 1:
         raise ConfigError(
-            f"offload.blocks: is for one process, not {processes}: several share the weights out instead, with FSDP2 "
+            f"offload.blocks: supports one process only, not {processes}: with several, shard the weights with FSDP2 "
             "(accelerate launch --use_fsdp --fsdp_version 2)"
         )
 
 
 def check_output(settings: RunSettings, resume: str | None) -> Checkpoint | None:
-    """Check that a run may write to its folder, and what it resumes from; changes nothing.
+    """Check the output folder of a run, and return the checkpoint to resume from; changes nothing.
 
     Args:
         resume: see `find_resume`.
@@ -107,7 +112,7 @@ def _check_plan(settings: RunSettings, runs: bool) -> None:
     if runs:
         rewards, judges = resolve(rewards), resolve(judges, JUDGES)
     of_rewards = stage_names((*rewards, *judges))
-    # Which stages a reward of the user's brings only importing it would tell.
+    # The stages of a user's reward are unknown unless its module is imported.
     if of_rewards is not None:
         known = tuple(dict.fromkeys((*family.STAGES, *of_rewards)))
         for stage in plan.stages:

@@ -92,6 +92,9 @@ PHRASES = {
     r"one a sample": "one for each sample",
     r"so many": "N",
     r"what becomes of": "the result of",
+    r"\bbut for\b": "except",
+    r"\bthe most that\b": "the maximum, the peak",
+    r"\bmeans nothing to\b": "is not supported by",
     r"in turns\b": "alternately, take turns",
     r"lies in": "is in",
     r"hangs on": "depends on",
@@ -139,7 +142,8 @@ PLAIN_ROOMS = (
     *("train/data", "train/judging", "train/loop", "train/memory", "train/precompute", "train/report", "train/step"),
 )
 _ROOMS = [path for room in PLAIN_ROOMS for path in sorted((ROOT / "frostline" / room).rglob("*.py"))]
-PLAIN_MODULES = [*sorted((ROOT / "frostline").glob("*.py")), *_ROOMS]
+_TOP = [path for folder in ("", "train") for path in sorted((ROOT / "frostline" / folder).glob("*.py"))]
+PLAIN_MODULES = [*_TOP, *_ROOMS]
 
 
 def prose_of(module: Path) -> str:

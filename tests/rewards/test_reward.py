@@ -106,10 +106,10 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
         [{**BRIGHTNESS, "options": {"offset": 2}}],
         "cannot be created from its Config: an off",
     ),
-    "one name twice": ([SHARPNESS, SHARPNESS], "rewards: two have the name 'sharpness'"),
+    "one name twice": ([SHARPNESS, SHARPNESS], "rewards: two entries have the name 'sharpness'"),
     "faces twice": (
         [{"type": "face_identity"}, {"type": "face_identity", "detector": "yunet"}],
-        "rewards: two have the name 'face_score'",
+        "rewards: two entries have the name 'face_score'",
     ),
     "code for a path": ([{"type": "os; import sys:exit"}], "must be package.module:Class"),
     "an undeclared stage": (

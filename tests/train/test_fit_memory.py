@@ -91,7 +91,7 @@ def test_what_changes_nothing_comes_first_and_what_does_is_warned_of(
     found = fitted(small)
     assert found.decode.num_latent_frames == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "decode.num_latent_frames=1: rewards see a window" in warning
+    assert "decode.num_latent_frames=1: reward a window" in warning
     assert "this changes what is trained" in warning
 
 
@@ -110,7 +110,7 @@ def test_a_number_takes_the_place_of_auto(settings: RunSettings, fit: str, caplo
         there = on_device(auto, nbytes)
         found = fit_to_memory(there, there.memory, False, SAMPLES, SIZES)
         assert found == with_changes(there, {"offload.blocks": count})
-        assert f"offload.blocks: auto: {count} blocks of each denoiser wait in main memory" in caplog.text
+        assert f"offload.blocks: auto: {count} blocks of each denoiser are offloaded to main memory" in caplog.text
 
 
 def test_blocks_wait_for_a_gpu_alone_and_for_one_process(settings: RunSettings) -> None:
@@ -125,8 +125,8 @@ def test_blocks_wait_for_a_gpu_alone_and_for_one_process(settings: RunSettings) 
     page = io.StringIO()
     on_gpu = with_changes(two, {"device": "cuda", "memory.device_gb": 24, "memory.fit": "never"})
     assert print_dry_run(on_gpu, Console(file=page, width=200))
-    assert "2 blocks of each denoiser wait in main memory" in page.getvalue()
-    with pytest.raises(ConfigError, match=r"one process, not 2: .* FSDP2"):
+    assert "2 blocks of each denoiser are offloaded to main memory" in page.getvalue()
+    with pytest.raises(ConfigError, match=r"one process only, not 2: .* FSDP2"):
         check_offload(two, on_cpu=False, processes=2)
     check_offload(with_changes(settings, {"offload.blocks": "auto"}), on_cpu=True)
     for refused in ({"memory.num_processes": 2}, {"memory.sharding": "fsdp"}, {"torch_compile": True}):
@@ -135,7 +135,7 @@ def test_blocks_wait_for_a_gpu_alone_and_for_one_process(settings: RunSettings) 
 
 
 def test_nothing_that_a_run_can_change_is_enough(settings: RunSettings) -> None:
-    with pytest.raises(ConfigError, match=r"memory\.fit: auto: .* needed whatever the size of the videos"):
+    with pytest.raises(ConfigError, match=r"memory\.fit: auto: .* needed for videos of any size"):
         fitted(on_device(settings, 10**6))
 
 

@@ -230,7 +230,7 @@ def test_sharding_is_refused(workplace: Path) -> None:
     assert result.exit_code == 1
     assert "quantization: weights in 8 or 4 bits cannot be sharded" in result.output
     accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
-    with pytest.raises(ConfigError, match="are not sharded"):
+    with pytest.raises(ConfigError, match="cannot be sharded"):
         shard_frozen_weights(module_of("int8"), accelerator)
 
 

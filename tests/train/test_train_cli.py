@@ -194,8 +194,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         2,
         "unknown face embedder 'sfase'",
     ),
-    "faces twice": (_nothing, ["CONFIG", FACES_TWICE], 2, "rewards: two have the name 'face_score'"),
-    "dry run, faces twice": (_nothing, ["CONFIG", "--dry-run", FACES_TWICE], 1, "rewards: two have the name"),
+    "faces twice": (_nothing, ["CONFIG", FACES_TWICE], 2, "rewards: two entries have the name 'face_score'"),
+    "dry run, faces twice": (_nothing, ["CONFIG", "--dry-run", FACES_TWICE], 1, "rewards: two entries have the name"),
     "infinite": (_nothing, ["CONFIG", "train.learning_rate=inf"], 2, "train.learning_rate"),
     "dry run, no stage": (_nothing, ["CONFIG", "--dry-run", "plan.stages={vae: torch}"], 1, "there is no stage 'vae'"),
     "dry run, no backend": (_nothing, ["CONFIG", "--dry-run", "plan.backend=tensorflow"], 1, "tensorflow"),
@@ -243,13 +243,13 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         _nothing,
         ["CONFIG", "--dry-run", "memory.device_gb=0.024", "precompute=never"],
         1,
-        "GB of each device are needed, and 0.02 are there; it fits with precompute=always: 0.02 GB",
+        "GB per device are needed, but only 0.02 GB are available; it fits with precompute=always: 0.02 GB",
     ),
     "dry run, far too little memory": (
         _nothing,
         ["CONFIG", "--dry-run", "memory.device_gb=0.001"],
         1,
-        "GB are needed whatever the size of the videos",
+        "GB are needed for videos of any size",
     ),
     "another run": (_occupy, ["CONFIG", "output_dir=occupied"], 2, "occupied already contains a run"),
     "a convolution": (_nothing, ["CONFIG", "lora.target_modules=[patch_embedding]"], 2, CONVOLUTION),
@@ -451,7 +451,7 @@ def test_a_run_chooses_what_to_recompute_by_the_sizes_of_its_clips(
     caplog.set_level("INFO", "frostline")
     once = ["train.max_train_steps=1", "validation.source=null", f"output_dir={tmp_path / 'run'}"]
     run_training(load_run_settings(Path("config.yaml"), once), None, Progress(quiet=True))
-    assert "gradient checkpointing: a step of 2x5x32x32 needs GB" in caplog.text
+    assert "gradient checkpointing: GB needed by a step of 2x5x32x32" in caplog.text
 
 
 def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Config(FaceOptions, RewardConfig):
-    """The person of the reference video in every generated frame; the score is a mean cosine similarity."""
+    """Similarity of the face in each generated frame to the face in the reference; the score is a mean cosine."""
 
     # The detector runs on the reference and the generated frames; references are embedded without a gradient.
     uses: ClassVar[tuple[Use, ...]] = (

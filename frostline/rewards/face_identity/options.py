@@ -1,4 +1,4 @@
-"""How faces are found and compared: the settings that the reward and scoring share."""
+"""Options of face detection and comparison, shared by the reward and by scoring."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ class FaceOptions(Settings):
     )
     channels: Literal["rgb", "bgr"] = Field(
         default="rgb",
-        description="order in which pixels reach an arcface embedder: rgb, as its files are trained, or bgr; scores "
-        "differ, so baseline and scale go with it",
+        description="channel order of the input of an arcface embedder: rgb, which its files are trained with, or bgr; "
+        "scores differ, so choose baseline and scale for the order",
     )
-    upscale: int = Field(default=1, ge=1, le=8, description="enlarge frames this many times before detection")
+    upscale: int = Field(default=1, ge=1, le=8, description="factor by which frames are enlarged before detection")
     detection_size: int | None = Field(
         default=None,
         ge=32,
         le=4096,
-        description="resize frames to this longest side before detection, enlarging too; in place of upscale",
+        description="longest side in pixels to which frames are resized before detection; smaller frames are enlarged; "
+        "replaces upscale",
     )
     min_face_size: int = Field(
-        default=20, ge=12, description="smallest face that mtcnn looks for, in (enlarged) pixels"
+        default=20, ge=12, description="smallest face that mtcnn detects, in pixels of the resized frame"
     )
     face: Literal["largest", "best"] = Field(
         default="largest",
-        description="which of several faces in a frame counts: the largest, or the best likeness of the reference; in "
-        "the reference itself, it is always the largest",
+        description="which of several faces in a frame is scored: the largest, or the one most similar to the "
+        "reference (best); in the reference, always the largest",
     )
     missing_face: Literal["exclude", "zero"] = Field(
         default="exclude", description="frames without a face: left out of the mean, or counted as 0"
@@ -48,10 +49,10 @@ class FaceOptions(Settings):
         """Return these options, if they can be combined.
 
         Raises:
-            ValueError: they cannot.
+            ValueError: they cannot be combined.
         """
         if self.detection_size is not None and self.upscale > 1:
             raise ValueError("upscale and detection_size both set the size of frames for detection: set one of them")
         if self.channels != "rgb" and not self.embedder.startswith("arcface:"):
-            raise ValueError(f"channels: {self.embedder} has a fixed order: bgr applies to arcface:PATH.onnx only")
+            raise ValueError(f"channels: {self.embedder} has a fixed channel order: bgr needs arcface:PATH.onnx")
         return self

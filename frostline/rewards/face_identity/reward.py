@@ -57,12 +57,14 @@ class FaceIdentityReward(Reward):
         return identity
 
     def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
-        """Return the mean embedding (B, D) of the faces in the reference pictures or, without pictures, in frames 1…T-1
-        of the clips.
+        """Return the mean embedding of the faces in the reference pictures or, without pictures, in frames 1…T-1 of
+        the clips.
 
         In a picture, the largest face counts. The clip of a sample with pictures is not used.
 
-        found: (B,) whether there is any face; otherwise the mean is undefined.
+        Returns:
+            mean: (B, D), the mean embedding; undefined if no face was found.
+            found: (B,) bool, whether any face was found.
         """
         pictures = sample.reference[0] if sample.reference else None
         identity = self.identity(run)

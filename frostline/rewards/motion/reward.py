@@ -21,7 +21,7 @@ from frostline.runtime.stage import Stage
 from frostline.stages.shapes import ShapeRange
 
 _LUMA = (0.299, 0.587, 0.114)
-# Maximum number of pairs in one call: limits the correlations, which grow quadratically, to about 1 GB.
+# Maximum number of pixels of all pairs in one call: limits the correlations, which grow quadratically, to about 1 GB.
 _PIXELS_AT_ONCE = 500_000
 
 

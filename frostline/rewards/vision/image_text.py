@@ -39,7 +39,7 @@ class ImageTextReward(VisionReward):
         return f"{self.config.type}_text"
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """Return both towers."""
+        """Return the stages of both towers."""
         self.prompts_at_once = shapes.batch[-1]
         return (*super().stages(shapes), text_stage(self.text_stage_name, self.clip, self.config.license, shapes))
 

@@ -19,7 +19,11 @@ _PROMPTS = ("a person talks and smiles", "two cats", "")
 
 
 class ImageNetwork(Protocol):
-    """An `nn.Module` that maps prepared pictures (N, 3, S, S) to features (N, D), both float32. image_size: S."""
+    """An `nn.Module` that maps prepared pictures (N, 3, S, S) to features (N, D), both float32.
+
+    Attributes:
+        image_size: the side S in pixels.
+    """
 
     image_size: int
 
@@ -72,7 +76,7 @@ def text_stage(name: str, clip: Clip, license: str | None, shapes: ShapeRange) -
 
 
 def _random_tokens(tower: TextTower, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return texts of all lengths with the end token that the tower expects."""
+    """Return random int64 tokens of texts with random lengths, each with the end token that the tower expects."""
     end = tower.vocabulary - 1 if tower.end is None else tower.end
     tokens = torch.randint(0, min(end, tower.vocabulary - 1), shape, generator=generator)
     ends = torch.randint(1, shape[1], (shape[0], 1), generator=generator)

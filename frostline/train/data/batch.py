@@ -36,7 +36,7 @@ class Batch:
         sample_id: B names.
         valid_frames: B numbers, 0 to T; later frames are padding. 0 means a sample without a video.
         reference: for each sample, float32 pictures `(R, 3, h, w)` in [0, 1] of its subject, or None.
-        fps: of each clip, or None.
+        fps: frames per second of each clip; None if unknown.
     """
 
     prompt: tuple[str, ...]
@@ -48,13 +48,18 @@ class Batch:
 
 
 def check_batch(data: Any) -> Batch:
-    """Check `data`; a `DataError` names the sample, the field and the remedy.
+    """Check the input of a training step and convert it to a `Batch`.
 
-    data: `{"prompt": list[str] of length B, "video": float (B, T, C, H, W) in [0, 1]}`, optionally with `"sample_id":
-    list[str]`; `"valid_frames": list[int]`, the number of frames of each video that are not padding (rewards ignore
-    padding; 0 means that there is no video, only its size); `"reference": list[float (R, 3, h, w) in [0, 1] | None]`,
-    pictures of the subject, which rewards use instead of the video; and `"fps": list[float | None]`. Other keys are
-    ignored. Half and double precision are converted to float32.
+    Half and double precision are converted to float32. Unknown keys are ignored.
+
+    Args:
+        data: a dict with `"prompt": list[str]` of length B and `"video": float (B, T, C, H, W)` in [0, 1]. Optional
+            keys: `"sample_id": list[str]`; `"valid_frames": list[int]`, the number of frames of each video that are not
+            padding (rewards ignore padding; 0 means that there is no video, only its size); `"reference": list[float
+            (R, 3, h, w) in [0, 1] | None]`, pictures of the subject, which rewards use instead of the video; and
+            `"fps": list[float | None]`.
+    Raises:
+        DataError: `data` is invalid; the message names the sample, the field and the remedy.
     """
     if not isinstance(data, dict):
         raise DataError(f"a batch must be a dict with 'prompt' and 'video', not {type(data).__name__}")

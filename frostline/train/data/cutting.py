@@ -11,15 +11,20 @@ from frostline.train.data.batch import resize
 
 _FRAMES_AT_ONCE = 8
 _PIXELS_AT_ONCE = 2**24
-"""Number of frames resized together: enough to be fast, and few enough that no clip is in float32 at its own size."""
+"""Maximum number of frames and of pixels that are resized together: enough to be fast, and few enough that a clip is
+never in memory as float32 at its original size.
+"""
 
 
 def size_within(
     height: int, width: int, max_pixels: int, multiple: int = DEFAULT_GEOMETRY.spatial_multiple
 ) -> tuple[int, int]:
-    """Return (height, width) reduced to at most `max_pixels`, rounded down to multiples, at least one each."""
+    """Return (height, width) reduced to at most `max_pixels` in area, each rounded down to a multiple of `multiple`.
+
+    Each side is at least `multiple`.
+    """
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
-    # The small term keeps rounding from reducing a size that is already a multiple.
+    # The small term prevents rounding errors from reducing a size that is already a multiple.
     fitted = [max(1, math.floor(side * scale / multiple + 1e-9)) for side in (height, width)]
     return fitted[0] * multiple, fitted[1] * multiple
 

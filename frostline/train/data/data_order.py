@@ -20,7 +20,7 @@ class DataOrder:
 
     Attributes:
         samples: number of samples.
-        batch_size: per process.
+        batch_size: number of samples in a batch of one process.
         position: number of samples used so far by all processes.
     """
 

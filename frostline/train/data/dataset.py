@@ -34,7 +34,7 @@ class Sample(TypedDict):
             frame. For a sample without a video it is 0, and `video` is black.
         reference: pictures of the subject, float32 `(R, 3, h, w)` in [0, 1], if the row names some.
         fps: frames per second of `video`; None if unknown, for example for a picture.
-        notes: messages about it from a worker process; otherwise they are logged.
+        notes: warnings about the sample from a worker process, which the main process logs.
     """
 
     sample_id: str
@@ -67,8 +67,10 @@ class CollatedBatch(TypedDict):
 class BadRow:
     """An invalid row.
 
-    `row` is the line in a csv, jsonl or txt file (a csv header is line 1), the position from 1 in a json list, or the
-    video's position from 1 in a folder. `field` is `video`, `prompt`, `reference`, or `row` for the row as a whole.
+    Attributes:
+        row: the line in a csv, jsonl or txt file (a csv header is line 1), the position from 1 in a json list, or the
+            video's position from 1 in a folder.
+        field: `video`, `prompt`, `reference`, or `row` for the row as a whole.
     """
 
     file: Path
@@ -88,7 +90,7 @@ class DataCheck:
     Attributes:
         bad: invalid rows.
         short: samples that need padding.
-        sizes: heights and widths of the videos of the others, upright and before cropping.
+        sizes: (height, width) of the videos in valid rows, after rotation to upright and before cropping.
     """
 
     bad: list[BadRow]
@@ -265,7 +267,7 @@ class VideoPromptDataset(Dataset[Sample]):
             if waiting:
                 pieces.append(self._cut(waiting))
             return torch.cat(pieces)
-        except (MemoryError, RuntimeError) as error:  # the latter is torch's
+        except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError
             if is_out_of_memory(error):
                 raise DataError(f"{path}: not enough memory for its frames") from error
             raise
@@ -295,7 +297,7 @@ class VideoPromptDataset(Dataset[Sample]):
         return [*videos, *(row.reference if self.needs.references else ())]
 
     def _fps(self, path: Path) -> float | None:
-        """Return frames per second of a sample's clip; each file is read only once."""
+        """Return frames per second of a sample's clip, None if unknown; each file is read only once."""
         if path not in self._rates:
             self._rates[path] = probe_video(path).fps / self.frame_stride or None
         return self._rates[path]
@@ -305,7 +307,11 @@ class VideoPromptDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> CollatedBatch:
-    """Stack samples of one shape into a batch for `module.forward`."""
+    """Stack samples of one shape into a batch for `module.forward`.
+
+    Raises:
+        DataError: the shapes of two videos differ.
+    """
     first = samples[0]
     for sample in samples:
         shape, first_shape = tuple(sample["video"].shape), tuple(first["video"].shape)

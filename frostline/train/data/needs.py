@@ -19,7 +19,7 @@ class SampleNeeds:
     Attributes:
         start_frame: name, for errors, of a model that generates from the first frame of the video; otherwise empty.
         compared: names of the rewards that compare with a reference.
-        of_clips: names of the rewards that compare with the clip even if there are pictures.
+        of_clips: names of the rewards that compare with the clip even if the sample has reference pictures.
         references: whether reference pictures are read at all.
         clips: whether a loss is computed on the clips themselves.
     """

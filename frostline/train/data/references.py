@@ -43,7 +43,7 @@ def read_references(paths: Sequence[Path], warn: Callable[[str], None]) -> torch
         pictures = [picture for file in files for picture in _read_file(file, most, warn)]
         height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
         return torch.stack([_fitted(picture, height, width) for picture in pictures])
-    except (MemoryError, RuntimeError) as error:  # the latter is torch's
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError
         if is_out_of_memory(error):
             raise DataError(f"{', '.join(map(str, paths))}: not enough memory for the reference pictures") from error
         raise
@@ -84,7 +84,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def _read_file(file: Path, most: int, warn: Callable[[str], None]) -> list[torch.Tensor]:
-    """Return at most `most` frames of a file, (3, h, w) each; only one frame at a time is in memory at its own size."""
+    """Return at most `most` frames of a file, (3, h, w) each; one frame at a time is in memory at full size."""
     count = max(1, count_frames(file, MAX_VIDEO_FRAMES))
     stride = -(-count // most)
     frames = stream_video(file, -(-count // stride), stride, lambda note: warn(f"{file}: {note}"))
@@ -101,7 +101,9 @@ def _shrunk(file: Path, pixels: np.ndarray) -> torch.Tensor:
 
 def _check_side(file: Path, height: int, width: int) -> None:
     if min(height, width) < SMALLEST_SIDE:
-        raise DataError(f"{file}: a picture of {width}x{height} is too small: each side needs {SMALLEST_SIDE} pixels")
+        raise DataError(
+            f"{file}: a picture of {width}x{height} is too small: each side must have at least {SMALLEST_SIDE} pixels"
+        )
 
 
 def _fitted(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:

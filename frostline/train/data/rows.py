@@ -34,7 +34,7 @@ class Row:
     Attributes:
         number: the line in a csv, jsonl or txt file (a csv header is line 1), the position from 1 in a json list, or
             the video's position from 1 in a folder.
-        video: None if there is none; `no_video` then describes how it is missing.
+        video: None if the row has no video; `no_video` then states the reason.
         reference: files and folders with pictures of the subject, separate from the video.
     """
 

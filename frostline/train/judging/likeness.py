@@ -1,7 +1,7 @@
 """Sharpness and motion of generated clips relative to the true clips: measured in every validation, not part of a
 verdict.
 
-Reward hacking often changes one of them, also if no judge was configured for it.
+Reward hacking often changes one of them, even if no judge is configured for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = ("sharpness", "motion")
 
 
 def build_likeness(module: TrainingModule) -> tuple[Judge, ...]:
-    """Create the measures of sharpness and motion; nothing of them is cached."""
+    """Create the measures of sharpness and motion, without a cache."""
     runtime = Runtime({}, TORCH)
     entries = [RewardEntry.parse({"type": kind}) for kind in _KINDS]
     active = build_rewards(entries, module.model.device, ShapeRange(), JUDGES)

@@ -1,18 +1,18 @@
-"""The verdict on a run: do the judges confirm the gain, or does the reward rise while they fall?
+"""Compute the verdict on a run: do the judges confirm the gain of the reward, or do they fall while it rises?
 
-A pure function of the lines of `validation.jsonl`. It reads these fields of a line:
+The verdict is a pure function of the lines of `validation.jsonl`. It reads these fields of a line:
 
-    step       optimizer steps done
-    starts     {measure: [one number of each start]}
-    frames     {measure: [[one number of each frame] of each start]}, of measures that have such
-    rewards    the measures that training rewards
-    judges     the measures that it never sees
-    pairing    {measure: a key}: lines compare where their keys are equal
+- `step`: number of completed optimizer steps.
+- `starts`: `{measure: [value for each sample]}`.
+- `frames`: `{measure: [[value for each frame] for each sample]}`, for measures of single frames.
+- `rewards`: names of the measures that are trained on.
+- `judges`: names of the measures of judges, which are not used in training.
+- `pairing`: `{measure: key}`; two lines are comparable in a measure if its keys are equal.
 
 Each measure is compared with the first line that contains it, sample by sample, and frame by frame if both contain
 frames. It **rises** or **falls** if the mean difference exceeds two standard errors over samples. With fewer than three
 samples, for which the standard error is meaningless, all of them must have changed in that direction. A measure also
-falls if it does so with 0 for frames that could not be scored: hiding frames with a low score does not count as a gain.
+falls if its mean falls when frames that could not be scored count as 0: hiding frames with a low score is not a gain.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ERRORS = 2.0
 """Standard errors that a mean difference must exceed."""
 
 _FEW_STARTS = 3
-# Of what is measured: engines and devices round differently.
+# Changes up to this fraction of the largest value are rounding: engines and devices round differently.
 _ROUNDING = 1e-5
 _MINUS = "\N{MINUS SIGN}"
 
@@ -43,8 +43,8 @@ class Change:
 
     Attributes:
         since: the step of that validation.
-        gain: over the frames scored on both sides, or over whole videos.
-        gain_missing_zero: with 0 for frames that could not be scored; None for whole videos.
+        gain: the change over the frames scored in both validations, or over whole videos.
+        gain_missing_zero: the change with 0 for frames that could not be scored; None for whole videos.
         direction: direction of `gain`; also `falls` if only `gain_missing_zero` falls, in which case `hidden` is set.
     """
 
@@ -71,7 +71,7 @@ class Verdict:
         kind: `first`: nothing to compare yet; `agree`: rewards and judges rise; `hacking`: a reward rises while a judge
             falls; `falls`: a judge falls, and no reward rises; `no gain`: no reward rises; `unmoved`: a reward rises,
             but not all judges; `unjudged`: a reward rises, and there is no judge.
-        sentence: the same as a sentence.
+        sentence: the verdict as a sentence; empty for `first`.
         falling: for each falling judge, the step since which it falls.
         falling_in_row: number of consecutive validations, up to the latest, in which a judge falls.
     """
@@ -219,7 +219,7 @@ def _fit(before: Sequence[Sequence[float | None]], after: Sequence[Sequence[floa
 
 
 def _said(names: Sequence[str], changes: Mapping[str, Change]) -> str:
-    """Return text such as `face_score rises (+0.085 ± 0.011, 20 starts) and sharpness does not change (…)`."""
+    """Return text such as `face_score rises (+0.085 ± 0.011, 20 samples) and sharpness does not change (…)`."""
     return _listed(
         [
             f"{name} {changes[name].direction} ({_gain(changes[name])})" if name in changes else f"{name} is new"
@@ -237,13 +237,13 @@ def _gain(change: Change) -> str:
     gain = zero or change.gain
     error = "" if math.isnan(gain.error) else f" ± {gain.error:.2g}"
     how = "" if zero is None else ", with 0 for frames that can no longer be scored"
-    return f"{signed(gain.gain)}{error}, {gain.starts} start{'s' if gain.starts != 1 else ''}{how}"
+    return f"{signed(gain.gain)}{error}, {gain.starts} sample{'s' if gain.starts != 1 else ''}{how}"
 
 
 def signed(value: float) -> str:
     """Format a number with sign and three significant digits: +0.085, −0.0031."""
     if math.isnan(value):
-        return "nothing"
+        return "n/a"
     digits = 3 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{'+' if value >= 0 else _MINUS}{abs(value):.{min(digits, 6)}f}"
 

@@ -1,17 +1,17 @@
-"""Checkpoints: folders `checkpoint-N` that are whole or not there, with the SHA-256 of every file in them.
+"""Write checkpoints atomically, find them, verify them by SHA-256, and delete old ones.
 
-    checkpoint-50/
-      adapter_config.json, adapter_model.safetensors   the adapter, as PEFT writes it; those of two experts are in
-                                                       high_noise/ and low_noise/
-      optimizer.safetensors                            AdamW's moments, by parameter
-      adapter_ema.safetensors                          the averaged adapter, with train.ema_decay
-      random-0.safetensors …                           the generators of each process
-      rollout-0.safetensors …                          the latents of each process, with rollout.policy stale:K
-      state.json                                       step, data position, schedule, versions
-      config.yaml                                      the settings of the run
-      manifest.json                                    size and SHA-256 of all the files above
+A checkpoint is a folder `checkpoint-N`, where N is the number of completed optimizer steps. It contains these files,
+none of them pickled:
 
-Nothing in them is pickled.
+- `adapter_config.json`, `adapter_model.safetensors`: the adapter in PEFT format; those of two experts are in the
+  subfolders `high_noise/` and `low_noise/`.
+- `optimizer.safetensors`: the moments of AdamW, by parameter.
+- `adapter_ema.safetensors`: the averaged adapter, with `train.ema_decay`.
+- `random-0.safetensors`, …: the states of the random generators of each process.
+- `rollout-0.safetensors`, …: the stored latents of each process, with `rollout.policy: stale:K`.
+- `state.json`: step, data position, schedule and package versions.
+- `config.yaml`: the settings of the run.
+- `manifest.json`: size and SHA-256 of all other files.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Checkpoint:
 
 
 def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
-    """Create `run/checkpoint-<step>`: `write` fills a hidden folder, which is then sealed and renamed.
+    """Create `run/checkpoint-<step>`: `write` fills a hidden folder, which then gets a manifest and is renamed.
 
     A checkpoint of the same step is replaced, and stays valid until the new one is complete. Earlier checkpoints are
     never affected, even if the process is killed.
@@ -160,7 +160,7 @@ def latest_intact(run: Path) -> Checkpoint | None:
 
 
 def set_aside_after(run: Path, step: int) -> None:
-    """Rename checkpoints after `step`, which a run that continues from there would take for its own."""
+    """Rename the checkpoints after `step`, so that a run that resumes from `step` does not use them."""
     for checkpoint in find_checkpoints(run):
         if checkpoint.step > step:
             aside = run / f"set-aside-checkpoint-{checkpoint.step}-{uuid.uuid4().hex[:8]}"
@@ -256,5 +256,5 @@ def _seal(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files and subfolders in the folder."""
+    """Return all files and links in the folder and its subfolders."""
     return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]

@@ -1,4 +1,4 @@
-"""Evaluate the model on validation samples, with all stages frozen and fixed noise."""
+"""Evaluate the model on held-out samples, with all stages frozen and fixed noise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Evaluation:
 
     Attributes:
         measured: (N,) by name: scores and metrics of all rewards (`face_score`, `detection_rate`, …) and judges
-            (`judge_<label>`, `judge_<label>_<metric>`); `psnr`, in dB relative to the true clip over its length; and
+            (`judge_<label>`, `judge_<label>_<metric>`); `psnr`, in dB over the frames of the true clip; and
             `sharpness_ratio` and `motion_ratio`, relative to the true clip, unless a reward or judge measures them. NaN
             for a score that does not count, and for PSNR and ratios of a sample without a clip.
         frames: (N, T) by name of a score, for rewards and judges that score single frames; NaN for frames that could
@@ -56,7 +56,7 @@ class Evaluation:
 
     @classmethod
     def join(cls, parts: Sequence[Evaluation], count: int | None = None) -> Evaluation:
-        """Of parts with the same measures, the first `count` videos in their order, or all."""
+        """Concatenate parts with the same measures, and keep the first `count` videos, or all if None."""
         first = parts[0]
         return cls(
             measured={name: torch.cat([part.measured[name] for part in parts])[:count] for name in first.measured},

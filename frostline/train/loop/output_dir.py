@@ -62,10 +62,10 @@ _PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a run can write to the folder, which need not exist; leaves no trace.
+    """Check that a run can write to the folder, which need not exist; creates no folder and leaves no file.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: the folder cannot be written to.
     """
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
@@ -92,7 +92,7 @@ def began_from(folder: Path) -> str | None:
 
 
 def check_start(folder: Path, resume: Checkpoint | None = None, overwrite: bool = False, restart: bool = False) -> None:
-    """Check that a run may start in the folder without mixing with an earlier one; changes nothing.
+    """Check that a run may start in the folder without mixing its files with others; changes nothing.
 
     Args:
         resume: a checkpoint in another folder that the run starts from.
@@ -146,7 +146,7 @@ def clear_run(folder: Path) -> None:
         CheckpointError: a file cannot be deleted.
     """
     try:
-        # Immediately: an incomplete run must not look like one that can be resumed.
+        # First of all, so that a run whose deletion is interrupted cannot be resumed.
         discard(find_checkpoints(folder))
         for path in [*_own_files(folder)]:
             path.unlink()

@@ -22,7 +22,7 @@ from frostline.train.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
-# Settings for the location of a run, and those that only `--dry-run` uses.
+# Settings that do not affect results directly: the location of the run, and the machine of the memory plan.
 _OF_NO_CONSEQUENCE = ("output_dir", "overwrite_output_dir", "memory.")
 # The index of a list entry in a dotted name.
 _ENTRY = re.compile(r".*\.\d+\.")
@@ -165,7 +165,7 @@ def _saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def _listed(settings: dict[str, Any]) -> str:
     """Format the base adapters in the settings for a message."""
     adapters = settings.get("base_adapters") or []
-    return json.dumps(adapters) if adapters else "the model alone"
+    return json.dumps(adapters) if adapters else "the base model only"
 
 
 def _type(values: dict[str, Any], entry: str) -> object:

@@ -1,4 +1,4 @@
-"""The folder of a training run: a lock for one run at a time, and files of JSON lines that end at a checkpoint."""
+"""Lock the folder of a training run, and read and write its files of facts and of JSON lines."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class JsonLines:
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def sync(self) -> None:
-        """Make sure that the disk has all lines."""
+        """Flush all lines to disk."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -64,7 +64,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     """Restore the result of `save`; the checkpoint must have been verified.
 
     Raises:
-        ConfigError: the adapter is another one, or belongs to another expert.
+        ConfigError: the adapter does not match the model, or belongs to another expert.
         CheckpointError: the checkpoint was written by another version, or was renamed.
     """
     try:

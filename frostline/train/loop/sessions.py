@@ -1,11 +1,12 @@
-"""What `run.json` says of a run's sessions: which command worked on it from when to when, and what served validation.
+"""Record the sessions of a run in `run.json`: command, times, steps, and the backends used in validations.
 
-A session is one process, or one group of them; resuming a run begins another. Its record is
+A session is one process, or one group of processes, that works on a run; each resume starts another session. Fields of
+a record:
 
-    command             as it was typed
-    began, until        UTC, ISO 8601; `until` is renewed whenever the run is saved, and at its end
-    first_step, last_step   optimizer steps done before the session, and until `until`
-    validation_calls    {use of a stage: {backend: calls}} of all validations in it
+- `command`: the command line.
+- `began`: start of the session. `until`: time of the last save, or of its end. Both are UTC, ISO 8601.
+- `first_step`, `last_step`: optimizer steps completed before the session, and at `until`.
+- `validation_calls`: `{use of a stage: {backend: calls}}`, summed over the validations of the session.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from frostline.train.loop.run_dir import RUN_FACTS, SESSIONS, read_facts
 
 
 class SessionRecord:
-    """The record of the session that is under way, and what may change in the facts of its run.
+    """Keeps the record of the current session, and updates the entries of `run.json` that change during a run.
 
     Args:
-        folder: of the run; its `run.json` is there.
-        step: optimizer steps that were done before.
-        facts: called for what may have changed in `run.json` meanwhile, such as what serves which stage.
+        folder: the folder of the run.
+        step: number of optimizer steps completed before the session.
+        facts: returns the current values of the entries that change, such as the backend of each stage.
     """
 
     def __init__(self, folder: Path, step: int, facts: Callable[[], Mapping[str, Any]]) -> None:
@@ -39,14 +40,14 @@ class SessionRecord:
         self._calls: dict[str, dict[str, int]] = {}
 
     def count_validation(self, times: Mapping[str, StageTime]) -> None:
-        """Add the calls of one validation."""
+        """Add the calls of one validation, given the times of each use of a stage."""
         for use, time in times.items():
             calls = self._calls.setdefault(use, {})
             for backend, (number, _) in time.by_backend.items():
                 calls[backend] = calls.get(backend, 0) + number
 
     def write(self, step: int) -> None:
-        """Bring `run.json` up to date, which has `step` optimizer steps done."""
+        """Update `run.json` after `step` completed optimizer steps."""
         record = {
             "command": shlex.join(sys.argv),
             "began": self._began,
@@ -59,13 +60,17 @@ class SessionRecord:
 
 
 def read_sessions(folder: Path) -> list[Any]:
-    """Return the records in `run.json`; none where it has none, or is not whole."""
+    """Return the records in `run.json`; an empty list if there are none, or if the file is missing or damaged."""
     sessions = read_facts(folder).get(SESSIONS)
     return sessions if isinstance(sessions, list) else []
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write `run.json`."""
+    """Write `run.json`.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     with atomic_write(folder / RUN_FACTS) as part:
         part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -17,7 +17,9 @@ from frostline.train.step.module import TrainingModule
 
 
 def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bool:
-    """Shard what accelerate is configured to shard; return whether anything is. Call before `accelerator.prepare`.
+    """Shard the frozen weights if accelerate is configured for FSDP2; return whether they are sharded.
+
+    Call this before `accelerator.prepare`.
 
     Raises:
         ConfigError: accelerate is configured for FSDP1 or DeepSpeed, or for FSDP2 with weights that are quantised or
@@ -35,7 +37,7 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
     if not accelerator.is_fsdp2:
         raise ConfigError("FSDP1 is not supported; use FSDP2 (accelerate launch --fsdp_version 2)")
     if any(expert.module.offload is not None for expert in module.model.experts):
-        raise ConfigError("offload.blocks: weights that wait in main memory are not sharded: use one of the two")
+        raise ConfigError("offload.blocks: offloaded weights cannot be sharded: remove the setting, or do not use FSDP")
     if any(quantised_layers(expert.network) for expert in module.model.experts):
         raise ConfigError("quantization: weights in 8 or 4 bits cannot be sharded: remove the setting, or use DDP")
     from torch.distributed.fsdp import fully_shard
@@ -50,7 +52,7 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
     assert plugin is not None
     plugin.cpu_ram_efficient_loading = False
     plugin.auto_wrap_policy = None
-    # accelerate shards the rest of the module except for these, that is, nothing more.
+    # accelerate shards all remaining parameters that are not ignored: none, because all of them are ignored.
     sharded = {id(parameter) for layer in _frozen_layers(module) for parameter in layer.parameters()}
     plugin.ignored_modules = [nn.ParameterList(p for p in module.parameters() if id(p) not in sharded)]
     return True

@@ -16,7 +16,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """Record the first SIGTERM or SIGINT within the block; a second one has its usual effect.
 
-    requested: the received signal, or None. Outside of the main thread, which receives no signals, this has no effect.
+    Only the main thread receives signals: in other threads, nothing is recorded.
+
+    Attributes:
+        requested: the received signal, or None.
     """
 
     def __init__(self) -> None:

@@ -46,7 +46,7 @@ def restore_optimizer(
         parameter = parameters.get(name)
         if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
             raise CheckpointError(f"the optimizer state {key} does not match the model")
-        # Adam counts its steps on the CPU, whatever the parameter's device.
+        # Adam stores its step count on the CPU, independent of the parameter's device.
         device = parameter.device if tensor.ndim else torch.device("cpu")
         optimizer.state[parameter][quantity] = tensor.to(device, copy=True)
 

@@ -75,18 +75,18 @@ class TrainOutcome:
 
 
 class Supervisor(Protocol):
-    """Asked by all processes, once before each step: what manages the machines that they run on."""
+    """A cluster manager that can request the run to stop or to save; all processes call it once before each step."""
 
     def stop_asked(self) -> signal.Signals | None:
-        """Return the signal as on whose arrival the run is to save and end; one process that is told so is enough."""
+        """Return the signal to handle as if it had been received, or None; one process with a signal stops all."""
         ...
 
     def save_asked(self) -> bool:
-        """Return whether to save a checkpoint now, as a machine will soon be gone; the same on all processes."""
+        """Return whether to save a checkpoint now, because a machine will be removed; equal on all processes."""
         ...
 
     def begun(self) -> None:
-        """Learn, on the first process, that the run's folder is that of this run."""
+        """Record that the run now owns its output folder; called on the first process."""
         ...
 
 
@@ -206,7 +206,7 @@ def _begin(output_dir: Path, options: RunOptions) -> None:
 
 
 def _go_on(output_dir: Path, options: RunOptions) -> None:
-    """Restore the state at the checkpoint in the folder, and remove what was written after it."""
+    """Restore the folder to the checkpoint: delete incomplete files and later lines, and rename later checkpoints."""
     assert options.resume is not None
     rotate(output_dir, None)
     clear_unfinished(output_dir)
@@ -233,7 +233,7 @@ def _write_config(output_dir: Path, options: RunOptions) -> None:
 
 
 def _prepare(module: TrainingModule, settings: TrainerSettings, accelerator: Accelerator) -> Training:
-    # Imports most of transformers, which takes seconds: not before a run starts.
+    # Imported here, because it imports most of transformers, which takes seconds.
     from transformers.optimization import get_scheduler
 
     # Fresh noise differs between processes; the data order has its own generators.

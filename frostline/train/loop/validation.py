@@ -1,14 +1,13 @@
-"""Validation while training: held-out starts, the same noise every time, pictures and clips to look at.
+"""Validate during training: generate held-out samples with fixed noise, measure them, and write clips and tables.
 
-A run folder then holds
+Validation writes these files into the folder of a run:
 
-    validation/truth/0.mp4, 1.mp4, …            the true clips, without what padded them; of samples that have one
-    validation/reference/0.mp4, 1.mp4, …        the reference pictures as frames, of samples that have some
-    validation/step-000040/0.mp4, 1.mp4, …      what was generated from their first frames at that step
-    validation/step-000040/contact_sheet.png    both, one above the other
-    validation/step-000040.csv                  their paths and prompts, as `frostline score --pairs` takes them, and
-                                                what was measured; the reference is the file of pictures, or else the
-                                                true clip, or none
+- `validation/truth/0.mp4`, …: the true clips without padding, for samples that have a clip.
+- `validation/reference/0.mp4`, …: the reference pictures as frames, for samples that have pictures.
+- `validation/step-000040/0.mp4`, …: the clips generated at that step.
+- `validation/step-000040/contact_sheet.png`: frames of the true and the generated clips.
+- `validation/step-000040.csv`: paths, prompts and measures, in the format of `frostline score --pairs`. The column
+  `reference` names the file of pictures, otherwise the true clip; it is empty if there is neither.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Validation:
-    """What is generated in a validation.
+    """The samples and judges of a validation.
 
     Attributes:
-        starts: indices in the dataset.
-        batch_size: per process.
+        starts: indices of the samples in the dataset.
+        batch_size: number of videos that a process generates together.
         lossless: also write lossless clips to separate folders, because few players support them; the csv file then
             names these.
         judges: rewards that score the videos but are not trained on.
@@ -109,7 +108,7 @@ def validate(
 
 
 def starts_of(settings: ValidationSettings, dataset: Dataset[Sample]) -> Validation:
-    """Return the validation samples in the settings, from their data set; without judges."""
+    """Return the validation that the settings describe, with the first samples of `dataset` and without judges."""
     starts = range(min(settings.num_videos, len(dataset)))  # type: ignore[arg-type]
     return Validation(dataset, starts, settings.batch_size, settings.noise_seed, settings.lossless)
 
@@ -155,7 +154,7 @@ def _write(validation: Validation, evaluation: Evaluation, folder: Path, name: s
 
 
 def _frame_scores(evaluation: Evaluation, row: int) -> dict[str, list[float | None]]:
-    """Of the frames that were generated, by the first reward, if it scores frames."""
+    """Return the first reward's scores of the generated frames; empty if it does not score all frames."""
     scores = evaluation.frames.get(next(iter(evaluation.rewards), ""))
     if scores is None or scores.shape[1] != evaluation.videos.shape[1]:
         return {}
@@ -163,13 +162,13 @@ def _frame_scores(evaluation: Evaluation, row: int) -> dict[str, list[float | No
 
 
 def _caption(figures: Mapping[str, float], judges: Sequence[str]) -> str:
-    """Return the measures of a sample as text; those of judges are on a separate line."""
+    """Return the measures of a sample as text, with the measures of judges on a separate line."""
     of_judges = {name: value for name, value in figures.items() if name.startswith(tuple(judges))}
     lines = ({name: value for name, value in figures.items() if name not in of_judges}, of_judges)
     return "\n".join(", ".join(f"{name} {value:.3g}" for name, value in line.items()) for line in lines if line)
 
 
 def _write_clip(folder: Path, row: int, video: Tensor, lossless: bool) -> Path:
-    """Return the path of the nearest file to `video`."""
+    """Write a clip; return its path, or that of its lossless version if there is one."""
     clip = write_video(folder / f"{row}.mp4", video, fps=_FPS)
     return write_video(folder / _LOSSLESS / f"{row}.mp4", video, fps=_FPS, lossless=True) if lossless else clip

@@ -1,4 +1,4 @@
-"""Compute the activation memory of each phase of a step, including uses that wait for backward."""
+"""Compute the activation memory of each phase of a step, including activations kept for backward."""
 
 from __future__ import annotations
 

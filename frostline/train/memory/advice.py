@@ -1,4 +1,4 @@
-"""What to say where a run does not fit the memory of a device: how much is missing, and what makes it fit."""
+"""Compare the memory that a run needs on a device with the memory of the device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ _GB = 1e9
 
 
 def memory_problem(plan: MemoryPlan, settings: RunSettings, on_cpu: bool) -> str | None:
-    """One sentence where the plan is larger than the device; None where it fits, or the device is not known."""
+    """Return a message if the plan exceeds the device memory; None if it fits, or if the device memory is unknown."""
     needed = needed_bytes(plan, settings, on_cpu)
     if plan.device_bytes is None or needed <= plan.device_bytes:
         return None
     resident, there = plan.resident / _GB, plan.device_bytes / _GB
-    always = f", {resident:.2f} of them all the time" if resident > there else ""
-    return f"memory: {needed / _GB:.2f} GB of each device are needed{always}, and {there:.2f} are there"
+    always = f", {resident:.2f} GB of them resident" if resident > there else ""
+    return f"memory: {needed / _GB:.2f} GB per device are needed{always}, but only {there:.2f} GB are available"
 
 
 def needed_bytes(plan: MemoryPlan, settings: RunSettings, on_cpu: bool) -> int:
-    """The peak of both phases; where what is kept for backward waits in main memory, at least that.
+    """Return the peak memory per device of training and of precomputing, in bytes.
+
+    With `offload_saved_tensors`, the activations in main memory are subtracted from the peak of training, which is then
+    a lower bound.
 
     Args:
         on_cpu: whether the device is a CPU, whose memory is main memory.
@@ -28,7 +31,7 @@ def needed_bytes(plan: MemoryPlan, settings: RunSettings, on_cpu: bool) -> int:
 
 
 def waiting_bytes(plan: MemoryPlan, settings: RunSettings, on_cpu: bool) -> int:
-    """What waits in main memory for backward, instead of on the device."""
+    """Return the bytes of activations that are stored for backward in main memory instead of device memory."""
     if on_cpu or not settings.offload_saved_tensors:
         return 0
     return sum(stage.kept for stage in plan.stages)

@@ -22,17 +22,21 @@ log = logging.getLogger(__name__)
 
 # AdamW stores two moments per trained parameter.
 MOMENTS = 2
-# Of what is free. Counted are tensors: kernels want scratch space, allocators whole pages, engines memory of their own.
+# Fraction of the free memory that a step may use. Plans only count tensors; in addition, kernels need workspace,
+# engines need their own memory, and allocators reserve whole pages.
 _USABLE = 0.8
 _GB = 1e9
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What was chosen.
+    """The chosen gradient checkpointing.
 
-    kind: of gradient checkpointing. footprints: of the stages with it. needs: bytes of a step by each kind that was
-    measured. fits: whether what it needs is free; True where that is not known.
+    Attributes:
+        kind: the chosen kind.
+        footprints: memory of each stage with this kind.
+        needs: bytes that a step needs with each measured kind.
+        fits: whether a step fits in the free memory; True if the free memory is unknown.
     """
 
     kind: GradientCheckpointing
@@ -78,12 +82,12 @@ def fitting_checkpointing(
 ) -> GradientCheckpointing:
     """Choose gradient checkpointing for a loaded model; log a warning if no kind fits.
 
-    Measured on tensors without content: that takes seconds, and no memory.
+    The memory is measured on meta tensors, which takes seconds and allocates nothing.
 
     Args:
-        model: not sharded.
-        free: bytes of the device that are free now.
-        rewards: whose live networks count too.
+        model: the loaded model, not sharded yet.
+        free: free memory of the device, in bytes.
+        rewards: rewards whose networks run with a gradient.
     """
     if settings.gradient_checkpointing != AUTO:
         return settings.gradient_checkpointing
@@ -100,11 +104,11 @@ def fitting_checkpointing(
     if choice.fits:
         log.info("%s: %s", what, choice.kind)
     else:
-        advice = "offload_saved_tensors and smaller videos need less"
-        log.warning("%s: %s, and it may not do; %s", what, choice.kind, advice)
+        advice = "set offload_saved_tensors, or use smaller videos"
+        log.warning("%s: %s, but a step may run out of memory; %s", what, choice.kind, advice)
     return choice.kind
 
 
 def _described(shape: VideoShape, needs: Mapping[GradientCheckpointing, int], free: int) -> str:
     listed = ", ".join(f"{kind} {need / _GB:.2f}" for kind, need in needs.items())
-    return f"gradient checkpointing: a step of {shape} needs GB: {listed}; {free / _GB:.2f} are free"
+    return f"gradient checkpointing: GB needed by a step of {shape}: {listed}; {free / _GB:.2f} GB are free"

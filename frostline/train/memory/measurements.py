@@ -1,4 +1,4 @@
-"""Footprints of a model's stages, each measured once for all the settings that it is the same with."""
+"""Measure the memory of a model's stages, and share the results among settings that do not affect them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _T = TypeVar("_T")
 
 
 class Measurements:
-    """What a model needs of memory, measured on its files, or on the release it is named after, without weights.
+    """Measures the memory of a model from the shapes of its weights, without reading the weights.
 
-    Plans of one model with other settings share them: the decoder does not depend on the LoRA, nor the denoiser on the
-    window of the decode.
+    Plans of one model with different settings share the results: the decoder does not depend on the LoRA, nor the
+    denoiser on the decoded window.
 
     Args:
-        model: as for `memory_plan`.
+        model: see `memory_plan`.
     Raises:
         ConfigError: there is no such model.
     """
@@ -45,7 +45,7 @@ class Measurements:
     def model(
         self, dtype: torch.dtype, lora: LoraSettings, quantization: QuantizationSettings = NOT_QUANTISED
     ) -> VideoModel:
-        """Return the model, without content."""
+        """Return the model with its parameters on the meta device."""
         return self._once(
             ("model", dtype, lora, *_stored(quantization)),
             lambda: self.family.empty_model(self.spec, dtype, lora, quantization),
@@ -54,7 +54,7 @@ class Measurements:
     def weights(
         self, dtype: torch.dtype, lora: LoraSettings, quantization: QuantizationSettings = NOT_QUANTISED
     ) -> Weights:
-        """Return the bytes of its parameters."""
+        """Return the size of its parameters in bytes."""
         return self._once(
             ("weights", dtype, lora, *_stored(quantization)),
             lambda: Weights.of(self.model(dtype, lora, quantization)),
@@ -69,7 +69,7 @@ class Measurements:
         window: int | None = None,
         quantization: QuantizationSettings = NOT_QUANTISED,
     ) -> dict[str, Footprint]:
-        """Return the footprint of each stage.
+        """Return the footprint of each stage, by stage name.
 
         Args:
             window: number of latent frames that a step decodes with gradient; None means all of them.
@@ -85,8 +85,8 @@ class Measurements:
         return {**frozen, **denoisers, **decoder}
 
     def rewards(self, rewards: Sequence[Reward], shape: VideoShape) -> dict[str, Footprint]:
-        """Return what rewards compute with gradient; see `measure_rewards`."""
-        # They stay in memory with the result, so that no other one has the identity of one of them.
+        """Return the footprints of the networks of rewards; see `measure_rewards`."""
+        # The rewards are stored with the result, so that no other object gets the `id` of one of them.
         key = ("rewards", *map(id, rewards), shape)
         return self._once(key, lambda: (rewards, measure_rewards(rewards, shape)))[1]
 

@@ -1,4 +1,4 @@
-"""What makes a run need less memory: changes of its settings, the cheapest first; each is one line of `MEASURES`."""
+"""Changes of settings that reduce the memory of a run: the list `MEASURES`, the cheapest first."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ _FEWER_BITS = ("int8", "nf4")
 
 
 class Planner(Protocol):
-    """Plans the memory of a run of one model under other settings.
+    """Plans the memory of runs of one model with different settings.
 
-    geometry: of the model. on_cpu: whether the device is a CPU. device_bytes: its memory.
+    Attributes:
+        geometry: the video sizes that the model supports.
+        on_cpu: whether the device is a CPU.
+        device_bytes: memory of one device; None if unknown.
     """
 
     @property
@@ -35,11 +38,11 @@ class Planner(Protocol):
     @property
     def device_bytes(self) -> int | None: ...
     def shape(self, settings: RunSettings) -> VideoShape:
-        """Return what a step of one process computes on, at most."""
+        """Return the largest shape of a step in one process."""
         ...
 
     def num_blocks(self, settings: RunSettings, without_lora: bool = False) -> int:
-        """Return how many blocks the largest denoiser has, or the largest of those without a LoRA; 0 if none is."""
+        """Return the number of blocks of the largest denoiser, or of the largest without a LoRA; 0 if there is none."""
         ...
 
     def plan(self, settings: RunSettings) -> MemoryPlan:
@@ -47,7 +50,7 @@ class Planner(Protocol):
         ...
 
     def cache_bytes(self, settings: RunSettings) -> int:
-        """Return what precomputing needs of the frozen-output cache, at most."""
+        """Return the maximum size of precomputed outputs in the cache, in bytes."""
         ...
 
 
@@ -100,11 +103,11 @@ def _blocks(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     if planner.on_cpu or not alone or settings.offload.blocks == AUTO:
         return
     total, frozen = planner.num_blocks(settings), planner.num_blocks(settings, without_lora=True)
-    # As many as can be on the device at once spare nothing.
+    # Up to WINDOW blocks are on the device at the same time, so offloading no more than that saves nothing.
     for count in range(max(WINDOW, settings.offload.number) + 1, total + 1):
         yield {"offload.blocks": count}
     if settings.plan.backend != TORCH and frozen > WINDOW:
-        # An engine of an expert without LoRA has all of its weights.
+        # The engine of an expert without a LoRA contains all of its weights on the device.
         for count in range(total // 2 + WINDOW, total + 1):
             yield {"offload.blocks": count, "plan.backend": TORCH}
 
@@ -117,7 +120,7 @@ def _bf16(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
 def _quantised(settings: RunSettings, planner: Planner) -> Iterator[Changes]:
     if settings.memory.sharding == "ddp" and settings.quantization not in _FEWER_BITS:
         if settings.plan.backend != TORCH:
-            # The frozen expert's engine has the dequantised weights.
+            # The engine of the frozen expert contains the dequantised weights.
             yield {"quantization": _FEWER_BITS[0]}
         yield from ({"quantization": kind, "plan.backend": TORCH} for kind in _FEWER_BITS)
 
@@ -172,17 +175,17 @@ def _latent_frames(settings: RunSettings, planner: Planner) -> int:
 
 
 MEASURES: tuple[Measure, ...] = (
-    Measure("compute what is frozen before the first step, each stage alone", "weights", "time", _precompute),
-    Measure("one sample at a time, as many for each optimizer step", "activations", "time", _one_sample),
-    Measure("recompute more of the forward in backward", "activations", "time", _checkpointing),
-    Measure("keep what backward needs in main memory", "activations", "time", _saved_tensors),
-    Measure("frozen weights of blocks in main memory until they are needed", "weights", "time", _blocks),
-    Measure("frozen weights and arithmetic in bf16", "weights", "results", _bf16, in_run=False),
+    Measure("precompute frozen outputs before the first step, one stage at a time", "weights", "time", _precompute),
+    Measure("batch size 1, with more accumulation steps", "activations", "time", _one_sample),
+    Measure("recompute more activations in backward", "activations", "time", _checkpointing),
+    Measure("store activations for backward in main memory", "activations", "time", _saved_tensors),
+    Measure("offload frozen weights of blocks to main memory", "weights", "time", _blocks),
+    Measure("frozen weights and computation in bf16", "weights", "results", _bf16, in_run=False),
     Measure("frozen weights in 8 or 4 bits", "weights", "results", _quantised, in_run=False),
-    Measure("rewards see a window of each clip, drawn for each step", "activations", "results", _window),
-    Measure("gradient through one denoise step, drawn for each step", "activations", "results", _live_steps),
+    Measure("reward a window of each clip, drawn in each step", "activations", "results", _window),
+    Measure("gradient through one denoising step, drawn in each training step", "activations", "results", _live_steps),
     Measure("fewer frames", "activations", "results", _frames),
     Measure("fewer pixels", "activations", "results", _pixels),
-    Measure("a LoRA of lower rank", "weights", "results", _rank, in_run=False),
-    Measure("share the frozen weights among more devices", "weights", "devices", _devices, in_run=False),
+    Measure("lower LoRA rank", "weights", "results", _rank, in_run=False),
+    Measure("shard the frozen weights over more devices", "weights", "devices", _devices, in_run=False),
 )

@@ -26,18 +26,20 @@ from frostline.stages.video_model import Decoder, DenoiserModule, Expert, VideoM
 from frostline.train.memory.recompute import Networks, decode_recomputed, recomputed
 from frostline.train.memory.tracker import MemoryTracker, tensors_of
 
-# Of a decoder's chunks, the first latent frame, and the first with a cache, go ways of their own; the rest alike.
+# A decoder processes the first latent frame and the first chunk with a cache differently; the other chunks are alike.
 _FEW_CHUNKS = 4
 _FEW_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one stage without its inputs.
+    """Memory of one stage in bytes, without its inputs.
 
-    weights: of its frozen parameters. frozen_peak: the most that a use without gradient holds. Of one live use, for the
-    stages that have one: kept is what stays until backward, forward_peak and backward_peak the most that are held in
-    each, what is kept included.
+    Attributes:
+        weights: size of its frozen parameters.
+        frozen_peak: peak of a use without a gradient.
+        kept: memory that a live use keeps until backward; 0 for a stage without live uses.
+        forward_peak, backward_peak: peaks of a live use in forward and in backward, including `kept`.
     """
 
     weights: int
@@ -49,11 +51,14 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's parameters.
+    """Size of a model's parameters in bytes.
 
-    stages: by name. dequantised: the same, of weights in 8 or 4 bits as they are computed with. adapter: of all LoRAs.
-    blocks: of each denoiser, bytes of the frozen parameters of its blocks.
-    largest_blocks: of each denoiser that a gradient flows through, bytes of its largest block by stage.
+    Attributes:
+        stages: size of each stage.
+        dequantised: size of each stage if weights in 8 or 4 bits are dequantised.
+        adapter: size of all LoRAs together.
+        blocks: for each denoiser, the size of the frozen parameters of each block.
+        largest_blocks: for each denoiser that a gradient flows through, the size of its largest block.
     """
 
     stages: Mapping[str, int]
@@ -64,7 +69,7 @@ class Weights:
 
     @classmethod
     def of(cls, model: VideoModel) -> Weights:
-        """Count the parameters of a model; they need no content."""
+        """Measure the parameters of a model, which may be on the meta device."""
         blocks = {each.stage: tuple(_frozen_bytes(block) for block in each.module.blocks) for each in model.experts}
         more = {id(p): size for module in model.modules() for p, size in dequantised_bytes(module)}
         return cls(
@@ -80,9 +85,9 @@ class Weights:
 
 
 def measure_frozen_stages(model: VideoModel, shape: VideoShape) -> dict[str, Footprint]:
-    """Run the stages that no gradient ever flows through, but for the denoisers, on meta tensors, once each.
+    """Measure the frozen stages except the denoisers by running each of them once on meta tensors.
 
-    Counted are tensors, as `MemoryTracker` does; nothing of size is allocated.
+    Only tensors are counted, see `MemoryTracker`; nothing is allocated.
 
     Args:
         model: its weights need not be in memory.
@@ -99,7 +104,7 @@ def _weights(model: VideoModel) -> dict[str, int]:
 
 
 def _live_experts(model: VideoModel) -> list[Expert]:
-    """The experts that a gradient may flow through: to their own LoRA, or behind it to that of the one before."""
+    """Return the experts that a gradient can flow through: to their own LoRA, or to the LoRA of an earlier expert."""
     *others, last = model.experts
     return [*(expert for expert in others if expert.trained), last]
 
@@ -107,7 +112,7 @@ def _live_experts(model: VideoModel) -> list[Expert]:
 def measure_live_stages(
     model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing, window: int | None = None
 ) -> dict[str, Footprint]:
-    """Measure the denoisers that a gradient flows through, and the decoder; their tensors are set aside for the while.
+    """Measure the denoisers and the decoder on meta tensors, which replace the model's tensors during this time.
 
     Args:
         window: number of latent frames that a step decodes with gradient; None means all of them.
@@ -119,7 +124,10 @@ def measure_live_stages(
 def measure_denoisers(
     model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing
 ) -> dict[str, Footprint]:
-    """Measure all denoisers; those that no gradient flows through by the last one, which is alike but for weights."""
+    """Measure all denoisers.
+
+    Only those with a gradient are run; the others have the frozen peak of the last one, as they differ in weights only.
+    """
     weights, live = _weights(model), {}
     with without_data(*model.modules()):
         inputs = model.denoiser_sample(shape)
@@ -140,7 +148,7 @@ def measure_denoisers(
 def measure_decoder(
     model: VideoModel, shape: VideoShape, gradient_checkpointing: GradientCheckpointing, window: int | None = None
 ) -> dict[str, Footprint]:
-    """Measure the decoder, as `measure_live_stages` does."""
+    """Measure the decoder; see `measure_live_stages`."""
     decoder = model.decoder()
     with without_data(*model.modules()):
         latents = model.denoiser_sample(shape)["latents"].to(decoder.dtype)
@@ -169,10 +177,11 @@ def measure_decoder(
 
 
 def measure_rewards(rewards: Iterable[Reward], shape: VideoShape) -> dict[str, Footprint]:
-    """What rewards compute with gradient in a step: each use once, on the networks' own weights, then all of them.
+    """Measure the networks that rewards run with a gradient in a step.
 
-    Networks that go by one name, of one reward or of two, are numbered: each counts. What else a reward keeps on the
-    device, such as a text tower or a face detector, is one entry of weights alone, `NAME (frozen)`.
+    One use of each network is measured with its real weights, and multiplied by the number of uses. Networks with the
+    same name, of one reward or of two, are numbered, and each is counted. The other networks that a reward keeps on the
+    device, such as a text tower or a face detector, are one entry `NAME (frozen)` with weights only.
     """
     found: dict[str, Footprint] = {}
 
@@ -208,7 +217,7 @@ def _of_uses(live: LiveNetwork) -> Footprint:
 
 @contextmanager
 def without_data(*modules: nn.Module) -> Iterator[None]:
-    """Within the block no tensor has content, those of the modules neither; these are what they were afterwards."""
+    """Run the block on the meta device, with meta tensors in `modules`, whose tensors are restored afterwards."""
     # Statistics that a VAE keeps outside of its buffers.
     scales: list[tuple[Any, list[Tensor]]] = [
         (module, cast(Any, module.scale)) for module in modules if isinstance(getattr(module, "scale", None), list)
@@ -234,9 +243,9 @@ def _of_many(measure: Callable[[int], Footprint], count: int, few: int) -> Footp
 def _tail(
     denoiser: DenoiserModule, names: list[str], gradient_checkpointing: GradientCheckpointing
 ) -> Callable[..., Tensor]:
-    """A step of it, as `Sampler` does it."""
+    """Return a function that runs one live step of the denoiser like `Sampler`."""
     adapter = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    # Under "full" too, where it is backward that runs the blocks.
+    # Also with "full", where backward runs the blocks with a graph.
     denoiser.checkpoint_blocks = gradient_checkpointing != "none"
 
     def in_torch(**inputs: Tensor) -> dict[str, Tensor]:
@@ -253,7 +262,7 @@ def _tail(
 def _decode(
     decoder: Decoder, gradient_checkpointing: GradientCheckpointing, caches: Tensors | None
 ) -> Callable[[Tensor], Tensor]:
-    """As a training step decodes, behind frames of these caches or from the first frame on."""
+    """Return a function that decodes like a training step: after the frames of `caches`, or from the first frame."""
     networks, whole = decoder.networks, gradient_checkpointing == "full"
 
     def assemble(on: Networks, latents: Tensor) -> Tensor:
@@ -288,7 +297,7 @@ def _measure(
 
 
 def _tensors(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
-    """Parameters and buffers of modules by identity, each once."""
+    """Return the parameters and buffers of modules by `id`, without duplicates."""
     return {id(tensor): tensor for module in modules for tensor in tensors_of(module)}
 
 

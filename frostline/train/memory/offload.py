@@ -1,4 +1,4 @@
-"""What backward needs, kept in main memory where a GPU's own does not hold it."""
+"""Store the tensors that autograd saves for backward in main memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _Packed = SavedWeight | tuple[torch.device, Tensor]
 
 
 def saved_in_main_memory(weights: Iterable[Tensor], offloads: Sequence[BlockOffload] = ()) -> saved_tensors_hooks:
-    """Within the block, tensors saved for backward wait in main memory, pinned, and return when they are needed.
+    """Return a context that moves tensors saved for backward to pinned main memory until backward needs them.
 
-    `torch.autograd.graph.save_on_cpu` would copy the weights of every layer along with its activations.
+    Unlike `torch.autograd.graph.save_on_cpu`, it does not copy the weights of every layer.
 
     Args:
-        weights: tensors that stay where they are, views of them too.
-        offloads: whose copies of weights are not saved, but made again.
+        weights: tensors that are saved where they are, as are views of them.
+        offloads: block offloads, whose copies of weights are not saved, but copied again in backward.
     """
     resident = {tensor.untyped_storage().data_ptr() for tensor in weights}
 
@@ -37,7 +37,7 @@ def saved_in_main_memory(weights: Iterable[Tensor], offloads: Sequence[BlockOffl
 
 
 def saved_without_copies(offloads: Sequence[BlockOffload]) -> saved_tensors_hooks:
-    """Within the block, copies of weights that wait in main memory are not saved for backward, but made again."""
+    """Return a context in which copies of offloaded weights are not saved, but copied again in backward."""
     return saved_tensors_hooks(lambda tensor: _weight(tensor, offloads) or (tensor.device, tensor), _unpack)
 
 

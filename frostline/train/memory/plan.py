@@ -1,4 +1,4 @@
-"""The memory plan of a run: weights, engines, adapter and activations of each stage against a device's memory."""
+"""Plan the memory of a run: weights, engines, adapter and activations of each stage on one device."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from frostline.train.memory.measurements import Measurements
 from frostline.train.memory.memory_profile import live_uses
 from frostline.train.step_settings import TrainingModuleSettings
 
-# What is divided among the processes: of the live denoiser its frozen weights, and the adapter with what trains it,
-# but for FSDP2: engines read the adapter's memory, so `train/loop/sharding.py` leaves it whole.
+# What each kind of sharding divides among the processes; "weights" are the frozen weights of the live denoisers. With
+# FSDP2, `train/loop/sharding.py` does not shard the adapter, because engines read its memory.
 _DIVIDED: Mapping[str, frozenset[str]] = {
     "ddp": frozenset(),
     "zero2": frozenset({"gradients", "optimizer"}),
@@ -33,10 +33,14 @@ _DIVIDED: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage on one device.
+    """Memory of one stage on one device, in bytes.
 
-    weights: of PyTorch. engine: of an engine's own copy. frozen_peak: while it runs without gradient. kept: by all its
-    live uses of a step together, until backward. live_peak: the most that one live use holds in forward or backward.
+    Attributes:
+        weights: weights in PyTorch.
+        engine: weights in an engine.
+        frozen_peak: peak of a use without a gradient.
+        kept: memory that all live uses in a step keep until backward.
+        live_peak: peak of one live use in forward or backward.
     """
 
     stage: str
@@ -49,13 +53,17 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one device holds.
+    """The memory of a run on one device; sizes are in bytes.
 
-    gradient_checkpointing: the kind; where memory is to choose, the first that fits. adapter, gradients, optimizer:
-    bytes of all LoRAs and what trains them. peaks: by phase of a step, the most activations that are held at once.
-    precompute: by stage, what is held while it alone is at work before the first step; training does without it.
-    offloaded_blocks: how many blocks of each denoiser wait in main memory. main_memory: bytes that they take there.
-    device_bytes: what there is, if known. assumed: that the sizes are those of a release, because there were no files.
+    Attributes:
+        gradient_checkpointing: the kind; with `auto`, the first kind that fits.
+        adapter, gradients, optimizer: size of all LoRAs, of their gradients, and of their optimizer state.
+        peaks: peak of the activations in each phase of a step.
+        precompute: memory of each stage that is precomputed before the first step; training does not need these stages.
+        offloaded_blocks: number of blocks of each denoiser that are offloaded to main memory.
+        main_memory: size of these blocks.
+        device_bytes: memory of the device; None if unknown.
+        assumed: whether the sizes are those of a release, because the model has no files.
     """
 
     model: str
@@ -75,18 +83,18 @@ class MemoryPlan:
 
     @property
     def resident(self) -> int:
-        """What is held all the time."""
+        """Return the resident memory: weights, engines, adapter, gradients and optimizer state."""
         own = sum(stage.weights + stage.engine for stage in self.stages)
         return own + self.adapter + self.gradients + self.optimizer
 
     @property
     def peak(self) -> int:
-        """The most that training holds at once."""
+        """Return the peak memory of training."""
         return self.resident + max(self.peaks.values())
 
     @property
     def fits(self) -> bool | None:
-        """Whether both phases are within the device's memory; None where that is not known."""
+        """Return whether training and precomputing fit in the device memory; None if it is unknown."""
         most = max(self.peak, *self.precompute.values()) if self.precompute else self.peak
         return None if self.device_bytes is None else most <= self.device_bytes
 
@@ -108,23 +116,28 @@ def memory_plan(
     quantization: QuantizationSettings = NOT_QUANTISED,
     offload_blocks: int = 0,
 ) -> MemoryPlan:
-    """Plan the memory of a run without reading weights: on the model's files, or on the release it is named after.
+    """Plan the memory of a run without reading weights.
 
-    Counted are tensors. Not counted are the scratch space of kernels and engines, what an allocator holds back, the
-    context of CUDA, and what rewards and judges compute without gradient.
+    Tensors are counted. The workspace of kernels and engines, the memory that an allocator reserves, the CUDA context,
+    and what rewards and judges compute without a gradient are not counted.
 
     Args:
-        shape: of one device's batch.
-        engines: stages that an engine with its own weights serves; "all" that no gradient ever flows to.
-        device_bytes: memory of one device.
-        rewards: whose networks count too.
-        judges: bytes of the networks of each judge, by its name.
-        precomputed: frozen stages whose outputs are computed before training, each alone, and which it does without.
-        measurements: of this model, if others were planned before.
-        quantization: how weights are stored; an engine has them dequantised.
-        offload_blocks: how many blocks of each denoiser wait in main memory, for one process.
+        model: built-in model or folder; if the folder has no files, the sizes of the release with its name are used.
+        settings: settings of a step.
+        shape: shape of the batch of one device.
+        dtype: floating-point type of the frozen weights.
+        engines: stages that run on an engine with its own weights; "all" for all stages without a gradient.
+        num_processes: number of processes, one per device.
+        sharding: how weights, gradients and optimizer state are sharded over the processes.
+        device_bytes: memory of one device; None if unknown.
+        rewards: rewards, whose networks are counted, too.
+        judges: size of the networks of each judge in bytes, by its name.
+        precomputed: frozen stages whose outputs are computed before training, one stage at a time.
+        measurements: measurements of this model from earlier plans.
+        quantization: storage format of the weights; an engine contains dequantised weights.
+        offload_blocks: number of blocks of each denoiser that are offloaded to main memory; requires one process.
     Raises:
-        ConfigError: there is no such model, stage or way to shard.
+        ConfigError: there is no such model, stage or kind of sharding.
     """
     if sharding not in get_args(Sharding):
         raise ConfigError(f"unknown sharding {sharding!r}: use one of {', '.join(get_args(Sharding))}")
@@ -160,7 +173,7 @@ def memory_plan(
     alone = {name: weights[name] + of_engines.get(name, 0) for name in precomputed}
     weights |= dict.fromkeys(precomputed, 0)
     of_engines |= dict.fromkeys(precomputed, 0)
-    # The share of each live denoiser, and the block that is gathered while it computes.
+    # A live denoiser needs its shard, and the block that is gathered while it computes.
     for name, block in parameters.largest_blocks.items():
         weights[name] = min(weights[name], share("weights", weights[name]) + block)
     steps = DenoiseSteps.of(settings, spec.boundary, spec.two_experts)
@@ -209,6 +222,6 @@ def memory_plan(
 
 
 def _offloaded(blocks: Sequence[int], count: int) -> tuple[int, int]:
-    """Return the bytes of the blocks that wait in main memory, and the most that copies of them take on the device."""
+    """Return the bytes of the offloaded blocks, and the maximum bytes of their copies on the device."""
     waiting = sorted(blocks[place] for place in waiting_blocks(count, len(blocks)))
     return sum(waiting), sum(waiting[-WINDOW:])

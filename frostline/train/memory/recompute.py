@@ -1,7 +1,7 @@
-"""Gradient checkpointing whose first forward may be an engine's: a value from one place, its gradient from another.
+"""Gradient checkpointing in which an engine can run the first forward pass.
 
-What backward recomputes anyway runs its first forward without a graph, like any frozen use of a stage. So the fastest
-backend may compute it, and PyTorch computes it once more, with a graph, where backward needs that.
+With gradient checkpointing, the first forward pass has no graph, like a frozen use of a stage, so the fastest backend
+can run it. Backward runs the forward pass again in PyTorch, with a graph.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Networks = Mapping[str, Compute]
 def recomputed(
     forward: Compute, recompute: Compute, inputs: Mapping[str, Tensor], parameters: Sequence[Tensor] = ()
 ) -> dict[str, Tensor]:
-    """The outputs of `forward`, with the gradient of `recompute` at the same inputs.
+    """Return the outputs of `forward`, with the gradient of `recompute` at the same inputs.
 
-    Only the inputs are kept until backward. Autocast is as it was in forward while backward recomputes.
+    Only the inputs are kept until backward, which recomputes with the autocast state of the forward pass.
 
     Args:
-        forward: `forward(**inputs)` without a graph, on any backend; returns outputs by name.
-        recompute: the same in PyTorch, with a graph. Of random numbers it must not make use.
-        inputs: by name; those that require a gradient get one.
-        parameters: tensors that `recompute` reads and that are to get a gradient.
+        forward: maps the inputs to outputs by name without a graph, on any backend.
+        recompute: the same function in PyTorch, with a graph; must not use random numbers.
+        inputs: inputs by name; the gradient of those that require one is computed.
+        parameters: tensors that `recompute` uses and whose gradient is computed, too.
     Returns:
-        the outputs by name, in the order of `forward`.
+        The outputs by name, in the order of `forward`.
     """
     if not torch.is_grad_enabled():
         return forward(**inputs)
@@ -49,17 +49,17 @@ def decode_recomputed(
     latents: Tensor,
     whole: bool,
 ) -> Tensor:
-    """Decode with a gradient, and keep for backward the inputs of every network, or the latents alone.
+    """Decode with a gradient; keep only the inputs of every network, or only the latents, until backward.
 
     Args:
-        assemble: decodes with the decoder's networks.
-        forward: these networks on any backend, by name.
-        recompute: the same in PyTorch.
+        assemble: decodes latents with the given networks of the decoder.
+        forward: the networks on any backend, by name.
+        recompute: the same networks in PyTorch.
         latents: (B, C, F, h, w), normalised.
-        whole: keep the latents alone; other inputs of networks, such as the caches of a causal decoder, are computed
-            again in backward, by `forward`.
+        whole: keep only the latents; backward computes the other inputs of the networks, such as the caches of a causal
+            decoder, again with `forward`.
     Returns:
-        (B, 3, T, H, W) in [-1, 1].
+        Video (B, 3, T, H, W) in [-1, 1].
     """
     if whole:
 
@@ -78,7 +78,7 @@ def decode_recomputed(
 
 
 class _Call:
-    """One use: what computes it, and under which names."""
+    """The functions of one call, and the names of its inputs and outputs."""
 
     def __init__(self, forward: Compute, recompute: Compute, inputs: tuple[str, ...], count: int) -> None:
         self.forward, self.recompute, self.inputs, self.count = forward, recompute, inputs, count
@@ -125,7 +125,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """As it was in the forward, whatever it is now."""
+    """Return an autocast context with this dtype; autocast is disabled if it is None."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, dtype, enabled=dtype is not None)

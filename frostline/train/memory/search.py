@@ -11,13 +11,18 @@ from frostline.train.memory.advice import needed_bytes
 from frostline.train.memory.measures import MEASURES, Changes, Measure, Planner
 from frostline.train.settings import RunSettings
 
-# Of what is needed: less is not worth a measure.
+# A measure must reduce the needed memory by at least this fraction.
 _LEAST_GAIN = 0.005
 
 
 @dataclass(frozen=True)
 class Step:
-    """A measure with the values that were chosen, and bytes of each device: with it alone, and with those before it."""
+    """A chosen measure with its values.
+
+    Attributes:
+        alone: needed bytes per device with this measure only.
+        together: needed bytes per device with this measure and those before it.
+    """
 
     measure: Measure
     changes: Changes
@@ -27,10 +32,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What makes a run fit.
+    """The measures that make a run fit.
 
-    steps: the measures, cheapest first; none can be left out. fits: whether they are enough. settings: of the run with
-    all of them. floor: bytes that are needed even then, whatever the size of the videos.
+    Attributes:
+        steps: the measures, the cheapest first; all of them are necessary.
+        settings: settings of the run with all measures.
+        fits: whether the run fits with all measures.
+        floor: bytes that are needed even then, for videos of any size.
     """
 
     steps: tuple[Step, ...]
@@ -40,7 +48,7 @@ class Remedy:
 
 
 def find_remedy(settings: RunSettings, planner: Planner, measures: Sequence[Measure] = MEASURES) -> Remedy:
-    """Take measure after measure until the run fits, and leave out or make milder again what it fits without.
+    """Add one measure after another until the run fits, then remove or weaken those that are not necessary.
 
     Args:
         settings: the settings of a run that does not fit.
@@ -49,7 +57,7 @@ def find_remedy(settings: RunSettings, planner: Planner, measures: Sequence[Meas
     """
     assert planner.device_bytes is not None
     search = _Search(settings, planner, planner.device_bytes)
-    # Where the weights alone do not fit, no smaller video does.
+    # Smaller videos cannot help if the weights do not fit.
     for place, measure in enumerate(measures):
         if measure.lowers == "weights" and not search.fits(search.floor):
             search.take(place, measure, search.floor)
@@ -68,7 +76,7 @@ def with_changes(settings: RunSettings, changes: Changes) -> RunSettings:
     """Return settings with other values.
 
     Raises:
-        ConfigError: they do not go together.
+        ConfigError: the values cannot be combined.
     """
     values = settings.model_dump(mode="json")
     for name, value in changes.items():
@@ -81,18 +89,18 @@ def with_changes(settings: RunSettings, changes: Changes) -> RunSettings:
 
 
 class _Search:
-    """The settings as changed so far; the changes are under the place of their measure."""
+    """The settings as changed so far, and the changes by the index of their measure."""
 
     def __init__(self, settings: RunSettings, planner: Planner, device_bytes: int) -> None:
         self.before, self.settings, self.planner, self.device_bytes = settings, settings, planner, device_bytes
         self.taken: dict[int, dict[str, Any]] = {}
 
     def needed(self, settings: RunSettings) -> int:
-        """Bytes of each device."""
+        """Return the bytes that are needed per device."""
         return needed_bytes(self.planner.plan(settings), settings, self.planner.on_cpu)
 
     def floor(self, settings: RunSettings) -> int:
-        """Bytes that no smaller video changes much."""
+        """Return the needed bytes that hardly depend on the size of the videos."""
         plan = self.planner.plan(settings)
         return max([plan.resident, *plan.precompute.values()])
 
@@ -100,7 +108,7 @@ class _Search:
         return size(self.settings) <= self.device_bytes
 
     def take(self, place: int, measure: Measure, size: Callable[[RunSettings], int]) -> None:
-        """Go through the values of a measure until the run fits; those that gain nothing are left out."""
+        """Apply the values of a measure in order until the run fits; skip values that save too little."""
         for changes in measure.values(self.settings, self.planner):
             taken = {**self.taken, place: {**self.taken.get(place, {}), **changes}}
             changed = self._with(taken)
@@ -111,7 +119,7 @@ class _Search:
                 return
 
     def leave_out(self, place: int, measure: Measure) -> None:
-        """Do without a measure if the run fits without it, or else with the mildest of its values that are enough."""
+        """Remove a measure if the run fits without it; otherwise use the mildest of its values that is sufficient."""
         others = {other: changes for other, changes in self.taken.items() if other != place}
         without = self._with(others)
         if without is None:
@@ -124,7 +132,7 @@ class _Search:
                 return
 
     def _with(self, taken: dict[int, dict[str, Any]]) -> RunSettings | None:
-        """The settings with these changes; None where they do not go together."""
+        """Return the settings with these changes; None if they cannot be combined."""
         try:
             return with_changes(self.before, {name: v for changes in taken.values() for name, v in changes.items()})
         except ConfigError:

@@ -18,7 +18,7 @@ _GB = 1e9
 
 
 def memory_table(plan: MemoryPlan) -> Group:
-    """Return a table of the memory per device: each stage, the adapter, the peak of each phase, and the verdict."""
+    """Return a table of the memory per device: each stage, the adapter, the peak of each phase, and whether it fits."""
     sizes = ("weights", "engine", "frozen peak", "kept for backward", "live peak")
     table = FittedTable(Column("GB per device"), *(Column(size, right=True) for size in sizes))
     for stage in plan.stages:
@@ -31,29 +31,29 @@ def memory_table(plan: MemoryPlan) -> Group:
     before = [f"precompute, before the first step, one stage at a time: {alone}"] if alone else []
     lines = [
         *before,
-        f"{training}; held all the time {_cell(plan.resident)}",
-        f"most activations at once: {peaks}",
+        f"{training}; resident in total {_cell(plan.resident)}",
+        f"peak of the activations: {peaks}",
         f"gradient checkpointing: {plan.gradient_checkpointing}",
-        f"{processes}: peak {_cell(plan.peak)} GB of each device{_verdict(plan)}",
+        f"{processes}: peak {_cell(plan.peak)} GB per device{_verdict(plan)}",
     ]
     if plan.offloaded_blocks:
         blocks = f"{plan.offloaded_blocks} blocks of each denoiser"
-        lines.append(f"{blocks} wait in main memory, where they take {_cell(plan.main_memory)} GB")
+        lines.append(f"{blocks} are offloaded to main memory: {_cell(plan.main_memory)} GB")
     if plan.assumed:
-        lines.append(f"there are no files: the sizes are those of the release {plan.model}")
+        lines.append(f"the model has no files here: the sizes are those of the release {plan.model}")
     return Group(table, *map(Text, lines))
 
 
 def remedy_table(remedy: Remedy) -> Table:
     """Return a table of the memory per device with each measure alone, and together with the measures above it."""
     table = Table(
-        title="what needs less memory, the cheapest first",
+        title="settings that need less memory, the cheapest first",
         box=None,
         pad_edge=False,
         header_style="bold",
         title_justify="left",
     )
-    for column in ("setting", "alone, GB", "with those above, GB", "what it does", "costs"):
+    for column in ("setting", "alone, GB", "cumulative, GB", "effect", "costs"):
         table.add_column(column, justify="right" if column.endswith("GB") else "left", overflow="fold")
     for step in remedy.steps:
         given = " ".join(map(escape, overrides_of(step.changes)))
@@ -62,17 +62,17 @@ def remedy_table(remedy: Remedy) -> Table:
 
 
 def overrides_of(changes: Changes) -> list[str]:
-    """Return changes of settings as they are given on the command line."""
+    """Return changes of settings in the syntax of the command line."""
     return [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in changes.items()]
 
 
 def outcome_of(remedy: Remedy) -> str:
-    """Return in a clause whether the measures are enough, and which they are."""
+    """Return a clause that lists the measures and states whether they are sufficient."""
     given = " ".join(value for step in remedy.steps for value in overrides_of(step.changes))
     if remedy.fits:
         return f"it fits with {given}: {_cell(remedy.steps[-1].together)} GB"
-    less = f"not even {given} is enough" if given else "no setting makes it fit"
-    return f"{less}: {_cell(remedy.floor)} GB are needed whatever the size of the videos"
+    less = f"{given} is not sufficient" if given else "no setting makes it fit"
+    return f"{less}: {_cell(remedy.floor)} GB are needed for videos of any size"
 
 
 def _verdict(plan: MemoryPlan) -> str:

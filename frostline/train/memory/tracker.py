@@ -1,4 +1,4 @@
-"""How much memory a computation holds: counted from its tensors, real or on the meta device."""
+"""Measure the memory of a computation by counting its tensors, real or on the meta device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Within the block, counts the bytes of every storage that operators allocate, until it is freed.
+    """Counts the bytes of every storage that operators allocate within the block, until it is freed.
 
-    On the meta device nothing is computed nor allocated, and the count is that of a real run: of tensors, without the
-    scratch space of kernels and what an allocator holds back.
+    On the meta device, nothing is computed or allocated, and the count equals that of a real run. Only tensors are
+    counted, not the workspace of kernels or the memory that an allocator reserves.
 
     Args:
-        existing: tensors that were there before, which do not count.
-
+        existing: tensors that existed before, which are not counted.
     Attributes:
-        live: bytes held now. peak: the most that were held since the start or the last `restart`.
+        live: number of bytes allocated now.
+        peak: maximum number of bytes allocated since the start or the last `restart`.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -35,7 +35,7 @@ class MemoryTracker(TorchDispatchMode):
             self._note(tensor, counts=False)
 
     def restart(self) -> None:
-        """Forget the peak."""
+        """Reset the peak to the bytes allocated now."""
         self.peak = self.live
 
     def __torch_dispatch__(
@@ -58,7 +58,7 @@ class MemoryTracker(TorchDispatchMode):
         size = storage.nbytes() if counts else 0
         self.live += size
         self.peak = max(self.peak, self.live)
-        # A storage and its Python object end together.
+        # A storage is freed together with its Python object.
         self._known[key] = weakref.ref(storage, functools.partial(self._forget, key, size))
 
     def _forget(self, key: int, size: int, _: object) -> None:
@@ -67,7 +67,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def tensors_of(*modules: torch.nn.Module) -> Iterable[Tensor]:
-    """All parameters and buffers."""
+    """Yield all parameters and buffers of modules."""
     for module in modules:
         yield from module.parameters()
         yield from module.buffers()

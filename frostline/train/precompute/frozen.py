@@ -44,13 +44,12 @@ class Frozen(Protocol):
     def runtime(self) -> Runtime: ...
 
     def of(self, visit: Visit, fitted: FittedBatch) -> Sequence[Condition]:
-        """Return all frozen outputs of the samples, not yet computed, in a possible order of computation."""
+        """Return all frozen outputs of the samples, not yet computed, in an order in which they can be computed."""
         ...
 
 
 def load_without_live_parts(settings: RunSettings, device: torch.device) -> VideoModel:
-    """Load a model without LoRA; weights of frozen parts stay on disk until they are needed, those of other parts
-    permanently.
+    """Load a model without LoRA. The weights of frozen parts are read when they are needed, those of other parts never.
 
     Raises:
         ConfigError: its files do not match.
@@ -103,7 +102,7 @@ class FrozenModel:
 
         Args:
             model: from `load_without_live_parts`.
-            verify: compare engines with PyTorch that were built elsewhere.
+            verify: verify engines that were built elsewhere against PyTorch.
         Raises:
             EngineError: `plan.strict`, and an engine that the plan names is not available.
         """

@@ -1,4 +1,4 @@
-"""Precompute for a run: decide, load, and run the passes; training does not need these stages afterwards."""
+"""Precompute frozen outputs for a run: decide whether it is worthwhile, load the stages, and run the passes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Precomputed:
         if self.estimate is None:
             return "nothing to precompute"
         training, held_out = self.estimate.samples
-        starts = f" and {held_out} validation samples" if held_out else ""
+        starts = f" and {held_out} held-out samples" if held_out else ""
         return f"{training} samples{starts}: computed {self.computed} frozen outputs, the others were already cached"
 
 
@@ -114,7 +114,7 @@ def precompute(
         with unchanged_random():
             computed = _in_two_rounds(settings, asked, model, progress, batch_size)
     except FrostlineError as error:
-        # Other processes may be further ahead.
+        # With several processes, the others may have got further, so this one cannot continue without precomputing.
         if not auto or process_count() > 1:
             raise
         log.warning("precompute: auto: continuing without it: %s", error)

@@ -40,7 +40,7 @@ class Preview:
 
 
 def preview(settings: RunSettings, model: VideoModel, samples: tuple[int, int], device_bytes: int | None) -> Preview:
-    """Return what a run with these settings precomputes, from sizes alone.
+    """Return what a run with these settings precomputes, computed only from sizes.
 
     Args:
         model: its weights need not be in memory.
@@ -58,14 +58,14 @@ def preview(settings: RunSettings, model: VideoModel, samples: tuple[int, int], 
 
 
 def count_samples(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:
-    """Count the different samples that a run trains on, and the validation samples."""
+    """Count the different samples that a run trains on, and the held-out samples."""
     held_out = 0 if validation is None else len(validation.starts)
     asked = visits(settings, dataset, validation, processes=settings.memory.num_processes)
     return sum(len(each.rows) for each in asked) - held_out, held_out
 
 
 def count_there(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:
-    """Count the samples, including validation samples, whose model outputs are all in the cache, and all samples.
+    """Count the samples, including held-out samples, whose model outputs are all in the cache, and all samples.
 
     Reads the samples but no weights: cache entries depend on the digests of weights; if a digest was never computed on
     this machine, there are no entries. References of rewards, whose networks would have to be loaded, are not counted.
@@ -75,7 +75,7 @@ def count_there(settings: RunSettings, dataset: Dataset[Sample], validation: Val
     family = family_of(settings.model)
     if not settings.frozen_cache_dir.is_dir():
         return 0, total
-    # Empty, because the digest of weights that are not in memory does not depend on the device.
+    # On the CPU: weights are not loaded, and their digests do not depend on the device.
     model = load_without_live_parts(settings, torch.device("cpu"))
     shapes = settings.plan.shape_range(family.GEOMETRY)
     names = frozen_stages(model, settings, family.FROZEN_STAGES)

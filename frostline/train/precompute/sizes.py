@@ -24,7 +24,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost and gain of precomputing for a run.
+    """Disk space and saved memory of precomputing for a run.
 
     Attributes:
         stages: stages that training does not need afterwards.
@@ -41,18 +41,18 @@ class Estimate:
     def __str__(self) -> str:
         training, held_out = self.samples
         return (
-            f"{training} samples and {held_out} validation samples, at most {self.nbytes / _GB:.2f} "
+            f"{training} samples and {held_out} held-out samples, at most {self.nbytes / _GB:.2f} "
             f"GB on disk; training does not need {', '.join(self.stages)} ({self.weights / _GB:.2f} "
             "GB) afterwards"
         )
 
 
 def estimate(model: VideoModel, settings: RunSettings, samples: tuple[int, int]) -> Estimate:
-    """Estimate cost and gain of precomputing from sizes alone.
+    """Estimate the disk space that precomputing needs and the memory that it saves, only from sizes.
 
     Args:
         model: its weights need not be in memory.
-        samples: number of different training samples, and of validation samples.
+        samples: number of different training samples, and of held-out samples.
     """
     stages = frozen_stages(model, settings, family_of(model.components).FROZEN_STAGES)
     parameters = model.stage_parameters()
@@ -107,11 +107,11 @@ def _weights(model: VideoModel) -> dict[str, int]:
 def _kept_latents(
     model: VideoModel, settings: RunSettings, steps: DenoiseSteps, stages: Sequence[str]
 ) -> tuple[int, int]:
-    """Return the number of cached latents for each sample and for each validation sample."""
+    """Return the number of cached latents for each sample and for each held-out sample."""
     ahead = int(model.experts[0].stage in stages and steps.high_noise > 0)
     if settings.rollout.policy != "base" or settings.noise_seed is None:
         return ahead, ahead
-    # The latents before each step that may be the first live one, which the run adds.
+    # During training, the latents before each step that can be the first live one are cached, too.
     return ahead + (len(steps.may_be_live) if steps.drawn else 1), ahead
 
 

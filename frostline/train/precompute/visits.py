@@ -102,7 +102,7 @@ def _of_training(
         autocast=torch.bfloat16 if train.mixed_precision == "bf16" else None,
     )
     samples = len(dataset)  # type: ignore[arg-type]
-    # All processes together cover what one process would.
+    # N processes together use the same samples as one process with N times as many batches.
     order = DataOrder(samples, train.per_device_train_batch_size, train.seed, position=position)
     batches = (train.max_train_steps - step) * train.gradient_accumulation_steps * processes
     return _first_visits(source, itertools.islice(order.batches(), batches), samples)

@@ -14,7 +14,7 @@ from frostline.train.report.measures import Measures, is_number, label
 Metrics = Sequence[Mapping[str, Any]]
 """The lines of metrics.jsonl."""
 
-# The keys that every line of metrics.jsonl has, whatever the rewards are.
+# The keys of metrics.jsonl that do not depend on the rewards.
 _OF_THE_TRAINER = (
     *("step", "loss", "score", "kl_loss", "kl_weight", "sft_loss", "grad_norm", "learning_rate", "skipped", "seconds"),
     "peak_memory_gb",

@@ -1,4 +1,4 @@
-"""Make the part of a run's report about its held-out starts: changes of the measures, clips and curves."""
+"""Make the part of a run's report about its held-out samples: changes of the measures, clips and curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TRENDS: Mapping[str, Trend] = {"rises": "better", "falls": "worse"}
 
 
 def outcome(validation: Lines, measures: Measures) -> str:
-    """Return the result on the held-out starts as a sentence; an empty string before the second validation."""
+    """Return the result on the held-out samples as a sentence; an empty string before the second validation."""
     if len(validation) < 2 or not measures.rewards:
         return ""
     name = measures.rewards[0]

@@ -1,4 +1,4 @@
-"""Write the report of a run as one HTML page: changes on held-out starts, training curves, and backends of stages."""
+"""Write the report of a run as one HTML page: changes in validation, training curves, and backends of stages."""
 
 from __future__ import annotations
 

@@ -82,9 +82,9 @@ def _order(count: int, differences: Sequence[float]) -> list[tuple[int, str]]:
     for rank, number in enumerate(ranked):
         fell = differences[number] < 0
         if rank == 0:
-            notes[number] = "the largest loss" if fell else "the smallest gain"
+            notes[number] = "the largest decrease" if fell else "the smallest increase"
         elif rank == len(ranked) - 1:
-            notes[number] = "the smallest loss" if fell else "the largest gain"
+            notes[number] = "the smallest decrease" if fell else "the largest increase"
     order = []
     while ranked:
         order.append(ranked.pop(0))

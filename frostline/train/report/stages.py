@@ -153,7 +153,7 @@ def _parity(plan: Mapping[str, Any], use: str, backend: str) -> float:
 
 def _reason(plan: Mapping[str, Any], use: str, backend: str) -> str:
     if use not in plan:
-        return "carries gradient"
+        return "PyTorch computes the gradient"
     choice = plan[use]
     reasons = choice.get("reasons") or {choice.get("backend"): choice.get("reason", "")}
     return str(reasons.get(backend, ""))

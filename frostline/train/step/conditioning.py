@@ -71,7 +71,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class FittedBatch:
-    """B samples in the format of a step, with nothing computed yet.
+    """B samples, checked and resized for the model, before any stage is run.
 
     Attributes:
         video: (B, T, 3, H, W) in [0, 1], on the CPU, with a size that the model supports.
@@ -231,7 +231,7 @@ class Conditioner:
         """Return the cache keys that `cached_rows` uses.
 
         Args:
-            what, stages, keys: see there.
+            what, stages, keys: see `cached_rows`.
             code: the module of the function that computes it.
         """
         depends = [self.runtime.fingerprint(stage) for stage in stages]
@@ -290,7 +290,7 @@ def stages_of(conditions: Sequence[Condition]) -> tuple[str, ...]:
 
 
 def _reference_frames(valid_frames: int) -> int:
-    """Return how many frames of a video a reward uses: without padding, but for a picture including one copy.
+    """Return how many frames of a video rewards use: all frames without padding; for a picture, the frame and one copy.
 
     Rewards skip frame 0, which is given to the generated video; a picture has only that frame.
     """

@@ -1,4 +1,4 @@
-"""From latents to frames, with a gradient."""
+"""Decode latents to frames with a gradient."""
 
 from __future__ import annotations
 

@@ -397,4 +397,4 @@ class TrainingModule(nn.Module):
             how = active.config.on_unscored
             if how == "error":
                 raise DataError(f"{message}, field 'video'; on_unscored is 'error'")
-            log.warning("%s: it gives no reward gradient (on_unscored: %s)", message, how)
+            log.warning("%s: such a sample has no reward gradient (on_unscored: %s)", message, how)

@@ -70,9 +70,7 @@ def build_parts(
     if settings.torch_compile:
         for expert in model.experts:
             if expert.module.offload is not None:
-                raise ConfigError(
-                    "offload.blocks: blocks that wait in main memory are not compiled: leave out torch_compile"
-                )
+                raise ConfigError("offload.blocks: offloaded blocks cannot be compiled: remove torch_compile")
             expert.module.compile_blocks()
     runtime = Runtime(stages, plan, engines, strict)
     cache = FrozenOutputCache(settings.cache_dir, settings.cache_bytes) if settings.cache_bytes else None

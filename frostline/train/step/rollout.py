@@ -1,4 +1,4 @@
-"""From noise to latents: the frozen rollout head, the denoise tail with its live steps, and their KL terms."""
+"""Sample latents from noise: the frozen rollout head, the denoise tail with its live steps, and their KL terms."""
 
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ class Sampler:
     ) -> Sampled:
         """Run the steps from the first live one to the last; live steps have a graph and a KL term (`velocity_kl`).
 
-        The steps between live ones are frozen. The gradient passes through them as the identity: the velocity of such
-        an Euler step does not depend on the LoRA's gradient.
+        The steps between live ones are frozen. The gradient passes through them as the identity, because the velocity
+        of a frozen Euler step has no graph.
 
         Args:
             latents: (B, C, F, h, w) before the first live step whose denoiser has a LoRA.

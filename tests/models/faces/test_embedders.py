@@ -186,7 +186,7 @@ def test_arcface_gets_bgr_where_it_is_told_so(tmp_path: Path, faces: Tensor, nor
 def test_others_have_an_order_of_channels_of_their_own(spec: str) -> None:
     with pytest.raises(ConfigError, match=rf"channels: the order of channels of {spec} is fixed"):
         load_embedder(spec, "bgr")
-    with pytest.raises(ConfigError, match=rf"channels: {spec} has a fixed order: bgr applies to arcface"):
+    with pytest.raises(ConfigError, match=rf"channels: {spec} has a fixed channel order: bgr needs arcface"):
         FaceIdentityConfig.parse({"embedder": spec, "channels": "bgr"})
     assert FaceIdentityConfig.parse({"embedder": "arcface:x.onnx", "channels": "bgr"}).channels == "bgr"
 

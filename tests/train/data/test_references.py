@@ -122,7 +122,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, deep: bool) -> None:
         ("gone.png", "no such file"),
         ("empty.png", "is empty"),
         ("bare", "bare: the folder contains no pictures"),
-        ("thin.png", "thin.png: a picture of 100x8 is too small: each side needs 16 pixels"),
+        ("thin.png", "thin.png: a picture of 100x8 is too small: each side must have at least 16 pixels"),
     ):
         with pytest.raises(DataError, match=words):
             check_references([good, tmp_path / name], deep)

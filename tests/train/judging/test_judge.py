@@ -116,7 +116,10 @@ def test_a_judge_stands_apart(module: WanTrainingModule) -> None:
 @pytest.mark.parametrize(
     ("judges", "said"),
     [
-        ([SFACE, {**SFACE, "detector": "yunet"}], "validation.judges: two have the name 'face_sface': remove one"),
+        (
+            [SFACE, {**SFACE, "detector": "yunet"}],
+            "validation.judges: two entries have the name 'face_sface': remove one",
+        ),
         ([SHARPNESS, {**SFACE, "embedder": "facenet:gone.pt"}], "validation.judges.1 face_identity: "),
         ([{"type": "own_rewards:Gone"}], "validation.judges.0.type own_rewards:Gone: own_rewards has no class 'Gone'"),
     ],

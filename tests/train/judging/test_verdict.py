@@ -39,20 +39,20 @@ def after(reward: Starts, **judges: Starts) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("lines", "kind", "said"),
     [
-        (after(UP, judge_a=UP), "agree", ["gains agree: face_score rises (+0.0975", "judge_a rises", "4 starts"]),
+        (after(UP, judge_a=UP), "agree", ["gains agree: face_score rises (+0.0975", "judge_a rises", "4 samples"]),
         (after(UP, judge_a=DOWN), "hacking", ["reward hacking?", f"judge_a falls since step 40 ({MINUS}0.103"]),
         (after(UP, judge_a=UP, judge_b=DOWN), "hacking", ["judge_b falls since step 40"]),
         (after(UP, judge_a=UP, judge_b=BOTH_WAYS), "unmoved", ["judge_a rises", "judge_b does not change"]),
         (after(UP, judge_a=BEFORE), "unmoved", ["judge_a does not change (+0.000"]),
-        (after(UP, judge_a=NONE), "unmoved", ["judge_a cannot be compared (nothing, 0 starts)"]),
+        (after(UP, judge_a=NONE), "unmoved", ["judge_a cannot be compared (n/a, 0 samples)"]),
         (after(BOTH_WAYS, judge_a=DOWN), "falls", ["judge_a falls since", "no reward rises: face_score does not"]),
         (after(DOWN, judge_a=UP), "no gain", ["no gain yet: face_score falls", "judge_a rises"]),
         (after(NONE, judge_a=UP), "no gain", ["face_score cannot be compared"]),
         (after(UP), "unjudged", ["without a judge"]),
         ([line(0, BEFORE, {"judge_a": BEFORE})], "first", []),
         # One start, and two that agree, are taken at their word; two that do not are not.
-        (after([0.6], judge_a=[0.4]), "hacking", [f"judge_a falls since step 40 ({MINUS}0.100, 1 start)"]),
-        (after([0.6, 0.6], judge_a=[0.4, 0.5]), "hacking", ["2 starts"]),
+        (after([0.6], judge_a=[0.4]), "hacking", [f"judge_a falls since step 40 ({MINUS}0.100, 1 sample)"]),
+        (after([0.6, 0.6], judge_a=[0.4, 0.5]), "hacking", ["2 samples"]),
         (after([0.6, 0.6], judge_a=[0.6, 0.5]), "unmoved", ["judge_a does not change"]),
         # A judge that came later has nothing to compare with yet.
         ([line(0, BEFORE), line(40, UP, {"judge_a": UP})], "unmoved", ["judge_a is new"]),
@@ -103,7 +103,7 @@ def test_a_hidden_face_is_no_gain() -> None:
     change = change_of(lines, "judge_a")
     assert change is not None and (change.direction, change.hidden) == ("falls", True)
     assert change.gain.gain == 0
-    said = f"judge_a falls since step 40 ({MINUS}0.150 ± 0, 4 starts, with 0 for frames that can no longer be scored)"
+    said = f"judge_a falls since step 40 ({MINUS}0.150 ± 0, 4 samples, with 0 for frames that can no longer be scored)"
     assert said in verdict(lines).sentence
 
 

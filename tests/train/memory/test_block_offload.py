@@ -217,5 +217,5 @@ def test_tensors_are_placed_one_by_one() -> None:
 
 
 def test_compiled_blocks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"offload\.blocks: .* not compiled"):
+    with pytest.raises(ConfigError, match=r"offload\.blocks: .* cannot be compiled"):
         module_of(1, torch_compile=True)

@@ -135,7 +135,7 @@ def test_blocks_that_wait_take_the_window_on_the_device_and_the_rest_in_main_mem
     assert waiting.main_memory == sum(weight.nbytes for weight in denoiser.offload.weights())
     assert waiting.peaks == plan.peaks
     assert sizes(waiting, "weights")["text_encoder"] == sizes(plan, "weights")["text_encoder"]
-    assert f"4 blocks of each denoiser wait in main memory, where they take {waiting.main_memory / 1e9:.2f} GB" in (
+    assert f"4 blocks of each denoiser are offloaded to main memory: {waiting.main_memory / 1e9:.2f} GB" in (
         printed(waiting)
     )
 
@@ -297,7 +297,7 @@ def test_the_loras_and_activations_of_both_experts_count() -> None:
 def test_the_table_says_whether_it_fits() -> None:
     plan = memory_plan("tiny-moe", settings(), CLIP, num_processes=8, device_bytes=80 * 10**9)
     text = printed(plan)
-    assert f"8 processes (ddp): peak {plan.peak / 1e9:.2f} GB of each device, which has 80.00: fits" in text
+    assert f"8 processes (ddp): peak {plan.peak / 1e9:.2f} GB per device, which has 80.00: fits" in text
     assert "denoiser_high_noise" in text
     assert replace(plan, device_bytes=10**6).fits is False
     assert "does not fit" in printed(replace(plan, device_bytes=10**6))
@@ -376,9 +376,9 @@ def test_memory_chooses_how_much_is_recomputed(
         assert fitting_checkpointing(model, auto, shape, free, rewards) == kind
         enough = each.resident + free
         assert plan(auto, enough) == replace(each, device_bytes=enough)
-    assert "it may not do" not in caplog.text
+    assert "a step may run out of memory" not in caplog.text
     assert fitting_checkpointing(model, auto, shape, int(needs[-1] / 0.8) - 10, rewards) == "full"
-    assert "full, and it may not do" in caplog.text
+    assert "full, but a step may run out of memory" in caplog.text
     assert fitting_checkpointing(model, settings(gradient_checkpointing="block"), shape, 1) == "block"
     assert plan(auto).gradient_checkpointing == "none", "nothing is known of the device"
     assert {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()} == before

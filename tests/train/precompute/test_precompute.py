@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, digests: None) -> Path:
     path.write_text(dump_yaml(dump_settings(run_settings(folder, "cached"))))
     done = CliRunner().invoke(app, ["cache", str(path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "5 samples and 3 validation samples" in done.output
+    assert "5 samples and 3 held-out samples" in done.output
     return folder
 
 

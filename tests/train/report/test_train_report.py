@@ -145,7 +145,7 @@ def page(run: Path) -> str:
 EXPECTED = (
     "40 steps, 1 of them skipped because the loss or its gradient was not finite.",
     "Face score of the held-out samples: 0.579 at step 0, 0.664 now; it went up in 19 of 20.",
-    "Gains agree: face_score rises (+0.0435 ± 0.0065, 20 starts) and judge_face_dlib rises (+0.0200 ± 0.00092",
+    "Gains agree: face_score rises (+0.0435 ± 0.0065, 20 samples) and judge_face_dlib rises (+0.0200 ± 0.00092",
     "Face score 0.579 → 0.664 +0.085 The mean cosine of faces.",
     "Samples that improved 19 of 20",
     "Judge: face dlib 0.700 → 0.720 +0.020 Not used in training. Another embedder. "
@@ -165,13 +165,13 @@ EXPECTED = (
     f"vae_encoder frozen onnxruntime 20 of 40 40 0 21.4 9.5 {TIMES} 10⁻⁷ 1.81x as fast as torch <parity passed>",
     f"denoiser frozen torch 40 of 40 200 0 40.0 {DASH}",
     f"vae_decoder frozen torch 0 of 40 0 7 {DASH} {DASH} onnxruntime is slower (0.78x)",
-    f"denoise_tail live torch 40 of 40 160 0 88.0 {DASH} carries gradient",
-    f"vae_decoder_live live onnxruntime 40 of 40 40 0 200 2.0 {TIMES} 10⁻⁵ carries gradient",
-    f"vae_decoder_live live torch 40 of 40 40 0 110 {DASH} carries gradient",
+    f"denoise_tail live torch 40 of 40 160 0 88.0 {DASH} PyTorch computes the gradient",
+    f"vae_decoder_live live onnxruntime 40 of 40 40 0 200 2.0 {TIMES} 10⁻⁵ PyTorch computes the gradient",
+    f"vae_decoder_live live torch 40 of 40 40 0 110 {DASH} PyTorch computes the gradient",
     f"text_encoder frozen {DASH} 0 of 40 {DASH} {DASH} {DASH} {DASH} not called",
-    "a person 19 nods sample 19 · the largest loss",
+    "a person 19 nods sample 19 · the largest decrease",
     f"Face score 0.607 → 0.604 {MINUS}0.003",
-    "a person 0 nods sample 0 · the largest gain",
+    "a person 0 nods sample 0 · the largest increase",
     "Face score 0.550 → 0.640 +0.090",
     "baseline 0.540",
     "The first step after each start, which loads engines, is left out: 70.0, 0.4 s.",
@@ -281,7 +281,7 @@ def test_a_run_that_went_wrong_is_told_as_it_is(tmp_path: Path) -> None:
     text = visible(html)
     assert "0.579 at step 0, 0.500 now; it went up in 3 of 20" in text
     assert f"0.94 {TIMES} the speed" in text
-    assert f"Judge_face_dlib falls since step 40 ({MINUS}0.0300 ± 0.0014, 20 starts), and no reward rises" in text
+    assert f"Judge_face_dlib falls since step 40 ({MINUS}0.0300 ± 0.0014, 20 samples), and no reward rises" in text
     assert html.count('class="lead worse"') == 1
     # Face score, judge and the step's time: what has no better side is told without a colour.
     assert html.count('class="change worse"') == 3
@@ -293,9 +293,9 @@ def test_a_hacked_reward_is_named_at_the_top(tmp_path: Path) -> None:
     write_run(tmp_path, example_metrics(), validation)
     text = visible(page(tmp_path))
     verdict = (
-        "The reward rises while a judge falls, reward hacking? face_score rises (+0.0435 ± 0.0065, 20 starts), "
-        f"judge_face_dlib falls since step 10 ({MINUS}0.0300 ± 0.0014, 20 starts). The run was ended at step 40, after "
-        "4 validations in a row at which a judge fell (train.stop_when_judge_falls)."
+        "The reward rises while a judge falls, reward hacking? face_score rises (+0.0435 ± 0.0065, 20 samples), "
+        f"judge_face_dlib falls since step 10 ({MINUS}0.0300 ± 0.0014, 20 samples). The run was ended at step 40, "
+        "after 4 validations in a row at which a judge fell (train.stop_when_judge_falls)."
     )
     assert text.index(verdict) < text.index("40 steps, 1 of them skipped")
 

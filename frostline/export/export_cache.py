@@ -109,7 +109,7 @@ def recall(store: EngineStore, key: str) -> list[Manifest] | None:
         records = [store.get(receipt.id) for receipt in receipts.engines]
         engines = [store.verify(record).manifest for record in records if record is not None]
     except (OSError, ValueError, FrostlineError) as error:
-        log.debug("receipt %s: %s", key, error)
+        log.debug("export cache entry %s: %s", key, error)
         return None
     complete = len(engines) == len(receipts.engines)
     covered = all(receipt.covers(engine) for receipt, engine in zip(receipts.engines, engines, strict=False))
@@ -124,7 +124,7 @@ def remember(store: EngineStore, key: str, engines: Iterable[Receipt]) -> None:
         with atomic_write(_path(store, key)) as part:
             part.write_text(signed.model_dump_json() + "\n")
     except FrostlineError as error:
-        log.debug("receipt %s: %s", key, error)
+        log.debug("export cache entry %s: %s", key, error)
 
 
 def _path(store: EngineStore, key: str) -> Path:

@@ -52,7 +52,11 @@ class Exported:
 
     @property
     def worst(self) -> manifest.Parity:
-        """Return the measurement with the largest absolute error; None for an unverified engine."""
+        """Return the measurement with the largest absolute error.
+
+        Raises:
+            ValueError: the engine was never compared with PyTorch.
+        """
         return max(self.manifest.parity, key=lambda parity: parity.max_abs)
 
 

@@ -33,7 +33,8 @@ from frostline.runtime.stage import Network, Stage
 
 # Dimensions whose default maximum is lowered, in this order, and their lowest maximum (None: the typical value). The
 # number of videos is lowered before their size, because training uses few at once. For face detection the size comes
-# first, because there are many images: at 1024 pixels, faces of 20 pixels are still found in images of 1700.
+# first, because there are many images: at 1024 pixels, the first network
+# still finds faces of 20 pixels in images of 1700 pixels, because it processes them at a scale of 12 / 20.
 _LOWERED: tuple[tuple[tuple[str, ...], int | None], ...] = (
     (("face_height", "face_width"), 1024),
     (("batch", "faces", "images"), None),
@@ -164,7 +165,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _lower(network: Network, group: Sequence[Dimension], floor: int | None, limit: int) -> Network:
-    """Return the largest sizes of `group` that fit, with no dimension below its lower limit."""
+    """Return `network` with the largest sizes of `group` that fit, with no dimension below its lower limit."""
     floors = {d.name: min(d.max, max(d.opt, floor or d.opt)) for d in group}
 
     def at(extent: int) -> Network:

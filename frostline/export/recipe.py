@@ -95,7 +95,7 @@ class Recipe(QuantizationSettings):
                 if name not in (ALL_STAGES, *known):
                     raise ValueError(f"stages: there is no stage {name!r}; valid stages: {', '.join(known) or 'none'}")
         if not self.model and ALL_STAGES in self.stages:
-            raise ValueError("model: empty, so stages must name stages of rewards, not all")
+            raise ValueError("model is empty: set stages to the names of stages of rewards, not to all")
         return self
 
     @model_validator(mode="after")

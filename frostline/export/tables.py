@@ -104,7 +104,9 @@ def step_gain_lines(gain: StepGain) -> list[str]:
     """Return the predicted gain of one training step as sentences."""
     if not gain.torch_ms:
         return ["no engine was measured on this machine, so the step time cannot be predicted"]
-    left_out = f"; without stages not timed on this machine: {', '.join(gain.unmeasured)}" if gain.unmeasured else ""
+    left_out = (
+        f"; not included, because not timed on this machine: {', '.join(gain.unmeasured)}" if gain.unmeasured else ""
+    )
     whole_torch, whole_planned = gain.torch_ms + gain.live_ms, gain.planned_ms + gain.live_ms
     return [
         f"frozen part of one step, uncached: {TORCH} {gain.torch_ms:.0f} ms, planned "

@@ -76,7 +76,7 @@ class Slabs:
         self._slab, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Return a dense copy of a tensor in this memory; the tensor can have any type and device."""
+        """Return a dense copy of a tensor in this memory; the tensor can have any dtype and device."""
         nbytes = tensor.nbytes
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
         if start + nbytes > self._slab.numel():
@@ -93,7 +93,7 @@ def _power_of_two(least: int) -> int:
 
 
 class BlockOffload:
-    """Run the blocks of a denoiser; offloaded blocks use temporary copies of weights in main memory.
+    """Run the blocks of a denoiser; the weights of offloaded blocks are copied from main memory when they are needed.
 
     The parameters of offloaded blocks are the same objects as before and stay in main memory. Such a block computes
     with copies on the device of its input, which are freed afterwards. While a block computes, the weights of the next
@@ -142,7 +142,7 @@ class BlockOffload:
         return nullcontext(), self._in_backward()
 
     def saved(self, tensor: Tensor) -> SavedWeight | None:
-        """Return the object that autograd saves instead of a copy of a weight, or of a view of one; None for others."""
+        """Return a handle for autograd to save instead of `tensor`, if that is (a view of) a copied weight; else None."""
         current = self._current
         if current is None or (name := current.name_of(tensor)) is None:
             return None

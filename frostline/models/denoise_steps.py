@@ -69,9 +69,9 @@ class DenoiseSteps:
         kl_terms: number of live steps with a KL term, selected at random in each training step; None means all.
         on_data: whether the denoiser is also live on the data's own clip, for the flow-matching loss.
         boundary: sigma below which the last expert is used; 1 for a model with one expert.
-        experts: experts with a LoRA, in a model with two.
-        stop_latent_gradient: whether live steps get their latents without a gradient, so that the gradient of the
-            reward reaches each step only through the sum of the Euler steps.
+        experts: experts with a LoRA, if the model has two experts.
+        stop_latent_gradient: whether the input latents of live steps are detached, so that the gradient of the reward
+            reaches each step only through its velocity in the sum of the Euler steps.
     """
 
     start: int
@@ -89,7 +89,7 @@ class DenoiseSteps:
 
     @classmethod
     def of(cls, settings: StepSettings, boundary: float, two_experts: bool) -> Self:
-        """Return the steps of a training step.
+        """Return the Euler steps of a training step.
 
         Args:
             boundary: the model's own boundary, which the settings may override.
@@ -177,8 +177,8 @@ class DenoiseSteps:
         """Check that every draw trains a LoRA, and that each expert with a LoRA can be trained.
 
         Raises:
-            ConfigError: no live step has a LoRA in some or all draws; no step of one expert is ever live; or the last
-                step is to be repeated, but has no LoRA.
+            ConfigError: no live step has a LoRA in some or all draws; no step of one expert is ever live; or
+                `lv_samples` repeats the last step, which has no LoRA.
         """
         if self.lv_samples and not self._has_lora(self.end):
             raise ConfigError(

@@ -1,8 +1,8 @@
-"""Operations of frozen networks with a gradient to their input only, which keep little memory for backward.
+"""Operations of frozen networks: differentiable with respect to their input only, with few tensors saved for backward.
 
-PyTorch's own operations keep the inputs of a convolution, which only the gradient of its weights needs, and every
-intermediate result of a normalisation. These operations keep nothing and one tensor, respectively. Without a gradient,
-PyTorch's operations are used.
+PyTorch saves the input of a convolution, which is only needed for the gradient of the weights, and every intermediate
+result of a normalisation. Here, a convolution saves no activations, and a normalisation saves its input and one float32
+norm for each pixel.
 """
 
 from __future__ import annotations

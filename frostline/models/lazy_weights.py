@@ -84,7 +84,7 @@ class PartWeights:
     def release(self) -> None:
         """Release the memory, unless the weights were changed or moved: reading the files would not restore this."""
         if self.resident and not self.as_read:
-            log.warning("the weights of %s were changed in memory and are not released", self._files[0])
+            log.warning("the weights of %s were changed or moved in memory and are not released", self._files[0])
             return
         for parameter in self._parameters.values():
             parameter.data = parameter.data.new_empty(0)
@@ -111,7 +111,7 @@ class PartWeights:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters.values()]
 
     def _source(self) -> str:
-        """Return an id of the files, from their sizes and modification times, and the type of the weights."""
+        """Return an id of the files, from their sizes and modification times, and the dtypes of the weights."""
         stats = []
         for path in self._files:
             try:
@@ -128,6 +128,6 @@ def empty_parameters(module: nn.Module, dtype: torch.dtype, device: str | torch.
     for part in module.modules():
         for name, parameter in [*part.named_parameters(recurse=False)]:
             if parameter.is_meta:
-                # Codes and scales of a quantised layer keep their types.
+                # Codes and scales of a quantised layer keep their dtypes.
                 own = parameter.dtype if isinstance(part, QuantisedLinear) and name != "bias" else dtype
                 part._parameters[name] = nn.Parameter(torch.empty(0, dtype=own, device=device), requires_grad=False)

@@ -12,7 +12,7 @@ DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float1
 
 
 def parse_precision(name: str) -> torch.dtype:
-    """Return the torch type of a precision.
+    """Return the torch dtype of a precision.
 
     Raises:
         ConfigError: the name is unknown.
@@ -23,10 +23,10 @@ def parse_precision(name: str) -> torch.dtype:
 
 
 def precision_name(dtype: object) -> str:
-    """Return the precision of a torch type: the inverse of `parse_precision`.
+    """Return the precision of a torch dtype: the inverse of `parse_precision`.
 
     Raises:
-        ConfigError: the type is not one of `DTYPES`.
+        ConfigError: the dtype is not one of `DTYPES`.
     """
     for name, known in DTYPES.items():
         if dtype is known:
@@ -35,7 +35,7 @@ def precision_name(dtype: object) -> str:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Return the compute type of autocast on a device; None if it is off, or not supported by the device (meta)."""
+    """Return the dtype of autocast on a device; None if it is off, or not supported by the device (meta)."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

@@ -50,6 +50,9 @@ def content_key(**parts: object) -> str:
 
     The hash of a tensor covers dtype, shape and bytes, on any device. The order of a dict has no effect; a list and a
     tuple with the same items have the same hash.
+
+    Raises:
+        TypeError: a part has another type.
     """
     digest = hashlib.sha256()
     _feed(digest, parts)
@@ -287,7 +290,7 @@ class _Disk:
     def _give_up(self, error: Exception) -> None:
         if self.writable:
             self.writable = False
-            log.warning("cannot write to the cache %s (%s); continuing without it", self._root, error)
+            log.warning("cannot write to the cache %s (%s); new entries are kept in memory only", self._root, error)
 
     def _path(self, key: str) -> Path:
         return self._root / f"{key}.safetensors"

@@ -37,7 +37,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: {name!r} is none of auto, cpu, cuda, cuda:1, …")
+        raise ConfigError(f"device: {name!r} is not supported: use auto, cpu, cuda or an indexed GPU such as cuda:1")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device: {name} is requested, but torch finds no GPU")

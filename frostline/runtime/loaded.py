@@ -96,7 +96,12 @@ class LoadedEngines:
             )
         if not engine.manifest.keeps(stage.tolerance):
             again = export_command(stage.name, backend)
-            log.warning("stage %s: its %s engine was verified with looser tolerances: `%s`", stage.name, backend, again)
+            log.warning(
+                "stage %s: its %s engine was verified with looser tolerances: compare it again with `%s`",
+                stage.name,
+                backend,
+                again,
+            )
         networks = {network.name: network for network in stage.networks}
         return get_backend(backend).load(engine, networks, stage.networks[0].device)
 

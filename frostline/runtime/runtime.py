@@ -147,7 +147,7 @@ class Runtime:
     def check_engines(self) -> set[tuple[str, str]]:
         """Check signatures and hashes of all engines in the plan; return (stage, backend) of each rejected one.
 
-        A rejected engine is replaced by another backend, as on loading.
+        A rejected engine is replaced by another backend, as when an engine cannot be loaded.
         """
         refused = set()
         for name, choice in [*self._plan.items()]:

@@ -1,4 +1,4 @@
-"""Stages, which the runtime runs: their networks, and the specs of their input and output tensors."""
+"""Stages, which the runtime runs: their networks, and the specs of their input tensors."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ class Stage:
 
 
 def in_torch(network: Network) -> Runner:
-    """Run one network in PyTorch."""
+    """Return a runner that computes one network in PyTorch."""
     return lambda **inputs: network.reference(inputs)
 
 

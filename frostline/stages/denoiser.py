@@ -102,7 +102,7 @@ class DenoiserStage(Stage):
             return {"velocity": self.denoiser(**inputs)}
 
     def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Return the velocity; the network gets the variant as the LoRA scale."""
+        """Return the velocity; for the variant `REFERENCE`, the LoRA scale is 0."""
         (network,) = self.networks
         if network.live:
             scale = 0.0 if variant == REFERENCE else active_scale(self.lora_network)

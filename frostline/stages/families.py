@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from frostline.models.lora import Adapter
     from frostline.stages.video_model import VideoModel
 
-# The family for models that no other family recognises; it reports the errors. Its geometry is `DEFAULT_GEOMETRY`.
+# The family for models that no other family recognises: it reports why a model cannot be loaded. Its geometry is
+# `DEFAULT_GEOMETRY`.
 _DEFAULT = "wan"
 
 
@@ -123,7 +124,7 @@ class Family(Protocol):
 
         Args:
             expert: see `check_adapter`.
-            dtype: type of the weights; None keeps their types, and converts 8-bit weights to the type of the other
+            dtype: dtype of the weights; None keeps their dtypes, and converts 8-bit weights to the dtype of the other
                 weights.
         Raises:
             ConfigError: the adapter is for another model, or a merged weight is not finite.
@@ -149,7 +150,7 @@ class Family(Protocol):
 
         Args:
             model: name of a built-in model, a folder, or a list of files.
-            dtype: type of all weights that are not quantised.
+            dtype: dtype of all weights that are not quantised.
             defer: leave weights on disk until they are needed, if an engine may replace them.
             base_adapters: merged into the denoisers each time these are read; see `merge_adapter`.
             live: whether the parts that training computes with a gradient are needed; otherwise a family may leave out

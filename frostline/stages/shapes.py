@@ -33,8 +33,8 @@ class ShapeRange:
         rank: rank of the LoRA.
         faces: number of crops or frames in one call of a face network.
         face_height, face_width: size, in pixels, of the images for the first network of the face detector.
-        images: number of pictures in one call of a network that processes whole pictures, such as CLIP; larger batches
-            are split.
+        images: number of images in one call of a network that processes whole images, such as CLIP; larger batches are
+            split.
     """
 
     batch: Range = (1, 2, 32)
@@ -80,7 +80,7 @@ def parse_shapes(
     """Parse a range in trtexec syntax, `name:1x5x3x64x64,…`; other tensors keep their defaults.
 
     Names are `video` (batch, frames, 3, height, width), `faces` (count, 3, side, side) and `frames` (count, 3, height,
-    width) of the face stages, and `images` (count, 3, side, side) of stages that process whole pictures. Defaults are
+    width) of the face stages, and `images` (count, 3, side, side) of stages that process whole images. Defaults are
     adjusted if a given shape contradicts them.
 
     Args:

@@ -79,7 +79,7 @@ class Decoder:
 
     Attributes:
         stage: name of the stage of its frozen uses.
-        dtype: type of the input latents.
+        dtype: dtype of the input latents.
         whole: decodes all latents at once: (B, C, F, h, w) to (B, 3, T, H, W) in [-1, 1].
         networks: PyTorch implementations of the stage's networks, for backward.
         assemble: decodes with such networks, starting after the frames whose caches are given, or at the first frame.
@@ -114,7 +114,7 @@ class VideoModel(StageProvider, Protocol):
         components: the return value of the family's loader.
         geometry: its requirements on videos.
         latent_channels: C of the latents.
-        dtype: type of latents and conditions.
+        dtype: dtype of latents and conditions.
         boundary: with two experts, the first one handles the steps with sigma >= boundary.
         experts: one denoiser, or two; the one for high noise levels is first.
         lora_config: None without a LoRA.

@@ -9,7 +9,7 @@ from frostline.runtime.device import resolve_device
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "", "cpu,cuda"])
 def test_names_of_no_device(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"device: '{name}' is none of auto, cpu"):
+    with pytest.raises(ConfigError, match=f"device: '{name}' is not supported: use auto, cpu"):
         resolve_device(name)
 
 

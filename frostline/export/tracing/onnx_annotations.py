@@ -75,7 +75,7 @@ def describe(model: ir.Model, stage: Stage, network: Network) -> None:
             "stage": stage.name,
             "network": network.name,
             "precision": precision_name(network.weight.dtype),
-            # The name that ONNX uses for it.
+            # ONNX's standard metadata key for the licence of a model.
             "model_license": stage.license or "not stated",
         }
     )

@@ -287,7 +287,7 @@ def _assemble(
     networks = {field: one[field] for field in wanted}
     boundary = config.get("boundary", released_boundary(arguments))
     files = WanFiles(_spec(name, networks, config.get("text_len", TEXT_LENGTH), boundary), networks, tokenizer)
-    _ = files.variant  # raises if the name is unknown
+    _ = files.variant  # raises if the denoiser is not supported
     return files
 
 
@@ -312,9 +312,9 @@ def _variant(arguments: Mapping[str, Any]) -> str:
     """
     extra = arguments["in_dim"] - arguments["out_dim"]
     if arguments["has_image_pos_emb"]:
-        raise ConfigError("a first-and-last-frame denoiser, which frostline does not support")
+        raise ConfigError("the model has a first-and-last-frame denoiser, which frostline does not support")
     if extra not in (0, arguments["out_dim"] + MASK_CHANNELS):
-        raise ConfigError(f"a denoiser with {extra} control channels, which frostline does not support")
+        raise ConfigError(f"the model has a denoiser with {extra} control channels, which frostline does not support")
     if arguments["fuse_vae_embedding_in_latents"]:
         return "text-and-image-to-video, fixed first frame"
     if not arguments["require_vae_embedding"]:

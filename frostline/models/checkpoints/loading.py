@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 # Parts whose weights may stay on disk until they are needed.
 DEFERRABLE = FROZEN_PARTS
-# Parts whose weights are not needed by callers that only run other parts.
+# Parts that training computes with a gradient; callers that only run other parts do not need their weights.
 LIVE_PARTS = ("denoiser", "vae_decoder")
 DENOISERS = ("denoiser", "denoiser_high_noise")
 # Exceptions of diffsynth's classes and torch for tensors that do not match the network.
@@ -74,7 +74,7 @@ def load_components(
         ConfigError: parts are missing (the message lists what was found), a file does not match, or `dtype` is not
             possible.
     """
-    _ = precision_name(dtype)  # raises for other names
+    _ = precision_name(dtype)  # raises if the dtype is not supported
     files, reads, storage = find_files(model), reads or {}, storage or {}
     log.info("loading %s: %s, %d networks", files.spec.name, files.variant, len(files.networks))
     log.debug("%s", files)

@@ -64,7 +64,7 @@ class StoredLayers:
         merged. All other 8-bit weights are dequantised and quantised again, like the weights of other files.
 
         Args:
-            dtype: type of all other weights; weights are also rounded to it before they are quantised.
+            dtype: dtype of all other weights; weights are also rounded to it before they are quantised.
             how: reader for weights that differ from those in the files.
         Raises:
             ConfigError: a file cannot be read, or `how` raises it.

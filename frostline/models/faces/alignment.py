@@ -20,13 +20,13 @@ Source: `arcface_dst` of insightface, the alignment that ArcFace-format embedder
 """
 
 _SMALLEST_SPREAD = 1e-6
-"""Variance in square pixels below which landmarks count as one point; dividing by at least this value keeps the scale
-finite.
+"""Sum of squared distances of the landmarks from their centroid, in square pixels, below which they count as one point.
+Dividing by at least this value keeps the scale finite.
 """
 
 _SMALLEST_SCALE = 1e-3
-"""Lower limit, in crop pixels per image pixel, below which landmarks do not resemble the template; no face is that
-large.
+"""Scale, in crop pixels per image pixel, below which landmarks count as degenerate: at this scale, a face would fill
+more than 100,000 pixels of the image in width.
 """
 
 

@@ -22,7 +22,7 @@ _PIXELS_AT_ONCE = 4_000_000  # frame pixels processed at once: limits the activa
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """K possible faces in N frames, before suppression.
+    """K candidate faces in N frames, before non-maximum suppression.
 
     Attributes:
         boxes: (K, 4) float32 left, top, right, bottom.

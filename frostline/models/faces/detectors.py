@@ -65,8 +65,8 @@ def load_detector(spec: str, min_face_size: int = 20, detection_size: int | None
 
     Args:
         min_face_size: side in pixels of the smallest face that MTCNN searches for; the other detectors ignore it.
-        detection_size: longest side of the frames, if they are resized first: SCRFD, which shrinks frames of more than
-            640 pixels, then leaves them unchanged.
+        detection_size: longest side in pixels to which the caller resizes frames before detection; None without
+            resizing. SCRFD, which shrinks frames of more than 640 pixels, does not shrink resized frames further.
     Raises:
         ConfigError: there is no such detector, or its weights are not available.
     """

@@ -24,7 +24,7 @@ MissingFace = Literal["exclude", "zero"]
 
 @dataclass(frozen=True, eq=False)
 class IdentityScore:
-    """Identity of B generated videos of T frames with their references. Cosines are in [-1, 1], rates in [0, 1].
+    """Identity scores of B generated videos of T frames. Cosines are in [-1, 1], rates in [0, 1].
 
     Attributes:
         face_score: (B,) the reward, differentiable. 0 with zero gradient if `valid` is False.
@@ -82,7 +82,7 @@ def identity_score(
 
 
 def mean_reference(reference: Tensor, reference_found: Tensor) -> Tensor:
-    """Return the (B, D) mean of those (B, R, D) reference embeddings that are faces by (B, R); 0 if there are none."""
+    """Return the (B, D) mean of the (B, R, D) reference embeddings where `reference_found`, (B, R), is True; 0 if none."""
     total = torch.where(reference_found[..., None], reference, 0).sum(dim=1)
     return total / reference_found.sum(dim=1).clamp(min=1)[:, None]
 
@@ -98,7 +98,7 @@ def frame_cosines(embeddings: Tensor, reference_mean: Tensor) -> Tensor:
 def pool_frames(
     cosines: Tensor, found: Tensor, has_reference: Tensor, missing_face: MissingFace = "exclude"
 ) -> IdentityScore:
-    """Return the scores of B videos from the (B, T) cosines of their frames; frames without a face are ignored.
+    """Return the scores of B videos from the (B, T) cosines of their frames; cosines without a face are ignored.
 
     Args:
         found: (B, T) bool.
@@ -247,14 +247,14 @@ class FaceIdentity:
         return ReferenceFaces(self._embed(self.reference_embedder, frames, faces), faces.found)
 
     def score(self, frames: Tensor, references: ReferenceFaces) -> IdentityScore:
-        """Return the identity of generated (B, T, 3, H, W) frames in [0, 1] with the result of `references`."""
+        """Score generated (B, T, 3, H, W) frames in [0, 1] against the result of `references`."""
         return self.score_against(frames, mean_reference(*references), references.found.any(dim=1))
 
     def score_against(self, frames: Tensor, reference_mean: Tensor, has_reference: Tensor) -> IdentityScore:
-        """Return the identity of generated (B, T, 3, H, W) frames in [0, 1] with references of these (B, D) mean
-        embeddings.
+        """Score generated (B, T, 3, H, W) frames in [0, 1] against references.
 
         Args:
+            reference_mean: (B, D) mean embeddings of the references.
             has_reference: (B,) bool, False if there is no reference face and the mean is undefined.
         """
         faces = self.detect(frames, reference_mean)
@@ -263,7 +263,7 @@ class FaceIdentity:
 
     @torch.no_grad()
     def observe(self, pixels: Tensor) -> FrameFaces:
-        """Detect and embed faces in (N, 3, H, W) uint8 frames without a gradient; equal to `detect` and `embed`."""
+        """Detect and embed faces in (N, 3, H, W) uint8 frames without a gradient, like `detect` and `embed`."""
         detections = self._detections(pixels)
         rows = slice(None) if self.face == "best" else detections.largest_rows()
         embeddings = self._embed_detections(pixels, detections, rows)
@@ -282,7 +282,7 @@ class FaceIdentity:
         places, landmarks = detections.frame_index[rows], detections.landmarks[rows]
         run_length = max(1, _PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
         crops = []
-        # Without faces: one empty part.
+        # Without faces, `split` returns one empty part.
         for place, points in zip(places.split(run_length), landmarks.split(run_length), strict=True):
             pictures = frames[place]
             pictures = pictures if pictures.is_floating_point() else pictures.float() / 255

@@ -3,9 +3,8 @@
 Method: Zhang et al. 2016, "Joint Face Detection and Alignment Using Multi-task Cascaded Convolutional Networks".
 
 P-Net proposes boxes on an image pyramid, R-Net rejects and refines them, O-Net decides and predicts five landmarks.
-Networks and weights are facenet-pytorch's, and each operation is equal to it; only the batching differs: P-Net
-processes all frames at one scale at once, R-Net and O-Net the candidates of all frames, and all candidates are cropped
-in one gather. The networks are passed in, so that engines can run them.
+Networks, weights and operations are those of facenet-pytorch; only the batching differs: P-Net processes all frames at
+one scale at once, R-Net and O-Net process the candidates of all frames, and all candidates are cropped in one gather. The networks are passed in, so that engines can run them.
 """
 
 from collections.abc import Mapping

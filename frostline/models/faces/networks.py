@@ -1,4 +1,4 @@
-"""Face networks as functions from keyword arguments to named tensors, an interface of PyTorch modules and engines."""
+"""Face networks as functions from keyword arguments to named tensors, the same for PyTorch modules and engines."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from .detections import Detections
 from .networks import Network, bundled_model
 
 YUNET_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in STRIDES)
-"""Names of the network's outputs, in order: (N, cells, 1, 1, 4 and 10 numbers)."""
+"""Names of the network's outputs, in order. Shapes: (N, cells, 1) for `cls` and `obj`, (N, cells, 4) for `bbox`, and
+(N, cells, 10) for `kps`.
+"""
 
 
 class YuNetNetwork(nn.Module):

@@ -122,6 +122,6 @@ def _of_rank(pair: LoraPair, rank: int, *, fold: bool) -> tuple[Tensor, Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all elements are finite, for any floating-point type."""
-    # `torch.isfinite` does not support 8-bit types.
+    """Return whether all elements are finite, for any floating-point dtype."""
+    # `torch.isfinite` does not support 8-bit dtypes.
     return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())

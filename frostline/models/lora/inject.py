@@ -90,7 +90,7 @@ def targets_of(models: Sequence[nn.Module], target_modules: Sequence[str] | None
 
 
 def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
-    """Check that each target matches linear layers of `model` only, by full path or by its end.
+    """Check that each target matches linear layers of `model` only, by full path or by the end of the path.
 
     PEFT also adapts convolutions, but live engines and some programs that read adapters do not support them.
 
@@ -150,9 +150,10 @@ def active_scale(model: nn.Module) -> float:
 
 
 class _SwitchedOff:
-    """Replaces `_disable_adapters` of a layer in `adapters_off`: it is true for PEFT, and stores the replaced value.
+    """A value of a layer's `_disable_adapters` that disables the layer in PEFT, and stores the value that it replaces.
 
-    Other threads may read the stored value at the same time, to pass the LoRA scale to an engine.
+    `adapters_off` sets it. Other threads may read the stored value at the same time, to pass the LoRA scale to an
+    engine.
     """
 
     def __init__(self, otherwise: bool) -> None:

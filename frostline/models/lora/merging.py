@@ -33,8 +33,8 @@ def merge_adapter(
     Computed in fp32, one weight at a time, and rounded once.
 
     Args:
-        tensors: by name in Wan's format, with the types in their files, so that nothing is rounded twice.
-        dtype: type of all returned weights; each keeps its type if not given.
+        tensors: by name in Wan's format, with the dtypes in their files, so that nothing is rounded twice.
+        dtype: dtype of all returned weights; each keeps its dtype if not given.
     Raises:
         ConfigError: the adapter is for another model, or a merged weight is not finite.
     """
@@ -55,7 +55,7 @@ def merged_weight(adapter: Adapter, name: str, weight: Tensor, lora_scale: float
     Args:
         name: in Wan's format; may be a weight that the adapter does not change.
         lora_scale: factor of the adapter's update.
-        dtype: type of the result.
+        dtype: dtype of the result.
     Raises:
         ConfigError: the result is not finite.
     """

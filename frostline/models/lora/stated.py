@@ -148,7 +148,7 @@ def state(settings: Mapping[str, Any], where: str) -> Stated:
 
 
 def _numbers(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return ranks or alphas, each a number."""
+    """Return the settings of ranks and alphas, with their values converted to numbers."""
     numbers: dict[str, Any] = {}
     if "lora_alpha" in settings:
         numbers["lora_alpha"] = read_alpha(settings["lora_alpha"], f"{where}: lora_alpha")

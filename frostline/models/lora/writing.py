@@ -73,7 +73,7 @@ def write_adapter(
     """Write `adapter` in one of `FORMATS`: a folder for PEFT, otherwise one safetensors file.
 
     Args:
-        dtype: type of all tensors except alphas; unchanged if not given.
+        dtype: dtype of all tensors except alphas; unchanged if not given.
         layer_path: returns the path of a layer in the denoiser.
         in_diffusers: returns the path of a layer in diffusers.
     Raises:

@@ -230,7 +230,7 @@ def _free_batch(steps: list[_Step], constants: dict[str, Tensor]) -> None:
 
 
 def _fold_batch_norms(steps: list[_Step], constants: dict[str, Tensor], outputs: tuple[str, ...]) -> list[_Step]:
-    """Fold each BatchNormalization into the preceding Conv or Gemm, if no other node reads the result of that."""
+    """Fold each BatchNormalization into the preceding Conv or Gemm, if no other node reads its result."""
     readers: dict[str, int] = dict.fromkeys(outputs, 1)
     for step in steps:
         for name in step.inputs:

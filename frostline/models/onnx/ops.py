@@ -234,7 +234,7 @@ def slice_(
 
 
 def cast(x: Tensor | list[int] | int, *, to: int, saturate: int = 1) -> Tensor | list[int] | int:
-    """Convert between integers, or between floats: the interpreter has one type of each."""
+    """Return the input: the interpreter has one integer type and one float type, and does not convert between them."""
     return x
 
 

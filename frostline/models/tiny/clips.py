@@ -46,9 +46,10 @@ _SUPERSAMPLING = 2
 class Clips:
     """A batch of rendered clips.
 
-    video: (B, T, 3, H, W) float32 in [0, 1].
-    prompt: (B,) int64, index into `PROMPTS`.
-    person: (B,) int64, index into `PEOPLE`.
+    Attributes:
+        video: (B, T, 3, H, W) float32 in [0, 1].
+        prompt: (B,) int64, index into `PROMPTS`.
+        person: (B,) int64, index into `PEOPLE`.
     """
 
     video: Tensor
@@ -104,7 +105,7 @@ def render_clips(
 
 
 def held_out_clips(count: int, seed: int, *, num_frames: int = NUM_FRAMES, size: int = SIZE) -> Clips:
-    """Return clips that start from other poses, and cover all prompts and both people evenly."""
+    """Return clips for evaluation, with random poses from `seed`, that cover all prompts and both people evenly."""
     index = torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
     prompt, person = index % len(PROMPTS), (index // len(PROMPTS)) % len(PEOPLE)

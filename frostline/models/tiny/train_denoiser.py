@@ -62,7 +62,7 @@ class Pool:
 
 @torch.no_grad()
 def encode_pool(vae: WanVideoVAE, clips: int, work: Path) -> Pool:
-    """Render and encode `clips` clips, or read them from `work`. A third of the clips have a drift of less than 2/3."""
+    """Render and encode `clips` clips, or read them from `work`. About 31 % of the clips have a drift below 2/3."""
     encoded = work / f"pool_{clips}.safetensors"
     if encoded.exists():
         return Pool(**load_file(encoded))

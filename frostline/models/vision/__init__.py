@@ -1,1 +1,1 @@
-"""Networks for whole pictures: CLIP's two towers, DINOv2, and the preparation of their input."""
+"""Networks for whole images: CLIP, HPS v2, DINOv2, an aesthetic predictor and RAFT, with their image preprocessing."""

@@ -1,4 +1,4 @@
-"""The predictor of LAION's improved-aesthetic-predictor: CLIP embeddings of pictures to ratings, 1 to 10.
+"""The predictor of LAION's improved-aesthetic-predictor, which maps CLIP embeddings of images to ratings from 1 to 10.
 
 Source: github.com/christophschuhmann/improved-aesthetic-predictor. The network consists of linear layers with dropout
 between them.

@@ -51,6 +51,6 @@ def load_dinov2(folder: Path) -> tuple[Dinov2, Preparation]:
     model, prepare = load_pretrained(Dinov2Model, folder), Preparation.read(folder)
     if prepare.crop % model.config.patch_size:
         raise ConfigError(
-            f"{folder}: the picture size {prepare.crop} is not a multiple of the patch size {model.config.patch_size}"
+            f"{folder}: the image size {prepare.crop} is not a multiple of the patch size {model.config.patch_size}"
         )
     return Dinov2(model, prepare.crop), prepare

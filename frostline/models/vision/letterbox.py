@@ -14,8 +14,8 @@ from .preparation import as_8_bit
 class Letterbox:
     """Resize the longest side, pad the shorter one with black, normalise; equal to HPSv2's `ResizeMaxSize`.
 
-    The picture is first rounded to 8 bits; the resized picture is not rounded again. The gradient is that of the
-    picture before rounding.
+    The image is first rounded to 8 bits; the resized image is not rounded again. Rounding passes the gradient through
+    unchanged (straight-through estimator).
 
     Attributes:
         side: S of the square in pixels.

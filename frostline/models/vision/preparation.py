@@ -23,8 +23,8 @@ _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 class Preparation:
     """Resize the shortest side, crop the centre, normalise; equal to `transformers.CLIPImageProcessor`.
 
-    The picture is first rounded to 8 bits, which is the input of transformers' processors. The gradient is that of the
-    picture before rounding.
+    The image is first rounded to 8 bits, which is the input of transformers' processors. Rounding passes the gradient
+    through unchanged (straight-through estimator).
 
     Attributes:
         shortest: shortest side in pixels after resizing.

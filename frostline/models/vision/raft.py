@@ -57,7 +57,7 @@ class RaftFlow(nn.Module):
         start = _places(features)
         places = start.expand(count, -1, -1, -1)
         for _ in range(self.updates):
-            # No gradient flows between updates (section 3.3 of the paper).
+            # As in the paper (section 3.3), no gradient flows through the positions of the previous update.
             places = places.detach()
             found = _look_up(pyramid, places)
             hidden, change = self.update_block(hidden, context, found, places - start)
@@ -92,8 +92,9 @@ def load_raft(path: Path, updates: int = 12) -> RaftFlow:
 
 
 def _correlations(features: Tensor, target: Tensor) -> list[Tensor]:
-    """Return the correlations of all pairs of entries of (N, C, h, w) features: (N·h·w, 1, h, w), and halved three
-    times.
+    """Return a pyramid of the correlations of all pairs of entries of (N, C, h, w) features.
+
+    The first level is (N·h·w, 1, h, w); each of three further levels has half the height and width of the previous one.
     """
     count, channels, height, width = features.shape
     products = features.flatten(2).transpose(1, 2) @ target.flatten(2) / channels**0.5

@@ -80,7 +80,7 @@ class ModelSpec:
     @property
     def geometry(self) -> Geometry:
         """Return the video sizes that the model supports."""
-        # The VAE of Wan2.2 TI2V, the only one whose decoder has another width, halves once more.
+        # The VAE of Wan2.2 TI2V, the only one whose decoder has another width, downsamples by a further factor of 2.
         stride = 2 * SPATIAL_STRIDE if "dec_dim" in self.networks["vae"] else SPATIAL_STRIDE
         # The denoiser uses patches of the latents.
         return Geometry(TEMPORAL_STRIDE, stride, stride * self.networks["denoiser"]["patch_size"][1])

@@ -2,6 +2,7 @@
 
 The causal convolutions of the VAE use the two preceding frames. diffsynth stores these in lists inside the module; here
 they are input and output tensors. One network processes the first frame, another each following group of four frames.
+Shapes are those of the VAE of Wan2.1; for Wan2.2 TI2V, the spatial stride is 16 instead of 8.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _VaeChunk(nn.Module):
             self._run(chunk, slots)
         caches = [(slot, cache) for slot, cache in enumerate(slots) if isinstance(cache, Tensor)]
         self._in_use = [slot for slot, _ in caches]
-        # Channels, frames, and the number of entries for each entry of the chunk's height (a fraction if fewer).
+        # Channels, frames, and the ratio of the cache's height to the chunk's height.
         self.cache_shapes = [(cache.shape[1], cache.shape[2], cache.shape[3] / first.shape[3]) for _, cache in caches]
 
     def _probed_on(self, other: _VaeChunk) -> None:

@@ -216,7 +216,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 
 
 def _hash_artifact(path: Path, expected: Artifact) -> None:
-    """Return digest and size of a file, read in chunks: an engine can be larger than memory."""
+    """Check size and digest of a file, read in chunks: an engine can be larger than memory."""
     with _open_artifact(path, expected) as file:
         _check_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), expected)
 

@@ -58,7 +58,7 @@ class WeightDigests:
         return "moved" if self._digests[name] == before else "changed"
 
     def forget(self) -> None:
-        """Compute all digests again, except those of sharded weights."""
+        """Discard all digests except those of sharded weights; `update` computes them again."""
         for name in self._digests.keys() - self._sharded:
             del self._digests[name], self._guards[name]
 

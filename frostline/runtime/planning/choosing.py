@@ -53,7 +53,7 @@ def _fastest(stage: Stage, find: FindRecord) -> Choice:
         if manifest and not _rejection_reason(stage, manifest) and {backend, TORCH} <= manifest.latency_ms.keys():
             candidates[backend] = manifest
     if not candidates:
-        return Choice(TORCH, f"no verified engine: `{export_command(stage.name, DEFAULT_BACKEND)}`")
+        return Choice(TORCH, f"no verified engine: build one with `{export_command(stage.name, DEFAULT_BACKEND)}`")
     # Latencies come from different runs: only their ratio to torch in the same run is comparable.
     gains = {name: manifest.latency_ms[TORCH] / manifest.latency_ms[name] for name, manifest in candidates.items()}
     best = max(gains, key=lambda backend: gains[backend])
@@ -61,7 +61,7 @@ def _fastest(stage: Stage, find: FindRecord) -> Choice:
     here = machine_id(stage.networks[0].device)
     if any(manifest.measured_on != here for manifest in candidates.values()):
         reason = (
-            f"as measured on {candidates[best].measured_on or 'another machine'}; measured on this machine at first use"
+            f"as measured on {candidates[best].measured_on or 'another machine'}; timed on this machine at first use"
         )
         return Choice(backend, reason, {}, tuple(candidates))
     worth = tuple(name for name, gain in gains.items() if _WORTH_A_TRIAL * gain >= max(1, gains[best]))

@@ -69,7 +69,7 @@ class Trials:
         return self._latest[stage.name]
 
     def forget(self, name: str) -> None:
-        """Time the candidates of a stage again."""
+        """Discard the choices of a stage, so that its candidates are timed again."""
         self._at_shape = {key: choice for key, choice in self._at_shape.items() if key[0] != name}
         self._latest.pop(name, None)
 

@@ -19,8 +19,8 @@ def merged_reads(spec: ModelSpec, adapters: Sequence[BaseAdapter]) -> dict[str, 
     """Return the reader of each denoiser that has adapters, by the name of the network.
 
     Raises:
-        ConfigError: an adapter for a model with two experts names none, or an adapter for one denoiser names an expert;
-            the message names the path.
+        ConfigError: the model has two experts, and an adapter names no expert; or it has one denoiser, and an adapter
+            names an expert. The message names the path.
     """
     of_network: dict[str, list[BaseAdapter]] = {}
     for number, adapter in enumerate(adapters):

@@ -195,7 +195,7 @@ def empty_model(
     for name, kind in _storage(quantization).items():
         if name in networks:
             quantise_layers(networks[name], kind, dtype)
-    # Nothing is encoded without weights.
+    # A placeholder: without weights, no prompt is tokenised.
     tokenizer: Any = SimpleNamespace(seq_len=spec.text_length)
     with meta_parameters():
         return WanVideoModel.of(WanComponents(spec=spec, tokenizer=tokenizer, **networks), lora)

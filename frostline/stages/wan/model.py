@@ -72,7 +72,7 @@ class WanVideoModel:
 
     @classmethod
     def of(cls, components: WanComponents, lora: LoraSettings | None) -> WanVideoModel:
-        """Inject a LoRA into `components` in place, if one is given.
+        """Return a model of `components`, with a LoRA injected in place, if one is given.
 
         Raises:
             ConfigError: the model does not have the experts or layers that the LoRA adapts.

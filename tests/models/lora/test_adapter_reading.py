@@ -138,7 +138,10 @@ def test_an_adapter_on_a_part_of_the_layers(part: str, tmp_path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
-    "no LoRA": ({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, "is no LoRA of a denoiser.*: blocks.0.self_attn.q"),
+    "no LoRA": (
+        {"blocks.0.self_attn.q.weight": torch.zeros(2, 2)},
+        "a file with tensors other than those of a LoRA.*: blocks.0.self_attn.q",
+    ),
     "nothing": ({}, "incomplete LoRA"),
     "one matrix": ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2)}, r"A or B of blocks\.0\.ffn\.0 is missing"),
     "an alpha of nothing": (

@@ -242,5 +242,5 @@ def test_a_picture_of_no_whole_number_of_patches(dinov2: tuple[Path, Any], tmp_p
     values = json.loads((tmp_path / "preprocessor_config.json").read_text())
     values["crop_size"] = {"height": 30, "width": 30}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="the picture size 30 is not a multiple of the patch size 14"):
+    with pytest.raises(ConfigError, match="the image size 30 is not a multiple of the patch size 14"):
         load_dinov2(tmp_path)

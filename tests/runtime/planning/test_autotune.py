@@ -141,7 +141,7 @@ def test_another_machine_measures_anew(
     for module in (latency, choosing):
         monkeypatch.setattr(module, "machine_id", lambda device: "another CPU")
     auto = Runtime({"double": stage}, "auto", engines)
-    assert auto.plan["double"].reason == f"as measured on {machine_id_here}; measured on this machine at first use"
+    assert auto.plan["double"].reason == f"as measured on {machine_id_here}; timed on this machine at first use"
     assert auto.plan["double"].backend == ORT
     assert not auto.plan["double"].latency_ms
     assert run(auto, 8) == ORT

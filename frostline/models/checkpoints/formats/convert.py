@@ -99,7 +99,8 @@ def _image_encoder_to_official(tensors: Tensors) -> dict[str, Tensor]:
         raise ConfigError("the image encoder has no class or position embedding")
     official[_CLASS[0]] = special[_CLASS[0]][None, None]
     official[_POSITION[0]] = special[_POSITION[0]][None]
-    # Wan uses the tokens before the last block; diffusers omits the layers after it, which have no effect.
+    # Wan uses the output of the second-to-last block, so the projection and `log_scale` have no effect; diffusers omits
+    # both.
     width = official[_CLASS[0]].shape[-1]
     head = special.get(_PROJECTION[0])
     blank = official[_CLASS[0]].new_zeros

@@ -13,7 +13,8 @@ _LARGEST = 2**20
 def stated_license(weights: Path) -> str | None:
     """Return the licence in the model card of a weights file, an identifier such as `apache-2.0`.
 
-    The card is searched for in the file's folder and in the parent folder, because the file may be one part of several.
+    The card is searched for in the file's folder and in its parent folder, because a weights file may be in a subfolder
+    of the model.
     Returns None if the card cannot be read or states no licence: the weights are usable without one.
     """
     for folder in (weights.parent, weights.parent.parent):

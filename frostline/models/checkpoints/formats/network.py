@@ -66,7 +66,7 @@ class NetworkFiles:
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the compute type of a model with 8-bit weights; None for a model without 8-bit weights."""
+        """Return the compute dtype of a model with 8-bit weights; None for a model without 8-bit weights."""
         import torch
 
         name = self.stored.compute_type
@@ -171,7 +171,7 @@ class _StoredExactly(Mapping[str, "Tensor"]):
 class ExactWeights(Mapping[str, "Tensor"]):
     """Weights by name in Wan's format, read one at a time; see `NetworkFiles.read_exact`.
 
-    Attributes:
+    Args:
         names: maps names in Wan's format to names in the files.
     """
 

@@ -58,7 +58,7 @@ class StoredWeights:
 
     @property
     def compute_type(self) -> str | None:
-        """Return the compute type of a model with 8-bit weights: the type of most other weights."""
+        """Return the compute dtype of a model with 8-bit weights: the dtype of most other weights."""
         if not any(info.dtype in FP8 for info in self.infos.values()):
             return None
         elements = {"bfloat16": 0, "float16": 0, "float32": 0}

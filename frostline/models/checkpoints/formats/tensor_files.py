@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Names of types in safetensors, and the torch types.
+# Names of dtypes in safetensors, and the torch dtypes.
 _TYPES = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -37,7 +37,7 @@ class TensorInfo:
     """A tensor without its values.
 
     Attributes:
-        dtype: name of the torch type; name in safetensors if torch does not have the type.
+        dtype: name of the torch dtype; name in safetensors if torch does not have the dtype.
     """
 
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ def read_header(path: Path) -> Header:
 
 
 def open_tensors(paths: Sequence[Path], device: str | torch.device, mapped: bool = False) -> Mapping[str, Tensor]:
-    """Return the tensors of files by name, in their stored types; safetensors are read on access.
+    """Return the tensors of files by name, in their stored dtypes; safetensors are read on access.
 
     Args:
         mapped: on the CPU, memory-map files of torch.save if possible, so that they are also read on access. The

@@ -78,7 +78,7 @@ class Backend(ABC):
         """Check, before tracing, that this machine can build engines for `target`.
 
         Raises:
-            EngineError: they cannot; the message names the possible targets.
+            EngineError: it cannot; the message names the possible targets.
         """
 
     def obstacle(self, device: torch.device, target: str) -> str | None:

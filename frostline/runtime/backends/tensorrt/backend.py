@@ -79,7 +79,7 @@ class TensorRTBackend(Backend):
         """Check, before tracing, that this machine can build engines for `target`.
 
         Raises:
-            EngineError: they cannot; the message names the possible targets.
+            EngineError: it cannot; the message names the possible targets.
         """
         self._capabilities(target)
 

@@ -33,8 +33,8 @@ from frostline.runtime.stage import Network, Stage
 
 # Dimensions whose default maximum is lowered, in this order, and their lowest maximum (None: the typical value). The
 # number of videos is lowered before their size, because training uses few at once. For face detection the size comes
-# first, because there are many images: at 1024 pixels, the first network
-# still finds faces of 20 pixels in images of 1700 pixels, because it processes them at a scale of 12 / 20.
+# first, because there are many images: at 1024 pixels, the first network still finds faces of 20 pixels in images of
+# 1700 pixels, because it processes them at a scale of 12 / 20.
 _LOWERED: tuple[tuple[tuple[str, ...], int | None], ...] = (
     (("face_height", "face_width"), 1024),
     (("batch", "faces", "images"), None),

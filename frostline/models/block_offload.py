@@ -142,7 +142,7 @@ class BlockOffload:
         return nullcontext(), self._in_backward()
 
     def saved(self, tensor: Tensor) -> SavedWeight | None:
-        """Return a handle for autograd to save instead of `tensor`, if that is (a view of) a copied weight; else None."""
+        """Return a handle for autograd to save instead of `tensor` if it is (a view of) a copied weight; else None."""
         current = self._current
         if current is None or (name := current.name_of(tensor)) is None:
             return None

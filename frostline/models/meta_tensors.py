@@ -58,7 +58,7 @@ def on_meta(*modules: nn.Module) -> Iterator[None]:
     before = [(part, dict(part._parameters), dict(part._buffers)) for module in modules for part in module.modules()]
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
-            # A compiled function that is called once within a dispatch mode is never compiled again.
+            # If a function of torch.compile is first called within a dispatch mode, it is not compiled later, either.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Anomaly detection inspects values, which do not exist here.
         stack.enter_context(torch.autograd.set_detect_anomaly(False))

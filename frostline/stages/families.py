@@ -55,7 +55,7 @@ class Family(Protocol):
     """The contents of a family's module `family`. Importing it must not import torch.
 
     Attributes:
-        GEOMETRY: the least strict requirements on videos of any of its models.
+        GEOMETRY: requirements on videos that all of its models have; a single model may require more.
         STAGES: names of all stages that a model may have.
         FROZEN_STAGES: those of STAGES without a gradient, unless the stage is an expert with a LoRA.
         LORA_TARGETS: default names of the layers that a LoRA adapts.

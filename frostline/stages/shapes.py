@@ -13,7 +13,7 @@ from frostline.stages.families import DEFAULT_GEOMETRY
 
 Range = tuple[int, int, int]
 
-# The dimension that each size of a tensor on the command line sets; a number is a fixed size.
+# For each tensor name on the command line, the dimension that each of its sizes sets; a number is a fixed size.
 _LAYOUTS: dict[str, tuple[str | int, ...]] = {
     "video": ("batch", "frames", 3, "height", "width"),
     "faces": ("faces", 3, "side", "side"),

@@ -71,7 +71,10 @@ def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
 
 
 def _dense(module: nn.Module) -> nn.Module:
-    """Return the module or a copy with dense weights: with channels-last ones, the tracer specialises small images."""
+    """Return the module, or a copy with dense weights if they are not dense.
+
+    With channels-last weights, the tracer treats the sizes of small images as constants.
+    """
     if all(tensor.is_contiguous() for tensor in itertools.chain(module.parameters(), module.buffers())):
         return module
     module = copy.deepcopy(module)

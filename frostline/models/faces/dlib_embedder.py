@@ -86,8 +86,8 @@ class DlibEmbedder(nn.Module):
     """dlib's `face_recognition_model_v1`: maps 150×150 faces to 128-dimensional embeddings, here normalised.
 
     dlib considers two faces the same person if its vectors are less than 0.6 apart. Their length is always about 1.4,
-    so cosine similarities rank pairs almost like distances; 0.6 corresponds to a cosine of about 0.91. The cosine of two
-    different people is about 0.85.
+    so cosine similarities rank pairs almost like distances; 0.6 corresponds to a cosine of about 0.91. Two different
+    people have a cosine of about 0.85.
 
     Args:
         path: the file `dlib_face_recognition_resnet_model_v1.dat`; by default the one in the wheel

@@ -82,7 +82,11 @@ def identity_score(
 
 
 def mean_reference(reference: Tensor, reference_found: Tensor) -> Tensor:
-    """Return the (B, D) mean of the (B, R, D) reference embeddings where `reference_found`, (B, R), is True; 0 if none."""
+    """Return the (B, D) mean of (B, R, D) reference embeddings over the frames with a face; 0 if there are none.
+
+    Args:
+        reference_found: (B, R) bool, whether a frame has a face.
+    """
     total = torch.where(reference_found[..., None], reference, 0).sum(dim=1)
     return total / reference_found.sum(dim=1).clamp(min=1)[:, None]
 

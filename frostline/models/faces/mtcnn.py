@@ -4,7 +4,8 @@ Method: Zhang et al. 2016, "Joint Face Detection and Alignment Using Multi-task 
 
 P-Net proposes boxes on an image pyramid, R-Net rejects and refines them, O-Net decides and predicts five landmarks.
 Networks, weights and operations are those of facenet-pytorch; only the batching differs: P-Net processes all frames at
-one scale at once, R-Net and O-Net process the candidates of all frames, and all candidates are cropped in one gather. The networks are passed in, so that engines can run them.
+one scale at once, R-Net and O-Net process the candidates of all frames, and all candidates are cropped in one gather.
+The networks are passed in, so that engines can run them.
 """
 
 from collections.abc import Mapping

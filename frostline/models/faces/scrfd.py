@@ -20,7 +20,8 @@ from .detections import Detections
 from .networks import Network
 
 SCRFD_OUTPUTS = tuple(f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES)
-"""Names of the outputs of `ScrfdNetwork`, in order: scores (N, anchors), boxes (N, anchors, 4), landmarks (N, anchors, 10).
+"""Names of the outputs of `ScrfdNetwork`, in order. Shapes: (N, anchors) for `score`, (N, anchors, 4) for `bbox`, and
+(N, anchors, 10) for `kps`.
 """
 
 SCRFD_SIDE = 640

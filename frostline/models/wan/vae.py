@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def decode_latents(vae: WanVideoVAE, latents: Tensor) -> Tensor:
     """Decode (B, C, F, h, w) normalised latents to a video (B, 3, 4F - 3, 8h, 8w) in [-1, 1].
 
-    With a gradient, all frames are decoded at once (`decode_clip`), which saves 40 GB of activations for backward for 81
-    frames of 480×480 in bf16 (diffsynth's loop: 154 GB); `train/memory/recompute.py` needs less. Without a gradient, frames are decoded chunk by
-    chunk.
+    With a gradient, all frames are decoded at once (`decode_clip`), which keeps 40 GB of activations for backward
+    for 81 frames of 480×480 in bf16 (diffsynth's loop: 154 GB); `train/memory/recompute.py` needs less. Without a
+    gradient, frames are decoded chunk by chunk.
     """
     if torch.is_grad_enabled():
         return decode_clip(vae, latents).clamp(-1, 1)

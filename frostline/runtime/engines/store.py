@@ -103,11 +103,7 @@ class Build:
     _store: "EngineStore"
 
     def commit(self, manifest: Manifest) -> VerifiedEngine:
-        """Sign the files in `folder` and move the engine to its path, replacing any previous one.
-
-        Raises:
-            EngineError: the manifest does not match the files or the engine being built, or the disk cannot be written.
-        """
+        """Sign the files in `folder` and move the engine to its path, replacing any previous one."""
         if manifest.id != self.id:
             raise EngineError(f"the manifest describes {manifest.id}, but {self.id} is being built")
         path = self.id.path(self._store.root)
@@ -201,11 +197,7 @@ class EngineStore:
                 _remove(build.folder)
 
     def update(self, engine: VerifiedEngine, manifest: Manifest) -> VerifiedEngine:
-        """Replace the measurements (parity, latency, verified) in the manifest of an engine.
-
-        Raises:
-            EngineError: the engine was changed or rebuilt in the meantime.
-        """
+        """Replace the measurements (parity, latency, verified) in the manifest of an engine."""
         with self._locked(engine.path):
             current = verify_engine(self.root, engine.manifest.id)
             if not current.manifest.same_engine(manifest):
@@ -213,11 +205,7 @@ class EngineStore:
             return self._replace_manifest(engine.path, manifest)
 
     def trust(self, path: Path) -> VerifiedEngine:
-        """Sign an engine that was built elsewhere.
-
-        Raises:
-            EngineError: the engine is not in this store, or its files do not match its manifest.
-        """
+        """Sign an engine that was built elsewhere, or raise an EngineError if its files do not match its manifest."""
         engine = EngineId.of_path(path.resolve())
         if engine is None or engine.path(self.root).resolve() != path.resolve():
             raise EngineError(

@@ -1,7 +1,7 @@
 """The stage `vae_encoder`: video (B, 3, 4k + 1, H, W) in [-1, 1] to normalised latents (B, C, k + 1, H/8, W/8).
 
-For Wan2.2 TI2V, the latents have H/16 and W/16. Two networks, for the first frame and for each following four frames with caches as tensors, encode videos of any
-length.
+For Wan2.2 TI2V, the latents have H/16 and W/16. Two networks, for the first frame and for each following four frames
+with caches as tensors, encode videos of any length.
 """
 
 from __future__ import annotations

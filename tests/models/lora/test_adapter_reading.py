@@ -195,7 +195,7 @@ OTHER_WAYS = {
     "oft_blocks": "OFT",
     "lora_mid.weight": "third matrix",
     "reshape_weight": "weights of another shape",
-    "weight": "no LoRA",
+    "weight": "other than those of a LoRA",
 }
 
 

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021, arXiv:2103.00020): pictures and texts as unit vectors in one space.
+"""CLIP (Radford et al. 2021, arXiv:2103.00020): images and texts as unit vectors in one space.
 
 The towers are equivalent to `transformers.CLIPModel`, with its layers and weights. For weights of any floating-point
 type, towers take and return float32.
@@ -27,7 +27,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_con
 
 
 class ImageTower(nn.Module):
-    """Map prepared pictures to unit vectors; differentiable with respect to the pixels.
+    """Map prepared images to unit vectors; differentiable with respect to the pixels.
 
     Attributes:
         image_size: S, side of its input in pixels.
@@ -86,7 +86,7 @@ class Clip:
     """A loaded model.
 
     Attributes:
-        scale: factor that converts the cosine similarity of a picture and a text to the published score of the model.
+        scale: factor that converts the cosine similarity of an image and a text to the published score of the model.
         prepare: converts frames (N, 3, H, W) in [0, 1] to the input of the image tower.
         tokenizer: a tokenizer of transformers.
         processor_files: the files of `prepare` and `tokenizer`.

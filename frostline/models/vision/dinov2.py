@@ -1,4 +1,4 @@
-"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193): the content of a picture as a unit vector."""
+"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193): the content of an image as a unit vector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Dinov2(nn.Module):
-    """Map prepared pictures to the unit vector of the class token; differentiable with respect to the pixels.
+    """Map prepared images to the unit vector of the class token; differentiable with respect to the pixels.
 
     Input and output are float32, for weights of any floating-point type.
 

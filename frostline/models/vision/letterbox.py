@@ -1,4 +1,4 @@
-"""Whole pictures padded to a square, the preparation of HPS v2."""
+"""Pad whole images to a square, the preprocessing of HPS v2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation of pictures for vision networks: transformers' image processors in differentiable operations."""
+"""Preprocessing of images for vision networks: transformers' image processors in differentiable operations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Preparation:
             ConfigError: the file is missing, or contains steps other than resizing, cropping and normalising.
         """
         path = folder / PREPARATION_FILE
-        values = read_json(path, "it is published with the weights and describes the preparation of pictures")
+        values = read_json(path, "it is published with the weights and describes the preparation of images")
         try:
             return cls._parse(values)
         except KeyError as error:
@@ -92,7 +92,7 @@ class Preparation:
         return as_8_bit(F.interpolate(frames, size, mode=self.interpolation, antialias=True, align_corners=False))
 
     def _centre(self, frames: Tensor) -> Tensor:
-        """Crop the centre; pad smaller pictures with black."""
+        """Crop the centre; pad smaller images with black."""
         missing = [max(0, self.crop - extent) for extent in frames.shape[-2:]]
         if any(missing):
             top, left = missing[0] // 2, missing[1] // 2

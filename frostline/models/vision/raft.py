@@ -18,7 +18,7 @@ from frostline.errors import ConfigError
 from frostline.models.weight_files import read_weights
 
 STRIDE = 8
-"""Pixels per entry of the features; sides of pictures must be multiples of it."""
+"""Pixels per entry of the features; sides of images must be multiples of it."""
 
 SMALLEST_SIDE = 128
 """The correlations are halved three times, and at least two entries must remain."""
@@ -27,7 +27,7 @@ _LEVELS, _RADIUS = 4, 3
 
 
 class RaftFlow(nn.Module):
-    """The small RAFT network: flow from the first picture of a pair to the second.
+    """The small RAFT network: flow from the first image of a pair to the second.
 
     Args:
         updates: number of refinements of the flow.
@@ -134,7 +134,7 @@ class FlowSize:
     """The input size of the network.
 
     Attributes:
-        height, width: size to which pictures are resized.
+        height, width: size to which images are resized.
         padded_height, padded_width: size after repeating the last row and column.
     """
 
@@ -146,8 +146,8 @@ class FlowSize:
         """Return the size for the aspect ratio of the pictures.
 
         Args:
-            height, width: size of the pictures in pixels.
-            shortest: shortest side in pixels; by default pictures are not resized, unless they are too small.
+            height, width: size of the images in pixels.
+            shortest: shortest side in pixels; by default images are not resized, unless they are too small.
         """
         short = min(height, width)
         wanted = max(short, SMALLEST_SIDE) if shortest is None else shortest

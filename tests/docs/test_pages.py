@@ -85,6 +85,19 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
+def test_the_hardware_table_of_readme_is_that_of_the_memory_plan() -> None:
+    """The page with the tables is compared with the memory plan in tests/test_benchmarks.py."""
+    page = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    planned = page.partition("\n### Wan2.2-I2V-A14B\n")[2].partition("\n### ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Hardware\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if re.match(r"\| \d+ GB ", line)]
+    assert [row.split("|")[1].strip() for row in rows] == ["24 GB", "48 GB", "80 GB"]
+    assert [row for row in rows if row not in planned.splitlines()] == [], "copy the rows from docs/hardware.md"
+    step = re.search(r"A step of (\S+), LoRA of rank (\d+)\.", planned)
+    assert step is not None
+    assert f"a step of {step[1]} with a LoRA of rank {step[2]}" in section
+
+
 # Phrases of a private style, each with what to write instead.
 PHRASES = {
     r"told by": "inferred from",

@@ -135,10 +135,16 @@ PHRASES = {
     r"\bconvolves?\b": "uses the Conv3d of",
     r"\btak(e|es|en|ing) every \w+ for\b": "treat as",
     r"\bdrops? out\b": "is skipped",
+    r"\bgo(es)? on (from|with|until|to)\b": "continues",
+    r"\bfrostline's own\b": "only in frostline, the default",
+    r"\bcounts as one unit\b": "standard deviation used to normalise",
+    r"\b(equal|same) to the bit\b": "bit for bit the same",
+    r"\bsays how\b": "describes, gives the number of",
+    r"\bfor free\b": "without computing it, without cost",
 }
 
 
-PLAIN_PAGES = [ROOT / "benchmarks" / "NOTES.md", *PAGES]
+PLAIN_PAGES = [*(ROOT / name for name in ("CHANGELOG.md", "benchmarks/NOTES.md", "engines/README.md")), *PAGES]
 
 
 @pytest.mark.parametrize("page", PLAIN_PAGES, ids=lambda page: str(page.relative_to(ROOT)))

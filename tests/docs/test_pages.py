@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 from make_reference import PAGE, reference
 
 from frostline.config import dotted_names
+from frostline.train.data.needs import SampleNeeds
 from frostline.train.settings import RunSettings
 
 PAGES = sorted(
@@ -96,6 +97,29 @@ def test_the_hardware_table_of_readme_is_that_of_the_memory_plan() -> None:
     step = re.search(r"A step of (\S+), LoRA of rank (\d+)\.", planned)
     assert step is not None
     assert f"a step of {step[1]} with a LoRA of rank {step[2]}" in section
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page.partition("\n## An engine is refused\n")[2].partition("\n## ")[0]
+    messages = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    quoted = [words.strip("… ") for message in messages for words in re.findall("`(.*?)`", message)]
+    code = "".join(module.read_text(encoding="utf-8") for module in (ROOT / "frostline").rglob("*.py"))
+    assert len(quoted) > 10
+    assert [words for words in quoted if words not in code] == []
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        SampleNeeds(start_frame="the model Wan2.2-I2V-A14B"),
+        SampleNeeds(start_frame="", compared=("the reward face_identity",)),
+        SampleNeeds(start_frame="", of_clips=("the reward motion",)),
+    ],
+)
+def test_messages_about_missing_videos_are_those_of_the_code(needs: SampleNeeds) -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert f"is empty, but {needs.refuses_without_video(has_reference=False)}\n" in page
 
 
 # Phrases of a private style, each with what to write instead.

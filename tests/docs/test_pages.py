@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 from make_reference import PAGE, reference
 
 from frostline.config import dotted_names
+from frostline.train.data.needs import SampleNeeds
 from frostline.train.settings import RunSettings
 
 PAGES = sorted(
@@ -85,6 +86,42 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
+def test_the_hardware_table_of_readme_is_that_of_the_memory_plan() -> None:
+    """The page with the tables is compared with the memory plan in tests/test_benchmarks.py."""
+    page = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    planned = page.partition("\n### Wan2.2-I2V-A14B\n")[2].partition("\n### ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Hardware\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if re.match(r"\| \d+ GB ", line)]
+    assert [row.split("|")[1].strip() for row in rows] == ["24 GB", "48 GB", "80 GB"]
+    assert [row for row in rows if row not in planned.splitlines()] == [], "copy the rows from docs/hardware.md"
+    step = re.search(r"A step of (\S+), LoRA of rank (\d+)\.", planned)
+    assert step is not None
+    assert f"a step of {step[1]} with a LoRA of rank {step[2]}" in section
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page.partition("\n## An engine is refused\n")[2].partition("\n## ")[0]
+    messages = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    quoted = [words.strip("… ") for message in messages for words in re.findall("`(.*?)`", message)]
+    code = "".join(module.read_text(encoding="utf-8") for module in (ROOT / "frostline").rglob("*.py"))
+    assert len(quoted) > 10
+    assert [words for words in quoted if words not in code] == []
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        SampleNeeds(start_frame="the model Wan2.2-I2V-A14B"),
+        SampleNeeds(start_frame="", compared=("the reward face_identity",)),
+        SampleNeeds(start_frame="", of_clips=("the reward motion",)),
+    ],
+)
+def test_messages_about_missing_videos_are_those_of_the_code(needs: SampleNeeds) -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert f"is empty, but {needs.refuses_without_video(has_reference=False)}\n" in page
+
+
 # Phrases of a private style, each with what to write instead.
 PHRASES = {
     r"told by": "inferred from",
@@ -122,10 +159,16 @@ PHRASES = {
     r"\bconvolves?\b": "uses the Conv3d of",
     r"\btak(e|es|en|ing) every \w+ for\b": "treat as",
     r"\bdrops? out\b": "is skipped",
+    r"\bgo(es)? on (from|with|until|to)\b": "continues",
+    r"\bfrostline's own\b": "only in frostline, the default",
+    r"\bcounts as one unit\b": "standard deviation used to normalise",
+    r"\b(equal|same) to the bit\b": "bit for bit the same",
+    r"\bsays how\b": "describes, gives the number of",
+    r"\bfor free\b": "without computing it, without cost",
 }
 
 
-PLAIN_PAGES = [ROOT / "benchmarks" / "NOTES.md", *PAGES]
+PLAIN_PAGES = [*(ROOT / name for name in ("CHANGELOG.md", "benchmarks/NOTES.md", "engines/README.md")), *PAGES]
 
 
 @pytest.mark.parametrize("page", PLAIN_PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -28,6 +28,27 @@ QUESTIONS = {
     "how do I know it is not reward hacking": "how-do-i-know-it-is-not-reward-hacking",
 }
 
+# Keywords, and the place that is found first.
+TOPICS = {
+    "quickstart": "quickstart/",
+    "out of memory": "troubleshooting/#out-of-memory",
+    "NaN": "troubleshooting/#the-loss-is-nan",
+    "engine refused": "troubleshooting/#an-engine-is-refused",
+    "slow": "troubleshooting/#it-is-slow",
+    "choose baseline and scale": "rewards/#how-to-choose-baseline-scale-weight-and-kl_weight",
+    "judges": "judges/",
+    "use an engine in another program": "engines/#use-an-engine-in-another-program",
+    "resume": "training/#stopping-and-resuming",
+    "report": "report/",
+    "quantization": "quantization/",
+    "FSDP": "distributed/#fsdp2",
+    "SLURM": "distributed/#slurm",
+    "add a backend": "extending/#add-a-backend",
+    "add a stage": "extending/#add-a-stage",
+    "add a reward": "extending/#add-a-reward",
+    "model family": "extending/#add-a-model-family",
+}
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -73,9 +94,10 @@ def test_the_answer_is_found_first(question: str, sections: dict[str, dict[str, 
 @pytest.mark.skipif(shutil.which("node") is None, reason="the theme's search is a script for browsers: needs node")
 def test_the_search_of_the_theme_finds_the_answers_first(site: Path) -> None:
     (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.min.js")
-    command = ["node", str(Path(__file__).with_name("theme_search.js")), str(site), str(worker), *QUESTIONS]
+    expected = {question: f"questions/#{anchor}" for question, anchor in QUESTIONS.items()} | TOPICS
+    command = ["node", str(Path(__file__).with_name("theme_search.js")), str(site), str(worker), *expected]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
-    assert found == [f"questions/#{anchor}" for anchor in QUESTIONS.values()]
+    assert dict(zip(expected, found, strict=True)) == expected
 
 
 def test_links_out_of_the_docs_folder_are_part_of_the_site(site: Path) -> None:

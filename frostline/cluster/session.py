@@ -104,7 +104,7 @@ def start_local(**options: Any) -> None:
 
 
 def _set_defaults() -> None:
-    # Ray reads these when it is imported. They turn off usage statistics, and the installation of uv.lock on the nodes.
+    # Ray reads these when it is imported. They turn off usage statistics, and the copy of a `uv run` environment on workers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
@@ -115,7 +115,7 @@ def worker_environment(environment: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def sized(options: ClusterOptions) -> tuple[int, float]:
-    """Return the number of workers in the connected cluster, and the GPUs per worker.
+    """Return the number of workers to start on the connected cluster, and the GPUs per worker.
 
     Raises:
         ConfigError: the cluster has too few resources for one worker.

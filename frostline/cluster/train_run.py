@@ -84,7 +84,7 @@ def train_on_cluster(
             raise failure
         outcome = fitting.result()
         if outcome.stopped_by is None and stop.requested and outcome.step < settings.train.max_train_steps:
-            # The signal reached another worker than the first.
+            # A worker other than the first received the signal, so the first worker's outcome does not contain it.
             outcome = replace(outcome, stopped_by=stop.requested)
         return outcome
 

@@ -46,7 +46,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(_CPU), "waits": {}}
     with tempfile.TemporaryDirectory() as folder:
         waits = {**_processes(Path(folder)), **_engine_loads(arguments)}
-        # After the warm-up round, all files are in the operating system's page cache; after a reboot, loading is slower.
+        # After the warm-up round, all files are in the page cache of the system; before it, loading is slower.
         samples = interleave(waits, arguments.rounds, _CPU)
     result["waits"] = {name: {**row, "samples_ms": samples[name]} for name, row in summary(samples).items()}
     if arguments.demo:

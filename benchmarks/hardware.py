@@ -1,7 +1,7 @@
 """Compute with the memory plan which GPUs each recipe of the package fits on, and with which settings.
 
     python benchmarks/hardware.py            # plan, write the JSON file and print the tables
-    python benchmarks/hardware.py --write    # also write the tables into docs/hardware.md, between the two marker comments
+    python benchmarks/hardware.py --write    # also write the tables between the markers of docs/hardware.md
 
 This works on any machine: no model runs, and no weights are read. The sizes are those of the releases.
 """

@@ -6,9 +6,9 @@
 
 Each run uses the data, settings and judge of the demo, with one setting changed. Held-out samples are scored before and
 after training. A change is paired by frame, and averaged over the samples, then over the seeds (plus or minus their
-standard deviation). Seconds per step are the median over the steps; they are only meaningful on an idle machine. CPU seconds are
-those of the whole run with its validation, which is the same for all runs. Runs that are already in the output file are
-skipped, so that an interrupted benchmark can be resumed.
+standard deviation). Seconds per step are the median over the steps; they are only meaningful on an idle machine. CPU
+seconds are those of the whole run with its validation, which is the same for all runs. Runs that are already in the
+output file are skipped, so that an interrupted benchmark can be resumed.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def score(
     engines_dir: EnginesDir = ENGINES,
     ray: RayAddress = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: number of workers; default: one per GPU, or per CPU.")
+        int | None, typer.Option(min=1, help="With --ray: number of workers; default: as many as the cluster allows.")
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(min=0.0, help="With --ray: CPUs per worker.")] = 1.0,
     gpus_per_worker: Annotated[

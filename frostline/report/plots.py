@@ -2,7 +2,7 @@
 
 matplotlib's colours are replaced by CSS variables (`var(--plot-1, #0b6fa4)`), and its fonts by those of the page.
 Outside of the page, an SVG uses the light colours. Lines and bars are labelled directly instead of with a legend.
-None, NaN and infinity are missing values, and are drawn as gaps.
+None, NaN and infinity are missing values, and are drawn as gaps. Lengths that differ raise a ValueError.
 """
 
 import hashlib
@@ -65,8 +65,6 @@ def line_plot(
     Args:
         smooth: the window of the moving average in points; the original line is drawn pale behind it.
         percent: show fractions of 1 as percentages.
-    Raises:
-        ValueError: a series and `x` have different lengths.
     """
     with figure_of(size) as (figure, axes):
         ends: list[tuple[float, float, str, str]] = []
@@ -111,9 +109,6 @@ def paired_plot(
     """Draw one line for each pair from the value before to the value after; lines that fall are dashed.
 
     The means are marked, and written below the axis. Pairs with a missing value are skipped.
-
-    Raises:
-        ValueError: `before` and `after` have different lengths.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")

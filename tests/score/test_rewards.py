@@ -244,7 +244,7 @@ def test_what_does_not_go_together_is_refused(people: Path) -> None:
     with pytest.raises(ConfigError, match="detector: is a setting of the reward face_identity, which is not one of"):
         score(pairs, {"type": "sharpness"}, detector="yunet")
     with pytest.raises(
-        ConfigError, match="detector: is yunet in the scoring settings, but mtcnn in rewards: set only one"
+        ConfigError, match="detector: is yunet in the score settings, but mtcnn in rewards: set only one"
     ):
         score(pairs, {"type": "face_identity", "detector": "mtcnn"}, detector="yunet")
     with pytest.raises(ConfigError, match="scores all frames of a file"):

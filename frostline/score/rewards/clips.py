@@ -25,7 +25,7 @@ class ClipReward(ScoredReward):
 
     @property
     def references_depend_on_prompts(self) -> bool:
-        """Return whether the reward needs references: they are always computed from the prompt and the clip."""
+        """Return whether the reward needs references, because their state contains the prompt."""
         return self.needs_reference
 
     def prompt_of(self, pair: Pair) -> str:

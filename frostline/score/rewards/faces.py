@@ -1,4 +1,4 @@
-"""Score face identity. Kept in memory: a few numbers for each frame of a video, and sums over those of a reference."""
+"""Score face identity. Only a few numbers per frame of a video, and sums over a reference, are kept in memory."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ TEST_PARTS := tests/runtime tests/export,tests/stages tests/train,tests/rewards,
 
 .PHONY: demo run-tests test test-all test-fast bench bench-real test-gpu bench-gpu lint docs venv clean
 
-demo: venv  ## Train the embedded tiny model end to end; results are in runs/demo/.
+demo: venv  ## Train the built-in tiny model end to end; results are in runs/demo/.
 	.venv/bin/frostline demo
 
 test: SELECTED := not gpu and not exhaustive

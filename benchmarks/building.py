@@ -1,4 +1,4 @@
-"""Build the engines of the benchmarks once, in one store that all benchmarks share."""
+"""Build the engines of the benchmarks once, in a store that most benchmarks share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = "onnxruntime,openvino"
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, backends: str = BACKENDS) -> None:
-    """Add the options `--backends` and `--engines-dir`, which all benchmarks share."""
+    """Add the options `--backends` and `--engines-dir`, which several benchmarks share."""
     parser.add_argument(
         "--backends", type=_names, default=backends, help="comma-separated; backends that are not installed are skipped"
     )

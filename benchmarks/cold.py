@@ -3,7 +3,7 @@
     python benchmarks/cold.py --out benchmarks/results/cold.json
     python benchmarks/cold.py --demo     # also clones the repository and runs `make demo` there, which takes minutes
 
-In each round, each command runs in a new process with an empty cache folder.
+In each round, each command runs in a new process with an empty cache folder. Engines are loaded in this process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(_CPU), "waits": {}}
     with tempfile.TemporaryDirectory() as folder:
         waits = {**_processes(Path(folder)), **_engine_loads(arguments)}
-        # The files are in the page cache of the operating system after the first round. Without it, loading is slower.
+        # After the warm-up round, all files are in the page cache of the system; before it, loading is slower.
         samples = interleave(waits, arguments.rounds, _CPU)
     result["waits"] = {name: {**row, "samples_ms": samples[name]} for name, row in summary(samples).items()}
     if arguments.demo:

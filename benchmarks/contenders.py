@@ -70,7 +70,7 @@ class Contenders:
         plain_vae: a copy of the module's VAE without oneDNN convolutions; see `plain_copy`.
         batch: the prompts and videos of the step.
         faces_everywhere: whether every frame counts as a face; see `see_faces_everywhere`.
-        compiles: whether the contender `compile` is run: its embedder takes a minute to compile.
+        compiles: whether the contender `compile` will run; compiling its embedder takes a minute.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class Contenders:
 
 
 class _PlainEncoder(VaeEncoderStage):
-    """The VAE encoder with diffsynth's own `encode`, and torch's Conv3d."""
+    """The VAE encoder with diffsynth's own `encode`; the convolutions are those of `vae`."""
 
     def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
         latents = self.vae.model.encode(inputs["video"], self.vae.scale)

@@ -272,7 +272,7 @@ def compare(
 
 
 def take_turns(runs: Mapping[str, Run], rounds: int, section: str) -> dict[str, list[float]]:
-    """Return the seconds of each contender in each round; each round begins with another contender."""
+    """Return the seconds of each contender in each round; each round begins with a different contender."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()

@@ -1,7 +1,7 @@
 """Compute with the memory plan which GPUs each recipe of the package fits on, and with which settings.
 
     python benchmarks/hardware.py            # plan, write the JSON file and print the tables
-    python benchmarks/hardware.py --write    # also write the tables into docs/hardware.md, between the two marks
+    python benchmarks/hardware.py --write    # also write the tables between the markers of docs/hardware.md
 
 This works on any machine: no model runs, and no weights are read. The sizes are those of the releases.
 """
@@ -72,7 +72,7 @@ def plan_recipe(name: str) -> dict[str, Any]:
 
 
 def settings_of(name: str) -> RunSettings:
-    """Return the settings of a recipe on a GPU; a reward that needs a weights file is replaced by a built-in one."""
+    """Return the settings of a recipe on a GPU; if a reward needs ArcFace weights, use only the default reward."""
     settings = load_run_settings(training_config(name), ["device=cuda"])
     if any(getattr(entry, "embedder", "").startswith("arcface:") for entry in settings.rewards):
         return load_run_settings(training_config(name), ["device=cuda", "rewards=[{type: face_identity}]"])

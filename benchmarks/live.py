@@ -2,7 +2,7 @@
 
     python benchmarks/live.py --out benchmarks/results/live.json
 
-- decode: diffsynth's loop over latent frames, and `decode_clip` over all of them.
+- decode: diffsynth's loop over latent frames, and `decode_clip`, which decodes all of them at once.
 - embed: SFace in PyTorch's own operations, and in those of `frostline.models.frozen_ops`.
 - tail: one denoiser step, for comparison.
 

@@ -1,4 +1,4 @@
-"""Measure contenders alternately in one process, without the warm-up; report medians and quartiles."""
+"""Measure contenders alternately in one process, after a warm-up; report medians and quartiles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Return the milliseconds of each call, by contender. Contenders alternate, so that other load affects all of them.
 
-    Each round begins with another contender, because the order can affect the times.
+    Each round begins with a different contender, because the order can affect the times.
 
     Args:
         contenders: the functions to time, by name.

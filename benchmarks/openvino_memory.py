@@ -1,4 +1,4 @@
-"""Measure how much the memory of a process grows while OpenVINO runs a network at many shapes, like a face detector.
+"""Measure how much the memory of a process grows while OpenVINO runs a face detector at many shapes.
 
     python benchmarks/openvino_memory.py --shapes 3000
 

@@ -2,11 +2,11 @@
 
     python benchmarks/quantization.py
 
-Errors are differences from the embedded model in bf16, with a nonzero LoRA, averaged over clips and timesteps. `fp32`
-is the same model in full precision; it shows the error of bf16 itself. Then each contender trains a LoRA with several
-seeds, and the scores of held-out samples, generated from fixed noise, are compared before and after. A kind of
-quantization trains like bf16 if its mean gain differs from that of bf16 by at most the spread of bf16 over its seeds.
-The sizes of a full-size model are computed with the memory plan.
+Errors are differences from the built-in model in bf16, with a nonzero LoRA, averaged over clips and timesteps. `fp32`
+is the same model in full precision; it shows the error of bf16 itself. Then each contender except `fp32` trains a LoRA
+with several seeds, and the scores of held-out samples, generated from fixed noise, are compared before and after. A
+quantization format trains like bf16 if its mean gain differs from that of bf16 by at most the spread of bf16: its
+largest minus its smallest gain over the seeds. The sizes of a full-size model are computed with the memory plan.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _compare(found: Sequence[Mapping[str, Tensor]], base: Sequence[Mapping[str, 
 
 
 def _training(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train each contender with each seed; return the scores of the held-out samples before and after."""
+    """Train each contender except fp32 with each seed; return the scores of the held-out samples before and after."""
     names = [name for name in CONTENDERS if name != "fp32"]
     runs = {name: [_run(name, seed, arguments) for seed in range(arguments.seeds)] for name in names}
     gains = {name: [run["after"] - run["before"] for run in of_name] for name, of_name in runs.items()}
@@ -198,7 +198,7 @@ def _sizes(model: str) -> dict[str, int]:
 
 def _print(result: Mapping[str, Any]) -> None:
     console = Console(width=140)
-    table = Table("against bf16", title="error of the embedded model")
+    table = Table("against bf16", title="error of the built-in model")
     columns = ("context", "velocity", "loss", "gradient", "1 - cosine of the gradient")
     for column in columns:
         table.add_column(column, justify="right")
@@ -213,7 +213,7 @@ def _print(result: Mapping[str, Any]) -> None:
     if training is None:
         return
     table = Table("", title="score of held-out samples")
-    for column in ("gain", "after", "trains as bf16"):
+    for column in ("gain", "after", "trains like bf16"):
         table.add_column(column, justify="right")
     for name, gain in training["mean_gain"].items():
         table.add_row(

@@ -101,7 +101,10 @@ def megabytes(pid: int) -> float:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Return the ids of the scoring processes below `pid`; Ray puts the name of the actor into their command line."""
+    """Return the ids of the scoring processes among the descendants of `pid`.
+
+    Ray puts the name of the actor into their command line.
+    """
     try:
         below = psutil.Process(pid).children(recursive=True)
         return [process.pid for process in below if "MapWorker" in "".join(process.cmdline())]

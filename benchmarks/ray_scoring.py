@@ -95,7 +95,7 @@ def out_of(pairs: Path, way: str) -> str:
 
 
 def timed(command: list[str]) -> float:
-    """Run a command of Python with one thread; return its duration in seconds."""
+    """Run a Python command with one thread; return its duration in seconds."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -187,7 +187,7 @@ class ReferenceStep:
         score = identity_score(
             embeddings, found.found, references.embeddings, references.found, self._reward.missing_face
         )
-        assert score.valid.all(), "the reference fails if no face is found: use clips that keep their faces"
+        assert score.valid.all(), "no face was found in a sample, but the reference needs one: use other clips"
         return score.face_score.mean()
 
     def _time(self, stage: str) -> AbstractContextManager[None]:

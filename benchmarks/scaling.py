@@ -67,7 +67,7 @@ def main() -> None:
     shapes = parse_shapes("", f"video:{arguments.engine_video}", "")
     store = EngineStore(arguments.engines_dir)
     stages = [stage for stage in _module(base, shapes, arguments).stages.values() if stage.name != "vae_decoder"]
-    build_engines(stages, arguments.backends, store)  # the decoder is live in training, and in PyTorch
+    build_engines(stages, arguments.backends, store)  # in training, the decoder needs gradients and runs in PyTorch
     result: dict[str, Any] = {"base": vars(base), "machine": machine(device), "axes": {}}
     measured: dict[Point, dict[str, Any]] = {}  # most axes contain the base point
     for axis, values in wanted_axes(arguments.axes).items():

@@ -70,7 +70,7 @@ class ClipScript:
             self.text = F.normalize(_features(self.model.get_text_features(**tokens)), dim=-1)
 
     def see(self, pictures: list[Image.Image]) -> Tensor:
-        """Unit vectors of pictures."""
+        """Return the unit feature vectors (N, D) of N pictures."""
         inputs = self.processor(images=pictures, return_tensors="pt")
         return F.normalize(_features(self.model.get_image_features(**inputs)), dim=-1)
 
@@ -87,7 +87,7 @@ class ConsistencyScript:
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, use_fast=False)
 
     def see(self, pictures: list[Image.Image]) -> Tensor:
-        """Unit vectors of pictures."""
+        """Return the unit feature vectors (N, D) of N pictures."""
         inputs = self.processor(images=pictures, return_tensors="pt")
         return F.normalize(self.model(**inputs).last_hidden_state[:, 0], dim=-1)
 
@@ -122,7 +122,7 @@ def pictures_of(video: Path) -> Iterator[Image.Image]:
 
 
 def run_ours(reward: ScoredReward, settings: ScoreSettings, video: Path) -> float:
-    """Return the score of a video, computed as by `frostline score`, without the command line."""
+    """Return the score of a video, computed like `frostline score`, but without the command line."""
     (row,) = Scorer([reward], settings, _BATCH).score([Pair(0, str(video), "", _PROMPT)])
     assert row.status == "ok", row.error
     return row.scores[reward.label]

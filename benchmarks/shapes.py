@@ -1,4 +1,4 @@
-"""Build the models of the benchmarks: the embedded tiny model, and Wan2.1-1.3B's size with random weights."""
+"""Build the models of the benchmarks: the built-in tiny model, and Wan2.1-1.3B's size with random weights."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def _table(stages: dict[str, Any]) -> Table:
         "torch / this",
         "relative error",
         "memory MiB",
-        "first s",
+        "first call s",
         "build s",
         "load s",
         "MB",

@@ -14,14 +14,15 @@
 - cached: the same, with frozen outputs read from the cache, as in all later epochs.
 - live_only: all frozen outputs are given, so that only the live part is computed, which engines cannot run.
 - cached_window: cached, with `decode: {num_latent_frames: 1, position: last}`: the frames before the last latent frame
-  are decoded without gradient, and only the last ones are rewarded. Its loss is another one, so it is not compared.
+  are decoded without gradient, and only the last ones are rewarded. Its loss is defined differently, so it is not
+  compared.
 
 At batch size 1, torch's own fp32 Conv3d is several times slower than that of oneDNN. The first two contenders are
 measured with both: torch's selection, and (`_onednn`) oneDNN at every batch size, as in frostline. All contenders start
 from the same weights and noise. Losses and gradients are compared before times are measured: in fp32 with fixed
-tolerances, in 16 bits with the change of eager when its weights change by one ulp. Models with random weights generate
-no faces, so every frame is treated as having a face. All contenders use frostline's face embedder, so its speedup over
-plain operations is not part of any ratio (see `live.py`).
+tolerances, in 16 bits with the change of eager's results if the LoRA weights change by one ulp. Models with random
+weights generate no faces, so every frame is treated as having a face. All contenders use frostline's face embedder, so
+its speedup over plain operations is not part of any ratio (see `live.py`).
 
 All contenders in PyTorch share the weights of one module. `--build-apart` builds the engines in separate processes, one
 after the other, so that the memory of tracing and verification is freed before times are measured.

@@ -55,7 +55,7 @@ def main() -> None:
     write_result(arguments.out, result)
     if arguments.trace:
         trace.export_chrome_trace(str(arguments.trace))
-    table = Table("operator", "from", "times in a step")
+    table = Table("operator", "from", "calls per step")
     for (name, place), count in places:
         table.add_row(name, place, str(count))
     Console(width=140).print(table, f"{sum(count for _, count in places)} in total")

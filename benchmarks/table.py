@@ -1,7 +1,7 @@
 """Print the tables of README and of pages in `docs/` from the results in `benchmarks/results/`.
 
 python benchmarks/table.py           # print them
-python benchmarks/table.py --write   # also write them into the pages, between the two marks
+python benchmarks/table.py --write   # also write them into the pages, between the two marker comments
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def render(results: Path, tables: Tables) -> str:
 
 
 def with_tables(page: str, tables: str, begin: str = BEGIN) -> str:
-    """Return the page with `tables` between its two marks.
+    """Return the page with `tables` between its two marker comments.
 
     Raises:
-        SystemExit: the page has no marks.
+        SystemExit: a marker comment is missing.
     """
     before, mark, rest = page.partition(begin)
     _, end, after = rest.partition(END)
@@ -65,7 +65,7 @@ def with_tables(page: str, tables: str, begin: str = BEGIN) -> str:
 
 
 def tables_of(page: str, begin: str = BEGIN) -> str:
-    """Return the text between the two marks of a page."""
+    """Return the text between the two marker comments of a page."""
     return page.partition(begin)[2].partition(END)[0].strip()
 
 

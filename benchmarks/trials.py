@@ -6,9 +6,9 @@
 
 Each run uses the data, settings and judge of the demo, with one setting changed. Held-out samples are scored before and
 after training. A change is paired by frame, and averaged over the samples, then over the seeds (plus or minus their
-standard deviation). Seconds are the median of the steps; they are only meaningful on an idle machine. CPU seconds are
-those of the whole run with its validation, which is the same for all runs. Runs that are already in the output file are
-skipped, so that an interrupted benchmark can be resumed.
+standard deviation). Seconds per step are the median over the steps; they are only meaningful on an idle machine. CPU
+seconds are those of the whole run with its validation, which is the same for all runs. Runs that are already in the
+output file are skipped, so that an interrupted benchmark can be resumed.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", default=",".join(TRIALS), help="comma-separated trials; default: all")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--starts", type=int, default=20, help="clips that are scored before and after")
-    parser.add_argument("--clips", type=int, default=40, help="of training, where they are written")
+    parser.add_argument(
+        "--starts", type=int, default=20, help="number of held-out samples that are scored before and after"
+    )
+    parser.add_argument("--clips", type=int, default=40, help="number of training clips, if datasets are created")
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="datasets; created if missing")
     parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
     parser.add_argument("--out", type=Path, default=RESULTS / "trials.json")
@@ -102,7 +104,7 @@ def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(runs: list[dict[str, Any]]) -> None:
-    table = Table(title=f"change over the training, {len({run['seed'] for run in runs})} seeds")
+    table = Table(title=f"change by training, {len({run['seed'] for run in runs})} seeds")
     measures = list(dict.fromkeys(name for run in runs for name in run["gain"]))
     for column in ("trial", *measures, "PSNR, dB", "KL at the end", "s/step", "CPU s"):
         table.add_column(column, justify="left" if column == "trial" else "right")

@@ -4,7 +4,7 @@
 
 No weights are needed, because the tensors have no data. Operations are counted with `torch.utils.flop_counter` (a
 multiply-add is two), bytes with the memory plan. The window is at the end of the clip, so the number of frames that are
-decoded before it without gradient is the largest; the average over all windows is about half of it. Nothing is
+decoded before it without gradient is the largest; the average over all positions is about half of it. Nothing is
 recomputed.
 """
 

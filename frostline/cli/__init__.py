@@ -1,4 +1,4 @@
-"""The command line: one function for each command, without logic. Exit code 2 for wrong usage, 1 for failure."""
+"""The command line: one function for each command. The exit code is 2 for wrong usage, and 1 for failure."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _options(
 def main() -> None:
     """Run the command line."""
     # Limit how long idle OpenMP threads spin: long spinning takes cores from an engine's threads, and without spinning
-    # they wake up slowly. The default of libgomp, 300000, is some milliseconds. Must be set before torch is imported.
+    # they wake up slowly. libgomp's default of 300000 spins takes some milliseconds. Set this before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Printing a name that is not valid UTF-8 must not fail.

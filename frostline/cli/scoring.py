@@ -45,9 +45,9 @@ def score(
     ] = None,
     settings: ScoreSettings,
     backend: Annotated[
-        str, typer.Option(help="auto, torch, or a backend whose engines are built if necessary.")
+        str, typer.Option(help="auto, torch, or another backend; missing engines of that backend are built.")
     ] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Number of frames a reward processes at once.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Number of frames per batch.")] = 32,
     out: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +78,7 @@ def score(
     engines_dir: EnginesDir = ENGINES,
     ray: RayAddress = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: number of workers; default: one per GPU, or per CPU.")
+        int | None, typer.Option(min=1, help="With --ray: number of workers; default: as many as the cluster allows.")
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(min=0.0, help="With --ray: CPUs per worker.")] = 1.0,
     gpus_per_worker: Annotated[
@@ -89,7 +89,7 @@ def score(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score videos with the rewards used in training, on batched engines.
+    """Score videos with the same rewards as training, in batches on compiled engines.
 
     The default reward measures the similarity of the face to the reference.
     """
@@ -169,7 +169,7 @@ def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def _bars(texts: Sequence[str]) -> list[tuple[str, float]]:
-    """Parse the values of `--fail-under` to pairs of column (empty for the first reward) and minimum mean."""
+    """Parse the values of `--fail-under` into pairs of column (empty for the first reward) and minimum mean."""
     bars = []
     for text in texts:
         column, _, number = text.rpartition("=")

@@ -139,10 +139,11 @@ def cache(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Batch size; the run's own batches if not given, for bit-identical results."),
+        typer.Option(min=1, help="Batch size; default: the batches of the run, which gives bit-identical results."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the required memory and disk space, and the cached entries.")
+        bool,
+        typer.Option("--dry-run", help="Print the required memory and disk space, and how many samples are cached."),
     ] = False,
 ) -> None:
     """Precompute the outputs of the frozen stages for all samples of a run.

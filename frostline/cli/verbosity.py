@@ -15,7 +15,7 @@ from frostline.progress import Progress
 from frostline.terminal.logs import console_shows, log_to_console
 
 Verbose: TypeAlias = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log more: loaded files and times of stages.")
+    bool, typer.Option("--verbose", "-v", help="Log more, such as loaded files and the time of each stage.")
 ]
 Quiet: TypeAlias = Annotated[
     bool, typer.Option("--quiet", "-q", help="Log warnings and errors only, without progress bars.")

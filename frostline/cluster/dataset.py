@@ -46,7 +46,7 @@ def score_dataset(
         backend: the backend of the networks, as in `frostline score`.
         engines: the path of the engine store on each node: a local or a shared folder.
         device: `cpu`, `cuda` or `auto`.
-        batch: the minimum number of frames per batch.
+        batch: the number of frames per batch; see `Scorer`.
         downloads: limits for videos at URLs.
         folder: the working directory of the workers, which relative paths are resolved against; the current directory
             if None.

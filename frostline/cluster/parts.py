@@ -24,7 +24,7 @@ _SCHEMA = pa.schema([("index", pa.int64()), ("row", pa.string())])
 class ResultParts(StreamedRows):
     """Store the rows of an unfinished run. Files are written atomically; duplicate rows of an index are skipped.
 
-    If the process is killed, at most the results of the last ten seconds are lost and have to be scored again.
+    If the process is killed, the rows that were added since the last file are lost, and have to be scored again.
 
     Args:
         folder: a path or URL, which need not exist.
@@ -37,7 +37,7 @@ class ResultParts(StreamedRows):
         self._written = time.monotonic()
 
     def add(self, row: VideoScore) -> None:
-        """Add a row to the next file, which is written after 512 rows or ten seconds."""
+        """Add a row; write a file if 512 rows wait, or if the last file was written more than ten seconds ago."""
         # Stored as JSON, because rows can have different scores.
         self._waiting.append((row.index, json.dumps(row.model_dump(mode="json"), separators=(",", ":"))))
         if len(self._waiting) >= _ROWS or time.monotonic() > self._written + _SECONDS:

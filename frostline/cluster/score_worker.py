@@ -38,7 +38,7 @@ class ScoreWorker:
         backend: the backend of the networks; missing engines are built.
         engines: the path of the engine store on the node.
         device: `cpu`, `cuda` or `auto`.
-        batch: the minimum number of frames per batch.
+        batch: the number of frames per batch; see `Scorer`.
         downloads: limits for videos at URLs.
         folder: the working directory, which relative paths are resolved against; ignored if the node does not have it.
         ledger: the actor of `Ledger` that tracks the run.

@@ -27,7 +27,7 @@ class ClusterOptions:
 
     Attributes:
         address: `local`, `auto` (the cluster that this machine belongs to), `HOST:PORT` or `ray://HOST:PORT`.
-        workers: the number of workers; None for one per GPU of the cluster, or per CPU if it has no GPUs.
+        workers: the number of workers; None for as many as the CPUs and GPUs of the cluster allow.
         cpus: CPUs per worker.
         gpus: GPUs per worker; None for 1 if the cluster has GPUs, and 0 otherwise.
     """
@@ -104,7 +104,7 @@ def start_local(**options: Any) -> None:
 
 
 def _set_defaults() -> None:
-    # Ray reads these when it is imported. They turn off usage statistics, and the installation of uv.lock on the nodes.
+    # Ray reads these when it is imported. They disable usage statistics, and copying a `uv run` environment to workers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
@@ -115,7 +115,7 @@ def worker_environment(environment: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def sized(options: ClusterOptions) -> tuple[int, float]:
-    """Return the number of workers in the connected cluster, and the GPUs per worker.
+    """Return the number of workers to start on the connected cluster, and the GPUs per worker.
 
     Raises:
         ConfigError: the cluster has too few resources for one worker.

@@ -84,7 +84,7 @@ def train_on_cluster(
             raise failure
         outcome = fitting.result()
         if outcome.stopped_by is None and stop.requested and outcome.step < settings.train.max_train_steps:
-            # The signal reached another worker than the first.
+            # Another worker stopped the run first, so the outcome of the first worker does not name the signal.
             outcome = replace(outcome, stopped_by=stop.requested)
         return outcome
 

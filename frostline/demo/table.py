@@ -38,7 +38,7 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
 
 
 def _change(name: str, change: Mapping[str, Any]) -> str:
-    """Return the change of a score over the frames that were scored both times, and over all, with 0 for no score."""
+    """Return the change of a score as text: in frames scored both before and after, and in all, with 0 for no score."""
     up = f"{name.replace('_', ' ')} up in {change['starts_up']} of {change['starts']} samples, by {change['gain']:+.3f}"
     if change.get("gain_missing_zero") is None:
         return up

@@ -20,7 +20,7 @@ class Timing:
     """Median durations in milliseconds.
 
     Attributes:
-        step_ms: forward and backward, by contender.
+        step_ms: forward and backward, by contender: `cached`, `uncached` or `torch`.
         stage_ms: latency of each stage, by contender and stage.
     """
 
@@ -62,7 +62,7 @@ def time_steps(module: TrainingModule, batch: Mapping[str, Any], rounds: int) ->
 
 @contextmanager
 def _playing(module: TrainingModule, contender: str) -> Iterator[None]:
-    """Configure the cache and the backends of the module for a contender within the block."""
+    """Set the cache and the backends of the module to those of a contender within the block."""
     cache = module.conditioner.cache
     if contender != "cached":
         module.conditioner.cache = None

@@ -23,7 +23,7 @@ _CAPTION_HEIGHT, _LINE_HEIGHT, _CAPTION_GAP = 20, 18, 9
 _LABEL_GAP, _FRAME_GAP, _ROW_GAP = 14, 3, 40
 _NUMBER_HEIGHT, _SCORE_HEIGHT = 17, 18
 _MAX_FRAMES = 9
-# JPEG quality: no visible difference, and printed pages stay small.
+# At this JPEG quality, no difference is visible, and pages stay small.
 _JPEG_QUALITY = 88
 
 
@@ -145,7 +145,7 @@ def strip_jpeg(strip: Tensor, numbers: Sequence[int], height: int) -> bytes:
     """Return frames of a clip side by side as a JPEG.
 
     Args:
-        strip: the clip, (T, 3, H, W).
+        strip: the clip, (T, 3, H, W), float in [0, 1] or uint8.
         numbers: the indices of the frames.
         height: the maximum height in pixels; smaller frames are not enlarged.
     """

@@ -2,7 +2,7 @@
 
 matplotlib's colours are replaced by CSS variables (`var(--plot-1, #0b6fa4)`), and its fonts by those of the page.
 Outside of the page, an SVG uses the light colours. Lines and bars are labelled directly instead of with a legend.
-None, NaN and infinity are missing values, and are drawn as gaps.
+None, NaN and infinity are missing values, and are drawn as gaps. Lengths that differ raise a ValueError.
 """
 
 import hashlib

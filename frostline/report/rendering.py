@@ -39,6 +39,6 @@ def environment() -> Environment:
 
 
 def _shown(value: object) -> object:
-    """Escape control characters, also in markup, because it can contain text from outside."""
+    """Escape control characters, also in markup, which can contain untrusted text."""
     text = printable(str(value))
     return Markup(text) if isinstance(value, Markup) else text

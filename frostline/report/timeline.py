@@ -20,8 +20,8 @@ class Span:
 
     Attributes:
         line: the name of its line; spans with the same name share a line.
-        start: the position of the start.
-        length: the length.
+        start: the start, in units of the x axis.
+        length: the length, in the same units.
         kind: the kind, which sets the colour; None for grey.
         text: the label.
     """

@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Consecutive frames of the same size.
+    """Decoded frames in the order of the file, all of the same size.
 
     Attributes:
         key: the key of the video.

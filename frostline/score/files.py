@@ -73,7 +73,11 @@ class ResultFile:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
 
     def rewrite(self, rows: Sequence[VideoScore]) -> None:
-        """Replace the file by one with these rows. Iterates over the rows twice."""
+        """Replace the file by one with these rows. Iterates over the rows twice.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
         self._take_scores(rows)
         with (
             atomic_write(self.path) as part,

@@ -19,7 +19,7 @@ from frostline.video import stream_video
 from frostline.video.downloads import DEFAULT_LIMITS, local_copy
 
 _SIDE = 320
-# The maximum number of frames of a reference in which a face is searched.
+# The maximum number of frames of a reference that are searched for a face.
 _SEARCHED = 8
 _BOX_COLOUR, _POINT_COLOUR, _SHADE = (98, 181, 229), (255, 255, 255), (14, 19, 24)
 
@@ -44,8 +44,8 @@ class FramePicture:
 def extreme_pictures(row: VideoScore, every: int) -> list[FramePicture]:
     """Return the worst and the best frame of a scored video; an empty list if the video cannot be read anymore.
 
-    Results only contain the frame numbers, and the frames are decoded again. This also works for runs that were resumed
-    or used several processes.
+    Results contain the frame numbers but no pixels, so the frames are decoded again. This also works for runs that were
+    resumed or used several processes.
 
     Args:
         row: the result of the video.

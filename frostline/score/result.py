@@ -165,7 +165,7 @@ FIELDS = frozenset(VideoScore.model_fields) - {"scores"}
 FACE_SCORE = "face_score"
 COLUMNS = columns()
 """The columns of results with `face_identity` as the only reward."""
-# Line ends of files only. `splitlines` also splits at other characters, which can be part of a file name.
+# Newlines only: `splitlines` also splits at other characters, which can be part of a file name.
 _LINE_END = re.compile(r"\r\n?|\n")
 _LISTS = ("worst_frame_", "best_frame_", "frame_numbers", "frame_scores")
 

@@ -43,7 +43,7 @@ class ScoringOptions:
         backend: `auto`, `torch` or the name of a backend.
         device: `cpu`, `cuda`, … or `auto`.
         engines: the folder of the engine store.
-        batch: the minimum number of frames per batch.
+        batch: the number of frames per batch; see `Scorer`.
         downloads: limits for videos at URLs.
     """
 

@@ -27,7 +27,8 @@ class Scorer:
     Args:
         rewards: the rewards with their networks.
         settings: the settings that the results depend on.
-        batch: the minimum number of frames per batch.
+        batch: the number of frames to collect before the rewards run. A batch has fewer frames at the end of the input,
+            before frames of another size, or if its frames take 64 MiB. It can have more, because chunks are not split.
         limits: limits for videos at URLs.
         keep_references: the number of references to keep between calls of `score`.
     """

@@ -44,7 +44,7 @@ class ScoreSettings(FaceOptions):
             for entry in faces:
                 if name in entry.model_fields_set and getattr(entry, name) != value:
                     raise ValueError(
-                        f"{name}: is {value} here, but {getattr(entry, name)} in rewards: set only one of them"
+                        f"{name}: is {value} in the score settings, but {getattr(entry, name)} in rewards: set only one"
                     )
         for entry in faces:
             FaceOptions.model_construct(**self._options_of(entry)).check_together()

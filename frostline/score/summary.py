@@ -42,12 +42,15 @@ class ScoreStatistics:
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of a run. Values of faces are None if no video has a face score.
+    """Statistics of a run.
+
+    `mean`, `median`, `lowest` and `highest` are None if no video has a face score; `mean_missing_zero` and
+    `detection_rate` are None if `with_faces` is 0.
 
     Attributes:
         videos: the number of videos.
         failed: the number of videos that could not be scored.
-        with_faces: the number of videos whose faces were compared with a reference.
+        with_faces: the number of videos that were scored by `face_identity`, with or without a face.
         without_face: the number of those videos in which no face was found.
         frames: the number of scored frames.
         mean, median, lowest, highest: statistics of `face_score`.

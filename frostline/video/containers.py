@@ -119,7 +119,7 @@ class Container:
     def _demuxed(self) -> Iterator[Packet]:
         """Yield the stream's packets, up to the point where the container is truncated."""
         try:
-            # Read all streams: together they show how far the file goes.
+            # Read all streams, to find the time at which the file ends.
             for packet in self._container.demux():
                 if packet.pts is not None and packet.time_base:
                     end = float((packet.pts + (packet.duration or 0)) * packet.time_base)

@@ -110,7 +110,7 @@ class Picture:
         return min(self._count, limit)
 
     def frames(self, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield every Nth frame as (number, uint8 `(H, W, 3)`), RGB and upright. An animation may be truncated."""
+        """Yield every Nth frame as (number, uint8 `(H, W, 3)`), RGB and upright; stop at damage in an animation."""
         for number in range(self._count):
             try:
                 orientation = self._load(number)

@@ -202,7 +202,7 @@ def test_a_whole_clip_is_kept_within_a_bound(people: Path, monkeypatch: pytest.M
     monkeypatch.setattr(clips, "CLIP_BYTES", 5 * 3 * 160 * 160 * 4)
     rows = score(pairs_of(people, "astronaut", "half"), {"type": "own_rewards:Length"}).rows
     assert [row.scores.get("length") for row in rows] == [5, None]
-    assert rows[1].error.startswith("needs a whole clip, but its frames take more than")
+    assert rows[1].error.startswith("the reward needs a whole clip, but its frames exceed")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -243,7 +243,9 @@ def test_what_does_not_go_together_is_refused(people: Path) -> None:
         score(pairs, {"type": "sharpness"}, {"type": "sharpness", "floor": 0.1})
     with pytest.raises(ConfigError, match="detector: is a setting of the reward face_identity, which is not one of"):
         score(pairs, {"type": "sharpness"}, detector="yunet")
-    with pytest.raises(ConfigError, match="detector: is yunet here, but mtcnn in rewards: set only one of them"):
+    with pytest.raises(
+        ConfigError, match="detector: is yunet in the score settings, but mtcnn in rewards: set only one"
+    ):
         score(pairs, {"type": "face_identity", "detector": "mtcnn"}, detector="yunet")
     with pytest.raises(ConfigError, match="scores all frames of a file"):
         score(pairs, {"type": "face_identity", "frames": "first"})

@@ -85,7 +85,7 @@ class ScoredReward(ABC):
         active: the reward and its settings.
         runtime: the runtime of the stages of this reward only.
         device: the device of the networks.
-        batch: the maximum number of frames per call.
+        batch: the number of frames per call of the networks.
     """
 
     def __init__(self, label: str, active: ActiveReward, runtime: Runtime, device: torch.device, batch: int) -> None:

@@ -25,7 +25,7 @@ class ClipReward(ScoredReward):
 
     @property
     def references_depend_on_prompts(self) -> bool:
-        """Return True if the reward needs references, because they are computed from prompt and clip."""
+        """Return whether the reward needs references, because their state contains the prompt."""
         return self.needs_reference
 
     def prompt_of(self, pair: Pair) -> str:
@@ -72,10 +72,10 @@ class _Frames(Track):
         """Add the frames of a chunk. Beyond `CLIP_BYTES`, all frames are dropped and `fault` is set."""
         self._bytes += chunk.frames.numel() * 4
         if self._chunks and self._chunks[0].shape[1:] != chunk.frames.shape[1:]:
-            self.fault = "needs a whole clip, but the size of its frames changes"
+            self.fault = "the reward needs a whole clip, but the frames differ in size"
         elif self._bytes > CLIP_BYTES:
             self.fault = (
-                f"needs a whole clip, but its frames take more than {CLIP_BYTES // 2**30} GiB: set --max-frames"
+                f"the reward needs a whole clip, but its frames exceed {CLIP_BYTES // 2**30} GiB: set --max-frames"
             )
         self._chunks = [] if self.fault else [*self._chunks, chunk.frames]
 

@@ -1,4 +1,4 @@
-"""Score face identity. Only a few numbers per frame are kept in memory, for videos and references."""
+"""Score face identity. Only a few numbers per frame of a video, and sums over a reference, are kept in memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class FaceReference(ReferenceTrack):
     def finish(self) -> None:
         """Remove the first frame of a video, and set `fault` if no face was found."""
         if self.crowded:
-            where = f"in {self.crowded} of its {self.frames} frames " if self.frames > 1 else ""
+            where = f"in {self.crowded} of its {self.frames} frames, up to " if self.frames > 1 else ""
             self.note = f"{where}{self.most_faces} faces were found; the largest is used"
         if self.frames > 1:
             self.total, self.faces = self.total - self.first[0], self.faces - self.first[1]

@@ -67,7 +67,7 @@ class FeatureReward(ScoredReward):
             features = self.reward.features(run[None], self.run)[0]
             if len(features) != len(run) - overlap:
                 raise DataError(
-                    f"got {len(features)} rows of features for {len(run)} frames, expected {len(run) - overlap}"
+                    f"returned {len(features)} rows of features for {len(run)} frames instead of {len(run) - overlap}"
                 )
             runs.append(features.float().cpu())
         return torch.cat(runs)

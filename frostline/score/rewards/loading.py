@@ -52,7 +52,7 @@ def load_rewards(
             the name of a backend, whose missing engines are built.
         engines: the folder of the engine store.
         device: the device of the networks.
-        batch: the maximum number of frames per call of a reward.
+        batch: the number of frames per call of a reward's networks.
         announce: called with a description of each engine that is built.
     Raises:
         ConfigError: a reward, its networks or the backend is not available, or two rewards have the same name.

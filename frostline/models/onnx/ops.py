@@ -233,9 +233,26 @@ def slice_(
     return x
 
 
+# Element types of the ONNX specification: FLOAT, FLOAT16, DOUBLE and BFLOAT16; BOOL.
+_FLOAT_TYPES, _BOOL = (1, 10, 11, 16), 9
+
+
 def cast(x: Tensor | list[int] | int, *, to: int, saturate: int = 1) -> Tensor | list[int] | int:
-    """Return the input: the interpreter has one integer type and one float type, and does not convert between them."""
-    return x
+    """Convert a tensor to float, integer (truncating) or bool; floats keep their precision, Python integers stay."""
+    if not isinstance(x, Tensor):
+        return x
+    if to in _FLOAT_TYPES:
+        return x if x.is_floating_point() else x.float()
+    return x != 0 if to == _BOOL else x.long()
+
+
+def div(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+    """Compute `a / b`, truncated towards zero if both are integers."""
+    if any((isinstance(x, Tensor) and x.is_floating_point()) or isinstance(x, float) for x in (a, b)):
+        return a / b  # type: ignore[return-value]
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.div(torch.as_tensor(a), b, rounding_mode="trunc")
+    return a // b  # Python integers are sizes, never negative.
 
 
 def resize(
@@ -287,7 +304,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "Constant": constant,
     "Conv": conv,
     "DequantizeLinear": dequantize_linear,
-    "Div": lambda a, b: a / b,
+    "Div": div,
     "Dropout": dropout,
     "Flatten": flatten,
     "Gemm": gemm,

@@ -168,6 +168,19 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray]]] = {
         ],
         {"to": np.array([0, -1, 6]), "w": weights(6, 5), "one": np.array([1])},
     ),
+    "integers truncate": (
+        [
+            node("Mul", "x ten", "a"),
+            node("Cast", "a", "b", to=TensorProto.INT64),
+            node("Div", "b three", "c"),
+            node("Cast", "c", "d", to=TensorProto.FLOAT),
+            node("Cast", "c", "e", to=TensorProto.BOOL),
+            node("Cast", "e", "f", to=TensorProto.FLOAT),
+            node("Add", "d f", "g"),
+            node("Add", "g x", "y"),
+        ],
+        {"ten": np.array(10, np.float32), "three": np.array(3)},
+    ),
     "slopes per pixel": ([node("PRelu", "x slope", "y")], {"slope": weights(3, 8, 8)}),
     "gemm": (
         [node("Flatten", "x", "f"), node("Gemm", "f w c", "y", alpha=0.5, beta=2.0)],

@@ -105,11 +105,13 @@ class OpenVinoRunner(EngineRunner):
             self._request.set_tensor(name, _share(tensor))
 
     def _fresh_output(self, name: str) -> Any:
-        """Return an empty tensor, which OpenVINO resizes to the output's shape."""
+        """Return a new tensor: empty where the output's shape is dynamic, because OpenVINO then resizes it."""
         import openvino
 
         port = self._request.model_outputs[self._network.outputs.index(name)]
-        output = openvino.Tensor(port.element_type, openvino.Shape([0] * port.partial_shape.rank.get_length()))
+        shape = port.partial_shape
+        size = shape.to_shape() if shape.is_static else openvino.Shape([0] * shape.rank.get_length())
+        output = openvino.Tensor(port.element_type, size)
         self._request.set_tensor(name, output)
         return output
 

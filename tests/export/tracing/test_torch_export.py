@@ -11,6 +11,7 @@ from frostline.export.tracing.onnx import trace_onnx
 from frostline.export.tracing.torch_export import trace_program
 from frostline.models.checkpoints.loading import load_components
 from frostline.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from frostline.runtime.backends.openvino import OpenVinoRunner
 from frostline.runtime.stage import Network, Stage
 from frostline.stages.shapes import parse_shapes
 from frostline.stages.staged_model import stage_model
@@ -30,11 +31,11 @@ def stages(min_shapes: str, opt_shapes: str, max_shapes: str) -> dict[str, Stage
 def assert_equal_to_torch(stage: Stage, network: Network, folder: Path) -> None:
     path = folder / f"{network.name}.onnx"
     trace_onnx(network, path)
-    runner = OnnxRuntimeRunner(path, network, CPU)
-    for size in ("opt", "min"):
-        inputs = network.samples(size)
-        for measured in compare(network.name, size, network.reference(inputs), runner(**inputs), stage.tolerance):
-            assert measured.passed, measured
+    for runner in (OnnxRuntimeRunner(path, network, CPU), OpenVinoRunner(path, network)):
+        for size in ("opt", "min"):
+            inputs = network.samples(size)
+            for measured in compare(network.name, size, network.reference(inputs), runner(**inputs), stage.tolerance):
+                assert measured.passed, (runner, measured)
 
 
 def test_one_sample_is_the_typical_batch(tmp_path: Path) -> None:

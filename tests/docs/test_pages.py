@@ -165,6 +165,7 @@ PHRASES = {
     r"\b(equal|same) to the bit\b": "bit for bit the same",
     r"\bsays how\b": "describes, gives the number of",
     r"\bfor free\b": "without computing it, without cost",
+    r"\bstand-ins?\b": "mocks",
 }
 
 

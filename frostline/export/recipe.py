@@ -1,4 +1,4 @@
-"""Export recipes: model, stages, backends, precision and shapes, as YAML files in `engines/`."""
+"""Export recipes: model, stages, backends, precision and shapes, as YAML files in `frostline/recipes/export/`."""
 
 from __future__ import annotations
 

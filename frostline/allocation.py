@@ -2,7 +2,7 @@
 
 from frostline.errors import EngineMemoryError
 
-# On the CPU, torch raises a RuntimeError with one of these words instead of an exception class.
+# On the CPU, torch raises no class of its own, but a RuntimeError whose message contains one of these words.
 _WORDS = ("DefaultCPUAllocator", "std::bad_alloc")
 
 

@@ -208,7 +208,7 @@ def _explain(root: type[Settings], values: Any, problem: dict[str, Any]) -> str:
 
 
 def _given(problem: dict[str, Any]) -> str:
-    """Return the given value for the message, if its type is wrong."""
+    """Return text with the given value, if its type is wrong; otherwise an empty string."""
     value = problem["input"]
     if not problem["type"].endswith(("_type", "is_instance_of")) or isinstance(value, dict | list | tuple):
         return ""

@@ -1,7 +1,7 @@
-"""What all tests share: threads that get along, a signing key of their own, tiny's engines, training modules.
+"""Fixtures of all tests: thread settings, a signing key, the engines of `tiny`, and training modules.
 
-The engines of a whole session are built once, in `engines` and `variant_engines`; tests must not change them. Several
-sessions that are told the same `FROSTLINE_TEST_FOLDER`, as those of `make test` are, build them once altogether.
+`engines` and `variant_engines` are built once in a session; tests must not change them. Sessions with the same
+`FROSTLINE_TEST_FOLDER`, such as those of `make test`, share the engines.
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from forked import run_python
 
-# Read by OpenMP as torch starts: threads that spin for long while they wait take the cores from those that work.
+# OpenMP reads this when torch is imported. Threads that spin for long while they wait take CPU time from other threads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ MakeModule = Callable[..., "WanTrainingModule"]
 
 _FRESH = "FROSTLINE_TEST_IN_FRESH_PROCESS"
 
-# What fits is not measured anew for every module.
+# Not `auto`, with which every module would measure memory.
 SETTINGS: dict[str, Any] = {"lora": {"rank": 8}, "kl_weight": 0.1, "gradient_checkpointing": "none"}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    """Tiny tensors gain nothing from many threads."""
+    """Use at most two threads: more do not make operations on tiny tensors faster."""
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -47,7 +47,7 @@ def _few_threads() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_terminal() -> Iterator[None]:
-    """Output is as wide as where pytest itself runs: its parallel processes are told of 80 columns."""
+    """Remove COLUMNS and LINES, so that output has the same width in every process of pytest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COLUMNS", raising=False)
         patch.delenv("LINES", raising=False)
@@ -56,7 +56,7 @@ def _no_terminal() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_timings() -> Iterator[None]:
-    """An export times its engine for a second or two; no test depends on how exactly."""
+    """Shorten the latency measurement of exports, which takes a second or two; no test depends on its precision."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("frostline.export.exporter._LATENCY_SECONDS", 0.2)
         yield
@@ -64,7 +64,7 @@ def _short_timings() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _sface_read_once() -> Iterator[None]:
-    """Give each SFace of the session a copy of one that was read: its 8-bit weights take a third of a second."""
+    """Read SFace once in a session and copy it: reading its 8-bit weights takes a third of a second."""
     from frostline.models.faces import embedders
 
     original = embedders.OnnxModule
@@ -81,7 +81,7 @@ def _sface_read_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
-    """Random tensors of a test must not depend on which tests ran before it in the same process."""
+    """Seed torch before each test, so that random tensors do not depend on the tests before it in the same process."""
     import torch
 
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def _same_numbers_every_time() -> None:
 
 @pytest.fixture(scope="session")
 def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the whole run: its processes build each engine once, and wait for each other."""
+    """The folder that all processes of a session share: one of them builds an engine, and the others wait for it."""
     return _shared(tmp_path_factory)
 
 
@@ -102,7 +102,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def session_signing_key(session_folder: Path) -> Iterator[Path]:
-    """The key that signs the engines of the session, wherever HOME is."""
+    """The key that signs the engines of the session, independent of HOME."""
     path = session_folder / "signing.key"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_SIGNING_KEY_FILE", str(path))
@@ -111,14 +111,14 @@ def session_signing_key(session_folder: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests leave no digests of weights in the user's cache."""
+    """Use a temporary cache folder, so that tests do not write digests of weights to the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that `slow.txt` and `exhaustive.txt` list; tests that wait for the shared engines are slow too."""
+    """Mark the tests in `slow.txt` and `exhaustive.txt`; tests that use the shared engines are marked slow, too."""
     slow, exhaustive = (
         {*(config.rootpath / "tests" / name).read_text().splitlines()} for name in ("slow.txt", "exhaustive.txt")
     )
@@ -133,7 +133,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test with the mark `fresh_process` in a process of its own: one that forks must have no threads yet."""
+    """Run a test with the mark `fresh_process` in a new process: a process that forks must have one thread only."""
     if pyfuncitem.get_closest_marker("fresh_process") is None or _FRESH in os.environ:
         return None
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -145,7 +145,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture
 def refused_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RefusedUsage:
-    """`refused_usage("export", …)`: the command line must exit with 2; returns what it said, on one line."""
+    """`refused_usage("export", …)`: check that the command exits with code 2, and return its output on one line."""
     from frostline.cli import main
 
     def run(*arguments: str) -> str:
@@ -170,9 +170,13 @@ def build_module(
     dtype: Any = None,
     **settings: Any,
 ) -> "WanTrainingModule":
-    """A training module whose LoRA is random, so that it has a policy of its own; `lora_spread=0` leaves it as new.
+    """Return a training module with a random LoRA, so that its outputs differ from those of the base model.
 
-    All variants go by the name `tiny` in the engine store: keys depend on content, so what they share is found.
+    All variants have the name `tiny` in the engine store: keys depend on content, so stages with equal weights use the
+    same engine.
+
+    Args:
+        lora_spread: standard deviation of the LoRA matrices; 0 keeps their initial values.
     """
     import torch
 
@@ -200,7 +204,7 @@ def make_module() -> MakeModule:
 
 @pytest.fixture(scope="session")
 def shared_store(session_folder: Path, session_signing_key: Path) -> Path:
-    """The folder of the engines that tests share; those that use it count as slow."""
+    """The folder of the engines that tests share; tests that use it are marked slow."""
     return session_folder / "engines"
 
 
@@ -212,7 +216,7 @@ def engines(shared_store: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def variant_engines(engines: Path) -> Path:
-    """The same store, with what tiny-moe and tiny-ti2v need beside."""
+    """The same store, with the additional engines of tiny-moe and tiny-ti2v."""
     return _export(engines, "tiny-moe", "tiny-ti2v")
 
 
@@ -246,19 +250,19 @@ def _export(root: Path, *models: str, **settings: Any) -> Path:
 
 
 class RewardTape:
-    """What the reward of one step saw and said, to be given to another way of computing the same step.
+    """Records the reward computation of one step, and replays it in another implementation of the same step.
 
-    The reward is no continuous function of the frames. Rounding to the 8-bit pixels in which faces are searched makes
-    1/255 out of a difference of 1e-7 wherever a pixel lies on the edge; that moves landmarks by 1e-3 pixels, or by
-    half a pixel where MTCNN rounds a box. And the embedder's PReLUs have kinks: on equal landmarks a change of the
-    noise by one unit in the last place moves the pixel gradient by 2e-3, and the norm of the LoRA gradient by 1e-4.
-    So two ways of computing a step are held against each other on equal pixels, and their gradients also with equal
-    gradients of the frames. That both agree on these but for such noise is asserted here.
+    The reward is not a continuous function of the frames. Faces are detected in 8-bit pixels: where a value is close to
+    a rounding boundary, a difference of 1e-7 becomes 1/255, which moves landmarks by 1e-3 pixels, or by half a pixel
+    where MTCNN rounds a box. The embedder's PReLUs are not differentiable at 0: with equal landmarks, a change of the
+    noise by one unit in the last place changes the pixel gradient by 2e-3, and the norm of the LoRA gradient by 1e-4.
+    Two implementations of a step are therefore compared with equal pixels, and their gradients also with equal
+    gradients of the frames. This class asserts that their own pixels and gradients agree up to such differences.
 
     Attributes:
-        pixels: (B, T, 3, H, W) uint8, what the detector searched.
-        frame_gradient: (B, T, 3, H, W), what came back to the frames.
-        holds_gradient: whether the replaying module gets `frame_gradient` instead of its own.
+        pixels: (B, T, 3, H, W) uint8, the input of the detector.
+        frame_gradient: (B, T, 3, H, W), the gradient of the frames.
+        holds_gradient: whether the replaying module uses `frame_gradient` instead of its own gradient.
     """
 
     pixels: "Tensor"
@@ -267,7 +271,7 @@ class RewardTape:
 
     @contextmanager
     def record(self, module: "WanTrainingModule") -> Iterator[None]:
-        """Within the block, keep what the reward of `module` sees; its gradient, whenever `backward` runs."""
+        """Record the input of the detector within the block, and the gradient of the frames when `backward` runs."""
 
         def see(pixels: "Tensor", frames: "Tensor") -> "Tensor":
             self.pixels = pixels.unflatten(0, frames.shape[:2])
@@ -280,7 +284,7 @@ class RewardTape:
 
     @contextmanager
     def replay(self, module: "WanTrainingModule", samples: slice = slice(None)) -> Iterator[None]:
-        """Within the block, let `module` see what was recorded of `samples`."""
+        """Replace the input of the detector of `module` within the block by that recorded for `samples`."""
 
         def see(pixels: "Tensor", frames: "Tensor") -> "Tensor":
             recorded = self.pixels[samples].flatten(0, 1)
@@ -292,7 +296,7 @@ class RewardTape:
             yield
 
     def exchange(self, gradient: "Tensor", samples: slice = slice(None)) -> "Tensor | None":
-        """For a hook on the frames: the recorded gradient where it is held. The own one must be close."""
+        """Check that `gradient` is close to the recorded one; return the latter if `holds_gradient`, else None."""
         import torch
 
         recorded = self.frame_gradient[samples]
@@ -302,7 +306,7 @@ class RewardTape:
 
 
 def assert_equal_but_for_rounding(pixels: "Tensor", others: "Tensor") -> None:
-    """Both 0 to 255: at most one value in a thousand is off, and by no more than one step."""
+    """Check that fewer than one in a thousand values (0 to 255) differ, and by at most 1."""
     difference = (pixels.float() - others.float()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 1e-3
@@ -310,7 +314,7 @@ def assert_equal_but_for_rounding(pixels: "Tensor", others: "Tensor") -> None:
 
 @contextmanager
 def _watched(module: "WanTrainingModule", see: "Callable[[Tensor, Tensor], Tensor]") -> Iterator[None]:
-    """Within the block `see(pixels, frames)` decides which pixels are searched when generated frames are scored."""
+    """Pass the input of the detector through `see(pixels, frames)` within the block, when frames are scored."""
     from frostline.rewards.face_identity.reward import FaceIdentityReward
 
     reward = module.rewards[0].reward

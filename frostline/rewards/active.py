@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from frostline.runtime.runtime import Runtime
     from frostline.runtime.stage import Runner, Stage
 
-# An example of settings for messages.
+# A code example in a docstring; `ActiveReward.about` leaves it out.
 _CODE = re.compile(r",? *`[^`]*`")
 
 
@@ -31,7 +31,7 @@ JUDGE = "judge_"
 
 @dataclass(frozen=True)
 class RewardStages:
-    """The stages of one reward, run by a runtime. Stages of other rewards affect neither it nor its cache."""
+    """The stages of one reward, run by a runtime. A reward cannot run other stages: they are not in its cache keys."""
 
     runtime: Runtime
     names: Collection[str]
@@ -64,7 +64,7 @@ def check_scores(name: str, scored: RewardScore, count: int) -> None:
 
 
 def label_of(reward: Reward, config: RewardConfig) -> str:
-    """Return the label that the settings give a reward; for a user's class, its name."""
+    """Return the label of a reward: that of its settings or, for a user's class, the name of the reward."""
     return reward.name if ":" in config.type else config.label
 
 
@@ -73,7 +73,7 @@ class ActiveReward:
     """A reward with its settings and its stages.
 
     Attributes:
-        references_key: what its references depend on besides the sample and the weights and backends of its stages.
+        references_key: hash of what its references depend on, besides the sample, and its stages' weights and backends.
     """
 
     reward: Reward

@@ -21,7 +21,7 @@ from frostline.stages.shapes import ShapeRange
 
 # The sections of the settings that list rewards.
 REWARDS, JUDGES = "rewards", "validation.judges"
-# Settings that only affect the weight of a score, and do not affect references.
+# Settings of every reward, none of which affects references.
 _OF_ANY_REWARD = {*RewardConfig.model_fields} - {"type"}
 _INTERFACE = ("name", "unscored", "stages", "live_networks", "references", "score")
 

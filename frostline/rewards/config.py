@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 OnUnscored = Literal["skip", "zero", "error"]
 DEFAULT = "face_identity"
 OF_THE_LOSS = frozenset({"weight", "baseline", "scale", "cap"})
-"""Settings of any reward that only affect the weight of its score in the loss."""
+"""Settings of any reward that only affect how its score enters the loss."""
 _CAP = "maximum score of a sample, above which there is no gain and no gradient; no maximum if not given"
 _FRAMES = "generated frames to score: all, first, last, every:N or random:N"
 _DEFINES_A_CONFIG = re.compile(r"^class Config\(", re.MULTILINE)

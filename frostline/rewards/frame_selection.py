@@ -1,4 +1,4 @@
-"""Select the generated frames to score, so that the cost is the same for clips of any length."""
+"""Select the generated frames to score; scoring fewer frames takes less time and memory."""
 
 from __future__ import annotations
 

@@ -24,7 +24,10 @@ class Config(RewardConfig):
     """Videos as sharp as the reference, `rewards: [{type: sharpness, weight: 0.05}]`: 0 is the best score."""
 
     floor: float = Field(
-        default=1e-6, gt=0, description="squared Laplacian (luminance in [0, 1]) below which a picture counts as flat"
+        default=1e-6,
+        gt=0,
+        description="constant that is added to both mean squared Laplacians (luminance in [0, 1]), so that flat frames "
+        "have a finite score",
     )
 
     def build(self) -> Reward:

@@ -32,7 +32,7 @@ from frostline.train.validate_settings import check_offload, check_output, probl
 
 
 def print_dry_run(settings: RunSettings, console: Console, resume: str | None = None, starts: bool = True) -> bool:
-    """Print the schedule, the data passes and every invalid row; return whether the run could begin.
+    """Print the schedule, the number of epochs, the memory and every problem; return whether the run could begin.
 
     Nothing is written, and no module that the settings name is imported.
 
@@ -233,5 +233,5 @@ def _what_runs(steps: DenoiseSteps, index: int) -> str:
     live = "with gradient, and KL reference (frozen)"
     if not steps.with_lora([index]):
         live = "gradient to its latents only, without LoRA"
-    share = f" in {steps.num_steps} of {len(live_steps)} of these steps" if steps.drawn else ""
+    share = f", in {steps.num_steps} of these {len(live_steps)} steps per training step" if steps.drawn else ""
     return f"denoise tail: {live}{share}"

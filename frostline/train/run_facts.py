@@ -42,7 +42,7 @@ def run_facts(
 
 
 def changed_from_defaults(settings: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Yield the names of settings that differ from their default or have none, such as `lora.rank`."""
+    """Yield the names of settings that differ from their default, or that have no default, such as `lora.rank`."""
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if not field.is_required() and value == field.get_default(call_default_factory=True):

@@ -31,7 +31,8 @@ class SampledClip:
 
     Attributes:
         video: (T, 3, H, W) in [0, 1].
-        face_score, detection_rate: relative to the picture; None without a picture.
+        face_score: similarity of the faces in the clip to the face in the picture; None without a picture.
+        detection_rate: fraction of the generated frames in which a face was found; None without a picture.
     """
 
     video: Tensor
@@ -68,8 +69,8 @@ def _read_loras(path: Path, settings: SampleSettings) -> dict[ExpertName, Unifor
     The scale is multiplied into B: engines take the matrices as inputs, so it does not affect their keys.
 
     Raises:
-        ConfigError: an adapter cannot be read, is for another model or more than a LoRA, or the scale is too large for
-            it.
+        ConfigError: an adapter cannot be read, is for another model, contains differences of whole parameters, changes
+            a convolution, or is not finite with this scale.
     """
     adapters = read_adapters(path, family_of(settings.model).layer_path, settings.expert)
     check_adapters(settings.model, adapters)

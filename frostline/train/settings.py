@@ -245,7 +245,7 @@ class MemorySettings(Settings):
     )
 
     num_processes: int = Field(default=1, ge=1, description="number of processes, one per device")
-    sharding: Sharding = Field(default="ddp", description="how accelerate shards weights: ddp, zero2, zero3, fsdp")
+    sharding: Sharding = Field(default="ddp", description="sharding to plan for: ddp (none), zero2, zero3 or fsdp")
     device_gb: float | None = Field(
         default=None, gt=0, description="memory of one device in GB (10^9 bytes); that of this machine if not given"
     )

@@ -22,7 +22,7 @@ class AestheticReward(VisionReward):
     """The mean rating of the frames."""
 
     Config = AestheticConfig
-    description = "Encode prepared pictures (images, 3, side, side) as unit vectors, the input of the predictor."
+    description = "Encode preprocessed images (images, 3, side, side) as unit vectors, the input of the predictor."
 
     def __init__(self, config: AestheticConfig) -> None:
         from transformers import CLIPModel

@@ -36,7 +36,7 @@ class FaceDetectorStage(Stage):
         return self.run({network.name: in_torch(network) for network in self.networks}, inputs)
 
     def run(self, on: Mapping[str, Runner], inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
-        """Detect with running networks; the outputs are the tensors of `Detections`."""
+        """Detect with the networks in `on`, by name; the outputs are the tensors of `Detections`."""
         found = self.detector.make(on).detect(inputs["frames"])
         return {
             "boxes": found.boxes,
@@ -85,7 +85,7 @@ def _network(name: str, network: DetectorNetwork, shapes: ShapeRange) -> Network
 
 
 def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:
-    """Return a dynamic side of images; if sides must be multiples of a number, it counts blocks."""
+    """Return the dynamic dimension of a side of images, with sizes rounded up to multiples of `multiple`."""
     pixels = shapes.dimension(name)
     if multiple > 1:
         low, typical, high = (-(-extent // multiple) for extent in (pixels.min, pixels.opt, pixels.max))

@@ -48,7 +48,7 @@ class FaceIdentityReward(Reward):
         return (LiveNetwork("face_embedder", embedder, (face,), shape.batch_size * frames),)
 
     def identity(self, run: RewardStages) -> FaceIdentity:
-        """Return the scorer: detector and frozen embedder as planned, the live embedder in PyTorch."""
+        """Return the scorer: detector and reference embedder on the planned backends, the live embedder in PyTorch."""
         live, config = cast(FaceEmbedder, self.faces.embedder), self.config
         identity = FaceIdentity(
             *(ServedDetector(run), live, config.upscale, config.missing_face, config.face, config.detection_size)
@@ -86,7 +86,10 @@ class FaceIdentityReward(Reward):
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
     ) -> RewardScore:
-        """Return the face score, with the detection rate and the cosine similarity of each frame as metrics."""
+        """Return the face score and the cosine similarity of each frame.
+
+        The metrics are the detection rate, and the score in which frames without a face count as 0.
+        """
         score = self.identity_score(frames, references, run)
         metrics = {
             "detection_rate": score.detection_rate,

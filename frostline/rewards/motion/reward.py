@@ -49,7 +49,7 @@ class MotionReward(FrameReward):
         return () if self.network is None else (flow_stage(self.network, shapes, self.config.size),)
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
-        """Return the pairs of one call: the others are recomputed for their gradient."""
+        """Return the network with the pairs of one call: calls are checkpointed; backward recomputes one at a time."""
         if self.network is None:
             return ()
         size = FlowSize.of(shape.height, shape.width, self.config.size)

@@ -13,7 +13,7 @@ PAIRS_AT_ONCE = 8
 """Maximum number of pairs in one call."""
 
 _LONGEST = 4
-"""Sides of the resized pictures, in multiples of the shortest, that engines support for any range of videos."""
+"""Engines support sides up to this multiple of the shortest side, for any range of videos."""
 
 # Outputs are in pixels rather than around 1, and each update starts from the rounded result of the previous one.
 _TOLERANCE = Tolerance(atol=1e-3, rtol=1e-3, cosine=0.99999)
@@ -39,7 +39,7 @@ def flow_stage(network: RaftFlow, shapes: ShapeRange, shortest: int | None) -> S
 
 
 def _sides(shapes: ShapeRange, shortest: int | None) -> tuple[Dimension, Dimension]:
-    """Return height and width of the prepared pictures, in blocks."""
+    """Return height and width of the preprocessed frames, in blocks of `STRIDE` pixels."""
     low = SMALLEST_SIDE // STRIDE
     typical, largest = (FlowSize.of(shapes.height[k], shapes.width[k], shortest) for k in (1, 2))
     longest = max(largest.padded_height, largest.padded_width, _LONGEST * (shortest or SMALLEST_SIDE)) // STRIDE

@@ -11,7 +11,7 @@ from frostline.stages.provider import Use
 
 
 class Config(ImageTextConfig):
-    """PickScore of the generated frames for the prompt, a mean logit: adding 1 multiplies the preference by e."""
+    """PickScore of the generated frames for the prompt, a mean logit: +1 multiplies the odds by e."""
 
     uses: ClassVar[tuple[Use, ...]] = image_text_uses("pickscore")
     published: ClassVar[str] = f"yuvalkirstain/PickScore_v1 from Hugging Face ({CLIP_FOLDER})"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Config(VisionConfig):
-    """Similarity of each generated frame to the first and the previous one, by DINOv2; the score is a mean cosine."""
+    """Mean cosine of each generated frame to the first one (or the reference) and to the previous one, by DINOv2."""
 
     # The first use is for references only, if `anchor` requires them.
     uses: ClassVar[tuple[Use, ...]] = (

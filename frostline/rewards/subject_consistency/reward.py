@@ -27,7 +27,7 @@ class SubjectConsistencyReward(VisionReward):
     uses_start = True
     unscored = "a single frame"
     description = (
-        "Describe prepared pictures (images, 3, side, side) as unit vectors, which are similar for the same subject."
+        "Encode preprocessed images (images, 3, side, side) as unit vectors, which are similar for the same subject."
     )
 
     def __init__(self, config: SubjectConsistencyConfig) -> None:

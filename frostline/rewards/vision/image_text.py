@@ -23,7 +23,7 @@ class ImageTextReward(VisionReward):
 
     Config = ImageTextConfig
     description = (
-        "Encode prepared pictures (images, 3, side, side) as unit vectors; the dot product "
+        "Encode preprocessed images (images, 3, side, side) as unit vectors; the dot product "
         "with a prompt's vector measures how well they match."
     )
 

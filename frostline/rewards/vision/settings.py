@@ -44,7 +44,7 @@ class VisionConfig(RewardConfig):
     weights: Path | None = Field(default=None, description="path of the weights; they are not downloaded")
     precision: Precision = Field(
         default="fp32",
-        description="floating-point type of the weights: fp32, fp16 or bf16; 16 bits need half the memory and time",
+        description="floating-point type of the weights: fp32, fp16 or bf16; fp16 and bf16 need half the memory",
     )
 
     def existing(self, field: str, what: str) -> Path:

@@ -1,4 +1,4 @@
-"""Stages of vision rewards: an image network on prepared pictures, and CLIP's text tower on tokens."""
+"""Stages of vision rewards: an image network on preprocessed images, and CLIP's text tower on tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROMPTS = ("a person talks and smiles", "two cats", "")
 
 
 class ImageNetwork(Protocol):
-    """An `nn.Module` that maps prepared pictures (N, 3, S, S) to features (N, D), both float32.
+    """An `nn.Module` that maps preprocessed images (N, 3, S, S) to features (N, D), both float32.
 
     Attributes:
         image_size: the side S in pixels.
@@ -32,7 +32,7 @@ class ImageNetwork(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TextStage(Stage):
-    """A text tower, whose samples are real prompts."""
+    """The stage of a text tower, whose sample inputs are tokens of real prompts."""
 
     clip: Clip
 

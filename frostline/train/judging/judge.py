@@ -73,8 +73,7 @@ def build_judges(
     """Create the judges of a run, with their networks on the device of `module`; called on all processes.
 
     Args:
-        entries: `validation.judges`. Settings that only affect the weight in a loss (weight, baseline, scale, cap) are
-            ignored.
+        entries: `validation.judges`. Settings that only affect a loss (weight, baseline, scale, cap) are ignored.
         module: its cache stores the references.
         plan, engines, strict: see `Runtime`. If the plan names stages, only those of a judge are used.
     Raises:

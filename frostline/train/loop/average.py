@@ -14,8 +14,8 @@ from frostline.errors import CheckpointError
 class AdapterAverage:
     """Tracks the trained matrices: `average = d average + (1 - d) matrix` after each update.
 
-    `d` is `min(decay, (1 + n) / (10 + n))` after n updates, as in diffusers' `EMAModel`, so that the initial matrices
-    soon have little weight.
+    `d` is `min(decay, (1 + n) / (10 + n))` in the n-th update, n = 1, 2, …, so that the initial matrices soon have
+    little weight. (In its n-th update, diffusers' `EMAModel` uses the formula with n - 1, and 0 in the first.)
 
     Args:
         decay: in (0, 1).

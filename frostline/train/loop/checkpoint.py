@@ -49,7 +49,7 @@ _REPLACED = re.compile(r"\.(checkpoint-(\d+))\.[0-9a-f]{8}\.replaced")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. step: number of completed optimizer steps."""
+    """A checkpoint on disk, written after `step` optimizer steps."""
 
     path: Path
     step: int

@@ -25,7 +25,7 @@ ADAPTER, ADAPTER_EMA, CLIPS, TRACKERS = "adapter", "adapter_ema", "validation", 
 PROGRAM, BEGAN_FROM = "frostline", "began_from"
 # Key in `run.json` for the folder that relative paths in the settings refer to.
 WORKING_DIR = "working_dir"
-# Key in `run.json` for the processes of the run; each resume adds one.
+# Key in `run.json` for the sessions of the run; each resume adds one.
 SESSIONS = "sessions"
 # The value of `--resume` for the newest complete checkpoint.
 LATEST = "latest"

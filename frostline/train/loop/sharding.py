@@ -59,7 +59,10 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
 
 
 def sample_through_shards(module: TrainingModule) -> None:
-    """Let sampling gather weights as `forward` does. Call after `accelerator.prepare`."""
+    """Register `generate_latents` with FSDP2, so that it gathers weights like `forward`.
+
+    Call this after `accelerator.prepare`.
+    """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     # `generate` calls it; the decoder is never sharded.

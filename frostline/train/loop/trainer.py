@@ -102,8 +102,9 @@ class RunOptions:
         config: the settings of the run, which are stored with its files and in every checkpoint, and passed to the
             trackers.
         facts: returns further entries of `run.json`; called when the run starts, saves and ends.
-        validate, validation_steps: called with the step at the start, at the end and every `validation_steps`, on all
-            processes; its return value becomes a line of `validation.jsonl`, with the verdict on all lines so far.
+        validate: called with the number of completed steps, on all processes; its return value becomes a line of
+            `validation.jsonl`, with the verdict on all lines so far.
+        validation_steps: `validate` is called at the start, at the end and every `validation_steps` steps.
         on_step: called with each line of `metrics.jsonl`.
         on_begin: called on the first process once the run owns the folder; before that, the run may still be rejected.
         supervisor: can also request that the run stops or saves.

@@ -12,9 +12,9 @@ from frostline.train.judging.verdict import ERRORS, change_of, verdict
 from frostline.train.report.measures import Lines, Measures, label
 
 _CAPTION = (
-    "In training: the score of the samples of each step, which differ from step to step. Change: how much the held-out "
-    "samples changed since the first validation, by the frames that were scored both times, so that reward and judges "
-    f"compare. The band is ±{ERRORS:g} standard errors: a change is significant where 0 is outside."
+    "In training: the score of the samples of each step, which differ from step to step. Change: the mean change of "
+    "the held-out samples since the first validation, over the frames that were scored both times, for rewards and "
+    f"judges alike. The band is ±{ERRORS:g} standard errors: a change is significant where 0 is outside."
 )
 _ASKED = (
     "A judge scores the same clips, but is not used in training. If a judge falls while the reward rises, this "

@@ -119,7 +119,7 @@ class Sampler:
 
         Args:
             noise: (B, C, F, h, w).
-            until: number of steps of the whole trajectory, which may end before the low-noise expert begins.
+            until: maximum number of steps; it may be smaller than the number of steps of the high-noise expert.
             conditioner: its cache stores the result; None for fresh noise, for which nothing is cached.
             base: run all steps up to `until`, without the LoRA.
         """

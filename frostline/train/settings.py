@@ -188,7 +188,8 @@ class PlanSettings(Settings):
 
     backend: str = Field(
         default="auto",
-        description=f"auto (the fastest verified engine), {TORCH}, or a backend: {', '.join(backend_names())}",
+        description=f"auto (the fastest verified engine, torch if none is faster), {TORCH}, or a backend: "
+        f"{', '.join(backend_names())}",
     )
     stages: dict[str, str] = Field(
         default={}, description="backends of single stages, for example {vae_encoder: torch}"

@@ -101,6 +101,7 @@ def check_start(folder: Path, resume: Checkpoint | None = None, overwrite: bool 
     Raises:
         ConfigError: the folder contains a run that must not be deleted, or files of other programs that this run would
             overwrite.
+        CheckpointError: the folder cannot be read.
     """
     try:
         checkpoints = find_checkpoints(folder)

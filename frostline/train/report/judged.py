@@ -59,7 +59,7 @@ def show_judged(page: Page, metrics: Sequence[Mapping[str, Any]], validation: Li
     for name in measures.ratios:
         values = [number_of(line, name) for line in validation]
         rows.append(Row(f"{label(name)} (1 is like the true clip)", x, values, rule=1.0, dots=True, colour=2))
-    page.heading("Rewarded and judged")
+    page.heading("Rewards and judges")
     page.paragraph(
         "Training only optimises the reward, and can raise it in unintended ways. "
         + (_ASKED if measures.judges else "This run has no judge: set one in validation.judges.")

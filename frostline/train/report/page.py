@@ -51,7 +51,7 @@ def write_report(run: Path) -> Path:
     if validation:
         show_judged(page, metrics, validation, measures)
         show_held_out(page, run, validation, measures)
-    page.heading("What the training did")
+    page.heading("Training curves")
     page.figures(*curves(metrics, measures, config, facts), columns=2)
     show_stages(page, metrics, facts, timing)
     show_run(page, run, metrics, facts, config)

@@ -57,7 +57,7 @@ class _Served:
 
 def show_stages(page: Page, metrics: Metrics, facts: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
     """Add the table of stages, the timeline of a step and, in `frostline demo`, the comparison with PyTorch."""
-    page.heading("Which backend ran what")
+    page.heading("Backends of the stages")
     page.paragraph(
         "A training step is a sequence of stages. Frozen stages need no gradient and can run on any engine; live "
         "stages need gradients, which PyTorch computes. Before an engine is used, its outputs are compared with those "

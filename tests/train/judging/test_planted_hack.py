@@ -82,7 +82,7 @@ def test_the_sentence_names_it(hacked: Run) -> None:
     assert (outcome.step, outcome.stopped_by_judge) == (3, False)
     page = visible((out / "report.html").read_text())
     assert f"T{outcome.verdict[1:]}" in page
-    assert page.index("reward hacking?") < page.index("Rewarded and judged") < page.index("Judge: sharpness: change")
+    assert page.index("reward hacking?") < page.index("Rewards and judges") < page.index("Judge: sharpness: change")
     assert "The run was ended" not in page
 
 

@@ -152,7 +152,7 @@ EXPECTED = (
     "Of the 40 frames that were scored both times: +0.0200; of all, with 0 where there was no score: +0.213.",
     "Detection rate 0.983 → 1.000 +0.017",
     f"PSNR to truth, dB 21.43 → 21.31 {MINUS}0.12",
-    "Rewarded and judged",
+    "Rewards and judges",
     "Face score in training",
     "Face score: change",
     "Judge: face dlib: change",
@@ -318,7 +318,7 @@ def test_a_run_at_work_has_a_page(tmp_path: Path, validation: list[dict[str, Any
     assert "3 steps." in text
     # Without the first.
     assert "One training step 0.40 s" in text
-    assert "improved" not in text and "Rewarded and judged" not in text
+    assert "improved" not in text and "Rewards and judges" not in text
 
 
 def test_missing_values_leave_a_page(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Draw the picture of the demo: frames of two held-out samples before and after training, with their face scores.
+"""Draw the picture of the demo: frames of two validation samples before and after training, with their face scores.
 
 frostline demo                          # writes runs/demo
 python docs/make_demo_picture.py        # writes docs/demo.jpg
@@ -28,7 +28,7 @@ def main() -> None:
         "run", type=Path, nargs="?", default=Path("runs/demo"), help="folder of the run (default: %(default)s)"
     )
     parser.add_argument(
-        "--clips", type=int, nargs="+", default=[0, 8], help="indices of held-out samples (default: %(default)s)"
+        "--clips", type=int, nargs="+", default=[0, 8], help="indices of validation samples (default: %(default)s)"
     )
     parser.add_argument(
         "--frames", type=int, nargs="+", default=[0, 4, 5, 6, 7, 8], help="indices of frames (default: %(default)s)"

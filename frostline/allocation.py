@@ -2,7 +2,7 @@
 
 from frostline.errors import EngineMemoryError
 
-# On the CPU, torch raises no class of its own, but a RuntimeError whose message contains one of these words.
+# On the CPU, torch does not raise its OutOfMemoryError, but a RuntimeError whose message has one of these words.
 _WORDS = ("DefaultCPUAllocator", "std::bad_alloc")
 
 

@@ -26,7 +26,7 @@ def small_clips(count: int, seed: int = 0) -> dict[str, Any]:
 
 
 class Clips(torch.utils.data.Dataset[Sample]):
-    """Held-out clips as a data set; with seven of them and batches of two, epochs end within a batch."""
+    """Validation clips as a data set; with seven of them and batches of two, epochs end within a batch."""
 
     def __init__(self, count: int = 7, seed: int = 2, num_frames: int = 5, size: int = 32) -> None:
         self.clips = held_out_clips(count, seed, num_frames=num_frames, size=size)

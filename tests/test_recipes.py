@@ -56,7 +56,7 @@ def test_the_reference_is_reproduced_with_its_own_constants(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if training_config(name) is not None])
 def test_every_training_configuration_has_a_judge(name: str) -> None:
-    """Held-out samples show whether the reward rises, and only a judge whether that is a gain."""
+    """Validation samples show whether the reward rises, and only a judge whether that is a gain."""
     config = training_config(name)
     assert config is not None
     settings = load_run_settings(config, [])

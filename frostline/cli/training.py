@@ -23,7 +23,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("runs/demo"),
     engines_dir: EnginesDir = ENGINES,
     steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 40,
-    starts: Annotated[int, typer.Option(min=1, help="Number of held-out samples to score.")] = 20,
+    starts: Annotated[int, typer.Option(min=1, help="Number of validation samples to score.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data order and noise.")] = 0,
 ) -> None:
     """Train a face-identity LoRA on the built-in tiny model and show the result."""
@@ -120,7 +120,7 @@ def train(
     if not first:
         return
     if outcome.verdict:
-        typer.echo(f"held-out samples: {outcome.verdict}")
+        typer.echo(f"validation samples: {outcome.verdict}")
     if outcome.stopped_by_judge:
         typer.echo(
             f"ended at step {outcome.step} of {settings.train.max_train_steps}, because the score of a judge "

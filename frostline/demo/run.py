@@ -44,7 +44,7 @@ class DemoSettings:
 
     Attributes:
         steps: the number of optimizer steps.
-        starts: the number of held-out samples.
+        starts: the number of validation samples.
         seed: the random seed of training.
         timed_rounds: the number of rounds of the comparison with PyTorch.
     """
@@ -56,7 +56,7 @@ class DemoSettings:
 
 
 def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettings:
-    """Return the training settings of the demo: the recipe `tiny`, validated on all held-out samples before and after.
+    """Return the training settings of the demo: the recipe `tiny`, with a validation of all samples before and after.
 
     If the package with dlib's weights is installed, a judge with other face networks than the reward is added.
     """

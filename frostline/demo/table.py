@@ -14,7 +14,7 @@ from frostline.train.loop.run_dir import REPORT, SHEET
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     """Print a table of changes, the step time, and the paths of report and contact sheet."""
     numbers = (Column(title, right=True) for title in ("before", "after", "change"))
-    table = FittedTable(Column(""), *numbers, title=f"{summary['starts']} held-out samples")
+    table = FittedTable(Column(""), *numbers, title=f"{summary['starts']} validation samples")
     rows = [("face score", "face_score", ".3f"), ("detection rate", "detection_rate", ".3f")]
     # Judges, which are not used in training.
     rows += [(name.replace("_", " "), name, ".3f") for name in summary["paired"] if name != "face_score"]

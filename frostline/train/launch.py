@@ -115,7 +115,7 @@ def _run_training(
             def on_starts(done: int) -> None:
                 nonlocal seen
                 seen += done
-                bar.describe(f"held-out sample {min(seen, starts)} of {starts}")
+                bar.describe(f"validation sample {min(seen, starts)} of {starts}")
 
             return validate(module, validation, step, settings.output_dir, on_starts)
 
@@ -198,7 +198,7 @@ def _open_fitted(
 def _open_data(
     settings: RunSettings, accelerator: Accelerator, progress: Progress
 ) -> tuple[Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
-    """Return the training samples, the held-out samples, and the (height, width) of the training videos."""
+    """Return the training samples, the validation samples, and the (height, width) of the training videos."""
     spec = family_of(settings.model).read_spec(settings.model)
     rewards, judges = resolve(settings.rewards), resolve(settings.validation.judges, JUDGES)
     needs = SampleNeeds.of(spec.name, spec.needs_image, rewards, settings.sft_weight > 0)
@@ -293,7 +293,7 @@ def check_rows(dataset: VideoPromptDataset, bad_rows: str, found: list[BadRow]) 
 def open_validation(
     settings: RunSettings, geometry: Geometry = DEFAULT_GEOMETRY, needs: SampleNeeds = DEFAULT_NEEDS
 ) -> Validation | None:
-    """Return the held-out samples; None if the settings have no validation data.
+    """Return the validation samples; None if the settings have no validation data.
 
     Raises:
         DataError: the source cannot be read, or one of the samples is invalid.

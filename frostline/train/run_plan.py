@@ -24,7 +24,7 @@ class RunPlanner:
         settings: settings of the run; its rewards and judges are used in all plans.
         device_bytes: memory of one device; None if unknown.
         on_cpu: whether the device is a CPU.
-        samples: number of training samples, and of held-out samples.
+        samples: number of training samples, and of validation samples.
         sizes: heights and widths of its videos before cropping; if unknown, a square with the maximum number of pixels
             in the settings is used.
     Raises:

@@ -167,7 +167,7 @@ class DataSettings(VideoSettings):
 
 
 class ValidationSettings(VideoSettings):
-    """Held-out samples, generated and scored periodically, with fixed noise."""
+    """Validation samples, not used in training: generated and scored periodically, with fixed noise."""
 
     steps: int = Field(default=50, ge=1, description="validate every N steps, and at the start and the end")
     num_videos: int = Field(default=5, ge=1, description="number of samples, from the first rows of the source")
@@ -178,7 +178,7 @@ class ValidationSettings(VideoSettings):
     )
     judges: tuple[SerializeAsAny[RewardEntry], ...] = Field(
         default=(),
-        description="rewards that score held-out samples but are not trained on, each by its type; their "
+        description="rewards that score validation samples but are not trained on, each by its type; their "
         "weight, baseline, scale and cap are ignored",
     )
 

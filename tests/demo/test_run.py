@@ -77,7 +77,7 @@ def test_it_leaves_what_every_run_leaves(demo: Path) -> None:
 
 def test_the_trainer_makes_its_page_again(demo: Path) -> None:
     page = (demo / "report.html").read_text()
-    for words in ("Rewards and judges", "Held-out samples", "vae_encoder", "Latency of one training step", "step 2"):
+    for words in ("Rewards and judges", "Validation samples", "vae_encoder", "Latency of one training step", "step 2"):
         assert words in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     (demo / "report.html").unlink()

@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def face(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first frame of a held-out clip, 96×96."""
+    """The first frame of a validation clip, 96×96."""
     path = tmp_path_factory.mktemp("face") / "face.png"
     pixels = held_out_clips(1, seed=0).video[0, 0]
     Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)

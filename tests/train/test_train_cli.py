@@ -113,7 +113,7 @@ def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path, monkeypatch: 
     assert [pair["reference"] for pair in pairs] == ["truth/0.mp4", "truth/1.mp4"]
     PeftModel.from_pretrained(load_components("tiny").denoiser, str(run / "adapter"))
     page = (run / "report.html").read_text()
-    assert "Held-out samples" in page
+    assert "Validation samples" in page
     assert "denoise_tail" in page
     (run / "report.html").unlink()
     assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0

@@ -1,4 +1,4 @@
-"""Evaluate the model on held-out samples, with all stages frozen and fixed noise."""
+"""Evaluate the model on validation samples, with all stages frozen and fixed noise."""
 
 from __future__ import annotations
 

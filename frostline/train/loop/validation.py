@@ -1,4 +1,4 @@
-"""Validate during training: generate held-out samples with fixed noise, measure them, and write clips and tables.
+"""Validate during training: generate the validation samples with fixed noise, measure them, and write clips and tables.
 
 Validation writes these files into the folder of a run:
 

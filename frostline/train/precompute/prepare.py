@@ -62,7 +62,7 @@ class Precomputed:
         if self.estimate is None:
             return "nothing to precompute"
         training, held_out = self.estimate.samples
-        starts = f" and {held_out} held-out samples" if held_out else ""
+        starts = f" and {held_out} validation samples" if held_out else ""
         return f"{training} samples{starts}: computed {self.computed} frozen outputs, the others were already cached"
 
 

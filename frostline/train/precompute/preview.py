@@ -58,14 +58,14 @@ def preview(settings: RunSettings, model: VideoModel, samples: tuple[int, int], 
 
 
 def count_samples(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:
-    """Count the different samples that a run trains on, and the held-out samples."""
+    """Count the different samples that a run trains on, and the validation samples."""
     held_out = 0 if validation is None else len(validation.starts)
     asked = visits(settings, dataset, validation, processes=settings.memory.num_processes)
     return sum(len(each.rows) for each in asked) - held_out, held_out
 
 
 def count_there(settings: RunSettings, dataset: Dataset[Sample], validation: Validation | None) -> tuple[int, int]:
-    """Count the samples, including held-out samples, whose model outputs are all in the cache, and all samples.
+    """Count the samples, including validation samples, whose model outputs are all in the cache, and all samples.
 
     Reads the samples but no weights: cache entries depend on the digests of weights; if a digest was never computed on
     this machine, there are no entries. References of rewards, whose networks would have to be loaded, are not counted.

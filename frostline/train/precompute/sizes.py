@@ -41,7 +41,7 @@ class Estimate:
     def __str__(self) -> str:
         training, held_out = self.samples
         return (
-            f"{training} samples and {held_out} held-out samples, at most {self.nbytes / _GB:.2f} "
+            f"{training} samples and {held_out} validation samples, at most {self.nbytes / _GB:.2f} "
             f"GB on disk; training does not need {', '.join(self.stages)} ({self.weights / _GB:.2f} "
             "GB) afterwards"
         )
@@ -52,7 +52,7 @@ def estimate(model: VideoModel, settings: RunSettings, samples: tuple[int, int])
 
     Args:
         model: its weights need not be in memory.
-        samples: number of different training samples, and of held-out samples.
+        samples: number of different training samples, and of validation samples.
     """
     stages = frozen_stages(model, settings, family_of(model.components).FROZEN_STAGES)
     parameters = model.stage_parameters()
@@ -107,7 +107,7 @@ def _weights(model: VideoModel) -> dict[str, int]:
 def _kept_latents(
     model: VideoModel, settings: RunSettings, steps: DenoiseSteps, stages: Sequence[str]
 ) -> tuple[int, int]:
-    """Return the number of cached latents for each sample and for each held-out sample."""
+    """Return the number of cached latents for each sample and for each validation sample."""
     ahead = int(model.experts[0].stage in stages and steps.high_noise > 0)
     if settings.rollout.policy != "base" or settings.noise_seed is None:
         return ahead, ahead

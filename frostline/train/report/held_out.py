@@ -1,4 +1,4 @@
-"""Make the part of a run's report about its held-out samples: changes of the measures, clips and curves."""
+"""Make the part of a run's report about its validation samples: changes of the measures, clips and curves."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TRENDS: Mapping[str, Trend] = {"rises": "better", "falls": "worse"}
 
 
 def outcome(validation: Lines, measures: Measures) -> str:
-    """Return the result on the held-out samples as a sentence; an empty string before the second validation."""
+    """Return the result on the validation samples as a sentence; an empty string before the second validation."""
     if len(validation) < 2 or not measures.rewards:
         return ""
     name = measures.rewards[0]
     first, last = number_of(validation[0], name), number_of(validation[-1], name)
-    words = f" {label(name)} of the held-out samples: {fixed(first, 3)} at step {validation[0]['step']}, "
+    words = f" {label(name)} of the validation samples: {fixed(first, 3)} at step {validation[0]['step']}, "
     words += f"{fixed(last, 3)} now"
     change = change_of(validation, name)
     if change is None or not change.gain.starts:
@@ -37,7 +37,7 @@ def tiles(validation: Lines, measures: Measures) -> list[Tile]:
         change = change_of(validation, name)
         found.append(_tile(validation, name, change, measures))
         if name == next(iter(measures.rewards), "") and change is not None and change.gain.starts:
-            up, note = change.gain.starts_up, "Held-out samples, not used in training, whose score has increased."
+            up, note = change.gain.starts_up, "Validation samples, not used in training, whose score has increased."
             found.append(Tile("Samples that improved", str(up), f"of {change.gain.starts}", note=note))
     return found
 
@@ -63,7 +63,7 @@ def _tile(validation: Lines, name: str, change: Change | None, measures: Measure
 
 def show_held_out(page: Page, run: Path, validation: Lines, measures: Measures) -> None:
     """Add the samples, and the changes of all measures, to the page."""
-    page.heading("Held-out samples")
+    page.heading("Validation samples")
     page.paragraph(
         "Each clip is generated from a first frame that was not used in training, and a prompt, with the same noise in "
         "all validations. The sample with the worst change comes first, then the one with the best, and so on. The "
@@ -88,5 +88,5 @@ def _curves(validation: Lines, measures: Measures) -> list[Figure]:
         else:
             values = [number_of(line, name) for line in validation]
             plot, caption = line_plot({title: values}, x=steps, xlabel="training step", ylabel=title), ""
-        figures.append(Figure.svg(plot, alt=f"{title} of the held-out samples", title=title, caption=caption))
+        figures.append(Figure.svg(plot, alt=f"{title} of the validation samples", title=title, caption=caption))
     return figures

@@ -13,7 +13,7 @@ from frostline.train.report.measures import Lines, Measures, label
 
 _CAPTION = (
     "In training: the score of the samples of each step, which differ from step to step. Change: the mean change of "
-    "the held-out samples since the first validation, over the frames that were scored both times, for rewards and "
+    "the validation samples since the first validation, over the frames that were scored both times, for rewards and "
     f"judges alike. The band is ±{ERRORS:g} standard errors: a change is significant where 0 is outside."
 )
 _ASKED = (

@@ -1,4 +1,4 @@
-"""Show the held-out samples of a run: those with the worst and best changes as clips, and all in a table."""
+"""Show the validation samples of a run: those with the worst and best changes as clips, and all in a table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CAPTION = (
 
 @dataclass(frozen=True)
 class _Sample:
-    """One held-out sample.
+    """One validation sample.
 
     Attributes:
         number: the index of the sample.

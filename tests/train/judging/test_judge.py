@@ -191,7 +191,7 @@ def test_the_terminal_says_what_came_of_it(tmp_path: Path, monkeypatch: pytest.M
     path.write_text(commented_yaml(settings(SHARPNESS, train={"stop_when_judge_falls": 2, "max_train_steps": 40})))
     result = CliRunner().invoke(app, ["train", str(path)])
     assert result.exit_code == 0
-    assert "held-out samples: the reward rises while a judge falls\n" in result.output
+    assert "validation samples: the reward rises while a judge falls\n" in result.output
     assert (
         "ended at step 20 of 40, because the score of a judge decreased in 2 consecutive validations" in result.output
     )

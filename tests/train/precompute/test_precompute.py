@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, digests: None) -> Path:
     path.write_text(dump_yaml(dump_settings(run_settings(folder, "cached"))))
     done = CliRunner().invoke(app, ["cache", str(path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "5 samples and 3 held-out samples" in done.output
+    assert "5 samples and 3 validation samples" in done.output
     return folder
 
 
@@ -84,7 +84,7 @@ def spoil(path: Path, prefixes: tuple[str, ...] = ("",)) -> None:
 def test_what_is_precomputed_is_what_the_run_computes(folder: Path) -> None:
     assert entries(folder / "cached" / "cache") == entries(folder / "plain" / "cache")
     kept = [name for path in (folder / "cached" / "cache").glob("*.safetensors") for name in load_file(path)]
-    # Contexts go by prompts, the others by first frames or clips; of the noise, held-out samples have their own.
+    # Contexts go by prompts, the others by first frames or clips; of the noise, validation samples have their own.
     assert {name: kept.count(name) for name in ("y", "clip_latents", "latents")} == {
         "y": 5,
         "clip_latents": 5,
@@ -127,7 +127,7 @@ def test_the_estimate_bounds_what_is_kept(folder: Path) -> None:
     done = precompute_for(run_settings(folder, "cached", precompute="always"))
     assert done.estimate is not None
     kept = sum(map(len, entries(folder / "cached" / "cache").values()))
-    # One prompt less, and three conditions of held-out samples that are training samples, too.
+    # One prompt less, and three conditions of validation samples that are training samples, too.
     assert kept <= done.estimate.nbytes <= 2 * kept
 
 

@@ -144,7 +144,7 @@ def page(run: Path) -> str:
 
 EXPECTED = (
     "40 steps, 1 of them skipped because the loss or its gradient was not finite.",
-    "Face score of the held-out samples: 0.579 at step 0, 0.664 now; it went up in 19 of 20.",
+    "Face score of the validation samples: 0.579 at step 0, 0.664 now; it went up in 19 of 20.",
     "Gains agree: face_score rises (+0.0435 ± 0.0065, 20 samples) and judge_face_dlib rises (+0.0200 ± 0.00092",
     "Face score 0.579 → 0.664 +0.085 The mean cosine of faces.",
     "Samples that improved 19 of 20",

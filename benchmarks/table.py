@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def main() -> None:
     print(render(arguments.results, TABLES))
     if arguments.write:
         for page, tables in PAGES.items():
-            page.write_text(with_tables(page.read_text(), render(arguments.results, tables)))
+            page.write_text(with_tables(page.read_text(), tables(arguments.results)))
 
 
 def render(results: Path, tables: Tables) -> str:
@@ -69,9 +70,13 @@ def tables_of(page: str, begin: str = BEGIN) -> str:
     return page.partition(begin)[2].partition(END)[0].strip()
 
 
-def contender_table(result: Result) -> str:
-    """Return the table of one training step: the time of each contender."""
-    return f"{_contenders(result)}\n\n{_where(result)}"
+def contender_table(results: Path) -> str:
+    """Return one table with a training step of each model: the time of each contender, and its ratio to `cached`."""
+    steps = [json.loads(path.read_text()) for path in (results / "step.json", results / "step-real.json")]
+    labels = {name: row["what"] for step in steps for name, row in step["contenders"].items()}
+    rows = [(label, *(_with_ratio(step["contenders"], name) for step in steps)) for name, label in labels.items()]
+    header = ("One training step: ms (relative to cached)", *map(_subject, steps))
+    return f"{_markdown(header, rows)}\n\n{_where(*steps)}"
 
 
 def step_table(result: Result) -> str:
@@ -179,24 +184,37 @@ TABLES: Tables = {
     "faces": faces_table,
     "cold": cold_table,
 }
-PAGES: Mapping[Path, Tables] = {
-    ROOT / "README.md": {"step": contender_table, "step-real": contender_table},
-    ROOT / "docs" / "performance.md": TABLES,
-    ROOT / "docs" / "scoring.md": {"scoring": scoring_table},
-    ROOT / "docs" / "steps.md": {"window": window_table},
-    ROOT / "docs" / "engines.md": {
-        "export-wan-1.3b-fp32-onnxruntime": export_table,
-        "export-wan-1.3b-bf16-tensorrt-rtx": export_table,
-    },
+PAGES: Mapping[Path, Callable[[Path], str]] = {
+    ROOT / "README.md": contender_table,
+    ROOT / "docs" / "performance.md": partial(render, tables=TABLES),
+    ROOT / "docs" / "scoring.md": partial(render, tables={"scoring": scoring_table}),
+    ROOT / "docs" / "steps.md": partial(render, tables={"window": window_table}),
+    ROOT / "docs" / "engines.md": partial(
+        render,
+        tables={
+            "export-wan-1.3b-fp32-onnxruntime": export_table,
+            "export-wan-1.3b-bf16-tensorrt-rtx": export_table,
+        },
+    ),
 }
 
 
 def _contenders(result: Result) -> str:
     contenders, cached = result["contenders"], result["contenders"]["cached"]["median_ms"]
     rows = [(row["what"], f"{row['median_ms']:.0f}", f"{row['median_ms'] / cached:.2f}") for row in contenders.values()]
+    return _markdown((f"One training step of {_subject(result)}", "ms", "relative to cached"), rows)
+
+
+def _with_ratio(contenders: Mapping[str, Any], name: str) -> str:
+    if name not in contenders:
+        return "-"
+    milliseconds = contenders[name]["median_ms"]
+    return f"{milliseconds:.0f} ({milliseconds / contenders['cached']['median_ms']:.2f})"
+
+
+def _subject(result: Result) -> str:
     arguments = result["arguments"]
-    title = f"One training step of {arguments['model']}, {arguments['video']}, {arguments['precision']}"
-    return _markdown((title, "ms", "relative to cached"), rows)
+    return f"{arguments['model']}, {arguments['video']}, {arguments['precision']}"
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -208,14 +226,17 @@ def _spread(spread: Mapping[str, float]) -> str:
     return f"{spread['quartile_1']:.2f} to {spread['quartile_3']:.2f}"
 
 
-def _where(result: Result) -> str:
-    machine = result["machine"]
-    versions = ", ".join(
-        f"{name} {machine['versions'][name]}"
-        for name in ("torch", "onnxruntime-gpu", "openvino")
-        if name in machine["versions"]
-    )
-    return f"{machine['device']}, {machine['torch_threads']} threads; {versions}; commit {machine['commit']}."
+def _where(*results: Result) -> str:
+    commits: dict[str, list[str]] = {}
+    for machine in (result["machine"] for result in results):
+        versions = ", ".join(
+            f"{name} {machine['versions'][name]}"
+            for name in ("torch", "onnxruntime-gpu", "openvino")
+            if name in machine["versions"]
+        )
+        place = f"{machine['device']}, {machine['torch_threads']} threads; {versions}"
+        commits.setdefault(place, []).append(machine["commit"])
+    return "\n\n".join(f"{place}; commit {', '.join(dict.fromkeys(each))}." for place, each in commits.items())
 
 
 if __name__ == "__main__":

@@ -117,7 +117,20 @@ def test_the_table_of_a_step() -> None:
     assert lines[2] == f"| {CONTENDERS['reference']} | 100 | 0.14 |"
     assert "| cached over live only | 1.10 | 1.00 to 1.25 | ≤ 1.15 |" in lines
     assert lines[-1] == "a CPU, 2 threads; torch 2.13; commit abc."
-    assert contender_table(step_result()).splitlines() == [*lines[: 2 + len(CONTENDERS)], "", lines[-1]]
+
+
+def test_steps_of_two_models_are_in_one_table(tmp_path: Path) -> None:
+    large = step_result()
+    large["arguments"]["model"] = "large"
+    large["contenders"] = {name: large["contenders"][name] for name in ("eager", "cached")}
+    for name, result in {"step": step_result(), "step-real": large}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    lines = contender_table(tmp_path).splitlines()
+    title = "One training step: ms (relative to cached)"
+    assert lines[0] == f"| {title} | tiny, 2x9x3x96x96, fp32 | large, 2x9x3x96x96, fp32 |"
+    assert f"| {CONTENDERS['reference']} | 100 (0.14) | - |" in lines
+    assert f"| {CONTENDERS['cached']} | 700 (1.00) | 700 (1.00) |" in lines
+    assert lines[-3:] == [lines[-3], "", "a CPU, 2 threads; torch 2.13; commit abc."], "both ran there"
 
 
 def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
@@ -135,7 +148,7 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_show_what_was_measured(page: Path) -> None:
     shown = tables_of(page.read_text())
-    assert shown == render(BENCHMARKS / "results", PAGES[page])
+    assert shown == PAGES[page](BENCHMARKS / "results")
     assert shown.startswith("| ")
 
 

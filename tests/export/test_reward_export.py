@@ -60,7 +60,7 @@ def test_recipes_of_rewards_alone() -> None:
         reward_recipe(parse_rewards(["face_identity"]), {"stages": "vae_encoder"})
     with pytest.raises(ConfigError, match="these rewards have no stages"):
         reward_recipe(parse_rewards(["sharpness"]), {})
-    with pytest.raises(ConfigError, match="model: empty"):
+    with pytest.raises(ConfigError, match="model is empty: set stages"):
         Recipe.parse({"model": ""})
 
 

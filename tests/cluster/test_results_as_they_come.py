@@ -117,7 +117,7 @@ def test_a_name_that_no_table_holds_is_a_row_of_its_own(tmp_path: Path) -> None:
     assert [table["video"].to_pylist() for table in tables] == [["a.mp4", "b.mp4"]]
     parts.flush()
     (failed,) = parts
-    assert failed.video == "\udce9.mp4" and failed.status == "error" and "not UTF-8" in failed.error
+    assert failed.video == "\udce9.mp4" and failed.status == "error" and "not valid UTF-8" in failed.error
     out = StoredRows(str(tmp_path / "out.parquet"), ["clip"])
     out.rewrite(parts)
     assert out[0].video == "\\udce9.mp4"

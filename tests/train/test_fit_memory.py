@@ -91,7 +91,7 @@ def test_what_changes_nothing_comes_first_and_what_does_is_warned_of(
     found = fitted(small)
     assert found.decode.num_latent_frames == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "decode.num_latent_frames=1: reward a window" in warning
+    assert "decode.num_latent_frames=1: score only a window" in warning
     assert "this changes what is trained" in warning
 
 

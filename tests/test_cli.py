@@ -54,7 +54,7 @@ finally:
 def test_help_lists_every_command_with_its_help_line() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     for name, line in (
-        ("score", "Score videos with the rewards used in training"),
+        ("score", "Score videos with the same rewards as training"),
         ("sample", "Generate a clip from a picture and a prompt"),
         ("export", "Build verified, signed engines for the frozen stages of a Wan model and of rewards."),
         ("plan", "Show the available backends of each stage"),

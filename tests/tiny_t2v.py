@@ -1,4 +1,4 @@
-"""The embedded model as one that is given no start frame: its denoiser without the channels of the image."""
+"""The built-in model as one that is given no start frame: its denoiser without the channels of the image."""
 
 import json
 import shutil

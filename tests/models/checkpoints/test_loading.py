@@ -1,4 +1,4 @@
-"""Loading: the embedded models, folders in the official layout, and files that must be refused."""
+"""Loading: the built-in models, folders in the official layout, and files that must be refused."""
 
 import json
 import math

@@ -83,7 +83,7 @@ def test_a_start_frame_without_anybody_can_be_rewarded(module: WanTrainingModule
 
 
 def test_without_a_video_as_with_one(module: WanTrainingModule, people: Tensor) -> None:
-    """Of the reward alone: the embedded model needs a start frame."""
+    """Of the reward alone: the built-in model needs a start frame."""
     (active,) = module.rewards
     pictures = people[0, :2]
     with_clip = RewardInputs(("p",), people[1:], (5,), (pictures,))

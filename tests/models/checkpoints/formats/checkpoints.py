@@ -152,7 +152,7 @@ def write_files(folder: Path, variant: Variant, tensors: dict[str, dict[str, Ten
 
 
 def tiny_with(folder: Path, denoiser: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """The embedded model with another file for the denoiser."""
+    """The built-in model with another file for the denoiser."""
     shutil.copytree(TINY, folder)
     path = folder / "diffusion_pytorch_model.safetensors"
     path.unlink()
@@ -161,7 +161,7 @@ def tiny_with(folder: Path, denoiser: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def tiny_tensors() -> dict[str, Tensor]:
-    """The denoiser of the embedded model, fp16."""
+    """The denoiser of the built-in model, fp16."""
     return load_file(TINY / "diffusion_pytorch_model.safetensors")
 
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 # Maximum number of offloaded blocks with copies on the device: the block that computes, and the next one.
 WINDOW = 2
 # PyTorch rounds each allocation of pinned memory up to a power of two, up to twice the size of a tensor. Tensors are
-# therefore packed into slabs of this size.
+# therefore packed into slabs of at most this size, unless a tensor is larger.
 _SLAB_BYTES = 2**30
 _ALIGNMENT = 512
 

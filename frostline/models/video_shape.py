@@ -58,7 +58,7 @@ class Geometry:
         return self.num_frames(-(-(num_frames - 1) // self.temporal_stride) + 1)
 
     def nearest_side(self, pixels: int) -> int:
-        """Return the nearest multiple of `spatial_multiple` to a height or width, at least one; rounds halves up."""
+        """Return the height or width nearest to `pixels` that the model supports; see `nearest_multiple`."""
         return nearest_multiple(pixels, self.spatial_multiple)
 
     def square_side(self, pixels: int) -> int:
@@ -98,5 +98,5 @@ class Geometry:
 
 
 def nearest_multiple(size: int, multiple: int) -> int:
-    """Return the nearest multiple of `multiple` to a size in pixels, at least one; halves are rounded up."""
+    """Return the multiple of `multiple` nearest to a size in pixels, at least `multiple`; halves are rounded up."""
     return max(multiple, (size + multiple // 2) // multiple * multiple)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConditionInputs:
-    """The inputs of a batch of B samples for the denoiser.
+    """The prompts and first frames of B samples, from which the conditions of the denoiser are computed.
 
     Attributes:
         sample_id: names for log messages.

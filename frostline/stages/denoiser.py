@@ -1,7 +1,8 @@
 """Denoiser stages of any family: noisy latents to velocity, with a live LoRA.
 
-The adapter matrices and their scale are inputs of the graph, bound to the trainer's own memory. After an optimizer step
-the engine uses the updated LoRA without a rebuild; with scale 0, the same engine computes the KL reference.
+The adapter matrices and their scale are inputs of the graph; the matrices are bound to the trainer's own memory. After
+an optimizer step the engine uses the updated LoRA without a rebuild; with scale 0, the same engine computes the KL
+reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loaded stages of a model with its LoRA, used by training and export, or of rewards only."""
+"""Loaded stages: those of a model with its LoRA, for training and export, or only those of rewards."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def check_lora(model: str | Path, lora: LoraSettings) -> None:
 
 
 def layer_path(name: str, *, flat: bool = False) -> str | None:
-    """Return the path of a layer in the denoiser for its name there or in diffusers."""
+    """Return the path of a layer in the denoiser; `name` is its name there or in diffusers."""
     from frostline.models.lora.names import denoiser_path
 
     return denoiser_path(name, flat=flat)

@@ -1,6 +1,6 @@
 """The frozen stage `vae_decoder`: normalised latents (B, C, F, H/8, W/8) to video (B, 3, 4F - 3, H, W) in [-1, 1].
 
-For Wan2.2 TI2V, the latents have H/16 and W/16. The stage is used for sampling and validation; in training, for the
+For Wan2.2 TI2V, the latents have H/16 and W/16. The stage is used for sampling and validation, and in training for the
 first forward pass if backward recomputes the decoder. Two networks, for the first latent frame and for each following
 one with caches as tensors, decode videos of any length.
 """

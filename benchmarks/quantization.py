@@ -4,7 +4,7 @@
 
 Errors are differences from the built-in model in bf16, with a nonzero LoRA, averaged over clips and timesteps. `fp32`
 is the same model in full precision; it shows the error of bf16 itself. Then each contender except `fp32` trains a LoRA
-with several seeds, and the scores of held-out samples, generated from fixed noise, are compared before and after. A
+with several seeds, and the scores of validation samples, generated from fixed noise, are compared before and after. A
 quantization format trains like bf16 if its mean gain differs from that of bf16 by at most the spread of bf16: its
 largest minus its smallest gain over the seeds. The sizes of a full-size model are computed with the memory plan.
 """
@@ -143,7 +143,7 @@ def _compare(found: Sequence[Mapping[str, Tensor]], base: Sequence[Mapping[str, 
 
 
 def _training(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train each contender except fp32 with each seed; return the scores of the held-out samples before and after."""
+    """Train each contender except fp32 with each seed; return the scores of the validation samples before and after."""
     names = [name for name in CONTENDERS if name != "fp32"]
     runs = {name: [_run(name, seed, arguments) for seed in range(arguments.seeds)] for name in names}
     gains = {name: [run["after"] - run["before"] for run in of_name] for name, of_name in runs.items()}
@@ -163,7 +163,7 @@ def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float
     clips = render_clips(8, torch.Generator().manual_seed(0), num_frames=5, size=32)
     optimizer = torch.optim.AdamW(module.trainable_parameters().values(), lr=arguments.learning_rate, weight_decay=0)
     order = torch.Generator().manual_seed(seed)
-    before = _held_out(module)
+    before = _validate(module)
     for _ in range(arguments.steps):
         index = int(torch.randint(8, (), generator=order))
         loss, _, _ = module({"prompt": [clips.prompts[index]], "video": clips.video[index : index + 1]})
@@ -171,12 +171,12 @@ def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float
         torch.nn.utils.clip_grad_norm_(module.trainable_parameters().values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    after = _held_out(module)
+    after = _validate(module)
     print(f"{name}, seed {seed}: {before:.4f} to {after:.4f}", flush=True)
     return {"before": before, "after": after}
 
 
-def _held_out(module: TrainingModule) -> float:
+def _validate(module: TrainingModule) -> float:
     clips = held_out_clips(4, seed=2, num_frames=5, size=32)
     conditioning = module.forward_preprocess({"prompt": clips.prompts, "video": clips.video})
     noise = torch.randn(4, *conditioning.latent_shape, generator=torch.Generator().manual_seed(7))
@@ -212,7 +212,7 @@ def _print(result: Mapping[str, Any]) -> None:
     training = result["training"]
     if training is None:
         return
-    table = Table("", title="score of held-out samples")
+    table = Table("", title="score of validation samples")
     for column in ("gain", "after", "trains like bf16"):
         table.add_column(column, justify="right")
     for name, gain in training["mean_gain"].items():

@@ -103,7 +103,7 @@ def reward_faces_everywhere(module: WanTrainingModule) -> None:
 
 
 def clips_of(video: str) -> dict[str, Any]:
-    """Return a batch of held-out clips with a shape such as 2x9x3x96x96: prompts, and the video in [0, 1]."""
+    """Return a batch of validation clips with a shape such as 2x9x3x96x96: prompts, and the video in [0, 1]."""
     count, frames, _, height, width = (int(part) for part in video.split("x"))
     clips = held_out_clips(count, seed=0, num_frames=frames, size=max(height, width))
     return {"prompt": clips.prompts, "video": clips.video[..., :height, :width].contiguous()}

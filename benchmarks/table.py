@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,7 @@ def main() -> None:
 
 def render(results: Path, tables: Tables) -> str:
     """Return the tables of all existing results as Markdown."""
-    parts = []
-    for name, table in tables.items():
-        path = results / f"{name}.json"
-        if path.is_file():
-            parts.append(table(json.loads(path.read_text())))
-    return "\n\n".join(parts)
+    return "\n\n".join(tables[name](result) for name, result in _existing(results, tables).items())
 
 
 def with_tables(page: str, tables: str, begin: str = BEGIN) -> str:
@@ -72,7 +67,7 @@ def tables_of(page: str, begin: str = BEGIN) -> str:
 
 def contender_table(results: Path) -> str:
     """Return one table with a training step of each model: the time of each contender, and its ratio to `cached`."""
-    steps = [json.loads(path.read_text()) for path in (results / "step.json", results / "step-real.json")]
+    steps = _existing(results, ("step", "step-real")).values()
     labels = {name: row["what"] for step in steps for name, row in step["contenders"].items()}
     rows = [(label, *(_with_ratio(step["contenders"], name) for step in steps)) for name, label in labels.items()]
     header = ("One training step: ms (relative to cached)", *map(_subject, steps))
@@ -199,17 +194,27 @@ PAGES: Mapping[Path, Callable[[Path], str]] = {
 }
 
 
+def _existing(results: Path, names: Iterable[str]) -> dict[str, Result]:
+    paths = {name: results / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+
+
 def _contenders(result: Result) -> str:
-    contenders, cached = result["contenders"], result["contenders"]["cached"]["median_ms"]
-    rows = [(row["what"], f"{row['median_ms']:.0f}", f"{row['median_ms'] / cached:.2f}") for row in contenders.values()]
+    contenders = result["contenders"]
+    rows = [(row["what"], *_milliseconds_and_ratio(contenders, name)) for name, row in contenders.items()]
     return _markdown((f"One training step of {_subject(result)}", "ms", "relative to cached"), rows)
 
 
 def _with_ratio(contenders: Mapping[str, Any], name: str) -> str:
     if name not in contenders:
         return "-"
+    milliseconds, ratio = _milliseconds_and_ratio(contenders, name)
+    return f"{milliseconds} ({ratio})"
+
+
+def _milliseconds_and_ratio(contenders: Mapping[str, Any], name: str) -> tuple[str, str]:
     milliseconds = contenders[name]["median_ms"]
-    return f"{milliseconds:.0f} ({milliseconds / contenders['cached']['median_ms']:.2f})"
+    return f"{milliseconds:.0f}", f"{milliseconds / contenders['cached']['median_ms']:.2f}"
 
 
 def _subject(result: Result) -> str:

@@ -4,8 +4,8 @@
     python benchmarks/trials.py --seeds 0,1,2 --data runs/demo/data
     python benchmarks/trials.py --trials default,base --seeds 0 --steps 20
 
-Each run uses the data, settings and judge of the demo, with one setting changed. Held-out samples are scored before and
-after training. A change is paired by frame, and averaged over the samples, then over the seeds (plus or minus their
+Each run uses the data, settings and judge of the demo, with one setting changed. Validation samples are scored before
+and after training. A change is paired by frame, and averaged over the samples, then over the seeds (plus or minus their
 standard deviation). Seconds per step are the median over the steps; they are only meaningful on an idle machine. CPU
 seconds are those of the whole run with its validation, which is the same for all runs. Runs that are already in the
 output file are skipped, so that an interrupted benchmark can be resumed.
@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
-        "--starts", type=int, default=20, help="number of held-out samples that are scored before and after"
+        "--starts", type=int, default=20, help="number of validation samples that are scored before and after"
     )
     parser.add_argument("--clips", type=int, default=40, help="number of training clips, if datasets are created")
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="datasets; created if missing")

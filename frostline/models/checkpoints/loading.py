@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Parts whose weights may stay on disk until they are needed.
-DEFERRABLE = FROZEN_PARTS
 # Parts that training computes with a gradient; callers that only run other parts do not need their weights.
 LIVE_PARTS = ("denoiser", "vae_decoder")
 DENOISERS = ("denoiser", "denoiser_high_noise")
@@ -64,8 +62,8 @@ def load_components(
             the denoiser uses it); a folder in diffusers' layout (`model_index.json`, `transformer/`, …); or a list of
             files, of shards of one network, of diffsynth `ModelConfig`s with a `path`, and of the tokenizer's folder.
             In a list, `high` and `low` in the names identify two experts.
-        defer: parts of `DEFERRABLE` to leave on disk until they are needed (see `WanComponents.weights`), and parts of
-            `LIVE_PARTS` to leave there permanently.
+        defer: parts of `FROZEN_PARTS` to leave on disk until they are needed (see `WanComponents.weights`), and parts
+            of `LIVE_PARTS` to leave there permanently.
         reads: readers of networks whose weights differ from those in the files, by field.
         storage: storage format, one of `FORMATS`, of the linear layers in a network's blocks, by field.
         offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; the other weights are

@@ -246,13 +246,17 @@ def cast(x: Tensor | list[int] | int, *, to: int, saturate: int = 1) -> Tensor |
     return x != 0 if to == _BOOL else x.long()
 
 
-def div(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+def div(a: Tensor | float, b: Tensor | float) -> Tensor | float:
     """Compute `a / b`, truncated towards zero if both are integers."""
-    if any((isinstance(x, Tensor) and x.is_floating_point()) or isinstance(x, float) for x in (a, b)):
-        return a / b  # type: ignore[return-value]
+    if _is_float(a) or _is_float(b):
+        return a / b
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return torch.div(torch.as_tensor(a), b, rounding_mode="trunc")
     return a // b  # Python integers are sizes, never negative.
+
+
+def _is_float(x: Tensor | float) -> bool:
+    return x.is_floating_point() if isinstance(x, Tensor) else isinstance(x, float)
 
 
 def resize(

@@ -137,9 +137,10 @@ def load(
 ) -> WanComponents:
     """Load a model, frozen, in eval mode, with adapters merged into its denoisers; see `load_components`."""
     from frostline.models.checkpoints.checkpoint_files import find_files
-    from frostline.models.checkpoints.loading import DEFERRABLE, LIVE_PARTS, load_components
+    from frostline.models.checkpoints.loading import LIVE_PARTS, load_components
+    from frostline.models.lazy_weights import FROZEN_PARTS
 
-    deferred = (*(DEFERRABLE if defer else ()), *(() if live else LIVE_PARTS))
+    deferred = (*(FROZEN_PARTS if defer else ()), *(() if live else LIVE_PARTS))
     load = partial(
         load_components,
         *(model, dtype, device),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from frostline.errors import ConfigError
 from frostline.export.exporter import export_stage
-from frostline.models.checkpoints.loading import DEFERRABLE, load_components
+from frostline.models.checkpoints.loading import load_components
 from frostline.models.lazy_weights import FROZEN_PARTS, PartWeights
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import weights_sha256
@@ -148,7 +148,7 @@ def test_parts_that_are_away_are_read_for_an_export(make_module: MakeModule, eng
 
 def test_a_file_that_changed_is_refused(tmp_path: Path, checkpoint_files: Callable[[], list[Any]]) -> None:
     listed = checkpoint_files()
-    components = load_components(listed, defer=DEFERRABLE)
+    components = load_components(listed, defer=FROZEN_PARTS)
     weights = components.weights["text_encoder"]
     path = next(Path(entry) for entry in listed if "text" in str(entry))
     save_file({**load_file(path), "more": torch.zeros(1)}, path)
@@ -178,7 +178,7 @@ def checkpoint_files(tmp_path: Path) -> Callable[[], list[Any]]:
 
 def test_deferred_and_restored_is_what_was_loaded_at_once() -> None:
     eager = load_components("tiny-moe", torch.bfloat16)
-    deferred = load_components("tiny-moe", torch.bfloat16, defer=DEFERRABLE)
+    deferred = load_components("tiny-moe", torch.bfloat16, defer=FROZEN_PARTS)
     for part, weights in deferred.weights.items():
         assert not weights.resident, part
         weights.restore()

@@ -251,6 +251,15 @@ def test_plan_names_each_stage_and_why(tmp_path: Path) -> None:
     assert "no verified engine" in result.stdout
 
 
+def test_a_plan_for_other_rewards(tmp_path: Path) -> None:
+    reward = ["--reward", "sharpness", "--engines-dir", str(tmp_path), "--json"]
+    result = CliRunner().invoke(app, ["plan", "tiny", *reward])
+    assert result.exit_code == 0, result.output
+    stages = {each["stage"] for each in json.loads(result.stdout)["stages"]}
+    assert "denoiser" in stages
+    assert not stages & {"face_detector", "face_embedder"}, "only the default reward needs them"
+
+
 def test_brackets_in_a_message_are_no_style(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

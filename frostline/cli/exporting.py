@@ -141,6 +141,8 @@ def plan(
     *,
     model: Model,
     changes: dict[str, Any],
+    reward: Rewards = None,
+    rewards_file: RewardsFile = None,
     base_adapter: BaseAdapters = None,
     device: Device = "auto",
     engines_dir: EnginesDir = ENGINES,
@@ -160,7 +162,11 @@ def plan(
     from frostline.runtime.runtime import Runtime
     from frostline.train.step_settings import TrainingModuleSettings
 
-    recipe = load_recipe(model, {**changes, "base_adapters": base_adapters_given(base_adapter) or None})
+    given = {
+        "rewards": rewards_given(reward, rewards_file) or None,
+        "base_adapters": base_adapters_given(base_adapter) or None,
+    }
+    recipe = load_recipe(model, {**changes, **given})
     staged = load_staged_model(recipe, device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))
     runtime = Runtime(staged.stages, "auto", engines_dir)

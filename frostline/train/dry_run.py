@@ -69,7 +69,7 @@ def print_dry_run(settings: RunSettings, console: Console, resume: str | None = 
         if whole and spec is not None:
             planner = _planner(settings, there, data)
             with _noted(found):
-                check_offload(settings, planner.on_cpu)
+                check_offload(settings.offload.blocks, planner.on_cpu)
             _look_at_precomputing(settings, spec, planner, data, console, found)
             found += _look_at_memory(settings, planner, console)
     for problem in found:

@@ -81,7 +81,7 @@ def _run_training(
     log_file: LogFile,
     supervisor: Supervisor | None,
 ) -> TrainOutcome:
-    check_offload(settings, _device_of(accelerator).type == "cpu", accelerator.num_processes)
+    check_offload(settings.offload.blocks, _device_of(accelerator).type == "cpu", accelerator.num_processes)
     checkpoint = _from_first_process(accelerator, lambda: _check(settings, resume))
     settings, dataset, validation, sizes = _open_fitted(settings, accelerator, progress)
     device = _device_of(accelerator)
@@ -159,7 +159,7 @@ def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | 
         keep_freed_memory()
 
     def check() -> None:
-        check_offload(settings, accelerator.device.type == "cpu", accelerator.num_processes)
+        check_offload(settings.offload.blocks, accelerator.device.type == "cpu", accelerator.num_processes)
         for problem in problems(settings, runs=True):
             raise problem
         check_writable(settings.frozen_cache_dir)

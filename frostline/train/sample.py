@@ -16,12 +16,13 @@ from frostline.experts import ExpertName, Experts
 from frostline.models.lora import UniformLora, read_adapters, uniform_loras
 from frostline.models.lora.inject import copy_adapter, fill_up
 from frostline.models.precision import parse_precision
-from frostline.runtime.device import resolve_device
+from frostline.runtime.device import free_memory, resolve_device
 from frostline.runtime.planning.plan import Plan, parse_plan
 from frostline.stages.families import check_adapters, family_of
 from frostline.train.data.cutting import crop_to, size_within
 from frostline.train.sample_settings import SampleSettings
 from frostline.train.step.module import TrainingModule
+from frostline.train.validate_settings import check_offload
 from frostline.video import read_video, write_video
 
 
@@ -45,13 +46,15 @@ def sample_clip(settings: SampleSettings, out: Path) -> SampledClip:
     """Sample a clip and write it to `out` (.mp4).
 
     Raises:
-        ConfigError: the model, the adapter, the plan or the size is invalid.
+        ConfigError: the model, the adapter, the plan or the size is invalid, or the device does not support
+            `offload_blocks`.
         DataError: the picture cannot be read, or the clip cannot be written.
     """
     if out.suffix.lower() != ".mp4":
         raise ConfigError(f"--out {out}: must be a .mp4 file")
     check_writable(out)
     # Run fast checks before loading the model, which takes minutes.
+    check_offload(settings.offload_blocks, resolve_device(settings.device).type == "cpu", setting="offload_blocks")
     loras = {} if settings.adapter is None else _read_loras(settings.adapter, settings)
     family_of(settings.model).check_base_adapters(settings.model, settings.base_adapters)
     if settings.image is None and family_of(settings.model).read_spec(settings.model).needs_image:
@@ -105,6 +108,7 @@ def load_for_sampling(settings: SampleSettings, adapters: Mapping[ExpertName, Un
         base_adapters=settings.base_adapters,
         quantization=settings.quantization,
         text_encoder_quantization=settings.text_encoder_quantization,
+        offload_blocks=settings.offload_blocks,
         num_inference_steps=settings.num_inference_steps,
         grad_start_step=0,
         grad_end_step=settings.num_inference_steps - 1,
@@ -123,6 +127,7 @@ def _sample(module: TrainingModule, settings: SampleSettings, picture: Tensor | 
     frame = torch.zeros(1, 3, *size) if picture is None else crop_to(picture, size)
     video = frame.expand(settings.num_frames, -1, -1, -1)[None]
     conditioning = module.forward_preprocess({"prompt": [settings.prompt], "video": video})
+    _release_encoders(module)
     generator = torch.Generator().manual_seed(settings.seed)
     noise = torch.randn(1, *conditioning.latent_shape, generator=generator)
     videos = module.generate(conditioning, noise.to(conditioning.device))
@@ -131,6 +136,15 @@ def _sample(module: TrainingModule, settings: SampleSettings, picture: Tensor | 
     ((_, score),) = module.score(videos, conditioning)
     detection_rate = score.metrics["detection_rate"].item()
     return SampledClip(videos[0].cpu(), score.score.item(), detection_rate, module.runtime.plan)
+
+
+def _release_encoders(module: TrainingModule) -> None:
+    """Release the weights and engines of text, image and VAE encoder, which only the conditions of the clip need."""
+    denoisers = {expert.stage for expert in module.model.experts}
+    encoders = [name for name, stage in module.stages.items() if stage.weights is not None and name not in denoisers]
+    if encoders:
+        module.runtime.release_weights(*encoders, engines=True)
+        free_memory()
 
 
 def _size(settings: SampleSettings, picture: Tensor | None, multiple: int) -> tuple[int, int]:

@@ -69,6 +69,12 @@ class SampleSettings(QuantizationSettings):
     engines: Path | None = Field(default=Path("engines"), description="engine store")
     strict: bool = Field(default=False, description="fail when an engine fails, instead of falling back to torch")
     precision: Precision = Field(default="fp32", description="floating-point type of the weights")
+    offload_blocks: int = Field(
+        default=0,
+        ge=0,
+        description="number of blocks of each denoiser, evenly spaced, whose weights are offloaded to main memory and "
+        "copied to the GPU while the preceding block computes: same result, slower",
+    )
     device: str = Field(default="auto", description="device: cpu, cuda, or auto (a GPU if available)")
 
     @model_validator(mode="before")

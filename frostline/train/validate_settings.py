@@ -40,24 +40,24 @@ def problems(settings: RunSettings, runs: bool) -> Iterator[FrostlineError]:
             yield error
 
 
-def check_offload(settings: RunSettings, on_cpu: bool, processes: int = 1) -> None:
-    """Check that `offload.blocks` is supported on the device, with this number of processes.
+def check_offload(blocks: int | str, on_cpu: bool, processes: int = 1, setting: str = "offload.blocks") -> None:
+    """Check that blocks can be offloaded on the device, with this number of processes.
 
     Args:
+        blocks: number of offloaded blocks, or `auto`.
         on_cpu: whether the device is a CPU.
         processes: number of processes of the run.
+        setting: name of the setting, for the message.
     Raises:
         ConfigError: it is not supported; the message says what to do.
     """
-    if settings.offload.blocks == 0:
+    if blocks == 0:
         return
-    if on_cpu and settings.offload.blocks != AUTO:
-        raise ConfigError(
-            "offload.blocks: needs a GPU, because a CPU uses main memory for all weights: remove the setting"
-        )
+    if on_cpu and blocks != AUTO:
+        raise ConfigError(f"{setting}: needs a GPU, because a CPU uses main memory for all weights: remove the setting")
     if processes > 1:
         raise ConfigError(
-            f"offload.blocks: supports one process only, not {processes}: with several, shard the weights with FSDP2 "
+            f"{setting}: supports one process only, not {processes}: with several, shard the weights with FSDP2 "
             "(accelerate launch --use_fsdp --fsdp_version 2)"
         )
 

@@ -127,8 +127,8 @@ def test_blocks_wait_for_a_gpu_alone_and_for_one_process(settings: RunSettings) 
     assert print_dry_run(on_gpu, Console(file=page, width=200))
     assert "2 blocks of each denoiser are offloaded to main memory" in page.getvalue()
     with pytest.raises(ConfigError, match=r"one process only, not 2: .* FSDP2"):
-        check_offload(two, on_cpu=False, processes=2)
-    check_offload(with_changes(settings, {"offload.blocks": "auto"}), on_cpu=True)
+        check_offload(two.offload.blocks, on_cpu=False, processes=2)
+    check_offload("auto", on_cpu=True)
     for refused in ({"memory.num_processes": 2}, {"memory.sharding": "fsdp"}, {"torch_compile": True}):
         with pytest.raises(ConfigError, match=r"offload\.blocks: "):
             with_changes(two, refused)

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import frostline.train.sample as sample_file
 from frostline.cli import app
 from frostline.errors import ConfigError, DataError
 from frostline.models.checkpoints.checkpoint_files import EMBEDDED, EMBEDDED_VIDEO
@@ -18,7 +19,7 @@ from frostline.models.lora.inject import save_adapter
 from frostline.models.tiny.clips import NUM_FRAMES, SIZE, held_out_clips
 from frostline.runtime.planning.plan import parse_plan
 from frostline.train import WanTrainingModule
-from frostline.train.sample import SampledClip, sample_clip
+from frostline.train.sample import SampledClip, load_for_sampling, sample_clip
 from frostline.train.sample_settings import SampleSettings
 from frostline.video import probe_video, read_video
 
@@ -49,6 +50,18 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, make_module: Callable[...,
     assert module.model.lora_config is not None
     save_adapter(module.components.denoiser, module.model.lora_config, folder)
     return folder
+
+
+def loaded_modules(monkeypatch: pytest.MonkeyPatch) -> list[WanTrainingModule]:
+    """Return a list to which each module that is loaded from now on is appended."""
+    loaded: list[WanTrainingModule] = []
+
+    def load(*arguments: Any) -> WanTrainingModule:
+        loaded.append(load_for_sampling(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(sample_file, "load_for_sampling", load)
+    return loaded
 
 
 def clip(face: Path | None, out: Path, **changes: Any) -> SampledClip:
@@ -165,6 +178,47 @@ def test_engines_make_the_same_clip(face: Path, adapter: Path, engines: Path, tm
     torch.testing.assert_close(actual.video, expected.video, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+def test_offloaded_blocks_make_the_same_clip(
+    model: str, face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = clip(face, tmp_path / "clip.mp4", model=model)
+    loaded = loaded_modules(monkeypatch)
+    # A CPU has no memory of its own, so the command refuses it; the same code copies the weights nevertheless.
+    monkeypatch.setattr(sample_file, "check_offload", lambda *_, **__: None)
+    actual = clip(face, tmp_path / "clip.mp4", model=model, offload_blocks=1)
+    assert torch.equal(actual.video, expected.video)
+    (module,) = loaded
+    for expert in module.model.experts:
+        assert expert.module.offload is not None
+        assert [*expert.module.offload.weights()]
+
+
+@pytest.mark.parametrize("plan", ["torch", "onnxruntime"])
+def test_encoders_are_released_before_the_denoiser_runs(
+    plan: str, face: Path, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = clip(face, tmp_path / "clip.mp4", engines=engines, plan=plan, strict=True)
+    loaded, seen = loaded_modules(monkeypatch), []
+    generate = WanTrainingModule.generate
+
+    def look(module: WanTrainingModule, *inputs: Any) -> torch.Tensor:
+        seen.append(
+            {
+                name: (stage.weights is not None and stage.weights.resident, (name, plan) in module.runtime._engines)
+                for name, stage in module.stages.items()
+            }
+        )
+        return generate(module, *inputs)
+
+    monkeypatch.setattr(WanTrainingModule, "generate", look)
+    actual = clip(face, tmp_path / "clip.mp4", engines=engines, plan=plan, strict=True)
+    assert torch.equal(actual.video, expected.video)
+    (module,), (in_memory,) = loaded, seen
+    assert in_memory["text_encoder"] == in_memory["vae_encoder"] == in_memory["image_encoder"] == (False, False)
+    assert module.model.experts[-1].module.get_parameter("head.head.weight").numel() > 0
+
+
 def test_sizes(face: Path, tmp_path: Path) -> None:
     assert clip(face, tmp_path / "clip.mp4", height=48, width=80, num_frames=1).video.shape == (1, 3, 48, 80)
     assert clip(face, tmp_path / "clip.mp4", max_pixels=2400, num_frames=1).video.shape == (1, 3, 48, 48)
@@ -184,6 +238,7 @@ def test_sizes(face: Path, tmp_path: Path) -> None:
         ({"adapter": Path("nowhere")}, "nowhere contains no adapter"),
         ({"precision": "fp8"}, "precision"),
         ({"prompt": ""}, "prompt"),
+        ({"offload_blocks": 1}, "offload_blocks: needs a GPU, because a CPU uses main memory for all weights"),
     ],
 )
 def test_what_cannot_be_sampled(changes: dict[str, Any], said: str, face: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -159,13 +158,6 @@ class FrozenReferences:
         conditioner = self.conditioner
         each = (conditioner.reference_of(active, fitted.sample, fitted.sample_keys) for active in conditioner.rewards)
         return [condition for condition in each if condition is not None]
-
-
-def free_memory() -> None:
-    """Free the memory of the previous stage."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _runtime(stages: Mapping[str, Stage], settings: RunSettings, verify: bool) -> Runtime:

@@ -13,9 +13,10 @@ import torch
 from frostline.errors import ConfigError, DataError
 from frostline.progress import Bar
 from frostline.runtime.cache import FrozenOutputCache
+from frostline.runtime.device import free_memory
 from frostline.stages.conditions import Condition
 from frostline.train.data.dataset import CollatedBatch
-from frostline.train.precompute.frozen import Frozen, free_memory
+from frostline.train.precompute.frozen import Frozen
 from frostline.train.precompute.visits import Visit
 from frostline.train.processes import gather_from_processes, process_count, process_index
 from frostline.train.step.conditioning import FittedBatch

@@ -13,19 +13,13 @@ from frostline.progress import Progress
 from frostline.rewards.build import resolve
 from frostline.rewards.inputs import KEEPS
 from frostline.runtime.cache import FrozenOutputCache
-from frostline.runtime.device import total_bytes
+from frostline.runtime.device import free_memory, total_bytes
 from frostline.stages.families import family_of
 from frostline.stages.video_model import VideoModel
 from frostline.train.data.dataset import Sample
 from frostline.train.loop.state import unchanged_random
 from frostline.train.loop.validation import Validation
-from frostline.train.precompute.frozen import (
-    Frozen,
-    FrozenModel,
-    FrozenReferences,
-    free_memory,
-    load_without_live_parts,
-)
+from frostline.train.precompute.frozen import Frozen, FrozenModel, FrozenReferences, load_without_live_parts
 from frostline.train.precompute.passes import count_rows, index, run_passes
 from frostline.train.precompute.sizes import Estimate, estimate, is_small, reason_against, too_large
 from frostline.train.precompute.visits import Visit, visits

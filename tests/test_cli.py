@@ -55,7 +55,7 @@ def test_help_lists_every_command_with_its_help_line() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     for name, line in (
         ("score", "Score videos with the same rewards as training"),
-        ("sample", "Generate a clip from a picture and a prompt"),
+        ("sample", "Generate a clip from a prompt and an optional first frame"),
         ("export", "Build verified, signed engines for the frozen stages of a Wan model and of rewards."),
         ("plan", "Show the available backends of each stage"),
         ("cache", "Precompute the outputs of the frozen stages"),

@@ -13,7 +13,7 @@ from frostline.cli.options import ENGINES, EnginesDir
 from frostline.errors import ConfigError, FrostlineError
 from frostline.terminal import Terminal
 
-app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust, publish and remove engines.")
+app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, trust, export and remove engines.")
 
 
 def _keys(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:

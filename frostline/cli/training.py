@@ -42,8 +42,7 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="latest, a checkpoint (name or folder), or a run's folder, whose configuration is used "
-            "if none is given."
+            help="latest, a checkpoint (name or folder), or a run folder, whose configuration is used if none is given."
         ),
     ] = None,
     output_dir: Annotated[
@@ -62,14 +61,14 @@ def train(
     num_workers: Annotated[int, typer.Option(min=1, help="With --ray: number of training processes.")] = 1,
     use_gpu: Annotated[bool, typer.Option("--use-gpu", help="With --ray: one GPU for each process.")] = False,
     cpus_per_worker: Annotated[
-        float | None, typer.Option(min=0.0, help="With --ray: CPUs for each process; default: 1.")
+        float | None, typer.Option(min=0.0, help="With --ray: CPUs for each process; default: 1, or 0 with --use-gpu.")
     ] = None,
     max_failures: Annotated[
         int, typer.Option(min=-1, help="With --ray: number of restarts after a worker is lost; -1: no limit.")
     ] = 3,
     storage_path: Annotated[
         str | None,
-        typer.Option(help="With --ray: folder or URL for Ray's state of the run; default: in the run's folder."),
+        typer.Option(help="With --ray: folder or URL for Ray's state of the run; default: in the run folder."),
     ] = None,
 ) -> None:
     """Train a reward LoRA; for several GPUs, use `accelerate launch -m frostline train …` or `--ray`."""
@@ -191,7 +190,7 @@ def sample(
     settings: SampleSettings,
     base_adapter: BaseAdapters = None,
 ) -> None:
-    """Generate a clip from a picture and a prompt, to see the effect of an adapter."""
+    """Generate a clip from a prompt and an optional first frame, to see the effect of an adapter."""
     from frostline.train.sample import sample_clip
 
     settings = settings.model_copy(update={"base_adapters": base_adapters_given(base_adapter)})

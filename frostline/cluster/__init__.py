@@ -1,4 +1,4 @@
 """Score and train on a Ray cluster.
 
-All modules of this package except this one and `session` need the extra `ray`.
+Most modules of this package need the extra `ray`; `session`, which checks that it is installed, does not.
 """

@@ -28,7 +28,7 @@ class Ledger:
         self._failure: FrostlineError | None = None
 
     def join(self, worker: str) -> None:
-        """Register a worker that starts or restarts; each of its unfinished videos counts as one death."""
+        """Register a worker that starts or restarts; one death is counted for each of its unfinished videos."""
         self._deaths.update({*self._in_hand.pop(worker, ())})
 
     def deaths(self, keys: Sequence[Key]) -> list[int]:

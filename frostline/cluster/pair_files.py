@@ -42,7 +42,8 @@ class PairSource:
         """Check the input, and return the number of pairs.
 
         Raises:
-            ConfigError: there are no pairs, or an input that the rewards need is missing.
+            ConfigError: there are no pairs, both videos and a file were given, the file is missing or invalid, or an
+                input that the rewards need is missing.
         """
         if self.file is not None and self.videos:
             raise ConfigError("videos and --pairs exclude each other: use only one of them")

@@ -37,7 +37,11 @@ class ResultParts(StreamedRows):
         self._written = time.monotonic()
 
     def add(self, row: VideoScore) -> None:
-        """Add a row; write a file if 512 rows wait, or if the last file was written more than ten seconds ago."""
+        """Add a row; write a file if 512 rows wait, or if the last file was written more than ten seconds ago.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
         # Stored as JSON, because rows can have different scores.
         self._waiting.append((row.index, json.dumps(row.model_dump(mode="json"), separators=(",", ":"))))
         if len(self._waiting) >= _ROWS or time.monotonic() > self._written + _SECONDS:

@@ -45,7 +45,11 @@ class StoredRows(StreamedRows):
             raise ConfigError(f"{name}: the name of the results file must end in {', '.join(SUFFIXES)} or {PARQUET}")
 
     def exists(self) -> bool:
-        """Return whether the file exists."""
+        """Return whether the file exists.
+
+        Raises:
+            ConfigError: the file system cannot be accessed.
+        """
         return exists(self.name)
 
     def check_writable(self) -> None:

@@ -61,7 +61,7 @@ def score_on_cluster(
     """Score the pairs of `source` on a Ray cluster.
 
     Returns:
-        The outcome; its rows are read from `options.out` each time.
+        The outcome; its rows are read from `options.out` at each iteration.
     Raises:
         ConfigError: see `run_score`; also if the cluster cannot be reached.
         DataError: the results file cannot be read or written.
@@ -131,7 +131,7 @@ def _left(source: PairSource, parts: ResultParts, settings: ScoreSettings, name:
     """Yield the pairs without a result. Iterates over pairs and results in parallel.
 
     Raises:
-        ConfigError: a result belongs to another video, or to other settings.
+        ConfigError: a result belongs to another video or prompt, or to other settings.
     """
     by_prompt, wanted = "prompt" in source.needs, str(settings)
     done = iter(parts)
@@ -226,7 +226,7 @@ def _not_utf8(pair: Pair) -> str:
     try:
         "".join((pair.video, pair.reference, pair.prompt, pair.fault)).encode()
     except UnicodeEncodeError:
-        return f"{pair.video}: a name or prompt is not valid UTF-8, but Ray tables need it: score it without --ray"
+        return f"{pair.video}: a name or prompt is not valid UTF-8, which Ray requires: score this video without --ray"
     return ""
 
 

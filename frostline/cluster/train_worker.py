@@ -50,7 +50,7 @@ def work(config: Mapping[str, Any]) -> TrainOutcome | None:
     _as_launched(settings)
     if ray.train.get_context().get_world_rank() == 0 and ray.get(state.has_begun.remote()):
         await_release(settings.output_dir, _PATIENCE)
-        # A run that was started with --resume continues from `latest` only after it has saved a checkpoint itself.
+        # A run that was resumed from another folder has no checkpoint in its own folder until it saves one.
         resume = LATEST if resume is None or latest_intact(settings.output_dir) is not None else resume
     try:
         return run_training(settings, resume, Progress(quiet=True), _Supervisor(state))

@@ -34,7 +34,7 @@ class SheetRow:
     Attributes:
         caption: the text above the row; its first line is bold.
         strips: frames (T, 3, H, W) by label, float in [0, 1] or uint8, e.g. {"truth": …, "before": …, "after": …}.
-        scores: the score of each of the T frames by label, or None; written below the frames, with frame indices above.
+        scores: a score or None for each of the T frames, by label; written below the frames, with frame indices above.
     """
 
     caption: str
@@ -61,7 +61,8 @@ def contact_sheet(
     Returns:
         The path.
     Raises:
-        DataError: there are no frames, their shape or dtype is invalid, or the number of scores differs.
+        DataError: there are no frames, their shape or dtype is invalid, the number of scores differs, or the file
+            cannot be written.
     """
     path = Path(path)
     strips = [strip for row in rows for strip in row.strips.values()]

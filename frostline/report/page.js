@@ -71,7 +71,7 @@ for (const row of document.querySelectorAll(".comparison")) {
   addEventListener("keydown", (event) => {
     if (event.key === "Escape") resize(false);
   });
-  // Show the last frame at first: all clips begin with the same given frame, and differ most at the end.
+  // Show the last frame initially: image-to-video clips have the same first frame, and clips differ most at the end.
   for (const clip of clips) clip.addEventListener("loadedmetadata", () => place(clip));
   show(last);
 }

@@ -219,7 +219,11 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page atomically; return the path."""
+        """Write the page atomically; return the path.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
         path = Path(path)
         text = self.html()
         with atomic_write(path) as part:

@@ -59,7 +59,7 @@ class End:
     Attributes:
         key: the key of the video.
         error: the reason if the video could not be read.
-        note: the reason if decoding stopped early.
+        note: remarks of the decoder, such as lost frames; empty if there are none.
         seconds: the duration of decoding.
     """
 

@@ -87,7 +87,7 @@ class ResultFile:
             file.writelines(map(self._line, rows))
 
     def append(self, row: VideoScore) -> None:
-        """Append one row. A CSV file that lacks one of its columns is rewritten.
+        """Append one row to the file, which must exist. A CSV file that lacks one of the row's columns is rewritten.
 
         Raises:
             DataError: the file cannot be written.

@@ -41,6 +41,8 @@ def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSetting
         path: the HTML file to write.
         outcome: the results of the run.
         settings: the settings of the run.
+    Raises:
+        DataError: the file cannot be written.
     """
     summary, rows = outcome.summary, outcome.rows
     faces = settings.faces
@@ -77,8 +79,8 @@ def write_score_report(path: Path, outcome: ScoreOutcome, settings: ScoreSetting
 
 _FACE_CAPTION = (
     "Face score is the mean cosine similarity between the face in each frame and the faces of the reference, over the "
-    "frames with a face. Missing as 0 is the mean over all frames, with 0 for frames without a face. Click a heading "
-    "to sort."
+    "frames with a face; if missing_face is zero, it equals Missing as 0. Missing as 0 is the mean over all frames, "
+    "with 0 for frames without a face. Click a heading to sort."
 )
 
 

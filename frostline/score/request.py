@@ -23,7 +23,7 @@ class Pair:
     Attributes:
         index: the position in the input, from 0.
         video: a path or URL.
-        reference: a path or URL; empty if no reward needs a reference.
+        reference: a path or URL; empty if there is none.
         prompt: the text prompt; empty if there is none.
         fault: the reason if the video cannot be scored; otherwise empty.
     """
@@ -53,7 +53,8 @@ def gather_pairs(
         prompt: the default prompt.
         needs: the inputs that the rewards need in addition to a video.
     Raises:
-        ConfigError: there is nothing to score, both videos and a file were given, or a needed input is missing.
+        ConfigError: there is nothing to score, both videos and a file were given, the file is missing or invalid, or a
+            needed input is missing.
     """
     if file is None:
         pairs = pairs_of_arguments(videos, reference, prompt, needs)
@@ -108,7 +109,8 @@ def pairs_of_file(
         prompt: the default prompt.
         needs: the inputs that the rewards need in addition to a video.
     Raises:
-        ConfigError: the file does not exist, or is not a valid CSV file. An invalid row has a `fault` instead.
+        ConfigError: the file cannot be read, has no rows, or is not a valid CSV file of pairs. An invalid row has a
+            `fault` instead.
     """
     default = Pair(0, "", reference or "", prompt or "")
     rows = enumerate(rows_of_csv(io.StringIO(_text(file), newline=""), str(file)))

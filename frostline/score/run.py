@@ -35,7 +35,7 @@ Done = Mapping[int, VideoScore]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """Options that do not change the results, of a run in this process or on a cluster.
+    """Options of a run, in this process or on a cluster, that do not change the results.
 
     Attributes:
         resume: keep the results in `out`, and score the remaining pairs.
@@ -145,7 +145,7 @@ def run_score(
         The outcome in the main process, and None in all others.
     Raises:
         ConfigError: the options contradict each other, `out` already exists, the results to resume belong to other
-            videos or settings, a reward cannot be loaded, or the common reference cannot be read.
+            videos, prompts or settings, a reward cannot be loaded, or the common reference cannot be read.
         DataError: the results file cannot be read or written.
         EngineError: the requested engines cannot be built.
     """

@@ -214,7 +214,8 @@ def decide(rows: Iterable[VideoScore]) -> Decision | None:
     """Compare the face score of each video with the threshold of the embedder.
 
     Returns:
-        The decision; None if no face was compared, several embedders were used, or none has a published threshold.
+        The decision; None if `face_identity` scored no video, several embedders were used, or the embedder has no
+        published threshold.
     """
     compared, scores, embedders = 0, array("d"), set[str]()
     for row in rows:

@@ -110,7 +110,7 @@ class UnderWay:
         self._by_prompt = any(reward.references_depend_on_prompts for reward in rewards)
         self._jobs: dict[int, VideoUnderWay | ReferenceUnderWay] = {}
         self._references: dict[tuple[str, str], ReferenceUnderWay] = {}
-        # The number of videos that still need each reference; at 0, it is moved to the cache.
+        # The number of videos that still need each reference; at 0, the reference is moved to the cache.
         self._awaited = Counter(self._name(pair) for pair in pairs if not pair.fault)
 
     def sources(self) -> Iterator[Source]:

@@ -2,8 +2,8 @@
 
 A video in memory is a `torch.uint8` tensor `(T, 3, H, W)`, RGB, upright and in square pixels, as a player displays it.
 A still picture is a one-frame video. Pictures and animations are read with Pillow, everything else with PyAV; the
-format is detected from the content of a file, not from its name. Every error is a `DataError` that names the file and
-the reason.
+format is detected from the content of a file, and only Motion JPEG from its name. An error in a file is a `DataError`
+that names the file and the reason.
 """
 
 from .info import MEDIA_SUFFIXES, VideoInfo

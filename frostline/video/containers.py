@@ -39,11 +39,11 @@ def opened_container(file: BinaryIO, path: Path) -> Iterator["Container"]:
     """Open a video file.
 
     Raises:
-        DataError: it is not a video, or has no video stream.
+        DataError: it is not a video, has no video stream that can be decoded, or its frames are too large.
         FFmpegError: it is damaged.
     """
     # FFmpeg gets a file object without a name, so that a path cannot be interpreted as a URL, a protocol or an image
-    # number pattern, and the format is detected from the content alone.
+    # sequence pattern, and the format is detected from the content alone.
     try:
         options = {"format_whitelist": _DEMUXERS}
         container = av.open(file, "r", options=options, metadata_errors="replace")
@@ -168,7 +168,7 @@ class Container:
         return sum(not entry.is_discard for entry in self._stream.index_entries) or None
 
     def _expected_frames(self) -> int | None:
-        """Return the expected number of frames from the packets; None if unknown."""
+        """Return the expected number of frames, from the index or the packets; None if unknown."""
         if (counted := self._counted_frames()) is not None:
             return counted
         # In interlaced video, two packets may form one frame.
@@ -225,8 +225,10 @@ class Container:
             return UPRIGHT  # written by some muxers where they mean "none"
         orientation: Orientation = (round(a), round(b), round(c), round(d))
         if orientation not in {*BY_ROTATION.values(), *BY_EXIF.values()}:
-            turned = f"its display matrix rotates by {frame.rotation} degrees or scales; only quarter turns are allowed"
-            raise DataError(f"{self._path}: {turned}")
+            raise DataError(
+                f"{self._path}: its display matrix rotates by {frame.rotation} degrees or scales; only quarter turns "
+                "and mirroring are supported"
+            )
         return orientation
 
 
@@ -257,6 +259,6 @@ def _is_a_frame(packet: Packet, codec: str) -> bool:
     """Return whether a packet should produce a displayed frame."""
     if packet.size == 0 or packet.is_discard:
         return False
-    if codec == "vp8":  # some pictures are not displayed: other pictures only refer to them
+    if codec == "vp8":  # some pictures are not displayed: they are only references for others
         return bool(memoryview(packet)[0] & _VP8_SHOWN)
     return codec != "mpeg4" or packet.size > _MPEG4_SAME_AGAIN_BYTES

@@ -24,7 +24,7 @@ class VideoInfo:
         width: the width of a frame as `read_video` returns it: upright, in square pixels.
         height: the height of such a frame.
         rotation: counter-clockwise rotation, in degrees, that makes the stored picture upright: 0, 90, 180 or 270.
-        fps: 0 for a still picture; for an animation, the rate of its first frame.
+        fps: frames per second; for an animation, the rate of its first frame; 0 for a still picture, or if unknown.
     """
 
     frames: int | None

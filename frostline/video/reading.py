@@ -45,6 +45,7 @@ def read_video(path: str | Path, max_frames: int | None = None, stride: int = 1)
     Lost frames of a damaged file are logged.
 
     Raises:
+        ConfigError: `max_frames` or `stride` is less than 1.
         DataError: the file cannot be read, its frames differ in size, or they do not fit into memory.
     """
     path = Path(path)
@@ -97,6 +98,7 @@ def equal_frames(
     """Yield the frames of `stream_video`, which must all have the same size.
 
     Raises:
+        ConfigError: `max_frames` or `stride` is less than 1.
         DataError: sizes differ, or the file cannot be read.
     """
     first: tuple[int, ...] | None = None
@@ -111,7 +113,7 @@ def equal_frames(
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Describe a file. The first frame is decoded, so a file without an error can be read.
+    """Describe a file. Decodes the first frame, so if no error is raised, the file can be read.
 
     Raises:
         DataError: it cannot be read.

@@ -75,7 +75,9 @@ def test_display_matrix_is_applied(tmp_path: Path, rotation: int, hflip: bool, e
 
 def test_a_slanted_display_matrix_is_refused(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mp4", [corners(32, 64)], rotation=45)
-    with pytest.raises(DataError, match=r"a\.mp4: its display matrix rotates by .*only quarter turns are allowed"):
+    with pytest.raises(
+        DataError, match=r"a\.mp4: its display matrix rotates by .*only quarter turns and mirroring are supported"
+    ):
         read_video(path)
 
 

@@ -69,7 +69,10 @@ class _Frames(Track):
         return chunk.frames[:0]
 
     def add(self, chunk: Chunk, seen: None) -> None:
-        """Add the frames of a chunk. Beyond `CLIP_BYTES`, all frames are dropped and `fault` is set."""
+        """Add the frames of a chunk.
+
+        If the frames differ in size or exceed `CLIP_BYTES`, all frames are dropped and `fault` is set.
+        """
         self._bytes += chunk.frames.numel() * 4
         if self._chunks and self._chunks[0].shape[1:] != chunk.frames.shape[1:]:
             self.fault = "the reward needs a whole clip, but the frames differ in size"

@@ -25,8 +25,9 @@ _PROMPTS = 256
 class FeatureReward(ScoredReward):
     """Score a `FrameReward`. Only the features of each frame are kept, so videos of any length can be scored.
 
-    All frames of a scored video are used. Frame 0 of a reference video is not used, as in training, where it is the
-    start frame of the generated video, unless the reward compares with that frame.
+    The setting `frames` selects among all frames of a scored video, including frame 0. Frame 0 of a reference video is
+    not used, as in training, where it is the start frame of the generated video, unless the reward compares with that
+    frame.
     """
 
     def __init__(self, label: str, active: ActiveReward, runtime: Runtime, device: torch.device, batch: int) -> None:
@@ -45,7 +46,11 @@ class FeatureReward(ScoredReward):
 
     @torch.no_grad()
     def observe(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the features (n - window + 1, D) of each run of n consecutive frames, on the CPU."""
+        """Compute the features of each part of n consecutive frames.
+
+        Returns:
+            For each part, (n - window + 1, D) float32 on the CPU; no rows if n is less than `window`.
+        """
         window = self.reward.window
         joined = [part for part in parts if len(part) >= window]
         features = self._features(torch.cat(joined)) if joined else torch.zeros(0, 0)
@@ -67,7 +72,8 @@ class FeatureReward(ScoredReward):
             features = self.reward.features(run[None], self.run)[0]
             if len(features) != len(run) - overlap:
                 raise DataError(
-                    f"returned {len(features)} rows of features for {len(run)} frames instead of {len(run) - overlap}"
+                    f"the reward returned {len(features)} rows of features for {len(run)} frames instead of "
+                    f"{len(run) - overlap}"
                 )
             runs.append(features.float().cpu())
         return torch.cat(runs)

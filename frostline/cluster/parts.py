@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,17 @@ from frostline.errors import DataError
 from frostline.score.result import VideoScore
 
 _ROWS, _SECONDS = 512, 10.0
+_UNREADABLE = "cannot be read: {}; use --overwrite to start over"
 _SCHEMA = pa.schema([("index", pa.int64()), ("row", pa.string())])
+
+
+@contextmanager
+def _errors_of(path: str, message: str) -> Iterator[None]:
+    """Raise errors of the file system and of Parquet as a DataError that names the path."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: {message.format(error)}") from error
 
 
 class ResultParts(StreamedRows):
@@ -58,19 +69,22 @@ class ResultParts(StreamedRows):
             return
         columns = [pa.array(column) for column in zip(*sorted(self._waiting), strict=True)]
         name = f"{self._path}/{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        try:
+        with _errors_of(self.folder, "cannot be written: {}"):
             self._system.create_dir(self._path, recursive=True)
             pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), f"{name}.tmp", filesystem=self._system)
             self._system.move(f"{name}.tmp", f"{name}.parquet")
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.folder}: cannot be written: {error}") from error
         self._waiting = []
 
     def delete(self) -> None:
-        """Delete the folder, if it exists."""
+        """Delete the folder, if it exists.
+
+        Raises:
+            DataError: it cannot be deleted.
+        """
         self._waiting, self._count = [], None
-        if self._system.get_file_info(self._path).type != fs.FileType.NotFound:
-            self._system.delete_dir(self._path)
+        with _errors_of(self.folder, "cannot be deleted: {}"):
+            if self._system.get_file_info(self._path).type != fs.FileType.NotFound:
+                self._system.delete_dir(self._path)
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Yield the index and JSON of each written row, sorted by index. Only files with overlapping indices are open.
@@ -99,18 +113,17 @@ class ResultParts(StreamedRows):
         return sum(1 for _ in self.lines())
 
     def _parts(self) -> list[str]:
-        found = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        with _errors_of(self.folder, _UNREADABLE):
+            found = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
         return [info.path for info in found if info.path.endswith(".parquet")]
 
     def _first(self, path: str) -> int:
-        try:
-            with pq.ParquetFile(self._system.open_input_file(path)) as part:
-                return part.metadata.row_group(0).column(0).statistics.min
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: cannot be read: {error}; use --overwrite to start over") from error
+        with _errors_of(path, _UNREADABLE), pq.ParquetFile(self._system.open_input_file(path)) as part:
+            return part.metadata.row_group(0).column(0).statistics.min
 
     def _read(self, path: str) -> Iterator[tuple[int, str]]:
-        table = pq.read_table(path, filesystem=self._system)
+        with _errors_of(path, _UNREADABLE):
+            table = pq.read_table(path, filesystem=self._system)
         return zip(table["index"].to_pylist(), table["row"].to_pylist(), strict=True)
 
     @staticmethod

@@ -167,10 +167,11 @@ def _score(
         ledger = make_ledger()
         at_once = max(1, min(_MOST_AT_ONCE, count // (workers * _TURNS)))
         tables: list[Any] = [ray.put(table) for table in _tables(pairs, at_once, str(settings), parts)]
+        workers = max(1, min(workers, len(tables)))
         scored = score_dataset(
             ray.data.from_arrow_refs(tables),
             settings,
-            workers=min(workers, max(1, len(tables))),
+            workers=workers,
             num_cpus=options.cluster.cpus,
             num_gpus=gpus,
             backend=options.backend,
@@ -182,7 +183,7 @@ def _score(
         )
         try:
             with progress.bar("score", count) as bar:
-                bar.describe(f"{workers} workers")
+                bar.describe(f"workers: {workers}")
                 for table in _blocks(scored) if tables else ():
                     for row in rows_of(table):
                         parts.add(row)

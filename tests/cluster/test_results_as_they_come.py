@@ -94,6 +94,27 @@ def test_parts_are_gone_through_in_the_order_of_the_input(root: str, tmp_path: P
     assert len(ResultParts(parts.folder)) == 0
 
 
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    """Its statistics, at the end of the file, can still be read."""
+    parts = ResultParts(str(tmp_path / "parts"))
+    parts.add(row(0))
+    parts.flush()
+    (part,) = (tmp_path / "parts").iterdir()
+    stored = part.read_bytes()
+    part.write_bytes(stored[:4] + b"\xff" * 60 + stored[64:])
+    with pytest.raises(DataError, match=rf"(?s){part.name}: cannot be read: .*; use --overwrite to start over"):
+        list(parts)
+    part.write_bytes(b"no table")
+    with pytest.raises(DataError, match=rf"{part.name}: cannot be read"):
+        parts.count_rows()
+
+
+def test_parts_that_cannot_be_deleted_are_named(tmp_path: Path) -> None:
+    (tmp_path / "parts").write_text("a file instead of a folder")
+    with pytest.raises(DataError, match="parts: cannot be deleted"):
+        ResultParts(str(tmp_path / "parts")).delete()
+
+
 def test_only_pairs_without_a_result_are_left(tmp_path: Path) -> None:
     settings = ScoreSettings()
     source = PairSource(tuple(f"{index}.mp4" for index in range(5)), "face.png", needs=NEEDS)

@@ -16,7 +16,7 @@ from frostline.models.schedule import FlowMatchSchedule
 
 
 class BackpropOptions(Protocol):
-    """Settings of the steps with a gradient; see `frostline.train.settings.BackpropSettings`."""
+    """Settings of the steps with a gradient; see `frostline.train.step_settings.BackpropSettings`."""
 
     @property
     def strategy(self) -> BackpropStrategy: ...
@@ -33,7 +33,7 @@ class BackpropOptions(Protocol):
 
 
 class StepSettings(Protocol):
-    """Settings of a training step that affect its Euler steps; see `frostline.train.settings`."""
+    """Settings of a training step that affect its Euler steps; see `frostline.train.step_settings`."""
 
     @property
     def num_inference_steps(self) -> int: ...

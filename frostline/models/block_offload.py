@@ -261,7 +261,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _Block(nn.Module):
-    """Calls `compute(block, …)` in its forward, so that `functional_call` can replace the block's weights."""
+    """Call `compute(block, …)` in `forward`, so that `functional_call` can replace the block's weights."""
 
     def __init__(self, compute: BlockForward, block: nn.Module) -> None:
         super().__init__()

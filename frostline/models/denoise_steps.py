@@ -16,7 +16,7 @@ from frostline.models.schedule import FlowMatchSchedule
 
 
 class BackpropOptions(Protocol):
-    """Settings of the steps with a gradient; see `frostline.train.settings.BackpropSettings`."""
+    """Settings of the steps with a gradient; see `frostline.train.step_settings.BackpropSettings`."""
 
     @property
     def strategy(self) -> BackpropStrategy: ...
@@ -33,7 +33,7 @@ class BackpropOptions(Protocol):
 
 
 class StepSettings(Protocol):
-    """Settings of a training step that affect its Euler steps; see `frostline.train.settings`."""
+    """Settings of a training step that affect its Euler steps; see `frostline.train.step_settings`."""
 
     @property
     def num_inference_steps(self) -> int: ...
@@ -68,7 +68,7 @@ class DenoiseSteps:
             (DRaFT-LV).
         kl_terms: number of live steps with a KL term, selected at random in each training step; None means all.
         on_data: whether the denoiser is also live on the data's own clip, for the flow-matching loss.
-        boundary: sigma below which the last expert is used; 1 for a model with one expert.
+        boundary: sigma below which the low-noise expert is used; 1 for a model with one expert.
         experts: experts with a LoRA, if the model has two experts.
         stop_latent_gradient: whether the input latents of live steps are detached, so that the gradient of the reward
             reaches each step only through its velocity in the sum of the Euler steps.
@@ -129,12 +129,12 @@ class DenoiseSteps:
 
     @property
     def may_be_live(self) -> tuple[int, ...]:
-        """Return the steps that are live in any draw."""
+        """Return the steps that are live in at least one draw."""
         return self._window if self.drawn else self._fixed
 
     @property
     def most_live(self) -> tuple[int, ...]:
-        """Return the live steps of the draw that keeps the most activations for backward."""
+        """Return the live steps of the draw with the most activations for backward; an upper bound for `uniform`."""
         if not self.drawn:
             return self._fixed
         return self._window[: self.num_steps] if self.experts == "high" else self._window[-self.num_steps :]
@@ -183,7 +183,8 @@ class DenoiseSteps:
         if self.lv_samples and not self._has_lora(self.end):
             raise ConfigError(
                 f"backprop.lv_samples: the last step, {self.end}, belongs to an expert without a LoRA: "
-                f"lora.experts is {self.experts}"
+                f"lora.experts is {self.experts}: set lv_samples to 0, or lora.experts to "
+                f"{'high' if self.end < self.high_noise else 'low'}"
             )
         if self.experts == "both":
             self._check_both()
@@ -206,11 +207,14 @@ class DenoiseSteps:
         by_high = [step < self.high_noise for step in self.may_be_live]
         for expert, served in (("high", any(by_high)), ("low", not all(by_high))):
             if not served:
-                steps = f"the first {self.high_noise}" if expert == "high" else f"those from {self.high_noise} on"
+                steps = (
+                    f"the first {self.high_noise} steps" if expert == "high" else f"the steps from {self.high_noise} on"
+                )
                 raise ConfigError(
                     f"lora.experts: both: the LoRA of the {expert}-noise expert would not be trained: this "
                     f"expert runs {steps}, but the steps with a gradient are "
-                    f"{', '.join(map(str, self.may_be_live))}"
+                    f"{', '.join(map(str, self.may_be_live))}: include one of its steps, or set lora.experts to "
+                    f"{'low' if expert == 'high' else 'high'}"
                 )
 
     def _has_lora(self, step: int) -> bool:

@@ -65,7 +65,7 @@ class _Convolution(torch.autograd.Function):
         none = [0] * len(stride)
         around = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
         if groups == max(stride) == 1 and min(around) >= 0 and _is_slow(x, weight, stride, padding, dilation):
-            # With the mirrored kernel it is a convolution again, which `convolve` runs fast.
+            # The gradient is a convolution with the mirrored kernel, which `convolve` runs fast.
             mirrored = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
             return (convolve(gradient, mirrored, None, stride, around, dilation, groups), *6 * [None])
         gradient, _, _ = _aten.convolution_backward(
@@ -83,7 +83,7 @@ def convolve(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Convolve over two or three dimensions (see `convolution`); on a CPU, three dimensions always use oneDNN.
+    """Convolve over two or three dimensions (see `convolution`); on a CPU, fp32 in three dimensions uses oneDNN.
 
     At batch size 1, torch uses its own slow path for fp32: about five times slower, with results equal within 1e-6.
     """

@@ -111,7 +111,7 @@ class PartWeights:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters.values()]
 
     def _source(self) -> str:
-        """Return an id of the files, from their sizes and modification times, and the dtypes of the weights."""
+        """Return an id of the files (paths, sizes, modification times), the dtypes of the weights, and `identity`."""
         stats = []
         for path in self._files:
             try:

@@ -139,7 +139,7 @@ def _fused_attention() -> Iterator[None]:
 
 
 class _NoRandomNumbers(TorchFunctionMode):
-    """Do nothing for meta tensors: `normal_` on one would import torch's compiler, which takes seconds."""
+    """Skip random initialisation of meta tensors: `normal_` would import torch's compiler, which takes seconds."""
 
     def __torch_function__(
         self,

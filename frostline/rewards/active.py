@@ -73,7 +73,8 @@ class ActiveReward:
     """A reward with its settings and its stages.
 
     Attributes:
-        references_key: hash of what its references depend on, besides the sample, and its stages' weights and backends.
+        references_key: hash of what its references depend on. The sample, and the weights and backends of its stages
+            are not part of it; they are hashed separately.
     """
 
     reward: Reward

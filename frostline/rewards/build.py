@@ -46,8 +46,8 @@ def build_rewards(
     Args:
         section: `rewards` or `validation.judges`, for error messages.
     Raises:
-        ConfigError: a class cannot be found or instantiated, a file is missing, or two rewards have the same name, or
-            two judges the same label.
+        ConfigError: a class cannot be found or instantiated; a file is missing; two rewards have the same name, or two
+            judges the same label; or the stages of a reward are not those in its `Config`.
     """
     made = [_make(f"{section}.{number}", entry) for number, entry in enumerate(entries)]
     _check_names(section, made)
@@ -125,7 +125,7 @@ def _make(where: str, entry: RewardEntry) -> tuple[Reward, RewardConfig]:
         if not hasattr(reward, name):
             raise ConfigError(
                 f"{where} {entry.type}: is not a reward, it has no {name!r}: inherit from "
-                "frostline.rewards.reward.Reward (see ARCHITECTURE.md)"
+                "frostline.rewards.reward.Reward (see docs/rewards/README.md)"
             )
     return reward, config
 
@@ -140,7 +140,7 @@ def _resolved(where: str, entry: RewardEntry) -> tuple[RewardConfig, type[Any] |
     if not (isinstance(config, type) and issubclass(config, RewardConfig)):
         raise ConfigError(
             f"{where} {entry.type}: is not a reward, it has no Config that is a "
-            "frostline.rewards.config.RewardConfig (see ARCHITECTURE.md)"
+            "frostline.rewards.config.RewardConfig (see docs/rewards/README.md)"
         )
     if beside := sorted(entry.options.keys() & RewardConfig.model_fields.keys()):
         raise ConfigError(f"{where}.options.{beside[0]}: move this setting out of options, to {where}.{beside[0]}")
@@ -151,7 +151,7 @@ def _resolved(where: str, entry: RewardEntry) -> tuple[RewardConfig, type[Any] |
 
 
 def _check_names(section: str, made: Sequence[tuple[Reward, RewardConfig]]) -> None:
-    """Check that names are unique in logs, and that stage names of rewards are unique in the runtime."""
+    """Check that the names of rewards, or the labels of judges, are unique."""
     if section == REWARDS:
         names, advice = [reward.name for reward, _ in made], "remove one and add its weight to the other"
     else:

@@ -39,7 +39,7 @@ _DEFINES_A_CONFIG = re.compile(r"^class Config\(", re.MULTILINE)
 
 
 class RewardEntry(Settings):
-    """One of the rewards, whose terms in the loss are added: `-(score - baseline) / scale * weight`."""
+    """A reward. Its term in the loss is `-(score - baseline) / scale * weight`; the terms of all rewards are added."""
 
     type: str = Field(
         description="name of a built-in reward (a file or folder in frostline/rewards), or your own class "

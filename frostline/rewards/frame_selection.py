@@ -63,7 +63,7 @@ def evenly_spaced(count: int, among: int) -> Tensor:
 
 
 def count_selected(num_frames: int, selection: str) -> int:
-    """Return how many of the generated frames 1…T-1 of a clip of T frames `select_frames` selects."""
+    """Return the number of generated frames, among 1…T-1, that `select_frames` selects in a clip of T frames."""
     kind, _, number = selection.partition(":")
     generated = num_frames - 1
     if kind == ALL:

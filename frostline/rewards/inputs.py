@@ -14,7 +14,7 @@ Need = Literal["prompt", "reference", "clip", "latents"]
 are pictures, or the generated latents.
 """
 COMPARES: frozenset[Need] = frozenset({"reference", "clip"})
-"""The needs of rewards that compare; when scoring, with the reference video or picture."""
+"""The needs of rewards that compare with a reference; in `frostline score`, this is a given video or picture."""
 KEEPS: frozenset[Need] = frozenset({*COMPARES, "prompt"})
 """The needs of rewards that keep data of each sample: their `references` method is called."""
 

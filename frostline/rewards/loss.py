@@ -18,7 +18,8 @@ class RewardLoss:
 
     Attributes:
         loss: 0-dim, with graph.
-        scores: 0-dim, without graph, by reward; each the mean of the samples that count.
+        scores: 0-dim, without graph, by reward; the mean over the samples that count. With several processes, the
+            mean of their values is the mean over all samples that count.
         totals: for each reward, the sum in this process and the number of samples in the sum.
     """
 

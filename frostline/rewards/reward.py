@@ -75,7 +75,7 @@ class Reward(StageProvider, Protocol):
     reference_files: Sequence[Path] = ()
 
     def stages(self, shapes: ShapeRange) -> Sequence[Stage]:
-        """Return the stages of the reward; their names must be those in `Config.uses`."""
+        """Return the stages of the reward; their names must be those of `Config.stage_names`."""
         return ()
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:

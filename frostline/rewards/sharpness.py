@@ -71,5 +71,5 @@ class SharpnessReward(FrameReward):
         return RewardScore(-ratio.log().square(), valid, {"sharpness_ratio": ratio.detach()})
 
     def _pooled(self, features: Tensor) -> Tensor:
-        """Return (B,) means, at least `floor`."""
+        """Return (B,) means plus `floor`."""
         return features[..., 0].mean(dim=1) + self.floor

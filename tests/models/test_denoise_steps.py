@@ -53,10 +53,14 @@ def test_each_step_is_drawn_as_often(strategy: str) -> None:
         (DenoiseSteps(0, 7, 3, "last", experts="high"), "from 3 on; an earlier step must have a gradient"),
         (DenoiseSteps(0, 7, 3, "random", 5, experts="high"), "a draw of 5 steps up to grad_end_step 7 may contain"),
         (DenoiseSteps(0, 7, 3, "uniform", 1, experts="high"), "a draw of 1 steps up to grad_end_step 7"),
-        (DenoiseSteps(3, 7, 3, experts="both"), r"the LoRA of the high-noise.* the first 3, but"),
+        (
+            DenoiseSteps(3, 7, 3, experts="both"),
+            r"the LoRA of the high-noise.* the first 3 steps, but .*: include one of its steps, or "
+            r"set lora\.experts to low",
+        ),
         (
             DenoiseSteps(0, 2, 3, experts="both"),
-            r"the LoRA of the low-noise expert.* those from 3 on, but .* are 0, 1, 2",
+            r"the LoRA of the low-noise expert.* the steps from 3 on, but .* are 0, 1, 2: include one of its steps",
         ),
         (DenoiseSteps(0, 7, 3, "last", experts="both"), "the steps with a gradient are 7"),
     ],

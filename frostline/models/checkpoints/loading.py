@@ -63,14 +63,14 @@ def load_components(
             files, of shards of one network, of diffsynth `ModelConfig`s with a `path`, and of the tokenizer's folder.
             In a list, `high` and `low` in the names identify two experts.
         defer: parts of `FROZEN_PARTS` to leave on disk until they are needed (see `WanComponents.weights`), and parts
-            of `LIVE_PARTS` to leave there permanently.
+            of `LIVE_PARTS` to leave there permanently (`vae_decoder` only together with `vae_encoder`).
         reads: readers of networks whose weights differ from those in the files, by field.
-        storage: storage format, one of `FORMATS`, of the linear layers in a network's blocks, by field.
+        storage: storage format (`int8`, `fp8` or `nf4`) of the linear layers in a network's blocks, by field.
         offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; the other weights are
             on `device`.
     Raises:
         ConfigError: parts are missing (the message lists what was found), a file does not match, or `dtype` is not
-            possible.
+            supported.
     """
     _ = precision_name(dtype)  # raises if the dtype is not supported
     files, reads, storage = find_files(model), reads or {}, storage or {}

@@ -60,8 +60,9 @@ class StoredLayers:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of a denoiser or a text encoder, by their names in the module.
 
-        8-bit weights in a file stay fp8 if they have a scale for each row or one for the whole weight, and nothing is
-        merged. All other 8-bit weights are dequantised and quantised again, like the weights of other files.
+        If `kind` is `fp8` and nothing is merged, float8_e4m3fn weights with at most one scale for each row are kept as
+        they are in the file. All other 8-bit weights are dequantised and quantised again, like the weights of other
+        files.
 
         Args:
             dtype: dtype of all other weights; weights are also rounded to it before they are quantised.

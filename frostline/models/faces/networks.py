@@ -46,5 +46,5 @@ def packaged_file(package: str, path: str, source: str) -> Path:
     if folder is None:
         raise ConfigError(f"{Path(path).name} is part of {source}")
     if not (folder / path).is_file():
-        raise ConfigError(f"the installed {package} lacks the weights {folder / path}")
+        raise ConfigError(f"the installed {package} lacks the weights {folder / path}: reinstall it")
     return folder / path

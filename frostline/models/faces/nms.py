@@ -38,5 +38,7 @@ def _kernel() -> Callable[..., Any]:
             import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"torchvision is missing or does not match torch {torch.__version__}: {reason}") from error
+        raise ConfigError(
+            f"torchvision is missing or does not match torch {torch.__version__} ({reason}): install the matching one"
+        ) from error
     return torch.ops.torchvision.nms

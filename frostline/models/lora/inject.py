@@ -233,7 +233,11 @@ def live_scale(model: nn.Module, scale: Tensor) -> Iterator[None]:
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, like `PeftModel.save_pretrained`."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`, like `PeftModel.save_pretrained`.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
     prefix = FORMATS[PEFT].prefix
     tensors = {prefix + _plain(name): parameter for name, parameter in lora_parameters(model).items()}
     write_peft(tensors, config, folder)

@@ -110,5 +110,8 @@ def _update(adapter: Adapter, name: str) -> Tensor:
 
 def _not_finite(name: str, weight: Tensor, dtype: torch.dtype) -> str:
     if is_finite(weight):
-        return f"{name} has merged values too large for {dtype}: use --precision bf16 or fp32"
+        return (
+            f"{name} has merged values too large for {dtype}: merge the adapter into the model with "
+            "`frostline adapter merge --precision bf16` (or fp32)"
+        )
     return f"{name} has NaN or infinite values after the merge: the model is damaged, or the LoRA scale is too large"

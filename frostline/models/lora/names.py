@@ -54,7 +54,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("diff_m", "modulation_difference"),
 )
 _TENSORS: tuple[tuple[re.Pattern[str], Kind], ...] = tuple((re.compile(rf"(.+?)\.{end}"), kind) for end, kind in _KINDS)
-# Names that identify adapters with more than two matrices per layer.
+# Names that identify adapters other than a LoRA with two matrices per layer.
 _OTHER_WAYS = (
     (re.compile(r".*\.(dora_scale|lora_magnitude_vector.*)"), "DoRA"),
     (re.compile(r".*\.(hada_\w+)"), "LoHa"),

@@ -121,8 +121,8 @@ def _sort(tensors: Mapping[str, Tensor], path: Path, layer_path: LayerPath) -> _
             continue
         name = parse_name(full_name, layer_path)
         if name is None:
-            kind = other_way(full_name) or "a file with tensors other than those of a LoRA"
-            raise ConfigError(f"{path} is {kind}, which frostline does not support: {full_name}")
+            kind = other_way(full_name) or "tensors other than those of a LoRA"
+            raise ConfigError(f"{path} contains {kind}, which frostline does not support: {full_name}")
         prefixes.setdefault(name.prefix, full_name)
         if name.layer is None:
             strange.append(full_name)

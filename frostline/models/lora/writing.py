@@ -136,7 +136,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _check_expressible(adapter: Adapter, name: str, layer_path: LayerPath) -> None:
     style = FORMATS[name]
     if unknown := next((layer for layer in sorted(adapter.layers) if layer_path(layer) != layer), None):
-        raise ConfigError(f"the adapter has the layer {unknown}, which the denoiser does not have")
+        raise ConfigError(f"{adapter.path} has the layer {unknown}, which the denoiser does not have")
     if adapter.differences and not style.differences:
         raise ConfigError(
             f"{adapter.path} has differences of {len(adapter.differences)} whole parameters besides its LoRA, the "
@@ -145,7 +145,9 @@ def _check_expressible(adapter: Adapter, name: str, layer_path: LayerPath) -> No
         )
     convolution = next((layer for layer, pair in adapter.layers.items() if pair.down.ndim > 2), None)
     if convolution and not style.convolutions:
-        raise ConfigError(f"{adapter.path} changes {convolution}, a convolution, which {name} does not support")
+        raise ConfigError(
+            f"{adapter.path} changes {convolution}, a convolution, which {name} does not support: choose another format"
+        )
 
 
 def _names_in_diffusers(adapter: Adapter, in_diffusers: DiffusersPath) -> dict[str, str]:

@@ -26,7 +26,7 @@ from .ops import OPERATIONS, Argument
 
 @dataclass(frozen=True)
 class _Step:
-    """One node: an operation, its inputs and outputs, and the values that no later node reads."""
+    """One node: an operation, its inputs and its output, and the values that no later node reads."""
 
     name: str
     op: str

@@ -276,7 +276,8 @@ def resize(
         ValueError: other modes or factors are requested.
     """
     if (mode, coordinate_transformation_mode, nearest_mode) != (b"nearest", b"asymmetric", b"floor"):
-        raise ValueError(f"resize is only supported as nearest, asymmetric, floor, not {mode.decode()}")
+        given = b", ".join((mode, coordinate_transformation_mode, nearest_mode)).decode()
+        raise ValueError(f"resize is only supported as nearest, asymmetric, floor, not {given}")
     if sizes is not None:
         return F.interpolate(x, size=tuple(_integers(sizes)[2:]), mode="nearest")
     factors = [int(factor) for factor in scales or ()]

@@ -95,7 +95,7 @@ def _weight(codes: Tensor, scale: Tensor, table: Tensor | None, how: _How) -> Te
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Compute `F.linear`, saving only the codes for backward, which dequantises them again."""
+    """Compute `F.linear`, saving only codes and scales for backward, which dequantises them again."""
 
     @staticmethod
     def forward(

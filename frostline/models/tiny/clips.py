@@ -189,7 +189,7 @@ def _motion(prompt: Tensor, num_frames: int, generator: torch.Generator) -> dict
 
 
 def _render(source: Tensor, target: Tensor | None, pose: dict[str, Tensor], size: int) -> Tensor:
-    """Warp (B, 3, S, S) portraits drifting from `source` to `target` along `pose` into (B, T, 3, size, size)."""
+    """Warp (B, 3, S, S) portraits, blended from `source` to `target`, by `pose`; return (B, T, 3, size, size)."""
     count, num_frames = pose["x"].shape
     fine = size * _SUPERSAMPLING
     axis = torch.linspace(-1, 1, fine) * (1 - 1 / fine)

@@ -22,7 +22,7 @@ def build_vae() -> VideoVAE_:
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and not name.endswith("proj"):
             fan_in = module.weight[0].numel()
-            # A causal 3×3×3 kernel sees one real and two padded frames at the start of a clip.
+            # A causal 3×3×3 kernel sees one to three real frames, after zeros at the start of a clip. Two are assumed.
             if module.kernel_size == (3, 3, 3):
                 fan_in = fan_in * 2 // 3
             nn.init.normal_(module.weight, std=fan_in**-0.5)
@@ -35,7 +35,7 @@ def build_vae() -> VideoVAE_:
 
 
 def train_autoencoder(vae: VideoVAE_, steps: int, work: Path) -> None:
-    """Train encoder and decoder with L1 and L2 losses of the pixels, and an L1 loss of the image gradients."""
+    """Train both parts with L1 and L2 pixel losses, an L1 loss of image gradients, and an L2 penalty on the latents."""
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         if step < 0.35 * steps or step % 4 == 3:

@@ -1,7 +1,7 @@
 """CLIP (Radford et al. 2021, arXiv:2103.00020): images and texts as unit vectors in one space.
 
 The towers are equivalent to `transformers.CLIPModel`, with its layers and weights. For weights of any floating-point
-type, towers take and return float32.
+type, pixels and vectors are float32.
 """
 
 from __future__ import annotations
@@ -145,7 +145,10 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     except Exception as error:  # transformers and tokenizers raise many types of exceptions
         raise ConfigError(f"{folder}: has no CLIP tokenizer: {error}") from error
     if len(tokenizer) != vocabulary:
-        raise ConfigError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, the model {vocabulary}")
+        raise ConfigError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, but the model has {vocabulary}: use the model's own "
+            "tokenizer"
+        )
     return tokenizer
 
 

@@ -25,7 +25,7 @@ class Denoiser(nn.Module):
     """`v(x_i, t_i)`: equal to `diffsynth.pipelines.wan_video.model_fn_wan_video`, for any batch.
 
     diffsynth's function computes RoPE in complex128 and uses one timestep for all samples if the first frame is fixed,
-    and its `WanModel.forward` is out of date; this class has none of these limits.
+    and diffsynth's `WanModel.forward` is out of date; this class has none of these limits.
 
     Args:
         model: the weights; LoRA layers may have been injected.

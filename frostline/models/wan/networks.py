@@ -1,4 +1,4 @@
-"""Create diffsynth's classes from arguments for their sizes."""
+"""Create networks of diffsynth's classes from the arguments for their sizes."""
 
 from __future__ import annotations
 

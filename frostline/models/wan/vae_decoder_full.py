@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def decode_clip(vae: WanVideoVAE, latents: Tensor) -> Tensor:
-    """Decode like diffsynth's `VideoVAE_.decode`, for both of its decoders.
+    """Decode like diffsynth's `VideoVAE_.decode` or `VideoVAE38_.decode`.
 
     Args:
         latents: (B, C, F, h, w), normalised.
@@ -54,7 +54,7 @@ class _Before:
     first = True
 
     def frames(self, layer: CausalConv3d, like: Tensor) -> int | Tensor:
-        """Return the frames that precede these: a number of zero frames, or the last frames of the previous chunk."""
+        """Return the frames before the input of `layer`: a number of zero frames, or the last of the previous chunk."""
         return _frames_in_front(layer)
 
     def saw(self, layer: CausalConv3d, x: Tensor) -> None:
@@ -132,7 +132,7 @@ def _upsampled(layer: Resample, x: Tensor, before: _Before) -> Tensor:
 
 
 def _doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolve (N, C, H, W) frames, enlarged twice (nearest), with a 3×3 kernel, without creating the enlarged frames.
+    """Double the sides of (N, C, H, W) frames (nearest) and apply a 3×3 kernel, without creating the enlarged frames.
 
     The kernel's weights for two equal rows or columns can be added. Each of the four output pixels of an input pixel is
     therefore a convolution with its own 2×2 kernel: four products instead of nine.

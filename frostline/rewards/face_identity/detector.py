@@ -1,4 +1,4 @@
-"""The stage `face_detector`: uint8 frames (N, 3, H, W) to all faces in them, by the networks of one detector."""
+"""The stage `face_detector`: it finds all faces in uint8 frames (N, 3, H, W) with the networks of one detector."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from frostline.stages.tolerances import tolerance
 
 # The content of `faces.png`, from top to bottom: two clips of the built-in model's renderer, three frames each.
 _FRAMES = 6
-# Three shallow networks, whose probabilities are compared with thresholds.
+# The networks are shallow, and their probabilities are compared with thresholds.
 _FP32_TOLERANCE = Tolerance(atol=1e-5, rtol=1e-5, cosine=0.999999)
 
 

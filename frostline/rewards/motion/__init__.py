@@ -59,7 +59,7 @@ class Config(RewardConfig):
     def _weights_go_with_raft(self) -> Self:
         if (self.flow == "raft") == (self.weights is None):
             raise ValueError(
-                f"flow: raft needs weights: set it to the path of a file such as {WEIGHTS}"
+                f"flow: raft needs weights: download {WEIGHTS}, and set weights to its path"
                 if self.flow == "raft"
                 else "flow: pixels does not use weights: set flow to raft, or remove weights"
             )

@@ -97,7 +97,7 @@ class MotionReward(FrameReward):
         return torch.stack([torch.cat(motion).reshape(change.shape), change], dim=2)
 
     def _pooled(self, features: Tensor) -> Tensor:
-        """Return (B,) means, at least `floor`, of any number of pairs."""
+        """Return (B,) means plus `floor`; the mean of no pairs is 0."""
         return features[..., 0].sum(dim=1) / max(1, features.shape[1]) + self.config.floor
 
 

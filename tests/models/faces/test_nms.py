@@ -44,5 +44,7 @@ def test_a_torchvision_of_another_torch_is_named(tmp_path: Path, monkeypatch: py
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     monkeypatch.delitem(sys.modules, "torchvision")
-    with pytest.raises(ConfigError, match=r"torchvision is missing or does not match torch .*_C\.so"):
+    with pytest.raises(
+        ConfigError, match=r"torchvision is missing or does not match torch .*_C\.so.*\): install the matching one"
+    ):
         _kernel.__wrapped__()

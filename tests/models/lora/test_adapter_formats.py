@@ -117,7 +117,10 @@ def test_a_scale_that_goes_into_b_is_not_rounded_to_the_type_of_the_file(tmp_pat
 def test_an_adapter_of_another_kind_of_model_is_not_converted(tmp_path: Path) -> None:
     _, adapter = make_adapter(tmp_path / "trained", 6)
     strange = replace(adapter, layers={"down_blocks.0.attn": next(iter(adapter.layers.values()))})
-    with pytest.raises(ConfigError, match=r"has the layer down_blocks\.0\.attn, which the denoiser does not have"):
+    with pytest.raises(
+        ConfigError,
+        match=r"adapter_model\.safetensors has the layer down_blocks\.0\.attn, which the denoiser does not have",
+    ):
         write_adapter(strange, "diffusers", tmp_path / "lora.safetensors")
 
 
@@ -150,7 +153,9 @@ def test_a_convolution_goes_only_to_programs_that_know_it(name: str, tmp_path: P
     pair = LoraPair(torch.randn(3, 36, 1, 2, 2), torch.randn(128, 3, 1, 1, 1), 6.0)
     adapter = replace(adapter, layers={**adapter.layers, "patch_embedding": pair})
     if name in ("diffsynth", "musubi"):
-        with pytest.raises(ConfigError, match=f"changes patch_embedding, a convolution, which {name} does not support"):
+        with pytest.raises(
+            ConfigError, match=f"changes patch_embedding, a convolution, which {name} does not support: choose"
+        ):
             write_adapter(adapter, name, place(tmp_path, name))
         return
     write_adapter(adapter, name, place(tmp_path, name))

@@ -140,7 +140,7 @@ def test_an_adapter_on_a_part_of_the_layers(part: str, tmp_path: Path) -> None:
 FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "no LoRA": (
         {"blocks.0.self_attn.q.weight": torch.zeros(2, 2)},
-        "a file with tensors other than those of a LoRA.*: blocks.0.self_attn.q",
+        "contains tensors other than those of a LoRA.*: blocks.0.self_attn.q",
     ),
     "nothing": ({}, "incomplete LoRA"),
     "one matrix": ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 2)}, r"A or B of blocks\.0\.ffn\.0 is missing"),
@@ -204,7 +204,7 @@ def test_other_ways_of_adapting_are_refused_by_name(leaf: str, tmp_path: Path) -
     path = tmp_path / "lora.safetensors"
     tensors = {f"diffusion_model.blocks.0.ffn.0.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"}
     save_file({**tensors, f"diffusion_model.blocks.0.ffn.0.{leaf}": torch.ones(2)}, path)
-    with pytest.raises(ConfigError, match=rf"is .*{OTHER_WAYS[leaf]}.*{leaf}"):
+    with pytest.raises(ConfigError, match=rf"contains .*{OTHER_WAYS[leaf]}.*{leaf}"):
         read_adapter(path)
 
 

@@ -185,7 +185,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (written("vocab.json", "[]"), "has no CLIP tokenizer"),
     "another vocabulary": (
         written("vocab.json", '{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}'),
-        "its tokenizer has 3 tokens, the model 521",
+        "its tokenizer has 3 tokens, but the model has 521: use the model's own",
     ),
     "a shard less": (
         lambda folder: (without("model.safetensors")(folder), sharded(folder, {"logit_scale": "gone.safetensors"}))[0],

@@ -118,7 +118,7 @@ def test_pictures_of_the_subject_are_no_reference_of_motion() -> None:
         ({"frames": "last"}, "it only supports all"),
         (
             {"flow": "raft"},
-            r"flow: raft needs weights: set it to the path of a file such as https://\S+raft_small_C_T_V2",
+            r"flow: raft needs weights: download https://\S+raft_small_C_T_V2\S+, and set weights to its path",
         ),
         ({"weights": "raft.pth"}, "flow: pixels does not use weights"),
         ({"flow": "farneback"}, "pixels"),

@@ -14,7 +14,7 @@ from .names import DENOISER, IMAGE_ENCODER, TEXT_ENCODER, Pairs, Part, rename, v
 
 Tensors = Mapping[str, Tensor]
 
-# diffusers stores the embedding of UMT5 under one or both of these names.
+# diffusers stores the embedding of UMT5 as `shared.weight`, under this name, or under both.
 _TIED = "encoder.embed_tokens.weight"
 _VISION = "vision_model."
 # Tensors that `IMAGE_ENCODER` cannot convert, because their shapes differ.

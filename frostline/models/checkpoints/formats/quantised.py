@@ -92,7 +92,7 @@ def find_weights(header: Header, path: Path) -> StoredWeights:
     bare = [name for name, info in weights.items() if info.dtype in FP8 and name not in scales]
     if scales and bare:
         log.warning(
-            "%s: %d 8-bit weights have no scale, although others have one, and are used without; the first is %s",
+            "%s: %d 8-bit weights have no scale, although others have one: they are not scaled; the first is %s",
             path,
             len(bare),
             bare[0],

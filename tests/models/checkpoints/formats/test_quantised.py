@@ -275,7 +275,7 @@ def test_a_weight_without_a_scale_beside_others_is_told(tmp_path: Path, caplog: 
     del stored[f"{LAYER}.scale_weight"]
     with caplog.at_level(logging.WARNING, "frostline"):
         loaded = load_components(tiny_with(tmp_path / "model", stored)).denoiser.state_dict()
-    assert "1 8-bit weights have no scale, although others have one, and are used without" in caplog.text
+    assert "1 8-bit weights have no scale, although others have one: they are not scaled" in caplog.text
     assert "the first is blocks.0.ffn.0.weight" in caplog.text
     assert torch.equal(loaded[f"{LAYER}.weight"], stored[f"{LAYER}.weight"].float())
     assert torch.equal(loaded["blocks.0.ffn.2.weight"], exact["blocks.0.ffn.2.weight"])

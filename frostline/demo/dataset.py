@@ -20,7 +20,7 @@ def write_datasets(folder: Path, train_clips: int, held_out: int) -> None:
     Args:
         folder: the folder to write to.
         train_clips: the number of training clips.
-        held_out: the number of validation clips; their start frames are not in the training data.
+        held_out: the number of validation clips; their first frames are not in the training data.
     """
     _write(folder / "train", render_clips(train_clips, torch.Generator().manual_seed(_TRAIN_SEED)))
     _write(folder / "held_out", held_out_clips(held_out, _HELD_OUT_SEED))

@@ -161,7 +161,7 @@ class _Looked:
     """A data source.
 
     Attributes:
-        wrong: one line for each invalid row.
+        wrong: one line for each invalid row, or one line if the source cannot be opened.
         readable: the valid rows as a dataset; None if there are none.
         sizes: heights and widths of their videos.
     """

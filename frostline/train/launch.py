@@ -176,7 +176,7 @@ def run_precompute(settings: RunSettings, progress: Progress, batch_size: int | 
 def _open_fitted(
     settings: RunSettings, accelerator: Accelerator, progress: Progress
 ) -> tuple[RunSettings, Dataset[Sample], Validation | None, frozenset[tuple[int, int]]]:
-    """Return the settings after `memory.fit`, and the data with these settings."""
+    """Return the settings after `memory.fit` and `offload.blocks: auto`, and the data with these settings."""
     dataset, validation, sizes = _open_data(settings, accelerator, progress)
     if settings.memory.fit == "never" and settings.offload.blocks != AUTO:
         return settings, dataset, validation, sizes
@@ -219,7 +219,7 @@ def _place_of(checkpoint: Checkpoint | None, processes: int) -> Place:
 
 
 def _check(settings: RunSettings, resume: str | None) -> Checkpoint | None:
-    """Check settings, output directory and model files, and return the checkpoint to resume from."""
+    """Check settings, output folder and model files, and return the checkpoint to resume from."""
     for problem in problems(settings, runs=True):
         raise problem
     checkpoint = check_output(settings, resume)

@@ -1,4 +1,6 @@
-"""Collect the facts for `run.json` that are in no other file of a run: stages, versions, machine and settings."""
+"""Collect the facts for `run.json` that are in no other file of a run: stages, rewards, versions, machine, and which
+settings differ from their defaults.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def run_facts(
 
 
 def changed_from_defaults(settings: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Yield the names of settings that differ from their default, or that have no default, such as `lora.rank`."""
+    """Yield the dotted names, such as `lora.rank`, of settings that differ from their default or have no default."""
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if not field.is_required() and value == field.get_default(call_default_factory=True):

@@ -25,8 +25,8 @@ class RunPlanner:
         device_bytes: memory of one device; None if unknown.
         on_cpu: whether the device is a CPU.
         samples: number of training samples, and of validation samples.
-        sizes: heights and widths of its videos before cropping; if unknown, a square with the maximum number of pixels
-            in the settings is used.
+        sizes: heights and widths of the training videos before cropping; if unknown, a square with the maximum number
+            of pixels in the settings is used.
     Raises:
         ConfigError: there is no such model.
     """

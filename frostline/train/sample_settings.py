@@ -12,7 +12,7 @@ from frostline.errors import ConfigError
 from frostline.experts import Experts
 from frostline.stages.families import family_of
 
-# Values that `SampleSettings` replaces by numbers before validation.
+# A default that `SampleSettings` replaces by a number before validation.
 _AS_TRAINED: Any = None
 _OF_THE_VIDEO = ("num_frames", "height", "width", "max_pixels")
 # Default for a model that was trained with several or unknown sizes.

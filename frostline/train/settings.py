@@ -122,11 +122,11 @@ class VideoSettings(Settings):
         geometry.check_cut(self.num_frames, self.height, self.width, self.max_pixels, self.frame_stride)
 
     def shape(self, geometry: Geometry, batch_size: int, sizes: Collection[tuple[int, int]] = ()) -> VideoShape:
-        """Return the largest shape of a batch, if videos keep their aspect ratios.
+        """Return the largest shape that a batch can have.
 
         Args:
-            sizes: heights and widths of the videos before cropping; without them, a square with the maximum area is
-                assumed.
+            sizes: heights and widths of the videos before cropping, used if `height` and `width` are not set; without
+                them, a square with the maximum area is assumed.
         """
         height, width = self.height, self.width
         if height is None or width is None:
@@ -299,7 +299,8 @@ class RunSettings(TrainingModuleSettings, QuantizationSettings):
                 raise ValueError("offload.blocks: offloaded blocks cannot be compiled: remove torch_compile")
             if self.memory.num_processes > 1 or self.memory.sharding != "ddp":
                 raise ValueError(
-                    "offload.blocks: supports one process only; with several, shard the weights (memory.sharding: fsdp)"
+                    "offload.blocks: supports one process without sharding only: remove it, or set "
+                    "memory.num_processes to 1 and memory.sharding to ddp"
                 )
         return self
 

@@ -89,7 +89,10 @@ class DecodeSettings(Settings):
     )
 
     def draw(self, latent_frames: int) -> slice:
-        """Return the latent frames to decode, selected with torch's CPU generator if the position is random."""
+        """Return the latent frames to decode with a gradient.
+
+        If the position is random, they are selected with torch's CPU generator.
+        """
         import torch
 
         left = 0 if self.num_latent_frames is None else max(0, latent_frames - self.num_latent_frames)
@@ -113,8 +116,8 @@ class RolloutSettings(Settings):
     policy: str = Field(
         default="current",
         description="model that runs the steps before the first with a gradient: current (the trained "
-        "model), base (without LoRA, so that results are cached), stale:K (latents from the "
-        "last use of the sample, at most K optimizer steps ago)",
+        "model), base (without LoRA, so that results are cached), stale:K (latents computed for an "
+        "earlier use of the sample, at most K optimizer steps ago)",
     )
 
     @field_validator("policy")

@@ -116,6 +116,9 @@ class VideoPromptDataset(Dataset[Sample]):
             to such files; only for trusted data.
         geometry: the video sizes that the model supports.
         needs: requirements of model and rewards: whether a row needs a video, and whether references are read.
+    Raises:
+        ConfigError: the model does not support these sizes.
+        DataError: the source cannot be read, or all rows are invalid.
     """
 
     def __init__(

@@ -60,12 +60,16 @@ class Batches:
                         f"data workers were killed {restart} times in a row (out of memory?): reduce "
                         "data.num_workers, or use a machine with more memory"
                     ) from error
-                log.warning("a data worker was killed (out of memory?): restarting it")
+                log.warning("a data worker was killed (out of memory?): restarting all data workers")
                 self._batches = self._start()
         raise AssertionError("unreachable")
 
     def _lost_a_worker(self, error: Exception) -> bool:
-        """Return whether an error comes from the connection to a killed worker, not from the data set."""
+        """Return whether an error comes from the connection to a killed worker, not from the dataset.
+
+        Raises:
+            DataError: the limit of open files is too low.
+        """
         if not self.num_workers or "in DataLoader worker process" in str(error):
             return False
         if "Too many open files" in str(error):

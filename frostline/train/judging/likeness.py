@@ -46,7 +46,7 @@ def likeness(
         there is no clip, or no motion in it.
     """
     found = {}
-    # Relative to the clip, even if there are pictures.
+    # Relative to the clip, even if a sample has reference pictures.
     of_clips = replace(conditioning, sample=replace(conditioning.sample, reference=()))
     for each in measurers:
         name = f"{each.active.name}_ratio"

@@ -9,7 +9,7 @@ none of them pickled:
 - `adapter_ema.safetensors`: the averaged adapter, with `train.ema_decay`.
 - `random-0.safetensors`, …: the states of the random generators of each process.
 - `rollout-0.safetensors`, …: the stored latents of each process, with `rollout.policy: stale:K`.
-- `state.json`: step, data position, schedule and package versions.
+- `state.json`: step, data position, skipped steps, weight of the KL term and package versions.
 - `config.yaml`: the settings of the run.
 - `manifest.json`: size and SHA-256 of all other files.
 """
@@ -139,7 +139,7 @@ def latest(run: Path) -> Checkpoint | None:
 
 
 def latest_intact(run: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies; log the damaged ones and rename them to `damaged-checkpoint-N`.
+    """Return the newest checkpoint that verifies; log the damaged ones, which are not changed.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.

@@ -156,7 +156,7 @@ def pairing_keys(evaluation: Evaluation, noise_seed: int) -> dict[str, str]:
 
 
 def start_noise(shape: tuple[int, ...], seed: int, starts: Sequence[int]) -> Tensor:
-    """Return the start noise (B, C, F, h, w) of samples of a data set, on the CPU; the same in every call."""
+    """Return the start noise (B, C, F, h, w) of samples of a dataset, on the CPU; the same in every call."""
     seeds = [1_000_003 * (seed + 1) + index for index in starts]
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
 

@@ -1,4 +1,4 @@
-"""Lock the folder of a training run, and read and write its files of facts and of JSON lines."""
+"""Lock the folder of a training run, read its facts, and read and write its files of JSON lines."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def shard_frozen_weights(module: TrainingModule, accelerator: Accelerator) -> bo
 
     Raises:
         ConfigError: accelerate is configured for FSDP1 or DeepSpeed, or for FSDP2 with weights that are quantised or
-            kept in main memory, which are not supported.
+            offloaded, which are not supported.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # It also keeps its own, sharded copy of the optimizer, which a checkpoint cannot store bit for bit.

@@ -1,4 +1,4 @@
-"""The state of a training run besides its weights, as tensors and JSON: optimizer, schedule, random numbers."""
+"""Collect and restore the state of a training run besides its weights: optimizer, schedule and random generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log the values in `metrics.jsonl` to experiment trackers, through accelerate."""
+"""Log the values in `metrics.jsonl` and `validation.jsonl` to experiment trackers, through accelerate."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class RunOptions:
     Attributes:
         resume: a verified checkpoint to resume from.
         overwrite: delete the run in the folder.
-        restart: delete it if it has the same origin and no checkpoint yet, for example after a kill.
+        restart: delete the run in the folder if it has the same origin and no checkpoint yet, for example after a kill.
         num_workers: number of data-loading worker processes.
         config: the settings of the run, which are stored with its files and in every checkpoint, and passed to the
             trackers.
@@ -156,12 +156,15 @@ def train(
     adapter, if judges fall in `stop_when_judge_falls` consecutive validations; if it is resumed, it continues to the
     next validation, which may end it again.
 
+    With one process, the last complete step is saved if an error ends the run.
+
     Raises:
-        ConfigError: the folder contains another run, or the checkpoint has another adapter. The folder is then
-            unchanged.
+        ConfigError: the folder contains another run, the checkpoint has another adapter, or the sharding is not
+            supported (the folder is unchanged in these cases); or a tracker cannot be started.
         CheckpointError: the folder is in use, or a checkpoint cannot be written or restored.
-        DataError: a sample cannot be read; the steps before it are saved.
-        TrainingError: too many consecutive steps had no finite loss; the state before them is saved.
+        DataError: a sample cannot be read.
+        TrainingError: too many consecutive steps had no finite loss and gradient, or a validation generated NaN or
+            infinite frames.
     """
     options = options or RunOptions()
     if accelerator is None:

@@ -173,7 +173,7 @@ def memory_plan(
     alone = {name: weights[name] + of_engines.get(name, 0) for name in precomputed}
     weights |= dict.fromkeys(precomputed, 0)
     of_engines |= dict.fromkeys(precomputed, 0)
-    # A live denoiser needs its shard, and the block that is gathered while it computes.
+    # A live denoiser needs its shard, and the gathered weights of at most one block while it computes.
     for name, block in parameters.largest_blocks.items():
         weights[name] = min(weights[name], share("weights", weights[name]) + block)
     steps = DenoiseSteps.of(settings, spec.boundary, spec.two_experts)

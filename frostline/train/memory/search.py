@@ -35,7 +35,7 @@ class Remedy:
     """The measures that make a run fit.
 
     Attributes:
-        steps: the measures, the cheapest first; all of them are necessary.
+        steps: the measures, the cheapest first; if the run fits, all of them are necessary.
         settings: settings of the run with all measures.
         fits: whether the run fits with all measures.
         floor: bytes that are needed even then, for videos of any size.

@@ -69,16 +69,16 @@ def precompute(
     place: Place | None = None,
     batch_size: int | None = None,
 ) -> Precomputed:
-    """Compute the frozen outputs of a run's samples into its cache, depending on `settings.precompute`; in all
-    processes.
+    """Compute the frozen outputs of a run's samples into its cache, depending on `settings.precompute`; called on
+    all processes.
 
     Args:
         place: position from which the run continues.
         batch_size: see `run_passes`.
     Raises:
         ConfigError: `always`, and the cache is too small.
-        FrostlineError: `always`, and the outputs cannot be computed or stored. With `auto`, the run continues without
-            them.
+        FrostlineError: the outputs cannot be computed or stored. With `auto` and one process, the run continues without
+            them instead.
     """
     auto, device_bytes = settings.precompute == "auto", total_bytes(device)
     if settings.precompute == "never" or (auto and all(gather_from_processes(is_small(settings, device_bytes)))):

@@ -1,4 +1,4 @@
-"""Preview of precomputing for a dry run: the stages, the size on disk, and the number of existing entries."""
+"""Preview of precomputing for memory plans and dry runs: stages, size on disk, and the number of cached samples."""
 
 from __future__ import annotations
 

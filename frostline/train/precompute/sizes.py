@@ -107,7 +107,7 @@ def _weights(model: VideoModel) -> dict[str, int]:
 def _kept_latents(
     model: VideoModel, settings: RunSettings, steps: DenoiseSteps, stages: Sequence[str]
 ) -> tuple[int, int]:
-    """Return the number of cached latents for each sample and for each validation sample."""
+    """Return the number of cached latents for each training sample and for each validation sample."""
     ahead = int(model.experts[0].stage in stages and steps.high_noise > 0)
     if settings.rollout.policy != "base" or settings.noise_seed is None:
         return ahead, ahead

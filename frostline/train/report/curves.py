@@ -41,16 +41,15 @@ def curves(metrics: Metrics, measures: Measures, config: Mapping[str, Any], fact
         )
         for name in rewards
     ]
-    figures.append(
-        _curve(metrics, "loss", "Loss", "The weighted sum of the negative rewards and the KL loss, which is minimised.")
-    )
+    summed = "The weighted sum of the negative rewards, the KL loss and, with sft_weight, the flow-matching loss."
+    figures.append(_curve(metrics, "loss", "Loss", summed))
     figures.append(_curve(metrics, "kl_loss", "KL divergence from the base model", _KL, ylabel="KL"))
     weights = [row["kl_weight"] for row in metrics if is_number(row.get("kl_weight"))]
     if len({*weights}) > 1:
         adapted = "Adapted after each step, so that the KL loss stays near kl_target."
         figures.append(_curve(metrics, "kl_weight", "Weight of the KL loss", adapted))
     if any(is_number(row.get("sft_loss")) for row in metrics):
-        clips = "Flow-matching loss on the clips of the dataset, weighted by sft_weight."
+        clips = "Flow-matching loss on the clips of the dataset, before it is multiplied by sft_weight."
         figures.append(_curve(metrics, "sft_loss", "Loss on the clips of the dataset", clips))
     beside = dict.fromkeys(name for row in metrics for name, value in row.items() if is_number(value))
     for name in (name for name in beside if name not in (*_OF_THE_TRAINER, *rewards)):

@@ -54,8 +54,8 @@ def _tile(validation: Lines, name: str, change: Change | None, measures: Measure
         trend = _TRENDS.get(change.direction, "same")
     if change is not None and change.gain_missing_zero is not None and change.gain.starts:
         zero = signed(change.gain_missing_zero.gain)
-        note += f" Of the {change.gain.frames} frames that were scored both times: {signed(change.gain.gain)}; of all, "
-        note += f"with 0 where there was no score: {zero}."
+        note += f" Change in the {change.gain.frames} frames that were scored both times: {signed(change.gain.gain)}; "
+        note += f"in all frames, with 0 for frames without a score: {zero}."
     if len(validation) < 2:
         return Tile(label(name), fixed(after, digits), note=note)
     return change_tile(label(name), before, after, digits, note.strip(), trend=trend)
@@ -65,9 +65,9 @@ def show_held_out(page: Page, run: Path, validation: Lines, measures: Measures) 
     """Add the samples, and the changes of all measures, to the page."""
     page.heading("Validation samples")
     page.paragraph(
-        "Each clip is generated from a first frame that was not used in training, and a prompt, with the same noise in "
-        "all validations. The sample with the worst change comes first, then the one with the best, and so on. The "
-        "numbers are frame numbers and the scores of the frames."
+        "Each clip is generated from the prompt and, with an image-to-video model, the first frame of a sample that "
+        "was not used in training, with the same noise in all validations. The sample with the worst change comes "
+        "first, then the one with the best, and so on. The numbers are frame numbers and the scores of the frames."
     )
     show_samples(page, run, validation, measures)
     page.figures(*_curves(validation, measures), columns=2)

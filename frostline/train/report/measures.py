@@ -31,7 +31,7 @@ class Measures:
 
     @classmethod
     def of(cls, validation: Lines, facts: Mapping[str, Any]) -> Measures:
-        """Return the measures of the last validation; without validations, only the rewards of the run."""
+        """Return the measures of the last validation; without validations, only the rewards and judges of the run."""
         last = validation[-1] if validation else {}
         rewards, judges = (_names(last.get(role) or facts.get(role)) for role in ("rewards", "judges"))
         numbers = [name for name, value in last.items() if is_number(value) and name != "step"]
@@ -53,7 +53,7 @@ class Measures:
 def label(name: str) -> str:
     """Return a measure's display name: "Face score" for `face_score`, "Judge: face dlib" for `judge_face_dlib`."""
     if name == PSNR:
-        return "PSNR to truth, dB"
+        return "PSNR to ground truth, dB"
     words = name.removeprefix(JUDGE).replace("_", " ")
     return f"Judge: {words}" if name.startswith(JUDGE) else words[:1].upper() + words[1:]
 

@@ -29,12 +29,12 @@ from frostline.train.report.stages import show_stages, step_tile
 
 
 def write_report(run: Path) -> Path:
-    """Write `run/report.html` from the files in a run's output directory. The run can still be active.
+    """Write `run/report.html` from the files in a run folder. The run can still be active.
 
     Returns:
         The path of the report.
     Raises:
-        DataError: the folder is not a run directory, the run has no steps yet, or a file cannot be read.
+        DataError: the folder is not a run folder, the run has no steps yet, or a file cannot be read.
     """
     check_is_run(run)
     metrics, validation = read_lines(run / METRICS), read_lines(run / VALIDATION)

@@ -30,8 +30,8 @@ _COLUMNS = (
 )
 _CAPTION = (
     "Steps: the number of training steps in which the backend computed the stage; in the others, its outputs came from "
-    "the cache, another backend computed it, or it was not needed. Calls: the total in all training steps, and in all "
-    "validations without judges. "
+    "the cache, another backend computed it, or it was not needed. Calls: the total in all training steps. In "
+    "validations: the calls in all validations, except those of judges. "
     "ms: the median of the steps in which it ran. PyTorch always computes the gradient of live stages, whichever "
     "backend computes their outputs."
 )
@@ -181,8 +181,8 @@ def _timeline(metrics: Metrics, facts: Mapping[str, Any]) -> list[Figure]:
         spans.append(Span("rest", begin, rest, None, f"the rest {milliseconds(rest)} ms"))
     caption = (
         f"Step {number_of(row, 'step'):.0f}, {fixed(number_of(row, 'seconds'), 2)} s, the median. All calls of a stage "
-        "are drawn as one bar, in the order in which the stages first finished. The rest: data loading, the optimizer, "
-        "and computation outside of stages."
+        "on one backend are drawn as one bar, in the order in which the stages first finished. The rest: data loading, "
+        "the optimizer, and computation outside of stages."
     )
     plot = timeline_plot(spans, _KINDS, xlabel="milliseconds")
     said = ", ".join(span.text for span in spans)

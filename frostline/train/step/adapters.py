@@ -46,6 +46,7 @@ def load_adapters(model: VideoModel, folder: Path, rank: int) -> None:
     """Copy the LoRA in PEFT files into that of each trained expert, in place, so that engines stay bound to it.
 
     Args:
+        folder: as written by `save_adapters`; for one trained expert, also a .safetensors file.
         rank: rank of the model's LoRA.
     Raises:
         ConfigError: files are missing, or the adapter differs from the model's; nothing is changed then.

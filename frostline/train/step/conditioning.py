@@ -74,7 +74,7 @@ class FittedBatch:
     """B samples, checked and resized for the model, before any stage is run.
 
     Attributes:
-        video: (B, T, 3, H, W) in [0, 1], on the CPU, with a size that the model supports.
+        video: (B, T, 3, H, W) in [0, 1], on the device of the given video, with a size that the model supports.
         sample_keys: content keys of the inputs of rewards.
         sample: the inputs of rewards, on the model's device.
     """

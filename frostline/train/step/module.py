@@ -136,7 +136,7 @@ class TrainingModule(nn.Module):
             model: `tiny`, `tiny-moe`, `tiny-ti2v`, a folder or a list of files; see `family_of`.
             base_adapters: merged into the denoisers each time these are read; mappings as in the settings of a run.
             quantization, text_encoder_quantization: see `QuantizationSettings`.
-            offload_blocks: number of blocks of each denoiser whose weights are kept in main memory; see `BlockOffload`.
+            offload_blocks: number of blocks of each denoiser that are offloaded to main memory; see `BlockOffload`.
             settings: fields of `TrainingModuleSettings`; nested ones as mappings, e.g. `lora={"rank": 8}`.
         Raises:
             ConfigError: files or settings are invalid.
@@ -195,8 +195,8 @@ class TrainingModule(nn.Module):
             data: see `forward_preprocess`; ignored if `inputs` is given.
             inputs: the return value of `forward_preprocess`, for reuse.
         Raises:
-            DataError: `data` is invalid (the message names sample, field and remedy), or `inputs` was not created by
-                `forward_preprocess` of this model.
+            DataError: `data` is invalid (the message names sample, field and remedy); `inputs` was not created by
+                `forward_preprocess` of this model; or a reward with `on_unscored: error` cannot score a sample.
             ConfigError: no step of the tail has a LoRA.
         """
         settings = self.settings
@@ -230,7 +230,7 @@ class TrainingModule(nn.Module):
             expert.module.checkpoint_blocks = kind != "none"
 
     def settle_checkpointing(self, shape: VideoShape) -> None:
-        """Choose gradient checkpointing for steps of this shape, if it is chosen by memory.
+        """Choose gradient checkpointing for steps of this shape by the free memory, if the setting is `auto`.
 
         `forward` calls this for the first shape and, in a single process, for each larger shape.
 
@@ -326,6 +326,8 @@ class TrainingModule(nn.Module):
     def load_adapter(self, folder: str | Path) -> None:
         """Copy the LoRA in PEFT files into this module's LoRA, in place, so that engines stay bound to it.
 
+        Args:
+            folder: as written by `save_adapter`; for one trained expert, also a .safetensors file.
         Raises:
             ConfigError: files are missing, or the adapter does not match this module's settings.
         """

@@ -180,10 +180,10 @@ class Sampler:
         live: Sequence[int],
         options: TailOptions = TailOptions(),
     ) -> Sampled:
-        """Run the steps from the first live one to the last; live steps have a graph and a KL term (`velocity_kl`).
+        """Run the steps from the first live one with a LoRA to the last step that may be live.
 
-        The steps between live ones are frozen. The gradient passes through them as the identity, because the velocity
-        of a frozen Euler step has no graph.
+        Live steps have a graph and, if they have a LoRA, a KL term (`velocity_kl`). The other steps are frozen. The
+        gradient passes through them as the identity, because the velocity of a frozen Euler step has no graph.
 
         Args:
             latents: (B, C, F, h, w) before the first live step whose denoiser has a LoRA.

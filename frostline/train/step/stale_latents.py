@@ -1,4 +1,4 @@
-"""Cache of the latents before the first live step, from the last time each sample was used."""
+"""Cache of each sample's latents before the first live step, reused for a limited number of optimizer steps."""
 
 from __future__ import annotations
 

@@ -149,9 +149,10 @@ EXPECTED = (
     "Face score 0.579 → 0.664 +0.085 The mean cosine of faces.",
     "Samples that improved 19 of 20",
     "Judge: face dlib 0.700 → 0.720 +0.020 Not used in training. Another embedder. "
-    "Of the 40 frames that were scored both times: +0.0200; of all, with 0 where there was no score: +0.213.",
+    "Change in the 40 frames that were scored both times: +0.0200; in all frames, with 0 for frames without a score: "
+    "+0.213.",
     "Detection rate 0.983 → 1.000 +0.017",
-    f"PSNR to truth, dB 21.43 → 21.31 {MINUS}0.12",
+    f"PSNR to ground truth, dB 21.43 → 21.31 {MINUS}0.12",
     "Rewards and judges",
     "Face score in training",
     "Face score: change",
@@ -241,7 +242,8 @@ def test_all_starts_are_in_a_table_that_sorts(tmp_path: Path) -> None:
     table = page(tmp_path).partition("All samples")[2].partition("</table>")[0]
     assert 'class="sortable"' in table
     headings = re.findall(r"<th [^>]*><button[^>]*>([^<]*)", table)
-    assert headings == ["Sample", "Prompt", "Face score", "Change", "Judge: face dlib", "Change", "PSNR to truth, dB"]
+    compared = ["Face score", "Change", "Judge: face dlib", "Change"]
+    assert headings == ["Sample", "Prompt", *compared, "PSNR to ground truth, dB"]
     rows = [re.findall(r"<td [^>]*>([^<]*)", row) for row in table.split("<tr>")[2:]]
     assert [row[0] for row in rows] == [str(start) for start in range(20)]
     assert rows[0] == ["0", "a person 0 nods", "0.640", "+0.090", "0.724", "+0.024", "21.31"]

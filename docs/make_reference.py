@@ -132,6 +132,8 @@ def _row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
     if NoneType in get_args(field.annotation):
         values += ", or `null`"
     default = "required" if field.is_required() else f"`{_default(field)}`"
+    if field.default is None and NoneType not in get_args(field.annotation):
+        default = "computed"
     return f"`{name}`", values, default, (field.description or "").replace("|", r"\|").replace("\n", " ")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -135,9 +134,7 @@ class DenoiseSteps:
     @property
     def most_live(self) -> tuple[int, ...]:
         """Return the live steps of the draw with the most activations for backward; an upper bound for `uniform`."""
-        if not self.drawn:
-            return self._fixed
-        return self._window[: self.num_steps] if self.experts == "high" else self._window[-self.num_steps :]
+        return self._extreme_draw(late=self.experts != "high")
 
     @property
     def live_with_lora(self) -> int:
@@ -222,16 +219,22 @@ class DenoiseSteps:
 
     def _earliest_last(self) -> int:
         """Return the last live step of the draw that ends first."""
-        if not self.drawn:
-            return self._fixed[-1]
-        return self._window[self.num_steps - 1] if self.strategy == "random" else self._spaced(0.0)[-1]
+        return self._extreme_draw(late=False)[-1]
 
     def _latest_first(self) -> int:
         """Return the first live step of the draw that starts last."""
+        return self._extreme_draw(late=True)[0]
+
+    def _extreme_draw(self, late: bool) -> tuple[int, ...]:
+        """Return the draw whose first, second, … steps are the latest or the earliest of all draws."""
         if not self.drawn:
-            return self._fixed[0]
-        first = -self.num_steps if self.strategy == "random" else math.ceil(len(self._window) / self.num_steps) - 1
-        return self._window[first]
+            return self._fixed
+        count, length = self.num_steps, len(self._window)
+        if self.strategy == "random":
+            return self._window[-count:] if late else self._window[:count]
+        # `_spaced` at the largest or smallest offset, without rounding: draws change at multiples of 1 / length.
+        offset = length - 1 if late else 0
+        return self._at([(offset + number * length) // count for number in range(count)])
 
     @property
     def drawn(self) -> bool:

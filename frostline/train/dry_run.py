@@ -75,7 +75,7 @@ def print_dry_run(settings: RunSettings, console: Console, resume: str | None = 
     for problem in found:
         console.print(f"[bold red]problem[/] {escape(problem)}", soft_wrap=True, highlight=False)
     could = "the run can begin" if there else "the run can begin once the files of the model are available"
-    console.print(could if not found else f"{len(found)} problems", highlight=False)
+    console.print(could if not found else f"problems: {len(found)}", highlight=False)
     return not found
 
 

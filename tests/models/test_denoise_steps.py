@@ -1,6 +1,8 @@
 """Which steps of a trajectory are live."""
 
+import itertools
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
@@ -99,6 +101,50 @@ def test_what_is_not_refused_has_a_lora_in_every_draw(strategy: str, count: int,
         return
     assert all(seen)
     assert max(map(len, seen)) <= steps.live_with_lora
+
+
+def all_draws(steps: DenoiseSteps) -> set[tuple[int, ...]]:
+    window, count = range(steps.start, steps.end + 1), steps.num_steps
+    if steps.strategy == "random":
+        return {*itertools.combinations(window, count)}
+    distance = Fraction(len(window), count)
+    offsets = [Fraction(part, 2 * len(window)) for part in range(2 * len(window))]
+    return {tuple(window[int((offset + number) * distance)] for number in range(count)) for offset in offsets}
+
+
+@given(
+    st.sampled_from(["random", "uniform"]),
+    st.integers(1, 9),
+    st.integers(0, 10),
+    st.sampled_from(["low", "high", "both"]),
+    st.booleans(),
+)
+def test_the_most_that_a_draw_needs_is_of_a_draw(
+    strategy: str, count: int, high: int, experts: str, stop: bool
+) -> None:
+    """So that the memory plan counts neither too little nor too much."""
+    steps = DenoiseSteps(
+        1,
+        9,
+        high,
+        strategy,
+        count,
+        experts=experts,
+        stop_latent_gradient=stop,  # type: ignore[arg-type]
+    )
+    draws = all_draws(steps)
+    assert {steps.draw() for _ in range(20)} <= draws
+    assert steps.most_live in draws
+    assert steps.live_with_lora == max(len(steps.with_lora(live)) for live in draws)
+    assert steps.live_uses == max(len(steps.with_graph(live)) for live in draws)
+    if experts != "both":
+        trains_in_all = all(map(steps.with_lora, draws))
+        try:
+            steps.check_live()
+        except ConfigError:
+            assert not trains_in_all
+        else:
+            assert trains_in_all
 
 
 def test_the_gradient_passes_through_live_steps_behind_a_lora() -> None:

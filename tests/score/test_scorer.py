@@ -129,6 +129,14 @@ def test_several_faces_in_a_reference_are_told(crowd: Path, people: Path, score_
     assert row.note == ""
 
 
+@pytest.mark.parametrize("missing_face", ["exclude", "zero"])
+def test_a_video_without_a_face_is_told(missing_face: str, people: Path, score_files: ScoreFiles) -> None:
+    (row,) = score_files([people / "nobody.mp4"], people / "face.png", missing_face=missing_face)
+    assert (row.status, row.detection_rate) == ("ok", 0)
+    assert row.face_score == (0 if missing_face == "zero" else None)
+    assert row.note == "face_identity: no face was found in any frame"
+
+
 def test_what_is_wrong_with_a_reference_is_told(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
     reference = encode(tmp_path / "a.mkv", list(moving("astronaut", 8).permute(0, 2, 3, 1).numpy()), gop=4, b_frames=0)
     damage_packet(reference, 6)

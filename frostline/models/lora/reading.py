@@ -109,6 +109,8 @@ def _assemble(tensors: Mapping[str, Tensor], path: Path, stated: Stated | None, 
     differences = {f"{layer}.bias": pairs[layer].scale * bias.float() for layer, bias in parts.up_bias.items()}
     # Differences that are zero have no effect.
     differences |= {name: tensor for name, tensor in parts.differences.items() if tensor.float().any()}
+    if not pairs and not differences:
+        raise ConfigError(f"{path} has no effect: it contains only differences, and all of them are zero")
     return Adapter(pairs, path, differences)
 
 

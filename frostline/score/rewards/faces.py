@@ -168,7 +168,7 @@ class FaceVideo(VideoTrack):
             **_extreme_columns("worst", self.worst),
             **_extreme_columns("best", self.best),
         }
-        return RewardResult(columns)
+        return RewardResult(columns, note="" if self.max_faces else "no face was found in any frame")
 
 
 def _extreme_at(index: int, chunk: Chunk, faces: FrameFaces, cosines: Tensor) -> Extreme:

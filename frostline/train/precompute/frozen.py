@@ -163,7 +163,7 @@ class FrozenReferences:
 def _runtime(stages: Mapping[str, Stage], settings: RunSettings, verify: bool) -> Runtime:
     """Return a runtime of these stages, without weights in memory unless they are needed."""
     plan = settings.plan
-    if verify and plan.engines is not None and plan.backend != TORCH:
+    if verify and plan.engines is not None and plan.as_plan() != TORCH:
         ensure_verified(stages.values(), EngineStore(plan.engines))
     for stage in stages.values():
         # The plan needs the digests of all stages; if necessary, their weights are read one after the other.

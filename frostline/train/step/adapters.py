@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from frostline.errors import ConfigError
-from frostline.models.lora import EXPERT_PARTS, read_adapter, read_one_adapter
+from frostline.models.lora import EXPERT_PARTS, Adapter, read_adapters, read_one_adapter
 from frostline.models.lora.inject import check_same_layers, copy_adapter, lora_parameters, lora_scale, save_adapter
 from frostline.stages.families import family_of
 from frostline.stages.video_model import Expert, VideoModel
@@ -46,24 +46,33 @@ def load_adapters(model: VideoModel, folder: Path, rank: int) -> None:
     """Copy the LoRA in PEFT files into that of each trained expert, in place, so that engines stay bound to it.
 
     Args:
-        folder: as written by `save_adapters`; for one trained expert, also a .safetensors file.
+        folder: as written by `save_adapters`, or in another layout; see `read_adapters`. For one trained expert, also
+            a .safetensors file.
         rank: rank of the model's LoRA.
     Raises:
         ConfigError: files are missing, or the adapter differs from the model's; nothing is changed then.
     """
-    layer_path, experts = family_of(model.components).layer_path, _by_part(model)
-    found = {}
+    experts = _by_part(model)
+    adapters = {part: adapter.uniform() for part, adapter in _read(model, folder).items()}
     for part, expert in experts.items():
-        path = folder / part
-        read = read_adapter if part else read_one_adapter
-        found[part] = adapter = read(path, layer_path).uniform()
+        adapter = adapters[part]
         if adapter.rank != rank:
-            raise ConfigError(f"{path}: the adapter has rank {adapter.rank}, not {rank}")
+            raise ConfigError(f"{adapter.path}: the adapter has rank {adapter.rank}, not {rank}")
         if adapter.scale != (wanted := lora_scale(expert.network)):
-            raise ConfigError(f"{path}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}")
+            raise ConfigError(
+                f"{adapter.path}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}"
+            )
         check_same_layers(expert.network, adapter)
     for part, expert in experts.items():
-        copy_adapter(expert.network, found[part])
+        copy_adapter(expert.network, adapters[part])
+
+
+def _read(model: VideoModel, folder: Path) -> dict[str, Adapter]:
+    """Read the adapters of the trained experts, by the names of their subfolders; "" for a single one."""
+    layer_path = family_of(model.components).layer_path
+    if len(trained_experts(model)) == 1:
+        return {"": read_one_adapter(folder, layer_path)}
+    return {EXPERT_PARTS[expert]: found for expert, found in read_adapters(folder, layer_path, "both").items()}
 
 
 def _by_part(model: VideoModel) -> dict[str, Expert]:

@@ -171,6 +171,7 @@ FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         },
         r"has both matrices and a difference of blocks\.0\.ffn\.0",
     ),
+    "no change at all": ({"blocks.0.ffn.0.diff": torch.zeros(2, 2)}, "has no effect: .* all of them are zero"),
     "only a text encoder": (
         {f"lora_te_blocks_0.lora_{k}.weight": torch.ones(2, 2) for k in ("up", "down")},
         "incomplete",

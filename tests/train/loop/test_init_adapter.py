@@ -106,6 +106,13 @@ def test_each_of_two_experts_begins_with_its_own(
     assert all(matrix.any() for matrix in lora.values()), "both were trained: B of a new LoRA is zero"
     first = json.loads((workplace / "again" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["kl_loss"] > 1e-8
+    # As files, as `frostline adapter convert` writes them.
+    for part in ("high_noise", "low_noise"):
+        write_adapter(read_adapter(Path("run/adapter") / part), "comfyui", Path("files") / f"{part}.safetensors")
+    files = {**both, "output_dir": "from_files", "init_adapter": "files"}
+    run_training(RunSettings.parse(files), None, Progress(quiet=True))
+    _, _, (_, from_files) = begun
+    assert all(torch.equal(matrix, lora[name]) for name, matrix in from_files.items())
     # Half of it is not enough.
     shutil.rmtree("run/adapter/low_noise")
     (workplace / "both.yaml").write_text(json.dumps({**again, "output_dir": "third"}))

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 from typer.testing import CliRunner
 
+import frostline.train.precompute.frozen as frozen_file
 from frostline.cli import app
 from frostline.documents import dump_yaml
 from frostline.errors import ConfigError
@@ -153,6 +154,16 @@ def test_batches_may_be_larger(folder: Path) -> None:
         one = load_file(folder / "cached" / "cache" / name)
         other = load_file(folder / "batched" / "cache" / name)
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_engines_of_single_stages_are_verified_beforehand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that precomputing uses the engines that training will use, and its entries have the keys of these."""
+    verified: list[str] = []
+    monkeypatch.setattr(frozen_file, "ensure_verified", lambda stages, store: verified.extend(s.name for s in stages))
+    for stages, wanted in (({}, False), ({"text_encoder": "onnxruntime"}, True)):
+        plan = {"backend": "torch", "stages": stages, "engines": folder / "engines"}
+        precompute_for(run_settings(folder, f"verified {wanted}", precompute="always", plan=plan))
+        assert ("text_encoder" in verified) == wanted
 
 
 def test_a_cache_that_is_too_small_is_refused(folder: Path) -> None:

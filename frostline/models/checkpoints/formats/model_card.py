@@ -25,7 +25,10 @@ def stated_license(weights: Path) -> str | None:
 
 
 def _license(card: Path) -> str | None:
-    start, *rest = card.read_text("utf-8", errors="replace").split("\n---", 1)
+    try:
+        start, *rest = card.read_text("utf-8", errors="replace").split("\n---", 1)
+    except OSError:
+        return None
     if not start.startswith("---\n") or not rest:
         return None
     try:

@@ -34,7 +34,7 @@ class InputError(EngineError):
 
 
 class ShapeError(InputError):
-    """An input has a shape outside the range that the engine was built for."""
+    """An input has a shape that the engine does not support."""
 
 
 class EngineMemoryError(EngineError):

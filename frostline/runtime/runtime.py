@@ -69,8 +69,7 @@ class Runtime:
         # Stages whose outputs are all cached: they do not run, so nothing is prepared or loaded for them.
         self.idle: frozenset[str] = frozenset()
         self._store = EngineStore(engines) if engines is not None else None
-        # Held while backends are chosen (also while they are timed) and loaded, but not while a call is computed;
-        # acquired before the other lock.
+        # Held while backends are chosen, timed and loaded, never while a call computes; acquired before the other lock.
         self._lock = threading.RLock()
         self._torch_lock = threading.RLock()
         self._digests = WeightDigests(self.stages)
@@ -85,10 +84,7 @@ class Runtime:
     def replan(self, plan: PlanSetting) -> None:
         """Choose the backends again, for example after an export; engines that failed before are tried again.
 
-        Weights are hashed again, which detects the changes that `WeightGuard` cannot detect.
-
-        Raises:
-            ConfigError, EngineError: as for `Runtime`.
+        Weights are hashed again, which detects the changes that `WeightGuard` cannot detect. Errors: see `Runtime`.
         """
         wanted = expand_plan(plan, self.stages)
         with self._lock:
@@ -124,23 +120,14 @@ class Runtime:
         return Plan({**self._plan, **latest})
 
     def __getitem__(self, stage: str) -> Runner:
-        """Return the stage as a callable that follows the plan, including later changes.
-
-        Raises:
-            ConfigError: there is no such stage.
-        """
+        """Return the stage as a callable that follows the plan, including later changes."""
         if stage not in self.stages:
             raise ConfigError(f"there is no stage {stage!r}; valid stages: {', '.join(self.stages)}")
         return _PlannedRunner(self, stage)
 
     @contextmanager
     def use(self, **backends: str) -> Iterator[None]:
-        """Run the named stages on other backends within the block, e.g. `use(vae_encoder="torch")`.
-
-        Raises:
-            ConfigError: there is no such stage or backend.
-            EngineError: `strict`, and an engine is not available.
-        """
+        """Run the named stages on other backends within the block, e.g. `use(vae_encoder="torch")`."""
         with self._lock:
             chosen = {}
             for name, backend in backends.items():
@@ -208,8 +195,7 @@ class Runtime:
     def admits(self, stage: str, inputs: Tensors) -> bool:
         """Return whether the backend of a stage with one network supports inputs of these shapes in one call.
 
-        The backend is the one that was last used for the stage; before its first use, an engine if the plan has any.
-        torch supports any shape.
+        The backend is the one last used for the stage, or at first an engine of the plan; torch supports any shape.
         """
         latest = self.trials.latest(stage)
         choice = latest or self._plan[stage]
@@ -258,10 +244,8 @@ class Runtime:
         """Load the engines that the plan names; an engine that fails in one process is dropped in all processes.
 
         A collective call, to be made before weights are sharded: later, a process that falls back to torch alone would
-        deadlock. If the plans of the processes differ, each drops its engine until all have the same backend.
-
-        Raises:
-            EngineError: `strict`, and an engine failed or the plans differ.
+        deadlock. If the plans of the processes differ, each drops its engine until all have the same backend. If
+        `strict`, a failure or a difference raises an EngineError.
         """
         for name in [name for name in self.stages if name not in self.idle] if several_processes() else ():
             backend = self._plan[name].backend
@@ -384,9 +368,8 @@ class Runtime:
                     "weights, where a single process cannot fall back to torch: start again with plan "
                     f"{stage}=torch ({error})"
                 ) from error
-            outputs = on(
-                TORCH
-            )  # raises if the inputs are invalid or memory runs out, which is not a fault of the engine
+            # Raises if the inputs are invalid or memory runs out, which is not a fault of the engine.
+            outputs = on(TORCH)
             self._blame(stage, backend, error)
             return outputs, TORCH
 

@@ -181,11 +181,7 @@ class EngineStore:
         raise EngineError(f"{len(found)} engines have keys that begin with {key!r}: give more digits")
 
     def verify(self, record: EngineRecord) -> VerifiedEngine:
-        """Check signature, key, files and ONNX paths. The result is the only access to files for loading.
-
-        Raises:
-            EngineError: the engine is rejected; the message contains the reason and the remedy.
-        """
+        """Check signature, key, files and ONNX paths or raise an EngineError. Only the result gives access to files."""
         return verify_engine(self.root, record.id)
 
     @contextmanager
@@ -206,11 +202,7 @@ class EngineStore:
                 _remove(build.folder)
 
     def update(self, engine: VerifiedEngine, manifest: Manifest) -> VerifiedEngine:
-        """Replace the measurements (parity, latency, verified) in the manifest of an engine.
-
-        Raises:
-            EngineError: the engine is rejected, or was rebuilt in the meantime.
-        """
+        """Replace the measurements (parity, latency, verified) of an engine; raise an EngineError if it was rebuilt."""
         with self._locked(engine.path):
             current = verify_engine(self.root, engine.manifest.id)
             if not current.manifest.same_engine(manifest):
@@ -218,11 +210,7 @@ class EngineStore:
             return self._replace_manifest(engine.path, manifest)
 
     def trust(self, path: Path) -> VerifiedEngine:
-        """Sign an engine that was built elsewhere.
-
-        Raises:
-            EngineError: the engine is not in this store, or its files do not match its manifest.
-        """
+        """Sign an engine built elsewhere; raise an EngineError if it is not in this store or its files do not match."""
         engine = EngineId.of_path(path.resolve())
         if engine is None or engine.path(self.root).resolve() != path.resolve():
             raise EngineError(

@@ -75,7 +75,7 @@ def engine_table(records: Iterable[EngineRecord]) -> FittedTable:
 
 
 def plan_table(gains: Iterable[StageGain]) -> FittedTable:
-    """Return a table of stages: torch, the available engines, the choice and its reason."""
+    """Return a table of stages: the available engines, the chosen backend and the reason."""
     table = FittedTable(
         Column("stage"),
         Column("candidate"),

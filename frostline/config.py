@@ -33,7 +33,7 @@ AUTO: Literal["auto"] = "auto"
 OTHERS = "*"
 
 
-# Names from PEFT's LoraConfig, transformers' TrainingArguments and others whose frostline name is not similar.
+# Settings of PEFT's LoraConfig, transformers' TrainingArguments and others whose name in frostline is not similar.
 _NAMES_OF_OTHERS = {
     "r": "lora.rank",
     "lr": "train.learning_rate",
@@ -42,7 +42,7 @@ _NAMES_OF_OTHERS = {
     "save_steps": "train.checkpointing_steps",
     "eval_steps": "validation.steps",
     "train_dataset": "data.source",
-    # For several rewards.
+    # The former setting for several rewards.
     "plus": "rewards",
 }
 # The context of pydantic's error for an invalid path.
@@ -108,7 +108,7 @@ class Settings(BaseModel):
         """Create settings from plain values.
 
         Raises:
-            ConfigError: a setting is unknown (the message suggests the nearest name) or out of range.
+            ConfigError: a setting is unknown (the message suggests the nearest name), missing or invalid.
         """
         try:
             return cls.model_validate(values)

@@ -26,7 +26,7 @@ def csv_records(
         if check_columns is not None:
             check_columns(reader.fieldnames or [])
         for record in reader:
-            # The reader returns the last line of a row; a quoted value may start several lines above.
+            # `line_num` is the last line of a row, which has several lines if a quoted value contains line breaks.
             line = reader.line_num - sum(str(value).count("\n") for value in record.values())
             beyond = record.pop(None, None) or []
             if any(map(_is_filled, beyond)):

@@ -1,7 +1,7 @@
 """Import single modules of a large package without running its `__init__` files.
 
 `import diffsynth.models.wan_video_dit` first runs `diffsynth/__init__.py`, which imports pandas, modelscope,
-torchvision and torch's compiler. This takes several seconds, and the imported class needs none of them.
+torchvision and torch's compiler. This takes several seconds, and the module needs none of them.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def parse_yaml(text: str) -> Any:
     Duplicate keys are an error: YAML parsers usually keep the last one silently.
 
     Raises:
-        DocumentError: the text is not valid YAML, contains other than plain values, or exceeds the size limits.
+        DocumentError: the text is not valid YAML, contains values that are not plain, or exceeds the size limits.
     """
     return _in_words("YAML", lambda: yaml.load(text, _Loader))
 
@@ -111,7 +111,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Write a document that `parse_yaml` and YAML 1.1 parsers read with the same result."""
+    """Return a YAML document that `parse_yaml` and YAML 1.1 parsers read with the same result."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

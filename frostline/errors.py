@@ -14,11 +14,11 @@ class DocumentError(FrostlineError, ValueError):
 
 
 class DataError(FrostlineError):
-    """A sample, a video or a metadata row is invalid; the message names the sample, file and field."""
+    """A sample, a video, a metadata row or a file is invalid or cannot be written; the message names it."""
 
 
 class CheckpointError(FrostlineError):
-    """A training checkpoint is damaged, missing or not writable, or the output folder already contains a run."""
+    """A training checkpoint or a run folder is damaged, missing or not writable, or another run is using the folder."""
 
 
 class TrainingError(FrostlineError):
@@ -34,7 +34,7 @@ class InputError(EngineError):
 
 
 class ShapeError(InputError):
-    """An input has a shape outside the range that the engine was built for."""
+    """An input has a shape that the engine does not support."""
 
 
 class EngineMemoryError(EngineError):

@@ -18,7 +18,7 @@ def is_url(name: str) -> bool:
 
 
 def joined(folder: Path | str, name: str) -> str:
-    """Return the path or URL of `name` in a file in `folder`; `folder` may be a URL."""
+    """Return the path or URL that `name` refers to in a file of `folder`; `folder` may be a URL."""
     if is_url(name):
         return name
     return f"{folder}/{name}" if is_url(str(folder)) else str(Path(folder) / name)

@@ -174,7 +174,7 @@ class _Left(TimeRemainingColumn):
 class _Parts(ProgressColumn):
     """The description of the current work, as many parts as fit."""
 
-    # Other columns refresh at a limited rate; this one refreshes on every change.
+    # The remaining time refreshes at a limited rate; this column refreshes on every change.
     max_refresh = None
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class _Parts(ProgressColumn):
 
 
 class _Fitting:
-    """Renders the first parts that fit, at least one."""
+    """Render the first parts that fit, at least one."""
 
     def __init__(self, parts: tuple[str, ...]) -> None:
         self._parts = parts

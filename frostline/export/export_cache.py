@@ -1,8 +1,8 @@
 """Cache which engines an export built, so that repeating it does not load the model.
 
 An entry is a file that lists the engines of one export with their tolerances (`Receipt`). Its key depends on
-everything that the engines depend on: recipe, options, weight files, code and installed versions. It is signed with the
-user's key, and the engines are verified again before they are used as the result of an export.
+everything that the engines depend on: recipe, options, weight files, code and installed versions. The entry is signed
+with the user's key, and the engines are verified again before they are used as the result of an export.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ each of 128×128 positions against each other:
     32 × 1 × 16,384 × 16,384 = 8,589,934,592.
 
 TensorRT supports 2^31 - 1 = 2,147,483,647 elements, so its engines get a smaller range: 5 and 7 videos would fit,
-respectively. The sizes inside a network depend on its channels, so every network is run once on meta tensors.
+respectively. The sizes inside a network depend on its channels, so every network is run on fake tensors.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class _LoweredInput:
 
 
 def _lowered_inputs(stage: Stage, manifest: Manifest) -> list[_LoweredInput]:
-    """Return the first such input of each network; the others depend on the same dimensions."""
+    """Return the first lowered input of each network; the others depend on the same dimensions."""
     entries = {entry.name: entry for entry in manifest.networks}
     lowered = []
     for network in stage.networks:

@@ -16,7 +16,7 @@ class ExportRow:
     """The result of one stage on one backend.
 
     Attributes:
-        note: why it failed or was not verified.
+        note: why it failed or was not verified, or how its range of shapes was limited.
         bounds: the tolerance of its engine.
     """
 

@@ -29,7 +29,7 @@ class ExportOptions:
     Attributes:
         build: build options of the backends.
         force: rebuild existing engines.
-        dry_run: list the engines to build, without building.
+        dry_run: list the engines of the recipe, without building.
         strict: stop at the first failure.
         atol, rtol, cosine: override the tolerance of every stage.
         jobs: number of build processes; see `frostline.export.parallel_build.fitting_jobs`.

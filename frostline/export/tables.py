@@ -39,7 +39,7 @@ def export_table(rows: Iterable[ExportRow]) -> FittedTable:
 
 
 def export_notes(rows: Iterable[ExportRow]) -> list[str]:
-    """Return why exports failed or were not verified: each reason once, with its stages."""
+    """Return the notes of an export, such as why a stage failed: each note once, with its stages."""
     stages: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.note:
@@ -75,7 +75,7 @@ def engine_table(records: Iterable[EngineRecord]) -> FittedTable:
 
 
 def plan_table(gains: Iterable[StageGain]) -> FittedTable:
-    """Return a table of stages: torch, the available engines, the choice and its reason."""
+    """Return a table of stages: the available engines, the chosen backend and the reason."""
     table = FittedTable(
         Column("stage"),
         Column("candidate"),

@@ -137,7 +137,7 @@ class FrozenOutputCache:
         self.put_batch({key: tensors})
 
     def put_batch(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Store a copy of each of these entries, by key; they become visible on disk together."""
+        """Store a copy of each of these entries, by key; they are written to disk together or not at all."""
         own = {key: {name: _own_copy(tensor) for name, tensor in entry.items()} for key, entry in entries.items()}
         for key, entry in own.items():
             self._memory.put(key, entry)

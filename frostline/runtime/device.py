@@ -43,7 +43,10 @@ def resolve_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError(f"device: {name} is requested, but torch finds no GPU")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"device: {name} is requested, but there are only {torch.cuda.device_count()} GPUs")
+            count = torch.cuda.device_count()
+            raise ConfigError(
+                f"device: {name} is requested, but torch finds {count} GPU(s): use an index below {count}"
+            )
     return device
 
 

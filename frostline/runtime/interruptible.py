@@ -25,7 +25,7 @@ def run_interruptibly(
     """Return the result of `work`, which runs in its own thread.
 
     If `poll` or a signal handler raises, `cancelled` is set, and the exception is raised as soon as `work` has ended.
-    If this takes too long, it is raised earlier, and `work_left_behind` returns True from then on.
+    If this takes too long, it is raised earlier, and `work_left_behind` returns True until `work` has ended.
 
     Args:
         cancelled: `work` should end when this is set.
@@ -55,5 +55,5 @@ def run_interruptibly(
 
 
 def work_left_behind() -> bool:
-    """Return whether native code of an interrupted call still runs; a normal exit of the process would crash it."""
+    """Return whether native code of an interrupted call still runs; a normal exit would then crash the process."""
     return any(thread.is_alive() for thread in _left_behind)

@@ -35,7 +35,7 @@ class LoadedStage:
 
 
 class LoadedEngines:
-    """The engines of stages that are in memory. Not thread-safe.
+    """The loaded engines of all stages. Not thread-safe.
 
     Args:
         stages: by name.

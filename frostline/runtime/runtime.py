@@ -49,7 +49,7 @@ class Runtime:
         plan: `auto` (the fastest verified engine for each stage and shape, measured on this machine; torch if none is
             faster), one backend for all stages, or a mapping of stage to backend, in which `*` is the backend of all
             other stages (`auto` if not given).
-        engines: the engine store; None runs everything on torch.
+        engines: the folder of the engine store; if None, all stages run on torch.
         strict: raise if an engine fails, instead of falling back to torch.
     Raises:
         ConfigError: the plan names an unknown stage or backend.
@@ -69,7 +69,7 @@ class Runtime:
         # Stages whose outputs are all cached: they do not run, so nothing is prepared or loaded for them.
         self.idle: frozenset[str] = frozenset()
         self._store = EngineStore(engines) if engines is not None else None
-        # Held while choosing and loading, never while an engine computes; acquired before the other lock.
+        # Held while backends are chosen, timed and loaded, never while a call computes; acquired before the other lock.
         self._lock = threading.RLock()
         self._torch_lock = threading.RLock()
         self._digests = WeightDigests(self.stages)
@@ -84,7 +84,7 @@ class Runtime:
     def replan(self, plan: PlanSetting) -> None:
         """Choose the backends again, for example after an export; engines that failed before are tried again.
 
-        Weights are hashed again, which detects the changes that `WeightGuard` cannot detect.
+        Weights are hashed again, which detects the changes that `WeightGuard` cannot detect. Errors: see `Runtime`.
         """
         wanted = expand_plan(plan, self.stages)
         with self._lock:
@@ -195,7 +195,7 @@ class Runtime:
     def admits(self, stage: str, inputs: Tensors) -> bool:
         """Return whether the backend of a stage with one network supports inputs of these shapes in one call.
 
-        The backend is the one that was last used for the stage; torch supports any shape.
+        The backend is the one last used for the stage, or at first an engine of the plan; torch supports any shape.
         """
         latest = self.trials.latest(stage)
         choice = latest or self._plan[stage]
@@ -213,8 +213,8 @@ class Runtime:
             variant: one of the stage's variants; None runs the modules as they are.
             use: name of this use in the timings; the stage's name by default.
         Raises:
-            EngineError: `strict`, and no engine can compute this; or the weights are sharded over processes, and an
-                engine failed in this process: the other processes would wait for it forever.
+            EngineError: `strict`, and an engine failed or does not match the state of the modules; or the weights are
+                sharded over processes, and an engine failed in this process: the others would wait for it forever.
         """
         case = Case(inputs, variant)
         backend = self._backend_at(stage, case)
@@ -244,7 +244,8 @@ class Runtime:
         """Load the engines that the plan names; an engine that fails in one process is dropped in all processes.
 
         A collective call, to be made before weights are sharded: later, a process that falls back to torch alone would
-        deadlock. If the plans of the processes differ, the stage runs on torch.
+        deadlock. If the plans of the processes differ, each drops its engine until all have the same backend. If
+        `strict`, a failure or a difference raises an EngineError.
         """
         for name in [name for name in self.stages if name not in self.idle] if several_processes() else ():
             backend = self._plan[name].backend
@@ -299,7 +300,7 @@ class Runtime:
         """Drop a backend of a stage; from now on the remaining candidates or torch are used."""
         with self._lock:
             plan = self._plan[stage]
-            if backend in (plan.backend, *plan.candidates):  # or another thread dropped it first
+            if backend in (plan.backend, *plan.candidates):  # otherwise another thread dropped it first
                 self._drop(stage, backend, error)
 
     def _drop(self, stage: str, backend: str, error: Exception) -> None:
@@ -367,9 +368,8 @@ class Runtime:
                     "weights, where a single process cannot fall back to torch: start again with plan "
                     f"{stage}=torch ({error})"
                 ) from error
-            outputs = on(
-                TORCH
-            )  # raises if the inputs are invalid or memory runs out, which is not a fault of the engine
+            # Raises if the inputs are invalid or memory runs out, which is not a fault of the engine.
+            outputs = on(TORCH)
             self._blame(stage, backend, error)
             return outputs, TORCH
 

@@ -23,7 +23,7 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 
 
 class Runner(Protocol):
-    """Runs one network, or a whole stage, on some backend.
+    """Run one network, or a whole stage, on some backend.
 
     Inputs and outputs are torch tensors on the stage's device. The caller owns the outputs: later calls do not change
     them.
@@ -80,7 +80,7 @@ class ModuleTensors(Mapping[str, Tensor]):
         """Find the modules that contain the tensors, again after the module tree has changed.
 
         Raises:
-            EngineError: a parameter no longer exists.
+            EngineError: the module that contained a parameter no longer exists.
         """
         for name, path in self._paths.items():
             owner, _, leaf = path.rpartition(".")
@@ -161,7 +161,7 @@ class Network:
 
     @torch.no_grad()
     def reference(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the outputs of PyTorch for the same inputs.
+        """Return the outputs of PyTorch for `inputs`.
 
         Raises:
             InputError: an input is missing or unknown.

@@ -76,7 +76,7 @@ class StageClock:
 
     @contextmanager
     def measure(self, use: str, backend: str) -> Iterator[None]:
-        """Time the block as one use: the name of a frozen stage, `denoise_tail`, …"""
+        """Time the block as one call of `use`: the name of a frozen stage, `denoise_tail`, …"""
         span = _Span()
         try:
             yield

@@ -60,6 +60,7 @@ def save_onnx(network: Network, translated: ONNXProgram, path: Path) -> None:
 
     Raises:
         EngineError: the exporter cannot write it.
+        OSError: the file cannot be written.
     """
     sizes = {id(parameter): size for parameter, size in dequantised_bytes(network.module)}
     tensors = [*network.module.parameters(), *network.module.buffers()]

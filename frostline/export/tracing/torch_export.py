@@ -31,7 +31,7 @@ WITHOUT_FAKE_CACHE = functools.partial(dynamo_config.patch, fake_tensor_cache_en
 def trace_program(network: Network) -> ExportedProgram:
     """Trace `network` with dynamic dimensions, and with its live tensors as inputs.
 
-    Weights are not copied, except 8-bit and 4-bit weights, which are dequantised.
+    Weights are copied only if they are not dense, or to dequantise them (8-bit and 4-bit weights).
 
     Raises:
         EngineError: the tracer does not support an operation of the network.

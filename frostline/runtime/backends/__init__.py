@@ -1,6 +1,6 @@
-"""Find the backends by name without importing any of them.
+"""List the backends without importing them, and import one by its name.
 
-Each module in this package except `base`, a file or a folder, is one backend. The backend's name is the module's name
+Each module (a file or a folder) in this package except `base` is one backend. The backend's name is the module's name
 with dashes instead of underscores. The module defines one subclass of
 `frostline.runtime.backends.base.backend.Backend`.
 """

@@ -95,7 +95,7 @@ class AOTInductorRunner(EngineRunner):
         package: the content of a verified file.
         network: names of inputs and outputs, weights and live tensors.
     Raises:
-        EngineError: the package cannot be loaded, or reads tensors that are not weights of the module.
+        EngineError: the package cannot be loaded, or reads tensors that are not weights of the module or are offloaded.
     """
 
     library_name = "AOTInductor"

@@ -35,7 +35,7 @@ _CUDA_SETTINGS = {
     # An exhaustive search would try every algorithm at each new shape, and the shapes of a face detector vary.
     "cudnn_conv_algo_search": "HEURISTIC",
 }
-# Operations that ONNX Runtime runs on the host by design, even for a GPU: a few integers that are shapes.
+# Operations that ONNX Runtime runs on the host by design, even for a GPU: they compute shapes, a few integers.
 _SHAPE_ARITHMETIC = frozenset(
     (
         *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Mod", "Mul"),

@@ -73,7 +73,7 @@ class NetworkOutput(_Part):
 
 
 class NetworkRecord(_Part):
-    """A network of the stage (most stages have one, the face detector has three), and its file."""
+    """A network of the stage (most stages have one, those of the VAE two, MTCNN three), and its file."""
 
     name: str
     artifact: Name
@@ -147,8 +147,8 @@ class Manifest(_Part):
     artifacts: dict[Name, Artifact] = {}
     opset: int | None = None
     networks: tuple[NetworkRecord, ...] = ()
-    versions: dict[str, str] = Field(default={}, description="builder and backend versions, by package")
-    device: str = Field(description="device that the engine runs on: 'cpu' or 'sm_89'")
+    versions: dict[str, str] = Field(default={}, description="versions of torch and of the backend, by name")
+    device: str = Field(description="target that the engine was built for: 'cpu', 'sm_89' or 'sm_89+sm_120'")
     compute_capabilities: tuple[str, ...] = ()
     build_seconds: float = Field(default=0.0, ge=0)
     parity: tuple[Parity, ...] = ()

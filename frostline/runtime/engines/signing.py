@@ -29,12 +29,20 @@ def key_path() -> Path:
 
 
 def sign(data: bytes) -> str:
-    """Return the HMAC-SHA256 of `data` with this user's key, in hexadecimal. The first use creates the key."""
+    """Return the HMAC-SHA256 of `data` with this user's key, in hexadecimal. The first use creates the key.
+
+    Raises:
+        EngineError: the key cannot be read or created, or other users have access to it.
+    """
     return hmac.new(_key(), data, hashlib.sha256).hexdigest()
 
 
 def verify(data: bytes, signature: str) -> bool:
-    """Return whether `signature` is this user's signature of `data`. Takes constant time."""
+    """Return whether `signature` is this user's signature of `data`. Takes constant time.
+
+    Raises:
+        EngineError: see `sign`.
+    """
     # An untrusted signature may be any text, including a lone surrogate.
     return hmac.compare_digest(sign(data).encode(), signature.encode(errors="surrogatepass"))
 

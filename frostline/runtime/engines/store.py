@@ -4,7 +4,8 @@
 
 Next to each engine folder are hidden files `.<backend>-<key>.<what>`. `lock` serialises all changes to the engine and
 is never deleted, because deleting a lock file is a race. `building`, `old` and `manifest` are work in progress; a
-process that holds the lock may delete them, because the process that created them has ended.
+process that holds the lock may delete them, because the process that created them has ended. TensorRT-RTX adds
+`<file>.runtime_cache`.
 """
 
 import errno
@@ -103,7 +104,11 @@ class Build:
     _store: "EngineStore"
 
     def commit(self, manifest: Manifest) -> VerifiedEngine:
-        """Sign the files in `folder` and move the engine to its path, replacing any previous one."""
+        """Sign the files in `folder` and move the engine to its path, replacing any previous one.
+
+        Raises:
+            EngineError: the manifest is that of another engine, or a file is missing, invalid or cannot be written.
+        """
         if manifest.id != self.id:
             raise EngineError(f"the manifest describes {manifest.id}, but {self.id} is being built")
         path = self.id.path(self._store.root)
@@ -176,7 +181,7 @@ class EngineStore:
         raise EngineError(f"{len(found)} engines have keys that begin with {key!r}: give more digits")
 
     def verify(self, record: EngineRecord) -> VerifiedEngine:
-        """Check signature, key, files and ONNX paths. The result is the only access to files for loading."""
+        """Check signature, key, files and ONNX paths or raise an EngineError. Only the result gives access to files."""
         return verify_engine(self.root, record.id)
 
     @contextmanager
@@ -197,7 +202,7 @@ class EngineStore:
                 _remove(build.folder)
 
     def update(self, engine: VerifiedEngine, manifest: Manifest) -> VerifiedEngine:
-        """Replace the measurements (parity, latency, verified) in the manifest of an engine."""
+        """Replace the measurements (parity, latency, verified) of an engine; raise an EngineError if it was rebuilt."""
         with self._locked(engine.path):
             current = verify_engine(self.root, engine.manifest.id)
             if not current.manifest.same_engine(manifest):
@@ -205,7 +210,7 @@ class EngineStore:
             return self._replace_manifest(engine.path, manifest)
 
     def trust(self, path: Path) -> VerifiedEngine:
-        """Sign an engine that was built elsewhere, or raise an EngineError if its files do not match its manifest."""
+        """Sign an engine built elsewhere; raise an EngineError if it is not in this store or its files do not match."""
         engine = EngineId.of_path(path.resolve())
         if engine is None or engine.path(self.root).resolve() != path.resolve():
             raise EngineError(
@@ -277,7 +282,7 @@ class EngineStore:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                log.info("waiting for another process that is building %s", path)
+                log.info("waiting for another process that is building or changing %s", path)
                 lock.acquire()
         try:
             _remove_debris(path)

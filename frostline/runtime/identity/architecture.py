@@ -28,9 +28,9 @@ def describe(module: nn.Module, live_lora: bool = False) -> str:
     """Return a description that is equal, in any process, for modules that compute the same with the same weights.
 
     It contains the class, `extra_repr` and own attributes of every module. Attributes are included if they are
-    constants, tensors, functions, classes, arrays, or dataclasses or containers of these. For other objects only the
-    class is included; devices and paths are left out. A class can name attributes that do not affect the outputs in a
-    set `RUN_SETTINGS`.
+    constants, tensors, functions, classes, arrays, or dataclasses or containers of these. For other objects, such as
+    paths, only the class is included; devices are left out. A class can name attributes that do not affect the outputs
+    in a set `RUN_SETTINGS`.
 
     Args:
         live_lora: whether LoRA layers get their matrices and scale as inputs; otherwise these are part of the module.

@@ -44,9 +44,9 @@ _THIS_PROCESS = secrets.token_hex(16)
 def computation_id(modules: Iterable[str], source_of: Collection[str] = ()) -> str:
     """Return a hash, as 64 hexadecimal digits, of all code that `modules` run, including their own.
 
-    This includes all direct and indirect imports, also those within functions. frostline's modules, and modules that
-    are not installed packages, are hashed by their syntax, ignoring comments, docstrings, annotations, formatting and
-    location. Installed packages are represented by their versions.
+    This includes all direct and indirect imports, also those within functions, except the standard library and
+    `_PLUMBING`. frostline's modules, and modules that are not installed packages, are hashed by their syntax, ignoring
+    comments, docstrings, annotations, formatting and location. Installed packages are represented by their versions.
 
     Args:
         modules: dotted names, including packages that are called without a visible import.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import NamedTuple
 
-# Fields of nodes that describe spelling or position; not all versions of Python have them.
+# Fields of nodes that do not affect execution: spelling and types; not all versions of Python have them.
 _SPELLING = frozenset({"ctx", "kind", "type_comment", "type_ignores", "returns"})
 
 

@@ -54,7 +54,7 @@ class Choice:
 
 
 class Plan(Mapping[str, Choice]):
-    """Maps stage names to `Choice`; prints as a table."""
+    """A mapping of stage names to `Choice`; prints as a table."""
 
     def __init__(self, choices: Mapping[str, Choice]) -> None:
         self._choices = dict(choices)

@@ -31,7 +31,7 @@ class Trials:
         timed: how often backends were timed; shapes that an earlier process timed are not counted.
 
     Args:
-        engines: the loaded stages.
+        engines: the engines in memory.
         find: returns the engine of a stage on a backend.
         torch_lock: held while PyTorch computes.
         failed: called with stage, backend and error if an engine fails on inputs that PyTorch accepts; may raise.

@@ -24,9 +24,10 @@ from .runner import EngineRunner
 class Backend(ABC):
     """Build engines with one library, and load them.
 
-    A subclass contains everything that is specific to a backend: no other module names a backend or its packages.
-    Commands that must not import torch read the source of the backend's module: the backend's name is the module's
-    name, and engine keys depend on the module's code and on the versions of what it imports.
+    A subclass contains everything that is specific to a backend; only the order of preference in the package's
+    `__init__` also names backends. Commands that must not import torch read the source of the backend's module: the
+    backend's name is the module's name, and engine keys depend on the module's code and on the versions of what it
+    imports.
 
     Args:
         name: the name of the backend in settings and manifests.
@@ -84,7 +85,8 @@ class Backend(ABC):
     def obstacle(self, device: torch.device, target: str) -> str | None:
         """Return why an engine for `target` cannot run on `device`, or None.
 
-        The target itself is part of an engine's key; this method checks all other requirements.
+        The target is part of an engine's key. Only a backend that builds for GPUs other than that of `device` has to
+        check it here.
         """
         return None
 

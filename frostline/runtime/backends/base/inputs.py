@@ -26,7 +26,7 @@ def check_live(network: Network) -> None:
     """Check the live tensors in the same way. An optimizer step changes neither their shapes nor their dtypes.
 
     Raises:
-        EngineError: a shape is out of range, so that every call would fail.
+        EngineError: a shape, dtype or device is not supported, so that every call would fail.
     """
     for spec in network.live_specs:
         if not spec.admits(network.live[spec.name].shape):

@@ -27,7 +27,7 @@ _USUAL_CAPABILITIES = ("8.9", "12.0")
 
 
 class TensorRTBackend(Backend):
-    """Build and load TensorRT plans.
+    """Build and load TensorRT plans: serialised engines, unrelated to the plan of a `Runtime`.
 
     Networks are strongly typed: the engine uses the types of the ONNX graph. Running an engine requires an NVIDIA
     driver. From the second call of a shape on, a CUDA graph is replayed.

@@ -50,8 +50,7 @@ class Execution:
         self._messages = messages
 
     def __call__(self, inputs: Mapping[str, Tensor], stream: torch.cuda.Stream) -> dict[str, Tensor]:
-        """Enqueue one launch on `stream`. The caller must make `stream` wait for torch's current stream, and vice versa
-        afterwards.
+        """Enqueue one launch on `stream`, which waits for torch's current stream; the latter then waits for the launch.
 
         Returns:
             Outputs that were allocated on torch's current stream.

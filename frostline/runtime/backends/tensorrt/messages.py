@@ -26,8 +26,8 @@ class Messages:
     TensorRT calls it from native code, through which exceptions cannot propagate: an exception is stored, and `check`
     raises it.
 
-    An `IErrorRecorder` is not used: it would give codes instead of messages, and TensorRT-RTX 1.7.1 crashes when a
-    network is deleted that was parsed while its builder had one.
+    An `IErrorRecorder`, which would also get error codes, is not used: TensorRT-RTX 1.7.1 crashes when a network is
+    deleted that was parsed while its builder had one.
     """
 
     def __init__(self, trt: Any) -> None:

@@ -27,8 +27,8 @@ def csv_records(
             check_columns(reader.fieldnames or [])
         for record in reader:
             # `line_num` is the last line of a row, which has several lines if a quoted value contains line breaks.
-            line = reader.line_num - sum(str(value).count("\n") for value in record.values())
             beyond = record.pop(None, None) or []
+            line = reader.line_num - sum(value.count("\n") for value in (*record.values(), *beyond) if value)
             if any(map(_is_filled, beyond)):
                 record[None] = beyond
             elif not any(map(_is_filled, record.values())):

@@ -45,3 +45,8 @@ def test_the_error_names_the_row(text: str, row: int) -> None:
 def test_empty_rows_and_cells_without_a_column_are_skipped() -> None:
     lines = ["a,b\n", ",\n", '"1\n', '2",3,,\n', "4,5,6\n"]
     assert list(csv_records(lines)) == [(3, {"a": "1\n2", "b": "3"}), (5, {"a": "4", "b": "5", None: ["6"]})]
+
+
+def test_the_line_of_a_row_with_line_breaks_in_cells_without_a_column() -> None:
+    records = csv_records(["a\n", '1,"2\n', "\n", '3"\n', "4\n"])
+    assert list(records) == [(2, {"a": "1", None: ["2\n\n3"]}), (5, {"a": "4"})]

@@ -20,7 +20,7 @@ class Candidate:
         ms, torch_ms: None if not measured.
         max_abs: largest absolute error; None if not measured.
         bytes: disk space of the engine; 0 without an engine.
-        note: why it is not used; empty for torch.
+        note: why it is not used; empty for the selected backend and for torch.
     """
 
     backend: str
@@ -59,7 +59,7 @@ def stage_gains(runtime: Runtime) -> list[StageGain]:
     refused = runtime.check_engines()
     gains = []
     for name, choice in runtime.plan.items():
-        engines = (_candidate(runtime, name, backend, (name, backend) in refused) for backend in backend_names())
+        engines = (_candidate(runtime, name, choice, each, (name, each) in refused) for each in backend_names())
         gains.append(StageGain(name, choice, (_torch_candidate(choice), *engines)))
     return gains
 
@@ -92,7 +92,7 @@ def _torch_candidate(choice: Choice) -> Candidate:
     return Candidate(TORCH, ms, ms, None, 0, "")
 
 
-def _candidate(runtime: Runtime, stage: str, backend: str, refused: bool) -> Candidate:
+def _candidate(runtime: Runtime, stage: str, choice: Choice, backend: str, refused: bool) -> Candidate:
     if reason := get_backend(backend).unavailable():
         return Candidate(backend, None, None, None, 0, reason)
     record = runtime.record(stage, backend)
@@ -102,7 +102,10 @@ def _candidate(runtime: Runtime, stage: str, backend: str, refused: bool) -> Can
     if manifest is None:
         return Candidate(backend, None, None, None, record.bytes, record.problem or "damaged")
     worst = max((parity.max_abs for parity in manifest.parity), default=None)
-    served = "slower than the selected backend" if manifest.verified else "built, not verified here"
-    note = "refused" if refused else served
     latency = manifest.latency_ms
+    note = "refused" if refused else "" if manifest.verified else "built, not verified here"
+    if not note and backend != choice.backend:
+        own, selected = latency.get(backend), {**latency, **choice.latency_ms}.get(choice.backend)
+        slower = own is not None and selected is not None and own > selected
+        note = "slower than the selected backend" if slower else "not selected"
     return Candidate(backend, latency.get(backend), latency.get(TORCH), worst, record.bytes, note)

@@ -80,14 +80,17 @@ class ModuleTensors(Mapping[str, Tensor]):
         """Find the modules that contain the tensors, again after the module tree has changed.
 
         Raises:
-            EngineError: the module that contained a parameter no longer exists.
+            EngineError: a parameter no longer exists.
         """
         for name, path in self._paths.items():
             owner, _, leaf = path.rpartition(".")
             try:
-                self._owners[name] = (self._module.get_submodule(owner), leaf)
-            except AttributeError as error:
-                raise EngineError(f"the module no longer has the parameter {path}") from error
+                module = self._module.get_submodule(owner)
+            except AttributeError:
+                module = None
+            if module is None or module._parameters.get(leaf) is None:
+                raise EngineError(f"the module no longer has the parameter {path}")
+            self._owners[name] = (module, leaf)
 
     def __getitem__(self, name: str) -> Tensor:
         owner, leaf = self._owners[name]

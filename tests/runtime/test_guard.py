@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from frostline.errors import EngineError, EngineMemoryError, InputError
 from frostline.export.exporter import export_stage
@@ -205,6 +206,19 @@ def test_a_live_tensor_that_no_engine_takes_is_left_to_torch(
     module.gain = nn.Parameter(torch.full((1,), 2.0))
     with pytest.raises(EngineError, match=r"gain has shape \(1,\)"):
         Runtime({"scaled": stage}, backend, engines, strict=True)["scaled"](x=rows())
+
+
+def test_a_live_tensor_that_became_a_function_of_others_is_left_to_torch(
+    stage: Stage, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = module_of(stage)
+    expected = module(rows(), module.gain)
+    parametrize.register_parametrization(module, "gain", nn.Identity())
+    # The gain is an input of the stage's network, which torch looks up, too.
+    with pytest.raises(EngineError, match="the module no longer has the parameter gain"):
+        runtime["scaled"](x=rows())
+    parametrize.remove_parametrizations(module, "gain")
+    torch.testing.assert_close(runtime["scaled"](x=rows())["y"], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("engine", [True, False])

@@ -4,11 +4,10 @@
 
 Next to each engine folder are hidden files `.<backend>-<key>.<what>`. `lock` serialises all changes to the engine and
 is never deleted, because deleting a lock file is a race. `building`, `old` and `manifest` are work in progress; a
-process that holds the lock may delete them, because the process that created them has ended. TensorRT-RTX adds
-`<file>.runtime_cache`.
+process that holds the lock may delete them, because the process that created them has ended. `<file>.runtime_cache`
+is what a backend compiled for a file of the engine while it ran; it is deleted with the engine.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -24,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from frostline.atomic_io import file_sha256, sync
 from frostline.errors import EngineError
+from frostline.runtime.engines.disk_errors import disk_errors, full_disk_errors
 from frostline.runtime.engines.manifest import NAME, Artifact, EngineId, Manifest, canonical_json
 from frostline.runtime.engines.privacy import make_private, make_private_folder
 from frostline.runtime.engines.verification import (
@@ -90,8 +90,9 @@ class EngineRecord:
 
     @property
     def bytes(self) -> int:
-        """Return the disk space of the engine in bytes."""
-        return sum(status.st_size for file in _entries(self.path) if (status := _status(file)))
+        """Return the disk space of the engine and its runtime caches in bytes."""
+        files = (*_entries(self.path), *_runtime_caches(self.path))
+        return sum(status.st_size for file in files if (status := _status(file)))
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Build:
         if manifest.id != self.id:
             raise EngineError(f"the manifest describes {manifest.id}, but {self.id} is being built")
         path = self.id.path(self._store.root)
-        with _disk_errors(f"cannot store engine {path}"):
+        with disk_errors(f"cannot store engine {path}"):
             artifacts = {file.name: _seal_artifact(file) for file in sorted(_entries(self.folder))}
             manifest = manifest.updated(artifacts=artifacts)
             if not artifacts:
@@ -126,6 +127,7 @@ class Build:
             self.folder.rename(path)
             sync(path.parent)
             _remove(replaced)
+            _remove_runtime_caches(path)
         return VerifiedEngine(path, manifest)
 
 
@@ -194,9 +196,9 @@ class EngineStore:
         with self._locked(path):
             build = Build(engine, _hidden(path, "building"), self._finished(engine), self)
             try:
-                with _disk_errors(f"cannot build engine {path}"):
+                with disk_errors(f"cannot build engine {path}"):
                     make_private_folder(build.folder)
-                with _full_disk_errors(f"cannot build engine {path}"):
+                with full_disk_errors(f"cannot build engine {path}"):
                     yield build
             finally:
                 _remove(build.folder)
@@ -223,8 +225,9 @@ class EngineStore:
 
     def remove(self, record: EngineRecord) -> None:
         """Delete an engine; do nothing if it is already deleted."""
-        with self._locked(record.path), _disk_errors(f"cannot remove engine {record.path}"):
+        with self._locked(record.path), disk_errors(f"cannot remove engine {record.path}"):
             _remove(_set_aside(record.path))
+            _remove_runtime_caches(record.path)
 
     def prune(self, older_than: timedelta | None = None, max_bytes: int | None = None) -> list[EngineRecord]:
         """Remove engines older than `older_than`, the oldest ones beyond `max_bytes`, and interrupted builds."""
@@ -265,7 +268,7 @@ class EngineStore:
             return None
 
     def _replace_manifest(self, path: Path, manifest: Manifest) -> VerifiedEngine:
-        with _disk_errors(f"cannot write the manifest of engine {path}"):
+        with disk_errors(f"cannot write the manifest of engine {path}"):
             temporary = _hidden(path, "manifest")
             _write_synced(temporary, seal(manifest))
             temporary.replace(path / MANIFEST_FILE)
@@ -277,7 +280,7 @@ class EngineStore:
         """Lock the engine at `path` against changes by other processes, and remove files of interrupted builds."""
         check_no_symlink(self.root, path.parent)
         lock = FileLock(_hidden(path, "lock"))
-        with _disk_errors(f"cannot lock engine {path}"):
+        with disk_errors(f"cannot lock engine {path}"):
             make_private_folder(path.parent)
             try:
                 lock.acquire(timeout=0)
@@ -297,7 +300,7 @@ class EngineStore:
                 if what not in _WORK_IN_PROGRESS or EngineId.of_path(path) is None:
                     continue
                 try:
-                    with _disk_errors(f"cannot remove {debris}"), FileLock(_hidden(path, "lock"), timeout=0):
+                    with disk_errors(f"cannot remove {debris}"), FileLock(_hidden(path, "lock"), timeout=0):
                         _remove_debris(path)
                 except Timeout:
                     log.debug("%s is being built", path)
@@ -305,6 +308,23 @@ class EngineStore:
 
 def _hidden(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}")
+
+
+def runtime_cache_path(engine: Path, artifact: str) -> Path:
+    """Return the path of the runtime cache of a file of an engine.
+
+    It is next to the engine's folder, which contains only the files that its manifest names.
+    """
+    return _hidden(engine, f"{artifact}.runtime_cache")
+
+
+def _runtime_caches(engine: Path) -> list[Path]:
+    return [*engine.parent.glob(f".{engine.name}.*.runtime_cache")]
+
+
+def _remove_runtime_caches(engine: Path) -> None:
+    for path in _runtime_caches(engine):
+        _remove(path)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -370,30 +390,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     make_private(path)
-
-
-def _explain(doing: str, error: OSError) -> EngineError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EngineError(f"{doing}: the disk is full. Free some space, or use another disk with --engines-dir.")
-    return EngineError(f"{doing}: {error}")
-
-
-@contextmanager
-def _disk_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except Timeout:
-        raise
-    except OSError as error:
-        raise _explain(doing, error) from error
-
-
-@contextmanager
-def _full_disk_errors(doing: str) -> Iterator[None]:
-    """Convert a full disk to an EngineError; pass on all other errors, which come from the builder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _explain(doing, error) from error

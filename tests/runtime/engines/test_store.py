@@ -14,7 +14,7 @@ import pytest
 
 from frostline.errors import EngineError
 from frostline.runtime.engines.manifest import EngineId, Manifest
-from frostline.runtime.engines.store import EngineStore, VerifiedEngine, engine_key
+from frostline.runtime.engines.store import EngineStore, VerifiedEngine, engine_key, runtime_cache_path
 
 ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 
@@ -199,6 +199,24 @@ def test_remove_is_complete_and_can_be_repeated(store: EngineStore, build: Build
     assert names(record.path.parent) == {f".{record.path.name}.lock"}
     with pytest.raises(EngineError, match="no such folder"):
         store.verify(record)
+
+
+def test_runtime_caches_are_part_of_their_engine(store: EngineStore, build: BuildEngine) -> None:
+    path = build().path
+    other = build(key="other").path
+    (record,) = [each for each in store.find() if each.path == path]
+    size = record.bytes
+    for engine in (path, other):
+        runtime_cache_path(engine, "model.onnx").write_bytes(b"kernels")
+    assert record.bytes == size + len(b"kernels")
+    store.remove(record)
+    assert names(path.parent) == {
+        other.name,
+        *(f".{name}" for name in (f"{path.name}.lock", f"{other.name}.lock")),
+        (runtime_cache_path(other, "model.onnx").name),
+    }
+    build(key="other")
+    assert not runtime_cache_path(other, "model.onnx").exists(), "it was compiled from the engine before"
 
 
 def test_prune_removes_the_oldest(store: EngineStore, build: BuildEngine) -> None:

@@ -6,11 +6,11 @@ They are executable code, like the engine: a cache is loaded only if this user's
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from frostline.atomic_io import atomic_write
 from frostline.errors import DataError, EngineError
 from frostline.runtime.engines import signing
+from frostline.runtime.engines.store import runtime_cache_path
 from frostline.runtime.engines.verification import VerifiedEngine
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,7 @@ class RuntimeCache:
     """
 
     def __init__(self, engine: VerifiedEngine, artifact: str) -> None:
-        # Next to the engine's folder, which contains only the files that its manifest names.
-        self.path: Path = engine.path.with_name(f".{engine.path.name}.{artifact}.runtime_cache")
+        self.path = runtime_cache_path(engine.path, artifact)
         self._engine = engine.manifest.artifacts[artifact].sha256.encode()
 
     def read(self) -> bytes | None:

@@ -1,4 +1,4 @@
-"""The ONNX interpreter against onnxruntime, its refusals, and its own export."""
+"""The interpreter of ONNX files compared with onnxruntime, the files that it refuses, and its own export."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whatever was done to an engine on disk, it is refused before anything is deserialised, with words that help."""
+"""An engine that was changed on disk is refused before anything is deserialised, with a helpful message."""
 
 import os
 import shutil
@@ -189,7 +189,9 @@ def test_loaders_get_what_was_checked(store: EngineStore, manifest: Manifest, ad
         engine.onnx("model.onnx")
     engine.path.chmod(0o777)
     (engine.path / "model.onnx").write_bytes(content)
-    assert engine.onnx("model.onnx") == content, "whoever may write there: these bytes are those that were checked"
+    assert engine.onnx("model.onnx") == content, (
+        "the bytes must be those that were checked, even if others can write there"
+    )
 
 
 @pytest.mark.parametrize("place", ["../../..", "../..", "..", ".", "model.onnx", "model.onnx.data"])

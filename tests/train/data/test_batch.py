@@ -153,7 +153,7 @@ def test_strays_within_the_tolerance_are_clamped() -> None:
     checked = check_batch(good(video=video)).video
     assert checked.min() == 0
     assert checked.max() == 1
-    assert video.max() > 1, "the caller's tensor is left alone"
+    assert video.max() > 1, "the caller's tensor must not change"
 
 
 @pytest.mark.parametrize(

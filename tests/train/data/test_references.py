@@ -89,7 +89,7 @@ def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
 
 def test_a_video_gives_frames_from_all_of_it(tmp_path: Path) -> None:
     found, _ = read(grey_clip(tmp_path / "short.mp4", 5))
-    assert (found[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3, 4], "also the first"
+    assert (found[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3, 4], "the first frame must be included"
     found, _ = read(grey_clip(tmp_path / "long.mp4", 40))
     assert (found[:, 0, 0, 0] * 255).round().tolist() == [*range(0, 40, 3)]
     assert len(found) <= MAX_PICTURES

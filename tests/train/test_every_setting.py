@@ -1,6 +1,6 @@
-"""Every setting of a run does something: each is changed here by itself, and what it acts on must change with it.
+"""Every setting of a run has an effect: each is changed alone, and its observed result must change.
 
-That it changes it in the right way is what the other tests are for.
+Other tests check that the effect is right.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from frostline.train.launch import build_module, load_judges, open_validation, r
 from frostline.train.settings import RunSettings
 from frostline.video import write_video
 
-# Fields of rewards that are not among the rewards by default.
+# Fields of other rewards than the default one.
 OF_OTHER_REWARDS = tuple(f"rewards.0.{name}" for name in ("floor", "flow", "updates", "size", "options"))
 OF_ONES_OWN = "frostline.rewards.sharpness:SharpnessReward"
 BASE: dict[str, Any] = {
@@ -76,11 +76,11 @@ SMALL_DEVICE = {
 Observe = Callable[[RunSettings], Any]
 
 
-# What settings act on.
+# Functions that return what settings affect.
 
 
 def a_step(settings: RunSettings) -> Any:
-    """Loss, score, KL and gradients of a forward and backward; what was saved, recomputed and cached on the way."""
+    """Return loss, score, KL, gradients, and what was saved, recomputed and cached, of one forward and backward."""
     module = build_module(settings, torch.device("cpu"))
     with torch.no_grad():
         for index, parameter in enumerate(module.trainable_parameters().values()):
@@ -119,7 +119,7 @@ def a_step(settings: RunSettings) -> Any:
 
 
 def compiled(settings: RunSettings) -> Any:
-    """Whether a step hands graphs to the compiler; what it makes of them is a test of the blocks."""
+    """Return whether a step passes graphs to the compiler; other tests check the compiled blocks."""
     graphs = []
 
     def compile_nothing(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
@@ -132,7 +132,7 @@ def compiled(settings: RunSettings) -> Any:
 
 
 def a_start(settings: RunSettings) -> Any:
-    """The module as it is before the first step: sizes, LoRA, types, the plan, and the shapes of its stages."""
+    """Return the state of the module before the first step: sizes, LoRA, dtypes, the plan, and the shapes of stages."""
     module = build_module(settings, torch.device("cpu"))
     sizes = {
         network.name: [(spec.name, [str(extent) for extent in spec.shape]) for spec in network.inputs]
@@ -149,7 +149,7 @@ def a_start(settings: RunSettings) -> Any:
 
 
 def faces(settings: RunSettings) -> Any:
-    """What the face reward sees in a clip whose face is gone half way, and says of one without any."""
+    """Return the face scores of a clip whose face disappears halfway, and the loss of a clip without a face."""
     module = build_module(settings, torch.device("cpu"))
     video = held_out_clips(1, seed=3, num_frames=5).video
     gone = video.clone()
@@ -163,7 +163,7 @@ def faces(settings: RunSettings) -> Any:
 
 
 def two_faces(settings: RunSettings) -> Any:
-    """What the face reward says, in training and in validation, of frames with the person and a larger other one."""
+    """Return the face scores, in validation and in training, of frames with the person and a larger other person."""
     module = build_module(settings, torch.device("cpu"))
     people = torch.tensor([0, 1])
     clips = render_clips(2, torch.Generator().manual_seed(0), num_frames=5, person=people).video
@@ -178,7 +178,7 @@ def two_faces(settings: RunSettings) -> Any:
 
 
 def samples(section: str) -> Observe:
-    """The rows of a data source, and its first sample."""
+    """Return a function that returns the rows of a data source, and its first sample."""
 
     def observe(settings: RunSettings) -> Any:
         videos = getattr(settings, section)
@@ -191,19 +191,19 @@ def samples(section: str) -> Observe:
 
 
 def held_out(settings: RunSettings) -> Any:
-    """What is generated, in which batches and from which noise."""
+    """Return the validation samples, their batch size and the seed of their noise."""
     validation = open_validation(settings)
     return None if validation is None else (list(validation.starts), validation.batch_size, validation.noise_seed)
 
 
 def judging(settings: RunSettings) -> Any:
-    """Who judges what is generated."""
+    """Return the judges of the validation samples."""
     module = build_module(settings, torch.device("cpu"))
     return [(judge.name, type(judge.active.reward).__name__) for judge in load_judges(settings, module)]
 
 
 def a_run(settings: RunSettings) -> Any:
-    """All that a run leaves, but for times."""
+    """Return everything that a run writes, except times."""
     run_training(settings, None, Progress(quiet=True))
     out, left = settings.output_dir, {}
     for path in sorted(path for path in out.rglob("*") if path.is_file() and "cache" not in path.parts):
@@ -221,7 +221,7 @@ def a_run(settings: RunSettings) -> Any:
 
 
 def precomputed(settings: RunSettings) -> Any:
-    """How much of the cache is there before the first step."""
+    """Return the number of cache entries before the first step."""
     there = []
     forward = WanTrainingModule.forward
 
@@ -236,25 +236,25 @@ def precomputed(settings: RunSettings) -> Any:
 
 
 def precomputes(settings: RunSettings) -> Any:
-    """Whether a run precomputes, as it is written down with it."""
+    """Return whether a run precomputes, from the configuration file in its folder."""
     a_run(settings)
     return RunSettings.parse(read_yaml(settings.output_dir / "config.yaml")).precompute
 
 
 def folders(settings: RunSettings) -> Any:
-    """Where a run writes."""
+    """Return the folders to which a run writes."""
     a_run(settings)
     return sorted(path.parent.name for path in Path().glob("*/metrics.jsonl"))
 
 
 def twice(settings: RunSettings) -> Any:
-    """A run over another one."""
+    """Run twice in the same folder."""
     a_run(settings)
     return a_run(settings)
 
 
 def workers(settings: RunSettings) -> Any:
-    """How many processes a run wants to read its data with."""
+    """Return the number of processes that a run uses to read its data."""
     wanted = []
 
     class Counted(Batches):
@@ -269,7 +269,7 @@ def workers(settings: RunSettings) -> Any:
 
 
 def never_finite(settings: RunSettings) -> Any:
-    """How far a run comes whose loss is never finite."""
+    """Return what a run with a loss that is never finite writes."""
     forward = WanTrainingModule.forward
 
     def poisoned(module: WanTrainingModule, data: Any) -> Any:
@@ -282,7 +282,7 @@ def never_finite(settings: RunSettings) -> Any:
 
 
 def the_dry_run(settings: RunSettings) -> Any:
-    """The page that `--dry-run` prints."""
+    """Return the page that `--dry-run` prints."""
     page = io.StringIO()
     print_dry_run(settings, Console(file=page, width=160))
     return page.getvalue()
@@ -296,7 +296,14 @@ def _numbers(tensor: torch.Tensor | None) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """What is given for the setting, what it acts on, and from what else to start. refused: the words of the error."""
+    """A test of one setting.
+
+    Attributes:
+        value: the changed value.
+        acts_on: returns what the setting affects.
+        start: the other settings that differ from `BASE`.
+        refused: a part of the error message, if the value is refused.
+    """
 
     value: Any
     acts_on: Observe
@@ -420,7 +427,7 @@ CASES: dict[str, Case] = {
 }
 
 
-# Of rewards on vision networks, whose weights `write_data` makes.
+# Settings of rewards with vision networks, whose weights `write_data` creates.
 CLIP = {"rewards": [{"type": "clip", "weights": "clip"}]}
 AESTHETIC = {"rewards": [{"type": "aesthetic", "weights": "clip", "predictor": "one.pth"}]}
 SUBJECT = {"rewards": [{"type": "subject_consistency", "weights": "dinov2"}]}
@@ -435,7 +442,7 @@ CASES |= VISION_CASES
 
 
 def test_no_setting_is_forgotten() -> None:
-    """Of rewards, those that there are by default are among them, and these are of others."""
+    """Cover all settings, with those of the default reward, and the fields of other rewards."""
     assert CASES.keys() - VISION_CASES.keys() == {*dotted_names(RunSettings), *OF_OTHER_REWARDS}
 
 
@@ -459,7 +466,7 @@ def test_the_setting_acts(name: str, observe: Callable[[str, Any, dict[str, Any]
 def observe(
     tmp_path_factory: pytest.TempPathFactory, engines: Path
 ) -> Iterator[Callable[[str, Observe, dict[str, Any]], Any]]:
-    """What something is, or how it is refused, under these settings, each time in a folder that is as new."""
+    """Return a function that returns the result, or the error, under these settings, each time in a new folder."""
     data = tmp_path_factory.mktemp("data")
     write_data(data)
     known: dict[str, Any] = {}
@@ -481,7 +488,7 @@ def observe(
     load = load_components
     loaded = functools.cache(load)
     with pytest.MonkeyPatch.context() as patch:
-        # Each module has its own, but they are read once.
+        # Each module has a copy of the weights, which are read once.
         patch.setattr(
             "frostline.models.checkpoints.loading.load_components",
             lambda model, dtype, device, defer, reads=None, storage=None, offload_blocks=0: (
@@ -494,7 +501,7 @@ def observe(
 
 
 def write_data(folder: Path) -> None:
-    """`data`, with an `other` source, one that is `half` broken, and one `reaching` out of its folder; and weights."""
+    """Write `data`, `other` data, data of which `half` is invalid, data `reaching` out of its folder, and weights."""
     write_vision_files(folder)
     make_adapter(folder / "lora", 2, rank=2)
     raft_file(folder / "raft.pth")
@@ -510,7 +517,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_vision_files(folder: Path) -> None:
-    """Two models of CLIP, another processor of it, two aesthetic predictors, DINOv2."""
+    """Write two CLIP models, another processor, two aesthetic predictors, and DINOv2."""
     write_clip(folder / "clip")
     write_clip(folder / "other_clip", seed=1)
     write_dinov2(folder / "dinov2")
@@ -522,14 +529,14 @@ def write_vision_files(folder: Path) -> None:
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """`a.b` and a value as mappings."""
+    """Return the value in nested mappings for a name such as `a.b`."""
     for part in reversed(name.split(".")):
         value = {part: value}
     return value
 
 
 def merged(one: Any, other: dict[str, Any]) -> Any:
-    """The second put over the first, entries of a list by their number."""
+    """Return `one` with the values of `other`; entries of lists are named by their number."""
     both = list(one) if isinstance(one, list) else dict(one)
     for name, value in other.items():
         place: Any = int(name) if isinstance(both, list) else name

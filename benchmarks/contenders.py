@@ -25,7 +25,8 @@ from frostline.stages.wan.vae_encoder import VaeEncoderStage
 from frostline.train import WanTrainingModule
 from frostline.train.step_settings import DecodeSettings
 
-# With this suffix, Conv3d uses oneDNN at every batch size on a CPU; without it, torch selects the implementation.
+# With this suffix, Conv3d of `reference` and `eager` uses oneDNN at every batch size on a CPU; without it, torch
+# selects the implementation.
 ONEDNN = "_onednn"
 CONTENDERS: Mapping[str, str] = {
     "reference": "reference implementation, torch's own Conv3d",

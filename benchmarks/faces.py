@@ -59,7 +59,7 @@ Run = Callable[[], object]
 
 
 class Facenet:
-    """facenet-pytorch in the usual way."""
+    """facenet-pytorch, used as in its examples."""
 
     def __init__(self, resnet: torch.nn.Module) -> None:
         self.mtcnn = MTCNN(image_size=160)

@@ -51,8 +51,8 @@ def main() -> None:
     pieces = _pieces(arguments.batch)
     _compare(pieces)
     result: dict[str, Any] = {"machine": machine(CPU), "batch": arguments.batch, "milliseconds": {}}
-    for heap in ("glibc's own", "kept"):
-        if heap == "kept" and not keep_freed_memory():
+    for heap in ("default allocator", "freed memory kept"):
+        if heap == "freed memory kept" and not keep_freed_memory():
             break
         result["milliseconds"][heap] = summary(_measure(pieces, arguments.rounds))
         write_result(arguments.out, result)
@@ -143,7 +143,7 @@ def _gradient(result: Tensor) -> Tensor:
 
 
 def _print(milliseconds: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table("piece", *(f"memory {heap}: ms" for heap in milliseconds), title="the live part of a step")
+    table = Table("piece", *(f"{heap}, ms" for heap in milliseconds), title="the live part of a step")
     for name in next(iter(milliseconds.values())):
         table.add_row(name, *(f"{rows[name]['median_ms']:.0f}" for rows in milliseconds.values()))
     Console().print(table)

@@ -40,7 +40,7 @@ def interleave(
         contenders: the functions to time, by name.
         rounds: the number of measured calls of each contender.
         device: the device to synchronize with.
-        warm_up: the number of rounds before, which are not counted.
+        warm_up: the number of rounds that run first and are not measured.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)

@@ -2,8 +2,8 @@
 
     python benchmarks/openvino_memory.py --shapes 3000
 
-Runs P-Net at random shapes, with the number of cached kernels that frostline sets, and with OpenVINO's default. Each
-runs in a separate process, because freed memory is seldom returned to the system.
+Runs P-Net, the first network of MTCNN, at random shapes, with the number of cached kernels that frostline sets, and
+with OpenVINO's default. Each runs in a separate process, because freed memory is seldom returned to the system.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Errors are differences from the built-in model in bf16, with a nonzero LoRA, ave
 is the same model in full precision; it shows the error of bf16 itself. Then each contender except `fp32` trains a LoRA
 with several seeds, and the scores of validation samples, generated from fixed noise, are compared before and after. A
 quantization format trains like bf16 if its mean gain differs from that of bf16 by at most the spread of bf16: its
-largest minus its smallest gain over the seeds. The sizes of a full-size model are computed with the memory plan.
+largest minus its smallest gain over the seeds. The sizes of the denoiser are those of models without data, so no
+weights of the full-size model are needed.
 """
 
 from __future__ import annotations

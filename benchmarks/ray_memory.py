@@ -1,10 +1,10 @@
-"""Measure the memory of the process that starts `frostline score --ray`, by the number of pairs.
+"""Measure the memory of the process of `frostline score --ray`, by the number of pairs.
 
     python benchmarks/ray_memory.py --rows 1000,10000,100000 --formats parquet,csv
 
-The same small picture is scored in all rows, by a reward without networks (`sharpness`), so that only reading pairs and
-writing results can use more memory with more rows. Memory is the unshared memory of the process (USS), sampled while
-the command runs: its peak, and the median of the last quarter of the samples. For the largest worker, the peak is
+All rows score the same small clip of one frame with a reward without networks (`sharpness`), so that only reading pairs
+and writing results can use more memory with more rows. Memory is the unshared memory of the process (USS), sampled
+while the command runs: its peak, and the median of the last quarter of the samples. For the largest worker, the peak is
 measured, too. Ray's object store is shared memory, which is not included; Ray limits its size.
 """
 

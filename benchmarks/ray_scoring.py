@@ -2,9 +2,9 @@
 
     python benchmarks/ray_scoring.py --clips 60 --rounds 2 --out benchmarks/results/ray_scoring.json
 
-In the workload `even`, all clips have the same length; `uneven` has one additional clip that is 50 times as long. Both
-run alternately as separate commands. The time of a run with two clips is subtracted from that of all clips, to exclude
-the start of Python, Ray and the networks. In each round, the scores of both are compared.
+In the workload `even`, all clips have the same length; `uneven` has one additional clip that is 50 times as long. The
+two commands run alternately. The time of a run with two clips is subtracted from that of all clips, to exclude the
+start of Python, Ray and the networks. In each round, the scores of both commands are compared.
 """
 
 from __future__ import annotations

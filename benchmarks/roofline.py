@@ -2,7 +2,7 @@
 
 Operations are those of matrix products, convolutions and attention; a multiply-add counts as two. Bytes are the minimum
 memory traffic: weights and inputs are read once, and outputs are written once. Intermediate results could stay on the
-chip. The bound is the larger of both times, and need not be reachable.
+chip. The bound is the larger of the time for the operations and the time for the bytes. It need not be reachable.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@
 At batch size 1, torch's own fp32 Conv3d is several times slower than that of oneDNN. The first two contenders are
 measured with both: torch's selection, and (`_onednn`) oneDNN at every batch size, as in frostline. All contenders start
 from the same weights and noise. Losses and gradients are compared before times are measured: in fp32 with fixed
-tolerances, in 16 bits with the change of eager's results if the LoRA weights change by one ulp. Models with random
-weights generate no faces, so every frame is treated as having a face. All contenders use frostline's face embedder, so
-its speedup over plain operations is not part of any ratio (see `live.py`).
+tolerances, in 16 bits with twice the largest change of eager's results if the LoRA weights change by up to one ulp.
+Models with random weights generate no faces, so every frame is treated as having a face. All contenders use frostline's
+face embedder, so its speedup over plain operations is not part of any ratio (see `live.py`).
 
 All contenders in PyTorch share the weights of one module. `--build-apart` builds the engines in separate processes, one
 after the other, so that the memory of tracing and verification is freed before times are measured.
@@ -148,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--torch-compile", action="store_true", help="compile the blocks of uncached, cached and live_only too"
+        "--torch-compile", action="store_true", help="also compile the denoiser blocks of frostline's contenders"
     )
     parser.add_argument("--without", default="", help="contenders to leave out, comma-separated")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")

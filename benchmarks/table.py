@@ -1,7 +1,7 @@
-"""Print the tables of README and of pages in `docs/` from the results in `benchmarks/results/`.
+"""Print the tables of `docs/performance.md`, or write those of all pages, from the results in `benchmarks/results/`.
 
-python benchmarks/table.py           # print them
-python benchmarks/table.py --write   # also write them into the pages, between the two marker comments
+python benchmarks/table.py           # print the tables of docs/performance.md
+python benchmarks/table.py --write   # also write the tables of README and docs/ between the two marker comments
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _TARGETS_OF_LARGE = {"reference_over_cached": "≥ 2.0", "reference_over_uncache
 
 
 def main() -> None:
-    """Print the tables; with `--write`, also write them into the pages."""
+    """Print the tables of `docs/performance.md`; with `--write`, also write the tables of all pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="also write the tables into the pages")
+    parser.add_argument("--write", action="store_true", help="also write the tables of all pages")
     arguments = parser.parse_args()
     print(render(arguments.results, TABLES))
     if arguments.write:

@@ -4,11 +4,11 @@
     python benchmarks/trials.py --seeds 0,1,2 --data runs/demo/data
     python benchmarks/trials.py --trials default,base --seeds 0 --steps 20
 
-Each run uses the data, settings and judge of the demo, with one setting changed. Validation samples are scored before
-and after training. A change is paired by frame, and averaged over the samples, then over the seeds (plus or minus their
-standard deviation). Seconds per step are the median over the steps; they are only meaningful on an idle machine. CPU
-seconds are those of the whole run with its validation, which is the same for all runs. Runs that are already in the
-output file are skipped, so that an interrupted benchmark can be resumed.
+Each run uses the data, settings and judge of the demo, with the changes of one trial. Validation samples are scored
+before and after training, and compared frame by frame. Changes are averaged over the samples, then over the seeds (plus
+or minus their standard deviation). Seconds per step are the median over the steps; they are only meaningful on an idle
+machine. CPU seconds are those of the whole run with its validation, which is the same for all runs. Runs that are
+already in the output file are skipped, so that an interrupted benchmark can be resumed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters of the tiny model in memory and on disk, in the formats of many programs."""
+"""Adapters of the tiny model, in memory and in files in the formats of many programs."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ def output(model: Any) -> Tensor:
 
 
 def make_adapter(folder: Path, alpha: float, rank: int = 4, **arguments: Any) -> tuple[Any, Adapter]:
-    """A denoiser with a random adapter, and the adapter as read from where it was saved."""
+    """Return a denoiser with a random adapter, and the adapter as it was read from its folder."""
     model = tiny_denoiser()
     config = inject_lora(model, rank, alpha, **arguments)
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ def with_alpha(adapter: Adapter, alpha: float) -> Adapter:
 
 
 def uneven(adapter: Adapter) -> Adapter:
-    """The adapter with ranks from 1 up, and alphas of 1, 2 and 4, in turns."""
+    """Return the adapter with ranks from 1 up, and with alphas that alternate between 1, 2 and 4."""
     layers = {}
     for index, (layer, pair) in enumerate(adapter.layers.items()):
         rank = 1 + index % pair.rank
@@ -60,7 +60,7 @@ def uneven(adapter: Adapter) -> Adapter:
 
 
 def same_update(one: Adapter, other: Adapter) -> bool:
-    """Whether both change the same layers, each by the same."""
+    """Return whether both adapters change the same layers by the same amounts."""
     return one.layers.keys() == other.layers.keys() and all(
         torch.allclose(pair.delta(), other.layers[layer].delta(), rtol=1e-5, atol=1e-7)
         for layer, pair in one.layers.items()
@@ -75,7 +75,13 @@ def write_flat(
     alpha: bool = True,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Write one file. name: of a layer. matrices: what A and B are called. alpha: else the scale is in B."""
+    """Write an adapter as one file; return its path.
+
+    Args:
+        name: returns the name of a layer in the file.
+        matrices: the names of A and B.
+        alpha: whether alpha is written; otherwise the scale is multiplied into B.
+    """
     tensors: dict[str, Tensor] = {}
     for layer, pair in adapter.layers.items():
         tensors[f"{name(layer)}.{matrices[0]}.weight"] = pair.down
@@ -87,7 +93,7 @@ def write_flat(
 
 
 def write_diffusers(path: Path, adapter: Adapter, prefix: str = "transformer.", **changes: Any) -> None:
-    """As `save_lora_weights` of diffusers: the matrices as trained, PEFT's config in the header."""
+    """Write an adapter like `save_lora_weights` of diffusers: trained matrices, with PEFT's config in the header."""
     pair = next(iter(adapter.layers.values()))
     write_adapter(with_alpha(adapter, pair.rank), "diffusers", path)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
@@ -102,7 +108,7 @@ def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str
     save_file({name: t.contiguous() for name, t in change(load_file(path)).items()}, path)
 
 
-# By their names in the file, and the parameters of the model that they change.
+# By name in the file: the parameter of the model that a difference changes.
 DIFFERENCES = {
     "diffusion_model.blocks.0.self_attn.q.diff_b": "blocks.0.self_attn.q.bias",
     "diffusion_model.blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q.weight",
@@ -118,7 +124,7 @@ DIFFERENCES = {
 
 
 def write_distilled(folder: Path) -> tuple[Adapter, dict[str, Tensor], Path]:
-    """A LoRA as distilled models are shared: with differences of whole parameters."""
+    """Write a LoRA like those of distilled models, with differences of whole parameters."""
     _, adapter = make_adapter(folder / "trained", 6)
     path = write_flat(adapter, folder / "lora.safetensors", "diffusion_model.{}".format, ("lora_down", "lora_up"))
     shapes = {name: tensor.shape for name, tensor in tiny_denoiser().state_dict().items()}

@@ -1,4 +1,4 @@
-"""A real browser, to look at pages as their readers do."""
+"""A real browser, which renders pages for the tests."""
 
 import re
 import shutil
@@ -18,17 +18,18 @@ _FLAGS = (
 
 
 def visible(html: str) -> str:
-    """What a reader of a page sees, one space between words."""
+    """Return the visible text of a page, with one space between words."""
     body = re.sub(r"<(style|script)\b.*?</\1>", " ", html, flags=re.S)
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
 def render(page: Path, profile: Path, width: int = 1280) -> tuple[str, str]:
-    """The page's DOM after its scripts ran, and what the browser had to say.
+    """Return the page's DOM after its scripts ran, and what the browser wrote to standard error.
 
     Args:
-        profile: an empty folder, or none yet, for the browser's own files.
-        width: of the window, in CSS pixels.
+        page: the HTML file.
+        profile: the folder for the browser's own files; it is empty or does not exist.
+        width: the width of the window in CSS pixels.
     """
     command = [str(CHROMIUM), *_FLAGS.split(), "--dump-dom", f"--window-size={width},900"]
     command += [f"--user-data-dir={profile}", page.as_uri()]
@@ -37,7 +38,7 @@ def render(page: Path, profile: Path, width: int = 1280) -> tuple[str, str]:
 
 
 def printed(page: Path, profile: Path) -> bytes:
-    """The page as a PDF."""
+    """Return the page as a PDF."""
     pdf = page.with_suffix(".pdf")
     command = [str(CHROMIUM), *_FLAGS.split(), f"--print-to-pdf={pdf}", f"--user-data-dir={profile}", page.as_uri()]
     subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

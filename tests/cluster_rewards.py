@@ -1,6 +1,6 @@
-"""Rewards that end their process, as a decoder does that crashes: named by settings as `cluster_rewards:…`.
+"""Rewards that end their process, like a decoder that crashes. Settings name them `cluster_rewards:…`.
 
-A folder that `FROSTLINE_TEST_NOTES` names keeps what was scored, and what killed a process once already.
+The folder in `FROSTLINE_TEST_NOTES` contains the scores, and a marker for each process that was already killed.
 """
 
 import os
@@ -17,7 +17,7 @@ from frostline.rewards.reward import Reward, RewardScore
 
 NOTES = "FROSTLINE_TEST_NOTES"
 ALWAYS, ONCE = 0.9, 0.05
-"""Clips that are brighter kill whoever scores them; those that are darker the first one."""
+"""A clip brighter than `ALWAYS` kills each process that scores it; one darker than `ONCE` kills only the first."""
 
 
 class Config(RewardConfig):
@@ -25,7 +25,7 @@ class Config(RewardConfig):
 
 
 class Deadly(Reward):
-    """The mean of the frames, for those who survive it."""
+    """The mean of the frames. Bright and dark clips kill the process."""
 
     Config = Config
     name = "deadly"
@@ -47,7 +47,7 @@ class Deadly(Reward):
 
 
 class Fragile(Deadly):
-    """Sharpness of a kind, whose first process number 1 is killed in its third call that has a gradient."""
+    """A kind of sharpness. The first process of rank 1 is killed in its third call that needs a gradient."""
 
     name = "fragile"
 
@@ -67,7 +67,7 @@ class Fragile(Deadly):
 
 
 def first_time(marker: Path) -> bool:
-    """Whether nobody was here before."""
+    """Return whether this is the first call for this marker."""
     try:
         marker.touch(exist_ok=False)
     except FileExistsError:

@@ -222,7 +222,7 @@ def variant_engines(engines: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def expert_engines(engines: Path) -> Path:
-    """The same store, with the high-noise expert of tiny-moe with LoRA inputs, and the low-noise one without."""
+    """The same store, with both experts of tiny-moe with LoRA inputs, and the low-noise one also without."""
     for experts in ("both", "high"):
         _export(engines, "tiny-moe", lora={"rank": 8, "experts": experts})
     return engines

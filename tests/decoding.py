@@ -1,4 +1,4 @@
-"""A decode with its gradient and what it keeps, and diffsynth's own, which all others are held against."""
+"""Decode with a gradient, count the bytes that autograd keeps, and diffsynth's own decode as the baseline."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from frostline.train.memory.tracker import MemoryTracker, tensors_of
 
 
 def decoded_with_gradient(decoder: Any, frames: int, decode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, int]:
-    """The video, the gradient of the latents, and the bytes kept in between."""
+    """Return the video, the gradient of the latents, and the bytes that are kept between forward and backward."""
     values = torch.randn(2, len(decoder.scale[0]), frames, 4, 6, generator=torch.Generator().manual_seed(frames))
     latents = values.requires_grad_()
     with MemoryTracker([*tensors_of(decoder.model), latents]) as tracker:

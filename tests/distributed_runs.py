@@ -1,6 +1,6 @@
-"""Run by test_distributed.py in two processes: a run of each reward, one that is sharded, and what each process found.
+"""Runs of each reward in two processes, one of them sharded, and their results; started by test_distributed.py.
 
-Those whose reward has no steps also recompute in backward what they can; the runs that they are held against do not.
+The runs with the reward `sharpness` also recompute in backward; the runs that they are compared with do not.
 
 python distributed_runs.py OUT ENGINES
 """
@@ -37,7 +37,7 @@ def run(
     sharded: bool = False,
     gradient_checkpointing: str = "none",
 ) -> WanTrainingModule:
-    """Noise that never changes, a gradient that is never clipped."""
+    """Train with the same noise in every step, and without gradient clipping; return the module."""
     torch.manual_seed(0)
     module = WanTrainingModule.from_pretrained(
         "tiny",
@@ -65,7 +65,7 @@ def run(
     options = RunOptions(validate=lambda step: validate(module, starts, step, out), validation_steps=5)
     accelerator = make_accelerator(settings, out, cpu=True)
     if sharded:
-        # accelerate takes FSDP up on GPUs alone, though nothing in what it then does needs one.
+        # accelerate enables FSDP only on GPUs, but its code also runs on a CPU.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     train(module, clips, settings, out, options, accelerator)
@@ -76,7 +76,7 @@ def main() -> None:
     out, engines = Path(sys.argv[1]), Path(sys.argv[2])
     run(out / "faces", "faces", 1)
     note(out / "replicated", run(out / "replicated", "sharpness", 1, engines=engines, gradient_checkpointing="full"))
-    # As `accelerate launch --use_fsdp` would have begun.
+    # Start again as with `accelerate launch --use_fsdp`.
     AcceleratorState._reset_state()
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     note(out / "sharded", run(out / "sharded", "sharpness", 1, sharded=True, gradient_checkpointing="full"))
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def note(out: Path, module: WanTrainingModule) -> None:
-    """Whether the engine is on-policy here, and what is sharded."""
+    """Write the backend of the denoiser, whether it is on-policy, and the number of sharded parameters."""
     stage = module.stages["denoiser"]
     inputs = stage.cases()["sample"].inputs
     with torch.no_grad():

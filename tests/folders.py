@@ -1,10 +1,10 @@
-"""What is in a folder, so that two looks at it can be compared."""
+"""The content of a folder, for comparing it at two times."""
 
 from pathlib import Path
 
 
 def content(folder: Path) -> dict[str, str | bytes]:
-    """By path below `folder`: the bytes of a file, where a link leads, or that it is a folder."""
+    """Return by path in `folder`: the bytes of a file, the target of a link, or that it is a folder."""
     found: dict[str, str | bytes] = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))

@@ -1,8 +1,8 @@
-"""Python processes of their own that need no imports: forked from one that has imported what they would.
+"""Separate Python processes that need no imports: they are forked from a process that has already imported everything.
 
-A new interpreter spends some 20 seconds of a core on torch, its compiler and peft. Here they cost that once a session.
-All else is as in a new one: a process id, signals, exit codes, environment, working folder, output and descendants.
-For tests of what is imported, or of what a library reads as it is loaded, there is `subprocess`.
+A new interpreter takes about 20 seconds of one core to import torch, its compiler and peft; here, this happens once per
+session. Everything else is as in a new process: process id, signals, exit codes, environment, working folder, output
+and child processes. Use `subprocess` for tests of what is imported, or of what a library reads when it is loaded.
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ _IMPORTED = [
 
 
 def fork_server() -> ForkServerContext:
-    """Of whose processes each has everything imported, and no threads yet."""
+    """Return a server whose new processes have all imports and no other threads."""
     context = get_context("forkserver")
-    # Of effect before its first process alone.
+    # This only has an effect before the first process is started.
     context.set_forkserver_preload(_IMPORTED)
     return context
 
 
 class Python:
-    """A process that runs what `python` would with these arguments; to be used as a `subprocess.Popen`.
+    """A process that runs what `python` would run with these arguments; it is used like a `subprocess.Popen`.
 
     Args:
         arguments: `-m module …`, `-c code …` or `script …`.
-        environment: instead of this process's.
-        output: a file for what it says; without one it can be asked for when it has ended.
+        cwd: the working folder; the current one by default.
+        environment: the environment; that of this process by default.
+        output: the file for standard output and error; without it, `said` returns them.
     """
 
     def __init__(
@@ -84,7 +85,11 @@ class Python:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code; after `timeout` seconds it is killed, which is an error."""
+        """Wait for the process and return its exit code.
+
+        Raises:
+            TimeoutError: the process did not end within `timeout` seconds; it is killed.
+        """
         self._process.join(timeout)
         if self._process.exitcode is None:
             self._process.kill()
@@ -93,7 +98,7 @@ class Python:
         return self._process.exitcode
 
     def said(self) -> tuple[str, str]:
-        """What it wrote to its standard output and error so far."""
+        """Return what the process has written to standard output and error so far."""
         out, err = (Path(path).read_text() if Path(path).exists() else "" for path in self._outputs)
         return out, err
 
@@ -104,14 +109,14 @@ def run_python(
     environment: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`; see `Python`."""
+    """Run Python like `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`; see `Python`."""
     process = Python(*arguments, cwd=cwd, environment=environment)
     code = process.wait(timeout)
     return subprocess.CompletedProcess(arguments, code, *process.said())
 
 
 def run_ranks(*arguments: str, environment: Mapping[str, str] | None = None, timeout: float) -> None:
-    """Run two processes as torchrun would start them; both must end well."""
+    """Run two processes as torchrun starts them; both must exit with 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -124,8 +129,8 @@ def run_ranks(*arguments: str, environment: Mapping[str, str] | None = None, tim
 
 
 def _run(arguments: Sequence[str], cwd: str, environment: dict[str, str], outputs: tuple[str, str]) -> None:
-    """In the new process: become what was asked for."""
-    # As a shell starts a job: signals to its group reach it and its descendants alone.
+    """Run the arguments in the new process."""
+    # A shell starts a job in the same way: signals to its process group reach only the job and its child processes.
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -134,7 +139,8 @@ def _run(arguments: Sequence[str], cwd: str, environment: dict[str, str], output
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    # As Python makes them of what they are: the server's own may have been files, and these a terminal.
+    # Open the streams as Python does at its start: those of the server may be files, and those of the process a
+    # terminal.
     for name, number in (("stdout", 1), ("stderr", 2)):
         before = getattr(sys, name)
         by_line = 1 if number == 2 or os.isatty(number) else -1

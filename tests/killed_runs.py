@@ -1,9 +1,9 @@
-"""Run by test_resume.py as a process of its own: one run that is never disturbed, and one that is killed ten times.
+"""Two runs, one undisturbed and one killed ten times; started by test_resume.py as a separate process.
 
     python killed_runs.py OUT SEED
 
-Each attempt at the second run is a forked child that goes on from the latest checkpoint, until it is killed at a moment
-of the seed's choosing: SIGKILL and SIGTERM take turns. The models are loaded before, and are as new in every child.
+Each attempt at the second run is a forked child that resumes from the latest checkpoint, until it is killed at a random
+time, which depends on the seed. SIGKILL and SIGTERM alternate. The models are loaded before the children start.
 """
 
 import os
@@ -37,7 +37,7 @@ SETTINGS = TrainerSettings(
 
 
 def make_module(cache: Path) -> WanTrainingModule:
-    """Fresh noise at every step, so that the random numbers matter."""
+    """Return a module with fresh noise in every step, so that the state of the random generators matters."""
     torch.manual_seed(0)
     steps: dict[str, Any] = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
     return WanTrainingModule.from_pretrained(
@@ -53,7 +53,7 @@ def make_module(cache: Path) -> WanTrainingModule:
 
 
 def run(module: WanTrainingModule, out: Path) -> int:
-    """The exit code of a run that goes on where the one before stopped."""
+    """Resume the run from its latest checkpoint; return the exit code."""
     starts = Validation(Clips(), [0])
     options = RunOptions(
         resume=find_resume(out, "latest"),
@@ -66,7 +66,7 @@ def run(module: WanTrainingModule, out: Path) -> int:
 
 
 def attempt(module: WanTrainingModule, out: Path) -> int:
-    """Start a child that trains; returns its process id."""
+    """Start a child process that trains; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -83,7 +83,7 @@ def lines(out: Path) -> int:
 
 
 def kill(child: int, out: Path, steps: int, seconds: float, how: signal.Signals) -> int:
-    """Kill a child after some more steps and a fraction of one; returns its exit code."""
+    """Kill a child after `steps` more steps and some seconds; return its exit code."""
     target = lines(out) + steps
     while lines(out) < target and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.005)

@@ -1,10 +1,10 @@
-"""Run by test_killed_writes.py as a process of its own: what a run writes to its folder, killed a hundred times.
+"""A run whose writing to its folder is killed a hundred times; started by test_killed_writes.py as a separate process.
 
     python killed_writes.py OUT SEED
 
-Each attempt is a forked child that goes on where the one before stopped, as the trainer does, with steps that compute
-nothing. It is killed by SIGKILL just before the nth change that it makes to the file system, or by SIGXFSZ in the
-middle of a file, as the seed says. After each kill the folder is looked at.
+Each attempt is a forked child that resumes like the trainer, with steps that compute nothing. The seed determines
+whether it is killed by SIGKILL just before the nth change of the file system, or by SIGXFSZ in the middle of a file.
+The folder is checked after each kill.
 """
 
 import json
@@ -28,7 +28,7 @@ CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.
 
 
 def fill(folder: Path, step: int) -> None:
-    """A checkpoint of so many bytes that a limit on the size of files can strike in the middle of it."""
+    """Write a checkpoint that is large enough for a limit on the size of files to be reached in the middle of it."""
     (folder / "state.json").write_text(json.dumps({"step": step}))
     (folder / "optimizer.safetensors").write_bytes(bytes([step % 256]) * 20_000)
     (folder / "config.yaml").write_text("lora: {rank: 8}\n")
@@ -39,7 +39,7 @@ def line(step: int) -> dict[str, Any]:
 
 
 def train(out: Path, steps: int, committed: int) -> None:
-    """Go on to a step; of each that is kept for good, write the number to the descriptor `committed`."""
+    """Run until `steps`; write the number of each step whose checkpoint is complete to the descriptor `committed`."""
     checkpoint = find_resume(out, "latest")
     options = RunOptions(resume=checkpoint, restart=True, config={"lora": {"rank": 8}})
     if begins_in(out, checkpoint):
@@ -59,7 +59,7 @@ def train(out: Path, steps: int, committed: int) -> None:
 
 
 def die_at(out: Path, number: int) -> None:
-    """Kill this process at its nth change of what is in the folder."""
+    """Kill this process at its nth change of a file in the folder."""
     left = iter(range(number))
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -71,7 +71,7 @@ def die_at(out: Path, number: int) -> None:
 
 
 def attempt(out: Path, steps: int, moments: random.Random) -> tuple[int, int]:
-    """Let a child go on, and be killed; returns how it ended, and the last step that it kept for good."""
+    """Resume in a child until it ends or is killed; return its exit status and last complete checkpoint."""
     by_size, number, size = moments.random() < 0.2, moments.randrange(60), moments.randrange(20_000)
     receiver, sender = os.pipe()
     child = os.fork()
@@ -96,7 +96,7 @@ def attempt(out: Path, steps: int, moments: random.Random) -> tuple[int, int]:
 
 
 def look(out: Path, kept: int) -> None:
-    """What must hold after every kill."""
+    """Check what must be true after every kill."""
     latest = latest_intact(out) if out.exists() else None
     assert (latest.step if latest else 0) >= kept, f"step {kept} is lost"
     for checkpoint in find_checkpoints(out):

@@ -1,4 +1,4 @@
-"""An S3 server in this process, as far as pyarrow's client asks for one: objects in memory, no signatures."""
+"""An S3 server in this process with the requests that pyarrow's client sends: objects in memory, no signatures."""
 
 import email.utils
 import hashlib
@@ -14,7 +14,7 @@ NAMESPACE = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 
 
 class ObjectStore(ThreadingHTTPServer):
-    """Objects by `/bucket/key`; any bucket is there."""
+    """Objects by `/bucket/key`; every bucket exists."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -26,14 +26,14 @@ class ObjectStore(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def variables(self) -> dict[str, str]:
-        """The environment in which a client finds it."""
+        """Return the environment variables with which a client uses this server."""
         keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
         return {"AWS_ENDPOINT_URL": self.url, "AWS_DEFAULT_REGION": "us-east-1", **keys}
 
 
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """Within the block a server runs."""
+    """Run a server within the block."""
     with ObjectStore() as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: ObjectStore  # type: ignore[assignment]
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._object()
@@ -173,7 +173,7 @@ def _tag(data: bytes) -> str:
 
 
 def _without_chunks(body: bytes) -> bytes:
-    """The content of a body in chunks, each behind a line with its size."""
+    """Return the content of a chunked body, in which each chunk follows a line with its size."""
     content, rest = b"", body
     while True:
         head, _, rest = rest.partition(b"\r\n")

@@ -1,4 +1,4 @@
-"""Rewards of a user's own, which settings name as `own_rewards:Brightness` and `own_rewards:Likeness`."""
+"""A user's rewards, which settings name as `own_rewards:Brightness`, `own_rewards:Likeness` and so on."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -20,7 +20,7 @@ from frostline.stages.tolerances import tolerance
 
 
 class BrightnessConfig(RewardConfig):
-    """Defaults of its own, for what all rewards have too."""
+    """Settings with another default for a setting that all rewards have."""
 
     scale: float = Field(default=4.0, gt=0, description="spread of scores that counts as one unit")
     offset: float = Field(default=0.0, description="added to the mean")
@@ -47,7 +47,7 @@ class Brightness(Reward):
 
 
 class Features(nn.Module):
-    """Frames (N, 3, H, W) to (N, 8) features."""
+    """A network from frames (N, 3, H, W) to features (N, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Features(nn.Module):
 
 
 class LikenessConfig(RewardConfig):
-    """One stage, frozen for the references and live for what is generated."""
+    """Settings of a reward with one stage, frozen for the references and live for the generated frames."""
 
     uses: ClassVar[tuple[Use, ...]] = (
         Use("features", live=False, count=1, phase="conditioning"),
@@ -68,7 +68,7 @@ class LikenessConfig(RewardConfig):
 
 
 class Likeness(Reward):
-    """The features of generated frames are to be the reference's; beside it, how many words the prompt has."""
+    """Compare the features of generated frames with those of the reference; also report the words of the prompt."""
 
     Config = LikenessConfig
     name = "likeness"
@@ -107,7 +107,7 @@ class Likeness(Reward):
 
 
 class Undeclared(Likeness):
-    """Brings a stage that its settings do not name."""
+    """A reward with a stage that its settings do not name."""
 
     Config = RewardConfig  # type: ignore[assignment]
 
@@ -116,14 +116,14 @@ class Undeclared(Likeness):
 
 
 class Curious(Brightness):
-    """Asks for a stage of another one."""
+    """A reward that requests a stage of the model."""
 
     def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
         return run["vae_encoder"](video=sample.video)
 
 
 class Unsaid(Brightness):
-    """Keeps nothing of the references."""
+    """A reward that stores nothing of the references."""
 
     def references(self, sample: RewardInputs, run: RewardStages) -> dict[str, Tensor]:
         return {}
@@ -131,7 +131,7 @@ class Unsaid(Brightness):
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
     ) -> RewardScore:
-        """Against the video itself, as far as it goes."""
+        """Compare with the valid frames of the video itself."""
         B = len(frames)
         own = [video[:count].mean() for video, count in zip(sample.video, sample.valid_frames, strict=True)]
         return RewardScore(
@@ -140,7 +140,7 @@ class Unsaid(Brightness):
 
 
 class OfAllTogether(Brightness):
-    """Of all videos one score."""
+    """A reward that returns one score for all videos."""
 
     def score(
         self, frames: Tensor, sample: RewardInputs, references: Mapping[str, Tensor], run: RewardStages
@@ -161,7 +161,7 @@ class NoReward:
 
 
 class Restless(Brightness):
-    """Draws random numbers as it scores."""
+    """A reward that draws random numbers while it scores."""
 
     name = "restless"
 
@@ -172,14 +172,14 @@ class Restless(Brightness):
 
 
 class ChangeConfig(RewardConfig):
-    """It compares neighbouring frames."""
+    """Settings of a reward that compares neighbouring frames."""
 
     needs_neighbours: ClassVar[bool] = True
     still: float = Field(default=0.0, description="change of a video of which there is nothing to say")
 
 
 class Change(FrameReward):
-    """How much frames change, relative to the reference; a reward of frames and those before them."""
+    """How much frames change relative to the reference; a reward of each frame and the one before it."""
 
     Config = ChangeConfig
     name = "change"
@@ -205,14 +205,14 @@ class Change(FrameReward):
 
 
 class LengthConfig(RewardConfig):
-    """It needs nothing but the video."""
+    """Settings of a reward that needs nothing except the video."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     fails_at: int = Field(default=0, description="a number of frames that it stumbles over")
 
 
 class Length(Reward):
-    """Of a whole clip, its number of frames."""
+    """A reward of whole clips: the number of frames."""
 
     Config = LengthConfig
     name = "length"

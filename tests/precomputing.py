@@ -1,9 +1,9 @@
-"""Runs of a small model with two experts, to be precomputed for; as a script, one that is killed.
+"""Runs of a small model with two experts whose frozen outputs are precomputed; as a script, one that is killed.
 
     python precomputing.py FOLDER SEED
 
-It is killed ten times at moments of the seed's choosing while it precomputes, into FOLDER/killed, and FOLDER/log tells
-which entries it put into the cache, one a line.
+Precomputing into FOLDER/killed is killed ten times, at random times that depend on the seed. FOLDER/log lists the
+entries that it put into the cache, one per line.
 """
 
 import os
@@ -31,7 +31,7 @@ _WEIGHTS = Path(checkpoint_files.__file__).parents[1] / "tiny" / "weights"
 
 
 def write_model(folder: Path) -> Path:
-    """Copy tiny-moe, as Wan releases two experts."""
+    """Copy tiny-moe in the layout of Wan's releases with two experts."""
     shared, high = _WEIGHTS / "tiny", _WEIGHTS / "tiny-moe" / "high_noise_model"
     shutil.copytree(high, folder / "high_noise_model")
     (folder / "low_noise_model").mkdir()
@@ -44,7 +44,7 @@ def write_model(folder: Path) -> Path:
 
 
 def write_clips(folder: Path, count: int = 5) -> Path:
-    """Write clips with captions, of which two are alike."""
+    """Write clips with captions; two captions are equal."""
     folder.mkdir()
     clips = held_out_clips(count, seed=2, num_frames=5, size=32)
     for index, (video, prompt) in enumerate(zip(clips.video, clips.prompts, strict=True)):
@@ -54,7 +54,7 @@ def write_clips(folder: Path, count: int = 5) -> Path:
 
 
 def run_settings(folder: Path, name: str, **others: Any) -> RunSettings:
-    """Settings of a run in `folder`, which has `model` and `data`; its first two of three steps are frozen."""
+    """Return the settings of a run in `folder`, which contains `model` and `data`; two of three steps are frozen."""
     cut = {"source": folder / "data", "num_frames": 5, "height": 32, "width": 32}
     settings: dict[str, Any] = {
         "model": str(folder / "model"),
@@ -75,13 +75,13 @@ def run_settings(folder: Path, name: str, **others: Any) -> RunSettings:
 
 
 def precompute_for(settings: RunSettings, batch_size: int | None = None) -> Precomputed:
-    """Precompute as a run does."""
+    """Precompute like a run."""
     cpu, quiet = torch.device("cpu"), Progress(quiet=True)
     return precompute(settings, settings.data.open(), open_validation(settings), cpu, quiet, batch_size=batch_size)
 
 
 def _attempt(settings: RunSettings, log: Path) -> int:
-    """Start a child that precomputes, and logs what it has put into the cache; returns its process id."""
+    """Start a child that precomputes, and logs the entries that it put into the cache; return its process id."""
     child = os.fork()
     if child:
         return child

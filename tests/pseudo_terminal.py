@@ -1,4 +1,4 @@
-"""Commands on a pseudo-terminal, and what a person would see there."""
+"""Commands on a pseudo-terminal, and what a user would see there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LINES = 60
 
 @dataclass(frozen=True)
 class Seen:
-    """The screen at the end: its lines, what colours are in it, and the exit code."""
+    """The screen at the end: its lines, the colours on it, and the exit code."""
 
     lines: list[str]
     colours: frozenset[str]
@@ -38,10 +38,10 @@ def on_terminal(
     environment: Mapping[str, str] | None = None,
     watch: Callable[[list[str]], None] = lambda lines: None,
 ) -> Seen:
-    """Run Python with these arguments (see `forked.Python`), its output on a terminal of so many columns.
+    """Run Python with these arguments (see `forked.Python`) on a terminal with this number of columns.
 
     Args:
-        environment: over that of the tests.
+        environment: variables that are set in addition to those of the tests.
         watch: called with the lines of the screen whenever they have changed.
     """
     own, its = pty.openpty()

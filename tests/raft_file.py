@@ -1,4 +1,4 @@
-"""RAFT's weights in torchvision's layout, random: with them it sees some motion everywhere, and more where there is."""
+"""Random weights in torchvision's layout, with which RAFT finds some motion everywhere, and more if there is some."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torchvision.models.optical_flow import RAFT, raft_small
 
 
 def raft_file(path: Path) -> RAFT:
-    """Write the file, .pth or .safetensors, and return torchvision's own network of these weights."""
+    """Write the file, .pth or .safetensors, and return torchvision's own network with these weights."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
     network = raft_small(weights=None).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A random SCRFD file in the layout of insightface's `scrfd_10g_bnkps`, exported as insightface exports it."""
+"""A random SCRFD file in the layout of insightface's `scrfd_10g_bnkps`, and exported like it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SmallScrfd(nn.Module):
-    """Backbone, top-down path that resizes to the size of the level below, shared heads with learnt scales."""
+    """A backbone, a top-down path that resizes to the level below, and shared heads with learnt scales."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SmallScrfd(nn.Module):
         scores, boxes, points = [], [], []
         for feature, scale in zip(merged, self.scales, strict=True):
             score, box, point = (head(feature).permute(0, 2, 3, 1) for head in self.heads)
-            # As insightface's export: the batch is folded into the anchors.
+            # In insightface's export, the batch is part of the anchor dimension, too.
             scores.append(score.reshape(-1, 1).sigmoid())
             boxes.append((box * scale).reshape(-1, 4))
             points.append(point.reshape(-1, 10))
@@ -48,7 +48,7 @@ def _block(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
 
 
 def scrfd_file(path: Path) -> Path:
-    """Write the file: TorchScript export, one frame, open height and width, outputs without names of a meaning."""
+    """Write the file: TorchScript export, one frame, dynamic height and width, generic names of outputs."""
     torch.manual_seed(3)
     model = SmallScrfd().eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ Observe = Callable[[RunSettings], Any]
 
 
 def a_step(settings: RunSettings) -> Any:
-    """Loss, score, KL and gradients of a forward and backward; what was saved, recomputed and cached on the way."""
+    """Return loss, score, KL, gradients, and what was saved, recomputed and cached, of one forward and backward."""
     module = build_module(settings, torch.device("cpu"))
     with torch.no_grad():
         for index, parameter in enumerate(module.trainable_parameters().values()):
@@ -67,7 +67,7 @@ def a_step(settings: RunSettings) -> Any:
 
 
 def compiled(settings: RunSettings) -> Any:
-    """Whether a step hands graphs to the compiler; what it makes of them is a test of the blocks."""
+    """Return whether a step passes graphs to the compiler; other tests check the compiled blocks."""
     graphs = []
 
     def compile_nothing(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ def compiled(settings: RunSettings) -> Any:
 
 
 def a_start(settings: RunSettings) -> Any:
-    """The module as it is before the first step: sizes, LoRA, types, the plan, and the shapes of its stages."""
+    """Return the state of the module before the first step: sizes, LoRA, dtypes, the plan, and the shapes of stages."""
     module = build_module(settings, torch.device("cpu"))
     sizes = {
         network.name: [(spec.name, [str(extent) for extent in spec.shape]) for spec in network.inputs]
@@ -97,7 +97,7 @@ def a_start(settings: RunSettings) -> Any:
 
 
 def faces(settings: RunSettings) -> Any:
-    """What the face reward sees in a clip whose face is gone half way, and says of one without any."""
+    """Return the face scores of a clip whose face disappears halfway, and the loss of a clip without a face."""
     module = build_module(settings, torch.device("cpu"))
     video = held_out_clips(1, seed=3, num_frames=5).video
     gone = video.clone()
@@ -111,7 +111,7 @@ def faces(settings: RunSettings) -> Any:
 
 
 def two_faces(settings: RunSettings) -> Any:
-    """What the face reward says, in training and in validation, of frames with the person and a larger other one."""
+    """Return the face scores, in validation and in training, of frames with the person and a larger other person."""
     module = build_module(settings, torch.device("cpu"))
     people = torch.tensor([0, 1])
     clips = render_clips(2, torch.Generator().manual_seed(0), num_frames=5, person=people).video
@@ -126,7 +126,7 @@ def two_faces(settings: RunSettings) -> Any:
 
 
 def samples(section: str) -> Observe:
-    """The rows of a data source, and its first sample."""
+    """Return a function that returns the rows of a data source, and its first sample."""
 
     def observe(settings: RunSettings) -> Any:
         videos = getattr(settings, section)
@@ -139,19 +139,19 @@ def samples(section: str) -> Observe:
 
 
 def held_out(settings: RunSettings) -> Any:
-    """What is generated, in which batches and from which noise."""
+    """Return the validation samples, their batch size and the seed of their noise."""
     validation = open_validation(settings)
     return None if validation is None else (list(validation.starts), validation.batch_size, validation.noise_seed)
 
 
 def judging(settings: RunSettings) -> Any:
-    """Who judges what is generated."""
+    """Return the judges of the validation samples."""
     module = build_module(settings, torch.device("cpu"))
     return [(judge.name, type(judge.active.reward).__name__) for judge in load_judges(settings, module)]
 
 
 def a_run(settings: RunSettings) -> Any:
-    """All that a run leaves, but for times."""
+    """Return everything that a run writes, except times."""
     run_training(settings, None, Progress(quiet=True))
     out, left = settings.output_dir, {}
     for path in sorted(path for path in out.rglob("*") if path.is_file() and "cache" not in path.parts):
@@ -169,7 +169,7 @@ def a_run(settings: RunSettings) -> Any:
 
 
 def precomputed(settings: RunSettings) -> Any:
-    """How much of the cache is there before the first step."""
+    """Return the number of cache entries before the first step."""
     there = []
     forward = WanTrainingModule.forward
 
@@ -184,25 +184,25 @@ def precomputed(settings: RunSettings) -> Any:
 
 
 def precomputes(settings: RunSettings) -> Any:
-    """Whether a run precomputes, as it is written down with it."""
+    """Return whether a run precomputes, from the configuration file in its folder."""
     a_run(settings)
     return RunSettings.parse(read_yaml(settings.output_dir / "config.yaml")).precompute
 
 
 def folders(settings: RunSettings) -> Any:
-    """Where a run writes."""
+    """Return the folders to which a run writes."""
     a_run(settings)
     return sorted(path.parent.name for path in Path().glob("*/metrics.jsonl"))
 
 
 def twice(settings: RunSettings) -> Any:
-    """A run over another one."""
+    """Run twice in the same folder."""
     a_run(settings)
     return a_run(settings)
 
 
 def workers(settings: RunSettings) -> Any:
-    """How many processes a run wants to read its data with."""
+    """Return the number of processes that a run uses to read its data."""
     wanted = []
 
     class Counted(Batches):
@@ -217,7 +217,7 @@ def workers(settings: RunSettings) -> Any:
 
 
 def never_finite(settings: RunSettings) -> Any:
-    """How far a run comes whose loss is never finite."""
+    """Return what a run with a loss that is never finite writes."""
     forward = WanTrainingModule.forward
 
     def poisoned(module: WanTrainingModule, data: Any) -> Any:
@@ -230,7 +230,7 @@ def never_finite(settings: RunSettings) -> Any:
 
 
 def the_dry_run(settings: RunSettings) -> Any:
-    """The page that `--dry-run` prints."""
+    """Return the page that `--dry-run` prints."""
     page = io.StringIO()
     print_dry_run(settings, Console(file=page, width=160))
     return page.getvalue()

@@ -1,4 +1,4 @@
-"""Stages of a small model of random weights in any precision, and what every runner of them must do."""
+"""Stages of a small model with random weights in any precision, and checks that apply to every runner."""
 
 import math
 import threading
@@ -59,7 +59,7 @@ SPEC = ModelSpec(
 
 @cache
 def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str = "cpu") -> dict[str, Stage]:
-    """Of one type, rank and device there is one model; models of all ranks have equal base weights."""
+    """Return the stages by name. The model is cached; models of all ranks have equal base weights."""
     torch.manual_seed(0)
     tokenizer: Any = SimpleNamespace(seq_len=SPEC.text_length)
     networks: dict[str, Any] = {field: build_network(field, arguments) for field, arguments in SPEC.networks.items()}
@@ -83,12 +83,12 @@ def small_stages(dtype: torch.dtype = torch.float32, rank: int = 8, device: str 
 def network_of(
     stage: str, name: str, dtype: torch.dtype = torch.float32, rank: int = 8, device: str = "cpu"
 ) -> Network:
-    """One network of `small_stages`."""
+    """Return one network of `small_stages`."""
     return next(network for network in small_stages(dtype, rank, device)[stage].networks if network.name == name)
 
 
 def sample_at(network: Network, seed: int = 0, **extents: int) -> dict[str, Tensor]:
-    """Random inputs at a shape of one's own: `extents` by the names of the open dimensions."""
+    """Return random inputs at another shape: `extents` are the sizes of the dynamic dimensions by name."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for spec in network.inputs:
@@ -98,7 +98,7 @@ def sample_at(network: Network, seed: int = 0, **extents: int) -> dict[str, Tens
 
 
 def assert_parity(network: Network, runner: Runner, inputs: Mapping[str, Tensor], stage: str = "") -> None:
-    """The runner computes what PyTorch computes, in the same type."""
+    """Check that the runner computes the same as PyTorch, in the same dtype."""
     with full_fp32():
         actual, expected = runner(**inputs), network.reference(inputs)
     bounds = (detector_tolerance if stage == "face_detector" else tolerance)(network.weight.dtype)
@@ -108,7 +108,7 @@ def assert_parity(network: Network, runner: Runner, inputs: Mapping[str, Tensor]
 
 
 def assert_follows_the_trainer(network: Network, runner: Runner) -> None:
-    """Three optimizer steps, each seen at once, in memory that stays where it is; scale 0 is the base model."""
+    """Check that each of three optimizer steps has an effect in the same memory; scale 0 is the base model."""
     inputs, policy = network.samples("opt"), list(network.live.values())
     pointers = [tensor.data_ptr() for tensor in policy]
     before = runner(**inputs)["velocity"]
@@ -129,7 +129,7 @@ def assert_follows_the_trainer(network: Network, runner: Runner) -> None:
 
 
 def assert_threads_are_served(network: Network, runner: Runner, calls: int = 25) -> None:
-    """Four threads, each at a shape of its own and with other values at each call, get what PyTorch computes."""
+    """Check outputs in four threads, each with another shape, and other values in each call."""
     extents = [{"batch": 1 + i, "latent_frames": 1 + i, "height": 2 + i, "width": 8 - i} for i in range(4)]
     inputs = [[sample_at(network, seed=10 * i + n, **own) for n in range(calls)] for i, own in enumerate(extents)]
     expected = [[network.reference(each)["velocity"] for each in own] for own in inputs]
@@ -147,12 +147,12 @@ def assert_threads_are_served(network: Network, runner: Runner, calls: int = 25)
         thread.start()
     for thread in threads:
         thread.join()
-    assert [len(own) for own in errors] == [calls] * len(inputs), "a thread came to an early end"
+    assert [len(own) for own in errors] == [calls] * len(inputs), "a thread ended early"
     assert max(max(own) for own in errors) < 1e-5, errors
 
 
 def assert_replaced_tensors_are_followed(network: Network, runner: Runner) -> None:
-    """New parameter objects, of another layout or rank too, count at the next call; afterwards all is as before."""
+    """Check that new parameter objects, also of another layout or rank, are used in the next call; restore them."""
     model = network.module.denoiser.model  # type: ignore[union-attr]
     before = lora_parameters(model)  # type: ignore[arg-type]
     inputs = network.samples("opt")
@@ -180,7 +180,7 @@ def assert_replaced_tensors_are_followed(network: Network, runner: Runner) -> No
 
 
 def assert_outputs_are_the_callers(network: Network, runner: Runner) -> None:
-    """Neither a later call nor an output that is written to changes what another call gave out."""
+    """Check that outputs do not change through later calls, or through writing to other outputs."""
     one, other = network.samples("opt", seed=1), network.samples("opt", seed=2)
     first = runner(**one)
     kept = {name: value.clone() for name, value in first.items()}

@@ -1,4 +1,4 @@
-"""One training step as the tests take it, and when two of them are the same."""
+"""Training steps of the tests, and checks that two steps are the same."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from frostline.train.data.dataset import Sample
 if TYPE_CHECKING:
     from conftest import RewardTape
 
-# Three Euler steps (and clips of 32×32 pixels), for what does not depend on what is in the picture.
+# Three Euler steps, for clips of 32×32 pixels and tests that do not depend on the content of the pictures.
 QUICK: dict[str, Any] = {"num_inference_steps": 3, "grad_start_step": 1, "grad_end_step": 2}
 
 
@@ -26,7 +26,7 @@ def small_clips(count: int, seed: int = 0) -> dict[str, Any]:
 
 
 class Clips(torch.utils.data.Dataset[Sample]):
-    """Validation clips as a data set; with seven of them and batches of two, epochs end within a batch."""
+    """Validation clips as a dataset; with seven clips and batches of two, epochs end within a batch."""
 
     def __init__(self, count: int = 7, seed: int = 2, num_frames: int = 5, size: int = 32) -> None:
         self.clips = held_out_clips(count, seed, num_frames=num_frames, size=size)
@@ -43,7 +43,7 @@ def row(data: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def gradient(module: WanTrainingModule) -> Tensor:
-    """The gradient of all LoRA matrices, flat, and none left behind."""
+    """Return the flat gradient of all LoRA matrices, and delete it."""
     parts = []
     for parameter in module.trainable_parameters().values():
         assert parameter.grad is not None
@@ -53,7 +53,7 @@ def gradient(module: WanTrainingModule) -> Tensor:
 
 
 def assert_same_step(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...], tolerance: float = 1e-5) -> None:
-    """loss, face_score, kl_loss."""
+    """Compare loss, face_score and kl_loss."""
     for one, other in zip(expected, actual, strict=True):
         assert (one - other).abs().item() <= tolerance
 
@@ -64,7 +64,7 @@ def assert_same_gradient(expected: Tensor, actual: Tensor, norm: float = 1e-4) -
 
 
 def assert_hybrid_is_pytorch(module: WanTrainingModule, hybrid: WanTrainingModule, data: dict[str, Any]) -> None:
-    """Both compute the same step, forward and backward, where no reward has a kink."""
+    """Compare forward and backward of the same step, with rewards that are differentiable everywhere."""
     expected = module(data)
     expected[0].backward()
     actual = hybrid(data)
@@ -76,7 +76,7 @@ def assert_hybrid_is_pytorch(module: WanTrainingModule, hybrid: WanTrainingModul
 def assert_same_steps(
     module: WanTrainingModule, other: WanTrainingModule, data: dict[str, Any], tape: "RewardTape"
 ) -> None:
-    """Both compute the same step, forward and backward."""
+    """Compare forward and backward of the same step, with the face reward."""
     with tape.record(module):
         expected = module(data)
     expected[0].backward()
@@ -85,7 +85,7 @@ def assert_same_steps(
         actual = other(data)
     assert_same_step(expected, actual)
     actual[0].backward(retain_graph=True)
-    # What the kinks of the embedder do to the norm is said at `RewardTape`.
+    # `RewardTape` describes the effect of the embedder's PReLUs on the norm.
     assert_same_gradient(expected_gradient, gradient(other), norm=1e-3)
     tape.holds_gradient = True
     actual[0].backward()

@@ -1,4 +1,4 @@
-"""Files that appear only whole: what becomes of their mode, and of what fails half-way."""
+"""Atomic writes: the mode of the file, and what is left after a failure."""
 
 import os
 import stat
@@ -25,7 +25,7 @@ def mode(path: Path) -> int:
 
 
 def test_the_umask_decides_the_mode(umask: int, tmp_path: Path) -> None:
-    """Also of what safetensors writes, which replaces the file by one that only its owner may read."""
+    """Check it also for safetensors, which replaces the file by one that only its owner can read."""
     with atomic_write(tmp_path / "new" / "tensors.safetensors") as part:
         save_file({"weight": torch.zeros(2)}, part)
     with atomic_write(tmp_path / "text.json") as part:

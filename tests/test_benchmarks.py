@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that README and docs show what was measured."""
+"""The arithmetic of the benchmarks; README and docs show the measured values."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
-    # The second round was ten times as slow for both.
+    # The second round was ten times as slow for both contenders.
     samples = {"slow": [30.0, 400.0, 20.0], "fast": [10.0, 100.0, 10.0]}
     assert ratio(samples, "slow", "fast") == {"median": 3.0, "quartile_1": 2.0, "quartile_3": 4.0}
     assert summary(samples)["fast"]["median_ms"] == 10.0
@@ -113,7 +113,7 @@ def step_result() -> dict[str, Any]:
 def test_the_table_of_a_step() -> None:
     lines = step_table(step_result()).splitlines()
     assert lines[0] == "| One training step of tiny, 2x9x3x96x96, fp32 | ms | relative to cached |"
-    # `cached` is the seventh of the eight, and so 700 ms.
+    # `cached` is the seventh contender, so it takes 700 ms.
     assert lines[2] == f"| {CONTENDERS['reference']} | 100 | 0.14 |"
     assert "| cached over live only | 1.10 | 1.00 to 1.25 | ≤ 1.15 |" in lines
     assert lines[-1] == "a CPU, 2 threads; torch 2.13; commit abc."
@@ -130,7 +130,7 @@ def test_steps_of_two_models_are_in_one_table(tmp_path: Path) -> None:
     assert lines[0] == f"| {title} | tiny, 2x9x3x96x96, fp32 | large, 2x9x3x96x96, fp32 |"
     assert f"| {CONTENDERS['reference']} | 100 (0.14) | - |" in lines
     assert f"| {CONTENDERS['cached']} | 700 (1.00) | 700 (1.00) |" in lines
-    assert lines[-2:] == ["", "a CPU, 2 threads; torch 2.13; commit abc."], "both ran there"
+    assert lines[-2:] == ["", "a CPU, 2 threads; torch 2.13; commit abc."], "both results are from one machine"
     assert len(lines) == 2 + len(CONTENDERS) + 2
 
 
@@ -167,7 +167,7 @@ def test_the_page_of_hardware_shows_what_was_planned() -> None:
 
 
 def test_what_was_planned_is_what_the_plan_says_now() -> None:
-    """Of the cheapest recipe, to the byte."""
+    """Compare all values of `tiny`, the smallest recipe."""
     planned = json.loads((BENCHMARKS / "results" / "hardware.json").read_text())
     assert planned["recipes"]["tiny"] == json.loads(json.dumps(hardware.plan_recipe("tiny")))
 

@@ -1,4 +1,4 @@
-"""The command line: exit codes, clear errors, and the engines commands on real engines."""
+"""The command line: exit codes, error messages, and the `engines` commands on real engines."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_version() -> None:
     [
         (["--help"], set()),
         (["--version"], set()),
-        # The options of these are fields of a settings class.
+        # The options of these commands are fields of a settings class.
         (["score", "--help"], {"pydantic"}),
         (["export", "--help"], {"pydantic"}),
     ],
@@ -74,7 +74,7 @@ def test_help_lists_every_command_with_its_help_line() -> None:
         (["adapter", "mer"], {"merge"}),
         (["init", "ti"], {"tiny"}),
     ],
-    # The order of a set differs from process to process, and pytest-xdist compares the names of its workers' tests.
+    # The order of a set differs between processes, but pytest-xdist needs equal test ids in all workers.
     ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value),
 )
 def test_the_shell_completes_commands_and_their_options(words: list[str], completions: set[str]) -> None:
@@ -82,7 +82,7 @@ def test_the_shell_completes_commands_and_their_options(words: list[str], comple
 
 
 def _completed(*words: str) -> set[str]:
-    """What bash is told that the last of the words may become."""
+    """Return the completions of the last word in bash."""
     code = "import sys; sys.argv = ['frostline']; from frostline.cli import main; main()"
     environment = {
         **os.environ,
@@ -116,7 +116,7 @@ SLOW = ("torch", "diffsynth", "transformers", "torchvision", "torch._dynamo", "s
     ("modules", "needed"),
     [
         ("frostline.cli, frostline.train.config_file, frostline.score.request", set()),
-        # A score needs no more of torchvision than a kernel, and no tracer.
+        # Scoring needs only a kernel of torchvision, and no tracer.
         ("frostline.score.run, frostline.score.table, frostline.train.step.module", {"torch"}),
     ],
     ids=["usage errors", "score"],

@@ -13,7 +13,7 @@ import pytest
 
 from frostline.deferred_init import deferred_init
 
-# What diffsynth's looks like: __init__ files that import the whole package, modules that import each other's packages.
+# Like diffsynth: `__init__` files that import the whole package, and modules that import from other subpackages.
 FILES = {
     "__init__.py": "import builtins\nbuiltins.package_runs += ['large']\nfrom .core import *\nVERSION = 1",
     "core/__init__.py": "builtins = __import__('builtins')\nbuiltins.package_runs += ['core']\n"
@@ -29,7 +29,7 @@ FILES = {
 
 @pytest.fixture
 def package_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The package `large` on the path; lists which of its `__init__` files have run."""
+    """Create the package `large`; return a list that gets the names of the `__init__` files that have run."""
     for name, text in FILES.items():
         path = tmp_path / "large" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def _network() -> type:
 
 
 def _check_whole(network: type) -> None:
-    """The package is there in full, with the modules and classes that were there before, and each once."""
+    """Check that the package is complete, and that each module and class exists once."""
     large = importlib.import_module("large")
     assert (large.VERSION, large.core.heavy.Heavy, large.double(1)) == (1, large.Heavy, 2)
     assert issubclass(large.Heavy, network)
@@ -172,7 +172,7 @@ def test_another_layout_is_imported_as_usual(package_runs: list[str], tmp_path: 
         large = importlib.import_module("large")
     assert large.maxsize == sys.maxsize
     _forget()
-    # Without __init__ it is a namespace; as one file it is no package.
+    # Without `__init__.py` it is a namespace package; a single file is a module.
     for name in ("__init__.py", "core/__init__.py"):
         (tmp_path / "large" / name).unlink()
     importlib.invalidate_caches()
@@ -185,7 +185,7 @@ def test_another_layout_is_imported_as_usual(package_runs: list[str], tmp_path: 
         assert importlib.import_module("large").VERSION == 2
 
 
-# In a process of its own: what is imported there is what this is about.
+# Runs in a separate process, because it checks what is imported there.
 DIFFSYNTH = """
 import copy, inspect, pickle, sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""YAML and JSON: what a word stands for, what is refused before it takes memory; what is written reads back."""
+"""YAML and JSON: the values of words, limits against large documents, and round trips."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from frostline.documents import dump_yaml, parse_json, parse_value, parse_yaml, read_yaml
 from frostline.errors import DocumentError
 
-# Of each word, what it stands for. In YAML 1.1 the second line of them is 0.001 as text, 8, 90, a date and an error.
+# The value of each word. YAML 1.1 reads the second group as the text 0.001, 8, 90, a date and an error.
 WORDS: dict[str, Any] = {
     **{
         "1": 1,
@@ -94,7 +94,7 @@ def test_what_follows_the_equals_sign_may_be_a_list_a_mapping_or_in_quotes() -> 
 
 
 def _nested(width: int, depth: int, first: str, rest: str) -> str:
-    """`width ** depth` values in so many lines, each of aliases of the line before."""
+    """Return `width ** depth` values in `depth` lines, each of which consists of aliases of the line before."""
     lines = [f"a0: &a0 {first}"]
     for i in range(1, depth):
         lines.append(f"a{i}: &a{i} {rest.replace('ALIASES', ', '.join([f'*a{i - 1}'] * width))}")

@@ -1,4 +1,4 @@
-"""Nothing in a name or a prompt steers a terminal, breaks a page or is computed by a spreadsheet."""
+"""Names and prompts cannot control a terminal, break a page, or be computed by a spreadsheet."""
 
 import json
 import os

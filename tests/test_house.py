@@ -1,4 +1,4 @@
-"""Rules that the house keeps: which room may import which, and that nothing of it is left out."""
+"""Rules of the code base: allowed imports, sizes of folders and files, and completeness of the tests."""
 
 import ast
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the lowest room up; a room imports those below it, and the leaves.
+# The top-level folders, lowest first. A folder may import those before it, and the leaves.
 ROOMS = ("models", "runtime", "stages", "rewards", "export", "score", "train", "cluster", "demo", "cli")
 BESIDE = {"score": {"train"}, "train": {"score"}, "report": {*ROOMS}}
 LEAVES = {
     *("errors", "config", "experts", "documents", "video", "paths", "atomic_io", "package_info", "progress"),
     *("escaping", "terminal", "csvfile", "allocation", "recipes", "deferred_init"),
 }
-# Within a room: what may not import what.
+# Within a top-level folder: the first may not import the second.
 CLOSED = (
     ("train.memory", "train.step"),
     ("train.memory", "train.loop"),
@@ -39,7 +39,7 @@ MOST_FILES, MOST_LINES = 16, 400
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules of frostline that a file imports, without `frostline.`, within functions too."""
+    """Yield the modules of frostline that a file imports, also within functions, without `frostline.`."""
     inside = path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The rooms and leaves that a file imports."""
+    """Yield the top-level folders and leaves that a file imports."""
     yield from (name.split(".")[0] for name in imported(path))
 
 
@@ -90,7 +90,7 @@ def test_imports_within_a_room_point_one_way(lower: str, upper: str) -> None:
 
 
 def test_training_knows_no_model_family() -> None:
-    """A family is a folder in `stages/`; training asks it through `VideoModel` and `Family`."""
+    """A family is a folder in `stages/`; training uses `VideoModel` and `Family` only."""
     named = re.compile("Wan|diffsynth|TEMPORAL_STRIDE|models[.]wan|models[.]checkpoints|stages[.]wan")
     files = set((ROOT / "frostline" / "train").rglob("*.py")) - {ROOT / "frostline/train/__init__.py"}
     assert [str(path.relative_to(ROOT)) for path in sorted(files) if named.search(path.read_text())] == []
@@ -111,7 +111,7 @@ def test_no_folder_and_no_file_is_too_large() -> None:
 
 
 def test_no_two_test_files_share_a_name() -> None:
-    """pytest imports them by their names alone: of two in one run it would leave one out."""
+    """pytest imports test files by their names, so it would skip one of two files with the same name."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert sorted(names) == sorted({*names})
 

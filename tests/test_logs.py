@@ -1,4 +1,4 @@
-"""The log file: all messages of frostline, from the first on, whatever the console shows."""
+"""The log file contains all messages of frostline from the start, whatever the console shows."""
 
 import logging
 import os

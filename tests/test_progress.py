@@ -1,4 +1,4 @@
-"""Progress and log lines: on terminals of several widths, with colour and without, and where there is none."""
+"""Progress bars and log lines on terminals of several widths, with and without colour, and without a terminal."""
 
 import io
 import logging
@@ -12,7 +12,7 @@ from frostline import progress as progress_file
 from frostline.progress import Progress
 from frostline.terminal import Terminal
 
-# Ends when the test has seen a bar that runs.
+# The program ends when the test has seen the running bar.
 BARS = """
 import logging, pathlib, sys, time
 from frostline.progress import Progress
@@ -55,7 +55,7 @@ def test_bars_and_log_lines_share_a_screen(columns: int, parts: str, colour: boo
     assert seen.code == 0, seen.text
     assert running == {parts}
     said = "a sentence that takes more than one line of the terminal"
-    # Each line is whole, and the bar is on one line, behind all that was said meanwhile.
+    # Each line is complete, and the bar is one line, below all messages.
     assert " ".join(" ".join(seen.lines).split()).count(said) == 9
     assert [line for line in seen.lines if line.startswith("printed")] == ["printed 0", "printed 1", "printed 2"]
     assert [line for line in seen.lines if "reading" in line] == ["reading [weights]"]
@@ -100,7 +100,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
         "train the LoRA: 1 of 30, score 0.1, [dim]",
         "train the LoRA: 2 of 30, score 0.2, [dim]",
     ]
-    assert last.startswith("train the LoRA: 2 of 30 in 0:00:0"), "ended early, it says how far it came"
+    assert last.startswith("train the LoRA: 2 of 30 in 0:00:0"), "a bar that ends early must show how far it came"
     assert loaded.startswith("load: done in 0:00:0")
 
 

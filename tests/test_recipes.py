@@ -48,7 +48,7 @@ def test_the_reference_is_reproduced_with_its_own_constants(tmp_path: Path) -> N
     assert reward.detector.endswith("scrfd_10g_bnkps.onnx") and reward.embedder.endswith("glintr100.onnx")
     assert (settings.num_inference_steps, settings.grad_start_step, settings.grad_end_step) == (8, 4, 7)
     assert (settings.data.num_frames, settings.noise_seed, settings.train.lr_scheduler_type) == (81, 24, "constant")
-    # Of a step they are the defaults.
+    # The settings of a step are the defaults.
     step = TrainingModuleSettings.model_fields.keys() - {"rewards", "lora", "boundary"}
     assert settings.model_dump(include=step) == RunSettings().model_dump(include=step)
     assert (settings.lora.rank, settings.lora.alpha) == (32, 32)
@@ -56,7 +56,7 @@ def test_the_reference_is_reproduced_with_its_own_constants(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if training_config(name) is not None])
 def test_every_training_configuration_has_a_judge(name: str) -> None:
-    """Validation samples show whether the reward rises, and only a judge whether that is a gain."""
+    """Validation samples show whether the reward rises, but only a judge shows whether this is an improvement."""
     config = training_config(name)
     assert config is not None
     settings = load_run_settings(config, [])

@@ -1,4 +1,4 @@
-"""Options are their settings' fields: each field has one, with its name, default, bounds and description."""
+"""Each field of the settings has an option with its name, default, limits and description."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ OTHER_FLAGS = {"backends": "--backend", "compute_capabilities": "--compute-capab
 
 
 def options(command: Callable[..., None]) -> Mapping[str, Any]:
-    """What Typer makes of a command's parameters."""
+    """Return the options that Typer creates from a command's parameters."""
     one = typer.Typer()
     one.command()(with_options(command))
     return {str(option.name): option for option in typer.main.get_command(one).params}
@@ -33,9 +33,9 @@ def options(command: Callable[..., None]) -> Mapping[str, Any]:
     ("command", "settings", "own"),
     [
         (scoring.score, ScoreSettings, {"rewards"}),
-        # Base adapters have an option of the command's own.
+        # The command has its own option for base adapters.
         (training.sample, SampleSettings, {"base_adapters"}),
-        # `model` may name a recipe as well; the LoRA and the rewards have options of the command's own.
+        # `model` may also name a recipe; the command has its own options for the LoRA and the rewards.
         (exporting.export, Recipe, {"model", "base_adapters", "lora", "rewards"}),
     ],
     ids=["score", "sample", "export"],
@@ -52,7 +52,7 @@ def test_every_field_is_an_option(command: Callable[..., None], settings: type[S
             assert option.opts == [OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")]
         assert option.required is field.is_required() or command is exporting.export
         if command is exporting.export:
-            # The recipe's, unless it is given.
+            # The default is the value of the recipe.
             assert option.default is None
             shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             assert option.show_default == (shown or True)
@@ -62,7 +62,7 @@ def test_every_field_is_an_option(command: Callable[..., None], settings: type[S
 
 
 class More(ScoreSettings):
-    """Settings with one field of each kind that an option can be of."""
+    """Settings with one field of each kind that an option supports."""
 
     number: float = Field(default=0.5, ge=0, le=1, description="share of something")
     above_zero: float = Field(default=1.0, gt=0, description="scale of something")
@@ -80,7 +80,7 @@ class More(ScoreSettings):
 
 
 def run(*arguments: str, given: list[Any] | None = None) -> Result:
-    """A command with options of `More`, the word first; `given` gets what it was called with."""
+    """Run a command with the options of `More` and one argument; append the values that it received to `given`."""
 
     def command(*, count: int = 3, settings: More) -> None:
         (given if given is not None else []).append((count, settings))

@@ -1,4 +1,4 @@
-"""Tables at every width: what identifies a row is there, nothing is cut, and what is piped is whole."""
+"""Tables at every width: the columns that identify a row are there, nothing is cut, and piped output is complete."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What is printed may be of any name: the terminal shows it, and its own colours stay."""
+"""Printed names can contain anything: the terminal shows them, and its own colours stay."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""The built-in model as one that is given no start frame: its denoiser without the channels of the image."""
+"""The built-in model without a first frame: its denoiser has no channels for the image."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ _DENOISER, _INPUT = "diffusion_pytorch_model.safetensors", "patch_embedding.weig
 
 
 def write_tiny_t2v(folder: Path) -> Path:
-    """A text-to-video model of 16 latent channels."""
+    """Write a text-to-video model with 16 latent channels; return its folder."""
     shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "t2v", "in_dim": 16}))

@@ -1,4 +1,4 @@
-"""Video files of every kind, made with PyAV alone."""
+"""Video files of every kind, written with PyAV."""
 
 import struct
 from fractions import Fraction
@@ -21,11 +21,16 @@ def encode(
     crf: int | None = None,
     **extra: Any,
 ) -> Path:
-    """Write pictures (H, W, 3) or (H, W, 4), 16 a second.
+    """Write pictures (H, W, 3) or (H, W, 4) at 16 frames per second; return the path.
 
-    crf: of libx264. extra: rotation and hflip of the display matrix, format, faststart, b_frames, gop (frames from one
-    key frame to the next), codec_options, times (of the frames, in sixteenths of a second), audio_seconds (of a track
-    of silence).
+    Args:
+        path: the file to write.
+        pictures: the frames.
+        codec: the encoder.
+        pix_fmt: the pixel format.
+        crf: the quality of libx264.
+        extra: rotation and hflip of the display matrix; format; faststart; b_frames; gop (distance of key frames);
+            codec_options; times (of the frames, in sixteenths of a second); audio_seconds (of a silent audio track).
     """
     options = {"movflags": "faststart"} if extra.get("faststart") else {}
     with av.open(str(path), "w", format=extra.get("format"), options=options) as container:
@@ -61,20 +66,20 @@ def encode(
 
 
 def packets(path: Path) -> list[tuple[int, int]]:
-    """Where the packets of the first stream are in the file, and how many bytes each has."""
+    """Return the position in the file and the number of bytes of each packet of the first stream."""
     with av.open(str(path)) as container:
         return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
 
 
 def damage_packet(path: Path, number: int, fill: int = 0) -> None:
-    """Write one and the same byte over the payload of a packet; its length stays."""
+    """Overwrite the payload of a packet with one byte value; its length does not change."""
     (position, size), content = packets(path)[number], bytearray(path.read_bytes())
     content[position + 4 : position + size] = bytes([fill]) * (size - 4)
     path.write_bytes(content)
 
 
 def hide_all_but(path: Path, first: int, count: int) -> None:
-    """Let the edit list of an mp4 file at 16 frames a second show only some frames, as a cut without encoding does."""
+    """Hide frames of an mp4 file at 16 frames per second with its edit list, like a cut without re-encoding."""
     content = bytearray(path.read_bytes())
     entry = content.index(b"elst") + 12
     _, start = struct.unpack(">Ii", content[entry : entry + 8])
@@ -85,7 +90,7 @@ def hide_all_but(path: Path, first: int, count: int) -> None:
 
 
 def audio_only(path: Path) -> None:
-    """A file with a sound and no picture."""
+    """Write a file with audio and without video."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -95,7 +100,7 @@ def audio_only(path: Path) -> None:
 
 
 def no_frames(path: Path, container_format: str = "mp4") -> None:
-    """A video stream of which only the header was written."""
+    """Write a video stream that only has a header."""
     with av.open(str(path), "w", format=container_format) as container:
         stream = container.add_stream("libx264", rate=16)
         stream.width = stream.height = 64

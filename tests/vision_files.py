@@ -1,6 +1,6 @@
-"""Small checkpoints of random weights, in the layouts in which CLIP, HPS v2, predictors and DINOv2 are published.
+"""Small random checkpoints in the layouts in which CLIP, HPS v2, aesthetic predictors and DINOv2 are published.
 
-Each function returns the model of transformers (or the plain PyTorch modules) that it wrote, to compute the same with.
+Each function returns the transformers model (or the plain PyTorch modules) that it wrote, for comparison.
 """
 
 import json
@@ -19,7 +19,7 @@ _MERGES = (("a", "t</w>"), ("c", "at</w>"), ("e", "r"), ("er", "s"), ("p", "ers"
 
 
 def write_clip(folder: Path, seed: int = 0, dim: int = 24) -> CLIPModel:
-    """Write a folder as OpenAI publishes CLIP for transformers: weights, preparation of pictures, tokenizer."""
+    """Write a folder in the layout of OpenAI's CLIP for transformers: weights, preprocessing, tokenizer."""
     model = CLIPModel(_clip_config(width=32, text_width=32, heads=2, dim=dim, activation="quick_gelu"))
     _randomise(model, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write_clip(folder: Path, seed: int = 0, dim: int = 24) -> CLIPModel:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write `vocab.json` and `merges.txt` as CLIP's are: bytes, bytes that end a word, merges, start and end."""
+    """Write `vocab.json` and `merges.txt` like those of CLIP: bytes, bytes that end a word, merges, start and end."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(_vocabulary())}))
     merges = ["#version: 0.2", *(" ".join(merge) for merge in _MERGES)]
@@ -49,9 +49,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_hpsv2(file: Path, seed: int = 0) -> CLIPModel:
-    """Write a file as HPS v2 is published: a ViT-H/14 with open_clip's names; and the tokenizer beside it.
+    """Write a file in the layout of HPS v2, a ViT-H/14 with open_clip's names, and a tokenizer next to it.
 
-    It is as much narrower as its image is smaller, in the same proportions.
+    The proportions are those of the original; width and image size are smaller by the same factor.
     """
     model = CLIPModel(_clip_config(width=80, text_width=64, heads=16, dim=64, activation="gelu", patch=14))
     _randomise(model, seed)
@@ -62,7 +62,7 @@ def write_hpsv2(file: Path, seed: int = 0) -> CLIPModel:
 
 
 def open_clip_state(model: CLIPModel) -> dict[str, Tensor]:
-    """The weights of a model of transformers by the names of open_clip's `CLIP`."""
+    """Return the weights of a transformers model, with the names of open_clip's `CLIP`."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     vision, text = "vision_model", "text_model"
     renamed = {
@@ -99,10 +99,12 @@ def open_clip_state(model: CLIPModel) -> dict[str, Tensor]:
 
 
 def write_aesthetic(file: Path, seed: int = 0, dim: int = 24) -> nn.Sequential:
-    """Write a predictor as improved-aesthetic-predictor publishes it: names that begin with `layers.`.
+    """Write a predictor in the layout of improved-aesthetic-predictor, with names that begin with `layers.`.
 
     Args:
-        dim: of CLIP's embeddings; those of `write_clip` by default.
+        file: the file to write.
+        seed: the seed of the weights.
+        dim: the size of CLIP's embeddings; that of `write_clip` by default.
     """
     layers = nn.Sequential(
         nn.Linear(dim, 1024),
@@ -125,7 +127,7 @@ def write_aesthetic(file: Path, seed: int = 0, dim: int = 24) -> nn.Sequential:
 
 
 def write_dinov2(folder: Path, seed: int = 0) -> Dinov2Model:
-    """Write a folder as DINOv2 is published for transformers; its positions are of larger pictures, as there."""
+    """Write a folder in the layout of DINOv2 for transformers, with position embeddings for larger pictures."""
     config = Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=14, mlp_ratio=2
     )
@@ -181,7 +183,7 @@ def _clip_config(width: int, text_width: int, heads: int, dim: int, activation: 
 
 @torch.no_grad()
 def _randomise(model: nn.Module, seed: int) -> None:
-    """Weights with which outputs depend on the input as much as those of a trained model."""
+    """Set weights with which the outputs depend on the input as much as those of a trained model."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)

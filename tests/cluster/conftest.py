@@ -1,4 +1,4 @@
-"""One Ray cluster of two CPUs for a session, ended with it, and an S3 server that its workers find."""
+"""Fixtures: one Ray cluster of two CPUs for a session, and an S3 server that its workers can reach."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def store() -> Iterator[ObjectStore]:
-    """An S3 server that `s3://` leads to, in this process and in those of the cluster."""
+    """Start an S3 server, and make `s3://` use it in this process and in those of the cluster."""
     with object_store() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.variables().items():
             patch.setenv(name, value)
@@ -24,7 +24,7 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path, store: ObjectStore) -> Iterator[Path]:
-    """A cluster whose workers find the rewards of the tests; returns the folder of their notes."""
+    """Start a cluster whose workers can import the rewards of the tests; yield the folder of their markers."""
     notes = tmp_path_factory.mktemp("notes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
@@ -35,7 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path,
         start_local(num_cpus=2, object_store_memory=200 * 2**20)
         import ray
 
-        # What is compared with a cluster runs in this process, and is not to die.
+        # The runs that are compared with the cluster are in this process, where no reward may end the process.
         patch.delenv(NOTES)
         try:
             yield notes

@@ -1,4 +1,4 @@
-"""Scoring and training on a real cluster of two CPUs: workers die, rows and adapters are those of one process."""
+"""Scoring and training on a real cluster of two CPUs: if workers die, rows and adapters are those of one process."""
 
 import json
 import os
@@ -20,18 +20,18 @@ from frostline.cli import app
 from frostline.video import write_video
 
 TESTS = Path(__file__).parents[1]
-# Ray and its workers take a minute to start where other processes use the cores.
+# Ray and its workers take a minute to start if other processes use the cores.
 pytestmark = pytest.mark.timeout(1200)
 SIZE, CLIPS = 64, 14
 DEADLY, DEADLY_ONCE, UNREADABLE = 5, 9, 11
 REWARD = ["--reward", "cluster_rewards:Deadly", "--backend", "torch", "--device", "cpu"]
-# What differs from run to run.
+# The values that differ between runs.
 OF_A_RUN = {"seconds"}
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with clips of two frames, of which one is white, one is black, and one is none; and `pairs.csv`."""
+    """Write `pairs.csv` and clips of two frames, one white, one black and one unreadable; return the folder."""
     folder = tmp_path_factory.mktemp("clips")
     names = [f"{index:02}.mp4" for index in range(CLIPS)]
     generator = np.random.default_rng(0)
@@ -114,7 +114,7 @@ STEPS = 6
 
 
 def config_of(folder: Path, data: Path) -> Path:
-    """A run of six steps on fresh noise, with a checkpoint every second one."""
+    """Return the configuration file of a run of six steps with fresh noise, and a checkpoint every second step."""
     config = {
         "model": "tiny",
         "output_dir": str(folder / "run"),
@@ -136,7 +136,7 @@ def config_of(folder: Path, data: Path) -> Path:
 
 
 def test_a_worker_is_lost_and_the_adapter_is_that_of_an_undisturbed_run(cluster: Path, tmp_path: Path) -> None:
-    """Undisturbed is a run of two processes as `accelerate launch` starts them, which it equals to the bit."""
+    """Compare bit for bit with an undisturbed run of two processes, which are started as by `accelerate launch`."""
     data = tmp_path / "data"
     for index in range(4):
         moving = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8)

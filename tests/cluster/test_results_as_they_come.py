@@ -1,4 +1,4 @@
-"""What a run on a cluster reads and keeps, without a cluster: pairs, parts, files of results, who died on what."""
+"""What a run on a cluster reads and writes, tested without one: pairs, parts, results, videos that kill workers."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What workers of a training run do when Ray starts them, and when it starts them again; without a cluster."""
+"""The workers of a training run, when Ray starts them and when it restarts them; tested without a cluster."""
 
 import signal
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from frostline.train.settings import RunSettings
 
 
 class Remote:
-    """An actor in this process: a method is called by `remote`, and its result is what `ray.get` gets."""
+    """An actor in this process. Its methods are called with `remote`, and return what `ray.get` returns."""
 
     def __init__(self, actor: object) -> None:
         self._actor = actor
@@ -31,7 +31,10 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunState, Start, list[str | None]]:
-    """The state of a run, `start(resume)`, which is what a worker does, and what `run_training` was told to resume."""
+    """Return the state of a run, the function `start(resume)` of a worker, and the list of the values of `resume`.
+
+    The list contains the values that the worker passed to `run_training`.
+    """
     state, told = RunState(), list[str | None]()
     settings = RunSettings(output_dir=tmp_path / "run")
 
@@ -48,7 +51,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunState, 
     monkeypatch.setattr(train_worker.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(launch, "run_training", run_training)
     monkeypatch.chdir(tmp_path)
-    # As it sets them.
+    # The worker sets these variables; `monkeypatch` restores them afterwards.
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
         monkeypatch.setenv(name, "")
 
@@ -64,9 +67,9 @@ def test_workers_that_start_again_go_on(
 ) -> None:
     _, start, told = started
     assert start(None) == "outcome"
-    # There was no checkpoint when a worker was lost: `latest` begins again.
+    # No checkpoint existed when a worker was lost, so `latest` starts from the beginning.
     assert start(None) == "outcome"
-    # A run that began from another one's checkpoint does so again, until it has one of its own.
+    # A run that started from the checkpoint of another run starts from it again, until it has its own checkpoint.
     assert start("other/checkpoint-8") == "outcome"
     monkeypatch.setattr(checkpoint, "latest_intact", lambda folder: folder / "checkpoint-2")
     assert start("other/checkpoint-8") == "outcome"

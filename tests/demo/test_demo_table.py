@@ -1,4 +1,4 @@
-"""The last lines of the demo: every gain by the frames that were scored both times, and with 0 for the others."""
+"""The last lines of the demo: each gain over the frames that have a score in both validations, and over all frames."""
 
 from pathlib import Path
 from typing import Any
@@ -26,5 +26,5 @@ def test_hidden_faces_count_as_zero_beside_the_gain(capsys: pytest.CaptureFixtur
         "face score up in 16 of 20 samples, by +0.086 in the 150 frames that were scored both times, "
         "-0.012 in all frames, with 0 for frames without a score" in lines
     )
-    # Of whole clips nothing is missing.
+    # A score of whole clips has no missing frames.
     assert "judge motion up in 3 of 20 samples, by -0.250" in lines

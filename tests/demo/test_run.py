@@ -1,4 +1,4 @@
-"""The demo, two steps long: every file it promises, with the numbers in them."""
+"""The demo with two steps: all files that it writes, and the numbers in them."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_summary_holds_every_number(demo: Path) -> None:
         assert math.isfinite(summary[name]), name
     assert summary["starts"] == 2
     assert 0 <= summary["starts_up"] <= 2
-    # The reward and who judges it, each by the frames of both looks that show a face.
+    # The reward and the judge, each over the frames with a face in both validations.
     assert {*summary["paired"]} == {"face_score", "judge_face_dlib"}
     for change in summary["paired"].values():
         assert (change["since"], change["starts"]) == (0, 2)
@@ -57,7 +57,7 @@ def test_summary_holds_every_number(demo: Path) -> None:
 
 
 def test_it_leaves_what_every_run_leaves(demo: Path) -> None:
-    """The trainer's own files: the same command makes the page again, and goes on from the checkpoint."""
+    """Check the trainer's own files, with which the report can be written again, and the run can be resumed."""
     lines = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -96,7 +96,7 @@ def test_data_and_clips_are_real_videos(demo: Path) -> None:
 
 @pytest.mark.parametrize(("when", "step"), [("before", 0), ("after", 2)])
 def test_its_clips_score_as_it_said(when: str, step: int, demo: Path, engines: Path) -> None:
-    """But for the rounding of written pixels to 8 bits, which the demo embedded as floats."""
+    """Compare with a tolerance: written pixels are rounded to 8 bits, but the demo embedded floats."""
     summary = json.loads((demo / "summary.json").read_text())
     options = RunOptions(device="cpu", engines=engines)
     pairs = pairs_of_file(demo / "validation" / f"step-{step:06d}.csv")

@@ -23,20 +23,26 @@ from frostline.train.config_file import load_run_settings
 ROOT = Path(__file__).parents[2]
 REASONS = ("installs packages", "needs a GPU", "needs real weights", "needs real weights and a GPU", "takes minutes")
 COMMANDS, PYTHON = "bash", "python"
-# Blocks that nobody is asked to run.
+# Languages of blocks that are not commands.
 OTHERS = {"text", "yaml", "json", "csv", "bibtex"}
 _BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^>]*?) -->\n)?^(?P<fence>```+)(?P<language>\w*)\n(?P<text>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
 _VARIABLE = re.compile(r"\w+=\S*")
-# What stands for something that the reader fills in.
+# Placeholders for what the reader fills in.
 _ELLIPSIS = {"…", "..."}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. reason: why it is not run, or None."""
+    """A fenced block of a page.
+
+    Attributes:
+        language: the language after the fence.
+        text: the lines of the block.
+        reason: why it is not run; None if it is run.
+    """
 
     language: str
     text: str
@@ -64,7 +70,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def problem(command: list[str]) -> str | None:
-    """Return what is wrong with a command, as far as can be told without running it, or None."""
+    """Return what is wrong with a command, as far as it can be found without running it; None if nothing is."""
     program, *arguments = command
     if program in ("accelerate", "torchrun") and "-m" in arguments:
         program, *arguments = arguments[arguments.index("-m") + 1 :]

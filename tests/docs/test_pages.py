@@ -1,4 +1,4 @@
-"""Pages: the configuration reference is current, links lead somewhere, and README is short."""
+"""Pages: the configuration reference is current, links are valid, and README is short."""
 
 import io
 import re
@@ -29,14 +29,14 @@ _OTHER_SITES = ("http://", "https://", "mailto:")
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as mkdocs makes them."""
+    """Return the anchors of a page's headings, as mkdocs creates them."""
     headings = _HEADING.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
     plain = (re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading) for heading in headings)
     return {slugify(heading, "-") for heading in plain}
 
 
 def broken_links(page: Path) -> list[str]:
-    """The relative links of a page that lead to no file or no heading."""
+    """Return the relative links of a page for which there is no file or no heading."""
     wrong = []
     for match in _LINK.finditer(_CODE.sub("code", page.read_text(encoding="utf-8"))):
         path, _, anchor = match["target"].partition("#")
@@ -68,7 +68,7 @@ def test_the_configuration_reference_is_current() -> None:
 
 
 def test_the_configuration_reference_has_every_setting() -> None:
-    # The first part is what is before all sections.
+    # The part before all sections comes first.
     parts = re.split(r"^### `(.*)`$", reference(), flags=re.MULTILINE)
     sections = {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
     names = [name.rpartition(".")[::2] for name in dotted_names(RunSettings) if not name.startswith("rewards.")]

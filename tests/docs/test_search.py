@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, and its search finds the answers to a newcomer's questions first."""
+"""The documentation builds without a warning, and its search finds the answers to beginners' questions first."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from document_commands import ROOT
 from lunr import lunr
 from lunr.index import Index
 
-# As a newcomer asks, and the section of docs/questions.md that answers.
+# Beginners' questions, and the section of docs/questions.md that answers each.
 QUESTIONS = {
     "how much memory for A14B on 24 GB": "how-much-memory-does-a14b-need-on-a-24-gb-card",
     "how many clips": "how-many-clips-do-i-need",
@@ -28,7 +28,7 @@ QUESTIONS = {
     "how do I know it is not reward hacking": "how-do-i-know-it-is-not-reward-hacking",
 }
 
-# Keywords, and the place that is found first.
+# Keywords, and the section that must be found first.
 TOPICS = {
     "quickstart": "quickstart/",
     "out of memory": "troubleshooting/#out-of-memory",
@@ -52,7 +52,7 @@ TOPICS = {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built documentation."""
+    """Build the documentation; return its folder."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
@@ -63,7 +63,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sections(site: Path) -> dict[str, dict[str, Any]]:
-    """The sections of the site's search index, by their place; their text without tags."""
+    """Return the sections of the site's search index by location, with tags removed from their text."""
     documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     return {
         document["location"]: {
@@ -78,7 +78,7 @@ def sections(site: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def index(sections: dict[str, dict[str, Any]]) -> Index:
-    """The index that the site's search makes: lunr, a title counts a thousand times as much as text."""
+    """Return an index like that of the site's search: lunr, where a title counts a thousand times as much as text."""
     fields = [{"field_name": "title", "boost": 1000}, {"field_name": "text", "boost": 1}]
     documents = [(section, {"boost": section["boost"]}) for section in sections.values()]
     return lunr(ref="location", fields=fields, documents=documents)
@@ -111,4 +111,4 @@ def test_the_api_page_has_docstrings(site: Path) -> None:
     for name in ("TrainingModule.from_pretrained", "Runtime.replan", "Reward.score", "run_score", "FrostlineError"):
         assert name.rpartition(".")[2] in page
     assert page.count("doc-heading") > 30
-    assert "Raises: " not in page  # a section of its own, not text
+    assert "Raises: " not in page  # it is a section, not text

@@ -1,4 +1,4 @@
-"""Receipts: what an export ended with is believed if this user wrote it, and only as far as it still holds."""
+"""Records of exports: an export is skipped if its record is signed by this user and its engines are still valid."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ KEY = "0123456789abcdef"
 
 
 def parity(max_abs: float = 1e-6, cosine: float = 1.0) -> Parity:
-    """Of an output whose largest value is 2."""
+    """Return the parity of an output whose largest value is 2."""
     errors = {"max_abs": max_abs, "mean_abs": 0.0, "p99_abs": 0.0, "mean_rel": 0.0, "p99_rel": 0.0}
     return Parity(network="n", case="opt", output="y", **errors, max_rel=max_abs / 2, cosine=cosine, passed=True)
 
@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> EngineStore:
 
 @pytest.fixture
 def build(store: EngineStore) -> Callable[..., Manifest]:
-    """An engine of one file, verified within `BOUNDS` if not said otherwise; building it again replaces it."""
+    """Return a function that commits an engine of one file, verified within `BOUNDS`, or replaces it."""
 
     def build(stage: str = "text_encoder", **changes: Any) -> Manifest:
         engine = EngineId("tiny", stage, "onnxruntime", KEY)
@@ -103,7 +103,7 @@ def test_engines_are_held_against_the_bounds_that_were_asked_for(
 ) -> None:
     write(store, build(), bounds=BOUNDS)
     build(tolerance=LOOSE, parity=(parity(max_abs=0.5, cosine=0.1),))
-    assert recall(store, KEY) is None, "it was measured anew within other bounds"
+    assert recall(store, KEY) is None, "the parity is outside the requested bounds"
     build(tolerance=LOOSE, parity=(parity(max_abs=2e-5),))
     assert recall(store, KEY) is not None, "2e-5 is within atol + rtol * 2"
     build(tolerance=LOOSE, parity=(parity(), parity(max_abs=4e-5)))
@@ -119,7 +119,7 @@ def test_what_was_verified_must_be_verified_still(store: EngineStore, build: Cal
     build(**unverified)
     assert recall(store, KEY) is None
     write(store, build(**unverified))
-    assert recall(store, KEY) is not None, "nothing here could run it"
+    assert recall(store, KEY) is not None, "the export could not verify it either"
     build(parity=(parity(max_abs=1.0),), tolerance=LOOSE)
     assert recall(store, KEY) is None
 

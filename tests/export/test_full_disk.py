@@ -1,4 +1,4 @@
-"""A folder of engines on a full disk: said by name, nothing left half-built, and the process goes on."""
+"""Engine folders on a full disk: the error names the cause, no half-built engine is left, and the process continues."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 class Layers(nn.Module):
-    """With weights, and code when it is compiled, that fill a disk of some kilobytes."""
+    """A network whose weights, and code when it is compiled, fill a disk of a few kilobytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-# In a process of its own each, because torch's own writer of packages ends it where there is no room.
+# Each test runs in a new process, because torch's package writer can end the process if the disk is full.
 @pytest.mark.fresh_process
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "aotinductor"])
 def test_a_full_disk_is_said_and_the_process_lives(backend: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of an export: it ends, with nothing half-built and no process left."""
+"""Ctrl-C during an export: the export ends, and no half-built engine and no process is left."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ Start = Callable[..., Python]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """`start(*arguments)`: an export of tiny in a process group of its own, as in a terminal."""
+    """`start(*arguments)`: start an export of tiny in a separate process group, as in a terminal."""
     started = []
 
     def run(*arguments: str) -> Python:
@@ -58,7 +58,7 @@ def assert_ended_with_nothing_left(process: Python, folder: Path) -> None:
 
 
 def test_within_tensorrt(start: Start, tmp_path: Path) -> None:
-    """Which calls back as it logs: an exception there would be lost, or take the process down."""
+    """Interrupt while TensorRT calls back to log: an exception there would be lost, or crash the process."""
     process = start("--stages", "text_encoder")
     wait_until(lambda: "VERBOSE: " in (tmp_path / "log").read_text(), process, tmp_path)
     assert_ended_with_nothing_left(process, tmp_path)

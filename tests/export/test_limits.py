@@ -1,4 +1,4 @@
-"""The range of shapes that engines serve which take no tensors above a size."""
+"""The range of shapes of engines whose backend limits the size of tensors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ LIMIT = 2**31 - 1
 
 
 class Wide(nn.Module):
-    """Five times as many channels in the middle as at both ends; attention over pixels where there are heads."""
+    """A network with five times as many channels inside as at both ends; with `heads`, also attention over pixels."""
 
     def __init__(self, heads: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def largest_shape(network: Network) -> tuple[int, ...]:
 
 
 def test_what_a_network_makes_counts() -> None:
-    """32 × 10 × 32 × 32: its inputs and outputs have a fifth of it."""
+    """Count 32 × 10 × 32 × 32 elements inside; inputs and outputs have a fifth of them."""
     largest = largest_tensor(network())
     assert largest.shape == (32, 10, 32, 32)
     assert largest.elements == 327_680
@@ -89,10 +89,10 @@ def test_samples_go_before_pixels() -> None:
     assert within_limit(wide, "b", 32 * one) is wide
     assert largest_shape(within_limit(wide, "b", 32 * one - 1)) == (31, 2, 32, 32)
     assert largest_shape(within_limit(wide, "b", 5 * one + 7)) == (5, 2, 32, 32)
-    # Not below what is typical: then there are fewer pixels, 20 × 20 or 28 × 28 and no more.
+    # The batch size is not reduced below the typical one, 2. Height and width are reduced instead, here to 20 and 28.
     assert largest_shape(within_limit(wide, "b", 2 * 10 * 20 * 20)) == (2, 2, 20, 20)
     assert largest_shape(within_limit(wide, "b", 2 * 10 * 32 * 32 - 1)) == (2, 2, 28, 28)
-    # All that is left are the typical shapes.
+    # Only the typical shapes are left.
     assert largest_shape(within_limit(wide, "b", 2 * 10 * 8 * 8)) == (2, 2, 8, 8)
     with pytest.raises(
         EngineError, match=r"b supports tensors of at most 1,279 elements, but network wide has conv2d of"
@@ -109,13 +109,13 @@ def test_what_was_asked_for_is_not_lowered() -> None:
 
 
 def test_the_default_range_of_tiny_within_the_limit(make_module: Any) -> None:
-    """By hand: 16 channels of 6 padded frames, its attention of one head, and the first face network."""
+    """Compute by hand: 16 channels of 6 padded frames, the VAE's attention of one head, the first face network."""
     stages = make_module().stages
     encoder = {network.name: network for network in stages["vae_encoder"].networks}["next"]
     padded = largest_tensor(encoder)
     assert padded.elements >= 32 * 16 * 6 * 1026 * 1026
     served = within_limit(encoder, "tensorrt", LIMIT)
-    # Each of 128 × 128 positions scores each: 2^28 a video, of which 7 stay below 2^31 - 1.
+    # Attention scores of 128 × 128 positions: 2^28 per video. 7 videos are below 2^31 - 1.
     assert largest_shape(served) == (7, 3, 4, 1024, 1024)
     assert largest_tensor(served).elements == 7 * (128 * 128) ** 2
     pnet = stages["face_detector"].networks[0]
@@ -132,7 +132,7 @@ def stage() -> Stage:
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime, were it to take no more than five samples of 32 × 32 pixels."""
+    """Make ONNX Runtime accept at most five samples of 32 × 32 pixels."""
     monkeypatch.setattr(get_backend("onnxruntime"), "largest_tensor", 5 * 10 * 32 * 32)
 
 
@@ -160,7 +160,7 @@ def test_a_range_that_was_asked_for_is_refused_with_the_arithmetic(stage: Stage,
     ):
         build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=asked)
     assert EngineStore(tmp_path).find() == []
-    # An engine that was built without being asked for that range has the same key.
+    # The key is the same for an engine that was built without requesting this range.
     build_stage(stage, "onnxruntime", EngineStore(tmp_path))
     with pytest.raises(EngineError, match=r"supports x:5x2x32x32 instead of 32x2x32x32, which is less than requested"):
         build_stage(stage, "onnxruntime", EngineStore(tmp_path), options=asked)
@@ -175,7 +175,7 @@ def test_engines_without_a_limit_have_nothing_to_say(stage: Stage, tmp_path: Pat
 
 
 def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, engines: Path) -> None:
-    """Before anything is built, and before one that is there is loaded and held against PyTorch."""
+    """Refuse before anything is built, and before an existing engine is loaded and compared with PyTorch."""
     from frostline.export.exporter import verify_engine_parity
     from frostline.runtime.identity.fingerprint import find_engine, weights_sha256
 
@@ -183,7 +183,7 @@ def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, 
     for rank in (1, 257):
         stage = make_module(lora={"rank": rank}).stages["denoiser"]
         found = find_engine(store, stage, "onnxruntime", weights_sha256(stage))
-        assert found is not None, "the rank is no part of what identifies an engine"
+        assert found is not None, "the rank must not change the key of an engine"
         with pytest.raises(ShapeError, match=r"lora_A has shape .*, engines support .*: choose another LoRA rank"):
             export_stage(stage, "onnxruntime", store, force=True)
         with pytest.raises(ShapeError, match="choose another LoRA rank"):
@@ -193,7 +193,7 @@ def test_a_rank_out_of_range_is_refused_and_no_engine_deleted(make_module: Any, 
 
 @pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B"])
 def test_the_vae_of_the_shipped_recipes_keeps_within_the_limit(name: str) -> None:
-    """Of each kind of VAE the recipe with the largest shapes: nothing that it asks for is refused or lowered."""
+    """Check the recipe with the largest shapes for each kind of VAE: none of its shapes is refused or reduced."""
     recipe, spec = load_recipe(name, {}), read_spec(name)
     parts: dict[str, Any] = {part: spec.build(part).to(recipe.dtype) for part in ("vae", "denoiser")}
     parts["vae"].scale = [values.to("meta") for values in parts["vae"].scale]

@@ -1,4 +1,4 @@
-"""Building in several processes ends in the same verified engines as building in one."""
+"""Building in several processes gives the same verified engines as building in one process."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def test_two_processes_build_and_this_one_verifies(staged: StagedModel, tmp_path
         assert row.manifest is not None
         assert row.manifest.verified == (row.backend == "onnxruntime"), row.note
         assert row.seconds >= row.manifest.build_seconds
-    # By the keys that this process gives them.
+    # Under the keys that this process computes.
     again = list(export_model(staged, RECIPE, store, options))
     assert {row.status for row in again} == {"present"}
 
@@ -49,7 +49,7 @@ def test_two_processes_build_and_this_one_verifies(staged: StagedModel, tmp_path
 def test_a_process_that_dies_leaves_the_work_to_this_one(
     staged: StagedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A device that no process can load the model on, as memory that is not there would be.
+    # No process can load the model on this device, as if memory were missing.
     store = EngineStore(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StagedModel, "device", "meta")
@@ -70,7 +70,7 @@ def test_as_many_jobs_as_memory_takes(staged: StagedModel, monkeypatch: pytest.M
 
 
 def test_asking_again_needs_no_torch() -> None:
-    """Or it would take seconds to say that all is there."""
+    """Otherwise, it would take seconds to report that all engines exist."""
     modules = ("cli.exporting", "export.export_cache", "export.tables", "progress")
     asked = "import sys, " + ", ".join(f"frostline.{module}" for module in modules)
     cache = "frostline.export.export_cache"

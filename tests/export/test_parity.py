@@ -75,7 +75,7 @@ def test_what_is_not_finite_fails(bad: float) -> None:
     assert measure(x, 2 * x, anything).passed
     assert not measure(x, y, anything).passed
     assert not measure(y, x).passed
-    assert not measure(y, y.clone()).passed, "PyTorch itself is broken: nothing is proved"
+    assert not measure(y, y.clone()).passed, "PyTorch's output is not finite, so nothing is verified"
 
 
 @pytest.mark.parametrize("actual", [None, noise(3, 2), noise(6), noise(2, 3, 1), noise(0)], ids=str)
@@ -87,7 +87,7 @@ def test_another_shape_or_none_fails_with_infinite_error(actual: Tensor | None) 
 
 
 def test_empty_outputs_pass() -> None:
-    """No face, no boxes: an engine agrees by returning none."""
+    """An engine that finds no face, and so returns no boxes, agrees with PyTorch."""
     parity = measure(noise(0, 4), noise(0, 4))
     assert parity.passed
     assert {getattr(parity, name) for name in MEASURES} == {0.0}
@@ -104,7 +104,7 @@ def test_every_output_is_measured() -> None:
 @given(
     values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=300),
     seed=st.integers(0, 99),
-    # Errors below what fp32 has at full precision are flushed to zero, or not, by whoever takes a mean.
+    # Smaller errors are subnormal in fp32. Some means flush them to zero, others do not.
     size=st.just(0.0) | st.floats(1e-30, 1),
 )
 @settings(max_examples=100, deadline=None)
@@ -116,8 +116,7 @@ def test_measures_are_what_numpy_says(values: list[float], seed: int, size: floa
     error = np.abs(a - b)
     relative = error / max(np.abs(a).max(), np.finfo(np.float32).tiny)
     expected = [f(e) for e in (error, relative) for f in (np.max, np.mean, lambda x: np.quantile(x, 0.99))]
-    # Errors relative to nothing overflow on both sides.
-    # Polygraphy takes means in fp32.
+    # Relative errors of an output of zeros overflow in both. Polygraphy computes means in fp32.
     assert [getattr(parity, name) for name in MEASURES] == pytest.approx(expected, rel=1e-6)
     norms = np.linalg.norm(a) * np.linalg.norm(b)
     if norms > 0:

@@ -1,4 +1,4 @@
-"""What a plan is worth: how often a step uses each stage, and what the plan's choices then cost."""
+"""The time estimate of a plan: how often a step uses each stage, and the resulting latency."""
 
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +22,7 @@ ONCE = {"text_encoder": 1, "image_encoder": 1, "vae_encoder": 1, "face_detector"
 
 
 def counts(steps: DenoiseSteps, live: bool) -> Counter[str]:
-    """How often a step uses each stage, of a model with CLIP that is rewarded for faces."""
+    """Return how often a step uses each stage, for a model with CLIP and the reward `face_identity`."""
     total: Counter[str] = Counter()
     for use in (*step_uses(steps, clip=True), *Config.uses):
         if use.live == live:
@@ -31,7 +31,7 @@ def counts(steps: DenoiseSteps, live: bool) -> Counter[str]:
 
 
 def test_the_reference_step_with_one_expert() -> None:
-    """Four rollout steps, and the KL reference of four tail steps."""
+    """Count four steps of the rollout head, and the KL references of four tail steps."""
     uses = counts(DenoiseSteps(4, 7), live=False)
     assert uses == {**ONCE, "denoiser": 8}
 
@@ -43,7 +43,10 @@ def test_the_reference_step_with_two_experts() -> None:
 
 @given(st.integers(1, 30), st.data())
 def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> None:
-    """As `Sampler` walks: a live step has a graph with a LoRA or behind one, and with a LoRA a reference."""
+    """Count like `Sampler`: a live step has a graph if its expert has a LoRA, or after such a step.
+
+    A live step whose expert has a LoRA also has a KL reference.
+    """
     end = data.draw(st.integers(0, N - 1))
     start, high = data.draw(st.integers(0, end)), data.draw(st.integers(0, N))
     strategy = data.draw(st.sampled_from(["tail", "last", "random", "uniform", "steps"]))

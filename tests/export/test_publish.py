@@ -1,4 +1,4 @@
-"""`frostline engines export`: the files and the script run without frostline, and compute what PyTorch does."""
+"""`frostline engines export`: files and script run without frostline, and compute the same as PyTorch."""
 
 import json
 import shutil
@@ -39,13 +39,13 @@ def published(engine: VerifiedEngine, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script on its own: `-I` keeps this project off the path."""
+    """Run the script alone: `-I` keeps this project off the path."""
     command = [sys.executable, "-I", str(folder / "run.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def adapter_in(folder: Path, **config: object) -> Path:
-    """The small denoiser's LoRA in PEFT's format; its scale is 2."""
+    """Write the small denoiser's LoRA in PEFT's format, with a scale of 2; return its folder."""
     live = network_of("denoiser", "denoiser").live
     tensors = {
         f"base_model.model.{name.removeprefix('lora.')}.weight": tensor.detach().numpy()

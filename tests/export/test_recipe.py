@@ -1,4 +1,4 @@
-"""Recipes: those that ship, and what becomes of those that a user writes."""
+"""Recipes: those of the package, and how a user's recipe is read or refused."""
 
 import re
 import sys
@@ -31,7 +31,7 @@ def test_there_is_a_recipe_for_every_released_model() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_are_found_by_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From any folder."""
+    """Find a recipe by name from any folder."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(path.stem, {})
     assert recipe == load_recipe(str(path), {})
@@ -67,7 +67,7 @@ def test_a_stage_gets_the_backends_that_compute_in_its_precision() -> None:
     assert recipe.backends_for("bf16") == ("openvino",)
     assert recipe.backends_for("fp16") == recipe.backends
     alone = Recipe(model="tiny", backends=("onnxruntime",))
-    assert alone.backends_for("bf16") == ("onnxruntime",), "and the export says why it fails"
+    assert alone.backends_for("bf16") == ("onnxruntime",), "the export then reports why it fails"
 
 
 def test_changes_go_before_the_file(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_lists_may_be_written_with_commas(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written", ["[8.9, 12.0]", "['8.9', '12.0']", "8.9,12.0", '"8.9, 12.0"'])
 def test_compute_capabilities_may_be_numbers(written: str, tmp_path: Path) -> None:
-    """YAML has `[8.9, 12.0]` as numbers."""
+    """Accept numbers, because YAML reads `[8.9, 12.0]` as numbers."""
     recipe = load_recipe(write(tmp_path, f"model: tiny\ncompute_capabilities: {written}\n"), {})
     assert recipe.compute_capabilities == ("8.9", "12.0")
     one = load_recipe(write(tmp_path, "model: tiny\ncompute_capabilities: 8.9\n"), {})
@@ -235,6 +235,6 @@ def test_lora_targets_and_none() -> None:
     assert recipe.with_lora(False, None).lora is None
     assert recipe.with_lora(False, "q").lora is None
     assert recipe.with_lora(False, None).with_lora(True, "q").lora == LoraSettings(target_modules=("q",))
-    assert recipe.lora == LoraSettings(rank=4, alpha=8), "the recipe itself is as it was"
+    assert recipe.lora == LoraSettings(rank=4, alpha=8), "the recipe itself must not change"
     with pytest.raises(ConfigError, match="target_modules"):
         recipe.with_lora(True, " , ")

@@ -1,4 +1,4 @@
-"""`frostline export --reward`: stages of rewards, with a model or without one."""
+"""`frostline export --reward`: the stages of rewards, with or without a model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stages_of_rewards_are_built_without_a_model(no_model: None, tmp_path: Path) -> None:
-    """Verified, listed, and found again; by their own files and not by a model's."""
+    """Build, list and find the engines by the files of the reward, without those of a model."""
     write_clip(tmp_path / "clip")
     arguments = ["export", "--reward", f"clip:{tmp_path / 'clip'}", "--engines-dir", str(tmp_path / "engines")]
     arguments += ["--backend", "onnxruntime", "--device", "cpu", "--jobs", "1"]

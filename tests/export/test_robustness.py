@@ -1,4 +1,4 @@
-"""Exports that are killed, raced, refused and out of disk: nothing false, and nothing half, is ever in the store."""
+"""Exports that are killed, simultaneous, refused, or out of disk space: the store never has an invalid engine."""
 
 import multiprocessing
 import os
@@ -45,7 +45,7 @@ def export(stage: Stage, root: Path, force: bool = False) -> Exported:
 
 
 def assert_sound(root: Path) -> None:
-    """Whatever the store lists holds, and calls itself verified only with measurements that passed."""
+    """Check that every listed engine is intact, and is only marked as verified if its measurements passed."""
     store = EngineStore(root)
     for record in store.find():
         manifest = store.verify(record).manifest
@@ -63,16 +63,16 @@ def assert_nothing_but_the_engine(root: Path) -> None:
 
 @dataclass(frozen=True)
 class Death:
-    """How a child ended: whether the signal hit it before it was done, and how long it lived."""
+    """How a child ended: whether a signal killed it before it finished, and its lifetime in seconds."""
 
     killed: bool
     seconds: float
 
 
 class Nursery:
-    """A process that has everything imported and loaded, and forks children that export.
+    """A process that has imported and loaded everything, and forks children that export.
 
-    Not this process itself: it may have OpenMP threads, and a child would wait for those for ever.
+    It is not this process, because OpenMP threads of this process would deadlock a forked child.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -82,7 +82,7 @@ class Nursery:
         self._process = server.Process(target=_serve, args=(theirs, scratch, dict(os.environ)))
         self._process.start()
         theirs.close()
-        # It answers once the engine in its scratch folder is built.
+        # The nursery answers when the engine in its scratch folder is built.
         self.ask(bool)
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -105,14 +105,14 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 def _serve(connection: Connection, scratch: Path, environment: dict[str, str]) -> None:
-    """In the nursery: answer until the other end closes."""
+    """Answer requests in the nursery process until the other end closes the connection."""
     import torch
 
     os.environ.update(environment)
-    torch.set_num_threads(1)  # a thread pool in the nursery would harm its children, too
+    torch.set_num_threads(1)  # a thread pool in this process would deadlock its children, too
     exporter._LATENCY_SECONDS = 0.2  # as in all tests; this process has no fixtures
     stage = load_stage()
-    export(stage, scratch)  # the first one imports what the others need
+    export(stage, scratch)  # the first export imports what the others need
     while True:
         try:
             function, arguments = connection.recv()
@@ -125,7 +125,10 @@ def _serve(connection: Connection, scratch: Path, environment: dict[str, str]) -
 
 
 def exported_and_killed(stage: Stage, roots: Sequence[Path], moments: Sequence[float | None]) -> list[Death]:
-    """In the nursery: an export into each root, whatever is there already, in children that die at their moments."""
+    """Export into each root in a child process, and kill the children at their `moments` (seconds).
+
+    Runs in the nursery. Existing engines are replaced; None lets a child finish.
+    """
     fork = multiprocessing.get_context("fork")
     start = time.monotonic()
     children = [fork.Process(target=export, args=(stage, root, True)) for root in roots]
@@ -143,7 +146,10 @@ def exported_and_killed(stage: Stage, roots: Sequence[Path], moments: Sequence[f
 
 
 def exported_at_once(stage: Stage, root: Path, processes: int) -> list[tuple[bool, bool]]:
-    """In the nursery: whether each child built, and whether it had a verified engine in the end."""
+    """Export at the same time in several children; return whether each built an engine, and whether it is verified.
+
+    Runs in the nursery.
+    """
     fork = multiprocessing.get_context("fork")
     barrier, results = fork.Barrier(processes), fork.SimpleQueue()
 
@@ -162,7 +168,7 @@ def exported_at_once(stage: Stage, root: Path, processes: int) -> list[tuple[boo
 
 
 def test_killed_at_any_moment(nursery: Nursery, stage: Stage, tmp_path: Path) -> None:
-    """Two at a time, each in a store of its own, over whatever the one before left there."""
+    """Kill two exports at a time, each in its own store, which contains what the previous export left there."""
     roots = [tmp_path / "a", tmp_path / "b"]
     whole = nursery.ask(exported_and_killed, roots, [None, None])
     assert not any(death.killed for death in whole)
@@ -178,14 +184,14 @@ def test_killed_at_any_moment(nursery: Nursery, stage: Stage, tmp_path: Path) ->
     killed = debris = 0
     for pair in zip(fractions[::2], fractions[1::2], strict=True):
         deaths = nursery.ask(exported_and_killed, roots, [seconds * fraction for fraction in pair])
-        # Where the machine is less busy than it was at first, an export takes less.
+        # If the machine is less busy than at first, an export takes less time.
         seconds = min([seconds, *(death.seconds for death in deaths if not death.killed)])
         killed += sum(death.killed for death in deaths)
         debris += sum(any(entry.suffix == ".building" for entry in folder.iterdir()) for folder in folders)
         for root in roots:
             assert_sound(root)
-    assert killed >= KILLS // 4, "the children were to die, not to finish"
-    assert debris >= 2, "some were to die in the middle of a build"
+    assert killed >= KILLS // 4, "too few children were killed before they finished"
+    assert debris >= 2, "too few children were killed in the middle of a build"
 
     exported = export(stage, roots[0], force=True)
     assert exported.built
@@ -273,7 +279,7 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 def test_a_full_disk_is_said_and_leaves_nothing_half(nursery: Nursery, stage: Stage, tmp_path: Path) -> None:
-    """Disks of different sizes fill up at different steps: the folder, the graph, the manifest, the measurements."""
+    """Fill disks of different sizes, at different steps: the folder, the graph, the manifest, the measurements."""
     (record,) = EngineStore(nursery.scratch).find()
     page = os.sysconf("SC_PAGE_SIZE")
     model = -(-(record.path / "text_encoder.onnx").stat().st_size // page) * page

@@ -1,4 +1,4 @@
-"""Wan's two VAEs."""
+"""Fixtures: Wan's two VAEs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +12,13 @@ from frostline.models.checkpoints.loading import load_components
 
 @pytest.fixture(scope="module")
 def vae() -> Any:
-    """The VAE of the tiny model."""
+    """Return the VAE of the tiny model."""
     return load_components("tiny").vae
 
 
 @pytest.fixture(scope="module")
 def vae38() -> Any:
-    """The VAE of Wan2.2 TI2V, small, its weights random."""
+    """Return a small VAE of Wan2.2 TI2V with random weights."""
     torch.manual_seed(0)
     model = VideoVAE38_(dim=8, z_dim=8, dec_dim=8, num_res_blocks=1).eval().requires_grad_(False)
     return SimpleNamespace(model=model, scale=[torch.randn(8), 1 + torch.rand(8)])

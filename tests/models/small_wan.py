@@ -1,4 +1,4 @@
-"""Sizes of Wan models that tests make with random weights: official but for how large they are."""
+"""Arguments of small Wan models with random weights; only their sizes differ from the official ones."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ TOKENIZER = Path(loading.__file__).parents[1] / "tiny" / "weights" / "tiny" / "g
 
 VAE = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
 TEXT = {"vocab": 64, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 2, "num_buckets": 8}
-# 128 entries a head, 256 frequencies.
+# 128 dimensions per head, 256 frequencies.
 DENOISER: dict[str, Any] = {
     "dim": 256,
     "in_dim": 36,

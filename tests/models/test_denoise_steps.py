@@ -1,4 +1,4 @@
-"""Which steps of a trajectory are live."""
+"""The selection of the live steps of a trajectory."""
 
 import itertools
 from collections import Counter
@@ -32,7 +32,7 @@ def test_a_draw_is_that_many_steps_of_the_window(start: int, more: int, strategy
 
 @pytest.mark.parametrize("strategy", ["random", "uniform"])
 def test_each_step_is_drawn_as_often(strategy: str) -> None:
-    """So that the mean over draws is the gradient through all steps, each for itself."""
+    """Draw each step equally often, so that the mean over draws estimates the gradient through all steps."""
     steps = DenoiseSteps(2, 7, strategy=strategy, num_steps=4)  # type: ignore[arg-type]
     torch.manual_seed(0)
     counts = Counter(step for _ in range(1500) for step in steps.draw())
@@ -41,7 +41,7 @@ def test_each_step_is_drawn_as_often(strategy: str) -> None:
     torch.manual_seed(5)
     drawn = [steps.draw() for _ in range(5)]
     torch.manual_seed(5)
-    assert drawn == [steps.draw() for _ in range(5)], "the seed decides, so that a resumed run draws the same"
+    assert drawn == [steps.draw() for _ in range(5)], "the draws must only depend on the seed, for resuming"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Operations of frozen networks against PyTorch's own, in value and in the gradient of their input."""
+"""Operations of frozen networks compared with PyTorch's own: values, and the gradient of the input."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Value and gradient, the latter for a gradient that differs everywhere, in both layouts."""
+    """Compare values and input gradients, in each memory layout, for a random gradient of the output."""
     for layout in LAYOUTS[x.ndim]:
         values, gradients = [], []
         for operation in (fast, plain):
@@ -78,7 +78,7 @@ def test_convolution_under_autocast() -> None:
 
 @pytest.mark.parametrize("slope", [random(6, 1, 1), torch.tensor(0.3), random(6, 8, 8)])
 def test_prelu(slope: Tensor) -> None:
-    """Slopes below zero too; at zero itself, the slope is the gradient."""
+    """Also test negative slopes; at 0, the gradient is the slope."""
     x = random(3, 6, 8, 8)
     x[:, :, 0] = 0
 
@@ -92,7 +92,7 @@ def test_prelu(slope: Tensor) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 @pytest.mark.parametrize("at_once", [2**24, 500])
 def test_rms_norm_silu(front: int, scale: float, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all frames at once, and in runs of two and one."""
+    """Normalise all frames at once, and two or one at a time."""
     monkeypatch.setattr(frozen, "_ELEMENTS_AT_ONCE", at_once)
     gamma = random(6, 1, 1, 1, seed=2)
 
@@ -103,7 +103,7 @@ def test_rms_norm_silu(front: int, scale: float, at_once: int, monkeypatch: pyte
 
 
 def test_rms_norm_silu_behind_other_frames() -> None:
-    """Which are not normalised, and get the gradient that is theirs."""
+    """Do not normalise the frames before, and give them their own gradient."""
     gamma, before = random(6, 1, 1, 1, seed=2), random(2, 6, 2, 4, 5, seed=3).requires_grad_()
     x, weights = random(2, 6, 3, 4, 5).requires_grad_(), random(2, 6, 5, 4, 5, seed=4)
     values, gradients = [], []
@@ -145,11 +145,11 @@ def test_rms_norm_silu_rounds_once_in_half_precision(dtype: torch.dtype) -> None
 
 
 def test_what_is_kept_for_backward() -> None:
-    """Of a normalisation and a convolution, one tensor of their size; PyTorch's own keep six."""
+    """Keep one tensor of this size for a normalisation and a convolution; PyTorch's own operations keep six."""
     weight, gamma = random(8, 8, 3, 3, 3), random(8, 1, 1, 1)
     x = random(1, 8, 8, 16, 16).requires_grad_()
     with MemoryTracker([x, weight, gamma]) as tracker:
-        # A tensor of the graph's own: what a layer before has made.
+        # The input is an intermediate result, like the output of a layer before.
         made = x * 2
         y = convolution(rms_norm_silu(made, gamma, 2), weight, None, (1, 1, 1), (0, 1, 1), (1, 1, 1))
         kept = tracker.live - y.nbytes

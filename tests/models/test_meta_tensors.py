@@ -1,4 +1,4 @@
-"""Networks on the meta device: shapes and types are those of a real run, attention is one kernel, all is put back."""
+"""Networks on the meta device: shapes and dtypes are real, attention is one kernel, and all patches are reverted."""
 
 import itertools
 import subprocess

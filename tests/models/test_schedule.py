@@ -1,4 +1,4 @@
-"""The schedule: its formula, its ends, its step, and diffsynth's own."""
+"""The noise schedule: its formula, first and last sigma, Euler step, and diffsynth's scheduler."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_shift_one_is_uniform() -> None:
 
 @pytest.mark.parametrize(("steps", "shift"), [(8, 5.0), (50, 3.0), (1, 5.0)])
 def test_equals_the_scheduler_of_diffsynth(steps: int, shift: float) -> None:
-    """Which leaves out the last sigma, and steps to 0 from the one before."""
+    """Compare without the last sigma: diffsynth omits it, and its last step goes to 0."""
     theirs = FlowMatchScheduler("Wan")
     theirs.set_timesteps(num_inference_steps=steps, shift=shift)
     ours = FlowMatchSchedule(steps, shift)
@@ -72,7 +72,7 @@ def test_a_step_is_eulers(schedule: FlowMatchSchedule, data: st.DataObject) -> N
 
 
 def test_steps_along_the_true_velocity_arrive() -> None:
-    """Flow matching: with `x = (1 - sigma) clean + sigma noise` the velocity is `noise - clean` everywhere."""
+    """Use flow matching: with `x = (1 - sigma) clean + sigma noise` the velocity is `noise - clean` everywhere."""
     clean, noise = torch.randn(2, 1, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     schedule, x = FlowMatchSchedule(), noise
     for i in range(schedule.num_inference_steps):
@@ -83,10 +83,10 @@ def test_steps_along_the_true_velocity_arrive() -> None:
 def test_high_noise_steps() -> None:
     schedule = FlowMatchSchedule(8, 5.0)
     assert schedule.high_noise_steps(0.9) == 3
-    assert schedule.high_noise_steps(15 / 16) == 3, "the boundary itself is the high-noise expert's"
+    assert schedule.high_noise_steps(15 / 16) == 3, "the boundary itself belongs to the high-noise expert"
     assert schedule.high_noise_steps(15 / 16 + 1e-9) == 2
     assert schedule.high_noise_steps(1.0) == 1
-    assert schedule.high_noise_steps(0.0) == 8, "the last sigma, 0, is no step"
+    assert schedule.high_noise_steps(0.0) == 8, "the last sigma, 0, is not a step"
 
 
 @pytest.mark.parametrize("steps", [0, -1])

@@ -1,4 +1,4 @@
-"""The extents of videos that models take."""
+"""The sizes of videos that models accept."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Clips side by side: the same frames of all of them, with the scores of those frames."""
+"""Clips next to each other: the same frames of all clips, with the scores of these frames."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from frostline.video import write_video
 
 
 def grey(path: Path, frames: int) -> Path:
-    """A clip whose frame t is a grey of 10 + 12 t."""
+    """Write a clip whose frame t has the grey level 10 + 12 t."""
     values = torch.arange(frames, dtype=torch.float32).mul(12).add(10).to(torch.uint8)
     return write_video(path, values[:, None, None, None].expand(frames, 3, 32, 48).contiguous(), fps=8)
 
@@ -27,7 +27,7 @@ def test_all_clips_show_the_same_frames(tmp_path: Path) -> None:
     assert (made.fps, made.last_frame) == (8.0, 16)
     before, truth = made.clips
     assert before.scores == ("0.00", "0.02", "0.04", "0.06", "0.08", "0.10", "0.12", "0.14", "0.16")
-    # Of the shorter clip, the frames that it has.
+    # The shorter clip only has these frames.
     assert truth.scores == ("\N{EN DASH}", "0.50", "0.50", "0.50", "0.50") and truth.shown == 5
     assert (before.caption, truth.caption) == ("before 0.5", "truth")
     for clip, path in ((before, clips["before"]), (truth, clips["truth"])):

@@ -1,4 +1,4 @@
-"""The contact sheet: size, place and colours of the frames, whatever their type and length."""
+"""The contact sheet: size, position and colours of the frames, for every dtype and length."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ RED, GREEN, BLUE = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
 
 def columns_of(image: Image.Image, colour: tuple[int, int, int]) -> int:
-    """How many separate frames of one colour the sheet shows in its widest row."""
+    """Return the number of separate frames of one colour in the widest row of the sheet."""
     most = 0
     for y in range(0, image.height, 8):
         runs, inside = 0, False
@@ -44,7 +44,7 @@ def test_sheet_shows_every_strip(tmp_path: Path) -> None:
         assert alpha.getextrema() == (0, 255)
         box = image.getbbox()
         assert box is not None and box[2] == image.width  # the frames end at the right edge
-        # Twice the layout: three frames of 50 with 3 between, three strips of 40, and room for words.
+        # The scale is 2: three frames of 50 with gaps of 3, three strips of 40, and space for text.
         assert image.width > 2 * (3 * 50 + 2 * 3)
         assert image.height > 2 * (3 * 40)
     assert frames == [3, 3, 2]

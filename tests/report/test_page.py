@@ -1,4 +1,4 @@
-"""The page: everything given as text is escaped, nothing is fetched, the markup nests, and a browser reads it."""
+"""The page: all text is escaped, nothing is fetched, elements are nested correctly, and a browser can show it."""
 
 import os
 import re
@@ -25,7 +25,7 @@ VOID = {"meta", "img", "br", "link", "input"}
 
 
 class Markup(HTMLParser):
-    """Reads a page strictly: every element is closed, in order, and every id is there once."""
+    """A strict parser of a page: every element is closed in order, and ids are unique."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def two_plots(text: str) -> list[str]:
 
 
 def full_page(text: str = "words", plots: Sequence[str] | None = None) -> Page:
-    """A page with every kind of block, the same text wherever text goes; `plots` are two, else made with the text."""
+    """Return a page with every kind of block and the same text everywhere; `plots` are two plots."""
     first, second = two_plots(text) if plots is None else plots
     page = Page(text, text)
     page.paragraph(text, lead=True)
@@ -245,7 +245,7 @@ def test_browser_sorts_a_table(tmp_path: Path) -> None:
     page = Page("sort")
     rows = [["b10", Cell("2 ms", 2.0)], ["b9", "none"], ["a", Cell("10 ms", 10.0)], ["c", Cell("-1 ms", -1.0)]]
     page.table([Column("name"), Column("time", "right")], rows)
-    # The policy would, rightly, keep the test's own script from running.
+    # The policy would prevent the test's own script from running.
     html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page.html())
     script = """<script>
       const order = () => [...document.querySelectorAll("td:first-child")].map((cell) => cell.textContent).join();

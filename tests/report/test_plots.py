@@ -1,4 +1,4 @@
-"""Plots: gaps stay gaps, labels are text, colours follow the page, and nothing leaks out of the SVG."""
+"""Plots: gaps stay gaps, labels are text, colours follow the page, and styles of the SVG do not affect the page."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def texts(svg: str) -> list[str]:
 
 
 def paths(svg: str, variable: str = "--plot-1") -> list[str]:
-    """The drawn lines of one colour."""
+    """Return the lines that are drawn in one colour."""
     root = ET.fromstring(svg)
     defined = {id(path) for definition in root.iter(f"{SVG}defs") for path in definition.iter(f"{SVG}path")}
     return [
@@ -191,7 +191,7 @@ def test_stacked_plots_share_their_axis() -> None:
     said = texts(svg)
     assert [said.count(label) for label in ("reward", "nothing", "KL", "no values", "training step")] == [1] * 5
     assert "0.200" in said and "1.85" in said
-    # Step 0 of the first and of the last are at one place, and step 10 of the first is half way to its end.
+    # Step 0 of the first and the last plot has the same position; step 10 of the first is in the middle.
     reward, kl = (next(path for path in paths(svg, colour) if "L" in path) for colour in ("--plot-1", "--plot-3"))
     places = [[float(point.split()[0]) for point in re.split("[ML] ?", path)[1:]] for path in (reward, kl)]
     assert places[0][0] == pytest.approx(places[1][0])
@@ -200,7 +200,7 @@ def test_stacked_plots_share_their_axis() -> None:
 
 
 def widths(svg: str, variable: str) -> list[float]:
-    """Of the bars of a colour."""
+    """Return the widths of the bars of a colour."""
     numbers = [[float(number) for number in re.findall(r"-?[\d.]+", path)] for path in paths(svg, variable)]
     return [max(places[::2]) - min(places[::2]) for places in numbers]
 

@@ -1,4 +1,4 @@
-"""Rewards as the command line and files name them."""
+"""Rewards as they are named on the command line and in files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A reward of frostline is found by the name of its file, and there is no other list of them."""
+"""A built-in reward is found by the name of its file; there is no other list of rewards."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ class Warmth(Reward):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of rewards beside those of frostline."""
+    """Return a folder of rewards that is searched in addition to that of frostline."""
     monkeypatch.setattr(frostline.rewards, "__path__", [*frostline.rewards.__path__, str(tmp_path)])
     before = {*sys.modules}
     yield tmp_path

@@ -1,4 +1,4 @@
-"""The reward that the documentation prints: it runs as it is printed."""
+"""The reward in the documentation runs as it is printed."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Rewards of frames: training and streaming pool the same features."""
+"""Rewards of single frames: training and streaming pool the same features."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -22,7 +22,7 @@ class MeanConfig(RewardConfig):
 
 
 class FrameMean(FrameReward):
-    """The mean of the frames against that of the reference, and which way the features came."""
+    """The difference between the means of frames and reference; it records how the features were computed."""
 
     Config = MeanConfig
     name = "mean"
@@ -71,7 +71,7 @@ def test_pictures_of_the_subject_take_the_place_of_the_clip() -> None:
     pictures = torch.full((2, 3, 8, 8), 0.25)
     pictures[1] = 0.75
     references = FrameMean().references(sample(torch.zeros(1, 5, 3, 4, 4), pictures), RUN)
-    assert references["mean"].tolist() == [0.5], "all of them count, the first one, too"
+    assert references["mean"].tolist() == [0.5], "all pictures must count, also the first one"
 
 
 def test_features_are_live_only_where_a_gradient_is_wanted() -> None:

@@ -1,4 +1,4 @@
-"""Which frames a reward looks at."""
+"""The frames that a reward selects."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from frostline.rewards.frame_selection import check_selection, select_frames
 
 
 def numbered(count: int) -> torch.Tensor:
-    """(1, T, 1, 1, 1), each frame its own number."""
+    """Return (1, T, 1, 1, 1), in which the value of each frame is its number."""
     return torch.arange(float(count))[None, :, None, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Paired comparison: frames of the same start against each other, whatever could be scored of them."""
+"""Paired comparison of the frames of validation samples, whichever of them have a score."""
 
 import math
 
@@ -22,7 +22,7 @@ def sides(pairs: list[list[tuple[float | None, float | None]]]) -> tuple[Side, S
 
 def test_only_frames_with_a_score_on_both_sides_are_compared() -> None:
     before = [[0.5, 0.1, None], [0.4, 0.4, 0.4]]
-    # The worst frame of the first start can no longer be scored: its mean rises, its frames do not.
+    # The worst frame of the first sample has no score any more: the mean rises, but no frame improves.
     after = [[0.5, None, 0.9], [0.5, 0.6, 0.4]]
     gain = pair_frames(before, after)
     assert gain.differences == pytest.approx((0.0, 0.1))
@@ -41,7 +41,7 @@ def test_a_start_that_is_never_scored_says_nothing() -> None:
     nothing = pair_frames([[None]], [[0.5]])
     assert (nothing.starts, nothing.frames) == (0, 0)
     assert math.isnan(nothing.gain) and math.isnan(nothing.error)
-    # A face that was not there before counts from 0.
+    # A face that was missing before counts as 0.
     assert pair_frames([[None]], [[0.5]], missing="zero").gain == 0.5
 
 

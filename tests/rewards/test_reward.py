@@ -1,4 +1,4 @@
-"""Rewards of frostline and of a user's own: made from settings, several in a step, and classes that are none."""
+"""Rewards of frostline and of users: made from settings, several in one step, and classes that are refused."""
 
 import importlib
 import sys
@@ -42,7 +42,7 @@ def test_sharpness_is_best_at_the_references_own() -> None:
     assert scored.score.max() < -0.5
     assert scored.metrics["sharpness_ratio"].max() < 1
     (gradient,) = torch.autograd.grad(scored.score.sum(), blurred)
-    assert gradient[:, 0].abs().max() == 0, "the first frame is given"
+    assert gradient[:, 0].abs().max() == 0, "the first frame is given, so it has no gradient"
     with torch.no_grad():
         assert (reward.score(blurred + 10 * gradient, sample, references, run).score > scored.score).all()
 
@@ -132,7 +132,7 @@ def test_what_is_no_reward_is_refused(name: str) -> None:
 
 
 def test_a_class_that_was_edited_recalls_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it made of the references is cached by its source, too."""
+    """The cache key of the references also depends on the source of the class."""
     monkeypatch.syspath_prepend(tmp_path)
     keys = []
     for number in (1, 22, 22):
@@ -161,7 +161,7 @@ def test_what_weighs_a_score_says_nothing_of_the_references() -> None:
 
 
 def test_references_are_the_same_under_autocast(make_module: MakeModule) -> None:
-    """Whoever comes first, a step in bf16 or a validation, fills the cache."""
+    """Fill the cache with the same values in a step in bf16 and in a validation."""
     module = make_module(cache_bytes=0, rewards=[SHARPNESS], **QUICK)
     clips = held_out_clips(1, seed=1, num_frames=5, size=32)
     data = {"prompt": clips.prompts, "video": clips.video}

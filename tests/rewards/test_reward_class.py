@@ -1,4 +1,4 @@
-"""The class that an entry of `rewards` names: found by its source alone, with nothing run, and imported for a run."""
+"""The class that an entry of `rewards` names: found in its source without running it, and imported for a run."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from frostline.errors import ConfigError
 from frostline.rewards.reward_class import import_reward, look_for_reward
 
-# Each of these would leave a trace if it were run.
+# Each of these modules writes a file when it is run.
 TRACE = "open({trace!r}, 'a').close()\n"
 FILES = {
     "package/__init__.py": "from .inner import Reward as Again\n",
@@ -25,7 +25,7 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that is there once any of the modules was run."""
+    """Return the path of a file that exists as soon as any of the modules was run."""
     for name, source in FILES.items():
         path = tmp_path / "modules" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,13 +44,13 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "package:Again",
         "package.inner:Reward",
         "package.inner.reward:Reward",
-        "package.inner.reward:Other",  # which only running it would tell
+        "package.inner.reward:Other",  # only running it would show that this is not a class
         "package.star:Reward",
         "package.lazy:Reward",
         "package.made:Reward",
         "package.made:C",
         "bare.reward:Reward",
-        "sys:Reward",  # without source
+        "sys:Reward",  # it has no source
     ],
 )
 def test_what_may_be_there_is_found_without_running_it(path: str, trace: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sum of rewards, and the part of each process."""
+"""The sum of rewards, and the share of each process in it."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def test_the_loss_is_the_weighted_sum() -> None:
 
 @pytest.mark.parametrize("on_unscored", ["skip", "zero"])
 def test_the_parts_of_two_processes_average_to_the_whole(on_unscored: str) -> None:
-    """Of the second process's samples, none can be scored."""
+    """Make none of the second process's samples valid."""
     reward = active(baseline=0.4, scale=0.2, weight=1.0, on_unscored=on_unscored)
     values, valid = [0.7, 0.3, 0.0, 0.0], [True, True, False, False]
     whole = reward_loss([(reward, score(*values, valid=valid))])
@@ -52,6 +52,6 @@ def test_above_its_cap_a_score_gains_nothing_more() -> None:
     scored = RewardScore(values, torch.tensor([True, True, False]))
     outcome = reward_loss([(active(baseline=0.1, scale=0.5, weight=2.0, cap=0.6), scored)])
     assert outcome.loss.item() == pytest.approx(-((0.6 + 0.3) / 2 - 0.1) / 0.5 * 2)
-    assert outcome.scores["one"].item() == pytest.approx(0.6), "what is reported is the score itself"
+    assert outcome.scores["one"].item() == pytest.approx(0.6), "the reported score is not capped"
     (gradient,) = torch.autograd.grad(outcome.loss, values)
     assert gradient.tolist() == pytest.approx([0, -2 / 0.5 / 2, 0])

@@ -1,4 +1,4 @@
-"""A user's reward that brings a stage: exported, served, cached, copied, planned for; hybrid equals PyTorch."""
+"""A user's reward with a stage: exported, run, cached, copied and planned; hybrid equals PyTorch."""
 
 import copy
 from collections.abc import Callable
@@ -51,10 +51,10 @@ def test_hybrid_is_pytorch(make_module: MakeModule, tmp_path: Path) -> None:
     assert hybrid.last_metrics.stages["features"].backend == "onnxruntime"
     assert hybrid.last_metrics.stages["features_live"].backend == "torch"
     assert hybrid.last_metrics.per_sample["words"] == [len(prompt.split()) for prompt in data["prompt"]]
-    # The second time the references are recalled.
+    # In the second step, the references are read from the cache.
     hybrid(data)
     assert "features" not in hybrid.last_metrics.stages
-    # They depend on the prompt as well, and on the weights of the stage.
+    # The references also depend on the prompt, and on the weights of the stage.
     hybrid({**data, "prompt": ["another prompt", data["prompt"][1]]})
     assert hybrid.last_metrics.stages["features"].calls == 1
     assert hybrid.last_metrics.per_sample["words"][0] == 2
@@ -83,7 +83,7 @@ def test_networks_are_registered_frozen_and_never_wake(make_module: MakeModule) 
     assert not any(part.training for part in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     data = small_clips(1)
-    assert module(data)[0].item() == module(data)[0].item(), "dropout"
+    assert module(data)[0].item() == module(data)[0].item(), "dropout must be off"
 
 
 def test_another_weight_of_the_stage_recalls_nothing(make_module: MakeModule, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_plans_count_it() -> None:
 
 @pytest.mark.parametrize("runs", [True, False])
 def test_a_plan_names_its_stage(runs: bool) -> None:
-    """Whether there is such a stage a dry run cannot tell: it imports no class."""
+    """Report an unknown stage only in a run: a dry run imports no class, so it cannot know the stages."""
     settings = {"rewards": [LIKENESS], "plan": {"backend": "torch", "stages": {"features": "torch"}}}
     assert list(problems(RunSettings.parse(settings), runs)) == []
     settings["plan"] = {"backend": "torch", "stages": {"feature": "torch"}}

@@ -1,4 +1,7 @@
-"""One of two processes: `agreement_runs.py ENGINES OUT`; writes what serves here, and how it failed."""
+"""One of two processes: write which backend runs the stage in this process, and how an engine failed.
+
+python agreement_runs.py ENGINES OUT
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Engines to store, and a signing key of their own for these tests."""
+"""Fixtures: engines to store, and a separate signing key for each test."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def signing_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def manifest() -> Manifest:
-    """The manifest of the engine that `add_model` is, without artifacts."""
+    """Return the manifest of an engine with the model of `add_model`, without artifacts."""
     return Manifest(
         stage="vae_encoder",
         model="tiny",
@@ -47,7 +47,7 @@ def manifest() -> Manifest:
 
 
 def add_model(location: str = "model.onnx.data", *, in_subgraph: bool = False) -> bytes:
-    """An ONNX model `y = x + w` with `w` in external data at `location`."""
+    """Return an ONNX model `y = x + w`, with `w` in external data at `location`."""
     w = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], np.ones(1, np.float32).tobytes(), raw=True)
     set_external_data(w, location)
     w.ClearField("raw_data")
@@ -72,7 +72,7 @@ def store(tmp_path: Path) -> EngineStore:
 
 @pytest.fixture
 def build(store: EngineStore, manifest: Manifest) -> BuildEngine:
-    """Builds one small engine, whose manifest and files can be changed."""
+    """Return a function that builds a small engine, whose manifest and files can be changed."""
 
     def build(model: bytes | None = None, **changes: object) -> VerifiedEngine:
         changed = manifest.updated(**changes)

@@ -1,4 +1,4 @@
-"""Two processes serve a stage from the same backend, or one stops with an error: they never wait for each other."""
+"""Two processes use the same backend for a stage, or one stops with an error: they never wait for each other."""
 
 import json
 from pathlib import Path

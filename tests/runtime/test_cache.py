@@ -1,4 +1,4 @@
-"""The frozen-output cache: round trips, damage, bounds, several processes, and a disk that fails."""
+"""The frozen-output cache: round trips, damage, size limits, several processes, and failing disks."""
 
 import errno
 import math
@@ -140,7 +140,7 @@ def test_the_least_recently_used_is_forgotten(root: Path | None) -> None:
     cache = FrozenOutputCache(root, MIB)
     for key in ("a", "b", "c"):
         cache.put(key, ones(0.3))
-        time.sleep(0.02)  # file times tick coarsely
+        time.sleep(0.02)  # file times are coarse
     assert cache.get("a") is not None
     time.sleep(0.02)
     cache.put("d", ones(0.3))
@@ -167,7 +167,7 @@ def test_any_damage_is_noticed_and_computed_again(tmp_path: Path, caplog: pytest
             assert cache.corrupted == caplog.text.count("is damaged")
             assert file.read_bytes() == original
         else:
-            # Only padding in the header may change without changing what the file says.
+            # Padding of the header is the only part that may change without changing the content.
             assert damaged[8:].split(b"}}", 1)[0] == original[8:].split(b"}}", 1)[0]
 
 
@@ -248,7 +248,7 @@ def test_a_folder_that_cannot_be_written_warns_once(tmp_path: Path, caplog: pyte
     cache = FrozenOutputCache(tmp_path / "file" / "cache", MIB)
     for key in "abc":
         assert same(cache.get_or_compute(key, lambda: ones(0.01)), ones(0.01))
-        assert cache.get(key) is not None  # memory still serves
+        assert cache.get(key) is not None  # the entry is still in memory
     assert caplog.text.count("new entries are kept in memory only") == 1
 
 
@@ -280,7 +280,7 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
 
 @pytest.mark.fresh_process
 def test_a_batch_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Whichever of its files a writer dies before, the next reader finds all rows of a batch or none."""
+    """Kill a writer before any of its files: the next reader finds all rows of a batch or none."""
     rows = {key: ones(0.01, value) for value, key in enumerate("abc")}
 
     def write_and_die(root: Path, moves: int) -> None:

@@ -1,4 +1,4 @@
-"""Which device a name means here, and what is said of names that mean none."""
+"""The device that a name stands for, and the messages about names of no device."""
 
 import pytest
 import torch

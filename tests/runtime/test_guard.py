@@ -1,4 +1,4 @@
-"""Engines follow what their stage's modules hold now, or give way: they are never stale."""
+"""Engines use the current tensors of their stage's modules, or are not used: they are never outdated."""
 
 import copy
 import logging
@@ -27,12 +27,12 @@ ORT = "onnxruntime"
 
 @pytest.fixture(autouse=True)
 def signing_key(session_signing_key: Path) -> Path:
-    """The engines here outlive a test, and so must their key."""
+    """Use one key for all tests, because the engines are used by several tests."""
     return session_signing_key
 
 
 class Scaled(nn.Module):
-    """`y = x W * gain`: W is frozen, the gain alive."""
+    """A network that computes `y = x W * gain`: W is frozen, the gain is live."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def rows(count: int = 4, seed: int = 0) -> Tensor:
 
 
 def served_by(runtime: Runtime, x: Tensor) -> str:
-    """The backend; what it computes is what PyTorch computes with what the module holds now."""
+    """Return the backend that was used; check its outputs against PyTorch with the current tensors."""
     with runtime.clock.collect() as times:
         torch.testing.assert_close(runtime["scaled"](x=x)["y"], runtime.stages["scaled"].torch({"x": x})["y"])
     return times.read()["scaled"].backend
@@ -104,7 +104,7 @@ def write_in_place(module: Scaled) -> None:
 
 
 def write_through_data(module: Scaled) -> None:
-    """As PEFT merges: neither an address nor a version counter tells."""
+    """Change the weights like a merge of PEFT, which changes neither the address nor the version counter."""
     module.linear.weight.data += 0.5 * module.linear.weight.data
 
 
@@ -318,7 +318,7 @@ def test_a_layer_that_is_called_as_pefts_are_is_watched_whole(name: str) -> None
 
 
 def test_the_guard_holds_nothing_alive_and_sees_what_comes_back(stage: Stage) -> None:
-    """It keeps addresses of memory that it only reads where the tensor is still the same."""
+    """Keep addresses of tensors, but read this memory only if the tensor is still the same."""
     guard, weight = WeightGuard(stage), module_of(stage).linear.weight
     assert guard.holds()
     values = weight.data

@@ -1,4 +1,4 @@
-"""Native calls in a thread of their own: what they return, and what becomes of them where the caller is interrupted."""
+"""Native calls in a separate thread: what they return, and what happens if the caller is interrupted."""
 
 import threading
 
@@ -51,7 +51,7 @@ def test_work_that_does_not_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_is_told_last_is_polled() -> None:
-    """Even where the work is done at once."""
+    """Poll also if the work ends at once."""
     told: list[str] = []
     run_interruptibly(lambda: told.append("work"), threading.Event(), lambda: told.append("poll"))
     assert told[-1] == "poll"

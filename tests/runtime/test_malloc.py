@@ -1,4 +1,4 @@
-"""Whether a process keeps its memory is told by the memory that it has."""
+"""Whether a process keeps freed memory, measured by its resident memory."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The runtime: what a plan is, how backends are swapped, and what happens when an engine fails."""
+"""The runtime: plans, swapping of backends, and failures of engines."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ ORT = "onnxruntime"
 
 @pytest.fixture(autouse=True)
 def signing_key(session_signing_key: Path) -> Path:
-    """The engines here outlive a test, and so must their key."""
+    """Use one key for all tests, because the engines are used by several tests."""
     return session_signing_key
 
 
@@ -40,7 +40,7 @@ class Affine(nn.Module):
 
 
 def affine_stage(name: str, seed: int) -> Stage:
-    """`y = x W + 1` for x of 1 to 8 rows."""
+    """Return a stage that computes `y = x W + 1` for x of 1 to 8 rows."""
     network = Network(name, Affine(seed), (TensorSpec("x", (Dimension("rows", 1, 4, 8), 3)),), ("y",))
 
     tolerance = Tolerance(atol=1e-5, rtol=0, cosine=0.999)
@@ -54,7 +54,7 @@ def stages() -> dict[str, Stage]:
 
 @pytest.fixture(scope="module")
 def built(stages: dict[str, Stage], tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
-    """A store with an engine of `first`, and none of `second`."""
+    """Return a store with an engine of `first`, and none of `second`."""
     root = tmp_path_factory.mktemp("toy-engines")
     export_stage(stages["first"], ORT, EngineStore(root))
     return root
@@ -62,7 +62,7 @@ def built(stages: dict[str, Stage], tmp_path_factory: pytest.TempPathFactory, se
 
 @pytest.fixture
 def rewrite(built: Path) -> Iterator[Callable[..., None]]:
-    """Changes measurements in the signed manifest of the engine, and puts them back."""
+    """Yield a function that changes measurements in the engine's signed manifest; restore them afterwards."""
     store = EngineStore(built)
 
     def change(**changes: object) -> None:
@@ -184,7 +184,7 @@ def test_a_missing_engine_is_said_once_with_what_to_type(
 
 @pytest.fixture
 def corrupted(built: Path) -> Iterator[Path]:
-    """The store while a byte of the engine's file is wrong."""
+    """Return the store while one byte of the engine's file is wrong."""
     (path,) = built.rglob("*.onnx")
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -388,7 +388,7 @@ def test_the_fingerprint_tells_weights_and_backends_apart(stages: dict[str, Stag
 def test_a_training_step_survives_a_corrupted_engine(
     make_module: Callable[..., WanTrainingModule], engines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The whole way: a damaged denoiser engine costs one warning, and the step is that of plain torch."""
+    """Run a whole step: a damaged denoiser engine costs one warning, and the step equals that of plain torch."""
     import shutil
 
     copy = tmp_path / "engines"

@@ -1,4 +1,4 @@
-"""The clock: what was used, on which backend, for how long."""
+"""The clock: which stages ran, on which backend, and for how long."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Notes: what this user wrote under a name is recalled, and nothing else is."""
+"""Notes: a note is read only if this user wrote it under this name."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Videos of faces, made by the tests: two public-domain people, every fault that files can have."""
+"""Fixtures: videos of the faces of two public-domain people."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from frostline.video import write_video
 
 @pytest.fixture(scope="session")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `face.png` (the astronaut), `astronaut.mp4`, `hopper.mp4`, `nobody.mp4`, `half.mp4`."""
+    """Write `face.png` (the astronaut), `astronaut.mp4`, `hopper.mp4`, `nobody.mp4`, `half.mp4`; return the folder."""
     folder = tmp_path_factory.mktemp("people")
     Image.fromarray(portrait("astronaut", 240)).save(folder / "face.png")
     for person in ("astronaut", "hopper"):
@@ -34,7 +34,7 @@ ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 
 @pytest.fixture
 def score_files() -> ScoreFiles:
-    """`score_files(videos, reference, out=…, resume=…, batch=…, backend=…, engines=…, **settings)` in this process."""
+    """`score_files(videos, reference, out=…, resume=…, **settings)`: score in this process; return the rows."""
 
     def score(
         videos: Sequence[Path | str],

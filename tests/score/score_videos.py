@@ -1,4 +1,4 @@
-"""Frames of two public-domain people, for videos that the tests make."""
+"""Frames of two public-domain people, for the videos of the tests."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ SIZE = 160
 
 
 def portrait(person: str, size: int = SIZE) -> np.ndarray:
-    """(size, size, 3) uint8 of the astronaut or the admiral."""
+    """Return a (size, size, 3) uint8 picture of the astronaut or the admiral."""
     if person == "astronaut":
         image = Image.fromarray(skimage.data.astronaut()).crop((104, 0, 344, 240))
     else:
@@ -23,7 +23,7 @@ def portrait(person: str, size: int = SIZE) -> np.ndarray:
 
 
 def moving(person: str, frames: int = 5, size: int = SIZE) -> Tensor:
-    """(frames, 3, size, size) uint8 of a drifting, flickering portrait."""
+    """Return (frames, 3, size, size) uint8: a drifting, flickering portrait."""
     picture = portrait(person, size)
     pictures = [np.roll(picture, (t % 5, -(t % 7)), axis=(0, 1)) * (0.85 + 0.03 * (t % 5)) for t in range(frames)]
     return torch.from_numpy(np.stack(pictures).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Every fault that a file can have: scored rightly, or reported with the reason, and the others unaffected."""
+"""Files with faults: each is scored correctly or reported with the reason, and other files are not affected."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 def encode(
     path: Path, pictures: list[np.ndarray], codec: str = "libx264", pix_fmt: str = "yuv444p", **extra: Any
 ) -> Path:
-    """At a quality at which a face keeps its score; see `video_files.encode`."""
+    """Encode at a quality that does not change the score of a face; see `video_files.encode`."""
     return video_files.encode(path, pictures, codec, pix_fmt, crf=10, **extra)
 
 
@@ -35,7 +35,7 @@ def _text(path: Path) -> None:
 
 
 def _half(path: Path) -> None:
-    # Without frames that depend on later ones: else a loss spoils as many before it as the encoder's mood has it.
+    # Without B-frames, because with them the number of damaged frames before the cut depends on the encoder.
     encode(path, pictures(frames=12), faststart=True, b_frames=0)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 5])
 
@@ -82,7 +82,7 @@ SCORED: dict[str, tuple[Callable[[Path], object], int]] = {
     "one_frame": (lambda path: encode(path, pictures(frames=1)), 1),
     "four_k": (_large, 2),
 }
-"""Files that are unusual and good: how to make them, and how many frames they have."""
+"""Unusual but valid files: how to create them, and the number of their frames."""
 
 REPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "no such file"),
@@ -93,11 +93,11 @@ REPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero_frames": (video_files.no_frames, "no frames"),
     "audio_only": (video_files.audio_only, "only audio"),
 }
-"""Files that cannot be scored, and what must be said of them."""
+"""Files that cannot be scored, and a part of the error message of each."""
 
 
 def test_every_fault_is_scored_or_reported(tmp_path: Path, people: Path, score_files: ScoreFiles) -> None:
-    """All in one run, between good ones, so that the fault of one would show in its neighbours."""
+    """Score all files in one run, alternating with valid ones, so that a fault would affect its neighbours."""
     names = [
         name for pair in zip([*SCORED, "plain", "plain"], [*REPORTED, *["plain"] * 6], strict=False) for name in pair
     ]
@@ -121,7 +121,7 @@ def test_a_truncated_video_is_scored_as_far_as_it_goes(tmp_path: Path, people: P
     cut, full = score_files([tmp_path / "half.mp4", whole], people / "face.png")
     assert cut.status == "ok" and cut.frames is not None and 1 <= cut.frames < 12
     assert "frames" in cut.note
-    # The decoder conceals what it lacks in the last frame or two.
+    # The decoder conceals missing data in the last one or two frames.
     sure = max(1, cut.frames - 2)
     assert (cut.frame_scores or ())[:sure] == pytest.approx((full.frame_scores or ())[:sure], abs=1e-4)
 
@@ -158,7 +158,7 @@ def test_what_is_streamed_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the consumer, so many chunks are ahead of it and no more."""
+    """Decode only this number of chunks ahead, even if the consumer is slow."""
     path = write_video(tmp_path / "long.mp4", torch.zeros(300, 3, 64, 64, dtype=torch.uint8))
     taken: list[int] = []
 
@@ -174,13 +174,13 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path, monkeypatch: pytes
         for event in events:
             if isinstance(event, decoding.Chunk):
                 seen += len(event.numbers)
-                # Chunks in the queue, one that waits to get in, and the frame with which the next begins.
+                # Chunks in the queue, one that waits to get into it, and the first frame of the next chunk.
                 assert len(taken) <= seen + 8 * (decoding._CHUNKS_AHEAD + 2) + 1
     assert seen == len(taken) == 300
 
 
 def _corrupt(data: bytes, rng: np.random.Generator) -> bytes:
-    """A file with some bytes flipped, some cut off its end, or a box's size overwritten."""
+    """Return the file with some bytes flipped, its end cut off, or the size of a box overwritten."""
     content = bytearray(data)
     kind = rng.integers(4)
     if kind == 0:

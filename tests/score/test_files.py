@@ -1,4 +1,4 @@
-"""Files of results: what is written is read back, a torn end is dropped, whoever stops a run can go on from it."""
+"""Results files: what is written is read back, an incomplete last row is dropped, and runs can be resumed."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from frostline.score.result import COLUMNS, VideoScore
 
 ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 
-# Line ends become spaces in CSV. The last two are how Python writes the bytes of a name that is no UTF-8.
+# Line ends become spaces in CSV. The last two characters are Python's spelling of bytes of a name that is not UTF-8.
 TEXTS = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")
     | st.sampled_from("\u2028\u2029\x85\x0b\x1c'=+-@\t\udce9\udcff"),
@@ -92,7 +92,7 @@ def test_every_column_is_documented() -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_goes_on_where_it_was_stopped(suffix: str, people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
-    """Cut at any byte: what is finished is not done again, and the file ends the same."""
+    """Cut the file at any byte: finished rows are not computed again, and the file is the same at the end."""
     videos = [people / f"{name}.mp4" for name in ("astronaut", "absent", "hopper", "half")]
     out = tmp_path / f"scores{suffix}"
     score_files(videos, people / "face.png", out=out)
@@ -133,7 +133,7 @@ def test_results_of_something_else_are_not_gone_on_from(people: Path, score_file
 
 
 def test_a_run_that_is_killed_leaves_a_valid_file(people: Path, tmp_path: Path) -> None:
-    """A real process, a real SIGKILL while it works, and --resume in another."""
+    """Kill a real process with SIGKILL while it works, and resume in another one."""
     out = tmp_path / "scores.jsonl"
     videos = [str(people / f"{name}.mp4") for name in ("astronaut", "half", "hopper", "nobody")] * 10
     command = ["-m", "frostline", "score", *videos, "--reference", str(people / "face.png")]
@@ -156,12 +156,12 @@ def test_a_run_that_is_killed_leaves_a_valid_file(people: Path, tmp_path: Path) 
 
 
 def test_two_processes_share_the_work(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
-    """`accelerate launch -m frostline score …`: rows in the order of the input, equal to those of one process."""
+    """Start `accelerate launch -m frostline score …`: the rows equal those of one process, in the input's order."""
     out = tmp_path / "scores.jsonl"
     names = ("astronaut", "hopper", "absent", "half", "nobody")
     videos = [people / f"{name}.mp4" for name in names]
     alone = score_files(videos, people / "face.png")
-    # A part that an interrupted run of three processes left: its row is taken over.
+    # The part of an interrupted run with three processes, whose row is reused.
     left = alone[3].model_copy(update={"note": "from the part"})
     part = ResultFile(tmp_path / ".scores.jsonl.0-of-3.part.jsonl")
     part.rewrite([left])

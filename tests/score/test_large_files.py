@@ -1,4 +1,4 @@
-"""Files that ask for more memory than there is: rows that say so, and never the end of a run."""
+"""Files that need more memory than there is give rows with an error, and do not end a run."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ ScoreFiles = Callable[..., tuple[VideoScore, ...]]
 
 
 def test_a_run_survives_a_file_that_is_too_large(people: Path, tmp_path: Path) -> None:
-    """By a real limit, in the order in which it did harm: the others are scored all the same."""
+    """Use a real memory limit, with a large file between two small ones, which are scored."""
     huge_gif(tmp_path / "huge.gif")
     videos = [people / "half.mp4", tmp_path / "huge.gif", people / "half.mp4"]
     arguments = ["score", *map(str, videos), "--reference", str(people / "face.png"), "--detector", "yunet"]
@@ -41,7 +41,7 @@ main()
 def test_only_the_file_at_fault_is(
     fault: str, people: Path, tmp_path: Path, score_files: ScoreFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it shares a batch with others, and as a reference."""
+    """Test a file that shares a batch with others, and a reference."""
     observe = FaceIdentity.observe
 
     def limited(identity: FaceIdentity, pixels: Tensor) -> Any:
@@ -73,7 +73,7 @@ def test_any_other_error_is_no_matter_of_memory(
 
 
 def test_of_large_frames_one_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """However slow the consumer."""
+    """Decode only one large frame ahead, even if the consumer is slow."""
     monkeypatch.setattr(decoding, "_CHUNK_BYTES", 1000)
     taken: list[int] = []
     stream = decoding.stream_video
@@ -89,6 +89,6 @@ def test_of_large_frames_one_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         for seen, event in enumerate(events, 1):
             if isinstance(event, decoding.Chunk):
                 assert event.frames.shape == (1, 3, 64, 64)
-                # One in the queue, one that waits to get in, and the frame after it.
+                # One frame in the queue, one that waits to get into it, and the frame after it.
                 assert len(taken) <= seen + 3
     assert len(taken) == 12

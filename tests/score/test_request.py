@@ -1,4 +1,4 @@
-"""What is to be scored, and the command itself: exit codes, clear errors, a summary."""
+"""The pairs to score, and the command: exit codes, error messages, a summary."""
 
 import contextlib
 import json
@@ -122,7 +122,7 @@ def test_writes_results_and_report(people: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_no_name_ends_a_run(suffix: str, people: Path, tmp_path: Path) -> None:
-    """One that is no UTF-8, one that steers a terminal, one that a spreadsheet would compute; also when going on."""
+    """Test a name that is not UTF-8, one with terminal codes, and one that a spreadsheet would compute; also resume."""
     names = [b"a.mp4", b"caf\xe9.mp4", b"b\x1b[2J\nc.mp4", b"=1+1.mp4", b"gone\xff.mp4", b"z.mp4"]
     videos = [tmp_path / os.fsdecode(name) for name in names]
     for video in videos:
@@ -172,7 +172,7 @@ def test_where_nothing_can_be_written_nothing_is_scored(people: Path, tmp_path: 
 def test_engines_are_built_on_demand_and_then_found(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
     files = [people / "astronaut.mp4", people / "half.mp4"]
     in_torch = score_files(files, people / "face.png", backend="auto", engines=tmp_path)
-    assert {row.face_detector_backend for row in in_torch} == {"torch"}, "nothing is built unasked"
+    assert {row.face_detector_backend for row in in_torch} == {"torch"}, "engines must only be built on request"
     built = score_files(files, people / "face.png", backend="onnxruntime", engines=tmp_path)
     assert {(row.face_detector_backend, row.face_embedder_backend) for row in built} == {("onnxruntime",) * 2}
     for row, expected in zip(built, in_torch, strict=True):

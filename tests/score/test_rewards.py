@@ -1,4 +1,4 @@
-"""Videos scored by several rewards at once: against plain scripts, on engines, and when one of them has no score."""
+"""Videos scored with several rewards: compared with plain scripts, on engines, and if one reward has no score."""
 
 import json
 from collections.abc import Callable
@@ -34,14 +34,14 @@ PROMPTS = {"astronaut": "a person on persons", "hopper": "Cats & cat", "half": "
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIPModel, Path]:
-    """A model of transformers, and the folder that it was written to."""
+    """Return a model of transformers, and the folder in which it was saved."""
     folder = tmp_path_factory.mktemp("clip")
     return write_clip(folder), folder
 
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dinov2Model, Path]:
-    """A model of transformers, and the folder that it was written to."""
+    """Return a model of transformers, and the folder in which it was saved."""
     folder = tmp_path_factory.mktemp("dinov2")
     return write_dinov2(folder), folder
 
@@ -63,7 +63,7 @@ def pairs_of(people: Path, *names: str, reference: str = "hopper.mp4") -> list[P
 
 @torch.no_grad()
 def plain_clip(model: CLIPModel, folder: Path, video: str, prompt: str) -> float:
-    """As anyone would write it."""
+    """Compute the score like a plain script."""
     processor, tokenizer = CLIPImageProcessor.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
     logits = []
     for frame in read_video(video):
@@ -74,7 +74,7 @@ def plain_clip(model: CLIPModel, folder: Path, video: str, prompt: str) -> float
 
 @torch.no_grad()
 def plain_consistency(model: Dinov2Model, folder: Path, video: str) -> float:
-    """VBench's subject consistency, frame by frame."""
+    """Compute VBench's subject consistency, frame by frame."""
     processor = AutoImageProcessor.from_pretrained(folder)
     seen = []
     for frame in read_video(video):
@@ -107,7 +107,7 @@ def test_gives_what_plain_scripts_give(
     dinov2: tuple[Dinov2Model, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every reward in one pass; with chunks of three frames, across whose borders neighbours are compared."""
+    """Compute every reward in one pass, with chunks of three frames, across which neighbouring frames are compared."""
     monkeypatch.setattr(decoding, "_CHUNK_FRAMES", 3)
     model, folder = clip
     pairs = [*pairs_of(people, *NAMES)]
@@ -160,11 +160,11 @@ def test_engines_are_built_verified_and_found_again(people: Path, clip: tuple[CL
         for row, plain in zip(rows, expected, strict=True):
             assert row.scores["clip"] == pytest.approx(plain.scores["clip"], rel=1e-4)
         stamps.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.onnx")})
-    assert len(stamps[0]) == 2 and stamps[0] == stamps[1], "built once"
+    assert len(stamps[0]) == 2 and stamps[0] == stamps[1], "engines must be built once"
 
 
 def test_one_reward_without_a_score_leaves_the_others(people: Path, tmp_path: Path) -> None:
-    """A picture for a reward of neighbours, a still video, a reward that fails, a score that is no number."""
+    """Test a picture for a reward of neighbours, a still video, a reward that fails, and a score of nan."""
     still = write_video(tmp_path / "still.mp4", moving("astronaut", 1).expand(3, -1, -1, -1), lossless=True)
     pairs = [Pair(i, str(path), str(people / "half.mp4")) for i, path in enumerate((people / "face.png", still))]
     pairs += pairs_of(people, "half", "absent")
@@ -207,7 +207,7 @@ def test_a_whole_clip_is_kept_within_a_bound(people: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_files_have_a_column_for_each_score(suffix: str, people: Path, tmp_path: Path) -> None:
-    """Also where the first row knows nothing of a metric yet, and when going on."""
+    """Test also if the first row does not have all metrics, and when resuming."""
     pairs = pairs_of(people, "absent", "astronaut", "half")
     entries = [{"type": "own_rewards:Change"}, {"type": "sharpness"}]
     out = tmp_path / f"scores{suffix}"

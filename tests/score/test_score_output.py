@@ -1,4 +1,4 @@
-"""What `frostline score` prints: a table that fits, JSON alone, a decision with its source, and what failed."""
+"""The output of `frostline score`: a table that fits, JSON alone, the decision with its threshold, and failures."""
 
 import json
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def test_what_falls_short_is_told_with_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def pairs(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two videos deep in one folder, of which one shows the person of the reference."""
+    """Write pairs of two videos deep in one folder, one of which shows the person of the reference."""
     folder = tmp_path_factory.mktemp("a-project-with-a-long-name") / "validation" / "step-000040"
     folder.mkdir(parents=True)
     for name in ("astronaut.mp4", "hopper.mp4", "face.png"):

@@ -46,15 +46,15 @@ def test_every_number_is_on_the_page(page: Path, rows: tuple[VideoScore, ...]) -
             assert f"Best: {row.best_frame_score:.3f} at frame {row.best_frame}" in text
     assert "50.0 %" in text and "no such file" in text and "no face was found" in text
     assert "4 of 5" in " ".join(text.split())
-    # Three videos with faces, worst and best, and the reference's face at the top.
+    # The worst and the best frame of three videos with faces, and the face of the reference at the top.
     assert html.count("data:image/jpeg") == 7
     assert html.index("The face of face.png") < html.index("All scores")
-    # SFace's threshold: the astronaut twice, the admiral and nobody; the absent video is not counted.
+    # At SFace's threshold, two of four videos pass; the missing video is not counted.
     assert "The same person in 2 of 4 videos; 1 without any face (mean cosine of at least 0.363" in " ".join(
         text.split()
     )
     assert text.index("The same person in") < text.index("The mean face score")
-    # Of 40 frames in 2 s, most of which went into loading.
+    # 40 frames in 2 s, most of which loading took, so the speed is not shown.
     assert "frames/s" not in text
     assert "<absent>" not in html
     assert not re.search(r'(src|href)="(?!data:|#)', html)
@@ -95,7 +95,7 @@ def test_scores_of_faces_have_one_axis(
 def test_a_gap_breaks_the_curve(
     page: Path, rows: tuple[VideoScore, ...], people: Path, score_files: ScoreFiles
 ) -> None:
-    """A face, none, a face: two strokes where a video full of faces has one."""
+    """Draw two strokes for a face, no face and a face, and one for a face in every frame."""
 
     def strokes(row: VideoScore) -> int:
         write_score_report(page, ScoreOutcome((row,), summarize([row])), SETTINGS)
@@ -124,7 +124,7 @@ def test_pictures_show_the_face_with_box_and_landmarks(rows: tuple[VideoScore, .
     picture = np.asarray(Image.open(io.BytesIO(best.jpeg)).convert("RGB")).astype(int)
     assert picture.shape == (320, 320, 3)
     blue = (abs(picture - (98, 181, 229)).sum(axis=2) < 90).sum()
-    assert blue > 300, "the box"
+    assert blue > 300, "the box must be drawn"
     assert extreme_pictures(rows[3], every=1) == [] == extreme_pictures(rows[4], every=1)
     gone = rows[0].model_copy(update={"video": "gone.mp4"})
     assert extreme_pictures(gone, every=1) == []
@@ -141,7 +141,7 @@ def test_a_long_video_stays_a_small_plot(rows: tuple[VideoScore, ...], tmp_path:
 
 @needs_chromium
 def test_a_browser_shows_and_sorts_the_scores(page: Path, rows: tuple[VideoScore, ...], tmp_path: Path) -> None:
-    # The policy would, rightly, keep the test's own script from running.
+    # The policy would prevent the test's own script from running.
     html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page.read_text(encoding="utf-8"))
     script = """<script>
       const cells = (n) => [...document.querySelectorAll(`td:nth-child(${n})`)].map((cell) => cell.textContent).join();
@@ -157,5 +157,5 @@ def test_a_browser_shows_and_sorts_the_scores(page: Path, rows: tuple[VideoScore
     dom, _ = render(path, tmp_path / "profile")
     found = sorted(row.face_score for row in rows if row.face_score is not None)
     order = ",".join([*(f"{score:.3f}" for score in found), "\N{EN DASH}", "\N{EN DASH}"])
-    # At 1280 pixels the last column is seen.
+    # At a width of 1280 pixels, the last column is visible.
     assert f"<title>{order} | 7 pictures | 6 plots | fits</title>" in dom

@@ -1,4 +1,4 @@
-"""Scores against training's own reward; people told apart; a video alone scores as among others."""
+"""Scores: equal to training's own reward, different for different people, and independent of the batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +38,11 @@ MakeModule = Callable[..., WanTrainingModule]
 def test_agrees_with_the_reward_of_training(
     detector: str, options: dict[str, Any], make_module: MakeModule, score_files: ScoreFiles, tmp_path: Path
 ) -> None:
-    """On the same frames, through the very objects that training uses, with graph and all."""
+    """Compare with training's own objects on the same frames, with a graph."""
     settings = {"detector": detector, **options}
     module = make_module(rewards=[{"type": "face_identity", **settings}])
     video = held_out_clips(2, seed=3).video
-    # Two faces in each frame of the second video, one of them smaller; in the first, there is none for some frames.
+    # Each frame of the second video has two faces, one of them smaller; some frames of the first have none.
     smaller = torch.nn.functional.avg_pool2d(video[0], 2)
     video = torch.cat([video, torch.full_like(video, 0.4)], dim=-1)
     video[1, :, :, 24:72, 120:168] = smaller
@@ -89,7 +89,7 @@ def test_tells_what_is_in_a_video(people: Path, score_files: ScoreFiles) -> None
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture and a video of two people: the admiral, large, and the astronaut, small; one frame is hers alone."""
+    """Write a picture and a video of the admiral, large, and the astronaut, small; she is alone in one frame."""
     folder = tmp_path_factory.mktemp("crowd")
     picture = np.full((240, 480, 3), 100, np.uint8)
     picture[:, :240] = portrait("hopper", 240)
@@ -109,7 +109,7 @@ def test_which_of_several_faces_counts(detector: str, crowd: Path, people: Path,
     scores = largest.frame_scores or ()
     assert max(score or 0 for score in scores[:2]) < 0.4 < 0.8 < (scores[2] or 0)
     assert all((score or 0) > 0.8 for score in best.frame_scores or ())
-    # Her box, and not the admiral's, is where the best and the worst frame are shown.
+    # The box of best and worst frame must be hers, not the admiral's.
     for box in (best.best_frame_box, best.worst_frame_box):
         assert box is not None and box[0] > 240
     assert largest.worst_frame_box is not None and largest.worst_frame_box[0] < 240
@@ -152,7 +152,7 @@ def test_frames_are_chosen(people: Path, score_files: ScoreFiles) -> None:
 
 
 def test_a_reference_video_leaves_out_its_first_frame(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
-    """As in training, where the first frame is the one that was given."""
+    """Leave it out like in training, where the first frame is given."""
     video = read_video(people / "astronaut.mp4")
     start = read_video(people / "hopper.mp4")[:1]
     reference = write_video(tmp_path / "reference.mp4", torch.cat([start, video]), lossless=True)
@@ -199,7 +199,7 @@ def _turned(frames: Tensor, degrees: float) -> Tensor:
 def test_the_same_person_scores_above_any_other(
     detector: str, people: Path, score_files: ScoreFiles, tmp_path: Path
 ) -> None:
-    """Two people in ten disguises each, every disguise against a plain picture of both: no overlap."""
+    """Compare ten altered videos of each of two people with a plain video of both: the scores do not overlap."""
     videos, same = [], []
     for person in ("astronaut", "hopper"):
         frames = read_video(people / f"{person}.mp4")[:2]

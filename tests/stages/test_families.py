@@ -1,4 +1,4 @@
-"""A model family is one folder: a toy with another VAE, other conditions and other blocks goes through everything."""
+"""A model family is one folder: a toy family with another VAE, conditions and blocks supports everything."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ REWARD = {"type": "sharpness", "weight": 1.0}
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a model of the toy family, which is installed as a family's folder would be."""
+    """Return the folder of a model of the toy family, which is added to the folders of families."""
     monkeypatch.setattr(frostline.stages, "__path__", [*frostline.stages.__path__, str(FAMILIES)])
     folder = tmp_path / "toy-model"
     folder.mkdir()
@@ -104,7 +104,7 @@ def test_what_backward_recomputes_changes_nothing(kind: str, toy: Path, engines:
 
 @pytest.mark.parametrize("kind", ["none", "block", "full"])
 def test_blocks_in_main_memory_change_nothing_on_engines_either(kind: str, toy: Path, engines: Path) -> None:
-    """An engine is found by the weights, wherever they are, and serves the frozen uses of the live denoiser."""
+    """Find the engine by the weights, wherever they are, and use it for the frozen calls of the live denoiser."""
     how: Any = {"plan": "onnxruntime", "engines": engines, "gradient_checkpointing": kind}
     loss, gradient = loss_and_gradient(module_of(toy, **how), clips(2))
     module = module_of(toy, **how, offload_blocks=4)
@@ -198,7 +198,7 @@ def test_a_clip_is_sampled(toy: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def adapter(toy: Path, tmp_path: Path) -> Path:
-    """The folder of a LoRA of a toy model, as training saves it."""
+    """Return the folder of a LoRA of a toy model, saved like in training."""
     module_of(toy, plan="torch", engines=None).save_adapter(tmp_path / "adapter")
     return tmp_path / "adapter"
 

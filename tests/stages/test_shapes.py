@@ -1,4 +1,4 @@
-"""How the command line spells shapes, and the range that results."""
+"""Shapes on the command line, and the resulting range."""
 
 from dataclasses import fields
 
@@ -118,7 +118,7 @@ def spelled(video: tuple[int, ...] | None, frames: tuple[int, ...] | None) -> st
 
 @st.composite
 def flags(draw: st.DrawFn) -> dict[str, str]:
-    """Each flag or none of it; where several name a tensor, min <= opt <= max."""
+    """Draw each option or not; if several options name a tensor, min <= opt <= max."""
 
     def ordered(shapes: st.SearchStrategy[tuple[int, ...]]) -> list[tuple[int, ...] | None]:
         three = [draw(shapes) for _ in range(3)]

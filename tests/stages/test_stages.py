@@ -1,4 +1,4 @@
-"""The engines of tiny's stages against PyTorch, at shapes they were not traced at; and the live LoRA."""
+"""The engines of tiny's stages compared with PyTorch, at shapes that were not traced; and the live LoRA."""
 
 import shutil
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from frostline.train import WanTrainingModule
 MakeModule = Callable[..., WanTrainingModule]
 
 MODELS = ("tiny", "tiny-moe", "tiny-ti2v")
-# Samples, latent frames, and height and width in pixels: none of them what an engine was traced at.
+# Samples, latent frames, and height and width in pixels; no engine was traced at these values.
 SHAPES = [(1, 1, 32, 48), (3, 2, 80, 64)]
 
 
@@ -39,7 +39,7 @@ def modules(make_module: MakeModule, variant_engines: Path) -> dict[str, WanTrai
 
 
 def at_shape(network: Network, batch: int, frames: int, height: int, width: int) -> dict[str, Tensor]:
-    """Random inputs of a network with other extents than its samples have."""
+    """Return random inputs of a network at other sizes than those of its samples."""
     extents = {"batch": batch, "latent_frames": frames, "height": height // 16, "width": width // 16}
     generator = torch.Generator().manual_seed(batch)
     inputs = {}
@@ -74,7 +74,7 @@ def test_denoisers_and_text(
 
 @pytest.mark.parametrize(("batch", "frames", "height", "width"), [(1, 1, 32, 48), (3, 5, 80, 64), (1, 17, 32, 32)])
 def test_vae_encoder(batch: int, frames: int, height: int, width: int, modules: dict[str, WanTrainingModule]) -> None:
-    """One pair of graphs serves videos of any length."""
+    """Encode videos of any length with the same two graphs."""
     generator = torch.Generator().manual_seed(frames)
     video = 2 * torch.rand(batch, 3, frames, height, width, generator=generator) - 1
     module = modules["tiny"]
@@ -108,7 +108,7 @@ def test_no_face_and_no_frame(modules: dict[str, WanTrainingModule]) -> None:
 def test_one_engine_serves_every_rank_and_follows_the_trainer(
     rank: int, make_module: MakeModule, engines: Path
 ) -> None:
-    """Built at rank 8: the rank is an open dimension, and the matrices are read where the trainer keeps them."""
+    """Use an engine that was built at rank 8: the rank is dynamic, and the matrices are in the trainer's memory."""
     built = {path for path in (engines / "tiny" / "denoiser").iterdir() if path.is_dir()}
     module = make_module(plan="onnxruntime", engines=engines, lora={"rank": rank, "alpha": 2 * rank})
     assert {path for path in (engines / "tiny" / "denoiser").iterdir() if path.is_dir()} == built
@@ -150,7 +150,7 @@ def test_live_tensors_are_bound_without_a_copy(
     bound: dict[str, int] = {}
 
     class Binding:
-        """Notes under which address every input is bound."""
+        """A binding that records the address of every input."""
 
         def __init__(self, binding: onnxruntime.IOBinding) -> None:
             self.binding = binding
@@ -184,13 +184,13 @@ def test_live_tensors_are_bound_without_a_copy(
 
 @pytest.fixture
 def fresh(make_module: MakeModule) -> Stage:
-    """A denoiser whose LoRA is new: it adds nothing."""
+    """Return a denoiser with a new LoRA, which has no effect."""
     return make_module(lora_spread=0).stages["denoiser"]
 
 
 @pytest.fixture
 def own_store(engines: Path, tmp_path: Path) -> EngineStore:
-    """A copy, to delete engines from."""
+    """Return a copy of the store, from which engines can be deleted."""
     shutil.copytree(engines / "tiny" / "denoiser", tmp_path / "tiny" / "denoiser")
     return EngineStore(tmp_path)
 
@@ -248,7 +248,7 @@ def test_an_engine_that_does_not_heed_the_scale_is_found_out(
 
 
 class WrongTextEncoderStage(TextEncoderStage):
-    """Says that PyTorch computes something else than engines do."""
+    """A stage whose `torch` computes something else than its networks."""
 
     def torch(self, inputs: Tensors, variant: str | None = None) -> dict[str, Tensor]:
         return {name: 1.001 * value for name, value in super().torch(inputs, variant).items()}
@@ -258,7 +258,7 @@ LOOSE = Tolerance(atol=1000, rtol=0, cosine=-1)
 
 
 def test_an_engine_that_computes_something_else_is_not_kept(make_module: MakeModule, tmp_path: Path) -> None:
-    """The verification after a build compares with the stage as it is in torch."""
+    """Compare with the stage's own `torch` after a build."""
     stage = make_module().stages["text_encoder"]
     assert isinstance(stage, TextEncoderStage)
     other = WrongTextEncoderStage(**vars(stage))
@@ -305,7 +305,7 @@ def test_every_engine_was_verified_and_timed(variant_engines: Path, modules: dic
     ]
     assert not any(export.built for export in exported)
     manifests = {export.manifest.id: export.manifest for export in exported}
-    # Beside the six stages of tiny: the denoiser of tiny-ti2v, and the first expert of tiny-moe.
+    # The six stages of tiny, the denoiser of tiny-ti2v, and the high-noise expert of tiny-moe.
     assert len(manifests) == 8
     for engine, manifest in manifests.items():
         assert (record := store.get(engine))

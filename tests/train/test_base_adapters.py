@@ -1,4 +1,4 @@
-"""Adapters that are merged as the model is loaded: as if merged beforehand, in all that is computed and cached."""
+"""Adapters that are merged when the model is loaded: results and cache keys are those of a merged model."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ TINY = Path(load_components.__code__.co_filename).parents[1] / "tiny" / "weights
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: data, a configuration, a distilled adapter of ranks and alphas that differ, and one more."""
+    """Create the working folder: data, a configuration, a distilled adapter with several ranks, and another adapter."""
     clips = held_out_clips(1, seed=2, num_frames=5, size=32)
     write_video(tmp_path / "data" / "0.mp4", clips.video[0], lossless=True)
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"video": "0.mp4", "prompt": clips.prompts[0]}))
@@ -73,7 +73,7 @@ def adapters(*entries: dict[str, Any]) -> tuple[BaseAdapter, ...]:
 
 
 def merged_beforehand(folder: Path, *merges: tuple[str, float]) -> Path:
-    """A copy of tiny whose denoiser `frostline adapter merge` wrote, once for each adapter."""
+    """Return a copy of tiny whose denoiser was merged by `frostline adapter merge` with each adapter."""
     model: Path | str = "tiny"
     for number, (adapter, scale) in enumerate(merges):
         out = folder / f"merged-{number}"
@@ -142,7 +142,7 @@ def test_an_engine_serves_what_it_was_built_of_alone(workplace: Path) -> None:
         for stage in ("denoiser", "text_encoder", "vae_decoder")
     }
     for stage in ("text_encoder", "vae_decoder"):
-        assert len({keys[name, stage] for name in modules}) == 1, "an adapter does not change them"
+        assert len({keys[name, stage] for name in modules}) == 1, "the adapter must not change this stage"
     assert keys["in_memory", "denoiser"] == keys["beforehand", "denoiser"]
     assert len({keys[name, "denoiser"] for name in modules}) == 3
 
@@ -158,7 +158,7 @@ def test_engines_of_the_base_are_not_found_for_the_merged_model(workplace: Path,
 
 
 def test_weights_that_are_away_come_back_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the high-noise expert, which leaves memory where an engine serves it; its digest is noted for the next run."""
+    """Release the high-noise expert while an engine replaces it; its digest is stored for the next run."""
     monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
     path = moe_adapter(tmp_path)
     entry = {"path": str(path), "scale": 0.5, "expert": "high"}
@@ -177,7 +177,7 @@ def test_weights_that_are_away_come_back_merged(tmp_path: Path, monkeypatch: pyt
         digest = weights_sha256(stage)
         assert digests.setdefault((scale,), digest) == digest
     assert len({*digests.values()}) == 3
-    assert not stage.weights.resident, "the digest was noted"
+    assert not stage.weights.resident, "the digest must be read from the cache"
     for _ in range(2):
         stage.weights.restore()
         restored = module.components.denoiser_high_noise.state_dict()
@@ -236,7 +236,7 @@ def test_sampling_is_that_of_the_merged_model(workplace: Path) -> None:
 
 
 def test_the_dry_run_plans_the_memory_of_the_model_alone(workplace: Path) -> None:
-    """What is merged takes no memory of its own."""
+    """Plan no additional memory for merged adapters."""
     pages = [
         CliRunner().invoke(app, ["train", "config.yaml", *changes, "--dry-run"])
         for changes in ([], ["base_adapters=[{path: distilled.safetensors}]"])
@@ -306,7 +306,7 @@ def test_an_adapter_that_only_merging_takes_says_so(workplace: Path, refused_usa
 
 
 def moe_adapter(folder: Path) -> Path:
-    """An adapter of the layers that both experts of tiny-moe have."""
+    """Write an adapter of the layers that both experts of tiny-moe have; return its path."""
     _, adapter = make_adapter(folder / "moe", 6)
     shapes = [find_files("tiny-moe").networks[name].shapes for name in ("denoiser", "denoiser_high_noise")]
     layers = {n: p for n, p in adapter.layers.items() if all(s.get(f"{n}.weight") == p.weight_shape for s in shapes)}

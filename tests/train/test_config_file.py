@@ -1,4 +1,4 @@
-"""Configuration files: what is read, what is refused and how, what is printed, and the examples."""
+"""Configuration files: what is read, refused and printed, and the examples."""
 
 import re
 from pathlib import Path
@@ -210,14 +210,14 @@ def test_a_section_that_is_commented_out_has_its_defaults(tmp_path: Path) -> Non
     assert load_run_settings(path) == RunSettings()
     assert load_run_settings(path, ["lora.rank=4"]).lora.rank == 4
     path.write_text("plan:\n  stages:\nrewards:\nlora:\n  target_modules:\ncache_dir:\nnoise_seed:\n")
-    # What null has a meaning of its own for keeps it.
+    # A setting for which null has a meaning keeps it.
     assert load_run_settings(path) == RunSettings.parse({"noise_seed": None, "cache_dir": None})
     path.write_text("# all: of it\n")
     assert load_run_settings(path) == RunSettings()
 
 
 def _every_setting() -> dict[str, Any]:
-    """What each setting is annotated with."""
+    """Return the annotation of each setting."""
     found = {}
     for name in dotted_names(RunSettings):
         settings: Any = RunSettings()

@@ -1,6 +1,6 @@
-"""Every setting of a run does something: each is changed here by itself, and what it acts on must change with it.
+"""Every setting of a run has an effect: each is changed alone, and its observed result must change.
 
-That it changes it in the right way is what the other tests are for.
+Other tests check that the effect is right.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from frostline.models.tiny.clips import held_out_clips
 from frostline.train.settings import RunSettings
 from frostline.video import write_video
 
-# Fields of rewards that are not among the rewards by default.
+# Fields of other rewards than the default one.
 OF_OTHER_REWARDS = tuple(f"rewards.0.{name}" for name in ("floor", "flow", "updates", "size", "options"))
 OF_ONES_OWN = "frostline.rewards.sharpness:SharpnessReward"
 BASE: dict[str, Any] = {
@@ -84,7 +84,14 @@ SMALL_DEVICE = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is given for the setting, what it acts on, and from what else to start. refused: the words of the error."""
+    """A test of one setting.
+
+    Attributes:
+        value: the changed value.
+        acts_on: returns what the setting affects.
+        start: the other settings that differ from `BASE`.
+        refused: a part of the error message, if the value is refused.
+    """
 
     value: Any
     acts_on: Observe
@@ -208,7 +215,7 @@ CASES: dict[str, Case] = {
 }
 
 
-# Of rewards on vision networks, whose weights `write_data` makes.
+# Settings of rewards with vision networks, whose weights `write_data` creates.
 CLIP = {"rewards": [{"type": "clip", "weights": "clip"}]}
 AESTHETIC = {"rewards": [{"type": "aesthetic", "weights": "clip", "predictor": "one.pth"}]}
 SUBJECT = {"rewards": [{"type": "subject_consistency", "weights": "dinov2"}]}
@@ -223,7 +230,7 @@ CASES |= VISION_CASES
 
 
 def test_no_setting_is_forgotten() -> None:
-    """Of rewards, those that there are by default are among them, and these are of others."""
+    """Cover all settings, with those of the default reward, and the fields of other rewards."""
     assert CASES.keys() - VISION_CASES.keys() == {*dotted_names(RunSettings), *OF_OTHER_REWARDS}
 
 
@@ -247,7 +254,7 @@ def test_the_setting_acts(name: str, observe: Callable[[str, Any, dict[str, Any]
 def observe(
     tmp_path_factory: pytest.TempPathFactory, engines: Path
 ) -> Iterator[Callable[[str, Observe, dict[str, Any]], Any]]:
-    """What something is, or how it is refused, under these settings, each time in a folder that is as new."""
+    """Return a function that returns the result, or the error, under these settings, each time in a new folder."""
     data = tmp_path_factory.mktemp("data")
     write_data(data)
     known: dict[str, Any] = {}
@@ -269,7 +276,7 @@ def observe(
     load = load_components
     loaded = functools.cache(load)
     with pytest.MonkeyPatch.context() as patch:
-        # Each module has its own, but they are read once.
+        # Each module has a copy of the weights, which are read once.
         patch.setattr(
             "frostline.models.checkpoints.loading.load_components",
             lambda model, dtype, device, defer, reads=None, storage=None, offload_blocks=0: (
@@ -282,7 +289,7 @@ def observe(
 
 
 def write_data(folder: Path) -> None:
-    """`data`, with an `other` source, one that is `half` broken, and one `reaching` out of its folder; and weights."""
+    """Write `data`, `other` data, data of which `half` is invalid, data `reaching` out of its folder, and weights."""
     write_vision_files(folder)
     make_adapter(folder / "lora", 2, rank=2)
     raft_file(folder / "raft.pth")
@@ -298,7 +305,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_vision_files(folder: Path) -> None:
-    """Two models of CLIP, another processor of it, two aesthetic predictors, DINOv2."""
+    """Write two CLIP models, another processor, two aesthetic predictors, and DINOv2."""
     write_clip(folder / "clip")
     write_clip(folder / "other_clip", seed=1)
     write_dinov2(folder / "dinov2")
@@ -310,14 +317,14 @@ def write_vision_files(folder: Path) -> None:
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """`a.b` and a value as mappings."""
+    """Return the value in nested mappings for a name such as `a.b`."""
     for part in reversed(name.split(".")):
         value = {part: value}
     return value
 
 
 def merged(one: Any, other: dict[str, Any]) -> Any:
-    """The second put over the first, entries of a list by their number."""
+    """Return `one` with the values of `other`; entries of lists are named by their number."""
     both = list(one) if isinstance(one, list) else dict(one)
     for name, value in other.items():
         place: Any = int(name) if isinstance(both, list) else name

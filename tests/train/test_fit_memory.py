@@ -1,4 +1,4 @@
-"""`memory.fit: auto`: what a run changes of its settings, what it says of that, and when it is refused."""
+"""`memory.fit: auto`: which settings a run changes, what it reports about that, and when it is refused."""
 
 import io
 import logging
@@ -23,14 +23,14 @@ from frostline.train.validate_settings import check_offload
 from frostline.video import write_video
 
 SAMPLES, SIZES = (2, 0), [(64, 64)]
-# What is cheap, and what is then left: a window of one latent frame.
+# The cheap measure, and the one that is left then: a window of one latent frame.
 CHEAP = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 2}
 DEAR = {"decode.num_latent_frames": 1}
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
-    """Of a run of one step on two clips of 64x64."""
+    """Return the settings of a run of one step on two clips of 64x64."""
     folder = tmp_path_factory.mktemp("fit")
     clips = held_out_clips(2, seed=2, num_frames=9, size=64)
     for index, (video, prompt) in enumerate(zip(clips.video, clips.prompts, strict=True)):
@@ -55,7 +55,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
 
 @pytest.fixture(scope="module")
 def sizes(settings: RunSettings) -> dict[str, int]:
-    """Bytes that the run needs as it is, with what is cheap, and with the window too."""
+    """Return the bytes that the run needs without changes, with the cheap measure, and with further ones."""
     planner = RunPlanner(settings, None, True, SAMPLES, SIZES)
     blocks = {"gradient_checkpointing": "full"}
     changes: dict[str, dict[str, Any]] = {"as it is": {}, "cheap": CHEAP, "block": CHEAP | blocks, "dear": CHEAP | DEAR}
@@ -97,7 +97,7 @@ def test_what_changes_nothing_comes_first_and_what_does_is_warned_of(
 
 @pytest.mark.parametrize("fit", ["auto", "never"])
 def test_a_number_takes_the_place_of_auto(settings: RunSettings, fit: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Whether or not the run may change other settings, and before it does."""
+    """Choose the number before other settings are changed, and also if they may not be changed."""
     caplog.set_level(logging.INFO)
     auto = with_changes(settings, {"offload.blocks": "auto", "memory.fit": fit, **CHEAP})
     planner = RunPlanner(auto, None, False, SAMPLES, SIZES)

@@ -1,6 +1,6 @@
-"""A full Wan2.1-T2V-1.3B, random, on disk: it loads, and a training step stays within 20 GB.
+"""A checkpoint of the full size of Wan2.1-T2V-1.3B with random weights: a training step needs at most 20 GB.
 
-Writes 15 GB and takes minutes, so it runs where FROSTLINE_BIG_TESTS=1 only.
+This writes 15 GB and takes minutes, so it only runs with FROSTLINE_BIG_TESTS=1.
 """
 
 import gc
@@ -33,7 +33,7 @@ LIMIT_BYTES = 20e9
 
 
 def random_like(shape: torch.Size, values: Tensor) -> Tensor:
-    """Random bf16 values: one draw over and over, which is quick."""
+    """Return random bf16 values; the same draw is repeated, because this is fast."""
     count = shape.numel()
     return values.repeat(-(-count // len(values)))[:count].view(shape).clone()
 
@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def take_a_step(folder: str) -> None:
-    """In a process of its own, whose peak is then that of loading and training; prints what came out."""
+    """Load the model and train one step in a separate process, whose peak is measured; print the results as JSON."""
     module = WanTrainingModule.from_pretrained(
         folder, engines=None, plan="torch", dtype=torch.bfloat16, gradient_checkpointing="block", lora={"rank": 32}
     )

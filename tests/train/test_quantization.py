@@ -1,4 +1,4 @@
-"""Runs whose frozen weights have 8 or 4 bits: gradients, engines, caches, plan, resuming, adapters, sampling."""
+"""Runs with frozen weights in 8 or 4 bits: gradients, engines, caches, plan, resuming, adapters, sampling."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def module_of(kind: str, **options: Any) -> TrainingModule:
 
 
 def spread(module: TrainingModule) -> None:
-    """A LoRA that adds something."""
+    """Make the LoRA change the outputs."""
     with torch.no_grad():
         for index, parameter in enumerate(module.trainable_parameters().values()):
             parameter.copy_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
@@ -74,7 +74,7 @@ def step(module: TrainingModule) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def dequantise(module: TrainingModule) -> None:
-    """Put ordinary layers with the stored values in the place of quantised ones, by PyTorch's operations alone."""
+    """Replace the quantised layers by ordinary ones with the stored values, with PyTorch's operations only."""
     module.stages["text_encoder"].restore_weights()
     for network in (module.components.denoiser, module.components.text_encoder):
         for path, layer in quantised_layers(network).items():
@@ -123,14 +123,14 @@ def test_what_is_recomputed_is_the_same(recompute: str) -> None:
         module = module_of("nf4", gradient_checkpointing=kind)
         spread(module)
         results.append(step(module))
-    # The decoder then goes chunk by chunk, which rounds otherwise.
+    # With recomputation, the decoder runs chunk by chunk, which rounds differently.
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-3, atol=1e-5)
 
 
 def test_each_way_to_store_is_another_model() -> None:
-    """To engines, to the cache of frozen outputs and to the receipts of exports."""
+    """Use different keys for engines, the frozen-output cache and records of exports."""
     keys = set()
     for kind in ("none", *KINDS):
         stages = module_of(kind).stages
@@ -149,7 +149,7 @@ def test_each_way_to_store_is_another_model() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_engine_has_the_numbers_of_pytorch(kind: str, tmp_path: Path) -> None:
-    """Both stages are exported of the dequantised weights, and serve a run; those of the plain model do not."""
+    """Export both stages with the dequantised weights; a model without quantization does not use these engines."""
     store = tmp_path / "engines"
     arguments = ["export", "tiny", "--stages", "denoiser,text_encoder", "--engines-dir", str(store), "--jobs", "1"]
     arguments += ["--quantization", kind, "--text-encoder-quantization", kind, "--device", "cpu"]
@@ -167,9 +167,6 @@ def test_an_engine_has_the_numbers_of_pytorch(kind: str, tmp_path: Path) -> None
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), other_gradients[name].flatten(), 0) > 0.999
     other = module_of("none", engines=store, plan="auto")
     assert [other.runtime.plan[name].backend for name in names] == ["torch"] * 2
-
-
-# What is planned.
 
 
 def plan(kind: str, model: str = "tiny-moe", **options: Any) -> MemoryPlan:
@@ -234,12 +231,9 @@ def test_sharding_is_refused(workplace: Path) -> None:
         shard_frozen_weights(module_of("int8"), accelerator)
 
 
-# Runs.
-
-
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data of two clips, and a configuration."""
+    """Create the data of two clips and a configuration file; return the folder."""
     clips = held_out_clips(2, seed=2, num_frames=5, size=32)
     rows = []
     for index in range(2):
@@ -272,7 +266,7 @@ def left_by(folder: str) -> tuple[list[Any], dict[str, Tensor]]:
 
 @pytest.fixture
 def in_bf16() -> Iterator[None]:
-    """Accelerate keeps the precision of a process: that of other tests is another one."""
+    """Reset accelerate, which keeps the precision of a process; other tests use another one."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
@@ -296,9 +290,6 @@ def test_a_resumed_run_is_equal_to_the_bit(kind: str, workplace: Path, refused_u
         (workplace / "config.yaml").write_text(json.dumps({**values(kind), name: "none"}))
         said = refused_usage("train", "config.yaml", "--resume", "latest")
         assert f"{name}: the adapter in run/checkpoint-2 was trained with {kind}, not with none" in said
-
-
-# Adapters.
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""What a run says of its settings: those that are not the defaults, down to the entries of lists."""
+"""What a run records about its settings: those that are not the defaults, including entries of lists."""
 
 from frostline.train.config_file import dump_settings
 from frostline.train.flatten import flatten
@@ -25,5 +25,5 @@ def test_only_settings_with_other_values_are_changed() -> None:
     }
     # The rewards are the default ones, and `null` is the default of alpha.
     assert not any(name.startswith(("rewards", "lora.alpha", "train.seed")) for name in changed)
-    # By the names that a flattened configuration has.
+    # The names are those of a flattened configuration.
     assert {*changed} <= flatten(dump_settings(settings)).keys()

@@ -1,4 +1,4 @@
-"""`frostline sample`: a clip that can be played, the same for a seed, another with the adapter, engine or not."""
+"""`frostline sample`: a playable clip, determined by the seed, different with an adapter, and the same on engines."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def face(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first frame of a validation clip, 96×96."""
+    """Write the first frame of a validation clip, 96×96; return the path."""
     path = tmp_path_factory.mktemp("face") / "face.png"
     pixels = held_out_clips(1, seed=0).video[0, 0]
     Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
@@ -77,7 +77,7 @@ def test_a_clip_that_can_be_played(face: Path, tmp_path: Path) -> None:
     written = read_video(tmp_path / "new" / "clip.mp4").float() / 255
     assert (written - sampled.video).abs().mean() < 0.03
     truth = held_out_clips(1, seed=0).video[0, 0]
-    assert (sampled.video[0] - truth).abs().mean() < 0.1, "it starts from the picture"
+    assert (sampled.video[0] - truth).abs().mean() < 0.1, "the clip must start with the picture"
     assert sampled.face_score is not None
     assert 0.2 < sampled.face_score < 1
     assert sampled.detection_rate is not None
@@ -132,7 +132,7 @@ def test_a_strength_that_is_too_large_is_refused(face: Path, adapter: Path, tmp_
 
 
 def test_differences_of_whole_parameters_are_refused(face: Path, adapter: Path, tmp_path: Path) -> None:
-    """A LoRA alone would be half of what a distilled model needs."""
+    """Using only the LoRA would omit the other half of a distilled adapter."""
     path = tmp_path / "lora.safetensors"
     write_adapter(read_adapter(adapter), "comfyui", path)
     save_file({**load_file(path), "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(128)}, path)
@@ -142,7 +142,7 @@ def test_differences_of_whole_parameters_are_refused(face: Path, adapter: Path, 
 
 
 def test_adapters_of_both_experts(face: Path, make_module: Callable[..., WanTrainingModule], tmp_path: Path) -> None:
-    """Each changes the steps of its expert; the two need be neither of one rank and scale nor on alike layers."""
+    """Change the steps of each expert by its adapter; rank, scale and layers of the two adapters may differ."""
     for experts, part, lora in (("high", "high_noise", {"rank": 2}), ("low", "low_noise", {"rank": 4, "alpha": 2})):
         make_module("tiny-moe", lora={**lora, "experts": experts}, lora_spread=0.1).save_adapter(tmp_path / "a" / part)
 

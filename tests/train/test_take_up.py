@@ -1,4 +1,4 @@
-"""A run is taken up by its folder alone, from anywhere; its log file grows; what is no run is refused at once."""
+"""Resuming a run by its folder only, from any working folder; its log file is continued; other folders are refused."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def steps(run: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which a run of one step was started, whose paths are relative to it."""
+    """Start a run of one step with relative paths; return the working folder."""
     folder = tmp_path_factory.mktemp("started")
     clips = held_out_clips(1, seed=2, num_frames=5, size=32)
     for index, video in enumerate(clips.video):
@@ -68,7 +68,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(started: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
+    """Return a copy of it that a test may change."""
     shutil.copytree(started, tmp_path / "started")
     facts = tmp_path / "started" / "my" / "run" / "run.json"
     facts.write_text(facts.read_text().replace(str(started), str(tmp_path / "started")))
@@ -93,9 +93,11 @@ def test_a_run_goes_on_without_a_configuration_file(
     run = place / "my" / "run"
     assert steps(run) == [1, 2]
     log = (run / "frostline.log").read_text()
-    assert [int(line[1]) for line in map(STEP.fullmatch, log.splitlines()) if line] == [1, 2], "one file, appended"
+    assert [int(line[1]) for line in map(STEP.fullmatch, log.splitlines()) if line] == [1, 2], (
+        "the second session must append to the log file"
+    )
     assert log.count("command: ") == 2
-    # Where paths are relative to is no setting that has changed.
+    # The folder that relative paths refer to does not count as a changed setting.
     (changes,) = re.findall(r"resuming from (\S+) with other settings:\n((?:  .*\n)+)", log)
     assert changes == (str(run / "checkpoint-1"), "  train.max_train_steps: 2 (was 1)\n")
     assert "  VAE in" not in log and "loading tiny: " in log
@@ -144,7 +146,7 @@ def test_a_run_that_has_moved_is_taken_up_where_one_is(place: Path, monkeypatch:
 
 
 def test_a_run_on_a_terminal_of_80_columns(started: Path, tmp_path: Path) -> None:
-    """Log lines and the bar, with count, time and score, are on lines of their own; paths are in the log file."""
+    """Log lines and the bar with count, time and score are on separate lines; paths are in the log file."""
     again = tmp_path / "again"
     arguments = ["-m", "frostline", "train", "config.yaml", f"output_dir={again}"]
     seen = on_terminal(*arguments, cwd=started, columns=80)

@@ -1,4 +1,4 @@
-"""A run with a face, a prompt and motion rewarded: it decodes once a step, trains, and resumes to the bit."""
+"""A run with rewards of a face, a prompt and motion decodes once per step, trains, and resumes bit for bit."""
 
 import json
 from collections import defaultdict
@@ -40,7 +40,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_resumes_to_the_bit(tmp_path: Path, rewards: list[dict[str, Any]]) -> None:
-    """With frames that are drawn for each step."""
+    """Draw other frames in each step."""
     held_out = held_out_clips(3, seed=2, num_frames=5, size=64)
     rows = [{"video": f"{index}.mp4", "prompt": prompt} for index, prompt in enumerate(held_out.prompts)]
     for row, video in zip(rows, held_out.video, strict=True):
@@ -84,7 +84,7 @@ def test_a_step_decodes_once(make_module: MakeModule, rewards: list[dict[str, An
 
 @pytest.fixture(scope="module")
 def traces() -> Mapping[str, Traces]:
-    """By stage: both backends are built from one."""
+    """Return traces by stage, from which the engines of both backends are built."""
     return defaultdict(Traces)
 
 
@@ -97,7 +97,7 @@ def test_hybrid_is_pytorch(
     tape: "RewardTape",
     tmp_path: Path,
 ) -> None:
-    """With engines for all that is frozen in the rewards; the motion of pixels has no network."""
+    """Use engines for all frozen stages of the rewards; motion of pixels has no network."""
     faces, prompt, motion = rewards
     settings = {"rewards": [faces, {**prompt, "frames": "every:2"}, motion], **STEPS}
     module, store = make_module(**settings), EngineStore(tmp_path)

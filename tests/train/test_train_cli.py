@@ -1,4 +1,4 @@
-"""`frostline train` as a user runs it: a whole run, stopped and taken up again, and what is refused."""
+"""`frostline train` from the command line: a whole run, stopped and resumed, and settings that are refused."""
 
 import contextlib
 import csv
@@ -54,7 +54,7 @@ train: {learning_rate: 1.0e-3, max_train_steps: 4, per_device_train_batch_size: 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data and a configuration file."""
+    """Create a folder with data and a configuration file."""
     folder = tmp_path_factory.mktemp("workplace")
     clips = held_out_clips(3, seed=2, num_frames=5, size=32)
     with (folder / "config.yaml").open("w") as file:
@@ -79,7 +79,7 @@ def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path, monkeypatch: 
     settings = ["output_dir=run", "train.max_train_steps=1000", "train.checkpointing_steps=500"]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = len(lines(metrics))
-        # A worker takes seconds to start; one run with one is enough.
+        # A worker takes seconds to start, so only one of the runs uses one.
         workers = f"data.num_workers={int(number == signal.SIGINT)}"
         arguments = ["train", "config.yaml", *settings, workers, "--resume", "latest"]
         process = Python("-m", "frostline", *arguments, cwd=workplace)
@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_and_taken_up_again(workplace: Path, monkeypatch: 
         steps = [line["step"] for line in lines(metrics)]
         assert steps == list(range(1, len(steps) + 1))
         assert (workplace / "run" / f"checkpoint-{steps[-1]}" / "manifest.json").is_file()
-    # A line may be broken where the terminal ends.
+    # A line may be wrapped at the width of the terminal.
     said = " ".join(errors.split())
     assert "resuming from" in said and "data.num_workers: 1 (was 0)" in said
     last = len(lines(metrics))
@@ -141,7 +141,7 @@ def _fill(folder: Path) -> None:
 
 
 def _misname(folder: Path) -> None:
-    """A model with a tensor that goes by another name, and one without a tensor that tells its size."""
+    """Write a model with a renamed tensor, and one without a tensor that determines its sizes."""
     weights = Path(frostline.__file__).parent / "models/tiny/weights/tiny"
     for name, file, tensor in (
         ("misnamed", "diffusion_pytorch_model.safetensors", "time_embedding.2.weight"),
@@ -158,7 +158,7 @@ def _nothing(folder: Path) -> None:
 
 
 def _quantise(folder: Path) -> None:
-    """A checkpoint as bitsandbytes stores it: two weights in a byte."""
+    """Write a checkpoint like bitsandbytes: two weights per byte."""
     shutil.copytree(Path(loading.__file__).parents[1] / "tiny" / "weights" / "tiny", folder / "quantised")
     path = folder / "quantised" / "diffusion_pytorch_model.safetensors"
     name = "blocks.0.ffn.0.weight"
@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
 
 @pytest.fixture
 def frostline_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """`frostline_in(folder, "train", …)`: the exit code, and what was said, on one line."""
+    """`frostline_in(folder, "train", …)`: run a command; return the exit code, and its output on one line."""
 
     def run(folder: Path, *arguments: str) -> tuple[int, str]:
         monkeypatch.chdir(folder)
@@ -317,7 +317,7 @@ def test_a_dry_run_leaves_no_trace(workplace: Path, tmp_path: Path, monkeypatch:
     _occupy(tmp_path)
     before = content(tmp_path)
     monkeypatch.chdir(tmp_path)
-    # A run that could be overwritten, and one that was killed before its first checkpoint.
+    # Once for a run that can be overwritten, and once for one that was killed before its first checkpoint.
     for arguments in (["overwrite_output_dir=true"], ["--resume", "latest"]):
         result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "output_dir=occupied", *arguments])
         assert result.exit_code == 0, result.output
@@ -326,12 +326,12 @@ def test_a_dry_run_leaves_no_trace(workplace: Path, tmp_path: Path, monkeypatch:
 
 
 class _Killed(BaseException):
-    """As by a kill, nothing of the run can catch it."""
+    """An exception that ends a run like a kill: the run cannot catch it."""
 
 
 @pytest.fixture(scope="module")
 def killed(workplace: Path) -> Path:
-    """A run that was killed in its second step, after its first checkpoint."""
+    """Return the folder of a run that was killed in its third step, after two checkpoints."""
 
     def die_after_two(training: Any, batches: Any) -> Any:
         if training.step == 2:
@@ -343,7 +343,7 @@ def killed(workplace: Path) -> Path:
         settings = load_run_settings(Path("config.yaml"), ["output_dir=killed", "train.checkpointing_steps=1"])
         with pytest.raises(_Killed):
             run_training(settings, None, Progress(quiet=True))
-        # What a run that goes on would cut and clear.
+        # What resuming would shorten and delete.
         shutil.copytree("killed/checkpoint-2", "killed/.checkpoint-3.01234567.partial")
         with Path("killed/metrics.jsonl").open("a") as file:
             file.write('{"step": 3}\n{"st')
@@ -356,7 +356,7 @@ def _damage(folder: Path) -> None:
 
 
 def _alias_its_settings(folder: Path) -> None:
-    """Settings that contain themselves, in a checkpoint that verifies."""
+    """Write settings that contain themselves into a checkpoint whose manifest is valid."""
     checkpoint = folder / "killed" / "checkpoint-2"
     config = checkpoint / "config.yaml"
     config.write_text("lora: &a {rank: *a}")
@@ -439,7 +439,9 @@ def test_a_dry_run_says_what_would_run(workplace: Path, monkeypatch: pytest.Monk
     assert "fewer than" not in result.output
     result = CliRunner().invoke(app, ["train", "config.yaml", "--dry-run", "data.num_frames=9"], env={"COLUMNS": "200"})
     assert "data: 3 of 3 clips have fewer than 9 frames: their last frame is repeated" in result.output
-    assert "memory of a step of 2x9x32x32" in result.output, "as large as the clips are, not as they may be"
+    assert "memory of a step of 2x9x32x32" in result.output, (
+        "the size must be that of the clips, not the largest allowed one"
+    )
     printed = CliRunner().invoke(app, ["train", "config.yaml", "lora.rank=5", "--print-config"])
     assert "rank: 5" in printed.output
 
@@ -455,11 +457,11 @@ def test_a_run_chooses_what_to_recompute_by_the_sizes_of_its_clips(
 
 
 def test_the_reference_is_planned_without_its_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """14 B parameters, twice, on eight cards of 80 GB: what runs at each step, and the memory of each stage."""
+    """Plan two experts of 14 B parameters on eight GPUs of 80 GB: the steps, and the memory of each stage."""
     monkeypatch.chdir(workplace)
     reference = str(training_config("Wan2.2-I2V-A14B"))
     machine = ["memory.num_processes=8", "memory.sharding=fsdp", "memory.device_gb=80", "precompute=never"]
-    # The clips that are there are smaller.
+    # Larger than the clips in the folder.
     sources = ["data.source=data", "validation.source=data", "data.height=480", "data.width=480"]
     result = CliRunner().invoke(app, ["train", reference, "--dry-run", *machine, *sources])
     assert result.exit_code == 0, result.output

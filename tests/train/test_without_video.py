@@ -1,4 +1,4 @@
-"""Runs on prompts alone, and what is said where a model or a reward needs more."""
+"""Runs on prompts only, and the errors if a model or a reward needs more."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`prompts.txt`, and `rows.csv` whose first two rows alone name a reference."""
+    """Write `prompts.txt`, and `rows.csv`, in which only the first two rows have a reference; return the folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a person nods\n\na person talks\n")
     (tmp_path / "rows.csv").write_text("prompt,reference\none,face.png\ntwo,face.png\nthree,\n")
@@ -114,7 +114,7 @@ def test_a_run_on_prompts(model: Path, workplace: Path) -> None:
 
 
 def test_references_of_rows_without_a_video(model: Path, workplace: Path) -> None:
-    """Those that cannot be rewarded are left out; of validation the pictures are kept for `frostline score`."""
+    """Skip rows that cannot be scored; store the reference pictures of validation samples for `frostline score`."""
     run = settings(model, "rows.csv", SHARPNESS)
     skipping = run.data.model_copy(update={"bad_rows": "skip"})
     run_training(run.model_copy(update={"data": skipping}), None, Progress(quiet=True))
@@ -128,7 +128,7 @@ def test_references_of_rows_without_a_video(model: Path, workplace: Path) -> Non
     assert (kept.float() - torch.tensor([10.0, 200, 90])[:, None, None]).abs().max() < 4
     look = json.loads((workplace / "run" / "validation.jsonl").read_text().splitlines()[-1])
     assert all(value is not None for value in look["starts"]["sharpness"])
-    # What a run wrote another one may clear.
+    # A new run may delete what this run wrote.
     assert check_output(run.model_copy(update={"overwrite_output_dir": True}), None) is None
 
 

@@ -1,4 +1,4 @@
-"""Video containers: the stream that a player shows, as displayed, and nothing of it lost without a word."""
+"""Video containers: the stream that a player shows, as it is displayed; lost frames are reported."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from video_files import damage_packet, encode, hide_all_but, packets
 
 from frostline.video import count_frames, probe_video, read_video, stream_video
 
-# A frame each, told apart by how bright it is.
+# One frame for each level, so that frames can be distinguished by their brightness.
 LEVELS = tuple(range(20, 236, 9))
 PICTURES = [np.full((64, 64, 3), level, np.uint8) for level in LEVELS]
 TEXTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -19,13 +19,13 @@ TEXTURED = [np.roll(TEXTURE, t, axis=1) for t in range(24)]
 
 
 def streamed(path: Path, max_frames: int | None = None) -> tuple[list[float], list[str]]:
-    """The mean of each frame, and what was said."""
+    """Return the mean of each frame, and the notes."""
     notes: list[str] = []
     return [picture.mean() for _, picture in stream_video(path, max_frames, warn=notes.append)], notes
 
 
 def several_streams(path: Path, *streams: tuple[str, int, list[int], Disposition]) -> None:
-    """A file of streams: codec, side, the level of each frame, disposition."""
+    """Write a file with several streams: codec, size, the level of each frame, disposition."""
     with av.open(str(path), "w") as container:
         opened = []
         for codec, side, levels, disposition in streams:
@@ -45,7 +45,7 @@ def several_streams(path: Path, *streams: tuple[str, int, list[int], Disposition
     ("suffix", "codec", "levels"), [("mkv", "libx264", [200] * 8), ("mkv", "mjpeg", [200]), ("mp4", "mjpeg", [200])]
 )
 def test_the_stream_that_players_show_is_read(tmp_path: Path, suffix: str, codec: str, levels: list[int]) -> None:
-    """A small preview, or a picture of the cover, in front of the video."""
+    """Skip a small preview or a cover picture that comes before the video."""
     path = tmp_path / f"a.{suffix}"
     shown = [60] * 8
     several_streams(path, (codec, 64, levels, Disposition(0)), ("libx264", 96, shown, Disposition.default))
@@ -58,7 +58,7 @@ def test_the_stream_that_players_show_is_read(tmp_path: Path, suffix: str, codec
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
 def test_edit_lists_are_heeded_and_are_no_loss(tmp_path: Path, suffix: str) -> None:
-    """What a cut without encoding hides at the start and at the end."""
+    """Skip the frames that a cut without re-encoding hides at start and end."""
     path = encode(tmp_path / f"a.{suffix}", PICTURES, gop=12, b_frames=2)
     hide_all_but(path, 9, 7)
     means, notes = streamed(path)
@@ -77,7 +77,7 @@ def test_a_damaged_packet_takes_no_others_with_it(tmp_path: Path, name: str) -> 
         pytest.skip(f"this PyAV has no {DAMAGED[name]} encoder")
     path = encode(tmp_path / name, TEXTURED, DAMAGED[name], gop=6, b_frames=0)
     assert (len(streamed(path)[0]), streamed(path)[1]) == (24, [])
-    # Of zeros VP8 makes a picture that is never shown.
+    # VP8 decodes zeros as a frame that is never shown.
     damage_packet(path, 5, fill=255 if "vp8" in name else 0)
     means, notes = streamed(path)
     assert len(means) == 23
@@ -87,7 +87,7 @@ def test_a_damaged_packet_takes_no_others_with_it(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_what_hangs_on_a_lost_key_frame_is_counted(tmp_path: Path, suffix: str) -> None:
-    """The decoder says nothing of those."""
+    """Count the frames that need it; the decoder does not report them."""
     path = encode(tmp_path / f"a.{suffix}", TEXTURED, gop=6, b_frames=0)
     damage_packet(path, 0)
     means, notes = streamed(path)
@@ -105,7 +105,7 @@ def test_a_loss_before_the_last_frame_asked_for_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.flv", "libx264"), ("a.avi", "mjpeg")])
 def test_a_file_that_is_cut_off_says_so(tmp_path: Path, name: str, codec: str) -> None:
-    """These containers count no frames; they say how long they are."""
+    """These containers state their duration, but no number of frames."""
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     path = encode(tmp_path / name, TEXTURED, codec, pix_fmt, gop=6, b_frames=0)
     assert (len(streamed(path)[0]), streamed(path)[1]) == (24, [])
@@ -130,7 +130,7 @@ def test_sound_that_goes_on_is_no_loss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "codec"), [("a.avi", "mpeg4"), ("a.mkv", "libx264"), ("a.mp4", "libx264")])
 def test_pauses_between_frames_are_no_loss(tmp_path: Path, name: str, codec: str) -> None:
-    """AVI fills them with empty chunks, and counts those as frames."""
+    """AVI fills pauses with empty chunks, and counts them as frames."""
     times = [0, 1, 2, 3, 6, 7, 8, 12, 13, 24]
     path = encode(tmp_path / name, PICTURES[:10], codec, times=times)
     assert (len(streamed(path)[0]), streamed(path)[1]) == (10, [])
@@ -138,11 +138,11 @@ def test_pauses_between_frames_are_no_loss(tmp_path: Path, name: str, codec: str
 
 
 def test_a_picture_that_is_never_shown_is_no_loss(tmp_path: Path) -> None:
-    """VP8 has such; here, the header of one says so."""
+    """VP8 has such frames; here, the header of one frame is changed to be one."""
     path = encode(tmp_path / "a.webm", TEXTURED, "libvpx", gop=6)
     position, _ = packets(path)[5]
     content = bytearray(path.read_bytes())
-    content[position + 4] &= ~0x10  # behind what Matroska puts in front of each
+    content[position + 4] &= ~0x10  # the payload follows a header of Matroska
     path.write_bytes(content)
     assert (len(streamed(path)[0]), streamed(path)[1]) == (23, [])
     assert count_frames(path, 100) == 23
@@ -156,7 +156,7 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path: Path, ratio: str, si
     assert read_video(path).shape == (3, 3, *size)
     info = probe_video(path)
     assert (info.height, info.width) == size
-    # What was in the middle stays there.
+    # The middle of the picture stays in the middle.
     assert (read_video(path)[0, 0] > 127).float().mean() == pytest.approx(0.5, abs=0.02)
 
 

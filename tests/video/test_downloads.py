@@ -1,4 +1,4 @@
-"""Videos by URL: what arrives whole is read, and whatever goes wrong is an error that names the URL."""
+"""Videos by URL: complete downloads are read, and every error names the URL."""
 
 import threading
 import time
@@ -38,12 +38,12 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a video of three frames, half of one, one that never comes to an end, and a text."""
+    """Start a server with a video of three frames, half a video, a video that does not end, and a text."""
     video = tmp_path_factory.mktemp("videos") / "clip.mp4"
     write_video(video, torch.full((3, 3, 64, 64), 90, dtype=torch.uint8), lossless=True)
     Handler.files = {"/clip.mp4": video.read_bytes(), "/half.mp4": video.read_bytes(), "/text.mp4": b"text"}
@@ -65,7 +65,7 @@ def test_a_video_by_url_is_decoded_and_its_copy_deleted(url: str) -> None:
         first, *ends = events
     assert isinstance(first, Chunk) and first.frames.shape == (3, 3, 64, 64)
     assert all(isinstance(end, End) for end in ends) and [end.key for end in ends] == [0, 1, 2]
-    # The URL is named, and not the copy.
+    # The error names the URL, not the local copy.
     assert ends[0].error == "" and ends[1].error.startswith(f"{url}/text.mp4: ")
     assert "returned 404" in ends[2].error and ends[2].error.startswith(f"{url}/missing.mp4: ")
     with local_copy(f"{url}/clip.mp4", DownloadLimits()) as copy:

@@ -1,4 +1,4 @@
-"""Pictures and animations of every format: all of their frames, upright, in their colours; or a word on why not."""
+"""Pictures and animations of every format: all frames, upright, with the right colours; otherwise an error says why."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from frostline.video import count_frames, probe_video, read_video, stream_video
 
 pillow_heif.register_heif_opener()
 
-# A frame each: what tells it from the others is how bright it is.
+# One frame for each level, so that frames can be distinguished by their brightness.
 LEVELS = (40, 90, 140, 190)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_one_upright_frame(tmp_path: Path, orientation: int) -> None:
-    """PIL's own EXIF transposition is the reference."""
+    """Compare with PIL's own EXIF transposition."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "a.jpg"
@@ -36,7 +36,7 @@ def test_images_are_one_upright_frame(tmp_path: Path, orientation: int) -> None:
 @pytest.mark.parametrize("size", [16, 256])
 @pytest.mark.parametrize("second", ["mpf", "appended"])
 def test_a_photo_with_a_second_picture_behind_it_is_one_frame(tmp_path: Path, second: str, size: int) -> None:
-    """Phones put a gain map or a preview there. Small ones are to FFmpeg a motion JPEG."""
+    """Phones append a gain map or a preview. FFmpeg reads small files of this kind as motion JPEG."""
     photo, gain = Image.fromarray(corners(size, size)), Image.fromarray(corners(size // 2, size // 2)).convert("L")
     path, behind = tmp_path / "a.jpg", tmp_path / "behind.jpg"
     if second == "mpf":
@@ -61,7 +61,7 @@ def test_png_of_any_mode_is_rgb(tmp_path: Path, mode: str) -> None:
     else:
         colour = Image.fromarray(np.stack([picture] * 3, -1))
         image = colour.quantize() if mode == "P" else colour.convert(mode)
-    path = tmp_path / "frame%03d.png"  # the name must not be taken for a number pattern
+    path = tmp_path / "frame%03d.png"  # the name must not be read as a number pattern
     image.save(path)
     video = read_video(path)
     assert video.shape == (1, 3, 17, 33)
@@ -105,7 +105,7 @@ def test_the_stand_in_of_an_animated_png_is_no_frame(tmp_path: Path) -> None:
 
 
 def test_a_picture_in_tiles_is_read_whole(tmp_path: Path) -> None:
-    """As phones store it; a video reader takes the first tile for all of it."""
+    """Read a picture in tiles, as phones store it; a video reader returns only the first tile."""
     picture = corners(128, 256)
     pillow_heif.from_pillow(Image.fromarray(picture)).save(tmp_path / "a.heic", quality=95, tile_size=64)
     assert b"grid" in (tmp_path / "a.heic").read_bytes()
@@ -115,7 +115,7 @@ def test_a_picture_in_tiles_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_of_several_pictures_in_one_file_the_choice_is_told(tmp_path: Path) -> None:
-    """Pages of a TIFF, views in a HEIC: not frames of a clip."""
+    """Read one picture: pages of a TIFF and views of a HEIC are not frames of a clip."""
     pages = [Image.new("RGB", (48, 32), (level,) * 3) for level in LEVELS]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     views = pillow_heif.HeifFile()
@@ -156,7 +156,7 @@ def _float_tiff(path: Path) -> None:
 
 
 def _thumbnail_first(path: Path) -> None:
-    """As the raw files of cameras begin."""
+    """Write a file that starts like raw files of cameras."""
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
     tags = ImageFileDirectory_v2()

@@ -1,4 +1,4 @@
-"""What is written is read back, whatever its pixels and orientation, and every broken file is told apart."""
+"""Written videos are read back with any pixels and orientation, and every broken file gives a specific error."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from frostline.video import VideoInfo, probe_video, read_video, reading, write_v
 
 
 def smooth_video(frames: int = 5, height: int = 48, width: int = 64) -> torch.Tensor:
-    """uint8 `(T, 3, H, W)`: a slow colour gradient that changes a little from frame to frame."""
+    """Return uint8 `(T, 3, H, W)`: a slow colour gradient that changes a little between frames."""
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     pictures = [torch.stack([x, y, torch.full_like(x, t / frames)]) for t in range(frames)]
     return (torch.stack(pictures) * 255).round().to(torch.uint8)

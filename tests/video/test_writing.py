@@ -1,4 +1,4 @@
-"""Frames and places that no video can be made of are refused, and leave nothing behind."""
+"""Invalid frames and paths are refused, and no file is left."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tracing to ONNX: open dimensions, live inputs, where the weights go, and what cannot be traced."""
+"""Tracing to ONNX: dynamic dimensions, live inputs, where weights are stored, and networks that cannot be traced."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from frostline.runtime.stage import Network, TensorSpec
 
 
 class Scaled(nn.Module):
-    """`y = live * (x W)` and `z = [x, x]`, to have two inputs, two outputs and a weight."""
+    """`y = live * (x W)` and `z = [x, x]`: a network with two outputs, a weight and a live input."""
 
     def __init__(self) -> None:
         super().__init__()

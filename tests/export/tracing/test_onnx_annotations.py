@@ -1,4 +1,4 @@
-"""What ONNX files say of themselves: axes by name, metadata, nothing of the machine that wrote them."""
+"""Annotations of ONNX files: names of axes, metadata, and nothing about the machine on which they were written."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ STAGES = ("denoiser", "vae_decoder", "face_detector")
 
 @pytest.fixture(scope="module")
 def files(small_engine: Callable[[str], VerifiedEngine]) -> dict[str, Path]:
-    """The ONNX file of each network of `STAGES`, as `<stage>.<network>`."""
+    """Return the ONNX file of each network of `STAGES`, by `<stage>.<network>`."""
     engines = {stage: small_engine(stage) for stage in STAGES}
     return {
         f"{stage}.{network.name}": engine.path / network.artifact
@@ -83,7 +83,7 @@ def test_files_say_what_they_are(files: dict[str, Path]) -> None:
 
 
 def test_quantize_dynamic_takes_the_files(files: dict[str, Path], tmp_path: Path) -> None:
-    """As its users call it. What 8 bits cost this model of random weights is not the question."""
+    """Call it as users do. The error of 8 bits is not checked, because the weights are random."""
     path = tmp_path / "quantized.onnx"
     quantize_dynamic(str(files["denoiser.denoiser"]), str(path))
     inputs = {name: tensor.numpy() for name, tensor in small_stages()["denoiser"].networks[0].samples("opt").items()}

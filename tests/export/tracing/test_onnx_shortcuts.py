@@ -1,4 +1,4 @@
-"""What shortens a translation to ONNX changes no byte of the file, or no value that the file computes."""
+"""Shortcuts in the translation to ONNX change no byte of the file, or no value that it computes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Tracing at extents that a tracer takes for constants: 1, and ranges of one extent."""
+"""Tracing at sizes that the tracer would treat as constants: 1, and ranges of one size."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def assert_equal_to_torch(stage: Stage, network: Network, folder: Path) -> None:
 
 
 def test_one_sample_is_the_typical_batch(tmp_path: Path) -> None:
-    """All of it stays open, as a run at another batch shows."""
+    """Keep all dimensions dynamic, as a run at another batch size shows."""
     made = stages("", ONE, "")
     for stage, name in (("vae_encoder", "first"), ("denoiser", "denoiser")):
         network = next(each for each in made[stage].networks if each.name == name)

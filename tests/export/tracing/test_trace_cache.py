@@ -1,4 +1,4 @@
-"""One tracing serves all backends."""
+"""A stage is traced once for all backends."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def network() -> Network:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the networks that were traced."""
+    """Return a list that gets the name of each network that is traced."""
     names: list[str] = []
     trace = program_file.trace_program
 

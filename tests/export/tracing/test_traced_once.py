@@ -1,4 +1,4 @@
-"""ONNX files compute as PyTorch does, and are translated without tracing the network a second time."""
+"""ONNX files compute the same as PyTorch, and the network is not traced a second time for them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_operators_are_computed_as_torch_does(compute: Callable[[Tensor], Tensor
 
 @pytest.mark.parametrize("stage", ["denoiser", "face_detector", "vae_encoder"])
 def test_no_network_is_traced_a_second_time(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes most of an export."""
+    """Tracing takes most of the time of an export."""
 
     def decompose(*_: object) -> ExportedProgram:
         raise AssertionError("decomposes")
@@ -77,4 +77,6 @@ def test_no_network_is_traced_a_second_time(stage: str, monkeypatch: pytest.Monk
     program = trace_program(network)
     before = [(node.target, node.args) for node in program.graph.nodes]
     translate(network, program, 18)
-    assert [(node.target, node.args) for node in program.graph.nodes] == before, "it serves other backends, too"
+    assert [(node.target, node.args) for node in program.graph.nodes] == before, (
+        "the program must not change, because other backends use it, too"
+    )

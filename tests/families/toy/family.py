@@ -1,4 +1,4 @@
-"""The toy family: a folder with a file `toy.json` that names the seed of random weights."""
+"""The toy family: a model is a folder with a file `toy.json`, which contains the seed of the random weights."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def layer_path(name: str, *, flat: bool = False) -> str | None:
 
 
 def diffusers_path(layer: str) -> str | None:
-    """Diffusers does not have the model."""
+    """Return None, because diffusers does not contain the model."""
     return None
 
 
 def check_adapter(model: str | Path, adapter: Any, expert: str) -> None:
-    """Any is tried."""
+    """Accept every adapter."""
 
 
 def merge_adapter(model: str | Path, adapter: Any, expert: str, lora_scale: float, dtype: Any) -> Any:

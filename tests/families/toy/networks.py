@@ -1,4 +1,4 @@
-"""The networks of the toy family: a linear VAE of temporal stride 8, and a denoiser that takes two text tensors."""
+"""The networks of the toy family: a linear VAE with a temporal stride of 8, and a denoiser with two text inputs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ class ToyVae(nn.Module):
         return self.first(image)[:, :, None]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The last of the frames that the first latent frame decodes to is the first frame."""
+        """Decode latents.
+
+        The first latent frame decodes to several frames, of which the last is the first frame of the video.
+        """
         return self.up(latents)[:, :, STRIDE - 1 :].tanh()
 
 
 class ToyBlock(nn.Module):
-    """Tokens plus what a linear layer makes of them, the context and the time."""
+    """Add a linear function of tokens, context and time to the tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class ToyDenoiser(nn.Module):
         self.offload: BlockOffload | None = None
 
     def compile_blocks(self) -> None:
-        """Nothing is worth compiling."""
+        """Do nothing: no block is worth compiling."""
 
     @contextmanager
     def first_blocks(self, count: int) -> Iterator[None]:
@@ -126,6 +129,6 @@ class LatentDecoder(nn.Module):
 
 
 def tokenize(prompts: Sequence[str]) -> Tensor:
-    """(B, L) ids: the first letters, padded."""
+    """Return token ids (B, L): the first letters of each prompt, padded."""
     rows = [[min(ord(letter), VOCABULARY - 1) for letter in prompt[:TEXT_LENGTH]] for prompt in prompts]
     return torch.tensor([row + [0] * (TEXT_LENGTH - len(row)) for row in rows])

@@ -1,4 +1,4 @@
-"""Loading: the built-in models, folders in the official layout, and files that must be refused."""
+"""Loading of built-in models and of folders in the official layout; refusal of invalid files."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_embedded_weights_are_small_and_hold_no_code() -> None:
 
 
 class Checkpoint:
-    """A folder in the official layout, random and small, and the tensors that were written into it."""
+    """A small checkpoint in the official layout with random weights, and the tensors that were written into it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,12 +80,12 @@ class Checkpoint:
         shutil.copytree(TOKENIZER, folder / "google" / "umt5-xxl")
 
     def write_torch(self, part: str, name: str, model: nn.Module) -> None:
-        """As the official VAE and text encoder come: a plain state dict, pickled by torch."""
+        """Write a plain state dict, pickled by torch, like the official VAE and text encoder."""
         self.tensors[part] = random_tensors(model)
         torch.save(self.tensors[part], self.folder / name)
 
     def write_denoiser(self, part: str, subfolder: str, arguments: dict[str, Any], model_type: str) -> None:
-        """As the official denoisers come: safetensors in shards, in alphabetical order, and `config.json`."""
+        """Write safetensors in shards, in alphabetical order, and `config.json`, like the official denoisers."""
         folder = self.folder / subfolder
         folder.mkdir(exist_ok=True)
         tensors = self.tensors[part] = random_tensors(WanModel(**arguments))
@@ -98,7 +98,7 @@ class Checkpoint:
         (folder / "config.json").write_text(json.dumps(config))
 
     def describe(self, **sizes: Any) -> None:
-        """Say in `config.json` where the sizes are not the official ones."""
+        """Write sizes that differ from the official ones into `config.json`."""
         path = self.folder / "config.json"
         config = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**config, "text_encoder": TEXT, "text_len": 16, **sizes}))
@@ -114,7 +114,7 @@ def random_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    """Wan2.1 image-to-video, without CLIP."""
+    """Return a checkpoint of Wan2.1 image-to-video, without CLIP."""
     checkpoint = Checkpoint(tmp_path / "Wan2.1-Small")
     checkpoint.write_torch("vae", "Wan2.1_VAE.pth", VideoVAE_(**VAE))
     checkpoint.write_torch("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth", WanTextEncoder(**TEXT))
@@ -170,7 +170,7 @@ def test_the_layout_of_wan22_ti2v(checkpoint: Checkpoint) -> None:
 
 
 def official_denoisers() -> list[dict[str, Any]]:
-    """What diffsynth passes to `WanModel` for the released checkpoints, but for those with extra inputs."""
+    """Return the arguments of diffsynth's `WanModel` for the released checkpoints, except those with extra inputs."""
     extra = ("has_ref_conv", "add_control_adapter")
     found = []
     for config in MODEL_CONFIGS:
@@ -274,7 +274,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Unpickled, it would write a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -299,11 +299,11 @@ def test_code_in_a_pickle_is_refused_and_never_run(
     assert not marker.exists()
     if not zipped:
         pickle.loads(path.read_bytes())
-        assert marker.exists(), "the payload is to be a live one"
+        assert marker.exists(), "the payload must run when it is unpickled"
 
 
 def test_nan_weights_are_loaded_as_they_are(checkpoint: Checkpoint) -> None:
-    """Loading neither repairs nor hides: what is in the file is in the model."""
+    """Neither repair nor reject NaN: the model has the values of the file."""
     path = checkpoint.folder / "Wan2.1_VAE.pth"
     _resave(path, lambda tensor: torch.full_like(tensor, math.nan))
     vae = load_components(checkpoint.folder).vae

@@ -1,4 +1,4 @@
-"""Photographs for the face tests: two public-domain portraits that ship inside wheels."""
+"""Photographs for the tests of faces: two public-domain portraits that are part of installed packages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +15,19 @@ from frostline.models.faces import SFaceEmbedder
 
 
 def as_frames(*images: Image.Image) -> Tensor:
-    """(N, 3, H, W) uint8 frames of equally sized images."""
+    """Return (N, 3, H, W) uint8 frames of N pictures of the same size."""
     return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 @pytest.fixture(scope="session")
 def astronaut() -> Image.Image:
-    """Eileen Collins, 512 by 512 pixels, face about 87 by 110 (NASA)."""
+    """Return a picture of Eileen Collins, 512 by 512 pixels, face about 87 by 110 (NASA)."""
     return Image.fromarray(skimage.data.astronaut())
 
 
 @pytest.fixture(scope="session")
 def hopper() -> Image.Image:
-    """Grace Hopper, 512 by 600 pixels, face about 181 by 221 (US Navy)."""
+    """Return a picture of Grace Hopper, 512 by 600 pixels, face about 181 by 221 (US Navy)."""
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return Image.open(path).convert("RGB")
 
@@ -50,7 +50,7 @@ def clip(astronaut: Image.Image, hopper: Image.Image) -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def group_picture(astronaut: Image.Image, hopper: Image.Image) -> Tensor:
-    """(1, 3, 360, 480) uint8 frame with six faces of 35 to 130 pixels, two of them cut by the border."""
+    """Return a (1, 3, 360, 480) uint8 frame with six faces of 35 to 130 pixels, two of them cut off by the border."""
     picture = Image.new("RGB", (480, 360), (90, 110, 130))
     woman, admiral = astronaut.crop((134, 20, 314, 220)), hopper.crop((90, 20, 440, 440))
     for portrait, height, place in (
@@ -68,10 +68,10 @@ def group_picture(astronaut: Image.Image, hopper: Image.Image) -> Tensor:
 
 @pytest.fixture(scope="session")
 def pictures(astronaut: Image.Image, hopper: Image.Image) -> dict[str, Tensor]:
-    """All pictures of faces inside the wheels that the tests need, as (3, H, W) uint8 frames.
+    """Return the pictures of faces in installed packages, as (3, H, W) uint8 frames by name.
 
-    `lfw` is the 100 faces of scikit-image's sample of "Labeled Faces in the Wild", 25 pixels a side, enlarged four
-    times and set side by side.
+    `lfw` contains the 100 faces of scikit-image's sample of "Labeled Faces in the Wild", 25 pixels a side, enlarged
+    four times and placed next to each other.
     """
     tiles = skimage.data.lfw_subset()[:100].reshape(10, 10, 25, 25).transpose(0, 2, 1, 3).reshape(250, 250)
     lfw = Image.fromarray((tiles * 255).round().astype(np.uint8)).resize((1000, 1000), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Five-point alignment: the transform, the crop, and its gradient to the pixels."""
+"""Five-point alignment: the transform, the crop, and the gradient of the pixels."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_is_the_least_squares_fit(noise: list[float], step: int) -> None:
 
 
 def test_crops_what_the_template_shows() -> None:
-    """Pixels that hold their own coordinates tell where each crop pixel was sampled."""
+    """Check where each crop pixel is sampled, with pixels whose values are their own coordinates."""
     H, W = 160, 200
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     image = torch.stack([x, y, torch.zeros_like(x)]).double()[None]
@@ -65,7 +65,7 @@ def test_crops_what_the_template_shows() -> None:
 
 
 def test_landmarks_go_to_the_template_of_the_embedder() -> None:
-    """The same face, in a crop of another size and with its landmarks elsewhere in it."""
+    """Compare a face with the same face in a crop of another size, where its landmarks are elsewhere."""
     image = torch.rand(1, 3, 60, 60, generator=torch.Generator().manual_seed(0)).double()
     template = transformed(ARCFACE_TEMPLATE, 0.4, -0.2, 5, 8)
     torch.testing.assert_close(align_faces(image, template[None], 60, template), image)

@@ -1,4 +1,4 @@
-"""YuNet against OpenCV's FaceDetectorYN; SCRFD's decoding against a plain transcription of insightface's."""
+"""YuNet compared with OpenCV's FaceDetectorYN, and SCRFD's decoding with a plain copy of insightface's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def yunet() -> FaceDetector:
 
 @pytest.fixture(scope="module")
 def opencv() -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Boxes (K, 4), scores (K,) and landmarks (K, 5, 2) of a frame by OpenCV, largest face first."""
+    """Return a function that gives OpenCV's boxes (K, 4), scores (K,) and landmarks (K, 5, 2), largest face first."""
     detector = cv2.FaceDetectorYN.create(str(bundled_model("face_detection_yunet_2023mar_int8bq.onnx")), "", (320, 320))
 
     def detect(frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def of_frame(found: Detections, frame: int) -> tuple[Tensor, Tensor, Tensor]:
 def assert_same_faces(
     actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], pixels: float = 0.01, scores: float = 1e-4
 ) -> None:
-    """Each face with the nearest: among those of a random network, many have nearly the same area or score."""
+    """Compare each face with the nearest one: many faces of a random network have nearly equal areas or scores."""
     assert len(actual[0]) == len(expected[0])
     ours, theirs = (torch.cat([boxes, points.flatten(1)], 1).double() for boxes, _, points in (actual, expected))
     nearest = (ours[:, None] - theirs[None]).abs().amax(2).argmin(1) if len(ours) else torch.zeros(0).long()
@@ -107,9 +107,6 @@ def test_frames_without_a_face(shape: tuple[int, ...], yunet: FaceDetector) -> N
     assert not found.largest().found.any()
 
 
-# SCRFD
-
-
 @pytest.fixture(scope="module")
 def scrfd_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scrfd_file(tmp_path_factory.mktemp("scrfd") / "scrfd_random.onnx")
@@ -121,7 +118,7 @@ def scrfd(scrfd_path: Path) -> FaceDetector:
 
 
 def plain_scrfd(path: Path, image: np.ndarray, threshold: float = 0.5, overlap: float = 0.4) -> tuple[Tensor, ...]:
-    """insightface's `SCRFD.detect` on one uint8 (H, W, 3) RGB image, written out with loops, by onnxruntime."""
+    """Run insightface's `SCRFD.detect`, written with loops, on one (H, W, 3) uint8 RGB image, with onnxruntime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -180,7 +177,7 @@ def test_scrfd_searches_large_frames_shrunk(scrfd: FaceDetector, scrfd_path: Pat
     shrunk = cv2.resize(wide[0].permute(1, 2, 0).numpy(), (640, 200), interpolation=cv2.INTER_LINEAR)
     boxes, scores, landmarks = plain_scrfd(scrfd_path, shrunk)
     found = of_frame(scrfd.detect(wide), 0)
-    # OpenCV rounds its bilinear weights to 11 bits: single pixels move by one step, which random weights enlarge.
+    # OpenCV rounds its bilinear weights to 11 bits, so single pixels differ by 1; random weights enlarge this.
     assert_same_faces(
         tuple(part[:3] for part in found), (boxes[:3] * 2, scores[:3], landmarks[:3] * 2), pixels=3, scores=0.01
     )

@@ -1,4 +1,4 @@
-"""Frames resized to one size before detection: faces are those of such frames, in the pixels of the original ones."""
+"""Detection in resized frames finds the faces of such frames, in the coordinates of the original frames."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_twice_the_size_is_upscale_2(yunet: FaceDetector, sface: SFaceEmbedder, 
 def test_faces_are_those_of_frames_of_that_size(
     size: int, yunet: FaceDetector, sface: SFaceEmbedder, clip: Callable[..., Tensor]
 ) -> None:
-    """Of frames that Pillow resized, smaller and larger; both sides are scaled each by itself."""
+    """Compare with frames that Pillow resized, smaller and larger; height and width have separate scales."""
     frames = clip(280, 2)[:, :, :217]
     height = round(217 * size / 280)
     pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
@@ -48,7 +48,7 @@ def test_faces_are_those_of_frames_of_that_size(
     assert faces.found.all() and expected.found.all()
     scale = torch.tensor([280 / size, 217 / height])
     landmarks = (expected.landmarks + 0.5) * scale - 0.5
-    # Pillow rounds in between, and enlarges by another cubic.
+    # Pillow rounds intermediate results, and uses another cubic kernel for enlarging.
     torch.testing.assert_close(faces.landmarks[0], landmarks, atol=1.0, rtol=0)
     torch.testing.assert_close(
         faces.boxes[0], ((expected.boxes.unflatten(1, (2, 2)) + 0.5) * scale - 0.5).flatten(1), atol=1.5, rtol=0

@@ -1,4 +1,4 @@
-"""dlib's embedder in PyTorch against dlib itself, on its own chips and on ours of the same faces."""
+"""dlib's embedder in PyTorch compared with dlib, on dlib's face crops (chips) and frostline's of the same faces."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def embedder() -> DlibEmbedder:
 
 @pytest.fixture(scope="module")
 def chips(clip: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """(4, 3, 150, 150) uint8 faces of two people, two each: cut out by dlib, and by `align_faces`."""
+    """Return (4, 3, 150, 150) uint8 faces of two people, two each: cropped by dlib, and by `align_faces`."""
     predictor = dlib.shape_predictor(str(dlib_path().with_name("shape_predictor_5_face_landmarks.dat")))
     frames = torch.cat([clip(200, 2), clip(200, 2, "hopper")])
     found = load_detector("yunet").in_torch().detect(frames).largest()
@@ -44,7 +44,7 @@ def chips(clip: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def likeness(embeddings: Tensor) -> tuple[float, float]:
-    """The least cosine of two pictures of one person, and the largest of two people."""
+    """Return the minimum cosine of two pictures of one person, and the maximum cosine of two people."""
     cosines = embeddings @ embeddings.T
     return min(cosines[0, 1], cosines[2, 3]).item(), cosines[:2, 2:].max().item()
 
@@ -66,7 +66,7 @@ def test_vectors_are_those_of_dlib(embedder: DlibEmbedder, chips: tuple[Tensor, 
 
 
 def test_faces_aligned_here_are_those_that_dlib_cuts_out(embedder: DlibEmbedder, chips: tuple[Tensor, Tensor]) -> None:
-    """Cosines of people on ours as on dlib's; its threshold, a distance of 0.6, is a cosine of about 0.91."""
+    """Compare the cosines on crops of both; dlib's threshold, a distance of 0.6, is a cosine of about 0.91."""
     theirs, ours = (embedder(pixels / 127.5 - 1) for pixels in chips)
     assert (theirs * ours).sum(dim=1).min() > 0.95
     for same, strangers in (likeness(theirs), likeness(ours)):
@@ -78,7 +78,7 @@ def test_gradient_is_the_slope(embedder: DlibEmbedder, chips: tuple[Tensor, Tens
     network = DlibNetwork().double()
     network.load_state_dict(embedder.network.state_dict())
     generator = torch.Generator().manual_seed(0)
-    # Where neighbouring pixels are equal, the largest of them has no slope.
+    # Without noise, neighbouring pixels are equal, and the maximum of equal values has no derivative.
     noise = torch.rand(1, 3, 150, 150, generator=generator, dtype=torch.float64)
     faces = (chips[0][:1].double() / 127.5 - 1 + noise / 100).requires_grad_()
     along, towards = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (faces, network(faces)))

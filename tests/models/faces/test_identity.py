@@ -1,4 +1,4 @@
-"""The identity reward: the formula against plain loops, and the whole path from pixels to score."""
+"""The face score: the formula compared with plain loops, and the whole path from pixels to the score."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from frostline.models.faces import BatchedMTCNN, FaceIdentity, MissingFace, SFac
 def plain_score(
     e: Tensor, found: Tensor, g: Tensor, g_found: Tensor, missing_face: MissingFace
 ) -> tuple[float, list[float], bool]:
-    """Score, frame scores and validity of one sample, as DESIGN section 1 writes them."""
+    """Return score, frame scores and validity of one sample, computed with plain loops."""
     G = [g[j] for j in range(len(g)) if g_found[j]]
     frames = [0.0] * len(e)
     if not G or not (found.any() or missing_face == "zero"):
@@ -90,7 +90,7 @@ def identity(sface: SFaceEmbedder) -> FaceIdentity:
 
 @pytest.fixture(scope="module")
 def videos(clip: Callable[..., Tensor]) -> Tensor:
-    """(3, 4, 3, 96, 96) in [0, 1]: the astronaut, the admiral, nobody."""
+    """Return (3, 4, 3, 96, 96) videos in [0, 1]: the astronaut, the admiral, nobody."""
     people = [clip(96), clip(96, person="hopper"), torch.full((4, 3, 96, 96), 90, dtype=torch.uint8)]
     return torch.stack(people) / 255
 
@@ -102,7 +102,7 @@ def test_scores_videos_from_pixels(identity: FaceIdentity, videos: Tensor) -> No
     assert not references.embeddings.requires_grad
 
     generated = videos.clone()
-    generated[0, 2:] = 0.5  # the astronaut leaves half way
+    generated[0, 2:] = 0.5  # the astronaut is missing in the second half
     generated[1] = videos[0]  # the wrong person
     generated.requires_grad_()
     score = identity.score(generated, references)

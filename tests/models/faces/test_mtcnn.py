@@ -1,4 +1,4 @@
-"""BatchedMTCNN against facenet-pytorch's own MTCNN, frame by frame."""
+"""BatchedMTCNN compared with facenet-pytorch's own MTCNN, frame by frame."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ def facenet() -> MTCNN:
 
 
 def facenet_detect(facenet: MTCNN, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (K, 4), probabilities (K,) and landmarks (K, 5, 2) of one frame, largest face first."""
+    """Return boxes (K, 4), probabilities (K,) and landmarks (K, 5, 2) of one frame, largest face first."""
     found = facenet.detect(frame.permute(1, 2, 0).numpy(), landmarks=True)
     if found[0] is None:
         return torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 5, 2)

@@ -1,4 +1,4 @@
-"""`frostline adapter …`."""
+"""The commands `frostline adapter …`."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert {tensor.dtype for name, tensor in load_file(comfy).items() if "alpha" not in name} == {torch.bfloat16}
     merged = tmp_path / "merged.safetensors"
     assert run(app, ["adapter", "merge", "tiny", trained, "--precision", "fp32", "--out", str(merged)]).exit_code == 0
-    # It is a denoiser as Wan releases them: what is given in a list is loaded.
+    # The merged file is a denoiser like in Wan's releases, which loads as part of a list of files.
     tiny = Path(load_components.__code__.co_filename).parents[1] / "tiny" / "weights" / "tiny"
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 4}))
     others = [
@@ -72,7 +72,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_layers_can_be_checked_against_a_model(tmp_path: Path) -> None:
-    """The names alone do not tell how many blocks a model has."""
+    """Names alone do not show how many blocks a model has."""
     make_adapter(tmp_path / "trained", 4)
     out = tmp_path / "lora.safetensors"
     command = ["adapter", "convert", str(tmp_path / "trained"), "--to", "comfyui", "--out", str(out), "--model"]

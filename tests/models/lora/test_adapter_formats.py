@@ -1,4 +1,4 @@
-"""Adapters in the format of every program: what each loader makes of our files."""
+"""Adapters in the format of every program, read back by frostline and by the loaders of other programs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ KEEP_ALPHA = ("peft", "comfyui", "musubi")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("alpha", [4, 8, 6])
 def test_there_and_back(name: str, alpha: float, tmp_path: Path) -> None:
-    """Bit for bit: where alpha is kept always, where the scale goes into B if that is a power of two."""
+    """Compare bit for bit: with formats that store alpha always, otherwise if the scale in B is a power of two."""
     model, adapter = make_adapter(tmp_path / "trained", alpha)
     write_adapter(adapter, name, place(tmp_path, name))
     other = read_adapter(place(tmp_path, name))
@@ -75,7 +75,7 @@ def test_diffsynths_loader_takes_it(name: str, tmp_path: Path) -> None:
 
 
 def test_comfyuis_rule_gives_the_same_weights(tmp_path: Path) -> None:
-    """Its loader knows a layer of its model as `diffusion_model.<path>` and adds `alpha / rank * up @ down` to it."""
+    """Apply ComfyUI's rule: the layer is named `diffusion_model.<path>`, and gets `alpha / rank * up @ down` added."""
     _, adapter = make_adapter(tmp_path / "trained", 6)
     write_adapter(adapter, "comfyui", tmp_path / "comfyui.safetensors")
     lora, weights = load_file(tmp_path / "comfyui.safetensors"), tiny_denoiser().state_dict()
@@ -126,7 +126,7 @@ def test_an_adapter_of_another_kind_of_model_is_not_converted(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_ranks_and_alphas_of_each_layer_survive(name: str, tmp_path: Path) -> None:
-    """As they are where the format has them, else multiplied into B; and so of what is read and written once more."""
+    """Keep rank and alpha if the format stores them; otherwise multiply the scale into B. Then write and read again."""
     adapter = uneven(make_adapter(tmp_path / "trained", 4)[1])
     write_adapter(adapter, name, place(tmp_path, name))
     read = read_adapter(place(tmp_path, name))
@@ -168,7 +168,7 @@ def test_a_convolution_goes_only_to_programs_that_know_it(name: str, tmp_path: P
 
 
 def test_differences_go_to_comfyui_under_names_that_it_reads(tmp_path: Path) -> None:
-    """`X.diff` of a weight, `X.diff_b` of a bias, and `P.diff` of a parameter without a module, by its whole name."""
+    """Write `X.diff` for a weight, `X.diff_b` for a bias, and `P.diff` for a parameter `P` without a module."""
     _, adapter = make_adapter(tmp_path / "trained", 4)
     shapes = {
         "blocks.0.self_attn.norm_q.weight": (128,),

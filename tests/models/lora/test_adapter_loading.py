@@ -1,4 +1,4 @@
-"""Adapters on a model: all of it, or the model as it was."""
+"""Loading an adapter into a model: all of it, or the model stays unchanged."""
 
 from pathlib import Path
 

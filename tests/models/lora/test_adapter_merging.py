@@ -1,4 +1,4 @@
-"""Adapters in the weights of a model: what the merged weights compute, and when nothing is written."""
+"""Adapters merged into the weights of a model: what the merged weights compute, and when nothing is written."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,7 @@ def test_merged_weights_compute_what_the_adapter_did(dtype: torch.dtype, tmp_pat
 
 
 def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
-    """fp16, as the tiny model's files have it, plus the adapter, to bf16; without a precision fp16 again."""
+    """Add the adapter to the tiny model's fp16 weights, and round once: to bf16, or without a precision to fp16."""
     make_adapter(tmp_path / "trained", 6)
     adapter, stored = read_adapter(tmp_path / "trained"), find_files("tiny").denoiser.read_exact()
     for precision, dtype in (("bf16", torch.bfloat16), (None, torch.float16), ("fp32", torch.float32)):
@@ -66,7 +66,7 @@ def test_merging_into_another_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 def test_an_adapter_that_changed_the_base_is_refused_until_peft_has_converted_it(start: str, tmp_path: Path) -> None:
-    """PEFT doubles the rank as it converts."""
+    """The conversion of PEFT doubles the rank."""
     peft = PeftModel(tiny_denoiser(), LoraConfig(r=4, lora_alpha=8, target_modules=["q"], init_lora_weights=start))  # type: ignore[arg-type]
     peft.peft_config["default"].init_lora_weights = True
     peft.save_pretrained(str(tmp_path / "untrained"))
@@ -114,7 +114,7 @@ def test_differences_cannot_be_sampled_or_trained(tmp_path: Path) -> None:
 
 
 def test_differences_of_nothing_are_none(tmp_path: Path) -> None:
-    """Some programs write zeros for every norm."""
+    """Ignore differences that are zero: some programs write zeros for every norm."""
     model, adapter = make_adapter(tmp_path / "trained", 4)
     path = write_flat(adapter, tmp_path / "lora.safetensors", "diffusion_model.{}".format, ("lora_down", "lora_up"))
     save_file({**load_file(path), "diffusion_model.blocks.0.self_attn.norm_q.diff": torch.zeros(128)}, path)

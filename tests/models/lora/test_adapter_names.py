@@ -1,4 +1,4 @@
-"""Names of adapters of every program: each means a layer of Wan's denoiser, or is refused."""
+"""Layer names in the adapters of every program: each is a layer of Wan's denoiser, or is refused."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def of_diffusers(layer: str) -> str:
     return names.rename([layer], names.DENOISER, to_diffusers=True)[layer]
 
 
-# How a program calls a layer, what it calls A and B, and whether it writes alpha.
+# By program: its name of a layer, its names of A and B, and whether it writes alpha.
 PROGRAMS: dict[str, tuple[Callable[[str], str], tuple[str, str], bool]] = {
     "musubi-tuner": (kohya("lora_unet_"), ("lora_down", "lora_up"), True),
     "VideoX-Fun": (kohya("lora_unet__"), ("lora_down", "lora_up"), True),
@@ -52,13 +52,13 @@ PROGRAMS: dict[str, tuple[Callable[[str], str], tuple[str, str], bool]] = {
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    """Of several ranks and alphas."""
+    """Return an adapter with several ranks and alphas."""
     return uneven(make_adapter(tmp_path_factory.mktemp("adapter"), 4)[1])
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_is_read_and_converted_alike(program: str, adapter: Adapter, tmp_path: Path) -> None:
-    """The same update, and in every format names of layers that are there."""
+    """Read the same update, and write only names of existing layers in every format."""
     name, matrices, alpha = PROGRAMS[program]
     path = write_flat(adapter, tmp_path / "lora.safetensors", name, matrices, alpha=alpha)
     read = read_adapter(path)
@@ -78,7 +78,7 @@ def test_every_program_is_read_and_converted_alike(program: str, adapter: Adapte
 
 
 def test_underscores_are_told_apart_by_the_network() -> None:
-    """Every layer of the largest network, in both spellings, with dots and with underscores."""
+    """Find every layer of the largest network, in both naming schemes, with dots and with underscores."""
     with torch.device("meta"):
         model = WanModel(**{**DENOISER, "num_layers": 12, "has_image_input": True, "has_image_pos_emb": True})
     parameters = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".bias")}
@@ -151,7 +151,7 @@ def test_a_text_encoder_is_left_out_with_a_word(
 
 
 def test_metadata_of_kohyas_programs_does_not_count(adapter: Adapter, tmp_path: Path) -> None:
-    """Their converter multiplies alpha into the matrices and leaves what is said of it."""
+    """Ignore metadata: kohya's converter multiplies alpha into the matrices, but leaves alpha in the metadata."""
     path = tmp_path / "lora.safetensors"
     said = {"ss_network_alpha": "64", "ss_network_dim": "32", "ss_network_module": "networks.lora_wan"}
     write_flat(adapter, path, "diffusion_model.{}".format, ("lora_A", "lora_B"), alpha=False, metadata=said)

@@ -1,4 +1,4 @@
-"""Adapters with numbers that cannot be: one error, the same wherever the adapter is used, before anything is done."""
+"""Adapters with invalid numbers give the same error wherever the adapter is used, before anything is written."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Q = DOTTED.format("blocks.0.self_attn.q")
 
 
 def with_tensor(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Path], Path]:
-    """An adapter file whose tensor `name` has another value."""
+    """Return a function that writes an adapter file in which the tensor `name` has another value."""
 
     def spoil(folder: Path) -> Path:
         path = write_flat(
@@ -34,7 +34,7 @@ def with_tensor(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Path]
 
 
 def with_config(**changes: Any) -> Callable[[Path], Path]:
-    """A PEFT folder whose config has other fields."""
+    """Return a function that writes a PEFT folder with other fields in its config."""
 
     def spoil(folder: Path) -> Path:
         make_adapter(folder, 8)
@@ -125,7 +125,7 @@ def module(make_module: Callable[..., WanTrainingModule]) -> WanTrainingModule:
 
 @pytest.mark.parametrize("fault", ["NaN in A", "alpha 0", "alpha NaN", "rank 0", "stated alpha null"])
 def test_every_use_refuses_them_alike(fault: str, tmp_path: Path, module: WanTrainingModule) -> None:
-    """In convert, merge, sample and train; nothing is written, and the module keeps its LoRA."""
+    """Check convert, merge, sample and loading into a module: nothing is written, and the module keeps its LoRA."""
     path = FAULTS[fault][0](tmp_path / "adapter")
     before = {name: parameter.clone() for name, parameter in module.trainable_parameters().items()}
     with pytest.raises(ConfigError) as refusal:

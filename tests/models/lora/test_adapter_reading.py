@@ -1,4 +1,4 @@
-"""Adapters from disk, of every program: which layers they change, by how much, and which are refused."""
+"""Adapters read from disk, of every program: which layers they change, by how much, and which are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from frostline.models.lora.inject import load_adapter, lora_layers
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_the_scale_in_a_file_of_diffusers_counts(prefix: str, tmp_path: Path) -> None:
-    """Of a pipeline under the name of the denoiser, of a model alone under none."""
+    """Read the config under the denoiser's name, as in files of a pipeline, or under none, as in files of a model."""
     model, adapter = make_adapter(tmp_path / "trained", 6)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     write_diffusers(path, adapter, prefix)
@@ -78,7 +78,7 @@ def test_a_scale_said_twice_and_damaged_metadata_are_refused(tmp_path: Path) -> 
 
 
 def test_comfyui_files_of_other_trainers_are_read(tmp_path: Path) -> None:
-    """`diffusion_model.` with the matrices called A and B, and no alpha."""
+    """Read `diffusion_model.` with the matrix names A and B, and without alpha."""
     model, adapter = make_adapter(tmp_path / "trained", 4)
     tensors = {}
     for layer, pair in adapter.layers.items():
@@ -123,7 +123,7 @@ PARTS: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_an_adapter_on_a_part_of_the_layers(part: str, tmp_path: Path) -> None:
-    """Read, and written again, it is on just these, however they were chosen."""
+    """Read and write an adapter of some layers, whatever setting of PEFT selected them."""
     arguments, count = PARTS[part]
     peft = PeftModel(tiny_denoiser(), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **arguments))
     peft.save_pretrained(str(tmp_path / "part"))
@@ -227,7 +227,7 @@ def test_what_is_no_adapter_is_named(kind: str, tmp_path: Path) -> None:
 
 
 def test_patterns_of_peft_count(tmp_path: Path) -> None:
-    """Ranks and alphas of their own for some layers, as PEFT resolves them."""
+    """Use separate ranks and alphas for some layers, as PEFT does."""
     config = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -248,7 +248,7 @@ def test_patterns_of_peft_count(tmp_path: Path) -> None:
 
 
 def test_one_rank_and_alpha_for_all_layers_compute_the_same(tmp_path: Path) -> None:
-    """Zeros fill up lower ranks; different scales go into B, a common one stays."""
+    """Pad lower ranks with zeros; multiply different scales into B, but keep a common one."""
     adapter = uneven(make_adapter(tmp_path / "trained", 4)[1])
     lora = adapter.uniform()
     assert (lora.rank, lora.alpha) == (4, 4)

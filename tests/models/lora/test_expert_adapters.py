@@ -1,4 +1,4 @@
-"""Adapters of two experts: in one folder, through every format and back, and merged into each expert."""
+"""Adapters of two experts in one folder: converted to every format and back, and merged into each expert."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ PARTS = {"high": "high_noise", "low": "low_noise"}
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random adapters of both experts of tiny-moe, as training saves them."""
+    """Save random adapters of both experts of tiny-moe like training; return the folder."""
     folder = tmp_path_factory.mktemp("experts")
     components: Any = load_components("tiny-moe")
     experts = {"low_noise": components.denoiser, "high_noise": components.denoiser_high_noise}
@@ -58,7 +58,7 @@ def equal(one: Adapter, other: Adapter) -> bool:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_both_go_through_every_format_and_back(name: str, adapter: Path, tmp_path: Path) -> None:
-    """Where a format has no alpha, the scale of 2 is multiplied into B, which rounds nothing."""
+    """If a format has no alpha, multiply the scale of 2 into B, which is exact."""
     result = invoke("convert", adapter, "--to", name, "--out", tmp_path / "there", "--model", "tiny-moe")
     assert result.exit_code == 0, result.output
     suffix = "" if name == "peft" else ".safetensors"
@@ -76,7 +76,7 @@ def test_both_go_through_every_format_and_back(name: str, adapter: Path, tmp_pat
 
 
 def test_diffusers_takes_one_file_for_each_transformer(adapter: Path, tmp_path: Path) -> None:
-    """`load_lora_weights` looks for `transformer.` whichever it loads into; `load_into_transformer_2` chooses."""
+    """Use the prefix `transformer.` for both: diffusers selects the expert with `load_into_transformer_2`."""
     assert invoke("convert", adapter, "--to", "diffusers", "--out", tmp_path).exit_code == 0
     for part in PARTS.values():
         names = [*load_file(tmp_path / f"{part}.safetensors")]
@@ -89,7 +89,7 @@ def test_one_of_both(expert: str, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "lora.safetensors"
     assert invoke("convert", adapter, "--to", "comfyui", "--expert", expert, "--out", out).exit_code == 0
     assert equal(read_adapter(out), read_adapter(adapter / PARTS[expert]))
-    # A single adapter is of the expert that is named.
+    # `--expert` names the expert of a single adapter.
     result = invoke("convert", out, "--to", "peft", "--expert", expert, "--out", tmp_path / "o", "--model", "tiny-moe")
     assert result.exit_code == 0, result.output
 

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: what injection, switching, scaling, saving and loading do to the denoiser's output."""
+"""LoRA with PEFT: how injecting, switching, scaling, saving and loading change the denoiser's output."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def tiny_denoiser(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def adapted(rank: int = 8, alpha: float | None = None, seed: int = 0) -> tuple[Any, LoraConfig]:
-    """A denoiser whose adapter changes its output."""
+    """Return a denoiser with an adapter that changes its output, and the config."""
     model = tiny_denoiser()
     config = inject_lora(model, rank, alpha)
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def test_twice_the_scale_is_twice_the_delta() -> None:
 
 
 def test_others_see_through_a_lora_that_is_off_for_a_call() -> None:
-    """An engine in another thread is told the scale of the policy, while PyTorch computes the KL reference."""
+    """Read the scale of the policy for an engine in another thread while PyTorch computes the KL reference."""
     model, _ = adapted(rank=4, alpha=8)
     switches = LoraSwitches(model)
     with adapters_off(model):
@@ -135,7 +135,7 @@ def test_others_see_through_a_lora_that_is_off_for_a_call() -> None:
 
 
 def test_a_live_scale_is_the_scale_of_another_alpha() -> None:
-    """Through the whole network: alpha = 2 rank, and a live scale of 2."""
+    """Compare outputs of the whole network: with alpha = 2 rank, and with a live scale of 2."""
     model, other = adapted(rank=4)[0], adapted(rank=4, alpha=8)[0]
     assert (lora_scale(model), lora_scale(other)) == (1.0, 2.0)
     with live_scale(model, torch.tensor(2.0)):
@@ -294,7 +294,7 @@ def test_bad_settings_are_refused() -> None:
     ],
 )
 def test_only_linear_layers_are_adapted(targets: list[str], said: str) -> None:
-    """PEFT would adapt a convolution too, and leave out a name that matches nothing beside others that do."""
+    """PEFT would also adapt a convolution, and would ignore a name without a match if another name matches."""
     model = tiny_denoiser()
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ConfigError, match=said):

@@ -1,4 +1,4 @@
-"""The ONNX interpreter against onnxruntime, its refusals, and its own export."""
+"""The interpreter of ONNX files compared with onnxruntime, the files that it refuses, and its own export."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def save(
     opset: int = 17,
     extra_inputs: tuple[str, ...] = (),
 ) -> Path:
-    """An ONNX file with the input `x` and the output `y`; `extra_inputs` are listed as graph inputs too."""
+    """Write an ONNX file with input `x` and output `y`; `extra_inputs` are also listed as inputs of the graph."""
     names = ("x", *extra_inputs)
     shapes = {"x": input_shape, **{name: list(constants[name].shape) for name in extra_inputs}}
     graph = helper.make_graph(
@@ -76,7 +76,7 @@ def norm_inputs(name: str) -> str:
 
 
 def iresnet(path: Path, batch: int | str = 1) -> Path:
-    """A small random network with the building blocks of iresnet, weights named with dots, 16 pixels a side."""
+    """Write a small random network with the blocks of iresnet, dots in names of weights, and 16 x 16 pixels."""
     constants = {
         "stem.w": weights(8, 3, 3, 3),
         "slope1": weights(8, 1, 1),
@@ -111,7 +111,8 @@ def test_iresnet_blocks_match_onnxruntime_at_any_batch(tmp_path: Path) -> None:
     path = iresnet(tmp_path / "iresnet.onnx", batch="n")
     x = torch.randn(3, 3, 16, 16)
     module = assert_matches(path, x)
-    assert module.operations.count("BatchNormalization") == 1  # the one after PRelu has nothing to be folded into
+    # Only the one after PRelu remains, because it follows no layer that it could be folded into.
+    assert module.operations.count("BatchNormalization") == 1
     torch.testing.assert_close(module(x[1:2]), module(x)[1:2], atol=1e-5, rtol=0)
 
 
@@ -241,12 +242,12 @@ def test_exports_with_a_free_batch(tmp_path: Path) -> None:
         verbose=False,
     )
     x = torch.randn(5, 3, 16, 16)
-    # Outputs reach 15, where one fp32 rounding is 1e-6: an absolute bound alone would measure their size.
+    # Outputs reach 15, where the rounding of fp32 is 1e-6, so the tolerance also needs a relative part.
     torch.testing.assert_close(run_onnxruntime(tmp_path / "again.onnx", x), module(x), atol=1e-5, rtol=2e-6)
 
 
 def test_graphs_of_equal_weights_are_told_apart(tmp_path: Path) -> None:
-    """By what `repr` says, of which the keys of engines are made."""
+    """Give different `repr` strings, from which the keys of engines are computed."""
     constants = {"w": weights(4, 3, 1, 1), "half": np.array([1, 1, 2, 2], np.float32), "shape": np.array([0, 4, -1])}
 
     def described(slope: float = 0.1, folder: str = "a", **others: np.ndarray) -> str:
@@ -288,7 +289,7 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
 
 
 def external(path: Path, location: str) -> Path:
-    """A model whose one weight is said to lie in the file `location`."""
+    """Write a model with one weight in external data in the file `location`."""
     save(path, [node("MatMul", "x w", "y")], {"w": weights(4, 2)}, ["n", 4])
     model = onnx.load(path)
     tensor = model.graph.initializer[0]

@@ -1,4 +1,4 @@
-"""Quantised layers against ordinary ones with the dequantised weights."""
+"""Quantised layers compared with ordinary layers that have the dequantised weights."""
 
 import copy
 
@@ -54,7 +54,7 @@ def network(kind: str | None, dtype: torch.dtype = torch.float32) -> Blocks:
 
 
 def dequantised(quantised: Blocks, dtype: torch.dtype) -> Blocks:
-    """Ordinary layers, with values that follow from what is stored by the formulas, written out here."""
+    """Return ordinary layers with the dequantised weights, computed here from codes and scales by the formulas."""
     plain = network(None, dtype)
     for name, layer in quantised_layers(quantised).items():
         codes, scale = layer.codes.data, layer.scale.data

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits against the published formulas, value by value, and against the libraries that have them."""
+"""Weights in 8 and 4 bits compared with the published formulas, and with the libraries that define the formats."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def values(kind: str, stored: tuple[Tensor, Tensor], shape: tuple[int, int]) -> 
 
 
 def by_hand(kind: str, given: Tensor) -> Tensor:
-    """The values that the formulas give, one row or block at a time."""
+    """Compute the dequantised values with the formulas, one row or block at a time."""
     given = given.float()
     if kind == "nf4":
         found = []
@@ -36,7 +36,7 @@ def by_hand(kind: str, given: Tensor) -> Tensor:
         largest = row.abs().max()
         if kind == "int8":
             scale = largest / 127.5
-            # A quotient may be half way between two steps: times the reciprocal, as torchao has it.
+            # Quotients can be half way between two steps, so multiply with the reciprocal, like torchao.
             rows.append((row * (1.0 / scale)).round().clamp(-128, 127) * scale)
         else:
             scale = largest / 448
@@ -56,9 +56,10 @@ def test_values_are_those_of_the_formula(kind: str, shape: tuple[int, int], dtyp
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.5 / 127.5), ("fp8", 16 / 448), ("nf4", 0.1520)])
 def test_the_error_is_at_most_half_a_step(kind: str, share: float) -> None:
-    """Of the largest magnitude of the row or block: int8 is evenly spaced; 16 and .1520 are half the widest gaps.
+    """Bound the error relative to the largest magnitude of the row or block.
 
-    What int8 rounds to 128 is cut to 127, which errs by half a step, too.
+    The steps of int8 are equal; 16 and 0.1520 are half of the widest steps of fp8 and NF4. int8 clamps 128 to 127,
+    which also gives an error of half a step.
     """
     given = weight((64, 64))
     error = (values(kind, FORMATS[kind].quantise(given), (64, 64)) - given).abs().amax(1)
@@ -90,7 +91,7 @@ def test_shapes_are_known_without_values(kind: str) -> None:
 
 
 def test_the_levels_are_the_published_ones() -> None:
-    """Quantiles of a normal distribution, as `create_normal_map` of bitsandbytes computes them, scaled to [-1, 1]."""
+    """Compute quantiles of a normal distribution, scaled to [-1, 1], like `create_normal_map` of bitsandbytes."""
     offset = 0.9677083
 
     def quantile(share: float) -> float:
@@ -106,7 +107,7 @@ def test_the_levels_are_the_published_ones() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("kind", "config"), [("int8", "Int8WeightOnlyConfig"), ("fp8", "Float8WeightOnlyConfig")])
 def test_values_are_those_of_torchao(kind: str, config: str, seed: int) -> None:
-    """Bit for bit, from fp32 weights; from others torchao rounds the scale to their type, which is not done here."""
+    """Compare bit for bit for fp32 weights; for other dtypes, torchao rounds the scale, but frostline does not."""
     quantization: Any = pytest.importorskip("torchao.quantization")
     given = weight((80, 192), seed=seed)
     layer = nn.Linear(192, 80, bias=False)
@@ -123,7 +124,7 @@ def test_values_are_those_of_torchao(kind: str, config: str, seed: int) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(80, 192), (3, 50)])
 def test_values_are_those_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Bit for bit."""
+    """Compare bit for bit."""
     functional: Any = pytest.importorskip("bitsandbytes.functional")
     given = weight(shape, dtype)
     packed, state = functional.quantize_4bit(given, blocksize=64, quant_type="nf4", compress_statistics=False)

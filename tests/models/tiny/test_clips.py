@@ -1,4 +1,4 @@
-"""The clips that the tiny model knows: repeatable, in range, complete, and full of faces."""
+"""The clips on which the tiny model is trained: reproducible, in range, complete, and with a face in every frame."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from frostline.models.tiny.clips import (
 
 @pytest.fixture(scope="module")
 def clips() -> Clips:
-    """Every prompt with every person."""
+    """Return a clip of every prompt with every person."""
     return held_out_clips(len(PROMPTS) * len(PEOPLE), seed=0)
 
 
@@ -43,7 +43,7 @@ def test_a_seed_gives_the_same_clips_and_another_gives_others(clips: Clips) -> N
     assert (other.video - clips.video).abs().flatten(1).amax(dim=1).min() > 0.05
     state = torch.random.get_rng_state()
     render_clips(1, torch.Generator().manual_seed(0))
-    assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator must not change"
 
 
 def test_what_is_asked_for_is_rendered() -> None:

@@ -1,4 +1,4 @@
-"""Training of the tiny models from the command line: parts that are kept stay as they are."""
+"""Training of the tiny models from the command line: parts that `--keep` names are not changed."""
 
 import shutil
 import sys
@@ -33,10 +33,10 @@ def test_parts_that_are_kept_are_read_and_never_written(tmp_path: Path, monkeypa
     trained = load_file(out / "tiny" / "diffusion_pytorch_model.safetensors")
     assert trained["patch_embedding.weight"].shape == (DENOISER["dim"], DENOISER["in_dim"], 1, 2, 2)
 
-    # The clips are encoded once.
+    # The clips are encoded once and stored in `pool_4.safetensors`.
     pool = Pool(**load_file(work / "pool_4.safetensors"))
     assert pool.latents.shape == pool.image.shape == (4, 16, 3, 12, 12)
-    assert pool.latents.std() == pytest.approx(1, abs=0.3), "the committed VAE's latents are normalised"
+    assert pool.latents.std() == pytest.approx(1, abs=0.3), "the latents of the installed VAE must be normalised"
     assert torch.equal(pool.y(torch.tensor([1]))[0, :4, 0], torch.ones(4, 12, 12))
     most = pool.drifting(0.8)
     assert 0 < len(most.drift) < 4 and most.drift.min() >= 0.8 > pool.drift.min()

@@ -1,4 +1,4 @@
-"""The training phase of the tiny models: interrupted and resumed, it ends where it would have ended."""
+"""A training phase of the tiny models: if it is interrupted and resumed, the result is the same."""
 
 import itertools
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def test_resumed_it_ends_where_it_would_have_ended(tmp_path: Path, interrupted_a
     assert run(whole, tmp_path / "whole") == STEPS
     with pytest.raises(KeyboardInterrupt):
         run(halted, tmp_path / "parts", before_step=interrupt)
-    torch.rand(5)  # the global generator is elsewhere after a restart
+    torch.rand(5)  # the state of the global generator is different after a restart
     assert run(resumed, tmp_path / "parts") == STEPS - interrupted_at // 100 * 100
     assert not torch.equal(weights(halted), weights(whole))
     assert torch.equal(weights(resumed), weights(whole))
@@ -73,7 +73,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_cut_short_is_never_seen(tmp_path: Path) -> None:
-    """What a crash within `torch.save` leaves bears another name."""
+    """Ignore the file that a crash within `torch.save` leaves, because it has another name."""
     whole, resumed = toy_model(), toy_model()
     run(whole, tmp_path)
     (tmp_path / "toy.pt").unlink()

@@ -1,4 +1,4 @@
-"""HPS v2's file in open_clip's names, and the file of an aesthetic predictor."""
+"""HPS v2's file, which has open_clip's names, and the file of an aesthetic predictor."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_both_towers_are_those_of_the_file(form: str, written: tuple[Path, Any],
     torch.testing.assert_close(own.image(pixels), image, atol=atol, rtol=0)
     torch.testing.assert_close(own.text(tokens), text, atol=atol, rtol=0)
     assert own.image(pixels).dtype == torch.float32
-    assert own.scale == 1, "its script gives the cosine itself"
+    assert own.scale == 1, "HPSv2's script returns the cosine without a scale"
 
 
 def test_every_tensor_has_its_place(written: tuple[Path, Any]) -> None:

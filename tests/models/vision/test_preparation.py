@@ -1,4 +1,4 @@
-"""Pictures as transformers' processors and HPSv2's own transform prepare them, and gradients of what is not rounded."""
+"""Preprocessing of pictures compared with transformers' processors and HPSv2's transform, and its gradient."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ ONE_LEVEL = 1 / 255 / 0.22
 
 
 def pictures(height: int, width: int, seed: int = 0) -> Tensor:
-    """Two pictures of 8 bits: one of noise, one that is smooth."""
+    """Return two uint8 pictures: one of noise, one smooth."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(1, 3, height, width, generator=generator)
     smooth = F.interpolate(torch.rand(1, 3, 5, 5, generator=generator), (height, width), mode="bicubic").clamp(0, 1)
@@ -46,7 +46,7 @@ def pictures(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def assert_prepared_alike(actual: Tensor, expected: Tensor) -> None:
-    """Within 1e-3, but for few pixels that lie half between two levels and are rounded to the other one."""
+    """Compare within 1e-3, except for a few pixels half way between two levels, which may be rounded either way."""
     assert actual.shape == expected.shape
     assert actual.dtype == torch.float32
     difference = (actual - expected).abs()
@@ -63,11 +63,11 @@ def test_pixels_are_those_of_the_processor(name: str, size: tuple[int, int], tmp
     prepare, images = Preparation.read(tmp_path), pictures(*size)
     expected = processor(images=list(images), return_tensors="pt")["pixel_values"]
     assert_prepared_alike(prepare(images.float() / 255), expected)
-    # 11 bits of mantissa still tell 256 levels apart.
+    # 11 bits of mantissa distinguish 256 levels.
     assert torch.equal(prepare((images.float() / 255).half()), prepare(images.float() / 255))
 
 
-# The library itself cannot resize to a single pixel.
+# transformers cannot resize to a single pixel.
 @settings(max_examples=20, deadline=None)
 @given(height=st.integers(2, 90), width=st.integers(2, 90), crop=st.integers(2, 40), shortest=st.integers(2, 40))
 def test_any_size_is_prepared_as_the_processor_does(height: int, width: int, crop: int, shortest: int) -> None:
@@ -77,7 +77,7 @@ def test_any_size_is_prepared_as_the_processor_does(height: int, width: int, cro
     expected = processor(images=list(images), return_tensors="pt")["pixel_values"]
     difference = (prepared - expected).abs()
     assert prepared.shape == expected.shape
-    # A tie that the first of two passes rounds otherwise can count double after the second one, which sharpens.
+    # A tie that the first of the two passes rounds differently can count twice after the second pass, which sharpens.
     assert difference.max() <= 2.02 * ONE_LEVEL
     assert (difference > 1.01 * ONE_LEVEL).float().mean() <= 0.05
 
@@ -103,7 +103,7 @@ def test_a_letterbox_is_that_of_hpsv2(size: tuple[int, int]) -> None:
 
     images = pictures(*size)
     prepared = Letterbox(28, CLIP_MEAN, CLIP_STD)(images.float() / 255)
-    # As its ResizeMaxSize does, but for pictures whose longest side needs no resizing, which that does not pad.
+    # Pad like its ResizeMaxSize, and also pad pictures whose longest side needs no resizing, unlike ResizeMaxSize.
     scale = 28 / max(size)
     rows, columns = (round(extent * scale) for extent in size)
     rows, columns = max(1, rows), max(1, columns)

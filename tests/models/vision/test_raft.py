@@ -1,4 +1,4 @@
-"""RAFT against torchvision's own forward: the flow, and its gradient to both pictures."""
+"""RAFT compared with torchvision's own forward: the flow, and its gradient with respect to both pictures."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def network(published: tuple[RAFT, Path]) -> RaftFlow:
 
 
 def pairs(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Two pairs, of which the second pictures are the first ones, moved and a little changed."""
+    """Return two pairs of pictures; the second pictures are the first ones, moved and slightly changed."""
     generator = torch.Generator().manual_seed(1)
     first = torch.rand(2, 3, height, width, generator=generator) * 2 - 1
     return first, first.roll((2, 3), (2, 3)) + 0.05 * torch.randn(first.shape, generator=generator)
@@ -77,7 +77,7 @@ def test_other_weights_are_refused(tmp_path: Path, published: tuple[RAFT, Path])
     with pytest.raises(ConfigError, match="contains something other than named tensors"):
         load_raft(tmp_path / "raft.pth")
     torch.save({"module": published[0]}, tmp_path / "raft.pth")
-    with pytest.raises(ConfigError, match="cannot read weights from"):  # which would run code
+    with pytest.raises(ConfigError, match="cannot read weights from"):  # it would run code
         load_raft(tmp_path / "raft.pth")
     with pytest.raises(ConfigError, match=r"cannot read weights from .*gone\.pth"):
         load_raft(tmp_path / "gone.pth")

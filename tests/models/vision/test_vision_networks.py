@@ -1,4 +1,4 @@
-"""CLIP's towers and DINOv2 against transformers' own models: values, gradients, and what is refused."""
+"""CLIP's towers and DINOv2 compared with transformers' models: values, gradients, and refused files."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def test_the_text_tower(old: bool, clip: tuple[Path, Any, Clip], tmp_path: Path)
 
 
 def test_what_pads_a_text_changes_nothing(clip: tuple[Path, Any, Clip]) -> None:
-    """open_clip pads with token 0, transformers with the end token."""
+    """Ignore the padding: open_clip pads with token 0, transformers with the end token."""
     own = clip[2]
     tokens = own.tokens(TEXTS[:2])
     ends = (tokens == own.text.end).int().argmax(dim=1, keepdim=True)
@@ -135,7 +135,7 @@ def test_an_end_is_found_though_it_is_not_the_largest_token(clip: tuple[Path, An
     torch.testing.assert_close(own(tokens), own(after))
 
 
-# What is wrong with a folder.
+# What is wrong with a folder, by name.
 
 
 def without(name: str) -> Callable[[Path], None]:

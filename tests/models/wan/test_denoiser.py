@@ -1,4 +1,4 @@
-"""The own forward of the denoiser against diffsynth's `model_fn_wan_video`, sample by sample."""
+"""The denoiser's own forward compared with diffsynth's `model_fn_wan_video`, one sample at a time."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ from frostline.models.tiny.architecture import DENOISER
 from frostline.models.wan.denoiser import Denoiser
 
 VARIANTS = ("tiny", "tiny-moe low noise", "tiny-moe high noise", "tiny-ti2v", "clip")
-# Batch, and frames, height and width of the latents.
+# Batch size, and frames, height and width of the latents.
 SHAPES = [(1, 1, 4, 4), (2, 3, 12, 12), (3, 2, 6, 10)]
 
 
@@ -56,7 +56,7 @@ def inputs(model: WanModel, shape: tuple[int, int, int, int], seed: int = 0) -> 
 
 
 def plain(model: WanModel, given: dict[str, Tensor]) -> Tensor:
-    """diffsynth takes one timestep for all samples where the first frame is pinned: one sample at a time."""
+    """Run diffsynth one sample at a time: it takes one timestep for all samples if the first frame is fixed."""
     rows = []
     for index in range(len(given["latents"])):
         row: dict[str, Any] = {name: tensor[index : index + 1] for name, tensor in given.items()}
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_changes_nothing(variant: str, variants: dict[str
         torch.testing.assert_close(one, two, atol=0, rtol=0)
 
 
-# One sample of 108 tokens, which is no multiple of a vector register, is where Inductor gets a transposed input wrong.
+# Inductor miscompiles a transposed input for one sample of 108 tokens, which is not a multiple of a vector register.
 @pytest.mark.parametrize(
     ("checkpoint_blocks", "shape"),
     [(False, (2, 3, 12, 12)), (False, (1, 3, 12, 12)), (False, (1, 1, 10, 6)), (True, (2, 3, 12, 12))],
@@ -123,7 +123,7 @@ def test_gradient_checkpointing_changes_nothing(variant: str, variants: dict[str
 def test_compiled_blocks_compute_the_same(
     checkpoint_blocks: bool, shape: tuple[int, int, int, int], variants: dict[str, WanModel]
 ) -> None:
-    """Values and gradient."""
+    """Compare values and gradients."""
     denoiser, trained = with_lora(variants["tiny"])
     denoiser.checkpoint_blocks = checkpoint_blocks
     given = inputs(denoiser.model, shape)
@@ -161,7 +161,7 @@ def test_a_trace_holds_the_operations_and_not_what_was_compiled_of_them(variants
 
 
 def with_lora(model: WanModel) -> tuple[Denoiser, list[Tensor]]:
-    """A copy with a LoRA that changes something, and its matrices."""
+    """Return a denoiser with a LoRA that changes its output, and the LoRA matrices."""
     model = copy.deepcopy(model)
     inject_lora(model, 8)
     trained = list(lora_parameters(model).values())
@@ -227,9 +227,9 @@ def test_every_sample_has_its_own_timestep(variants: dict[str, WanModel]) -> Non
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_bf16_weights_embed_timesteps_in_fp32_and_round_once(variant: str, variants: dict[str, WanModel]) -> None:
-    """As Wan has it. diffsynth rounds timestep, sinusoid and every layer, so it is further from fp32."""
+    """Embed like Wan's own code. diffsynth rounds timestep, sinusoid and every layer, so its error is larger."""
     half = Denoiser(copy.deepcopy(variants[variant]).to(torch.bfloat16))
-    # The same weights, once rounded.
+    # The same rounded weights in fp32.
     exact = Denoiser(copy.deepcopy(half.model).float())
     errors: dict[str, list[Tensor]] = {"ours": [], "diffsynth": []}
     for seed in range(6):

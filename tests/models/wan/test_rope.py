@@ -1,4 +1,4 @@
-"""Real-valued RoPE and timestep sinusoid against diffsynth's complex128 and float64."""
+"""RoPE and the timestep sinusoid in real fp32 compared with diffsynth's complex128 and float64."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from frostline.models.wan.rope import apply_rope, grid_table, rope_table, sinuso
 def test_equals_rope_apply_of_diffsynth(grid: tuple[int, int, int], head_dim: int) -> None:
     f, h, w = grid
     axes = precompute_freqs_cis_3d(head_dim)
-    # As `model_fn_wan_video` lays them out.
+    # In the layout of `model_fn_wan_video`.
     freqs = torch.cat(
         [
             axes[0][:f].view(f, 1, 1, -1).expand(f, h, w, -1),
@@ -41,7 +41,7 @@ def test_keeps_the_type_and_the_length_of_every_pair() -> None:
     assert not torch.allclose(rotated, x, atol=0.1)
     lengths, before = (tensor.unflatten(-1, (-1, 2)).norm(dim=-1) for tensor in (rotated, x))
     torch.testing.assert_close(lengths, before, atol=1e-6, rtol=0)
-    torch.testing.assert_close(rotated[:, 0], x[:, 0], atol=0, rtol=0)  # position (0, 0, 0) turns nothing
+    torch.testing.assert_close(rotated[:, 0], x[:, 0], atol=0, rtol=0)  # position (0, 0, 0) rotates nothing
 
 
 @pytest.mark.parametrize("freq_dim", [64, 256])
@@ -71,7 +71,7 @@ def test_timestep_sinusoid_of_every_token() -> None:
 
 
 def test_a_plain_product_in_fp32_would_not_do() -> None:
-    """Why the frequencies come in two parts."""
+    """Show why each frequency is split into two parts."""
     exact = sinusoidal_embedding_1d(256, torch.linspace(0, 1000, 500, dtype=torch.float64).float().double())
     coarse, fine = sinusoid_frequencies(256)
     angle = torch.linspace(0, 1000, 500, dtype=torch.float64).float()[:, None] * (coarse + fine)

@@ -1,4 +1,4 @@
-"""The text encoder on batches of prompts, against diffsynth's own on each prompt alone."""
+"""The text encoder on batches of prompts compared with diffsynth's own encoder on each prompt."""
 
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ def test_a_batch_is_each_prompt_alone(tiny: WanComponents) -> None:
 
 def test_is_zero_past_the_end_and_only_there(tiny: WanComponents) -> None:
     _, mask = tokenize(tiny.tokenizer, PROMPTS)
-    assert len(set(mask.sum(1).tolist())) == len(PROMPTS), "the prompts are to differ in length"
+    assert len(set(mask.sum(1).tolist())) == len(PROMPTS), "the prompts must differ in length"
     context = encode(tiny, *PROMPTS)
     assert torch.equal(context.abs().amax(-1) > 0, mask.bool())
 
@@ -64,7 +64,7 @@ def test_a_prompt_that_is_too_long_is_cut(tiny: WanComponents) -> None:
 
 
 def test_fp16_stays_finite_where_diffsynth_clamps() -> None:
-    """A feed-forward layer that overflows half precision: both clamp at the same bound."""
+    """Overflow half precision in a feed-forward layer: both encoders clamp to the same bound."""
     torch.manual_seed(0)
     sizes = {"vocab": 32, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 2, "num_buckets": 8}
     model = WanTextEncoder(**sizes, dropout=0.0).eval()

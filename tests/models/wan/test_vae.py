@@ -1,4 +1,4 @@
-"""The live decoder and the fast convolution against diffsynth's own VAE."""
+"""The live decoder and the fast convolution compared with diffsynth's own VAE."""
 
 from typing import Any
 
@@ -22,7 +22,9 @@ def random_video(frames: int, batch: int = 1, size: tuple[int, int] = (32, 48)) 
 @torch.no_grad()
 def test_decodes_to_pixels_within_range(vae: Any) -> None:
     latents = 6 * torch.randn(2, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    assert vae.model.decode(latents, vae.scale).abs().max() > 1, "latents this wild are to leave the range"
+    assert vae.model.decode(latents, vae.scale).abs().max() > 1, (
+        "latents this large must decode to values outside the range"
+    )
     video = decode_latents(vae, latents)
     assert video.shape == (2, 3, 9, 32, 48)
     assert video.min() == -1
@@ -35,11 +37,13 @@ def test_a_decoded_clip_is_the_clip(vae: Any) -> None:
     decoded = decode_latents(vae, vae.model.encode(clip, vae.scale))
     psnr = 10 * torch.log10(4 / (decoded - clip).pow(2).mean())
     assert psnr > 24
-    assert (decoded - clip).abs().mean() < (decoded[:, :, :1] - clip).abs().mean() / 2, "it moves as the clip does"
+    assert (decoded - clip).abs().mean() < (decoded[:, :, :1] - clip).abs().mean() / 2, (
+        "the decoded clip must move like the clip"
+    )
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """To 1e-6 as a whole, and to some roundings in the worst pixel."""
+    """Compare within 1e-6 in the norm, and within some roundings in the worst pixel."""
     assert (actual - expected).norm() < 1e-6 * expected.norm()
     torch.testing.assert_close(actual, expected, atol=4e-6 * expected.abs().max().item(), rtol=0)
 
@@ -60,7 +64,7 @@ def test_the_fast_convolution_changes_nothing(batch: int) -> None:
     with torch.no_grad():
         expected, actual = (v.model.encode(video, v.scale) for v in (vae, fast))
     exact = in_float64(video, "encode")
-    # On some CPUs torch's own convolution is itself more than 1e-6 off.
+    # On some CPUs, the error of torch's own convolution is larger than 1e-6.
     assert (actual - exact).norm() < max(1e-6 * exact.norm(), 1.25 * (expected - exact).norm())
 
     values, gradients = [], []
@@ -78,7 +82,7 @@ def test_the_fast_convolution_changes_nothing(batch: int) -> None:
 
 
 def test_the_fast_convolution_steps_aside_for_other_types() -> None:
-    """bf16 weights and autocast go torch's own way, bit for bit."""
+    """Use torch's own convolution for bf16 weights and autocast, bit for bit."""
     vae, fast = (load_components("tiny").vae for _ in range(2))
     use_onednn_conv3d(fast)
     video = random_video(5)
@@ -111,7 +115,7 @@ def test_decoding_all_frames_at_once_changes_nothing_and_keeps_less(
 @pytest.mark.parametrize("name", ["vae", "vae38"])
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_a_chunk_after_another_is_the_clip(name: str, frames: int, request: pytest.FixtureRequest) -> None:
-    """And its caches are those that an engine of the decoder takes and gives."""
+    """Also compare the caches with those of an engine of the decoder."""
     decoder: Any = request.getfixturevalue(name)
     latents = torch.randn(2, len(decoder.scale[0]), frames, 4, 6, generator=torch.Generator().manual_seed(frames))
     expected = diffsynths(decoder)(latents)
@@ -127,7 +131,7 @@ def test_a_chunk_after_another_is_the_clip(name: str, frames: int, request: pyte
 
 
 def test_all_frames_at_once_under_autocast(vae: Any) -> None:
-    """As close to the exact video and gradient as diffsynth's own decoder is there."""
+    """Be as close to the exact video and gradient as diffsynth's own decoder under autocast."""
     exact, exact_gradient, _ = decoded_with_gradient(vae, 3, diffsynths(vae))
     with torch.autocast("cpu", torch.bfloat16):
         plain, plain_gradient, _ = decoded_with_gradient(vae, 3, diffsynths(vae))

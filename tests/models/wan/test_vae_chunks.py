@@ -1,4 +1,4 @@
-"""Encoding and decoding in chunks against diffsynth's own loop, for both of Wan's VAEs."""
+"""Encoding and decoding in chunks compared with diffsynth's own loop, for both of Wan's VAEs."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def random_latents(frames: int, channels: int = 16, batch: int = 1) -> Tensor:
 
 
 def network(module: torch.nn.Module, takes: str, gives: str) -> Any:
-    """As the engines run: caches go from one call to the next by name."""
+    """Return a function like an engine: caches are passed from one call to the next by name."""
 
     def run(**inputs: Tensor) -> dict[str, Tensor]:
         chunk = inputs.pop(takes)
@@ -87,7 +87,7 @@ def test_decoding_with_the_wan22_vae(vae38: Any, frames: int) -> None:
 
 
 def test_every_chunk_sees_those_before(vae: Any) -> None:
-    """A cache that was lost would leave the later chunks as they are."""
+    """Change one chunk: if its caches were lost, the later chunks would not change."""
     video, other = random_video(9), random_video(9)
     other[:, :, 3:5] *= -1
     change = (encode(vae, video) - encode(vae, other)).abs().amax((0, 1, 3, 4))

@@ -1,4 +1,4 @@
-"""The person of a sample's own pictures: the mean over all that show a face, whatever the clip shows."""
+"""References from a sample's own pictures: the mean over all pictures with a face, whatever the clip shows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +23,12 @@ def module(make_module: MakeModule) -> WanTrainingModule:
 
 @pytest.fixture(scope="module")
 def people() -> Tensor:
-    """Five frames of each of two people, (2, 5, 3, 96, 96)."""
+    """Return five frames of each of two people, (2, 5, 3, 96, 96)."""
     return render_clips(2, torch.Generator().manual_seed(0), num_frames=5, person=torch.tensor([0, 1])).video
 
 
 def by_hand(pictures: list[Tensor]) -> Tensor:
-    """The mean embedding (D,) of the faces in (3, h, w) pictures."""
+    """Return the mean embedding (D,) of the faces in (3, h, w) pictures, one at a time."""
     identity = FaceIdentity(load_detector("mtcnn").in_torch(), load_embedder("sface"))
     embeddings = []
     for picture in pictures:
@@ -43,7 +43,7 @@ def data(clips: Tensor, references: list[Tensor | None]) -> dict[str, Any]:
 
 
 def test_the_mean_of_all_pictures_with_a_face(module: WanTrainingModule, people: Tensor) -> None:
-    """By hand, picture by picture; also the first counts, and of one without a face nothing."""
+    """Compare with the mean over single pictures: the first one counts, too, and one without a face does not."""
     her, him = people
     nobody = torch.full((3, 96, 96), 0.5)
     several = torch.stack([her[0], nobody, her[3], her[4]])
@@ -62,11 +62,11 @@ def test_the_clip_is_not_looked_at(module: WanTrainingModule, people: Tensor) ->
     assert torch.equal(mixed["mean"][1], faces["mean"][0])
     torch.testing.assert_close(mixed["mean"][0], by_hand([*him[1:]]), atol=1e-5, rtol=0)
     (none,) = module.forward_preprocess(data(people[:1], [of_nobody])).references
-    assert not none["found"].any(), "the pictures are what was named, though the clip has a face"
+    assert not none["found"].any(), "only the pictures count, although the clip has a face"
 
 
 def test_a_start_frame_without_anybody_can_be_rewarded(module: WanTrainingModule, people: Tensor) -> None:
-    """By the value that the faces have; without the pictures there would be nothing to compare."""
+    """Score against the pictures; without them, there would be no reference."""
     her, him = people
     empty = torch.full((1, 5, 3, 96, 96), 0.5)
     generated = torch.stack([her, him])
@@ -83,7 +83,7 @@ def test_a_start_frame_without_anybody_can_be_rewarded(module: WanTrainingModule
 
 
 def test_without_a_video_as_with_one(module: WanTrainingModule, people: Tensor) -> None:
-    """Of the reward alone: the built-in model needs a start frame."""
+    """Test only the reward, because the built-in model needs a first frame."""
     (active,) = module.rewards
     pictures = people[0, :2]
     with_clip = RewardInputs(("p",), people[1:], (5,), (pictures,))

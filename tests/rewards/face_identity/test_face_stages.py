@@ -1,4 +1,4 @@
-"""Every face detector and embedder on the engines that run here: parity, and a frame alone as in any batch."""
+"""Every face detector and embedder on the engines that run here: parity, and a frame alone as in a batch."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ EMBEDDERS = ("sface", "facenet", "arcface", "arcface-bgr", "dlib")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights where none ship: an SCRFD file, an ArcFace file, InceptionResnetV1."""
+    """Write random weights of networks that are not installed: an SCRFD file, an ArcFace file, InceptionResnetV1."""
     from facenet_pytorch import InceptionResnetV1
 
     folder = tmp_path_factory.mktemp("weights")
@@ -41,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _arcface_file(path: Path) -> None:
-    """The blocks of an iresnet, as glintr100 has them: BatchNorm, Conv, PReLU, addition, Flatten, Gemm, BatchNorm."""
+    """Write the blocks of an iresnet as in glintr100: BatchNorm, Conv, PReLU, addition, Flatten, Gemm, BatchNorm."""
 
     class Block(nn.Module):
         def __init__(self, channels_in: int, channels: int) -> None:
@@ -70,7 +70,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -
 
 @pytest.fixture(scope="module")
 def traces() -> Mapping[str, Traces]:
-    """By detector or embedder: all backends are built from one."""
+    """Return traces by detector or embedder, from which the engines of all backends are built."""
     return defaultdict(Traces)
 
 
@@ -95,7 +95,7 @@ def _embedder_stage(name: str, files: Path) -> tuple[Stage, FaceEmbedder]:
 
 
 def test_files_of_one_name_and_equal_weights_are_two_engines(files: Path, tmp_path: Path) -> None:
-    """What differs is an attribute, which is no tensor: neither engines nor cached embeddings may be shared."""
+    """Change only an attribute, which is not a tensor: engines and cached embeddings must not be shared."""
     model = onnx.load(files / "arcface.onnx")
     norm = next(node for node in model.graph.node if node.op_type == "PRelu")
     norm.CopyFrom(onnx.helper.make_node("LeakyRelu", norm.input[:1], norm.output, alpha=0.01))
@@ -125,7 +125,7 @@ def test_detectors(name: str, backend: str, files: Path, store: EngineStore, tra
     exported = export_stage(stage, backend, store, traces=traces[name])
     assert exported.manifest.verified
     detect = Runtime({stage.name: stage}, backend, store.root, strict=True)["face_detector"]
-    # Of a size and a number at which nothing was traced.
+    # A size and a number of frames that differ from those of the trace.
     frames = quantize_frames(held_out_clips(1, seed=5).video[0])
     frames = nn.functional.interpolate(frames.float(), (100, 140), mode="bicubic").clamp(0, 255).byte()[:5]
     expected, together = stage.torch({"frames": frames}), detect(frames=frames)
@@ -138,7 +138,7 @@ def test_detectors(name: str, backend: str, files: Path, store: EngineStore, tra
             torch.testing.assert_close(
                 alone["probabilities"].sort()[0], other["probabilities"][own].sort()[0], atol=1e-5, rtol=0
             )
-            if name != "scrfd":  # of whose random faces many have nearly the same area, which orders them
+            if name != "scrfd":  # its random faces have nearly equal areas, which determine the order
                 for key in ("boxes", "landmarks"):
                     torch.testing.assert_close(alone[key], other[key][own], atol=1e-3, rtol=1e-5)
 
@@ -162,7 +162,7 @@ def test_embedders(name: str, backend: str, files: Path, store: EngineStore, tra
 def test_what_is_new_builds_for_tensorrt(
     name: str, files: Path, store: EngineStore, traces: Mapping[str, Traces]
 ) -> None:
-    """A GPU is not needed to build; MTCNN and SFace are built in the tests of the backend."""
+    """Build without a GPU; MTCNN and SFace are built in the tests of the backend."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
     stage = _embedder_stage(name, files)[0] if name in EMBEDDERS else _detector_stage(name, files)
     exported = export_stage(stage, "tensorrt-rtx", store, traces=traces[name])

@@ -1,4 +1,4 @@
-"""Motion: as much as the reference is best; by luminance, and by RAFT in PyTorch and on engines."""
+"""Motion: the amount of the reference is best; by luminance, and by RAFT in PyTorch and on engines."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ RUN = RewardStages(Runtime({}), ())
 
 
 def moving(pixels: int, frames: int = 4, size: int = 64) -> Tensor:
-    """(1, frames, 3, size, size) in [0, 1]: smooth waves that move by so many pixels a frame."""
+    """Return (1, frames, 3, size, size) in [0, 1]: smooth waves that move by this number of pixels per frame."""
     place = torch.arange(size) * (2 * torch.pi / size)
     steps = torch.arange(frames) * (pixels * 2 * torch.pi / size)
     waves = 0.5 + 0.2 * (2 * (place - steps[:, None])).sin()[:, None, :] + 0.1 * (3 * place).cos()[None, :, None]
@@ -56,7 +56,7 @@ def test_the_reference_itself_is_best_and_slower_costs_as_much_as_faster() -> No
     assert scores[3] < -0.05
     still = reference[:, :1].expand_as(reference)
     assert scored(reward, still, reference).score < -100
-    # Half of the change and twice of it.
+    # Half of the change, and twice the change.
     half, twice = (0.5 + (reference - 0.5) * contrast for contrast in (0.5, 2.0))
     results = [scored(reward, video, reference) for video in (half, twice)]
     torch.testing.assert_close(results[0].score, results[1].score, atol=1e-5, rtol=1e-5)
@@ -73,7 +73,7 @@ def test_change_of_luminance_by_hand() -> None:
 
 
 def test_gradient_of_pixels_is_the_slope() -> None:
-    """Along a change of contrast that differs by place, which turns no change of a pixel round: there is no kink."""
+    """Change the contrast by place: no difference of a pixel changes its sign, so the score has a derivative."""
     generator = torch.Generator().manual_seed(0)
     reward, reference = MotionReward(Config()), moving(2)
     frames = torch.rand(reference.shape, generator=generator).requires_grad_()
@@ -98,7 +98,7 @@ def test_a_reference_that_stands_still_cannot_be_scored() -> None:
     result.score.sum().backward()
     assert frames.grad is not None
     assert frames.grad[0].eq(0).all() and frames.grad[1].ne(0).any()
-    # Nor one of a single frame.
+    # The same applies to a single frame.
     assert scored(reward, moving(3), picture).valid.tolist() == [False]
 
 
@@ -142,12 +142,9 @@ def test_the_stage_is_there_where_it_is_needed() -> None:
         MotionReward(Config(flow="raft", weights=Path("raft.pth")))
 
 
-# With RAFT.
-
-
 @pytest.fixture(scope="module")
 def raft(tmp_path_factory: pytest.TempPathFactory) -> tuple[RAFT, MotionReward]:
-    """torchvision's own network, and the reward with its weights."""
+    """Return torchvision's own network, and the reward with its weights."""
     path = tmp_path_factory.mktemp("raft") / "raft.pth"
     network = raft_file(path)
     return network, MotionReward(Config(flow="raft", weights=path, updates=UPDATES))
@@ -159,7 +156,7 @@ def served(reward: MotionReward, backend: str = "torch", engines: Path | None = 
 
 
 def score_by_torchvision(network: RAFT, generated: Tensor, reference: Tensor, floor: float) -> Tensor:
-    """What `scored` should be, for videos whose sides RAFT takes as they are."""
+    """Return what `scored` should be, for videos whose sizes RAFT needs no resizing for."""
 
     def of(video: Tensor) -> Tensor:
         flow = network(video[0, :-1] * 2 - 1, video[0, 1:] * 2 - 1, num_flow_updates=UPDATES)[-1]
@@ -198,7 +195,7 @@ def test_pairs_in_several_calls_are_those_of_one(
     assert (live.stage, live.uses, live.inputs[0].shape) == ("motion_flow", 2, (1, 3, 128, 192))
 
 
-# To trace it for open sizes takes half a minute, and many times that where the cores are shared.
+# Tracing with dynamic sizes takes half a minute, and much longer if other processes use the cores.
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_engines(
@@ -208,8 +205,8 @@ def test_engines(
     tmp_path: Path,
     session_signing_key: Path,
 ) -> None:
-    """At a size, and a number of pairs, at which nothing was traced."""
-    # Updates are unrolled: one more is the same graph again.
+    """Run at a size and a number of pairs that differ from those of the trace."""
+    # Updates are unrolled: each further update is the same graph again.
     reward = MotionReward(raft[1].config.model_copy(update={"updates": 1}))
     (stage,) = reward.stages(ShapeRange())
     assert export_stage(stage, backend, EngineStore(tmp_path), traces=traces).manifest.verified
@@ -222,5 +219,5 @@ def test_engines(
 
 @pytest.fixture(scope="module")
 def traces() -> Traces:
-    """All backends are built from one."""
+    """Return traces, from which the engines of all backends are built."""
     return Traces()

@@ -1,4 +1,4 @@
-"""What the tests of vision rewards share: their files, each reward by itself, a clip of moving patterns."""
+"""Fixtures of the tests of vision rewards: their files, each reward alone, a clip of moving patterns."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ Build = Callable[..., tuple[ActiveReward, Runtime]]
 
 @pytest.fixture(scope="session")
 def vision_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By type, the entry of a reward; `models` has what the files were written from."""
+    """Write the files; return the entries of rewards by type, and under `models` the models that were written."""
     root = tmp_path_factory.mktemp("vision")
     models = {
         "clip": write_clip(root / "clip"),
@@ -47,7 +47,7 @@ def _as_text(entry: dict[str, Path]) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def build_alone(vision_files: dict[str, dict[str, Any]]) -> Build:
-    """`build_alone("clip", **settings)`: the reward, and a runtime with its stages in PyTorch."""
+    """`build_alone("clip", **settings)`: return the reward, and a runtime with its stages in PyTorch."""
 
     def build(name: str, **settings: Any) -> tuple[ActiveReward, Runtime]:
         (active,) = build_rewards([RewardEntry.parse({**vision_files[name], **settings})], "cpu", ShapeRange())
@@ -58,6 +58,6 @@ def build_alone(vision_files: dict[str, dict[str, Any]]) -> Build:
 
 @pytest.fixture
 def video() -> Tensor:
-    """(2, 5, 3, 40, 52) of 8 bits, smooth."""
+    """Return a smooth video of 8-bit values, (2, 5, 3, 40, 52)."""
     frames = F.interpolate(torch.rand(10, 3, 6, 6), (40, 52), mode="bicubic").clamp(0, 1)
     return ((frames * 255).round() / 255).unflatten(0, (2, 5))

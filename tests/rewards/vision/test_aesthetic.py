@@ -1,4 +1,4 @@
-"""Ratings of frames, against CLIP and the predictor by themselves."""
+"""Aesthetic ratings of frames, compared with CLIP and the predictor."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def test_value_and_gradient(build_alone: Build, vision_files: dict[str, Any], vi
     clip, predictor = (vision_files["models"][name] for name in ("clip", "aesthetic"))
     sample = RewardInputs(("a", "b"), video, (5, 5))
     references = active.references(sample, runtime)
-    assert references == {}, "nothing is asked of prompts and references"
+    assert references == {}, "the reward needs neither prompts nor references"
     frames = video.clone().requires_grad_()
     scored = active.score(frames, sample, references, runtime)
     scored.score.sum().backward()

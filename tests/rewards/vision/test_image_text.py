@@ -1,4 +1,4 @@
-"""Rewards that hold frames against the prompt, against a plain script with transformers' models and processors."""
+"""Rewards that compare frames with the prompt, tested against plain scripts that use transformers."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ NAMES = ("clip", "pickscore", "hpsv2")
 
 
 def plain_scores(name: str, model: Any, tokenizer: Any, pixels: Tensor) -> Tensor:
-    """As the scripts of each project have it; pixels (B, T, 3, S, S)."""
+    """Return the scores that the script of each project computes; `pixels` is (B, T, 3, S, S)."""
     scores = []
     for prompt, prepared in zip(PROMPTS, pixels, strict=True):
         ids = tokenizer([prompt], return_tensors="pt")["input_ids"]
@@ -62,8 +62,8 @@ def test_value_and_gradient(name: str, build_alone: Build, vision_files: dict[st
         gradients.append(frames.grad)
     assert F.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) >= 0.99999
     assert gradients[0][:, 1:].abs().amax(dim=(2, 3, 4)).min() > 0
-    assert gradients[0][:, 0].abs().max() == 0, "the start frame is given"
-    # Without a gradient the image tower is a stage.
+    assert gradients[0][:, 0].abs().max() == 0, "the first frame is given, so it has no gradient"
+    # Without a gradient, the image tower runs as a stage.
     with torch.no_grad(), runtime.clock.collect() as times:
         frozen = active.score(video, sample, references, runtime)
     torch.testing.assert_close(frozen.score, expected, atol=1e-4, rtol=1e-5)
@@ -78,7 +78,7 @@ def test_value_and_gradient(name: str, build_alone: Build, vision_files: dict[st
 
 @pytest.mark.parametrize("name", ["clip", "pickscore"])
 def test_the_whole_script(name: str, build_alone: Build, vision_files: dict[str, Any], video: Tensor) -> None:
-    """Pictures through the library's own processor: the few pixels that it rounds otherwise make the difference."""
+    """Process pictures with the library's own processor; only a few pixels are rounded differently."""
     active, runtime = build_alone(name)
     folder = vision_files[name]["weights"]
     processor, tokenizer = CLIPImageProcessor.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
@@ -121,7 +121,7 @@ def test_another_processor(build_alone: Build, vision_files: dict[str, Any], tmp
 
 
 def test_references_count_on_the_files_of_the_processor(build_alone: Build, vision_files: dict[str, Any]) -> None:
-    """An edit of the vocabulary under the same path must not recall texts that were encoded with the old one."""
+    """Do not read texts from the cache that were encoded with another vocabulary under the same path."""
     keys = {build_alone("clip")[0].references_key for _ in range(2)}
     merges = Path(vision_files["clip"]["weights"]) / "merges.txt"
     before = merges.read_text()

@@ -1,4 +1,4 @@
-"""Cosines of frames, against DINOv2 by itself and a loop over the frames."""
+"""Cosines of frames, compared with DINOv2 and a loop over the frames."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ Build = Callable[..., tuple[ActiveReward, Runtime]]
 
 
 def plain_score(features: Tensor, anchor: Tensor | None) -> Tensor:
-    """Frame by frame, as VBench's script; features (T, D) of any length."""
+    """Return the score of VBench's script, frame by frame; `features` is (T, D) of any length."""
     total = torch.zeros(())
     for t in range(1, len(features)):
         first = features[0] if anchor is None else anchor

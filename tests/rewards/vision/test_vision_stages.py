@@ -48,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -
 
 @pytest.mark.parametrize("name", ["pickscore", "hpsv2", "subject_consistency"])
 def test_engines(name: str, build_alone: Build, store: EngineStore) -> None:
-    """The networks of pickscore are those of clip and aesthetic, too."""
+    """Test pickscore, which has the same networks as clip and aesthetic."""
     active, _ = build_alone(name)
     assert {*active.stage_names} == {*STAGES[name]}
     for stage in active.stages:
@@ -75,7 +75,7 @@ def test_engines(name: str, build_alone: Build, store: EngineStore) -> None:
 def test_it_builds_for_the_other_backends(
     name: str, stage_name: str, backend: str, build_alone: Build, store: EngineStore
 ) -> None:
-    """DINOv2 for TensorRT, which takes no GPU to build, and CLIP's text tower for AOTInductor, which runs here."""
+    """Build DINOv2 for TensorRT, which needs no GPU, and CLIP's text tower for AOTInductor, which also runs here."""
     if backend == "tensorrt-rtx":
         pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
     elif (reason := get_backend(backend).unavailable()) is not None:
@@ -97,7 +97,7 @@ def test_it_builds_for_the_other_backends(
 def modules(
     make_module: MakeModule, vision_files: Mapping[str, Any], store: EngineStore
 ) -> tuple[WanTrainingModule, WanTrainingModule]:
-    """All in PyTorch, and with engines for all that is frozen in the rewards."""
+    """Return a module with all stages in PyTorch, and one with engines for all frozen stages of the rewards."""
     rewards = [
         {"type": "sharpness", "weight": 0.5},
         {**vision_files["pickscore"], "weight": 0.3},
@@ -121,8 +121,8 @@ def test_hybrid_is_pytorch(modules: tuple[WanTrainingModule, WanTrainingModule])
     backends = {name: metrics.stages[name].backend for name in metrics.stages}
     assert backends["pickscore_text"] == backends["subject_consistency_image"] == "onnxruntime"
     assert backends["pickscore_image_live"] == backends["subject_consistency_image_live"] == "torch"
-    assert "pickscore_image" not in backends, "frames that need a gradient are not encoded twice"
-    # The second time, prompts and references come from the cache; another prompt is encoded.
+    assert "pickscore_image" not in backends, "frames that need a gradient must not be encoded twice"
+    # In the second step, prompts and references are read from the cache; another prompt is encoded.
     hybrid(data)
     assert hybrid.last_metrics is not None
     assert not {"pickscore_text", "subject_consistency_image"} & hybrid.last_metrics.stages.keys()
@@ -158,10 +158,12 @@ def test_plans_count_it(name: str, build_alone: Build, vision_files: Mapping[str
     assert live.inputs[0].shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     whole = measure_rewards([active.reward], shape)[f"{name}_image"].kept
     assert whole > 0
-    # All networks of the reward are in memory in training, as they are for a judge.
+    # In training, all networks of the reward are in memory, as for a judge.
     planned = measure_rewards([active.reward], shape)
     assert sum(each.weights for each in planned.values()) == judge_bytes(active.reward, active.config)[1]
-    assert (f"{name} (frozen)" in planned) == (name != "subject_consistency"), "a text tower, a predictor"
+    assert (f"{name} (frozen)" in planned) == (name != "subject_consistency"), (
+        "only subject_consistency has no text tower and no predictor"
+    )
     if not config.needs_neighbours:
         few = build_alone(name, frames="random:2")[0].reward
         assert measure_rewards([few], shape)[f"{name}_image"].kept == whole // 4

@@ -1,4 +1,4 @@
-"""ONNX files of the small model, and one signing key for engines that outlive a test."""
+"""Fixtures: ONNX files of the small model, and one signing key for engines that several tests use."""
 
 import fcntl
 import shutil
@@ -16,13 +16,13 @@ Source = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def signing_key(session_signing_key: Path) -> Path:
-    """One key for all tests here: their engines outlive a test."""
+    """Use one key for all tests of this folder, because their engines are used by several tests."""
     return session_signing_key
 
 
 @pytest.fixture(scope="session")
 def onnx_source(tmp_path_factory: pytest.TempPathFactory, session_folder: Path) -> Source:
-    """`onnx_source(stage, network, dtype)`: an ONNX file that may be used up; each is traced once."""
+    """`onnx_source(stage, network, dtype)`: return a copy of an ONNX file; each network is traced once."""
     traced = session_folder / "traced"
     traced.mkdir(parents=True, exist_ok=True)
 

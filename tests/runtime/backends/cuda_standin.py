@@ -1,6 +1,6 @@
-"""A GPU and a TensorRT that compute on the CPU, and fail where NVIDIA's documentation says that the real ones may.
+"""Mocks of a GPU and of TensorRT, which compute on the CPU, and fail in the cases that NVIDIA documents.
 
-Streams keep what is enqueued until another stream waits for them: who forgets to wait, reads what was there before.
+Streams keep what is enqueued until another stream waits for them, so code that forgets to wait reads old values.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from frostline.runtime.backends.tensorrt import execution
 
-# Of torch's memory on a CPU; on a GPU it is 512 bytes, and TensorRT demands 256.
+# The alignment of torch's memory on a CPU. On a GPU, it is 512 bytes, and TensorRT requires 256.
 ALIGNMENT = 64
 _NUMBERS = iter(range(1, 10**9))
 
 
 class Stream:
-    """A CUDA stream; the default one, whose handle is 0, computes at once."""
+    """A CUDA stream; the default stream, with handle 0, computes immediately."""
 
     def __init__(self, device: object = None, handle: int | None = None) -> None:
         self.device = device
@@ -53,7 +53,7 @@ class Stream:
 
 
 class Graph:
-    """A CUDA graph: while it is captured, nothing is computed."""
+    """A CUDA graph. Nothing is computed while it is captured."""
 
     captured = 0
 
@@ -73,12 +73,12 @@ _here = _Here()
 
 
 def current(device: object = None) -> Stream:
-    """The current stream of this thread."""
+    """Return the current stream of this thread."""
     return _here.stream
 
 
 class _Copies(TorchDispatchMode):
-    """Copies take their turn on the current stream, too."""
+    """Enqueue copies on the current stream."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
@@ -89,7 +89,7 @@ class _Copies(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_stream(stream: Stream) -> Iterator[None]:
-    """`torch.cuda.stream`."""
+    """Mock `torch.cuda.stream`."""
     before, _here.stream = _here.stream, stream
     try:
         with _Copies():
@@ -100,8 +100,8 @@ def on_stream(stream: Stream) -> Iterator[None]:
 
 @contextlib.contextmanager
 def captured(graph: Graph, stream: Stream, capture_error_mode: str = "global") -> Iterator[None]:
-    """`torch.cuda.graph`."""
-    assert capture_error_mode == "thread_local", "another thread that allocates would spoil the capture"
+    """Mock `torch.cuda.graph`."""
+    assert capture_error_mode == "thread_local", "an allocation in another thread would invalidate the capture"
     assert stream.cuda_stream, "the default stream cannot be captured"
     before, _here.stream = _here.stream, stream
     stream.finish()
@@ -114,7 +114,7 @@ def captured(graph: Graph, stream: Stream, capture_error_mode: str = "global") -
 
 
 class Severity(IntEnum):
-    """`trt.ILogger.Severity`."""
+    """Mock `trt.ILogger.Severity`."""
 
     ERROR = 1
     WARNING = 2
@@ -122,9 +122,9 @@ class Severity(IntEnum):
 
 
 class Context:
-    """An execution context: y = 2 x + live, at the addresses and shapes that it was given.
+    """An execution context, which computes y = 2 x + live at the given addresses and shapes.
 
-    It needs 16 bytes of scratch memory a row, and takes one call at a time.
+    It needs 16 bytes of scratch memory per row, and supports one call at a time.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -200,7 +200,8 @@ class Context:
         state = self.state
 
         def kernel() -> None:
-            # A graph reads what its context had when it was captured: who changes the context, spoils the graph.
+            # A graph reads the state of the context at the time of its capture, so a later change invalidates the
+            # graph.
             spoilt = belongs_to_a_graph and self.state != state
             y[:] = [float("nan") if spoilt else 2 * value + live[0] for value in x]
 
@@ -208,7 +209,7 @@ class Context:
 
 
 class Engine:
-    """An engine; its fields say what it refuses."""
+    """An engine. Its attributes determine which calls fail."""
 
     def __init__(self) -> None:
         self.contexts: list[Context] = []
@@ -241,12 +242,15 @@ class Engine:
 
     @property
     def launches(self) -> int:
-        """How often any of its contexts was launched, captures included."""
+        """Return the number of launches of all contexts, including those during captures."""
         return sum(len(context.streams) for context in self.contexts)
 
 
 class TensorRT:
-    """The module, as far as a runner uses it; its only engine is `engine`, its only plan `b"plan"`."""
+    """The functions of the module that a runner uses.
+
+    The only engine is `engine`, and the only valid plan is `b"plan"`.
+    """
 
     __name__ = "tensorrt"
     ILogger = type("ILogger", (), {"ERROR": Severity.ERROR, "WARNING": Severity.WARNING, "__init__": lambda self: None})
@@ -273,7 +277,7 @@ class _Runtime:
 
 
 class Compiled:
-    """TensorRT-RTX's runtime cache: a line for each shape that was compiled, and refused where it is of another GPU."""
+    """TensorRT-RTX's runtime cache: one line per compiled shape. A cache of another GPU is refused."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -292,7 +296,7 @@ class Compiled:
 
 
 class TensorRTRTX(TensorRT):
-    """The same with what TensorRT-RTX adds: it compiles as it runs, and can keep that."""
+    """TensorRT-RTX, which also compiles when it runs, and can store the result."""
 
     __name__ = "tensorrt_rtx"
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
@@ -318,7 +322,7 @@ _Module = TypeVar("_Module", bound=TensorRT)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, trt: _Module) -> _Module:
-    """The stand-ins in the place of torch's CUDA, for runners of the engine of `trt`; returns `trt`."""
+    """Replace torch's CUDA functions by the mocks, for runners of the engine of `trt`; return `trt`."""
 
     def new_stream(device: object) -> Stream:
         trt.engine.streams.append(Stream(device))

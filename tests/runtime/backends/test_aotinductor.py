@@ -1,4 +1,4 @@
-"""AOTInductor: packages without weights, which follow the trainer's own wherever they lie."""
+"""AOTInductor: packages without weights, which use the trainer's weights at any address."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,7 +97,7 @@ def test_weights_are_the_modules_own_and_updates_in_place_are_followed(
 
 
 def test_pooling_of_odd_and_smallest_images(tmp_path: Path) -> None:
-    """P-Net halves its image: an even example must not make a rule."""
+    """Do not specialise on the example of even size: P-Net halves its images."""
     network = network_of("face_detector", "pnet")
     pnet = AOTInductorRunner(compile_package(network, tmp_path), network)
     for height, width in ((12, 12), (12, 13), (13, 12), (41, 64), (64, 41), (40, 40)):
@@ -107,7 +107,7 @@ def test_pooling_of_odd_and_smallest_images(tmp_path: Path) -> None:
 
 
 class Convolutions(nn.Module):
-    """Two convolutions in time and space: PyTorch has another kernel for batch 1 than for batch 2."""
+    """Two convolutions in time and space. PyTorch uses another kernel for batch size 1 than for 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_convolutions_at_batch_one(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_is_no_weight_is_named(denoiser: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler gives such a tensor, a plain attribute of a module, a name of its own."""
+    """Name a tensor that is a plain attribute of a module, to which the compiler gives a generated name."""
     package = SimpleNamespace(get_constant_fqns=lambda: ["_tensor_constant0"])
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda content: package)
     with pytest.raises(EngineError, match="_tensor_constant0, which is neither a parameter nor a buffer"):

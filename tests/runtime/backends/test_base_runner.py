@@ -1,4 +1,4 @@
-"""What all runners do alike: check inputs and live tensors, take turns, tell whose fault a failure is."""
+"""What all runners share: they check inputs and live tensors, run one call at a time, and distinguish failures."""
 
 import threading
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from frostline.runtime.stage import Network, TensorSpec
 
 
 class Doubling(EngineRunner):
-    """Doubles x and adds the live tensor; `failure` is raised instead."""
+    """Double x and add the live tensor, or raise `failure`."""
 
     library_name = "Doubler"
     out_of_memory = ("no room",)

@@ -1,4 +1,4 @@
-"""Loaders of ONNX files load the bytes whose hash was checked, wherever the file is by then."""
+"""Loaders of ONNX files use the bytes whose hash was checked, even if the file is replaced afterwards."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Engines on an NVIDIA GPU: every network of a small model, on memory that torch allocated, in three precisions."""
+"""Engines on an NVIDIA GPU: every network of a small model, in memory that torch allocated, in three precisions."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_onnxruntime(stage: str, name: str, dtype: torch.dtype, tmp_path: Path, 
 
 
 def test_onnxruntime_refuses_bf16(tmp_path: Path) -> None:
-    """Its convolutions know no bf16."""
+    """Refuse, because its convolutions do not support bf16."""
     with pytest.raises(EngineError, match=r"bfloat16.*Conv"):
         make_runner("onnxruntime", network_of("face_detector", "rnet", BF16, device="cuda"), tmp_path)
 
@@ -90,7 +90,7 @@ def test_aotinductor(stage: str, name: str, dtype: torch.dtype, tmp_path: Path) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_live_lora(backend: str, tmp_path: Path) -> None:
-    """Built at rank 8, it follows trainers of other ranks, in their own memory, at shapes of their own."""
+    """Use an engine that was built at rank 8 with trainers of other ranks, in their memory and at other shapes."""
     runner = make_runner(backend, network_of("denoiser", "denoiser", device="cuda"), tmp_path)
     assert_outputs_are_the_callers(network_of("denoiser", "denoiser", device="cuda"), runner)
     for rank in (4, 16):
@@ -105,7 +105,7 @@ def test_live_lora(backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_waits_for_the_stream_that_made_its_inputs(backend: str, tmp_path: Path) -> None:
-    """Inputs may still be in the making when the engine is called, and outputs when they are used."""
+    """Wait for inputs that are still being computed when the engine is called, and for outputs before they are used."""
     network = network_of("face_embedder", "face_embedder", device="cuda")
     runner = make_runner(backend, network, tmp_path)
     inputs = network.samples("opt")
@@ -134,7 +134,7 @@ def test_refuses_inputs_of_another_device(backend: str, tmp_path: Path) -> None:
 
 
 def test_onnxruntime_runs_the_network_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host computes shapes at most, and were it asked for more, the engine would be refused."""
+    """Allow only shape computations on the host; an engine that needs more is refused."""
     network = network_of("denoiser", "denoiser", device="cuda")
     runner = make_runner("onnxruntime", network, tmp_path)
     assert isinstance(runner, OnnxRuntimeRunner)

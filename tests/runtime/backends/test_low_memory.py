@@ -1,4 +1,4 @@
-"""Too little memory while an engine is loaded: what serves is right, whoever it is, and no process dies."""
+"""Too little memory while an engine is loaded: the results are right, from engine or PyTorch, and no process dies."""
 
 import os
 import resource
@@ -18,12 +18,12 @@ from frostline.runtime.stage import Network, Stage, TensorSpec
 
 RIGHT, WRONG, REFUSED = 10, 20, 30
 SERVED_BY_TORCH = 1
-# Bytes that a process may still have when it starts to load.
+# The memory in bytes that a process may still allocate when it starts to load.
 LIMITS = tuple(mebibytes * 2**20 for mebibytes in (4, 16, 64, 1024))
 
 
 def child(work: object, *arguments: object) -> int:
-    """The exit code of a forked process that does some work and returns one."""
+    """Run `work` in a forked process; return the exit code, which `work` returns there."""
     process = os.fork()
     if process == 0:
         code = 99
@@ -67,4 +67,4 @@ def test_what_serves_is_right_with_any_memory(backend: str, tmp_path: Path) -> N
     assert child(build, stage, backend, tmp_path) == 0
     codes = [child(serve, stage, backend, tmp_path, limit) for limit in LIMITS]
     assert {*codes} <= {RIGHT, RIGHT + SERVED_BY_TORCH, REFUSED}, codes
-    assert codes[-1] == RIGHT, "with enough memory the engine serves"
+    assert codes[-1] == RIGHT, "with enough memory, the engine must run"

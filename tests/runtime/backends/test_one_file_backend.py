@@ -1,4 +1,4 @@
-"""A backend is one file: found by its name, built, verified and served with nothing else knowing of it."""
+"""A backend is one file: it is found by its name, built, verified and used, and no other code refers to it."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ from frostline.runtime.runtime import Runtime
 from frostline.runtime.stage import Network, Stage, TensorSpec
 
 PACKAGE = Path(frostline.__file__).parent
-# As the installation has them, in order of preference.
+# The backends of frostline, in order of preference.
 NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "aotinductor", "openvino")
 NAME = "plain-programs"
 SOURCE = '''
@@ -78,7 +78,7 @@ class ProgramRunner(EngineRunner):
 
 
 class Shifted(nn.Module):
-    """A layer, and a live tensor that is added."""
+    """A layer, and a live tensor that is added to its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def stage() -> Stage:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The one file of a backend, in a folder where backends are found."""
+    """Return the file of a backend, in a folder that is searched for backends."""
     path = tmp_path / "backends" / "plain_programs.py"
     path.parent.mkdir()
     path.write_text(SOURCE)
@@ -128,7 +128,7 @@ def test_asking_for_names_imports_no_backend_and_no_torch() -> None:
 
 
 def test_a_new_file_is_a_backend(file: Path) -> None:
-    assert backend_names() == (*NAMES, NAME), "those that nothing is said of follow by name"
+    assert backend_names() == (*NAMES, NAME), "other backends must follow in the order of their names"
     assert f"{backends.__name__}.plain_programs" not in sys.modules
     recipe = Recipe(model="tiny", backends=(NAME,))
     recipe.check("cpu")
@@ -181,7 +181,7 @@ def test_a_file_of_none_or_two_is_a_mistake(content: str, file: Path) -> None:
 
 
 def test_no_other_file_names_a_backend() -> None:
-    """Nor its packages: what needs to be known of it, is asked."""
+    """Check that no other file names a package of a backend either: such facts are attributes of the backend."""
     known = {*NAMES, *engine_packages()} - {"torch"}
     modules = {name.replace("-", "_") for name in known}
     named = []
@@ -205,7 +205,7 @@ def test_what_it_advises_to_install_brings_its_packages(name: str) -> None:
     backend, project = get_backend(name), tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     advice = re.fullmatch(r"pip install (?:'frostline\[(?P<extra>.+)\]'|(?P<package>.+))", backend.install)
     if advice is None:
-        assert name == "aotinductor", "torch is there, and no pip package brings a compiler"
+        assert name == "aotinductor", "torch is installed, and no pip package contains a compiler"
         return
     extra = advice["extra"]
     required = project["optional-dependencies"][extra] if extra else project["dependencies"]

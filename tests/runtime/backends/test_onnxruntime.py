@@ -1,4 +1,4 @@
-"""ONNX Runtime: one session for any number of threads, live tensors looked up at each call."""
+"""ONNX Runtime: one session for all threads, and live tensors that are looked up at each call."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""OpenVINO: fp32 as asked for, memory shared with torch, outputs of the caller."""
+"""OpenVINO: fp32 precision, memory that is shared with torch, outputs that belong to the caller."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_parity_at_the_sizes_of_the_profile_and_at_another(stage: str, name: str
 
 
 def test_inputs_in_any_memory_layout_are_computed(onnx_source: Source) -> None:
-    """The contiguous copy of such an input must live until the run is over."""
+    """Keep the contiguous copy of such an input alive until the call ends."""
     network = network_of("face_detector", "onet")
     own = OpenVinoRunner(onnx_source("face_detector", "onet"), network)
     for seed in range(3):
@@ -80,14 +80,14 @@ def test_threads_are_served_at_shapes_of_their_own(denoiser: Network, runner: Op
 
 
 def test_live_tensors_that_were_replaced_are_followed(onnx_source: Source) -> None:
-    """Also where the new one lies at the address of the one before, and where it is not dense."""
+    """Also test a new tensor at the address of the old one, and one that is not dense."""
     network = network_of("denoiser", "denoiser")
     own = OpenVinoRunner(onnx_source("denoiser", "denoiser"), network)
     assert_replaced_tensors_are_followed(network, own)
 
 
 def test_the_kernels_of_shapes_seen_before_are_bounded(onnx_source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process then grows less at shapes that never end."""
+    """Check that memory grows less if fewer kernels are cached, at shapes that keep changing."""
     network, growth = network_of("face_detector", "pnet"), {}
     for kernels in (8, 5000):
         monkeypatch.setattr(openvino_backend, "_CACHED_KERNELS", kernels)

@@ -1,4 +1,4 @@
-"""TensorRT-RTX: real builds on any machine, and parity on a GPU that it builds for."""
+"""TensorRT-RTX: real builds on any machine, and parity on a GPU that it supports."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ BUILDS = [
     *(("denoiser", "denoiser", dtype) for dtype in PRECISIONS),
     *(("face_detector", name, dtype) for name in ("pnet", "rnet", "onet") for dtype in PRECISIONS),
     *(("face_embedder", "face_embedder", dtype) for dtype in PRECISIONS),
-    # Tracing these takes longest, and they are alike.
+    # Tracing of these networks takes longest, and they are similar, so only some precisions are tested.
     ("vae_encoder", "first", FP32),
     ("vae_encoder", "first", FP16),
     ("vae_encoder", "next", BF16),
@@ -58,7 +58,7 @@ def test_builds_every_stage_in_every_precision(
 
 
 class Softmax(nn.Module):
-    """A softmax and two norms, one of which stays in its type."""
+    """A softmax and two normalisations, and an output that stays in its dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_what_is_unsafe_in_half_precision_is_fp32_in_the_graph(dtype: torch.dtyp
 
 
 def test_opset_23_builds_too(tmp_path: Path) -> None:
-    """Its attention operator has no fused kernel for fp32 with dynamic shapes."""
+    """Build an attention operator that has no fused kernel for fp32 with dynamic shapes."""
     network = network_of("denoiser", "denoiser")
     trace_onnx(network, tmp_path / "denoiser.onnx", opset=23)
     assert "Attention" in {node.op_type for node in onnx.load(tmp_path / "denoiser.onnx").graph.node}
@@ -170,7 +170,7 @@ def text_stage() -> Stage:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path, text_stage: Stage) -> EngineStore:
-    """A store with a TensorRT-RTX engine of the text encoder."""
+    """Return a store with a TensorRT-RTX engine of the text encoder."""
     store = EngineStore(tmp_path_factory.mktemp("engines"))
     assert export_stage(text_stage, "tensorrt-rtx", store, options=BOTH).built
     return store
@@ -216,7 +216,7 @@ def test_without_a_driver_loading_says_so(store: EngineStore, text_stage: Stage)
 
 
 def test_a_build_is_the_plan_alone(store: EngineStore) -> None:
-    """To inspect it takes memory once more: whoever asks for it, does that with an engine that is safely there."""
+    """Do not inspect an engine when it is built, because that needs its memory again."""
     (record,) = store.find()
     assert {path.name for path in record.path.iterdir()} == {"manifest.json", "text_encoder.plan"}
 
@@ -243,7 +243,7 @@ def test_a_truncated_plan_is_refused(store: EngineStore) -> None:
 
 
 def runs_here() -> bool:
-    """Whether there is a GPU that TensorRT-RTX builds for."""
+    """Return whether there is a GPU that TensorRT-RTX supports."""
     if not torch.cuda.is_available():
         return False
     name = device_name(torch.device("cuda", torch.cuda.current_device()))
@@ -263,7 +263,7 @@ def test_parity_on_a_gpu(stage: str, name: str, dtype: torch.dtype, onnx_source:
         with torch.cuda.device(device):
             assert json.loads(layer_table(trt, plan.read_bytes(), name))["Layers"]
         runner = TensorRTRunner(trt, plan.read_bytes(), network, device)
-        # The third call of a shape is the replay of what the second one recorded.
+        # The third call of a shape replays the graph that the second call captured.
         for size in ("opt", "min", "opt", "opt", "opt"):
             assert_parity(network, runner, network.samples(size), stage)
         if stage == "denoiser" and dtype == FP32:

@@ -1,4 +1,4 @@
-"""How plans are built, on a stand-in for TensorRT: settings, timing cache, memory, and what callbacks raise."""
+"""Building of plans with a mock of TensorRT: settings, timing cache, memory, and exceptions in callbacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Base:
 
 
 class Config:
-    """A builder's configuration; its timing cache is refused where it does not begin with `mine`."""
+    """A builder's configuration. It refuses a timing cache that does not start with `mine`."""
 
     def __init__(self) -> None:
         self.features: dict[object, bool] = {}
@@ -59,7 +59,11 @@ class Config:
 
 
 class TensorRT:
-    """The module, as far as building uses it. steps: what a build calls, with itself."""
+    """The functions of the module that building uses.
+
+    Attributes:
+        steps: functions that a build calls with this object.
+    """
 
     __name__ = "tensorrt"
     ILogger = type("ILogger", (Base,), {"ERROR": Severity.ERROR, "WARNING": Severity.WARNING})
@@ -124,7 +128,7 @@ def build(trt: TensorRT, network: Network, timing_cache: Path | None = None, pro
 
 
 def nothing(trt: TensorRT) -> None:
-    """A step in which all is well."""
+    """Do nothing in this step."""
 
 
 def test_scratch_memory_is_to_follow_the_shapes(network: Network) -> None:
@@ -191,7 +195,7 @@ def test_what_a_log_handler_raises_ends_the_build_and_is_not_lost(network: Netwo
 
 
 def test_what_a_phase_raises_ends_the_build_and_is_not_lost(network: Network) -> None:
-    """A phase whose name cannot be kept stands for whatever may go wrong in there."""
+    """Use a phase with an invalid name as an example of an error in the progress monitor."""
     trt = TensorRT(lambda trt: trt.config.progress_monitor.phase_start([], None, 1), nothing)
     with pytest.raises(TypeError, match="unhashable"):
         build(trt, network)

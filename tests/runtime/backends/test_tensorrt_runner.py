@@ -1,4 +1,4 @@
-"""The TensorRT runner on a stand-in for the GPU: what it binds, allocates, records and replays, in several threads."""
+"""The TensorRT runner with mocks of the GPU: what it binds, allocates, captures and replays, in several threads."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from frostline.runtime.dynamic_dim import Dimension
 from frostline.runtime.stage import Network, TensorSpec
 
 CPU = torch.device("cpu")
-# As TensorRT's own allocator, its context and CUDA put it, and the code that is there for it.
+# Messages of TensorRT's allocator, of its execution context and of CUDA, and its error code for allocations.
 OUT_OF_MEMORY = [
     "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)",
     "[executionContext.cpp::ExecutionContext::470] Error Code 2: OutOfMemory (no further information)",
@@ -34,7 +34,7 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
 
 @pytest.fixture
 def doubled() -> Network:
-    """The network of the stand-in: y = 2 x + live."""
+    """Return the network that the mock computes: y = 2 x + live."""
     x = TensorSpec("x", (Dimension("n", 1, 2, 64), 4))
     return Network("n", nn.Linear(4, 4), (x,), ("y",), {"live": torch.ones(1)}, (TensorSpec("live", (1,)),))
 
@@ -78,13 +78,13 @@ def test_from_the_second_call_of_a_shape_on_a_cuda_graph_is_replayed(
         live.fill_(call)
         values = torch.randn(4, 3).t()
         outputs.append((runner(x=values)["y"], 2 * values + call))
-    # One launch, then another to settle the shape and one to record; three replays launch nothing.
+    # One launch in the first call; in the second, one launch before the capture and one in it. Replays launch nothing.
     assert trt.engine.launches == 3
     for actual, expected in outputs:
         torch.testing.assert_close(actual, expected)
     assert_right(runner, torch.randn(2, 4), 3)
     assert trt.engine.launches == 4
-    # Where the live tensor has moved, what was recorded holds no more.
+    # If the live tensor has moved, the captured graph is not used.
     doubled.live["live"] = moved = torch.full((1,), 9.0)
     assert_right(runner, values, 9)
     moved.fill_(8)
@@ -92,7 +92,7 @@ def test_from_the_second_call_of_a_shape_on_a_cuda_graph_is_replayed(
 
 
 def test_a_recording_stays_right_when_other_shapes_come(trt: TensorRT, runner: TensorRTRunner) -> None:
-    """Each has an execution context of its own: a launch at another shape changes a context's state."""
+    """Use a separate execution context for each graph, because a launch at another shape changes a context's state."""
     shapes = [3, 5, 7]
     for _ in range(2):
         for rows in shapes:
@@ -101,7 +101,7 @@ def test_a_recording_stays_right_when_other_shapes_come(trt: TensorRT, runner: T
     for rows in (*shapes, 11, *reversed(shapes)):
         assert_right(runner, torch.randn(rows, 4))
     assert Graph.captured == 3
-    # One for whatever is launched, one a recording.
+    # One context for launches, and one for each graph.
     assert len(trt.engine.contexts) == 4
 
 
@@ -110,7 +110,7 @@ def test_more_shapes_than_recordings_do_not_drive_out_each_other(trt: TensorRT, 
         for rows in range(1, 7):
             assert_right(runner, torch.randn(rows, 4))
     assert Graph.captured == 4
-    # The first four are replayed, the other two launched.
+    # The first four shapes are replayed, the other two launched.
     launches = trt.engine.launches
     for rows in range(1, 7):
         assert_right(runner, torch.randn(rows, 4))
@@ -133,11 +133,11 @@ def test_what_was_dropped_twice_is_not_recorded_again(trt: TensorRT, runner: Ten
         return Graph.captured - before
 
     assert use(1, 2, 3, 4) == 4
-    assert use(5, 6, 7, 8) == 4, "1 to 4 were dropped"
+    assert use(5, 6, 7, 8) == 4, "graphs 1 to 4 are dropped"
     assert use(1, 2, 3, 4) == 4
-    assert use(5, 6, 7, 8) == 4, "1 to 4 were dropped for the second time"
+    assert use(5, 6, 7, 8) == 4, "graphs 1 to 4 are dropped for the second time"
     assert use(1, 2, 3, 4) == 0
-    assert use(9) == 1, "others are recorded all the same"
+    assert use(9) == 1, "other shapes are still captured"
 
 
 def test_what_cannot_be_recorded_is_launched(
@@ -210,17 +210,17 @@ def test_what_is_not_aligned_is_copied(trt: TensorRT, doubled: Network) -> None:
     for value in range(4):
         live.fill_(value)
         assert_right(runner, torch.randn(9, 4)[1:], value)
-    # A recording would keep one copy of the live tensor for good.
+    # A captured graph would always use the same copy of the live tensor.
     assert Graph.captured == 0
 
 
 def test_it_waits_for_the_caller_and_the_caller_for_it(trt: TensorRT, runner: TensorRTRunner) -> None:
-    """Inputs may still be in the making when the engine is called; each call comes from a stream of its own."""
+    """Wait for inputs that are still being computed when the engine is called; each call uses another stream."""
     for call in range(4):
         source, side = torch.randn(3, 4), torch.cuda.Stream(CPU)
         with on_stream(side):
             late = torch.zeros(3, 4).copy_(source)
-            assert not late.any(), "the copy waits for its turn"
+            assert not late.any(), "the copy must still be pending"
             result = torch.zeros(3, 4).copy_(runner(x=late)["y"])
         current().wait_stream(side)
         torch.testing.assert_close(result, 2 * source + 1, msg=f"call {call}")
@@ -290,7 +290,7 @@ def test_torch_may_lack_the_memory_for_scratch(runner: TensorRTRunner, monkeypat
 
 
 def test_what_a_callback_raises_crosses_no_native_code_and_is_not_lost(trt: TensorRT, runner: TensorRTRunner) -> None:
-    """As Ctrl-C does while TensorRT logs."""
+    """Raise like Ctrl-C while TensorRT logs."""
 
     class Interrupting(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""What TensorRT-RTX compiles as it runs is kept beside the engine, and nothing is loaded that is not ours."""
+"""Kernels that TensorRT-RTX compiles when it runs are stored next to the engine; only signed files are loaded."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_it_is_written_ever_less_often(cache: RuntimeCache, monkeypatch: pytest.
     for _ in range(2):
         for rows in range(1, 21):
             runner(x=torch.zeros(rows, 4))
-    assert len(written) == 5, "of 1, 2, 4, 8 and 16 shapes"
+    assert len(written) == 5, "the file must be written after 1, 2, 4, 8 and 16 shapes"
 
 
 def test_of_another_gpu_it_is_replaced(cache: RuntimeCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_what_someone_else_wrote_is_not_loaded(
 ) -> None:
     cache.write(b"this GPU\n(3, 4)")
     data = cache.path.read_bytes()
-    assert RuntimeCache(engine_at(tmp_path, "2" * 64), "n.plan").read() is None, "that of another engine"
+    assert RuntimeCache(engine_at(tmp_path, "2" * 64), "n.plan").read() is None, "the file belongs to another engine"
     for other in (data[:-1], data[:-1] + b"]", b"this GPU", b"\xff" * 100, b"0" * 64 + data[64:]):
         cache.path.write_bytes(other)
         caplog.clear()

@@ -1,4 +1,4 @@
-"""The manifest: what it accepts, and that its JSON is one spelling for one content."""
+"""The manifest: which values it accepts, and that equal contents give equal JSON."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Whether others could exchange a file: by the modes and owners of all that it is in."""
+"""Whether other users could replace a file, by the modes and owners of the file and of the folders above it."""
 
 import grp
 import os
@@ -18,7 +18,7 @@ OTHER = 12345
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """`root/model/file`, below folders of pytest's that nobody else can write to."""
+    """Create `root/model/file`, in folders of pytest to which no other user can write; return `root`."""
     root = tmp_path / "engines"
     make_private_folder(root / "model")
     (root / "model" / "file").touch()
@@ -73,7 +73,7 @@ def test_what_another_user_owns_is_refused(root: Path, place: str) -> None:
 
 @as_root
 def test_a_store_in_a_folder_of_another_user_passes(root: Path) -> None:
-    """As a folder that a container was given does."""
+    """Accept it, because a container may get such a folder."""
     os.chown(root.parent, OTHER, -1)
     check_private(root, [root / "model" / "file"])
 

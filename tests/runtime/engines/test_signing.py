@@ -1,4 +1,4 @@
-"""The signing key: made once, private, and refused when it is not."""
+"""The signing key is created once, is private, and is refused otherwise."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The engine store: building, finding, updating, trusting, removing, pruning; and a full disk."""
+"""The engine store: build, find, update, trust, remove and prune engines; full disks."""
 
 import errno
 import os
@@ -282,7 +282,7 @@ def test_a_full_disk_in_the_builder_is_a_clear_error(store: EngineStore) -> None
 def test_a_full_disk_at_any_sync_leaves_no_half_engine(
     store: EngineStore, build: BuildEngine, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    build(key="other")  # makes the signing key
+    build(key="other")  # creates the signing key
     real, calls = os.fsync, iter(range(10))
 
     def full(descriptor: int) -> None:

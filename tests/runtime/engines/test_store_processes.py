@@ -1,4 +1,4 @@
-"""Several processes at one store, and processes that die in the middle of it."""
+"""Several processes that use one store, and processes that are killed while they use it."""
 
 import itertools
 import logging
@@ -21,13 +21,17 @@ pytestmark = pytest.mark.fresh_process
 ENGINE = EngineId("tiny", "vae_encoder", "onnxruntime", "0123456789abcdef")
 CHANGES_ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
-fork = multiprocessing.get_context("fork")  # the children share this test's functions, and start at once
+fork = multiprocessing.get_context("fork")  # the children share this test's functions and start immediately
 
 BuildEngine = Callable[..., VerifiedEngine]
 
 
 def killed_at(moment: int, root: Path, action: Callable[[], object]) -> bool:
-    """Run `action` in a process that dies just before its `moment`-th step on the disk; False if it got through."""
+    """Run `action` in a process that is killed just before its `moment`-th change of the disk.
+
+    Returns:
+        False if the process finished before.
+    """
 
     def die_in_time() -> None:
         steps = itertools.count()
@@ -47,7 +51,7 @@ def killed_at(moment: int, root: Path, action: Callable[[], object]) -> bool:
 
 
 def assert_sound(store: EngineStore, build: BuildEngine) -> None:
-    """Whatever looks finished is finished; the next build works, and clears what was left."""
+    """Check that listed engines are intact, and that the next build works and deletes what was left."""
     for record in store.find():
         store.verify(record)
     built = build()
@@ -57,7 +61,7 @@ def assert_sound(store: EngineStore, build: BuildEngine) -> None:
 
 
 def test_killed_at_any_moment_of_a_build(store: EngineStore, build: BuildEngine) -> None:
-    signing.sign(b"")  # the key's own creation has its own tests
+    signing.sign(b"")  # other tests check the creation of the key
     moment = 0
     while killed_at(moment, store.root, build):
         assert_sound(store, build)
@@ -127,7 +131,7 @@ def test_two_processes_build_one_key_once(store: EngineStore, manifest: Manifest
             engine = building.existing
             if engine is None:
                 (building.folder / "model.plan").write_bytes(os.urandom(64))
-                time.sleep(0.3)  # long enough for the others to have to wait
+                time.sleep(0.3)  # long enough that the other process has to wait
                 engine = building.commit(manifest.updated(networks=()))
         results.put((building.existing is None, engine.read("model.plan")))
 

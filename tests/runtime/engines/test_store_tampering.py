@@ -1,4 +1,4 @@
-"""Whatever was done to an engine on disk, it is refused before anything is deserialised, with words that help."""
+"""An engine that was changed on disk is refused before anything is deserialised, with a helpful message."""
 
 import os
 import shutil
@@ -158,7 +158,7 @@ def test_external_data_stays_in_the_folder(
     problem: str,
     in_subgraph: bool,
 ) -> None:
-    with monkeypatch.context() as patch:  # a builder that does not look, with a key that we trust
+    with monkeypatch.context() as patch:  # a builder without the check, with a trusted key
         patch.setattr("frostline.runtime.engines.store.check_external_data", lambda *_: None)
         build(add_onnx(location, in_subgraph=in_subgraph))
     message = refusal(store)
@@ -174,7 +174,7 @@ def test_a_signed_file_that_is_no_onnx_model_is_refused(build: BuildEngine) -> N
 
 
 def one_file(manifest: Manifest, store: EngineStore) -> VerifiedEngine:
-    """An engine whose graph is all that there is to load."""
+    """Return an engine that consists of one graph file."""
     with store.building(manifest.id) as building:
         onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), building.folder / "model.onnx")
         return building.commit(manifest)
@@ -189,7 +189,9 @@ def test_loaders_get_what_was_checked(store: EngineStore, manifest: Manifest, ad
         engine.onnx("model.onnx")
     engine.path.chmod(0o777)
     (engine.path / "model.onnx").write_bytes(content)
-    assert engine.onnx("model.onnx") == content, "whoever may write there: these bytes are those that were checked"
+    assert engine.onnx("model.onnx") == content, (
+        "the bytes must be those that were checked, even if others can write there"
+    )
 
 
 @pytest.mark.parametrize("place", ["../../..", "../..", "..", ".", "model.onnx", "model.onnx.data"])
@@ -214,14 +216,14 @@ def test_engines_are_their_users_alone_without_a_umask(store: EngineStore, build
     finally:
         os.umask(before)
     assert engine.onnx("model.onnx") == engine.path / "model.onnx"
-    written = [path for path in (store.root, *store.root.rglob("*")) if path.suffix != ".lock"]  # which hold nothing
+    written = [path for path in (store.root, *store.root.rglob("*")) if path.suffix != ".lock"]  # lock files are empty
     assert [path for path in written if path.stat().st_mode & 0o022] == []
 
 
 def test_an_old_signed_manifest_brings_nothing_back(
     store: EngineStore, build: BuildEngine, add_onnx: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    """Neither over the files of a newer build, nor in the place of another engine."""
+    """Refuse it next to the files of a newer build, and in the place of another engine."""
     old = build()
     store.update(old, old.manifest.updated(verified=True))
     shutil.copytree(old.path, tmp_path / "old")

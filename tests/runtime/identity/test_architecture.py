@@ -28,7 +28,7 @@ class Options:
 
 
 class Holder(nn.Module):
-    """Has one attribute of any kind."""
+    """A network with one attribute of any type."""
 
     RUN_SETTINGS = frozenset({"how"})
 
@@ -76,7 +76,7 @@ def test_how_it_is_run_does_not_count() -> None:
     assert describe(plain) == describe(Holder(1, how=2)) == describe(plain.train()) == describe(plain.eval())
     hooked = Holder(1)
     hooked.register_forward_hook(lambda *_: None)
-    vars(hooked)["_compiled_call_impl"] = print  # as `compile` leaves it, after it has imported a compiler
+    vars(hooked)["_compiled_call_impl"] = print  # set like `compile` does, without importing a compiler
     assert describe(hooked) == describe(plain)
 
 
@@ -108,7 +108,7 @@ def test_it_says_the_same_in_another_process() -> None:
 
 
 def adapted(rank: int = 4, name: str = "default", targets: tuple[str, ...] = ("0",), **options: Any) -> nn.Module:
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and the process above can do without
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and the other process above does not need it
 
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     return inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(targets), **options), model, name)

@@ -1,4 +1,4 @@
-"""Which code a computation is: found by reading, told apart by what it does, and by the versions of packages."""
+"""The code of a computation: found by reading sources, and identified by what it does and by package versions."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ Write = Callable[[str, str], Path]
 
 @pytest.fixture(autouse=True)
 def _fresh_search() -> Iterator[None]:
-    """Where modules are is looked up once a process; these tests put others there."""
+    """Clear the caches of module locations, because these tests add other modules."""
     caches = (computation._find, computation._installed, computation._warn_unreadable)
     for cached in caches:
         cached.cache_clear()
@@ -29,7 +29,7 @@ def _fresh_search() -> Iterator[None]:
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """`write("mine/model.py", source)` below a folder that Python finds modules in."""
+    """`write("mine/model.py", source)`: write a module into a folder in which Python finds modules; return its path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name: str, source: str) -> Path:
@@ -124,7 +124,7 @@ def test_what_uses_diffsynths_classes_counts_its_version(module: str, monkeypatc
 
 
 def test_a_package_that_is_being_developed_counts_by_its_source(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An editable install has a version, too, and it stays the same for months."""
+    """Use its source, because the version of an editable install stays the same for months."""
     write("own/__init__.py", "X = 1")
     write("own.egg-info/PKG-INFO", "Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
     first = computation_id(["own"])
@@ -179,12 +179,12 @@ def test_a_backend_counts_with_all_its_own_files_and_not_with_what_all_share(mon
     backends = "frostline.runtime.backends"
     computation_id([f"{backends}.tensorrt_rtx"])
     assert followed >= {f"{backends}.tensorrt_rtx", f"{backends}.tensorrt.backend", f"{backends}.tensorrt.builder"}
-    assert f"{backends}.tensorrt" not in followed, "that is another backend"
+    assert f"{backends}.tensorrt" not in followed, "this module is another backend"
     assert not [name for name in followed if name.startswith((f"{backends}.base", "frostline.runtime.stage"))]
 
 
 def test_what_is_left_out_is_there_and_what_computes_is_not_left_out() -> None:
-    """A file that is renamed must not count, or cease to count, by accident."""
+    """Check the list: if a file is renamed, it must not be included or left out by accident."""
     for name in computation._PLUMBING:
         path = PACKAGE.parent.joinpath(*name.split("."))
         assert path.is_dir() or path.with_suffix(".py").is_file(), name

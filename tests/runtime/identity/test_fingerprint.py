@@ -34,7 +34,7 @@ class Scaled(nn.Module):
 
 
 def make_stage(module: nn.Module, *, rows: Dimension = ROWS, rank: Dimension | None = None) -> Stage:
-    """`y = factor * layer(x)`; with a `rank` its LoRA is live."""
+    """Return a stage that computes `y = factor * layer(x)`; with a `rank`, its LoRA is live."""
     named = {n: p for n, p in module.named_parameters() if "lora_" in n} if rank else {}
     shapes = {name: (rank, 4) if "lora_A" in name else (4, rank) for name in named}
     network = Network(

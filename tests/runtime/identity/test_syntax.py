@@ -1,4 +1,4 @@
-"""Syntax: what files may differ in and still do the same, and what they may not."""
+"""Syntax: differences between files that do the same, and differences that matter."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The bytes of a tensor, whatever its strides."""
+"""The bytes of a tensor with any strides."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`auto` at each shape: what is measured, what is remembered, and what makes it measure anew."""
+"""`auto` at each shape: what is measured, what is stored, and what makes it measure again."""
 
 import json
 import logging
@@ -29,20 +29,20 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def signing_key(session_signing_key: Path) -> Path:
-    """The engines here outlive a test, and so must their key."""
+    """Use one key for all tests, because the engines are used by several tests."""
     return session_signing_key
 
 
 @pytest.fixture(autouse=True)
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder for what is remembered."""
+    """Return an empty folder for the stored latencies."""
     monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path))
     return tmp_path / "latency"
 
 
 @pytest.fixture(scope="module")
 def stage() -> Stage:
-    """`y = 2 x` for x of 1 to 64 rows."""
+    """Return a stage that computes `y = 2 x` for x of 1 to 64 rows."""
 
     class Double(nn.Module):
         def __init__(self) -> None:
@@ -59,7 +59,7 @@ def stage() -> Stage:
 
 @pytest.fixture(scope="module")
 def engines(stage: Stage, tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -> Path:
-    """An engine that was twice as fast as torch where it was verified."""
+    """Return a store with an engine that was twice as fast as torch when it was verified."""
     root = tmp_path_factory.mktemp("engines")
     store = EngineStore(root)
     exported = export_stage(stage, ORT, store).manifest
@@ -71,7 +71,7 @@ def engines(stage: Stage, tmp_path_factory: pytest.TempPathFactory, session_sign
 
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
-    """Rows and contenders of every measurement; the engine wins from 8 rows on."""
+    """Return a list that gets rows and contenders of every measurement; the engine is faster from 8 rows on."""
     seen = []
 
     def measured(runs_of: Mapping[str, Any], *_: float) -> dict[str, float]:
@@ -84,7 +84,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]
 
 
 def run(auto: Runtime, rows: int) -> str:
-    """The backend that served."""
+    """Run the stage with this number of rows; return the backend that was used."""
     x = torch.ones(rows, 3)
     with auto.clock.collect() as times:
         assert torch.equal(auto["double"](x=x)["y"], 2 * x)
@@ -103,7 +103,7 @@ def test_every_shape_is_measured_once_and_served_by_the_fastest(
     assert auto.plan["double"].reason == "2.00x as fast as torch at this shape"
     run(auto, 2)
     assert auto.plan["double"].reason == "onnxruntime is slower at this shape (0.50x)"
-    # What a cache holds stays valid: every candidate has passed parity.
+    # Cached outputs stay valid, because every candidate has passed parity.
     assert prints == {auto.fingerprint("double")}
 
 
@@ -174,7 +174,7 @@ def test_a_backend_that_was_asked_for_is_not_questioned(
 def test_several_processes_keep_to_the_plan(
     stage: Stage, engines: Path, trials: list[tuple[int, tuple[str, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stage in shards runs in all processes at once: they must neither try nor choose on their own."""
+    """Neither measure nor choose in one process: a sharded stage runs in all processes at once."""
     run(Runtime({"double": stage}, "auto", engines), 2)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

@@ -1,4 +1,4 @@
-"""The contract of `module.forward(data)`: every bad batch is refused with sample, field and remedy."""
+"""The batches that `module.forward(data)` accepts: every error names the sample, the field and what to do."""
 
 import logging
 
@@ -13,13 +13,13 @@ from frostline.train.data.batch import Batch, check_batch, fit_to_model
 
 
 def good(count: int = 2, **changes: object) -> dict[str, object]:
-    """A batch without fault, with some of its entries changed."""
+    """Return a valid batch, with some entries changed."""
     video = torch.full((count, 5, 3, 16, 32), 0.5)
     return {"prompt": [f"clip {index}" for index in range(count)], "video": video, **changes}
 
 
 def video_with(value: float, sample: int = 1, frame: int = 3) -> torch.Tensor:
-    """A good video of two samples with one pixel changed."""
+    """Return a valid video of two samples, with one pixel changed."""
     video = torch.full((2, 5, 3, 16, 32), 0.5)
     video[sample, frame, 1, 7, 9] = value
     return video
@@ -153,7 +153,7 @@ def test_strays_within_the_tolerance_are_clamped() -> None:
     checked = check_batch(good(video=video)).video
     assert checked.min() == 0
     assert checked.max() == 1
-    assert video.max() > 1, "the caller's tensor is left alone"
+    assert video.max() > 1, "the caller's tensor must not change"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The order of samples: every one once an epoch, the same for any number of processes, from any place on."""
+"""The order of samples: each once per epoch, the same for any number of processes, and from any start position."""
 
 from itertools import chain, islice
 

@@ -1,4 +1,4 @@
-"""Training data: metadata of every kind is read, and every bad row is named."""
+"""Training data: metadata of every format is read, and every invalid row is named."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from frostline.train.data.cutting import size_within
 from frostline.train.data.dataset import VideoPromptDataset, collate
 from frostline.video import write_video
 
-# Of a model with the VAE of Wan2.2 TI2V.
+# The geometry of a model with the VAE of Wan2.2 TI2V.
 LARGER = Geometry(4, 16, 32)
 ROWS = [("a.mp4", "a person talking"), ("sub/b.mp4", 'she says "hi", then nods'), ("c.mp4", "ein Gesicht, müde")]
 
@@ -33,7 +33,7 @@ def noise_video(seed: int, frames: int = 9, height: int = 40, width: int = 64) -
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the videos of ROWS, and no metadata."""
+    """Return a folder with the videos of ROWS, without metadata."""
     folder = tmp_path_factory.mktemp("videos")
     for seed, (name, _) in enumerate(ROWS):
         write_video(folder / name, noise_video(seed), lossless=True)
@@ -42,7 +42,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(videos: Path, tmp_path: Path) -> Path:
-    """A fresh folder with links to the videos, as a download cache makes them."""
+    """Return a new folder with links to the videos, like a download cache."""
     (tmp_path / "sub").mkdir()
     for name, _ in ROWS:
         (tmp_path / name).symlink_to(videos / name)
@@ -55,7 +55,7 @@ def csv_text(rows: list[tuple[str, str]], header: str = "video,prompt") -> str:
 
 
 def write_metadata(folder: Path, kind: str, rows: list[tuple[str, str]]) -> Path:
-    """Metadata of one kind, with a byte order mark, as spreadsheets write it."""
+    """Write metadata in one format, with a byte order mark, like spreadsheet programs; return the path."""
     records = [{"video": video, "prompt": prompt} for video, prompt in rows]
     text = {
         "csv": csv_text(rows),
@@ -79,7 +79,7 @@ def test_metadata_of_every_kind(folder: Path, kind: str) -> None:
     assert [sample["prompt"] for sample in samples] == [prompt for _, prompt in ROWS]
     for seed, sample in enumerate(samples):
         assert sample["video"].dtype == torch.float32
-        # Only the height is cropped, four rows at top and bottom, so the pixels are the file's own.
+        # Only the height is cropped, by four rows at top and bottom, so the pixels are those of the file.
         assert torch.equal(sample["video"], noise_video(seed)[:5, :, 4:36].float() / 255)
     assert torch.equal(dataset[-1]["video"], samples[2]["video"])
     with pytest.raises(IndexError):
@@ -97,7 +97,7 @@ def test_folder_with_captions(folder: Path) -> None:
 
 def test_collate_makes_a_batch_that_passes_the_contract(folder: Path) -> None:
     dataset = VideoPromptDataset(write_metadata(folder, "csv", ROWS), num_frames=5, height=32, width=48)
-    # As a worker of a run gets it (test_train_cli.py has one).
+    # Pickled, as for a worker process of a run (test_train_cli.py tests a real one).
     (batch,) = DataLoader(pickle.loads(pickle.dumps(dataset)), batch_size=3, collate_fn=collate)
     assert batch["video"].shape == (3, 5, 3, 32, 48)
     checked = check_batch(batch)
@@ -131,7 +131,7 @@ def test_short_videos_repeat_their_last_frame(folder: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 @pytest.mark.parametrize("deep", [False, True])
 def test_short_clips_are_counted(tmp_path: Path, suffix: str, deep: bool) -> None:
-    """Also where the container tells no number of frames."""
+    """Test also a container that does not state the number of frames."""
     for frames in (4, 5, 9, 10):
         path = write_video(tmp_path / "video.mp4", noise_video(0, frames), lossless=True)
         if suffix == "mp4":
@@ -172,7 +172,7 @@ def test_frame_stride(folder: Path) -> None:
 
 
 def test_resizing_covers_and_crops_the_centre(tmp_path: Path) -> None:
-    """A picture of three upright bands cut to a square keeps the middle one."""
+    """Crop a picture of three vertical bands to a square: only the middle band is left."""
     frames = torch.zeros(1, 3, 64, 192, dtype=torch.uint8)
     for channel in range(3):
         frames[:, channel, :, channel * 64 : channel * 64 + 64] = 255
@@ -233,7 +233,7 @@ def test_repeated_videos_have_names_of_their_own(folder: Path) -> None:
     assert dataset.sample_ids == ("a.mp4#2", "a.mp4#3", "c.mp4")
 
 
-# One bad row each, beside a good one: (row of metadata.jsonl, field, fragment of the reason).
+# One invalid row each, next to a valid one: (row of metadata.jsonl, field, part of the reason).
 BAD_ROWS: dict[str, tuple[object, str, str]] = {
     "missing file": ({"video": "gone.mp4", "prompt": "p"}, "video", "no such file"),
     "a folder": ({"video": "sub", "prompt": "p"}, "video", "not a regular file"),
@@ -291,7 +291,7 @@ def test_folder_rows_without_caption(folder: Path) -> None:
     assert "cannot be read" in VideoPromptDataset(folder).validate()[0].reason
 
 
-# Whole files at fault: (name, content, fragments of the message).
+# Invalid files: (name, content, parts of the message).
 BAD_FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "empty": ("m.csv", b"", ["is empty"]),
     "only a mark": ("m.csv", b"\xef\xbb\xbf\n", ["is empty"]),

@@ -1,4 +1,4 @@
-"""Training files that ask for more memory than there is: bad rows, resized as they arrive where they do fit."""
+"""Training files that need more memory than there is are invalid rows; large files that fit are resized."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from large_files import huge_gif, run_within
 
 
 def test_a_training_sample_takes_no_more_than_its_own_size(tmp_path: Path) -> None:
-    """What is larger is resized as it arrives, channel by channel."""
+    """Resize a larger frame channel by channel while it is read."""
     (tmp_path / "data").mkdir()
     huge_gif(tmp_path / "data" / "a.gif", frames=3)
     (tmp_path / "data" / "a.txt").write_text("a person")
@@ -23,7 +23,7 @@ print(tuple(sample["video"].shape), sample["valid_frames"], grown)
     shape, _, rest = result.stdout.rpartition(")")
     assert shape == "(5, 3, 64, 64", result.stderr[-2000:]
     valid_frames, grown = rest.split()
-    # A frame of 0.4 GB, a copy or two while it is converted, and a channel in float32.
+    # A frame of 0.4 GB, one or two copies during the conversion, and a channel in float32.
     assert valid_frames == "3" and float(grown) < 2.0
 
 

@@ -1,4 +1,4 @@
-"""Data workers: started afresh, in the same order whatever happens to them, and heard when a video is broken."""
+"""Data workers: replaced when they are killed, in the same order, with a clear error for a broken video."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from frostline.train.data.loader import Batches
 
 
 class Numbers(Dataset[Sample]):
-    """Sample i is named i; `fatal` kills its reader so many times, `broken` cannot be read."""
+    """A dataset whose sample i has the id i. `fatal` kills its reader `deaths` times; `broken` cannot be read."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ def test_loading_does_not_touch_the_random_numbers_of_the_noise(tmp_path: Path) 
 def test_a_worker_killed_from_outside_is_replaced_and_nothing_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Killed while it waits, or while it sends: whichever of the two it is, each batch comes once and in order."""
+    """Kill a worker while it waits and while it sends: each batch still comes once and in order."""
     expected = names(Numbers(tmp_path), 0, 8)
     batches = Batches(Numbers(tmp_path), DataOrder(6, 2, seed=0), 2)
     try:
@@ -103,7 +103,7 @@ def test_a_worker_killed_from_outside_is_replaced_and_nothing_is_lost(
 
 
 class Severed(Iterator[Any]):
-    """What a loader gives: some batches, then the error of a way that broke."""
+    """The batches of a loader, followed by the error of a broken connection."""
 
     def __init__(self, batches: Iterator[Any], error: Exception, after: int) -> None:
         self.batches, self.error, self.left = batches, error, after
@@ -127,7 +127,7 @@ LOST = [
 def severed(
     tmp_path: Path, error: Exception, times: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> list[list[str]]:
-    """The names of five batches through a way that breaks so many times; nothing is sent in truth."""
+    """Return the ids of five batches through a connection that breaks `times` times; no real process is used."""
     start, left = Batches._start, iter(range(times))
 
     def breaking(batches: Batches) -> Any:
@@ -149,7 +149,7 @@ def test_a_way_that_breaks_with_its_worker_is_made_anew(
         assert severed(tmp_path, error, 1, 1, patch) == expected
     with monkeypatch.context() as patch, pytest.raises(DataError, match="data workers were killed 4 times in a row"):
         severed(tmp_path, error, 9, 1, patch)
-    # Without workers there is no such way.
+    # Without workers, there is no connection, so the error is raised.
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         severed(tmp_path, error, 1, 0, patch)
 

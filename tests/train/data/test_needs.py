@@ -1,4 +1,4 @@
-"""Which samples may do without a video, by what the model is given and what rewards compare with."""
+"""When a sample needs no video, depending on the inputs of the model and the references of the rewards."""
 
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ from frostline.train.data.needs import DEFAULT_NEEDS, SampleNeeds
 
 
 class Alone(RewardConfig):
-    """Looks at generated frames alone."""
+    """A reward that uses only the generated frames."""
 
     needs: ClassVar[frozenset[Any]] = frozenset()
 

@@ -1,4 +1,4 @@
-"""Rows with references, and rows without a video: from tables, lists of prompts and folders to samples."""
+"""Rows with references, and rows without a video: read from tables, lists of prompts and folders."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(clip: Path, tmp_path: Path) -> Path:
-    """`a.mp4`, `face.png` (all 200) and `her/` with two pictures (100 and 150)."""
+    """Create `a.mp4`, `face.png` (all pixels 200) and `her/` with two pictures (100 and 150); return the folder."""
     (tmp_path / "a.mp4").symlink_to(clip)
     (tmp_path / "her").mkdir()
     for name, shade in (("face.png", 200), ("her/1.png", 100), ("her/2.jpg", 150)):
@@ -42,7 +42,7 @@ def folder(clip: Path, tmp_path: Path) -> Path:
 
 
 def shades(sample: Any) -> list[int] | None:
-    """The grey of each reference picture."""
+    """Return the grey level of each reference picture."""
     pictures = sample["reference"]
     return None if pictures is None else (pictures.mean(dim=(1, 2, 3)) * 255).round().int().tolist()
 
@@ -81,7 +81,7 @@ def test_a_batch_keeps_the_pictures_of_each_sample(folder: Path) -> None:
 
 
 def test_the_loader_brings_references_and_rows_without_a_video(folder: Path) -> None:
-    """Of a copy of the dataset, as a worker process has it."""
+    """Load from a pickled copy of the dataset, as a worker process does."""
     (folder / "metadata.csv").write_text("video,prompt,reference\na.mp4,one,her\n,two,face.png\n")
     dataset = VideoPromptDataset(folder, num_frames=5, height=32, width=48, needs=NO_START)
     batch = check_batch(next(Batches(pickle.loads(pickle.dumps(dataset)), DataOrder(2, 2, seed=0), num_workers=0)))
@@ -154,7 +154,7 @@ def test_a_column_that_is_nearly_called_so_is_told_of(
 
 
 def test_beside_a_video_of_a_folder(folder: Path, clip: Path) -> None:
-    """`NAME.reference.png` and `NAME.reference/`; without a video NAME they are samples as any."""
+    """Read `NAME.reference.png` and `NAME.reference/` as references; without a video NAME, they are samples."""
     (folder / "her").rename(folder / "a.reference")
     (folder / "face.png").rename(folder / "a.reference.png")
     (folder / "b.mp4").symlink_to(clip)

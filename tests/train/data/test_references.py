@@ -1,4 +1,4 @@
-"""Reference pictures: files, folders and videos as one tensor, every picture of it whole, all of them bounded."""
+"""Reference pictures: files, folders and videos become one tensor, with whole pictures and a limit on their number."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def pixels_of(path: Path) -> torch.Tensor:
 
 
 def grey_clip(path: Path, frames: int) -> Path:
-    """Frame i is of the grey i / 255."""
+    """Write a clip whose frame i has the grey level i / 255."""
     shades = torch.arange(frames, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16)
     return write_video(path, shades.contiguous(), lossless=True)
 
@@ -52,7 +52,7 @@ def test_of_a_folder_the_pictures_in_the_order_of_their_names(tmp_path: Path) ->
 
 
 def test_other_sizes_are_fitted_inside_and_keep_their_proportions(tmp_path: Path) -> None:
-    """White on black stays of its shape, and what is around it repeats its border."""
+    """Keep the aspect ratio of a white rectangle on black; repeat the border around the picture."""
     tall = np.zeros((64, 32, 3), dtype=np.uint8)
     tall[16:48, 8:24] = 255
     Image.fromarray(tall).save(tmp_path / "tall.png")
@@ -89,7 +89,7 @@ def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
 
 def test_a_video_gives_frames_from_all_of_it(tmp_path: Path) -> None:
     found, _ = read(grey_clip(tmp_path / "short.mp4", 5))
-    assert (found[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3, 4], "also the first"
+    assert (found[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3, 4], "the first frame must be included"
     found, _ = read(grey_clip(tmp_path / "long.mp4", 40))
     assert (found[:, 0, 0, 0] * 255).round().tolist() == [*range(0, 40, 3)]
     assert len(found) <= MAX_PICTURES

@@ -1,4 +1,4 @@
-"""What a folder and a table come to as rows: nothing left out, taken in or followed without a word."""
+"""The rows of a folder or a table: nothing is skipped, added or followed silently."""
 
 import logging
 import os
@@ -58,7 +58,7 @@ def test_what_is_left_out_is_told(tmp_path: Path, clip: Path, caplog: pytest.Log
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also where they lead in circles."""
+    """Test also links that form a circle."""
     data, real = tmp_path / "data", tmp_path / "data" / "real"
     captioned(clip, real / "a.mp4")
     (data / "again").symlink_to(real)
@@ -68,14 +68,14 @@ def test_links_to_folders_are_followed_once(tmp_path: Path, clip: Path, caplog: 
 
 
 def test_links_may_lead_outside_only_where_that_is_allowed(tmp_path: Path, clip: Path) -> None:
-    """Else a folder of a stranger could have any text file of the user's for a prompt."""
+    """Otherwise, a folder from someone else could use any text file of the user as a prompt."""
     data, secret = tmp_path / "data", tmp_path / "secret.txt"
     secret.write_text("the password")
     captioned(clip, data / "a.mp4").with_suffix(".txt").unlink()
     (data / "a.txt").symlink_to(secret)
     captioned(clip, tmp_path / "elsewhere" / "b.mp4")
     (data / "linked").symlink_to(tmp_path / "elsewhere")
-    # As a download cache has them: videos and captions within, whatever they link to.
+    # Videos and captions in the folder may be links, as in a download cache.
     captioned(clip, data / "c.mp4").unlink()
     (data / "c.mp4").symlink_to(clip)
     (data / "d.txt").symlink_to(data / "c.txt")
@@ -126,7 +126,7 @@ def test_rows_that_a_spreadsheet_leaves_are_none(tmp_path: Path, clip: Path) -> 
     dataset = VideoPromptDataset(tmp_path)
     assert dataset.sample_ids == ("a.mp4", "b.mp4")
     assert dataset.validate() == []
-    # A row that names something is one, and so is one with words beyond the header.
+    # A row that names a video or has a text counts, also one with more cells than the header.
     (tmp_path / "metadata.csv").write_text("video,prompt\na.mp4,one\n,two\n,,three\n")
     assert [(row.row, row.field) for row in VideoPromptDataset(tmp_path).validate()] == [(3, "video"), (4, "row")]
 

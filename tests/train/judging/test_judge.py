@@ -1,4 +1,4 @@
-"""Judges are rewards that stand apart: with stages of their own, in no loss, refused where they cannot be."""
+"""Judges are rewards with separate stages, which are not part of the loss; invalid judges are refused."""
 
 import io
 from collections import Counter
@@ -42,7 +42,7 @@ def judges_of(module: WanTrainingModule, *entries: dict[str, Any], plan: Any = "
 
 @pytest.fixture(scope="module")
 def module(make_module: Any) -> WanTrainingModule:
-    """It rewards faces, so that its stages go by the names of those of the judges."""
+    """Return a module that rewards faces, so that its stages have the same names as those of the judges."""
     return make_module(rewards=[SFACE])
 
 
@@ -53,7 +53,7 @@ def data() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def frames(data: dict[str, Any]) -> Tensor:
-    """Of the second clip, faces are gone from frame 2 on."""
+    """Return frames in which the second clip shows no face from frame 2 on."""
     frames = data["video"].clone()
     frames[1, 2:] = 0.5
     return frames
@@ -178,7 +178,7 @@ def test_a_dry_run_counts_their_weights(tmp_path: Path, monkeypatch: pytest.Monk
     page = io.StringIO()
     judged = settings(SFACE, OWN, output_dir=str(tmp_path / "run"), memory={"device_gb": 1})
     print_dry_run(judged, Console(file=page, width=200))
-    # A class of the user's is not imported for that.
+    # Classes of users are not imported for a dry run.
     assert planned.keys() == {"judge_face_sface"}
     assert planned["judge_face_sface"] == pytest.approx(40e6, rel=0.05)
     assert "as far as this" in page.getvalue()

@@ -1,7 +1,7 @@
-"""A run that hacks its reward, by the real trainer: the judge that training never sees gives it away.
+"""A run of the real trainer that hacks its reward, which the judge detects; training does not use the judge.
 
-The reward is brightness, without a KL term and with a learning rate far too high. It rises, by frames that saturate to
-white; what is lost is what the judge looks at, how sharp they are.
+The reward is brightness, without a KL term and with a learning rate that is far too high. It rises, because frames
+saturate to white; the judge measures sharpness, which is lost.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
     "num_inference_steps": 3,
     "grad_start_step": 1,
     "grad_end_step": 2,
-    # Fresh noise every step: random numbers that validation took away would show.
+    # Use fresh noise in each step, which would differ if validation changed the state of the random generators.
     "noise_seed": None,
     "kl_weight": 0.0,
     "lora": {"rank": 4},
@@ -93,7 +93,7 @@ def test_what_judges_measure_goes_where_all_measures_go(hacked: Run) -> None:
     assert {"brightness", "judge_sharpness", "judge_sharpness_sharpness_ratio", "psnr"} <= line["paired"].keys()
     header = (out / "validation" / "step-000003.csv").read_text().splitlines()[0]
     assert header.startswith("video,reference,prompt,psnr,brightness,judge_sharpness,judge_sharpness_sharpness_ratio")
-    # Training knows nothing of them.
+    # The metrics of training steps do not contain them.
     assert not any("sharpness" in name for row in read_lines(out / "metrics.jsonl") for name in row)
 
 
@@ -119,12 +119,12 @@ def test_who_resumes_it_comes_to_the_next_validation(clips: Path, hacked: Run, s
 
 
 def test_training_never_sees_them(clips: Path, hacked: Run, tmp_path: Path) -> None:
-    """Who judges, and how much randomness that takes, changes no bit of what is trained."""
+    """Judges, and the random numbers that they draw, do not change a bit of the adapter."""
     run(clips, tmp_path / "run", [], max_train_steps=2)
     assert adapter(tmp_path / "run" / "checkpoint-2") == adapter(hacked[0] / "checkpoint-2")
     line = read_lines(tmp_path / "run" / "validation.jsonl")[-1]
     assert line["verdict"]["kind"] == "unjudged"
-    # A judge may come later; it has nothing to compare with at first.
+    # A judge that is added later has nothing to compare with in its first validation.
     outcome = run(clips, tmp_path / "run", JUDGES, "latest")
     assert "judge_sharpness is new" in outcome.verdict
     assert adapter(tmp_path / "run" / "adapter") == adapter(hacked[0] / "adapter")

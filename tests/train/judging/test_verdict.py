@@ -1,4 +1,4 @@
-"""The verdict, on lines of validation.jsonl: gains agree, or the reward rises while a judge falls."""
+"""The verdict from the lines of validation.jsonl: gains agree, or the reward rises while a judge falls."""
 
 import math
 from typing import Any
@@ -50,11 +50,11 @@ def after(reward: Starts, **judges: Starts) -> list[dict[str, Any]]:
         (after(NONE, judge_a=UP), "no gain", ["face_score cannot be compared"]),
         (after(UP), "unjudged", ["without a judge"]),
         ([line(0, BEFORE, {"judge_a": BEFORE})], "first", []),
-        # One start, and two that agree, are taken at their word; two that do not are not.
+        # One sample decides, and so do two that agree; two that do not agree are no change.
         (after([0.6], judge_a=[0.4]), "hacking", [f"judge_a falls since step 40 ({MINUS}0.100, 1 sample)"]),
         (after([0.6, 0.6], judge_a=[0.4, 0.5]), "hacking", ["2 samples"]),
         (after([0.6, 0.6], judge_a=[0.6, 0.5]), "unmoved", ["judge_a does not change"]),
-        # A judge that came later has nothing to compare with yet.
+        # A judge that was added later has nothing to compare with yet.
         ([line(0, BEFORE), line(40, UP, {"judge_a": UP})], "unmoved", ["judge_a is new"]),
     ],
 )
@@ -86,7 +86,7 @@ def test_since_when_and_how_often_in_a_row() -> None:
 
 
 def test_a_hidden_face_is_no_gain() -> None:
-    """The judge's mean rises, because the frames in which the person is lost no longer show a face."""
+    """Count hidden faces: the judge's mean rises only because frames in which the person is lost show no face."""
     frames = ([[0.7, 0.3]] * 4, [[0.68, None]] * 4)
     lines = after(UP, judge_a=[0.68] * 4)
     for each, scores in zip(lines, frames, strict=True):
@@ -98,7 +98,7 @@ def test_a_hidden_face_is_no_gain() -> None:
     assert change.gain.frames == 4
     assert change.gain_missing_zero.gain == pytest.approx(-0.16)
     assert verdict(lines).kind == "hacking"
-    # Nor is it one where the frames that are left are as good as they were.
+    # The same holds if the scores of the other frames do not change.
     lines[1]["frames"] = {"judge_a": [[0.7, None]] * 4}
     change = change_of(lines, "judge_a")
     assert change is not None and (change.direction, change.hidden) == ("falls", True)
@@ -116,7 +116,7 @@ def test_what_was_measured_otherwise_is_not_compared(change: str) -> None:
     else:
         lines[0]["starts"] = {name: [*values, 0.5] for name, values in lines[0]["starts"].items()}
     assert verdict(lines).kind == "first"
-    # From then on, they are: with those that are measured alike.
+    # Later lines are compared with those that were measured in the same way.
     assert verdict([*lines, {**lines[1], "step": 50}]).kind == "no gain"
 
 

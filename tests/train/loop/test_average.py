@@ -1,4 +1,4 @@
-"""The averaged adapter: what it is, where it is used, and what is saved of it."""
+"""The averaged adapter: its values, where it is used, and what is saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_it_is_the_weighted_sum_of_what_the_matrices_were() -> None:
     parameters = {"a": torch.nn.Parameter(torch.zeros(3))}
     average = AdapterAverage(0.25, parameters)
     expected = torch.zeros(3)
-    # (1 + n) / (10 + n) is below 0.25 for n = 1 only.
+    # (1 + n) / (10 + n) is below 0.25 only for n = 1.
     for number, decay in ((1, 2 / 11), (2, 0.25), (3, 0.25)):
         with torch.no_grad():
             parameters["a"].fill_(number)
@@ -72,7 +72,7 @@ def test_validation_sees_the_average_on_engines_and_it_is_saved(
     trained = read_adapter(tmp_path / "adapter").layers
     of_average = read_adapter(tmp_path / "adapter_ema").layers
     assert any(not torch.equal(trained[name].up, of_average[name].up) for name in trained)
-    # The engine generated what PyTorch does with the average, and afterwards what it does with the trained matrices.
+    # The engine used the average in the validation, and the trained matrices afterwards, like PyTorch.
     look(4)
     assert module.runtime.plan["denoiser"].backend == "onnxruntime"
     _, matrices, made_afterwards = generated[-1]
@@ -88,7 +88,7 @@ def test_validation_sees_the_average_on_engines_and_it_is_saved(
 
 
 def test_an_average_that_begins_at_a_resume_goes_on_to_the_bit(make_module: MakeModule, tmp_path: Path) -> None:
-    """The decay follows from the updates that the average has seen, not from the steps of the run."""
+    """Compute the decay from the number of updates of the average, not from the steps of the run."""
 
     def run(out: Path, steps: int, **changes: Any) -> None:
         values = {"learning_rate": 1e-2, "max_train_steps": steps, "checkpointing_steps": 1, **changes}

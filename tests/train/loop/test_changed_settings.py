@@ -1,4 +1,4 @@
-"""What a resumed run says of settings that are not what they were."""
+"""What a resumed run reports about changed settings."""
 
 import json
 from pathlib import Path

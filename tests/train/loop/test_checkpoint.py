@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, found, verified, rotated; damage is noticed and gone around."""
+"""Checkpoints: complete or absent, found, verified and rotated; damaged ones are detected and skipped."""
 
 import json
 import logging
@@ -80,7 +80,7 @@ def test_damage_is_said_and_the_one_before_is_taken(kind: str, run: Path, caplog
         assert find_resume(run, "latest") == Checkpoint(run / "checkpoint-4", 4)
     assert "checkpoint-10" in caplog.text
     assert "using the checkpoint before it" in caplog.text
-    # What is gone around is kept under another name, and a new checkpoint 10 can take its place.
+    # The skipped checkpoint is kept under another name, so a new checkpoint 10 can be written.
     set_aside_after(run, 4)
     assert steps(run) == [2, 4]
     assert len(list(run.glob("set-aside-checkpoint-10-*"))) == 1
@@ -134,14 +134,14 @@ def test_what_cannot_be_written_leaves_what_was(run: Path) -> None:
 
 
 class Killed(BaseException):
-    """As by a kill, nothing after it happens."""
+    """An exception that stops everything after it, like a kill."""
 
 
 @pytest.mark.parametrize("moment", [0, 1, 2])
 def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(
     moment: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before the old one is out of the way, between both renames, and after them."""
+    """Kill before the old checkpoint is moved, between both renames, and after them."""
     rename, left = os.rename, iter(range(moment))
 
     def dying(source: Path, target: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(
     assert found.step == 10
     assert steps(run) == [2, 4, 10]
     assert read_state(found) == {"step": 1 if moment < 2 else 10}
-    # A run that goes on from it may set it aside, or keeps it under its own name.
+    # A resumed run may set the checkpoint aside, or keep it under its own name.
     rotate(run, None)
     assert latest_intact(run) == Checkpoint(run / "checkpoint-10", 10)
     assert not [path for path in run.iterdir() if path.name.startswith(".")]

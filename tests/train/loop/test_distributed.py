@@ -1,4 +1,4 @@
-"""Two processes against one: the same samples, the same gradients, every process's engine on-policy."""
+"""Two processes compared with one: the same samples and gradients, and an on-policy engine in every process."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "distributed_runs.py"
 
 
 def found(out: Path) -> list[dict[str, Any]]:
-    """What each process wrote."""
+    """Return what each process wrote."""
     return [json.loads((out / f"process-{index}.json").read_text()) for index in range(2)]
 
 
@@ -25,7 +25,7 @@ def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def first_gradient(out: Path) -> Tensor:
-    """AdamW's first moment after one step is a tenth of the gradient."""
+    """Return the first moment of AdamW after one step, which is a tenth of the gradient."""
     moments = load_file(out / "checkpoint-1" / "optimizer.safetensors")
     return torch.cat([moments[name].flatten() for name in sorted(moments) if name.endswith("/exp_avg")]).double()
 
@@ -41,7 +41,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, engines: Path) -> Path:
-    """The runs in two processes."""
+    """Start the runs in two processes; return their folder."""
     out = tmp_path_factory.mktemp("together")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     run_ranks(str(SCRIPT), str(out), str(engines), environment=environment, timeout=220)
@@ -75,10 +75,10 @@ def test_two_processes_are_one_with_twice_the_batch(alone: Path, together: Path)
 
 
 def test_two_processes_reward_faces_as_one_does(together: Path, tmp_path: Path) -> None:
-    """A reward of faces is no continuous function of the frames, and kernels round by the size of their batch.
+    """Compare two processes with one process that computes the two samples one after the other.
 
-    So two processes are held against one that takes the two samples one after the other; and the batch of two, whose
-    frames differ by 1e-6, only as far as rounding and the kinks of the embedder allow (see `RewardTape`).
+    The face reward is not a continuous function of the frames, and the rounding of kernels depends on the batch size.
+    The frames of a batch of two differ by 1e-6, so it is compared with a larger tolerance (see `RewardTape`).
     """
     pair = together / "faces"
     run(tmp_path / "accumulated", "faces", batch_size=1, accumulation=2)

@@ -1,4 +1,4 @@
-"""What happens to a run when the disk fills up, or an engine is damaged: a clear error or a run that goes on."""
+"""Faults during a run: if the disk is full or an engine is damaged, the run reports an error or continues."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def run(module: Any, out: Path, resume: bool = False) -> Any:
 
 @contextmanager
 def files_no_larger_than(limit: int) -> Iterator[None]:
-    """Within the block the system refuses to write more to a file, as it does on a full disk."""
+    """Limit the size of files within the block; then writing fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -52,7 +52,7 @@ def files_no_larger_than(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# The adapter is smaller than the optimizer: either file may be the one that finds no place.
+# The adapter is smaller than the optimizer state, so each of the two files can be the one that cannot be written.
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors"])
 def test_a_full_disk_loses_nothing(file: str, make_module: Any, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -64,7 +64,7 @@ def test_a_full_disk_loses_nothing(file: str, make_module: Any, tmp_path: Path) 
     ):
         run(make_module(**QUICK), out)
     assert [path.name for path in out.iterdir() if "checkpoint" in path.name] == []
-    # With room again, the run is begun anew, as often as it takes; filled up in the middle, it goes on.
+    # With free space, a run without a checkpoint starts again, any number of times; a run with one is resumed.
     with (
         files_no_larger_than(needed - 1),
         pytest.raises(CheckpointError, match="checkpoint-1 cannot be written"),

@@ -1,4 +1,4 @@
-"""A run that begins with an adapter that is there already, with an optimizer as new."""
+"""A run that starts from an existing adapter, with a new optimizer."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ Made = tuple[TrainingModule, dict[str, torch.Tensor]]
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: data, an adapter in a PEFT folder and in one file, and a configuration that names neither."""
+    """Create the working folder: data, an adapter as PEFT folder and as one file, and a configuration without it."""
     clips = held_out_clips(1, seed=2, num_frames=5, size=32)
     write_video(tmp_path / "data" / "0.mp4", clips.video[0], lossless=True)
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"video": "0.mp4", "prompt": clips.prompts[0]}))
@@ -54,7 +54,7 @@ def values(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
-    """Of each run, its module and the LoRA that it had as training began."""
+    """Return a list that gets the module and the initial LoRA of each run."""
     found: list[Made] = []
     train = trainer.train
 
@@ -76,7 +76,7 @@ def test_step_0_is_the_model_of_the_adapter(kind: str, workplace: Path, begun: l
     assert {f"base_model.model.{name.replace('.default.', '.')}" for name in lora} == wanted.keys()
     for name, matrix in lora.items():
         assert torch.equal(matrix, wanted[f"base_model.model.{name.replace('.default.', '.')}"])
-    # The first step's KL term is that of the adapter: of a LoRA as new it is 0.
+    # The KL term of the first step is that of the adapter; for a new LoRA, it would be 0.
     first, _ = (json.loads(line) for line in (workplace / "run" / "metrics.jsonl").read_text().splitlines())
     assert first["kl_loss"] > 1e-4
     trained = read_adapter(workplace / "run" / "adapter").uniform()
@@ -87,7 +87,7 @@ def test_step_0_is_the_model_of_the_adapter(kind: str, workplace: Path, begun: l
 def test_each_of_two_experts_begins_with_its_own(
     workplace: Path, begun: list[Made], refused_usage: Callable[..., str]
 ) -> None:
-    # Of three steps, the first two are the high-noise expert's.
+    # The high-noise expert computes the first two of three steps.
     both = values(
         model="tiny-moe",
         lora={"rank": RANK, "alpha": ALPHA, "experts": "both"},
@@ -113,7 +113,7 @@ def test_each_of_two_experts_begins_with_its_own(
     run_training(RunSettings.parse(files), None, Progress(quiet=True))
     _, _, (_, from_files) = begun
     assert all(torch.equal(matrix, lora[name]) for name, matrix in from_files.items())
-    # Half of it is not enough.
+    # An adapter of only one expert is refused.
     shutil.rmtree("run/adapter/low_noise")
     (workplace / "both.yaml").write_text(json.dumps({**again, "output_dir": "third"}))
     said = refused_usage("train", "both.yaml")

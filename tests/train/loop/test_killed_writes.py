@@ -1,4 +1,4 @@
-"""A hundred kills in the middle of checkpoints, rotation and reports: nothing is lost, nothing is left over."""
+"""A hundred kills while checkpoints, rotation and reports are written: nothing is lost, and nothing is left over."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def test_what_is_killed_while_it_writes_ends_as_if_it_had_not_been(seed: int, tm
     steps, *ends = map(int, done.stdout.split())
     assert len(ends) == 100
     killed, whole = content(tmp_path / "killed"), content(tmp_path / "whole")
-    # The page says which run it is of.
+    # The page names the folder of its run.
     for found in (killed, whole):
         assert found.pop("report.html")
     assert killed == whole

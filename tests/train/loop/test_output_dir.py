@@ -1,4 +1,4 @@
-"""The folder of a run: what is deleted to make room, what is not, and that a refused run leaves it byte for byte."""
+"""The run folder: which files are deleted for a new run, and that a refused run changes nothing in it."""
 
 import hashlib
 import json
@@ -25,16 +25,16 @@ from frostline.train.settings import TrainerSettings
 
 SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0}
 SETTINGS: dict[str, Any] = {**QUICK, "rewards": [SHARPNESS]}
-# Not of the run itself: who is in the folder, and what any run may recall.
+# Not part of the run itself: the lock, and the cache, which any run may use.
 STAYS = {".lock", "cache"}
 
 
 class Killed(BaseException):
-    """Ends a run where it is raised, as a kill does: nothing of the run can catch it."""
+    """An exception that ends a run like a kill: the run cannot catch it."""
 
 
 def run(module: Any, out: Path, **options: Any) -> Any:
-    """Three steps with all that a run can write."""
+    """Train three steps, with everything that a run can write."""
     starts = Validation(Clips(count=1, seed=11), [0], lossless=True)
     settings = {"learning_rate": 1e-3, "max_train_steps": 3, "checkpointing_steps": 1, "save_total_limit": 2}
     given = {"config": {"lora": {"rank": 8}}, "validate": lambda step: validate(module, starts, step, out), **options}
@@ -49,7 +49,7 @@ def run(module: Any, out: Path, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(make_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has ended, with its report."""
+    """Return the folder of a finished run with its report."""
     out = tmp_path_factory.mktemp("whole") / "run"
     run(make_module(**SETTINGS), out)
     write_report(out)
@@ -58,7 +58,7 @@ def whole(make_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ended(whole: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
+    """Return a copy of it that the test may change."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
 
@@ -69,7 +69,7 @@ def test_all_that_a_run_writes_is_deleted_and_nothing_else(ended: Path) -> None:
         (ended / place).mkdir(exist_ok=True)
         (ended / place / "notes.txt").write_text("mine")
     shutil.copytree(ended / "checkpoint-2", ended / "set-aside-checkpoint-2-01234567")
-    # What kills leave.
+    # Files that a killed run leaves.
     shutil.copytree(ended / "checkpoint-2", ended / ".checkpoint-3.01234567.partial")
     shutil.copytree(ended / "checkpoint-2", ended / ".checkpoint-3.01234567.replaced")
     for part in (".metrics.jsonl.01234567.part", ".run.json.01234567.part", "validation/truth/.0.mp4.01234567.part"):
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_without_a_trace(tmp_path: P
     assert tmp_path.stat().st_mtime_ns == time
 
 
-# Before its first checkpoint, and before its first step.
+# Killed before the first step, or after a step without a checkpoint.
 @pytest.mark.parametrize("moment", ["validation", "step 1", "step 2"])
 def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(moment: str, make_module: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -205,20 +205,20 @@ def test_a_run_that_began_elsewhere_is_begun_anew_from_there(ended: Path, make_m
     for options in ({}, {"restart": True}):
         with pytest.raises(Killed):
             train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(start, on_step=die, **options))
-    # To begin at step 0 is not what was asked for when it was started.
+    # Starting at step 0 is not what the first command requested.
     with pytest.raises(ConfigError, match=r"a run that started from .*checkpoint-3, and has no checkpoint yet"):
         train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(restart=True))
     outcome = train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(start, restart=True))
     assert outcome.step == 5
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
     assert began_from(out) == str(ended / "checkpoint-3")
-    # It goes on from its own checkpoint, and still began there.
+    # The run is resumed from its own checkpoint, and still records where it started.
     train(make_module(**SETTINGS), Clips(count=2), settings, out, RunOptions(find_resume(out, "latest")))
     assert began_from(out) == str(ended / "checkpoint-3")
 
 
 def test_a_run_with_a_checkpoint_is_not_begun_anew(ended: Path, make_module: Any) -> None:
-    """Another process may have written it since `latest` was looked for."""
+    """Another process may have written the checkpoint after `latest` was looked up."""
     before = content(ended)
     with pytest.raises(ConfigError, match="already contains a run"):
         run(make_module(**SETTINGS), ended, restart=True)
@@ -226,7 +226,7 @@ def test_a_run_with_a_checkpoint_is_not_begun_anew(ended: Path, make_module: Any
 
 
 def test_a_deletion_that_is_interrupted_can_be_done_again(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At whichever file it was: never is there a checkpoint to go on from, nor a folder that is nobody's."""
+    """Interrupt the deletion at several files: the rest contains no checkpoint, and is still marked as a run."""
     total = sum(path.is_file() for path in ended.rglob("*"))
     unlink, begun = os.unlink, ended.parent / "begun"
     for number in range(0, total, 3):
@@ -249,7 +249,7 @@ def test_a_deletion_that_is_interrupted_can_be_done_again(ended: Path, monkeypat
 
 
 def _state(out: Path, **changes: Any) -> None:
-    """Change `state.json`, and seal it again."""
+    """Change `state.json`, and update its hash in the manifest."""
     path = out / "checkpoint-3" / "state.json"
     state = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({name: value for name, value in state.items() if value is not None}))
@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_a_refused_resume_leaves_the_folder_as_it_was(reason: str, ended: Path, make_module: Any) -> None:
     changes, prepare, said = REFUSED[reason]
-    # What going on would set aside, cut and clear.
+    # Files that resuming would set aside, shorten or delete.
     shutil.copytree(ended / "checkpoint-3", ended / "checkpoint-9")
     shutil.copytree(ended / "checkpoint-2", ended / ".checkpoint-4.01234567.partial")
     for name in ("metrics.jsonl", "validation.jsonl"):

@@ -1,4 +1,4 @@
-"""Killed and taken up again: the run ends as if nothing had happened, to the bit."""
+"""A run that was killed and resumed ends bit for bit like an undisturbed run."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 from forked import run_python
 
 SCRIPT = Path(__file__).parents[2] / "killed_runs.py"
-# What depends on the clock of the machine.
+# Values that depend on the clock.
 TIMES = ("seconds", "stages", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
-    """A run left alone, one that was killed ten times, and a line about each kill."""
+    """Return an undisturbed run, one that was killed ten times, and a line about each kill."""
     out = tmp_path_factory.mktemp("runs")
     done = run_python(str(SCRIPT), str(out), "0", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -58,7 +58,8 @@ def test_metrics_have_each_step_once_and_equal(runs: tuple[Path, Path, list[str]
 def test_no_debris_is_left(runs: tuple[Path, Path, list[str]]) -> None:
     _, killed, _ = runs
     steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in killed.glob("*checkpoint*"))
-    # As many as may be kept. SIGTERM saves at a step of its own, so which the others are depends on the moment.
+    # As many as `save_total_limit`. SIGTERM saves at the current step, so the other steps depend on the time of the
+    # kill.
     assert len(steps) == 3
     assert steps[-1] == 24
     assert list(killed.glob(".*partial")) == []

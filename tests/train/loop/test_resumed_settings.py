@@ -1,4 +1,4 @@
-"""Runs with settings that draw, remember or adapt something go on after a resume as if nothing had happened."""
+"""Runs with settings that draw, store or adapt values are bit for bit the same after a resume."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""The lines of a run folder: whole, whatever a sample is called, and cut where a checkpoint is."""
+"""The lines of the files in a run folder: complete for any sample id, and removed after the step of a checkpoint."""
 
 import json
 from pathlib import Path
 
 from frostline.train.loop.run_dir import JsonLines, read_lines
 
-# What `str.splitlines` ends a line at; of these only the first two end a line of a file.
-# The last is what Python makes of a byte in a file's name that is no UTF-8.
+# Characters at which `str.splitlines` ends a line; only the first two end a line of a file. The last one is Python's
+# spelling of a byte in a file name that is not UTF-8.
 ENDS = ("\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\udce9")
 
 

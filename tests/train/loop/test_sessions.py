@@ -1,4 +1,4 @@
-"""What `run.json` says of a run's sessions: each command that worked on it, its times, and what served validation."""
+"""The sessions of a run in `run.json`: each command, its times, and the backends of its validations."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ def test_each_command_is_a_session(make_module: Any, tmp_path: Path, monkeypatch
         "frostline train --resume run",
     ]
     assert [(each["first_step"], each["last_step"]) for each in second["sessions"]] == [(0, 1), (1, 3)]
-    # Before the first step, and at the end of each session.
+    # Validations before the first step, and at the end of each session.
     assert [each["validation_calls"] for each in second["sessions"]] == [
         {"vae_decoder": {"onnxruntime": 2, "torch": 4}},
         {"vae_decoder": {"onnxruntime": 1, "torch": 2}},

@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard's file holds the figures of `metrics.jsonl` and `validation.jsonl`, step by step."""
+"""Trackers: TensorBoard's file contains the values of `metrics.jsonl` and `validation.jsonl` at each step."""
 
 import json
 import math
@@ -18,7 +18,7 @@ SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0}
 
 @pytest.fixture(scope="module")
 def run(make_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps, one of them without a finite loss, and validation before and after."""
+    """Run three steps, one of them with a non-finite loss, and validation before and after; return the folder."""
     out = tmp_path_factory.mktemp("tracked")
     module = make_module(num_inference_steps=3, grad_start_step=1, grad_end_step=2, rewards=[SHARPNESS])
     forward, count = module.forward, iter(range(1, 10))

@@ -1,4 +1,4 @@
-"""Runs that train one or the other of two experts, or both: what they save, and that they go on to the bit."""
+"""Runs that train one or both of two experts: what they save, and that resumed runs are bit for bit the same."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from frostline.train.loop.trainer import RunOptions, train
 from frostline.train.settings import RunSettings, TrainerSettings
 from frostline.train.validate_settings import problems
 
-# Of three steps, the first two are the high-noise expert's.
+# The high-noise expert computes the first two of three steps.
 STEP: dict[str, Any] = {**QUICK, "rewards": [{"type": "own_rewards:Brightness", "weight": 1.0}], "noise_seed": None}
 PARTS = ("high_noise", "low_noise")
 
@@ -51,7 +51,7 @@ def test_both_are_trained_and_saved(whole: Path) -> None:
         == names | {*("optimizer.safetensors", "random-0.safetensors", "state.json", "config.yaml", "manifest.json")}
     )
     for part in PARTS:
-        # B of a new LoRA is zero.
+        # The B matrices of a new LoRA are zero.
         tensors = load_file(whole / "adapter" / part / "adapter_model.safetensors")
         assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
 

@@ -1,4 +1,4 @@
-"""The training loop: what it writes, that it repeats itself, and that it trains the LoRA alone."""
+"""The training loop: what it writes, that it is reproducible, and that it trains only the LoRA."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def clips() -> Clips:
 
 @pytest.fixture(scope="module")
 def runs(make_module: Any, clips: Clips, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Path]]:
-    """The same run, twice, from the same start."""
+    """Run the same training twice from the same start; return the modules and folders."""
     folder = tmp_path_factory.mktemp("runs")
     made = []
     for name in ("first", "second"):
@@ -136,7 +136,7 @@ def small() -> _Small:
 
 
 def _poison(module: Any, steps: set[int]) -> None:
-    """The loss of these forwards, counted from 1, is NaN."""
+    """Make the loss of these forwards NaN; they are counted from 1."""
     forward, count = module.forward, iter(range(1, 1000))
 
     def poisoned(data: Any) -> Any:
@@ -195,7 +195,7 @@ def test_a_broken_sample_ends_the_run_after_saving_what_came_before(make_module:
     found = find_resume(tmp_path, "latest")
     assert found is not None
     assert found.step == 2
-    # Mended, it goes on to where an undisturbed run ends.
+    # With a valid sample, the resumed run ends like an undisturbed run.
     outcome = _run(make_module(**QUICK), _Small(3), tmp_path, steps=3, options=RunOptions(resume=found))
     whole = tmp_path / "whole"
     _run(make_module(**QUICK), _Small(3), whole, steps=3)
@@ -204,7 +204,7 @@ def test_a_broken_sample_ends_the_run_after_saving_what_came_before(make_module:
 
 
 class _Machines:
-    """A supervisor: a machine will be gone after step 1, and the run is to end after step 3."""
+    """A supervisor that requests a checkpoint after step 1, and the end of the run after step 3."""
 
     def __init__(self) -> None:
         self.steps = -1
@@ -252,7 +252,7 @@ def test_accumulated_forwards_are_one_batch(make_module: Any, tmp_path: Path, da
     one, other = (_lines(tmp_path / name)[0] for name in ("batch", "accumulated"))
     assert one["sample_id"] == other["sample_id"]
     assert one["score"] == one["brightness"] == pytest.approx(other["score"], rel=1e-4)
-    # Every forward weighs alike: one without anything to score counts as a loss of 0.
+    # Every forward has the same weight: one without a valid sample counts as a loss of 0.
     part = 0.5 if darkest else 1.0
     assert one["grad_norm"] > 0
     assert one["grad_norm"] * part == pytest.approx(other["grad_norm"], rel=1e-4)
@@ -349,7 +349,7 @@ def test_only_activations_are_copied_to_main_memory() -> None:
 
 @pytest.fixture
 def other_precision() -> Iterator[None]:
-    """accelerate settles on one precision a process, until it is told to forget."""
+    """accelerate fixes one precision per process until its state is reset."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
@@ -358,7 +358,7 @@ def other_precision() -> Iterator[None]:
 @pytest.mark.usefixtures("other_precision")
 def test_bf16_trains_fp32_weights(make_module: Any, small: _Small, tmp_path: Path) -> None:
     module = make_module(dtype=torch.bfloat16, **QUICK)
-    # Far less than bf16 resolves: only a master weight in fp32 can take such a step.
+    # The step is far smaller than the resolution of bf16, so it needs a master weight in fp32.
     _run(module, small, tmp_path, steps=2, mixed_precision="bf16", learning_rate=1e-6)
     moments = load_file(tmp_path / "checkpoint-2" / "optimizer.safetensors")
     first, second = (load_file(tmp_path / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (1, 2))

@@ -1,4 +1,4 @@
-"""What validation writes beside its clips."""
+"""The CSV file that validation writes next to its clips."""
 
 import csv
 from pathlib import Path
@@ -28,6 +28,6 @@ def test_no_prompt_is_a_formula(tmp_path: Path) -> None:
     with (tmp_path / "step-000001.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["prompt"] for row in rows] == ["'=HYPERLINK(1)", "a smile", "'-5 degrees"]
-    # Our own readers take the apostrophe off again.
+    # frostline's own readers remove the apostrophe.
     assert [pair.prompt for pair in pairs_of_file(tmp_path / "step-000001.csv")] == PROMPTS
     assert _prompts(tmp_path / "step-000001.csv") == PROMPTS

@@ -1,4 +1,4 @@
-"""Blocks whose weights wait in main memory: same numbers, few copies at a time, and where it is refused."""
+"""Blocks whose weights are in main memory: same results, few copies at a time, and when this is refused."""
 
 import copy
 import weakref
@@ -39,7 +39,7 @@ def a_step(module: WanTrainingModule) -> tuple[list[float], torch.Tensor]:
 
 
 class Watched:
-    """The blocks whose weights are copied, in order, and how many of them have copies at a time, at most."""
+    """Record the blocks whose weights are copied, in order, and the maximum number of blocks with copies at a time."""
 
     def __init__(self, patch: pytest.MonkeyPatch, module: WanTrainingModule) -> None:
         self.order: list[int] = []
@@ -54,7 +54,7 @@ class Watched:
                 self.order.append(places[block])
                 self._alive[key] = len(copies._tensors)
                 for tensor in copies._tensors.values():
-                    # A storage lives on in views of the copy, and in what autograd keeps.
+                    # A storage lives as long as views of the copy, or what autograd saves.
                     weakref.finalize(tensor.untyped_storage(), self._free, key)
                 self.most = max(self.most, self.alive)
 
@@ -70,7 +70,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def expected() -> Callable[..., tuple[list[float], torch.Tensor]]:
-    """A step with all weights on the device."""
+    """Return a function that computes a step with all weights on the device."""
     known: dict[str, tuple[list[float], torch.Tensor]] = {}
 
     def step(**how: Any) -> tuple[list[float], torch.Tensor]:
@@ -94,13 +94,13 @@ def test_a_step_is_the_same_to_the_bit(
     assert again[0] == loss
     assert torch.equal(again[1], gradients)
     assert watched.most == min(count, WINDOW)
-    # Two live steps forward, a frozen one and a KL reference for both; in backward each live step once more, under
-    # full checkpointing first forward.
+    # Two live forwards, a frozen one, and one for both KL references. Backward copies the blocks of each live step
+    # again, with full checkpointing after another forward.
     forward = [*waiting_blocks(count, 4)]
     if kind == "full":
         assert sorted(watched.order) == sorted(8 * forward)
     else:
-        # In a graph with all of both steps, the only block that waits is needed twice in a row.
+        # If the graph contains both steps, the only offloaded block is needed twice in succession, and copied once.
         steps = 1 if count == 1 and kind == "none" else 2
         assert watched.order == 4 * forward + steps * forward[::-1]
 
@@ -127,12 +127,12 @@ def test_with_other_settings_too(
     again = a_step(module)
     assert again[0] == loss
     assert torch.equal(again[1], gradients)
-    # Each denoiser has its own.
+    # Each denoiser has a separate window.
     assert watched.most <= WINDOW * len(module.model.experts)
 
 
 def test_what_autograd_keeps_is_without_the_copies() -> None:
-    """With nothing recomputed, the graph of a step has views of no copy: all of them are free behind the forward."""
+    """Without recomputation, the graph contains no views of copies: all copies are freed after the forward."""
     module = module_of(4)
     with pytest.MonkeyPatch.context() as patch:
         watched = Watched(patch, module)
@@ -143,7 +143,7 @@ def test_what_autograd_keeps_is_without_the_copies() -> None:
 
 
 def test_weights_stay_where_they_are() -> None:
-    """Whatever is moved; and their copies are wherever the block computes."""
+    """Keep the weights in main memory when the module is moved; the copies are on the block's device."""
     module = module_of(2)
     denoiser: Any = module.model.experts[0].module
     waiting = [*denoiser.offload.weights()]
@@ -171,7 +171,7 @@ def test_a_copied_module_has_blocks_of_its_own() -> None:
 
 
 def test_the_frozen_expert_is_released_and_read_again() -> None:
-    """Its weights come back into main memory, and are not taken for changed."""
+    """Read its weights into main memory again, without treating them as changed."""
     module = module_of(3, model="tiny-moe")
     weights = module.components.weights["denoiser_high_noise"]
     weights.restore()

@@ -1,4 +1,4 @@
-"""What makes a run fit: every measure gains something, and what is found is what the memory plan says of it."""
+"""Measures that save memory: each one reduces the memory plan, and the search finds what the plan confirms."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ LARGE: dict[str, Any] = {
     "data": {"num_frames": 17, "max_pixels": 96 * 96},
     "train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
 }
-# What several tests plan is measured once.
+# The sizes that several tests need are measured once.
 PLANNERS: dict[str, RunPlanner] = {}
 
 
@@ -45,7 +45,7 @@ def test_each_measure_needs_less(measure: Measure) -> None:
     assert found
     sizes = [plans.plan(settings).resident if measure.lowers == "weights" else needed(settings)]
     sizes += [plans.plan(each).resident if measure.lowers == "weights" else needed(each) for each in found]
-    assert sizes == sorted({*sizes}, reverse=True), "the mildest first"
+    assert sizes == sorted({*sizes}, reverse=True), "each value of a measure must need less than the one before"
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.values.__name__)
@@ -64,7 +64,7 @@ def test_what_was_done_is_not_proposed_again(measure: Measure) -> None:
     settings = large(**done)
     for changes in measure.values(settings, planner()):
         assert measure.values.__name__ == "_pixels"
-        assert with_changes(settings, changes) == settings, "the smallest picture stays as it is"
+        assert with_changes(settings, changes) == settings, "the smallest size cannot be reduced"
 
 
 def test_measures_are_taken_until_the_run_fits_and_none_too_many() -> None:
@@ -88,7 +88,7 @@ def test_measures_are_taken_until_the_run_fits_and_none_too_many() -> None:
             for step in remedy.steps:
                 others = others if step is left_out else with_changes(others, step.changes)
             assert needed(others) > device_bytes
-    # A step that is planned anew, with nothing remembered, needs the same.
+    # A new planner, which has measured nothing yet, gives the same result.
     anew = RunPlanner(remedy.settings, None, on_cpu=False)
     assert needed_bytes(anew.plan(remedy.settings), remedy.settings, False) == remedy.steps[-1].together
 
@@ -108,7 +108,7 @@ def test_where_weights_do_not_fit_only_they_are_made_smaller() -> None:
 
 
 def test_what_does_not_go_together_is_no_measure() -> None:
-    """Motion compares neighbours, which a window of the clip cuts off."""
+    """Motion compares neighbouring frames, which a window of the clip does not support."""
     settings = large(rewards=[{"type": "motion"}])
     device_bytes = int(0.3 * needed(settings))
     found = find_remedy(settings, planner(device_bytes))
@@ -130,7 +130,7 @@ def test_blocks_in_main_memory_are_as_few_as_make_it_fit() -> None:
     auto = with_changes(settings, {"offload.blocks": "auto"})
     sizes = {count: needed(with_changes(settings, {"offload.blocks": count})) for count in (0, 3, 4)}
     assert sizes[0] > sizes[3] > sizes[4]
-    assert plans.plan(auto).offloaded_blocks == 0, "it is not known what there is"
+    assert plans.plan(auto).offloaded_blocks == 0, "the memory of the device is not known"
     for device_bytes, count in ((sizes[0], 0), (sizes[0] - 1, 3), (sizes[3] - 1, 4), (sizes[4] - 1, 4)):
         assert planner(device_bytes).plan(auto).offloaded_blocks == count
     plan = planner(sizes[0] - 1, on_cpu=True).plan(auto)

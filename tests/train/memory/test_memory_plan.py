@@ -1,4 +1,4 @@
-"""The memory plan: against what real models hold and real runs allocate; what engines, cache and sharding change."""
+"""The memory plan compared with real models and allocations; effects of engines, the cache and sharding."""
 
 import functools
 import logging
@@ -65,7 +65,7 @@ def test_weights_are_those_that_a_loaded_model_holds(model: str, dtype: torch.dt
 
 
 def allocated(run: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that PyTorch's CPU allocator still held when `run` returned, and the most that it held at once."""
+    """Return the bytes that PyTorch's CPU allocator held when `run` returned, and the maximum during `run`."""
     run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = run()
@@ -95,7 +95,7 @@ def test_activations_are_those_that_a_real_step_allocates(checkpointing: Any) ->
     def live() -> None:
         step(latents, *others).sum().backward()
 
-    live()  # gradients are there from now on, as in the plan
+    live()  # gradients exist from now on, as in the plan
     plan = memory_plan("tiny", settings(gradient_checkpointing=checkpointing), CLIP, dtype=torch.float32)
     assert allocated(frozen)[1] == pytest.approx(sizes(plan, "frozen_peak")["denoiser"], rel=0.1)
     assert allocated(live)[1] == pytest.approx(sizes(plan, "live_peak")["denoiser"], rel=0.1)
@@ -119,7 +119,7 @@ def test_blocks_that_wait_take_the_window_on_the_device_and_the_rest_in_main_mem
     live()
     whole = allocated(live)[1]
     denoiser.offload = BlockOffload(denoiser.blocks, 4)
-    # On a CPU the weights themselves are in main memory with or without; what is allocated are copies.
+    # On a CPU, the weights are in main memory in any case; only the copies are additional.
     grown = allocated(live)[1] - whole
     plan, waiting = (
         memory_plan(
@@ -150,7 +150,7 @@ def test_decoding_is_planned_as_it_is() -> None:
     held, peak = allocated(lambda: decode_latents(vae, latents))
     assert held == pytest.approx(planned.kept, rel=0.01)
     assert peak == pytest.approx(planned.forward_peak, rel=0.05)
-    # Of its backward there is no such figure: oneDNN's kernels have scratch space of their own.
+    # Backward cannot be compared, because oneDNN's kernels allocate scratch memory.
     assert planned.backward_peak > planned.kept
 
 
@@ -170,11 +170,11 @@ def test_the_embedder_is_planned_as_it_is() -> None:
     reward: Any = Config().build()
     judges = {"judge_sharp": 10**6}
     plan = memory_plan("tiny", settings(), CLIP, dtype=torch.float32, rewards=[reward], judges=judges)
-    # Of a judge there are the weights, all the time.
+    # A judge needs memory only for its weights, all the time.
     *_, judge = plan.stages
     assert (judge.stage, judge.weights, judge.frozen_peak + judge.kept + judge.live_peak) == ("judge_sharp", 10**6, 0)
     embedder = reward.faces.embedder
-    # The detector is in memory as well: all networks count, as those of a judge do.
+    # All networks are in memory, also the detector, as for a judge.
     of_reward = {name: size for name, size in sizes(plan, "weights").items() if name.startswith("face_")}
     assert {*of_reward} == {"face_embedder", "face_score (frozen)"}
     assert sum(of_reward.values()) == judge_bytes(reward, reward.config)[1]
@@ -196,7 +196,7 @@ def test_the_embedder_is_planned_as_it_is() -> None:
 def test_rewards_are_planned_for_the_frames_that_they_look_at(
     decode: dict[str, Any], frames: str, looked_at: int
 ) -> None:
-    """Of 9 frames, which are 3 latent frames: the start frame, and those of the window that are selected."""
+    """Count the first frame and the selected frames of the window, of 9 frames (3 latent frames)."""
     reward: Any = Config.parse({"frames": frames}).build()
     (one,) = reward.live_networks(replace(CLIP, num_frames=1))
     assert one.uses == 1
@@ -217,7 +217,7 @@ def test_releases_are_the_ones_that_diffsynth_knows() -> None:
         assert any(all(one.get(key) == arguments[key] for key in told) for one in known), name
 
 
-# Billions of parameters, counted from the released files.
+# Billions of parameters, counted in the released files.
 @pytest.mark.parametrize(
     ("release", "denoiser", "vae"),
     [
@@ -246,7 +246,7 @@ def test_engines_take_weights_out_of_pytorch() -> None:
     weights = sizes(base, "weights")
     for name in ("denoiser_high_noise", "vae_encoder"):
         assert (sizes(served, "weights")[name], sizes(served, "engine")[name]) == (0, weights[name])
-    # The denoiser is live too: its engine is a second copy.
+    # The denoiser is also live, so its engine is a second copy.
     assert sizes(served, "weights")["denoiser"] == sizes(served, "engine")["denoiser"] == weights["denoiser"]
 
 
@@ -267,7 +267,7 @@ def test_more_tail_steps_keep_more_and_checkpointing_less() -> None:
 
     assert kept(grad_start_step=4) == 4 * kept(grad_start_step=7)
     assert kept() > 4 * kept(gradient_checkpointing="block") > kept(gradient_checkpointing="full")
-    # Of two experts the high-noise one serves the first three of eight steps.
+    # The high-noise expert computes the first three of eight steps.
     moe = memory_plan("tiny-moe", settings(grad_start_step=0), CLIP)
     assert sizes(moe, "kept")["denoiser"] == 5 * kept(grad_start_step=7)
 
@@ -281,14 +281,16 @@ def test_the_loras_and_activations_of_both_experts_count() -> None:
     assert both.adapter == low.adapter + high.adapter
     assert (both.gradients, both.optimizer) == (both.adapter, 2 * both.adapter)
     assert 0 < high.adapter < low.adapter, "the high-noise expert of tiny-moe has fewer blocks"
-    # What a gradient flows through stays in PyTorch.
+    # Stages through which a gradient flows stay in PyTorch.
     assert sizes(low, "weights")["denoiser_high_noise"] == 0 < sizes(low, "engine")["denoiser_high_noise"]
     for each in (high, both):
         assert sizes(each, "engine")["denoiser_high_noise"] == 0 < sizes(each, "weights")["denoiser_high_noise"]
         assert sizes(each, "kept")["denoiser_high_noise"] > 0
     assert sizes(low, "kept")["denoiser_high_noise"] == 0
     assert sizes(both, "kept")["denoiser"] == sizes(low, "kept")["denoiser"]
-    assert 0 < sizes(high, "kept")["denoiser"] < sizes(low, "kept")["denoiser"], "it has no LoRA to keep inputs for"
+    assert 0 < sizes(high, "kept")["denoiser"] < sizes(low, "kept")["denoiser"], (
+        "without a LoRA, no inputs of its layers are kept"
+    )
     alone = plan("high", backprop={"stop_latent_gradient": True})
     assert sizes(alone, "kept")["denoiser"] == 0
     assert both.peaks["backward"] > low.peaks["backward"]
@@ -333,7 +335,7 @@ def test_the_spec_of_files_is_that_of_the_loaded_model() -> None:
 
 
 def described(model: Any) -> list[tuple[str, torch.dtype, torch.device, torch.Size, bool]]:
-    """Name, type, device, shape and `requires_grad` of all parameters of a model."""
+    """Return name, dtype, device, shape and `requires_grad` of all parameters of a model."""
     return [
         (name, p.dtype, p.device, p.shape, p.requires_grad)
         for module in model.modules()
@@ -344,14 +346,14 @@ def described(model: Any) -> list[tuple[str, torch.dtype, torch.device, torch.Si
 def test_memory_chooses_how_much_is_recomputed(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same of a loaded model and of files; and a loaded model is what it was."""
+    """Choose the same for a loaded model and for files, without changing the loaded model."""
     caplog.set_level(logging.INFO)
     components, rewards = load_components("tiny"), [Config().build()]
     model = video_model(components, LoraSettings(rank=8))
     before = {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()}
     scale = components.vae.scale
     shape, auto = VideoShape(2, 5, 64, 64), settings(gradient_checkpointing="auto")
-    # What is measured does not depend on the memory there is: the files and the loaded model once each, with each kind.
+    # Measurements do not depend on the available memory: files and loaded model are measured once for each mode.
     measurements = Measurements("tiny")
     parameters = described(measurements.model(torch.float32, auto.lora))
     of_loaded = functools.cache(lambda kind: footprint.measure_live_stages(model, shape, kind))
@@ -380,7 +382,7 @@ def test_memory_chooses_how_much_is_recomputed(
     assert fitting_checkpointing(model, auto, shape, int(needs[-1] / 0.8) - 10, rewards) == "full"
     assert "full, but a step may run out of memory" in caplog.text
     assert fitting_checkpointing(model, settings(gradient_checkpointing="block"), shape, 1) == "block"
-    assert plan(auto).gradient_checkpointing == "none", "nothing is known of the device"
+    assert plan(auto).gradient_checkpointing == "none", "the memory of the device is not known"
     assert {name: (p.data_ptr(), p.requires_grad) for name, p in components.denoiser.named_parameters()} == before
     assert components.vae.scale is scale
     assert described(measurements.model(torch.float32, auto.lora)) == parameters

@@ -1,7 +1,7 @@
-"""The memory plan against what a whole training step really allocates, at the width of Wan2.1-T2V-1.3B.
+"""The memory plan compared with the allocations of a whole training step at the width of Wan2.1-T2V-1.3B.
 
-Takes some GB and minutes, so it runs where FROSTLINE_BIG_TESTS=1 only: with 3 of the 30 blocks (2 GB), or as many as
-FROSTLINE_BIG_BLOCKS says.
+This takes some GB and minutes, so it only runs with FROSTLINE_BIG_TESTS=1: with 3 of the 30 blocks (2 GB), or with
+FROSTLINE_BIG_BLOCKS blocks.
 """
 
 import os
@@ -28,7 +28,7 @@ SHAPE = VideoShape(batch_size=1, num_frames=9, height=64, width=64)
 
 
 def components_of_full_width() -> Any:
-    """Denoiser and VAE of the release's sizes, with random weights; the text encoder is tiny's, and its text short."""
+    """Return denoiser and VAE in the sizes of the release with random weights, and tiny's text encoder."""
     tiny = load_components("tiny")
     text_dim = tiny.spec.networks["denoiser"]["text_dim"]
     denoiser = {**RELEASED[RELEASE]["denoiser"], "num_layers": BLOCKS, "text_dim": text_dim}
@@ -43,7 +43,7 @@ def components_of_full_width() -> Any:
 
 
 def allocated_by(step: Any) -> int:
-    """The most bytes that PyTorch's CPU allocator held at once within a step, beside what it held before."""
+    """Return the maximum number of bytes that PyTorch's CPU allocator held in a step in addition to those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events: Any = profiled.profiler
@@ -78,7 +78,7 @@ def test_the_peak_of_a_step_is_as_planned(kind: Any) -> None:
         module(data)[0].backward()
 
     step()
-    optimizer.step()  # gradients and moments are there from now on, as in the plan
+    optimizer.step()  # gradients and moments exist from now on, as in the plan
     held = sum(tensor.nbytes for part in module.model.modules() for tensor in part.parameters())
     held += 3 * sum(parameter.nbytes for parameter in parameters.values())
     measurements = Measurements("tiny")
@@ -93,4 +93,4 @@ def test_the_peak_of_a_step_is_as_planned(kind: Any) -> None:
     )
     assert plan.resident == held
     assert held + allocated_by(step) == pytest.approx(plan.peak, rel=0.05)
-    assert max(plan.peaks.values()) > 0.2 * plan.resident, "what is planned of the step itself must show"
+    assert max(plan.peaks.values()) > 0.2 * plan.resident, "the step itself must be a visible part of the plan"

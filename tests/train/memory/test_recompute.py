@@ -1,4 +1,4 @@
-"""What is recomputed in backward: the value of one computation, the gradient of another, and little kept."""
+"""Recomputation in backward: the value of one computation, the gradient of another, and few saved tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from frostline.train.memory.recompute import decode_recomputed, recomputed
 
 
 class Doubled(nn.Module):
-    """Two outputs of two inputs and a weight."""
+    """A function with two outputs of two inputs and a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_the_value_is_the_engines_and_the_gradient_is_not() -> None:
     module = Doubled()
 
     def engine(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        # Another order of its outputs too.
+        # The outputs also have another order.
         return {"second": torch.full((3, 4), 5.0), "first": torch.full((3, 4), 7.0)}
 
     x, y = torch.randn(3, requires_grad=True), torch.randn(3)
@@ -78,7 +78,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
     outputs["first"].sum().backward()
     assert x.grad is not None
     assert y.grad is None
-    assert module.weight.grad is None, "a weight that was not named"
+    assert module.weight.grad is None, "a weight that was not passed must get no gradient"
     with torch.no_grad():
         assert not recomputed(module, module, {"x": x, "y": y})["first"].requires_grad
 
@@ -115,7 +115,7 @@ def test_decoding_recomputed_changes_nothing_and_keeps_less(vae: Any, frames: in
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_decoders_caches_carry_the_gradient_and_not_the_engines_error(vae: Any, whole: bool) -> None:
-    """With an engine that is wrong by a thousandth, the video is wrong by that, and the gradient hardly."""
+    """With an engine whose outputs are wrong by 0.1 %, the video has this error, but the gradient hardly changes."""
     networks = decoder_chunks(vae)
 
     def engine(name: str) -> Callable[..., dict[str, Tensor]]:

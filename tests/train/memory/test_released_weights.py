@@ -1,4 +1,4 @@
-"""Frozen parts leave memory where engines or the cache serve them, and nothing is computed differently."""
+"""Frozen parts are released while engines or the cache are used instead, and results do not change."""
 
 import gc
 import weakref
@@ -57,7 +57,7 @@ def test_parts_are_away_while_engines_serve_them(make_module: MakeModule, varian
 
 
 def test_a_run_plans_before_it_looks_at_weights(engines: Path, tmp_path: Path) -> None:
-    """So that what engines serve leaves memory, on the first run too, which reads it for its digest."""
+    """Release what engines replace, also in the first run, which reads the weights for their digests."""
     run = {"model": "tiny", "output_dir": tmp_path, "lora": {"rank": 8}}
     plan = {"engines": engines, "backend": "onnxruntime", "stages": {"vae_encoder": "torch"}}
     module = build_module(RunSettings.parse({**run, "plan": plan}), torch.device("cpu"))
@@ -78,7 +78,7 @@ def test_weights_that_are_still_to_come_are_counted(make_module: MakeModule, var
     assert module.runtime.pending_bytes() == 0
     served = make_module("tiny-moe", plan={"*": "torch", "denoiser": "onnxruntime"}, engines=variant_engines)
     frozen = sum(p.nbytes for p in served.components.denoiser.parameters())
-    assert served.runtime.pending_bytes() == frozen, "the engine's own copy"
+    assert served.runtime.pending_bytes() == frozen, "the engine's copy of the weights is not loaded yet"
     served(DATA)
     assert served.runtime.pending_bytes() == 0
 
@@ -86,7 +86,7 @@ def test_weights_that_are_still_to_come_are_counted(make_module: MakeModule, var
 def test_never_loaded_where_the_cache_knows_the_answer(tmp_path: Path, digests: Path) -> None:
     settings = {**SETTINGS, "engines": None, "plan": "torch", "cache_dir": tmp_path / "frozen"}
     first = WanTrainingModule.from_pretrained("tiny-moe", **settings)
-    # Nothing tells the weights' digest yet: it names the entries of the cache, so they are read for it.
+    # The digests of the weights are not known yet; cache entries are named by them, so the weights are read.
     expected = first(DATA)
     assert in_memory(first) == {"text_encoder", "vae_encoder", "denoiser_high_noise"}
     assert len(list(digests.iterdir())) == 3
@@ -128,7 +128,7 @@ def test_a_live_use_of_the_frozen_expert_reads_it() -> None:
 def test_a_digest_is_the_same_read_or_recalled(make_module: MakeModule, digests: Path) -> None:
     stages = make_module("tiny-moe").stages
     expected = {name: weights_sha256(stages[name]) for name in ("text_encoder", "denoiser_high_noise")}
-    assert not digests.exists(), "weights that were in memory may have been changed there"
+    assert not digests.exists(), "digests of weights in memory must not be stored"
     for _ in range(2):
         module = WanTrainingModule.from_pretrained("tiny-moe", engines=None, plan="torch", **SETTINGS)
         assert {name: weights_sha256(module.stages[name]) for name in expected} == expected
@@ -161,7 +161,7 @@ def test_a_file_that_changed_is_refused(tmp_path: Path, checkpoint_files: Callab
 
 @pytest.fixture
 def checkpoint_files(tmp_path: Path) -> Callable[[], list[Any]]:
-    """Copies of tiny's own files."""
+    """Return a function that copies tiny's files, and returns their paths."""
     source = Path(load_components.__code__.co_filename).parents[1] / "tiny" / "weights" / "tiny"
 
     def copy() -> list[Any]:

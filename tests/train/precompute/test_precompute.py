@@ -1,4 +1,4 @@
-"""After precomputing, a run reads none of the frozen weights, and is the run without, to the bit."""
+"""After precomputing, a run reads no frozen weights, and is bit for bit like the run without precomputing."""
 
 import io
 import json
@@ -34,7 +34,7 @@ TIMES = ("seconds", "stages", "peak_memory_gb")
 
 @pytest.fixture(scope="module")
 def digests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A user's cache folder of the module's own."""
+    """Use a separate user cache folder for this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path_factory.mktemp("digests")))
         yield
@@ -42,7 +42,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, digests: None) -> Path:
-    """A model, data, a run of it in `plain` that precomputed nothing, and what `cached` needs, precomputed."""
+    """Create a model, data, a run in `plain` without precomputing, and the precomputed cache of `cached`."""
     folder = tmp_path_factory.mktemp("precompute")
     write_model(folder / "model")
     write_clips(folder / "data")
@@ -61,12 +61,12 @@ def entries(folder: Path) -> dict[str, bytes]:
 
 def lines(path: Path) -> list[str]:
     read = [json.loads(line) for line in path.read_text().splitlines()]
-    # As text: NaN is to be equal to itself.
+    # Compared as text, so that NaN equals NaN.
     return [json.dumps({name: value for name, value in line.items() if name not in TIMES}) for line in read]
 
 
 def spoil(path: Path, prefixes: tuple[str, ...] = ("",)) -> None:
-    """Fill tensors of a file with NaN, in fp16; by size and time of change it is the file that it was."""
+    """Fill fp16 tensors of a file with NaN, without changing its size and modification time."""
     status, data = path.stat(), bytearray(path.read_bytes())
     (size,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + size])
@@ -85,7 +85,7 @@ def spoil(path: Path, prefixes: tuple[str, ...] = ("",)) -> None:
 def test_what_is_precomputed_is_what_the_run_computes(folder: Path) -> None:
     assert entries(folder / "cached" / "cache") == entries(folder / "plain" / "cache")
     kept = [name for path in (folder / "cached" / "cache").glob("*.safetensors") for name in load_file(path)]
-    # Contexts go by prompts, the others by first frames or clips; of the noise, validation samples have their own.
+    # Contexts depend on prompts, the others on first frames or clips; validation samples have separate noise.
     assert {name: kept.count(name) for name in ("y", "clip_latents", "latents")} == {
         "y": 5,
         "clip_latents": 5,
@@ -128,7 +128,7 @@ def test_the_estimate_bounds_what_is_kept(folder: Path) -> None:
     done = precompute_for(run_settings(folder, "cached", precompute="always"))
     assert done.estimate is not None
     kept = sum(map(len, entries(folder / "cached" / "cache").values()))
-    # One prompt less, and three conditions of validation samples that are training samples, too.
+    # One prompt fewer, and three conditions of validation samples that are also training samples.
     assert kept <= done.estimate.nbytes <= 2 * kept
 
 
@@ -138,7 +138,7 @@ def test_a_damaged_entry_is_computed_again(folder: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert precompute_for(run_settings(folder, "damaged", precompute="always")).computed >= 1
-    # Without the other rows of its batch: the last bits may be others.
+    # Computed without the other rows of its batch, so the last bits may differ.
     found, expected = load_file(path), load(content)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -204,7 +204,7 @@ def test_two_processes_share_the_work(folder: Path) -> None:
 
 
 def test_a_run_reads_no_frozen_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last of the module: whoever reads them then gets NaN, or is refused."""
+    """Run last in this module: afterwards, frozen weights are NaN, and reading them is refused."""
     spoil(folder / "model" / "models_t5_umt5-xxl-enc.safetensors")
     spoil(folder / "model" / "high_noise_model" / "diffusion_pytorch_model.safetensors")
     spoil(folder / "model" / "Wan2.1_VAE.safetensors", ("encoder.", "conv1."))

@@ -1,4 +1,4 @@
-"""A run's report: what the folder holds is on the page, whichever way the run went, and in a browser too."""
+"""The report of a run: everything in the folder is on the page, for any outcome of the run, and in a real browser."""
 
 import csv
 import json
@@ -18,13 +18,13 @@ MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 
 
 def stage(**backends: tuple[int, float]) -> dict[str, Any]:
-    """The entry of a stage in a line of metrics: calls and milliseconds by backend."""
+    """Return the entry of a stage in a line of metrics: calls and milliseconds by backend."""
     served = {backend: {"calls": calls, "ms": ms} for backend, (calls, ms) in backends.items()}
     return {"backend": ", ".join(served), "ms": sum(ms for _, ms in backends.values()), "backends": served}
 
 
 def example_metrics() -> list[dict[str, Any]]:
-    """Of 40 steps: ONNX Runtime serves the VAE encoder in the first 20; in the others the cache does."""
+    """Return metrics of 40 steps. ONNX Runtime runs the VAE encoder in the first 20; the others use the cache."""
     rows = []
     for step in range(1, 41):
         stages = {"vae_encoder": stage(onnxruntime=(2, 21.4))} if step <= 20 else {}
@@ -40,7 +40,15 @@ def example_metrics() -> list[dict[str, Any]]:
 
 
 def example_validation(after: float = 0.6639, judge: float = 0.02, looks: int = 2) -> list[dict[str, Any]]:
-    """judge: how much the judge rises. The first frame shows a face from the second look on only."""
+    """Return lines of validation.jsonl.
+
+    The first frame shows a face only from the second validation on.
+
+    Args:
+        after: the face score of the last validation.
+        judge: the increase of the judge's score.
+        looks: the number of validations.
+    """
     lines, before = [], [0.55 + 0.003 * start for start in range(20)]
     for look in range(looks):
         part = look / (looks - 1)
@@ -118,7 +126,7 @@ def write_run(
     timing: dict[str, Any] | None = None,
     clips: bool = False,
 ) -> None:
-    """The files of a run, its clips of 20 samples those of a colour."""
+    """Write the files of a run, with 20 samples whose clips have one grey level each."""
     run.mkdir(exist_ok=True)
     for name, lines in (("metrics", metrics), ("validation", validation)):
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -201,7 +209,7 @@ def test_every_number_is_on_the_page(tmp_path: Path) -> None:
     text = visible(html)
     for words in EXPECTED:
         assert words in text
-    # Six samples of twenty, each before, now and as it was.
+    # Six of twenty samples, each with three clips: before training, after it, and the ground truth.
     assert html.count("<video ") == 18 and html.count("<article ") == 6
     assert "controls" not in re.findall(r"<video [^>]{0,200}", html)[0]
     assert (tmp_path / "contact_sheet.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -212,11 +220,11 @@ def test_every_number_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_what_did_not_run_is_not_said_to_have_run(tmp_path: Path) -> None:
-    """The plan names an engine of the denoiser; PyTorch served all 40 steps."""
+    """The plan names an engine of the denoiser, but PyTorch ran it in all 40 steps."""
     write_run(tmp_path, example_metrics(), example_validation())
     text = visible(page(tmp_path))
     assert "denoiser frozen onnxruntime" not in text and "3.34x as fast" not in text
-    # Parities of engines that ran, of no others.
+    # Only parities of engines that ran are shown.
     assert f"2.9 {TIMES} 10⁻⁶" not in text and f"3.3 {TIMES} 10⁻³" not in text and f"5.0 {TIMES} 10⁻⁷" not in text
 
 
@@ -233,7 +241,7 @@ def test_each_frame_has_its_number_and_score(tmp_path: Path) -> None:
         line["frames"]["face_score"] = [[score, None, score / 2] for score in scores]
     write_run(tmp_path, example_metrics(), validation, clips=True)
     text = visible(page(tmp_path))
-    # Start 19, before and after: three frames, the second without a face.
+    # Sample 19, before and after: three frames, the second without a face.
     assert f"0 1 2 step 0 0.61 {DASH} 0.30 step 40 0.60 {DASH} 0.30 truth" in text
 
 
@@ -259,7 +267,7 @@ def test_settings_that_were_not_changed_are_folded(tmp_path: Path) -> None:
 
 
 def test_a_run_of_before_these_facts_has_a_page(tmp_path: Path) -> None:
-    """Stages with a backend and one time, and neither sessions nor changed settings."""
+    """Write stages with one backend and one time, and neither sessions nor changed settings, like older runs."""
     metrics = example_metrics()
     for row in metrics:
         for entry in row["stages"].values():
@@ -285,7 +293,7 @@ def test_a_run_that_went_wrong_is_told_as_it_is(tmp_path: Path) -> None:
     assert f"0.94 {TIMES} the speed" in text
     assert f"Judge_face_dlib falls since step 40 ({MINUS}0.0300 ± 0.0014, 20 samples), and no reward rises" in text
     assert html.count('class="lead worse"') == 1
-    # Face score, judge and the step's time: what has no better side is told without a colour.
+    # Only face score, judge and time of a step have a better direction; other changes have no colour.
     assert html.count('class="change worse"') == 3
 
 
@@ -303,7 +311,7 @@ def test_a_hacked_reward_is_named_at_the_top(tmp_path: Path) -> None:
 
 
 def test_names_of_any_reward_are_told(tmp_path: Path) -> None:
-    """Nothing on the page knows which rewards there are."""
+    """Replace the names of the reward: the page does not depend on them."""
     validation = json.loads(json.dumps(example_validation()).replace("face", "tail").replace("detection", "wagging"))
     metrics = json.loads(json.dumps(example_metrics()).replace("face", "tail").replace("detection", "wagging"))
     write_run(tmp_path, metrics, validation)
@@ -318,7 +326,7 @@ def test_a_run_at_work_has_a_page(tmp_path: Path, validation: list[dict[str, Any
     write_run(tmp_path, example_metrics()[:3], validation)
     text = visible(page(tmp_path))
     assert "3 steps." in text
-    # Without the first.
+    # The time without the first step.
     assert "One training step 0.40 s" in text
     assert "improved" not in text and "Rewards and judges" not in text
 
@@ -382,14 +390,14 @@ def test_one_scrubber_moves_all_clips_of_a_start(tmp_path: Path) -> None:
     dom, _ = render(path, tmp_path / "profile")
     title = re.search(r"<title>last (.*?) \| 1 (.*?) \| Pause \| large \| small</title>", dom)
     assert title is not None
-    # Three frames at 16 a second; each is shown from its middle.
+    # Three frames at 16 per second; each is shown at its middle.
     for places, frame in ((title[1], 2), (title[2], 1)):
         assert [float(place) for place in places.split(",")] == pytest.approx([(frame + 0.5) / 16] * 3, abs=2e-3)
 
 
 @needs_chromium
 def test_a_printed_page_is_small(tmp_path: Path) -> None:
-    """Pictures go into the PDF as the JPEGs that they are; decoded ones would take 10 MB."""
+    """Store pictures as JPEG in the PDF; decoded, they would take 10 MB."""
     write_run(tmp_path, example_metrics(), example_validation(), TIMING, clips=True)
     texture = torch.nn.functional.interpolate(torch.rand(9, 3, 48, 48), size=(96, 96), mode="bilinear")
     for clip in (tmp_path / "validation").glob("*/*.mp4"):

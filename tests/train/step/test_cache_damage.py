@@ -1,4 +1,4 @@
-"""Entries of the frozen-output cache that go bad during a run: each is computed again, and the run is the same."""
+"""Entries of the frozen-output cache that are damaged during a run are computed again, and results do not change."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from frostline.runtime import cache
 from frostline.train.loop.trainer import train
 from frostline.train.settings import TrainerSettings
 
-# Two clips, of which the second epoch finds everything in the cache.
+# With two clips, all steps after the first epoch use the cache.
 SETTINGS = TrainerSettings(learning_rate=1e-3, max_train_steps=6, per_device_train_batch_size=1, seed=3)
 
 
 def flip_a_bit(path: Path, turn: int) -> None:
-    """Another one at each turn: in the header, in the digest and its signature, in the tensors."""
+    """Flip another bit at each turn: in the header, in the digest and its signature, in the tensors."""
     content = bytearray(path.read_bytes())
     content[(turn * 997) % len(content)] ^= 1 << (turn % 8)
     path.write_bytes(content)
@@ -25,7 +25,7 @@ def flip_a_bit(path: Path, turn: int) -> None:
 def test_bits_that_flip_between_the_steps_change_nothing(
     plan: str, make_module: Any, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_HOT_BYTES", 0)  # else entries are read from disk once a process
+    monkeypatch.setattr(cache, "_HOT_BYTES", 0)  # otherwise, each process reads entries from disk once
     clips, adapters, modules = Clips(2, seed=11), [], {}
     for name in ("undisturbed", "disturbed"):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""What is kept under the code that computed it: each of five kinds is good until the code, or a package, changes."""
+"""Results that are stored under an id of their code: each of five kinds is valid until code or a package changes."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,14 +34,14 @@ STAGE, BACKEND = "face_embedder", "onnxruntime"
 RECIPE = Recipe(model="tiny", stages=(STAGE,), backends=(BACKEND,))
 CPU = torch.device("cpu")
 KINDS = {"engine", "receipt", "latency", "references", "context", "y"}
-# All of a face embedder are built of these operations.
+# All operations of a face embedder are in this file.
 OPERATIONS = "models/onnx/ops.py"
 CONSTANT = "1e-5"
 
 
 @pytest.fixture
 def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
-    """`edit(file, old, new)`: the code is from here on that of a copy in which that was replaced, if anything was."""
+    """`edit(file, old, new)`: replace text in a copy of the code; frostline's code ids are computed from this copy."""
     copy = tmp_path / "copy" / "frostline"
     ignore = shutil.ignore_patterns("*.safetensors", "__pycache__")
     shutil.copytree(Path(frostline.__file__).parent, copy, ignore=ignore)
@@ -62,7 +62,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Edit]:
 
 @dataclass
 class Kept:
-    """One of each kind, kept on disk, and which of them are recalled now."""
+    """Store one result of each kind, and report which of them are still read."""
 
     staged: StagedModel
     module: WanTrainingModule
@@ -94,7 +94,7 @@ class Kept:
         return LatencyNote(STAGE, {"torch": stage_computation(self.staged.stages[STAGE])}, "x:1", CPU)
 
     def _look_up(self) -> set[str]:
-        """Which conditions of a sample the cache knew."""
+        """Return the conditions of a sample that the cache contains."""
         module, cache = self.module, self.module.parts.cache
         assert cache is not None
         rewards = build_rewards(module.settings.rewards, CPU, ShapeRange())
@@ -128,7 +128,7 @@ def kept(parts: Kept, edit: Edit) -> Kept:
 
 def test_a_constant_in_what_all_of_them_run_makes_all_invalid(kept: Kept, edit: Edit) -> None:
     edit(OPERATIONS, CONSTANT, "2e-5")
-    assert kept.recalled() == {"context", "y"}, "those that do not run it stay"
+    assert kept.recalled() == {"context", "y"}, "the conditions do not run the changed code"
 
 
 def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
@@ -141,7 +141,7 @@ def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("file", "gone"),
     [
-        ("models/wan/text.py", {"context", "y"}),  # which one module computes
+        ("models/wan/text.py", {"context", "y"}),  # one module computes both
         ("stages/wan/conditions.py", {"context", "y"}),
         ("models/wan/vae_chunks.py", {"y"}),
         ("train/step/conditioning.py", {"references"}),
@@ -158,7 +158,7 @@ def test_what_does_not_run_it_stays(kept: Kept, edit: Edit, file: str, gone: set
 
 
 def test_an_export_of_a_models_stages_depends_on_its_code(edit: Edit) -> None:
-    """That of rewards alone, which `RECIPE` is, does not: no model is loaded for it."""
+    """The key of an export of rewards only (`RECIPE`) does not change, because no model is loaded for it."""
 
     def keys() -> tuple[str, str]:
         recipes = (RECIPE, RECIPE.model_copy(update={"stages": (STAGE, "text_encoder")}))

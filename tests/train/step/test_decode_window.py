@@ -1,4 +1,4 @@
-"""A window of the clip is decoded as in the whole clip, and nothing behind it is."""
+"""A window of the clip is decoded like in the whole clip, and the frames after it are not decoded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def random_latents(channels: int) -> Tensor:
 
 
 def detached_caches(module: WanTrainingModule, latents: Tensor, window: slice) -> Tensor:
-    """diffsynth's loop, in which the caches lose their graph before the first latent frame of the window."""
+    """Run diffsynth's loop, and detach the caches before the first latent frame of the window."""
     vae, first = module.components.vae, window.start
     model = vae.model
     model.clear_cache()
@@ -35,7 +35,7 @@ def detached_caches(module: WanTrainingModule, latents: Tensor, window: slice) -
         if index == first:
             model._feat_map = [cache.detach() if isinstance(cache, Tensor) else cache for cache in model._feat_map]
         model._conv_idx = [0]
-        # Wan2.2's own decoder is told which frame is the first, and its pixels come in patches.
+        # Wan2.2's own decoder needs to know which frame is the first, and returns pixels in patches.
         how = {"first_chunk": index == 0} if isinstance(vae, WanVideoVAE38) else {}
         out, model._feat_map, model._conv_idx = model.decoder(
             x[:, :, index : index + 1], feat_cache=model._feat_map, feat_idx=model._conv_idx, **how

@@ -1,4 +1,4 @@
-"""A training step on an NVIDIA GPU, its frozen stages in engines, against the same step in PyTorch."""
+"""A training step on an NVIDIA GPU with engines for the frozen stages, compared with the same step in PyTorch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +19,11 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
     pytest.mark.timeout(500),
-    # In one process, which builds the engines once.
+    # All tests run in one process, which builds the engines once.
     pytest.mark.xdist_group("hybrid"),
 ]
 
-# Compiling takes longer than all the rest: the denoiser, alone, gets a second engine.
+# Compiling takes most of the time, so only the denoiser gets a second engine.
 BACKENDS = ("onnxruntime", "aotinductor")
 
 
@@ -61,7 +61,7 @@ def batch() -> dict[str, Any]:
 
 
 def step(module: WanTrainingModule) -> tuple[list[float], torch.Tensor]:
-    """Loss, face score and KL; and the gradient of the LoRA."""
+    """Return loss, face score and KL, and the gradient of the LoRA."""
     module.zero_grad()
     with full_fp32():
         outcome = module(batch())
@@ -119,7 +119,7 @@ def test_engines_compute_what_backward_recomputes(how: str, engines: Path) -> No
 def test_recomputation_is_chosen_by_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(checkpointing="auto")
     step(module)
-    assert module.gradient_checkpointing == "none", "so small a model fits any GPU"
+    assert module.gradient_checkpointing == "none", "a model of this size fits any GPU"
     monkeypatch.setattr("frostline.train.step.module.free_bytes", lambda device: 0)
     tight = build(checkpointing="auto")
     step(tight)
@@ -127,7 +127,7 @@ def test_recomputation_is_chosen_by_the_memory_of_the_gpu(monkeypatch: pytest.Mo
 
 
 def test_engines_follow_an_optimizer(engines: Path) -> None:
-    """On the trainer's own memory on the GPU: after each step the engine is the new policy."""
+    """Use the trainer's memory on the GPU: after each step, the engine computes the new policy."""
     module = build("auto", engines)
     optimizer = torch.optim.AdamW(module.trainable_parameters().values(), lr=1e-3)
     network = module.stages["denoiser"].networks[0]

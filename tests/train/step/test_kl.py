@@ -1,4 +1,4 @@
-"""The weight of the KL term follows its target."""
+"""The weight of the KL term is adapted to its target."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ POSITIVE = st.floats(1e-6, 1e6)
     ("kl_loss", "factor"), [(0.0, 0.98), (1.0, 1.0), (1.1, 1.01), (0.9, 0.99), (1.2, 1.02), (50.0, 1.02)]
 )
 def test_the_change_is_that_of_the_paper(kl_loss: float, factor: float) -> None:
-    """Ziegler et al. 2019, section 2.2, with a target of 2."""
+    """Compute the change of Ziegler et al. 2019, section 2.2, with a target of 2."""
     assert adapted_weight(0.5, 2 * kl_loss, 2.0) == pytest.approx(0.5 * factor)
 
 

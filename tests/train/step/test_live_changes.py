@@ -1,4 +1,4 @@
-"""What users do to a module between two steps, by PEFT's own calls and PyTorch's: engines follow, or give way."""
+"""Changes of a module between two steps, with calls of PEFT and PyTorch: engines use them, or are not used."""
 
 import copy
 import logging
@@ -77,7 +77,7 @@ def activate_another(model: nn.Module) -> None:
 
 
 def replace_the_adapter(model: nn.Module) -> None:
-    """By one of the same name and another rank."""
+    """Replace it by an adapter with the same name and another rank."""
     for layer in lora_layers(model):
         layer.delete_adapter(ADAPTER)
     targets = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
@@ -95,7 +95,7 @@ LEFT_TO_TORCH = [double_one_scale, disable_one, merge, merge_and_reset, activate
 
 
 class Velocities:
-    """What a step asks of the denoiser, for one input: the policy and the KL reference, from the plan's backend."""
+    """The velocities that a step computes for one input with the backend of the plan: policy and KL reference."""
 
     def __init__(self, module: WanTrainingModule) -> None:
         self.module = module
@@ -110,7 +110,7 @@ class Velocities:
 
     @torch.no_grad()
     def live(self) -> Tensor:
-        """The policy as the denoise tail computes it."""
+        """Return the velocity of the policy, computed like in the denoise tail."""
         given = self.conditioning.conditions
         sampler, (expert,) = self.module.parts.sampler, self.module.trained_experts
         options = TailOptions(engine_forward=False)
@@ -134,7 +134,7 @@ def test_rollout_and_kl_reference_are_those_of_the_module_as_it_is(
         torch.manual_seed(0)
         change(module.components.denoiser)
     expected = theirs.live()
-    if change not in (merge, merge_and_reset):  # which leave the policy as it was
+    if change not in (merge, merge_and_reset):  # these do not change the policy
         assert (expected - before).norm() > 1e-3 * before.norm(), "nothing was changed"
     policy, backend = ours(lora=True)
     torch.testing.assert_close(policy, expected, atol=2e-5, rtol=0)
@@ -155,7 +155,7 @@ def test_strict_raises_instead(change: Change, make_module: MakeModule, engines:
 
 
 def test_the_kl_reference_leaves_the_switches_alone(make_module: MakeModule) -> None:
-    """Neither a disabled layer nor a frozen matrix comes back to life."""
+    """Do not enable a disabled layer or make a frozen matrix trainable."""
     module = make_module(**QUICK)
     layers = lora_layers(module.components.denoiser)
     disable(module.components.denoiser)

@@ -1,4 +1,4 @@
-"""One training step in PyTorch: alone and in a batch, with every kind of face, and what it says of itself."""
+"""A training step in PyTorch: alone and in a batch, with and without faces, and its metrics."""
 
 import logging
 from collections.abc import Callable
@@ -139,7 +139,7 @@ def test_a_tail_without_a_lora_is_refused(make_module: MakeModule) -> None:
 
 @pytest.mark.parametrize("missing_face", ["exclude", "zero"])
 def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModule) -> None:
-    """Half the frames of the first sample have no face, the second sample has none at all."""
+    """Half of the frames of the first sample have no face, and the second sample has none."""
     module = make_module(rewards=[{"type": "face_identity", "missing_face": missing_face}], **QUICK)
     (active,) = module.rewards
     reward, run = active.reward, RewardStages(module.runtime, active.stage_names)
@@ -153,10 +153,10 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
     frames.requires_grad_()
     score = reward.identity_score(frames, references, run)
     assert score.detection_rate.tolist() == [0.5, 0.0]
-    # Where a frame without a face counts as 0, a video without any does so too.
+    # If a frame without a face counts as 0, a video without any face is also valid.
     assert score.valid.tolist() == [True, missing_face == "zero"]
     seen = score.frame_scores[0, :2].mean()
-    assert seen > 0.7, "a face is its own best likeness"
+    assert seen > 0.7, "a face must be similar to itself"
     torch.testing.assert_close(score.face_score[0], seen if missing_face == "exclude" else seen / 2)
     torch.testing.assert_close(score.face_score_missing_zero[0], seen / 2)
     outcome = reward_loss([(active, RewardScore(score.face_score, score.valid))])
@@ -170,8 +170,8 @@ def test_the_reward_of_rendered_frames(missing_face: str, make_module: MakeModul
 
 
 def test_gradient_checkpointing_changes_no_gradient(make_module: MakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is recomputed is decoded chunk by chunk, hence the other too: a clip at once is another order of sums, which
-    # the tests of the VAE hold against this one.
+    # With recomputation, the clip is decoded chunk by chunk, so this is done here in all modes. Decoding the clip at
+    # once adds numbers in another order; the tests of the VAE compare both.
     monkeypatch.setattr(
         vae_file, "decode_clip", lambda vae, latents: decode_in_chunks(vae_file.decoder_chunks(vae), latents)
     )
@@ -205,7 +205,7 @@ def test_checkpointing_is_settled_for_the_largest_shape(
     assert module.gradient_checkpointing is None
     with torch.no_grad():
         module(small_clips(2))
-    assert seen == [], "nothing is kept for backward"
+    assert seen == [], "without a gradient, no mode must be chosen"
     for count in (1, 1, 2, 1):
         module(small_clips(count))
     assert seen == [VideoShape(1, 5, 32, 32), VideoShape(2, 5, 32, 32)]
@@ -214,7 +214,7 @@ def test_checkpointing_is_settled_for_the_largest_shape(
     resumed = make_module(gradient_checkpointing="auto", **QUICK)
     resumed.checkpoint("full")
     resumed(small_clips(1))
-    assert resumed.gradient_checkpointing == "full", "what a checkpoint says stands"
+    assert resumed.gradient_checkpointing == "full", "the mode in the checkpoint must be used"
     assert len(seen) == 2
 
 
@@ -320,7 +320,8 @@ def test_metrics_of_the_last_step(make_module: MakeModule, caplog: pytest.LogCap
     assert face_score.item() == pytest.approx(sum(found) / max(len(found), 1))
     calls = {name: (time.backend, time.calls) for name, time in metrics.stages.items()}
     assert calls["text_encoder"] == calls["vae_encoder"] == ("torch", 1)
-    # Three steps of the first expert, one of the second, and one call for the references of all four KL terms.
+    # Three steps of the high-noise expert, one of the low-noise one, and one call for the references of all four KL
+    # terms.
     assert calls["denoiser_high_noise"] == ("torch", 3)
     assert calls["denoiser"] == ("torch", 2)
     assert calls["vae_decoder_live"] == ("torch", 1)
@@ -328,7 +329,7 @@ def test_metrics_of_the_last_step(make_module: MakeModule, caplog: pytest.LogCap
     assert all(time.milliseconds > 0 for time in metrics.stages.values())
     module(data)
     assert module.last_metrics is not None
-    assert "text_encoder" not in module.last_metrics.stages, "what is cached takes no time"
+    assert "text_encoder" not in module.last_metrics.stages, "a stage with cached outputs must not run"
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-ti2v"])
@@ -346,7 +347,7 @@ def test_a_step_in_bf16_is_finite(model: str, make_module: MakeModule) -> None:
 
 
 def test_no_activation_is_kept_in_the_vae(quick_module: WanTrainingModule) -> None:
-    """diffsynth's own `decode` leaves its caches, and with them the graph of the step, in lists of the module."""
+    """diffsynth's own `decode` would keep its caches, and with them the graph of the step, in lists of the module."""
     quick_module(small_clips(1))
     assert [kept for kept in quick_module.components.vae.model._feat_map if kept is not None] == []
 

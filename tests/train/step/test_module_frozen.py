@@ -1,4 +1,4 @@
-"""A step whose frozen results come from engines, or from the cache, is the step in PyTorch."""
+"""A step with frozen results from engines or from the cache equals the step in PyTorch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -103,8 +103,8 @@ def test_an_engine_follows_the_policy_after_an_optimizer_step(make_module: MakeM
     assert {path: path.stat().st_mtime_ns for path in engines.rglob("*") if path.is_file()} == files
 
 
-def test_the_example_of_the_design(engines: Path, make_module: MakeModule) -> None:
-    """16 frames of 256×256 noise, on a plan with engines and without any setting."""
+def test_a_step_on_engines_with_default_settings(engines: Path, make_module: MakeModule) -> None:
+    """Use 16 frames of 256×256 noise, engines for all stages, and default settings."""
     module = WanTrainingModule.from_pretrained("tiny", engines=engines, plan="onnxruntime", strict=True)
     generator = torch.Generator().manual_seed(0)
     video = torch.rand(1, 16, 3, 256, 256, generator=generator)
@@ -124,7 +124,7 @@ def test_a_cached_step_is_the_uncached_one(model: str, make_module: MakeModule, 
     assert uncached.parts.cache is None
     assert cached.parts.cache is not None
     assert [torch.equal(one, other) for one, other in zip(expected, cached(data), strict=True)] == [True] * 3
-    # Context, image latents and references of two samples; and with two experts the latents of the first.
+    # Context, image latents and references of two samples; with two experts, also the latents of the first expert.
     entries = 8 if model == "tiny-moe" else 6
     assert (cached.parts.cache.hits, cached.parts.cache.misses) == (0, entries)
     assert [torch.equal(one, other) for one, other in zip(expected, cached(data), strict=True)] == [True] * 3
@@ -168,7 +168,7 @@ def test_cached_conditions_are_not_shared_between_different_inputs(make_module: 
     assert not torch.equal(latents[0], latents[1])
     changed = dict(data, video=1 - data["video"])
     other = module.forward_preprocess(changed)
-    assert module.parts.cache.hits == 5, "the prompts are known, the pictures are not"
+    assert module.parts.cache.hits == 5, "prompts are cached, pictures are not"
     assert not torch.equal(other.conditions["y"], latents)
 
 

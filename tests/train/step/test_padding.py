@@ -1,4 +1,4 @@
-"""Frames that pad a clip are the last one again: no reward refers to them, and no truth is made of them."""
+"""Frames that pad a clip repeat its last frame: they are not part of references and of ground truth."""
 
 import csv
 import logging
@@ -27,7 +27,7 @@ SHARPNESS = {"type": "sharpness", "baseline": 0.0, "scale": 1.0, "weight": 0.5}
 
 
 class EveryFrame(Reward):
-    """A reward that keeps a number of each frame."""
+    """A reward that stores a number for each frame."""
 
     Config = RewardConfig
     name = "every_frame"
@@ -46,7 +46,7 @@ class EveryFrame(Reward):
 
 
 def padded(frames: int, own: int) -> dict[str, Any]:
-    """One clip of so many frames, of which the first are its own; the face of the last is another's."""
+    """Return one clip that is padded to `frames`; `own` frames are its own, and the last of them shows another face."""
     data = clips(1, num_frames=frames, size=64)
     other = clips(2, seed=5, num_frames=frames, size=64)["video"][1:]
     video = data["video"][:, :own].clone()
@@ -65,13 +65,13 @@ def test_references_are_those_of_the_clip_alone(make_module: MakeModule) -> None
     assert face["found"].all()
     torch.testing.assert_close(face["mean"], alone_face["mean"], atol=1e-6, rtol=0)
     torch.testing.assert_close(sharpness["sharpness"], alone_sharpness["sharpness"])
-    # What it was: four copies of the last frame, each counted like one of its own.
+    # If padding counted, four copies of the last frame would count like its own frames.
     assert (face["mean"] - counted_face["mean"]).norm() > 0.05
     assert (sharpness["sharpness"] - counted_sharpness["sharpness"]).abs() > 0
 
 
 def test_every_row_of_a_batch_counts_as_far_as_it_goes(make_module: MakeModule) -> None:
-    """And is cached by what counts."""
+    """Cache each row by its own frames."""
     module = make_module(rewards=[{"type": "face_identity", "upscale": 2}], **QUICK)
     data = padded(9, 5)
     both = {"prompt": data["prompt"] * 2, "video": data["video"].repeat(2, 1, 1, 1, 1), "valid_frames": [5, 9]}
@@ -83,7 +83,7 @@ def test_every_row_of_a_batch_counts_as_far_as_it_goes(make_module: MakeModule) 
 
 
 def test_of_a_picture_its_one_frame_is_the_reference(make_module: MakeModule) -> None:
-    """It is left out of a video's, for there it is what was given."""
+    """Use the only frame; of a video, the first frame is left out, because it is given."""
     module = make_module(rewards=[{"type": "face_identity", "upscale": 2}], cache_bytes=0, **QUICK)
     picture = clips(1, num_frames=5, size=64)["video"][:, :1]
     data = {"prompt": ["p"], "video": picture.expand(-1, 9, -1, -1, -1), "valid_frames": [1]}

@@ -1,8 +1,8 @@
-"""The whole step against section 1 of the design, written out again in plain PyTorch.
+"""The whole step compared with an independent implementation in plain PyTorch.
 
-Nothing of frostline's computes here but the loader of the weights, and SFace, which its own tests hold against ONNX
-Runtime: diffsynth's `model_fn_wan_video` and VAE, one sample at a time; facenet-pytorch's `MTCNN.detect`, one frame at
-a time; scikit-image's similarity transform; peft's LoRA on one copy of the denoiser, and another copy without.
+Of frostline, it only uses the loader of the weights and SFace, which other tests compare with ONNX Runtime. It calls
+diffsynth's `model_fn_wan_video` and VAE, one sample at a time; facenet-pytorch's `MTCNN.detect`, one frame at a time;
+scikit-image's similarity transform; and peft's LoRA on one copy of the denoiser, with another copy without it.
 """
 
 from collections.abc import Callable
@@ -35,13 +35,17 @@ ARCFACE = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493,
 
 @dataclass
 class Faces:
-    """The largest face of each frame that has one, by frame: five landmarks (5, 2)."""
+    """The largest face of each frame with a face.
+
+    Attributes:
+        landmarks: the five landmarks (5, 2), by frame.
+    """
 
     landmarks: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 def detect(detector: MTCNN, frames: Tensor) -> Faces:
-    """`frames` (T, 3, H, W) uint8, one after the other."""
+    """Detect the faces of (T, 3, H, W) uint8 frames, one frame at a time."""
     faces = Faces()
     for index, frame in enumerate(frames):
         boxes, _, landmarks = detector.detect(frame.permute(1, 2, 0).numpy(), landmarks=True)
@@ -53,21 +57,21 @@ def detect(detector: MTCNN, frames: Tensor) -> Faces:
 
 
 def align(frame: Tensor, landmarks: np.ndarray) -> Tensor:
-    """The 112×112 crop (3, 112, 112) of a frame (3, H, W) in [0, 1], differentiable."""
+    """Return the differentiable 112×112 crop (3, 112, 112) of a frame (3, H, W) in [0, 1]."""
     to_crop = SimilarityTransform()
     assert to_crop.estimate(landmarks, np.array(ARCFACE))
     column, row = np.meshgrid(np.arange(112), np.arange(112))
     x, y = to_crop.inverse(np.stack([column.ravel(), row.ravel()], axis=1)).T
     height, width = frame.shape[-2:]
-    # Pixel centres at integers to `grid_sample`'s -1…1 from border to border.
+    # Convert pixel centres at integers to the coordinates of `grid_sample`, -1 to 1 from border to border.
     grid = np.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], axis=1).reshape(1, 112, 112, 2)
     return F.grid_sample(frame[None], torch.from_numpy(grid).float(), padding_mode="zeros", align_corners=False)[0]
 
 
 class ScoredFrames:
-    """The frames of one sample on their way into the reward, tied to what `tape` recorded of the module's.
+    """The frames of one sample as inputs of the reward, tied to what `tape` recorded of the module's frames.
 
-    See `RewardTape` for why: rounding, and kinks.
+    `RewardTape` explains why this is needed.
     """
 
     faces: Faces
@@ -77,7 +81,7 @@ class ScoredFrames:
         self.sample = slice(index, index + 1)
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """The module's 8-bit pixels (T, 3, H, W), which must be those of `frames` but for rounding."""
+        """Return the module's 8-bit pixels (T, 3, H, W), and check that those of `frames` only differ by rounding."""
         frames.register_hook(self._gradient)
         recorded = self.tape.pixels[self.sample][0]
         difference = (to_pixels(frames).float() - recorded.float()).abs()
@@ -91,7 +95,13 @@ class ScoredFrames:
 
 
 class Reference:
-    """Section 1 of the design for one model. `lora` holds the adapter matrices of the policy by peft's names."""
+    """The independent implementation for one model.
+
+    Args:
+        name: the model.
+        lora: the adapter matrices of the policy by peft's names.
+        rank: the rank of the LoRA.
+    """
 
     def __init__(self, name: str, lora: dict[str, Tensor], rank: int) -> None:
         self.parts: WanComponents = load_components(name)
@@ -108,7 +118,7 @@ class Reference:
         self.embed = SFaceEmbedder()
 
     def step(self, prompt: str, video: Tensor, scored: ScoredFrames) -> tuple[Tensor, Tensor, Tensor]:
-        """loss, face score and KL of one sample, `video` (T, 3, H, W) in [0, 1]."""
+        """Return loss, face score and KL of one sample; `video` is (T, 3, H, W) in [0, 1]."""
         with torch.no_grad():
             conditions, first_frame = self.condition(prompt, video)
             references = self.references(video)
@@ -167,7 +177,7 @@ class Reference:
         )
 
     def decode(self, x: Tensor) -> Tensor:
-        """(T, 3, H, W) in [0, 1]."""
+        """Return the decoded frames (T, 3, H, W) in [0, 1]."""
         video = self.parts.vae.model.decode(x, self.parts.vae.scale).clamp(-1, 1)
         return (video[0].transpose(0, 1) + 1) / 2
 
@@ -199,7 +209,7 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-moe", "tiny-ti2v"])
-def test_the_whole_step_is_section_1_of_the_design(
+def test_the_whole_step_equals_an_independent_implementation(
     model: str, make_module: Callable[..., WanTrainingModule], tape: "RewardTape"
 ) -> None:
     count = 2 if model == "tiny" else 1
@@ -223,7 +233,7 @@ def test_the_whole_step_is_section_1_of_the_design(
     losses, scores, kls = (torch.stack(values) for values in zip(*steps, strict=True))
     valid = torch.tensor(metrics.per_sample["detection_rate"]) > 0
     torch.testing.assert_close(torch.tensor(metrics.per_sample["face_score"]), scores.detach(), atol=1e-5, rtol=0)
-    # A sample without a face gives no reward, and the reward is the mean of those that do.
+    # A sample without a face gives no reward, and the reward is the mean over the other samples.
     rewards = torch.where(valid, losses - KL_WEIGHT * kls, 0).sum() / valid.sum().clamp(min=1)
     loss = rewards + KL_WEIGHT * kls.mean()
     torch.testing.assert_close(step[0], loss, atol=1e-5, rtol=0)
@@ -239,7 +249,7 @@ def test_the_whole_step_is_section_1_of_the_design(
 
 
 def flat_gradient(parameters: dict[str, Any]) -> Tensor:
-    """The gradient of all, flat, in the order of their names, and none left behind."""
+    """Return the flat gradient of all parameters in the order of their names, and delete it."""
     parts = [parameters[name].grad.flatten() for name in sorted(parameters)]
     for parameter in parameters.values():
         parameter.grad = None

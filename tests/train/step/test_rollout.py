@@ -1,4 +1,4 @@
-"""The KL references of a tail: one call for all of them is each of them alone."""
+"""The KL references of a tail, computed in one call, equal those of separate calls."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ ORT = "onnxruntime"
 
 
 def kl_and_calls(module: WanTrainingModule, data: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
-    """The KL of each tail step with its gradient at the LoRA, flat, and the batch of each KL reference."""
+    """Return the KL of each tail step with its gradient (flat), and the batch size of each call of the KL reference."""
     batches = []
     run = module.runtime.run
 
@@ -57,7 +57,7 @@ def test_all_kl_references_in_one_call(
     variant_engines: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A tail that starts with the high-noise expert, where there are two.
+    # With two experts, the tail starts with the high-noise expert.
     settings = {"grad_start_step": 2 if model == "tiny-moe" else 4}
     module = make_module(model, plan={"denoiser": backend}, engines=variant_engines, **settings)
     together, batches = kl_and_calls(module, data)
@@ -75,7 +75,7 @@ def test_all_kl_references_in_one_call(
 def test_more_than_the_engine_serves_goes_one_by_one(
     data: dict[str, Any], make_module: MakeModule, engines: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Engines serve up to 32 samples: four steps of ten are too many for one call, ten are not."""
+    """Engines support up to 32 samples: 4 steps of 10 samples are too many for one call, but 10 are not."""
     many = {"prompt": data["prompt"] * 5, "video": data["video"].repeat(5, 1, 1, 1, 1)}
     module = make_module(plan={"denoiser": ORT}, engines=engines)
     assert kl_and_calls(module, many)[1] == [10, 10, 10, 10]
@@ -83,7 +83,7 @@ def test_more_than_the_engine_serves_goes_one_by_one(
 
 
 class ValuesAskedFor(TorchDispatchMode):
-    """Counts where a tensor's value comes to the host: on a GPU, each makes it wait."""
+    """Count the reads of tensor values on the host; on a GPU, the host waits at each of them."""
 
     def __init__(self) -> None:
         super().__init__()

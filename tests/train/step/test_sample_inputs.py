@@ -1,4 +1,4 @@
-"""What a sample brings to rewards: its own pictures, its rate, generated latents; nothing that nobody needs."""
+"""Inputs of rewards: the sample's own pictures, its frame rate, generated latents; unused inputs are not computed."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ class NeedsLatents(RewardConfig):
 
 
 class Energy(Reward):
-    """The mean square of the generated latents; it asks for no reference."""
+    """The mean square of the generated latents, a reward without a reference."""
 
     Config = NeedsLatents
     name = "energy"
@@ -56,7 +56,7 @@ def pictures(count: int, seed: int = 0, size: int = 40) -> Tensor:
 
 
 def laplacian(frames: Tensor) -> float:
-    """The mean squared Laplacian of the luminance of (R, 3, h, w), written out."""
+    """Compute the mean squared Laplacian of the luminance of (R, 3, h, w) frames."""
     luma = 0.299 * frames[:, 0] + 0.587 * frames[:, 1] + 0.114 * frames[:, 2]
     inner = luma[:, 1:-1, 1:-1]
     around = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:]
@@ -64,7 +64,7 @@ def laplacian(frames: Tensor) -> float:
 
 
 def change(frames: Tensor) -> float:
-    """The mean absolute change of the luminance of (T, 3, h, w), written out."""
+    """Compute the mean absolute change of the luminance of (T, 3, h, w) frames."""
     luma = 0.299 * frames[:, 0] + 0.587 * frames[:, 1] + 0.114 * frames[:, 2]
     return (luma[1:] - luma[:-1]).abs().mean().item()
 
@@ -81,7 +81,7 @@ def text_to_video(make_module: MakeModule, tmp_path_factory: pytest.TempPathFact
 
 
 def test_pictures_of_its_own_are_the_reference(module: WanTrainingModule) -> None:
-    """Each sample's, all of them, whatever others of the batch have; in a reward of frames and in the cache."""
+    """Use all pictures of each sample, whatever the other samples of the batch have; check features and the cache."""
     data = small_clips(3)
     one, other = pictures(2), pictures(3, seed=1, size=24)
     (kept,) = module.forward_preprocess({**data, "reference": [one, None, other]}).references
@@ -114,7 +114,7 @@ def test_a_reward_that_keeps_every_picture_wants_equally_many(make_module: MakeM
 
 
 def test_latents_and_rates_are_told_with_gradient(make_module: MakeModule) -> None:
-    """To the LoRA through the latents alone, not through the frames."""
+    """Compute the gradient of the LoRA through the latents only, not through the frames."""
     SEEN.clear()
     module = make_module(rewards=[ENERGY], kl_weight=0.0, cache_bytes=0, **QUICK)
     data = {**small_clips(2), "fps": [16.0, 24.0]}
@@ -127,7 +127,7 @@ def test_latents_and_rates_are_told_with_gradient(make_module: MakeModule) -> No
     through_latents = gradient(module)
     assert through_latents.isfinite().all() and through_latents.norm() > 0
     assert module.last_metrics is not None and module.last_metrics.per_sample["own_fps"] == [16.0, 24.0]
-    # The same derivative by differences, along the gradient.
+    # Compare with finite differences along the gradient.
     step, parameters = 1e-3 / through_latents.norm().item(), [*module.trainable_parameters().values()]
     losses = []
     for sign in (1, -2):
@@ -157,7 +157,7 @@ def test_validation_tells_the_latents_of_what_it_generates(make_module: MakeModu
 
 
 def test_a_sample_without_a_video(text_to_video: WanTrainingModule) -> None:
-    """It is generated and rewarded as one whose video nobody looks at."""
+    """Generate and score it like a sample whose video is not used."""
     own, clips = pictures(2), small_clips(1)
     black = torch.zeros_like(clips["video"])
     data = {"prompt": clips["prompt"], "video": black, "valid_frames": [0], "reference": [own]}
@@ -190,12 +190,12 @@ def test_of_no_video_there_is_no_psnr(text_to_video: WanTrainingModule, tmp_path
     measured = evaluate(text_to_video, samples, [0, 1], batch_size=2).measured
     assert measured["psnr"].isnan().tolist() == [True, False]
     assert measured["sharpness"].isfinite().all()
-    # Of neither is there a clip that moves.
+    # Neither sample has a clip with motion.
     assert measured["motion_ratio"].isnan().all()
 
 
 def test_sharpness_and_motion_are_measured_whatever_is_rewarded(make_module: MakeModule) -> None:
-    """Relative to the clip, as written out here; neither is a reward or a judge, and neither is measured twice."""
+    """Compare with the ratios computed here; neither is a reward or a judge, and neither is computed twice."""
     settings: dict[str, Any] = {"rewards": [{"type": "own_rewards:Brightness", "weight": 1.0}], **QUICK}
     module, clips = make_module(**settings), small_clips(2)
     samples: Any = [

@@ -1,4 +1,4 @@
-"""Latents are reused for as many optimizer steps as the settings say, and not after that."""
+"""Latents are reused for the number of optimizer steps that the settings state, and then computed again."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Computed:
-    """Gives each row the number of the optimizer step, and counts."""
+    """Return the number of the optimizer step for each row, and record the calls."""
 
     def __init__(self, kept: StaleLatents) -> None:
         self.kept = kept

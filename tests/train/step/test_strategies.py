@@ -1,4 +1,4 @@
-"""Strategies of backpropagation, and the experts of a LoRA, against a plain loop around diffsynth's own denoiser."""
+"""Strategies of backpropagation and experts of a LoRA, compared with a plain loop around diffsynth's own denoiser."""
 
 import itertools
 from collections.abc import Callable, Collection
@@ -37,7 +37,7 @@ def transcription(
     lv: int = 0,
     sft: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and KL of one sample by the definition of the strategies, the denoiser and the decoder diffsynth's own."""
+    """Compute loss and KL of one sample by the definition of the strategies, with diffsynth's denoiser and decoder."""
     parts = module.components
     conditioning = module.forward_preprocess(data)
     x, kl, high_noise = module.noise(conditioning), [], 3 if parts.denoiser_high_noise is not None else 0
@@ -145,7 +145,7 @@ def of_experts(experts: str, **settings: Any) -> dict[str, Any]:
     return {"lora": {"rank": 8, "experts": experts}, "grad_start_step": 1, **settings}
 
 
-# Of tiny-moe, whose first three steps are the high-noise expert's.
+# Cases of tiny-moe, whose high-noise expert computes the first three steps.
 OF_EXPERTS: dict[str, tuple[dict[str, Any], Collection[int], dict[str, Any]]] = {
     "high": (of_experts("high", backprop={"strategy": "steps", "steps": [1, 2]}), [1, 2], {}),
     "high, through the low-noise expert": (of_experts("high"), range(1, 8), {}),
@@ -180,7 +180,7 @@ def test_loss_and_gradient_of_experts_are_those_of_a_plain_loop(
 def test_latents_of_a_trained_expert_are_not_recalled_after_an_update(
     make_module: MakeModule, data: dict[str, Any]
 ) -> None:
-    """Of fixed noise: with a cache, each step is the one without."""
+    """With fixed noise, compare each step with the same step without a cache."""
     settings = SETTINGS | of_experts("both", grad_start_step=2) | {"noise_seed": 7}
     modules = [make_module("tiny-moe", **settings, **cache) for cache in ({}, {"cache_bytes": 0})]
     assert modules[0].parts.cache is not None
@@ -212,7 +212,7 @@ def test_recomputation_changes_nothing_across_the_boundary(
 def test_an_expert_that_no_drawn_step_uses_has_a_gradient_of_zero(
     make_module: MakeModule, data: dict[str, Any]
 ) -> None:
-    """Of None, which an optimizer passes by, processes that drew other steps could not take a mean."""
+    """Give zeros instead of None, so that processes that drew other steps can average the gradient."""
     settings = SETTINGS | of_experts("both", backprop={"strategy": "random", "num_steps": 1})
     module = make_module("tiny-moe", **settings)
     moved = set()
@@ -241,7 +241,7 @@ def test_drawn_steps(strategy: str, make_module: MakeModule, data: dict[str, Any
 
 
 def test_some_of_the_kl_terms_stand_for_all(make_module: MakeModule, data: dict[str, Any]) -> None:
-    """Over draws, the estimate has the mean of all terms; and each draw is that of a plain loop with these terms."""
+    """The mean of the estimate over draws is that of all terms; each draw equals a plain loop with the drawn terms."""
     whole = make_module(**SETTINGS)
     expected = whole(data)[2].item()
     assert whole.last_metrics is not None
@@ -267,7 +267,7 @@ def test_some_of_the_kl_terms_stand_for_all(make_module: MakeModule, data: dict[
 
 
 class Recorded:
-    """Holds fixed what carries no gradient: velocities of frozen steps and of the base model, detached latents."""
+    """Keep values without a gradient constant: velocities of frozen steps and of the base model, detached latents."""
 
     def __init__(self, sampler: Any, stop: bool) -> None:
         self.sampler, self.stop, self.values = sampler, stop, dict[str, Tensor]()
@@ -305,11 +305,11 @@ DRAWN: dict[str, tuple[dict[str, Any], Collection[int], dict[str, Any]]] = {
 def test_the_gradient_is_that_of_finite_differences(
     case: str, make_module: MakeModule, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Along the gradient, in fp64 throughout."""
+    """Compare along the gradient, in fp64."""
     settings, _, how = {**CASES, **DRAWN, **OF_EXPERTS}[case]
     model = "tiny-moe" if case in OF_EXPERTS else "tiny"
     module = make_module(model, **SETTINGS | settings, plan="torch", cache_bytes=0)
-    # What a step keeps in fp32 whatever the networks compute in: velocities, frames and scores.
+    # Velocities, frames and scores, which a step computes in fp32 whatever the dtype of the networks.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     for part in module.model.modules():
         part.double()
@@ -362,7 +362,7 @@ def test_hybrid_is_torch(changes: dict[str, Any], make_module: MakeModule, engin
 def test_hybrid_is_torch_with_a_lora_on_other_experts(
     case: str, make_module: MakeModule, expert_engines: Path, data: dict[str, Any]
 ) -> None:
-    """The engines of all denoisers serve: frozen steps, bases, and with `full` the first forward of live steps."""
+    """Use engines of all denoisers: frozen steps, KL references, and with `full` the first forward of live steps."""
     settings = SETTINGS | OF_EXPERTS[case][0] | {"gradient_checkpointing": "full"}
     assert_hybrid_is_torch("tiny-moe", settings, make_module, expert_engines, data)
 

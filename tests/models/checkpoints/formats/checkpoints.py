@@ -1,4 +1,4 @@
-"""Wan checkpoints on disk: every variant in every layout, with the official names, small and random."""
+"""Wan checkpoints on disk: every variant in every layout, small, with random weights and the official tensor names."""
 
 import json
 import shutil
@@ -27,7 +27,16 @@ IMAGE_LAYERS = 2
 
 @dataclass(frozen=True)
 class Variant:
-    """A Wan variant. says: what frostline calls it. boundary: of two experts, as released."""
+    """A Wan variant.
+
+    Attributes:
+        says: frostline's name of the variant.
+        denoiser: the arguments of diffsynth's `WanModel`.
+        experts: the number of experts, 1 or 2.
+        vae: the sizes of the VAE.
+        boundary: the noise level between two experts, as in the release.
+        model_type: `model_type` in `config.json`.
+    """
 
     says: str
     denoiser: dict[str, Any]
@@ -56,7 +65,7 @@ VARIANTS = {
 
 
 def random_tensors(model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-    """Values for all tensors of a model, which may be on the meta device."""
+    """Return random values for all tensors of a model, which may be on the meta device."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (0.02 * torch.randn(tensor.shape, generator=generator)).to(dtype)
@@ -65,7 +74,7 @@ def random_tensors(model: nn.Module, dtype: torch.dtype = torch.float32, seed: i
 
 
 def make_tensors(variant: Variant) -> dict[str, dict[str, Tensor]]:
-    """The tensors of every network of a variant, by the names that Wan's own release has."""
+    """Return the tensors of every network of a variant, by their names in Wan's release."""
     with meta_parameters():
         vae = (VideoVAE38_ if variant.vae is VAE38 else VideoVAE_)(**variant.vae)
         networks: dict[str, nn.Module] = {
@@ -83,7 +92,7 @@ def make_tensors(variant: Variant) -> dict[str, dict[str, Tensor]]:
 
 
 def save_shards(tensors: dict[str, Tensor], folder: Path, stem: str, index: bool = True) -> list[Path]:
-    """Two safetensors files in alphabetical order, as releases come, with or without the index."""
+    """Write two safetensors files in alphabetical order of the names, like releases, with or without the index."""
     folder.mkdir(parents=True, exist_ok=True)
     names, half = sorted(tensors), len(tensors) // 2
     where, paths = {}, []
@@ -98,12 +107,12 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, stem: str, index: bool
 
 
 def write_official(folder: Path, variant: Variant, tensors: dict[str, dict[str, Tensor]]) -> Path:
-    """As Wan releases it: sharded safetensors, and torch files for all but the denoisers."""
+    """Write the layout of Wan's releases: safetensors in shards for the denoisers, torch files for all others."""
     shutil.copytree(TOKENIZER, folder / "google" / "umt5-xxl")
     torch.save(tensors["vae"], folder / "Wan2.1_VAE.pth")
     torch.save(tensors["text_encoder"], folder / "models_t5_umt5-xxl-enc-bf16.pth")
     if "image_encoder" in tensors:
-        # The released file has the text tower of CLIP too.
+        # The released file also contains the text tower of CLIP.
         with_text = {**tensors["image_encoder"], "textual.head.weight": torch.zeros(2)}
         torch.save(with_text, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
     keys = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim")
@@ -115,7 +124,7 @@ def write_official(folder: Path, variant: Variant, tensors: dict[str, dict[str, 
 
 
 def write_diffusers(folder: Path, variant: Variant, tensors: dict[str, dict[str, Tensor]]) -> Path:
-    """As diffusers saves a pipeline; of two experts, `transformer` is the high-noise one."""
+    """Write the layout in which diffusers saves a pipeline; of two experts, `transformer` is the high-noise one."""
     folder.mkdir()
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     (folder / "scheduler").mkdir()
@@ -137,7 +146,11 @@ def write_diffusers(folder: Path, variant: Variant, tensors: dict[str, dict[str,
 
 
 def write_files(folder: Path, variant: Variant, tensors: dict[str, dict[str, Tensor]]) -> Sequence[Any]:
-    """As the files lie in a ComfyUI folder; returns the list to load: single files, a list of shards, the tokenizer."""
+    """Write files like those in a ComfyUI folder.
+
+    Returns:
+        The list to load: single files, a list of shards, and the tokenizer.
+    """
     folder.mkdir()
     listed: list[Any] = [str(TOKENIZER)]
     for name, content in tensors.items():
@@ -152,7 +165,7 @@ def write_files(folder: Path, variant: Variant, tensors: dict[str, dict[str, Ten
 
 
 def tiny_with(folder: Path, denoiser: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """The built-in model with another file for the denoiser."""
+    """Copy the built-in model, with another file for the denoiser; return the folder."""
     shutil.copytree(TINY, folder)
     path = folder / "diffusion_pytorch_model.safetensors"
     path.unlink()
@@ -161,7 +174,7 @@ def tiny_with(folder: Path, denoiser: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def tiny_tensors() -> dict[str, Tensor]:
-    """The denoiser of the built-in model, fp16."""
+    """Return the tensors of the built-in model's denoiser, fp16."""
     return load_file(TINY / "diffusion_pytorch_model.safetensors")
 
 
@@ -169,7 +182,7 @@ LAYOUTS = {"official": write_official, "diffusers": write_diffusers, "files": wr
 
 
 def denoiser_folders(variant: Variant, low: str, high: str, only: str = ".") -> Iterator[tuple[str, str]]:
-    """Network and folder of each denoiser."""
+    """Yield the network and the folder of each denoiser."""
     if variant.experts == 1:
         yield "denoiser", only
     else:

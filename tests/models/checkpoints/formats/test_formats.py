@@ -1,4 +1,4 @@
-"""Every variant in every layout: recognised by its tensors, loaded bit for bit, or refused with what is missing."""
+"""Every variant in every layout: detected from its tensors, loaded bit for bit, or refused with what is missing."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_a_variant_in_a_layout(name: str, layout: str, tmp_path: Path) -> None:
         inner: Any = module.model if field in ("vae", "image_encoder") else module
         loaded = inner.state_dict()
         assert loaded.keys() == tensors[field].keys()
-        # CLIP's projection plays no part, and diffusers has none.
+        # CLIP's projection is not used, and files of diffusers do not contain it.
         left_out = ("visual.head", "log_scale") if layout == "diffusers" else ()
         assert all(torch.equal(loaded[n], t) for n, t in tensors[field].items() if n not in left_out), field
     if variant.experts == 2:
@@ -98,7 +98,7 @@ def test_a_vae_there_and_back(depth: int, nested: bool) -> None:
 
 
 def test_umt5_of_transformers_computes_the_same(tmp_path: Path) -> None:
-    """The names are not only known: each tensor lands where it belongs."""
+    """Each tensor is loaded into the right parameter, so the outputs are equal."""
     torch.manual_seed(0)
     config = UMT5Config(
         vocab_size=TEXT["vocab"],
@@ -201,7 +201,7 @@ def test_experts_whose_names_do_not_tell_are_refused(names: str, tmp_path: Path)
 
 
 def others(tmp_path: Path) -> list[Any]:
-    """All that such a model has but its experts."""
+    """Return everything that such a model needs except its experts."""
     variant = VARIANTS["Wan2.2-T2V-A14B"]
     listed = write_files(tmp_path / "files", variant, make_tensors(variant))
     return [entry for entry in listed if "noise" not in str(entry)]

@@ -1,4 +1,4 @@
-"""What a spec says of a model: of files as of the modules that are loaded from them, of a release as of its files."""
+"""A spec describes files like the modules that are loaded from them, and a release like its files."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from frostline.models.checkpoints.loading import load_components
 from frostline.models.checkpoints.releases import RELEASED, read_spec
 from frostline.models.wan.model_spec import ModelSpec
 
-# Where each network is in a folder of a release.
+# The path of each network in the folder of a release.
 PATHS = {
     "text_encoder": "models_t5.safetensors",
     "vae": "vae.safetensors",
@@ -88,7 +88,7 @@ def test_of_a_release_is_that_of_a_folder_of_its_shapes(name: str, tmp_path: Pat
 
 
 def write_empty(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A safetensors file as long as it has to be, of which only the header is on the disk."""
+    """Write a sparse safetensors file of full size; only its header takes disk space."""
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Weights of 8 bits: loaded and merged as what they stand for; what else is quantised is refused by name."""
+"""Weights in 8 bits are dequantised when they are loaded or merged; other quantised weights are refused by name."""
 
 import json
 import logging
@@ -40,7 +40,16 @@ def per_block(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Way:
-    """How a program stores a weight. scale: from the weight. name: of the scale. extra: what else lies in the file."""
+    """How a program stores a weight.
+
+    Attributes:
+        scale: computes the scale from the weight.
+        name: the last part of the scale's name.
+        extra: further tensors of a layer.
+        dtype: the dtype of the stored weight.
+        marker: whether the file contains the tensor `scaled_fp8`.
+        prefix: the prefix of all names.
+    """
 
     scale: Callable[[Tensor], Tensor]
     name: str = "scale_weight"
@@ -76,7 +85,7 @@ WAYS = {
 
 
 def quantise(tensors: Tensors, way: Way) -> tuple[Tensors, Tensors]:
-    """Files as the program stores them, and the fp32 weights that they stand for."""
+    """Return the tensors as the program stores them, and the fp32 weights that they represent."""
     stored: Tensors = {f"{way.prefix}scaled_fp8": torch.zeros(2, dtype=way.dtype)} if way.marker else {}
     exact: Tensors = {}
     for name, tensor in tensors.items():
@@ -85,7 +94,7 @@ def quantise(tensors: Tensors, way: Way) -> tuple[Tensors, Tensors]:
             stored[way.prefix + name], exact[name] = tensor, weight
             continue
         layer, scale = name.removesuffix(".weight"), way.scale(weight)
-        # As the scale lies for each element, whatever its shape in the file.
+        # The scale of each element, whatever the shape of the scale in the file.
         spread = scale.reshape(len(weight), -1) if scale.numel() > 1 else scale.reshape(1, 1)
         spread = spread.repeat_interleave(weight.shape[1] // spread.shape[1], 1)
         values = (weight / spread).to(way.dtype)
@@ -146,7 +155,7 @@ def test_a_scale_may_lie_in_another_shard_and_names_be_those_of_diffusers(tmp_pa
 
 @pytest.mark.parametrize("defer", [(), ("text_encoder",)])
 def test_a_text_encoder_as_comfyui_has_it(defer: tuple[str, ...], tmp_path: Path) -> None:
-    """In 8 bits, with the tokenizer among the weights."""
+    """Load a text encoder in 8 bits, in a file that also contains the tokenizer."""
     name = "Wan2.1-T2V"
     tensors = make_tensors(VARIANTS[name])
     folder = write_diffusers(tmp_path / name, VARIANTS[name], tensors)
@@ -169,7 +178,7 @@ def test_a_text_encoder_as_comfyui_has_it(defer: tuple[str, ...], tmp_path: Path
 
 @pytest.mark.parametrize("name", ["ComfyUI", "ComfyUI in a checkpoint", "musubi-tuner, blocks of a row", "only cast"])
 def test_an_adapter_is_merged_into_the_weights_they_stand_for(name: str, tmp_path: Path) -> None:
-    """All of it arrives, in the type of the other weights or in the one asked for, rounded once."""
+    """Round the whole sum once, to the dtype of the other weights or to the requested one."""
     if name == "only cast":
         stored = {n: t.to(E4M3) if t.ndim == 2 else t for n, t in tiny_tensors().items()}
         exact = {n: t.float() for n, t in stored.items()}
@@ -241,7 +250,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_quantised_weights_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    """Where only sizes are read, too."""
+    """Refuse them also if only sizes are read."""
     change, said = REFUSED[name]
     folder = tiny_with(tmp_path / "model", {**tiny_tensors(), **change})
     for read in (load_components, read_spec):

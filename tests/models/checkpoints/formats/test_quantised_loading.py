@@ -1,4 +1,4 @@
-"""Models whose layers are quantised as they are read, from the files of any program."""
+"""Layers are quantised when their weights are read, from the files of any program."""
 
 import math
 import shutil
@@ -70,7 +70,7 @@ def test_files_of_diffusers_give_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_never_are_there_two_copies(name: str, form: str, kind: str, tmp_path: Path) -> None:
-    """While it is read, no more is held than what stays and what one weight takes; files are mapped, which is free."""
+    """Hold at most the final tensors and the temporaries of one weight while reading; mapped files take no memory."""
     model: str | Path = "tiny"
     if form == "pth":
         model = shutil.copytree(TINY, tmp_path / "model")
@@ -88,12 +88,12 @@ def test_never_are_there_two_copies(name: str, form: str, kind: str, tmp_path: P
     stays = sum(tensor.nbytes for tensor in state.values())
     assert stays < 0.75 * sum(4 * math.prod(shape) for shape in network.shapes.values())
     mapped = sum(path.stat().st_size for path in network.paths) if form == "pth" else 0
-    # The weight as stored and in fp32, its magnitudes or blocks, scaled and rounded, and for NF4 indices of 4 bytes.
+    # The weight as stored and in fp32, its magnitudes or blocks, scaled and rounded; for NF4 also indices of 4 bytes.
     assert tracker.peak <= stays + mapped + 22 * largest
 
 
 def eight_bits(folder: Path, scale_of: Any, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, tuple[Tensor, Any]]:
-    """A copy of tiny whose denoiser has 8 bits; returns codes and scale of each layer."""
+    """Write a copy of tiny with a denoiser in 8 bits; return the codes and the scale of each layer."""
     shutil.copytree(TINY, folder)
     tensors, stored = load_file(folder / DENOISER), {}
     (folder / DENOISER).unlink()

@@ -1,4 +1,4 @@
-"""Checkpoints that are not whole, or whose files are something else: refused, and named as what they are."""
+"""Incomplete checkpoints, and files with another content, are refused with what they are."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def without(block: int, pattern: str, path: Path) -> None:
 
 
 def test_the_last_block_is_missing(tmp_path: Path) -> None:
-    """With fewer blocks a model would seem whole."""
+    """A model with fewer blocks would seem complete."""
     tensors = {name: tensor for name, tensor in tiny_tensors().items() if not name.startswith("blocks.3.")}
     folder = tiny_with(tmp_path / "model", tensors)
     for read in (load_components, read_spec):
@@ -46,7 +46,7 @@ def test_the_last_block_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there are 3 blocks, but config\.json states 4"):
         find_files(folder)
     (folder / "config.json").write_text(json.dumps({"num_heads": 4}))
-    assert find_files(folder).denoiser.config == {"num_heads": 4}  # nothing says how many there are
+    assert find_files(folder).denoiser.config == {"num_heads": 4}  # the number of blocks is not stated
 
 
 def test_a_block_between_others_is_missing(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_config_of_each_part_counts(part: str, config: dict[str, Any], patte
 
 
 def test_shards_may_name_their_variant(tmp_path: Path) -> None:
-    """As diffusers and transformers name those of a type of their own, before the number or behind it."""
+    """Accept names with a variant before or after the number of the shard, like those of diffusers and transformers."""
     tensors = make_tensors(T2V)
     for number, rename in enumerate(
         (

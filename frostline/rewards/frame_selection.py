@@ -25,7 +25,7 @@ def check_selection(text: str) -> str:
 
 
 def select_frames(frames: Tensor, selection: str) -> Tensor:
-    """Return the start frame and the selected frames after it, in their order.
+    """Return the first frame and the selected frames after it, in their order.
 
     Args:
         frames: (B, T, 3, H, W). Frame 0 is given to the generated video, so frames 1…T-1 are selected from: `first` is

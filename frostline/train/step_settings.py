@@ -102,10 +102,10 @@ class DecodeSettings(Settings):
         return slice(first, latent_frames - left + first)
 
     def rewarded(self, shape: VideoShape, geometry: Geometry) -> VideoShape:
-        """Return the largest shape that rewards use for clips of `shape`: the start frame and the window."""
+        """Return the largest shape that rewards use for clips of `shape`: the first frame and the window."""
         frames = shape.num_frames
         if self.num_latent_frames is not None:
-            # A window after the first latent frame does not contain the start frame.
+            # A window after the first latent frame does not contain the first frame.
             frames = geometry.num_frames(self.num_latent_frames + (self.position != "first"))
         return replace(shape, num_frames=min(frames, shape.num_frames))
 
@@ -244,7 +244,7 @@ class TrainingModuleSettings(Settings):
             if gap and isinstance(entry, RewardConfig) and entry.needs_neighbours:
                 raise ValueError(
                     f"rewards.{number} {entry.type}: compares neighbouring frames, but "
-                    "decode.num_latent_frames leaves a gap after the start frame: decode the whole clip, "
+                    "decode.num_latent_frames leaves a gap after the first frame: decode the whole clip, "
                     "or set decode.position to first"
                 )
         return self

@@ -112,9 +112,9 @@ def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
 @pytest.mark.parametrize(
     "needs",
     [
-        SampleNeeds(start_frame="the model Wan2.2-I2V-A14B"),
-        SampleNeeds(start_frame="", compared=("the reward face_identity",)),
-        SampleNeeds(start_frame="", of_clips=("the reward motion",)),
+        SampleNeeds(first_frame="the model Wan2.2-I2V-A14B"),
+        SampleNeeds(first_frame="", compared=("the reward face_identity",)),
+        SampleNeeds(first_frame="", of_clips=("the reward motion",)),
     ],
 )
 def test_messages_about_missing_videos_are_those_of_the_code(needs: SampleNeeds) -> None:

@@ -60,7 +60,7 @@ def sample(video: Tensor, *reference: Tensor | None) -> RewardInputs:
     return RewardInputs(("",) * len(video), video, (video.shape[1],) * len(video), reference)
 
 
-def test_the_start_frame_counts_only_where_the_reward_says_so() -> None:
+def test_the_first_frame_counts_only_where_the_reward_says_so() -> None:
     video = torch.zeros(2, 3, 3, 4, 4)
     video[:, 0] = 0.9
     assert FrameMean().references(sample(video), RUN)["mean"].tolist() == [0, 0]

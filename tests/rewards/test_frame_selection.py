@@ -30,7 +30,7 @@ def chosen(count: int, selection: str) -> list[int]:
         ("random:99", [0, 1, 2, 3, 4, 5, 6, 7, 8]),
     ],
 )
-def test_the_start_frame_and_the_selected_ones(selection: str, expected: list[int]) -> None:
+def test_the_first_frame_and_the_selected_ones(selection: str, expected: list[int]) -> None:
     assert chosen(9, selection) == expected
 
 

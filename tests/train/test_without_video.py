@@ -135,7 +135,7 @@ def test_references_of_rows_without_a_video(model: Path, workplace: Path) -> Non
 REFUSED = {
     "reward": ("t2v", "rows.csv", SHARPNESS, [4], "but the reward sharpness needs a reference"),
     "clip": ("t2v", "rows.csv", {"type": "motion"}, [2, 3, 4], "but the reward motion needs the clip itself"),
-    "model": ("tiny", "prompts.txt", PLAIN, [1, 3], "is empty, but the model tiny needs a start frame"),
+    "model": ("tiny", "prompts.txt", PLAIN, [1, 3], "is empty, but the model tiny needs a first frame"),
 }
 
 

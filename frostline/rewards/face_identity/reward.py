@@ -40,7 +40,7 @@ class FaceIdentityReward(Reward):
         return build_face_stages(self.faces, shapes)
 
     def live_networks(self, shape: VideoShape) -> Sequence[LiveNetwork]:
-        """Return the embedder, used once for the start frame and for each selected frame."""
+        """Return the embedder, used once for the first frame and for each selected frame."""
         embedder = self.faces.embedder
         side = cast(FaceEmbedder, embedder).image_size
         face = torch.zeros(1, 3, side, side, device=self.faces.device)

@@ -29,9 +29,9 @@ class Config(VisionConfig):
     )
     license: ClassVar[str | None] = "Apache-2.0"
 
-    anchor: Literal["start", "reference"] = Field(
-        default="start",
-        description="what all frames are compared with: the start frame, or the mean of the reference's frames",
+    anchor: Literal["first_frame", "reference"] = Field(
+        default="first_frame",
+        description="what all frames are compared with: the first frame, or the mean of the reference's frames",
     )
 
     @property

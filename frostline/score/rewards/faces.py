@@ -60,7 +60,7 @@ class FaceReward(ScoredReward):
 class FaceReference(ReferenceTrack):
     """Accumulate the face embeddings of a reference. Only sums are kept, so memory does not grow with the video length.
 
-    Frame 0 of a video is not used, as in training, where it is the start frame of the generated video.
+    Frame 0 of a video is not used, as in training, where it is the first frame of the generated video.
     """
 
     def __init__(self, path: str) -> None:

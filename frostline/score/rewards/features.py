@@ -26,7 +26,7 @@ class FeatureReward(ScoredReward):
     """Score a `FrameReward`. Only the features of each frame are kept, so videos of any length can be scored.
 
     The setting `frames` selects among all frames of a scored video, including frame 0. Frame 0 of a reference video is
-    not used, as in training, where it is the start frame of the generated video, unless the reward compares with that
+    not used, as in training, where it is the first frame of the generated video, unless the reward compares with that
     frame.
     """
 
@@ -197,7 +197,7 @@ class FeatureVideo(VideoTrack):
 class StreamedSelection:
     """A selection of frames (`rewards/frame_selection.py`) among all frames of a video whose length is not yet known.
 
-    No start frame is left out: `first` is frame 0, and `every:N` are the frames 0, N, …. `random:N` selects N evenly
+    No first frame is left out: `first` is frame 0, and `every:N` are the frames 0, N, …. `random:N` selects N evenly
     spaced frames, so that results are comparable. `last` and `random:N` are selected after the last frame, from the
     features of all frames.
     """

@@ -17,14 +17,14 @@ class SampleNeeds:
     """What each sample needs besides its prompt.
 
     Attributes:
-        start_frame: name, for errors, of a model that generates from the first frame of the video; otherwise empty.
+        first_frame: name, for errors, of a model that generates from the first frame of the video; otherwise empty.
         compared: names of the rewards that compare with a reference.
         of_clips: names of the rewards that compare with the clip even if the sample has reference pictures.
         references: whether reference pictures are read at all.
         clips: whether a loss is computed on the clips themselves.
     """
 
-    start_frame: str = "the model"
+    first_frame: str = "the model"
     compared: tuple[str, ...] = ()
     of_clips: tuple[str, ...] = ()
     references: bool = True
@@ -49,7 +49,7 @@ class SampleNeeds:
             return tuple(f"the reward {name}" for name, needs in stated if needs is not None and need in needs)
 
         return cls(
-            start_frame=f"the model {model}" if needs_image else "",
+            first_frame=f"the model {model}" if needs_image else "",
             compared=named("reference"),
             of_clips=named("clip"),
             references=any(needs is None or "reference" in needs for _, needs in stated),
@@ -62,7 +62,7 @@ class SampleNeeds:
         Args:
             has_reference: whether it has reference pictures.
         """
-        reasons = [f"{self.start_frame} needs a start frame"] if self.start_frame else []
+        reasons = [f"{self.first_frame} needs a first frame"] if self.first_frame else []
         if self.clips:
             reasons.append("sft_weight trains on the clip itself")
         if self.of_clips:

@@ -368,7 +368,7 @@ class TrainingModule(nn.Module):
         return stale.reuse(keys, head, latents.device)
 
     def _decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the frames that rewards use: the start frame, and those of the window or of the whole clip."""
+        """Return the frames that rewards use: the first frame, and those of the window or of the whole clip."""
         window, how = self.settings.decode.draw(latents.shape[2]), self.gradient_checkpointing
         decoder, engine_forward = self.model.decoder(), self.settings.engine_forward
         frames = decode_live(decoder, latents, self.runtime, how, engine_forward, window)

@@ -65,7 +65,7 @@ def test_the_clip_is_not_looked_at(module: WanTrainingModule, people: Tensor) ->
     assert not none["found"].any(), "only the pictures count, although the clip has a face"
 
 
-def test_a_start_frame_without_anybody_can_be_rewarded(module: WanTrainingModule, people: Tensor) -> None:
+def test_a_first_frame_without_anybody_can_be_rewarded(module: WanTrainingModule, people: Tensor) -> None:
     """Score against the pictures; without them, there would be no reference."""
     her, him = people
     empty = torch.full((1, 5, 3, 96, 96), 0.5)

@@ -27,9 +27,11 @@ def plain_score(features: Tensor, anchor: Tensor | None) -> Tensor:
     return total / (len(features) - 1)
 
 
-@pytest.mark.parametrize("anchor", ["start", "reference", "pictures"])
+@pytest.mark.parametrize("anchor", ["first_frame", "reference", "pictures"])
 def test_value_and_gradient(anchor: str, build_alone: Build, vision_files: dict[str, Any], video: Tensor) -> None:
-    active, runtime = build_alone("subject_consistency", anchor="start" if anchor == "start" else "reference")
+    active, runtime = build_alone(
+        "subject_consistency", anchor="first_frame" if anchor == "first_frame" else "reference"
+    )
     model, prepare = vision_files["models"]["subject_consistency"], active.reward.prepare  # type: ignore[attr-defined]
     clips = video.flip(1)
     pictures = torch.rand(3, 3, 30, 44)
@@ -38,7 +40,7 @@ def test_value_and_gradient(anchor: str, build_alone: Build, vision_files: dict[
     if anchor == "pictures":
         sample = RewardInputs(("a",), clips[:1], (5,), reference=(pictures,))
         references, video = active.references(sample, runtime), video[:1]
-    assert {*references} == ({"anchor"} if anchor != "start" else set())
+    assert {*references} == ({"anchor"} if anchor != "first_frame" else set())
 
     def describe(frames: Tensor) -> Tensor:
         return F.normalize(model(pixel_values=prepare(frames)).last_hidden_state[:, 0], dim=1)
@@ -48,7 +50,7 @@ def test_value_and_gradient(anchor: str, build_alone: Build, vision_files: dict[
     expected = []
     for number, clip in enumerate(plain):
         of_reference = pictures if anchor == "pictures" else clips[number]
-        mean = None if anchor == "start" else describe(of_reference).mean(dim=0)
+        mean = None if anchor == "first_frame" else describe(of_reference).mean(dim=0)
         expected.append(plain_score(describe(clip), mean if mean is None else mean.detach()))
     torch.testing.assert_close(scored.score, torch.stack(expected), atol=1e-4, rtol=1e-5)
     assert scored.valid.all()
@@ -85,7 +87,9 @@ def test_a_single_frame_cannot_be_scored(build_alone: Build, video: Tensor) -> N
 
 
 def test_what_it_needs_is_as_its_settings_say() -> None:
-    configs = [RewardEntry.parse({"type": "subject_consistency", "anchor": name}) for name in ("start", "reference")]
+    configs = [
+        RewardEntry.parse({"type": "subject_consistency", "anchor": name}) for name in ("first_frame", "reference")
+    ]
     needs = [config.needs for config in configs if isinstance(config, RewardConfig)]
     assert needs == [frozenset(), frozenset({"reference"})]
     with pytest.raises(ConfigError, match="compares neighbouring frames"):

@@ -22,7 +22,7 @@ SHARPNESS, MOTION = (RewardEntry.parse({"type": name}) for name in ("sharpness",
 @pytest.mark.parametrize(
     ("needs_image", "rewards", "without", "with_reference", "references"),
     [
-        (True, [ALONE], "the model m needs a start frame", "the model m needs a start frame", False),
+        (True, [ALONE], "the model m needs a first frame", "the model m needs a first frame", False),
         (False, [ALONE], "", "", False),
         (False, [FACES, ALONE], "the reward face_identity needs a reference", "", True),
         (False, [UNKNOWN], "", "", True),
@@ -37,8 +37,8 @@ SHARPNESS, MOTION = (RewardEntry.parse({"type": name}) for name in ("sharpness",
         (
             True,
             [FACES, SHARPNESS],
-            "the model m needs a start frame, and the reward face_identity and the reward sharpness need a reference",
-            "the model m needs a start frame",
+            "the model m needs a first frame, and the reward face_identity and the reward sharpness need a reference",
+            "the model m needs a first frame",
             True,
         ),
     ],
@@ -53,5 +53,5 @@ def test_what_is_needed(
 
 
 def test_by_default_a_video_is_needed() -> None:
-    assert DEFAULT_NEEDS.refuses_without_video(has_reference=True) == "the model needs a start frame"
+    assert DEFAULT_NEEDS.refuses_without_video(has_reference=True) == "the model needs a first frame"
     assert DEFAULT_NEEDS.references

@@ -195,7 +195,7 @@ def test_a_video_may_be_left_out(folder: Path, name: str) -> None:
     assert bad.reason.endswith(", but the reward face_identity needs a reference")
     with pytest.raises(DataError, match=r"row 2 .* needs a reference"):
         dataset[1]
-    with pytest.raises(DataError, match=r"the model needs a start frame \(all 2 rows are invalid\)"):
+    with pytest.raises(DataError, match=r"the model needs a first frame \(all 2 rows are invalid\)"):
         VideoPromptDataset(folder, num_frames=5)
 
 

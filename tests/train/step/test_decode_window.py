@@ -77,7 +77,7 @@ def test_what_comes_after_the_window_is_not_decoded(make_module: MakeModule) -> 
     assert decode_live(module.model.decoder(), latents, module.runtime, "none", True, slice(1, 2)).isfinite().all()
 
 
-def test_rewards_see_the_start_frame_and_the_window(make_module: MakeModule) -> None:
+def test_rewards_see_the_first_frame_and_the_window(make_module: MakeModule) -> None:
     clips = held_out_clips(1, seed=4, num_frames=9, size=32)
     data = {"prompt": clips.prompts, "video": clips.video}
     seen: list[Tensor] = []

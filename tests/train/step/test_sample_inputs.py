@@ -177,7 +177,7 @@ def test_a_sample_without_a_video_is_refused_where_one_is_needed(
     data = {**small_clips(2), "valid_frames": [5, 0], "sample_id": ["a", "b"]}
     with pytest.raises(DataError, match=r"sample b, field 'video': .* the reward sharpness needs a reference$"):
         text_to_video(data)
-    with pytest.raises(DataError, match=r"sample b, field 'video': .* the model tiny needs a start frame$"):
+    with pytest.raises(DataError, match=r"sample b, field 'video': .* the model tiny needs a first frame$"):
         module({**data, "reference": [None, pictures(1)]})
 
 

@@ -22,7 +22,19 @@ from measuring import interleave, medians, peak_growth_mib, ratio, summary  # no
 from roofline import Ceilings, Work, measure_work  # noqa: E402
 from scaling import plot, wanted_axes  # noqa: E402
 from syncs import count_places  # noqa: E402
-from table import BEGIN, END, PAGES, TABLES, contender_table, epochs_table, render, step_table, tables_of, with_tables  # noqa: E402
+from table import (  # noqa: E402
+    BEGIN,
+    END,
+    PAGES,
+    TABLES,
+    contender_table,
+    epochs_table,
+    render,
+    savings_table,
+    step_table,
+    tables_of,
+    with_tables,
+)
 
 CPU = torch.device("cpu")
 
@@ -134,6 +146,21 @@ def test_steps_of_two_models_are_in_one_table(tmp_path: Path) -> None:
     assert len(lines) == 2 + len(CONTENDERS) + 2
 
 
+def test_the_savings_are_computed_from_two_steps(tmp_path: Path) -> None:
+    for name, denoiser in (("step-wan2.1-1.3b", 80.0), ("step-real", 160.0)):
+        contenders = {
+            "cached": {"median_ms": 700.0, "stages_ms": {"denoiser": denoiser}},
+            "live_only": {"median_ms": 500.0},
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps({"contenders": contenders}))
+    assert savings_table(tmp_path).splitlines()[2:] == [
+        "| the defaults | 0 | 700 | 1.40 | 700 | 1.40 |",
+        "| `kl_steps: random:1` | 3 | 670 | 1.34 | 640 | 1.28 |",
+        "| `policy: base` | 4 | 660 | 1.32 | 620 | 1.24 |",
+        "| both | 7 | 630 | 1.26 | 560 | 1.12 |",
+    ]
+
+
 def test_a_missing_step_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "step.json").write_text(json.dumps(step_result()))
     assert contender_table(tmp_path).startswith(
@@ -153,10 +180,11 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
         with_tables("a page without marks", tables)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_show_what_was_measured(page: Path) -> None:
-    shown = tables_of(page.read_text())
-    assert shown == PAGES[page](BENCHMARKS / "results")
+@pytest.mark.parametrize("place", PAGES, ids=lambda place: f"{place[0].name} {place[1]}")
+def test_pages_show_what_was_measured(place: tuple[Path, str]) -> None:
+    page, begin = place
+    shown = tables_of(page.read_text(), begin)
+    assert shown == PAGES[place](BENCHMARKS / "results")
     assert shown.startswith("| ")
 
 

@@ -1,4 +1,4 @@
 """Score and train on a Ray cluster.
 
-Most modules of this package need the extra `ray`; `session`, which checks that it is installed, does not.
+Most modules of this package need the extra `ray`. `session` does not: it checks that the extra is installed.
 """

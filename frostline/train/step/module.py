@@ -324,10 +324,8 @@ class TrainingModule(nn.Module):
         save_adapters(self.model, Path(folder))
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Copy the LoRA in PEFT files into this module's LoRA, in place, so that engines stay bound to it.
+        """Copy a LoRA into this module's LoRA, in place, so that engines stay bound to it; see `load_adapters`.
 
-        Args:
-            folder: as written by `save_adapter`; for one trained expert, also a .safetensors file.
         Raises:
             ConfigError: files are missing, or the adapter does not match this module's settings.
         """

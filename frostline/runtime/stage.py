@@ -80,22 +80,25 @@ class ModuleTensors(Mapping[str, Tensor]):
         """Find the modules that contain the tensors, again after the module tree has changed.
 
         Raises:
-            EngineError: a parameter no longer exists.
+            EngineError: the module that contained a parameter no longer exists.
         """
         for name, path in self._paths.items():
             owner, _, leaf = path.rpartition(".")
             try:
-                module = self._module.get_submodule(owner)
-            except AttributeError:
-                module = None
-            if module is None or module._parameters.get(leaf) is None:
-                raise EngineError(f"the module no longer has the parameter {path}")
-            self._owners[name] = (module, leaf)
+                self._owners[name] = (self._module.get_submodule(owner), leaf)
+            except AttributeError as error:
+                raise EngineError(f"the module no longer has the parameter {path}") from error
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            EngineError: the parameter no longer exists; for example, `torch.nn.utils.parametrize` replaced it.
+        """
         owner, leaf = self._owners[name]
-        tensor = owner._parameters[leaf]
-        assert tensor is not None
+        tensor = owner._parameters.get(leaf)
+        if tensor is None:
+            raise EngineError(f"the module no longer has the parameter {self._paths[name]}")
         return tensor
 
     def __iter__(self) -> Iterator[str]:

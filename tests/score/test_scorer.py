@@ -134,7 +134,7 @@ def test_a_video_without_a_face_is_told(missing_face: str, people: Path, score_f
     (row,) = score_files([people / "nobody.mp4"], people / "face.png", missing_face=missing_face)
     assert (row.status, row.detection_rate) == ("ok", 0)
     assert row.face_score == (0 if missing_face == "zero" else None)
-    assert row.note == "face_identity: no face was found in any frame"
+    assert row.note == "face_score: no face was found in any frame"
 
 
 def test_what_is_wrong_with_a_reference_is_told(people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:

@@ -5,9 +5,9 @@
 Errors are differences from the built-in model in bf16, with a nonzero LoRA, averaged over clips and timesteps. `fp32`
 is the same model in full precision; it shows the error of bf16 itself. Then each contender except `fp32` trains a LoRA
 with several seeds, and the scores of validation samples, generated from fixed noise, are compared before and after. A
-quantization format trains like bf16 if its mean gain differs from that of bf16 by at most the spread of bf16: its
-largest minus its smallest gain over the seeds. The sizes of the denoiser are those of models without data, so no
-weights of the full-size model are needed.
+quantization format trains like bf16 if its mean score after training differs from that of bf16 by at most the spread of
+bf16: its largest minus its smallest score over the seeds. The sizes of the denoiser are those of models without data,
+so no weights of the full-size model are needed.
 """
 
 from __future__ import annotations
@@ -148,12 +148,13 @@ def _training(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [name for name in CONTENDERS if name != "fp32"]
     runs = {name: [_run(name, seed, arguments) for seed in range(arguments.seeds)] for name in names}
     gains = {name: [run["after"] - run["before"] for run in of_name] for name, of_name in runs.items()}
-    mean = {name: statistics.fmean(values) for name, values in gains.items()}
-    spread = max(gains[BASE]) - min(gains[BASE])
+    after = {name: [run["after"] for run in of_name] for name, of_name in runs.items()}
+    mean = {name: statistics.fmean(values) for name, values in after.items()}
+    spread = max(after[BASE]) - min(after[BASE])
     return {
         "runs": runs,
-        "mean_gain": mean,
-        "mean_score": {name: statistics.fmean(run["after"] for run in of_name) for name, of_name in runs.items()},
+        "mean_gain": {name: statistics.fmean(values) for name, values in gains.items()},
+        "mean_score": mean,
         "spread_of_bf16": spread,
         "as_bf16": {name: abs(mean[name] - mean[BASE]) <= spread for name in names if name != BASE},
     }

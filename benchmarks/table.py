@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ Tables = Mapping[str, Callable[[Result], str]]
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- printed by python benchmarks/table.py -->", "<!-- end -->"
-# A second place of a page.
+# Further places of a page.
 BEGIN_SAVINGS = "<!-- savings, printed by python benchmarks/table.py -->"
+BEGIN_TRAINING = "<!-- training, printed by python benchmarks/table.py -->"
+BEGIN_TRIALS = "<!-- trials, printed by python benchmarks/table.py -->"
 _TARGETS = {
     "reference_over_cached": "≥ 3.0",
     "reference_over_uncached": "≥ 2.0",
@@ -93,6 +96,59 @@ def savings_table(results: Path) -> str:
         rows.append(tuple(cells))
     columns = [(place, "relative to the live part") for place in ("one H100, ms", "two CPU cores, ms")]
     return _markdown(("setting", "evaluations saved", *(name for pair in columns for name in pair)), rows)
+
+
+def quantization_table(result: Result) -> str:
+    """Return the table of the errors that each quantization format causes."""
+    errors = result["error_against_bf16"]
+    rows = [
+        (
+            f"`{name}`",
+            *(f"{100 * error[f'{what}_relative_error']:.1f} %" for what in ("context", "velocity")),
+            f"{error['loss_difference']:.4f}",
+            f"{100 * error['gradient_relative_error']:.1f} %",
+            f"{error['gradient_cosine']:.4f}",
+        )
+        for name, error in errors.items()
+    ]
+    loss = next(iter(errors.values()))["loss_of_bf16"]
+    header = ("", "context", "velocity", f"loss ({loss:.3f} in bf16)", "gradient of the LoRA", "its cosine")
+    return _markdown(header, rows)
+
+
+def quantized_training_table(result: Result) -> str:
+    """Return the table of training runs with each quantization format."""
+    training = result["training"]
+    rows = [
+        (
+            f"`{name}`",
+            _mean([run["before"] for run in runs], 3),
+            _mean([run["after"] for run in runs], 3),
+            {True: "yes", False: "no", None: ""}[training["as_bf16"].get(name)],
+        )
+        for name, runs in training["runs"].items()
+    ]
+    header = ("", "score before", "score after", "within the spread of bf16")
+    return f"{_markdown(header, rows)}\n\n{_where(result)}"
+
+
+def trials_table(result: Result) -> str:
+    """Return the changes that training with each setting made: mean and standard deviation over the seeds."""
+    trials: dict[str, list[Result]] = {}
+    for run in result["runs"].values():
+        trials.setdefault(run["trial"], []).append(run)
+    rows = [
+        (
+            f"`{trial}`",
+            *(_mean([run["gain"][measure] for run in runs], 4) for measure in ("face_score", "judge_face_dlib")),
+            _mean([run["psnr"] for run in runs], 2),
+            _mean([run["kl_loss"] for run in runs], 3),
+            f"{statistics.median(run['cpu_seconds'] for run in runs):.0f}",
+        )
+        for trial, runs in trials.items()
+    ]
+    header = ("setting", "face score", "judge (dlib)", "PSNR, dB", "KL loss at the end", "CPU s, whole run")
+    return f"{_markdown(header, rows)}\n\n{_where(result)}"
 
 
 def step_table(result: Result) -> str:
@@ -207,6 +263,11 @@ PAGES: Mapping[tuple[Path, str], Callable[[Path], str]] = {
     (ROOT / "docs" / "scoring.md", BEGIN): partial(render, tables={"scoring": scoring_table}),
     (ROOT / "docs" / "steps.md", BEGIN): partial(render, tables={"window": window_table}),
     (ROOT / "docs" / "steps.md", BEGIN_SAVINGS): savings_table,
+    (ROOT / "docs" / "steps.md", BEGIN_TRIALS): partial(render, tables={"trials": trials_table}),
+    (ROOT / "docs" / "quantization.md", BEGIN): partial(render, tables={"quantization": quantization_table}),
+    (ROOT / "docs" / "quantization.md", BEGIN_TRAINING): partial(
+        render, tables={"quantization": quantized_training_table}
+    ),
     (ROOT / "docs" / "engines.md", BEGIN): partial(
         render,
         tables={
@@ -243,6 +304,11 @@ def _milliseconds_and_ratio(contenders: Mapping[str, Any], name: str) -> tuple[s
 def _subject(result: Result) -> str:
     arguments = result["arguments"]
     return f"{arguments['model']}, {arguments['video']}, {arguments['precision']}"
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.{digits}f}{spread}"
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -4,11 +4,12 @@
     python benchmarks/trials.py --seeds 0,1,2 --data runs/demo/data
     python benchmarks/trials.py --trials default,base --seeds 0 --steps 20
 
-Each run uses the data, settings and judge of the demo, with the changes of one trial. Validation samples are scored
-before and after training, and compared frame by frame. Changes are averaged over the samples, then over the seeds (plus
-or minus their standard deviation). Seconds per step are the median over the steps; they are only meaningful on an idle
-machine. CPU seconds are those of the whole run with its validation, which is the same for all runs. Runs that are
-already in the output file are skipped, so that an interrupted benchmark can be resumed.
+Each run uses the data, settings and judge of the demo, with the changes of one trial, and with the steps, learning rate
+and KL weight of the options. Validation samples are scored before and after training, and compared frame by frame.
+Changes are averaged over the samples, then over the seeds (plus or minus their standard deviation). Seconds per step
+are the median over the steps; they are only meaningful on an idle machine. CPU seconds are those of the whole run with
+its validation, which is the same for all runs. Runs that are already in the output file are skipped, so that an
+interrupted benchmark can be resumed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measuring import RESULTS, write_result
+import torch
+from measuring import RESULTS, machine, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -54,15 +56,16 @@ def main() -> None:
     arguments = _arguments()
     runs: dict[str, Any] = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else {}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    shared = {name: getattr(arguments, name) for name in ("steps", "starts", "learning_rate", "kl_weight")}
     if not (arguments.data / "train").exists():
         write_datasets(arguments.data, arguments.clips, arguments.starts)
     for seed in seeds:
         for name in arguments.trials.split(","):
-            key = f"{name} seed {seed} steps {arguments.steps}"
+            key = ", ".join([name, f"seed {seed}", *(f"{key} {value:g}" for key, value in shared.items())])
             if key not in runs:
-                runs[key] = {"trial": name, "seed": seed, "steps": arguments.steps, **_run(name, seed, arguments)}
-                write_result(arguments.out, {"trials": TRIALS, "runs": runs})
-    _print([run for run in runs.values() if run["steps"] == arguments.steps])
+                runs[key] = {"trial": name, "seed": seed, **shared, **_run(name, seed, arguments)}
+                write_result(arguments.out, {"trials": TRIALS, "runs": runs, "machine": machine(torch.device("cpu"))})
+    _print([run for run in runs.values() if shared.items() <= run.items()])
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,6 +76,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--starts", type=int, default=20, help="number of validation samples that are scored before and after"
     )
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--kl-weight", type=float, default=0.2)
     parser.add_argument("--clips", type=int, default=40, help="number of training clips, if datasets are created")
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="datasets; created if missing")
     parser.add_argument("--engines-dir", type=Path, default=Path("engines"))
@@ -88,6 +93,7 @@ def _run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         for section, part in (("data", "train"), ("validation", "held_out")):
             values[section]["source"] = str(arguments.data / part)
         values["validation"]["lossless"] = False
+        values["train"]["learning_rate"], values["kl_weight"] = arguments.learning_rate, arguments.kl_weight
         began = time.process_time()
         run_training(RunSettings.parse(values), None, Progress(quiet=True))
         cpu_seconds = time.process_time() - began

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("runs/demo"),
     engines_dir: EnginesDir = ENGINES,
-    steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 80,
     starts: Annotated[int, typer.Option(min=1, help="Number of validation samples to score.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data order and noise.")] = 0,
 ) -> None:

@@ -49,7 +49,7 @@ class DemoSettings:
         timed_rounds: the number of rounds of the comparison with PyTorch.
     """
 
-    steps: int = 40
+    steps: int = 80
     starts: int = 20
     seed: int = 0
     timed_rounds: int = 5
@@ -67,7 +67,7 @@ def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettin
             "overwrite_output_dir": True,
             "device": "cpu",
             "noise_seed": None,
-            "kl_weight": 0.2,
+            "kl_weight": 0.1,
             "lora": {"rank": 8},
             "data": {"source": out / "data" / "train", "num_frames": _NUM_FRAMES},
             "validation": {
@@ -80,10 +80,10 @@ def demo_settings(out: Path, engines: Path, settings: DemoSettings) -> RunSettin
                 "judges": [_JUDGE] if package_folder(_JUDGE_PACKAGE) else [],
             },
             "train": {
-                "learning_rate": 3e-3,
+                "learning_rate": 5e-3,
                 "max_train_steps": settings.steps,
                 "per_device_train_batch_size": _BATCH_SIZE,
-                "checkpointing_steps": 10,
+                "checkpointing_steps": 20,
                 "save_total_limit": 2,
                 "seed": settings.seed,
             },

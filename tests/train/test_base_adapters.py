@@ -258,6 +258,12 @@ def test_resuming_on_other_ones_is_refused(workplace: Path, refused_usage: Calla
         assert '"path": "peft", "scale": 0.5' in said
     settings = RunSettings.parse(values(base_adapters=one, train={**values()["train"], "max_train_steps": 4}))
     assert run_training(settings, "latest", Progress(quiet=True)).step == 4
+    # The same path with other contents.
+    weights = workplace / "peft" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    said = refused_usage("train", "config.yaml", "base_adapters=[{path: peft, scale: 0.5}]", "--resume", "latest")
+    assert 'base_adapters: a file of [{"path": "peft", "scale": 0.5' in said
+    assert "has changed since run/checkpoint-4 was saved" in said
 
 
 REFUSED = {

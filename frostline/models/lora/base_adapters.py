@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from frostline.atomic_io import file_sha256
+from frostline.errors import ConfigError
 from frostline.models.checkpoints.formats.network import NetworkFiles
 
 from .merging import check_fits, merged_weight
@@ -19,6 +22,23 @@ if TYPE_CHECKING:
     import torch
 
     from frostline.config import BaseAdapter
+
+
+def adapter_digests(paths: Iterable[Path]) -> list[str]:
+    """Return the SHA-256 of each file of some adapters, in order.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    try:
+        return [_digest(file, file.stat().st_mtime_ns) for path in paths for file in adapter_files(path)]
+    except OSError as error:
+        raise ConfigError(f"base_adapters: {error.filename} cannot be read: {error.strerror}") from error
+
+
+@cache
+def _digest(file: Path, mtime_ns: int) -> str:
+    return file_sha256(file)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 # The key in `state.json` for the experts with a LoRA; earlier versions, which only trained the low-noise expert, did
 # not write it.
 EXPERTS = "experts"
+# The key in `state.json` for the digests of the base adapters' files.
+BASE_ADAPTERS = "base_adapters"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{8}\.partial")

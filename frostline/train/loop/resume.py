@@ -13,10 +13,18 @@ from frostline.documents import read_yaml
 from frostline.errors import CheckpointError, ConfigError, DocumentError
 from frostline.experts import ExpertName
 from frostline.models.lora import Adapter, UniformLora, read_adapters, read_one_adapter
+from frostline.models.lora.base_adapters import adapter_digests
 from frostline.stages.families import family_of
 from frostline.train.config_file import dump_settings
 from frostline.train.flatten import flatten
-from frostline.train.loop.checkpoint import Checkpoint, check_same_experts, find_checkpoints, latest_intact
+from frostline.train.loop.checkpoint import (
+    BASE_ADAPTERS,
+    Checkpoint,
+    check_same_experts,
+    find_checkpoints,
+    latest_intact,
+    read_state,
+)
 from frostline.train.loop.run_dir import CONFIG, LATEST
 from frostline.train.settings import RunSettings
 
@@ -61,8 +69,8 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
 
     Raises:
         ConfigError: the adapter belongs to other experts, has another rank, scale or layers, or was trained on other
-            base adapters or on a base with another quantization; or the settings contain an initial adapter that the
-            run did not start with.
+            base adapters, on other contents of these, or on a base with another quantization; or the settings contain
+            an initial adapter that the run did not start with.
         CheckpointError: the state or the settings cannot be read.
     """
     check_same_experts(checkpoint, settings.lora)
@@ -76,6 +84,11 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
     if now["base_adapters"] != before.get("base_adapters", []):
         raise ConfigError(
             f"base_adapters: the adapter in {checkpoint.path} was trained on {_listed(before)}, not on {_listed(now)}"
+        )
+    if adapter_digests(adapter.path for adapter in settings.base_adapters) != _base_digests(checkpoint):
+        raise ConfigError(
+            f"base_adapters: a file of {_listed(now)} has changed since {checkpoint.path} was saved: restore the file, "
+            "or start a new run from the adapter with init_adapter"
         )
     for name in QuantizationSettings.model_fields:
         if now[name] != before.get(name, "none"):
@@ -160,6 +173,18 @@ def _saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{checkpoint.path / CONFIG} is not a mapping of settings")
     return saved
+
+
+def _base_digests(checkpoint: Checkpoint) -> list[str]:
+    """Return the digests of the base adapters' files when the checkpoint was saved.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        return read_state(checkpoint).get(BASE_ADAPTERS, [])
+    except (OSError, DocumentError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read") from error
 
 
 def _listed(settings: dict[str, Any]) -> str:

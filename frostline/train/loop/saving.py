@@ -15,11 +15,13 @@ from torch import Tensor
 from frostline.config import AUTO, CHECKPOINTING
 from frostline.documents import dump_yaml
 from frostline.errors import CheckpointError
+from frostline.models.lora.base_adapters import adapter_digests
 from frostline.package_info import installed_versions
 from frostline.runtime.backends import engine_packages
 from frostline.stages.families import family_of
 from frostline.train.loop.average import AdapterAverage
 from frostline.train.loop.checkpoint import (
+    BASE_ADAPTERS,
     EXPERTS,
     Checkpoint,
     check_same_experts,
@@ -116,6 +118,7 @@ def _write(
         "kl_weight": training.module.kl_weight,
         "processes": training.accelerator.num_processes,
         EXPERTS: training.module.settings.lora.experts,
+        BASE_ADAPTERS: adapter_digests(Path(adapter["path"]) for adapter in config.get("base_adapters") or ()),
         "gradient_checkpointing": training.module.gradient_checkpointing,
         "versions": package_versions(training.module),
     }

@@ -147,7 +147,7 @@ class TrainingModuleSettings(Settings):
         default=None,
         ge=0,
         le=1,
-        description="sigma above which the high-noise expert is used, in a model with two experts; the "
+        description="minimum sigma for which the high-noise expert is used, in a model with two experts; the "
         "model's own if not given",
     )
     noise_seed: int | None = Field(default=24, description="seed of the start noise; null draws fresh noise every step")

@@ -122,7 +122,7 @@ def nearest_name(name: str, names: Sequence[str]) -> str | None:
 
 @functools.cache
 def _log_once(change: str) -> None:
-    logger.warning("video resized for the model: %s; logged once", change)
+    logger.warning("video fitted to the model: %s; logged once", change)
 
 
 def _missing_key(key: str, data: dict[Any, Any]) -> str:

@@ -254,7 +254,7 @@ def _reference_names(value: Any) -> list[str]:
 
 
 def _meant_as_reference(record: dict[Any, Any]) -> str | None:
-    """Return a column whose name is similar to `reference`; if it were ignored, the clips would be the references."""
+    """Return a column that is not read, but whose name is similar to `reference`; None if there is no such column."""
     if REFERENCE in record:
         return None
     names = [name for name in record if isinstance(name, str) and name not in COLUMNS]

@@ -45,7 +45,7 @@ BASE_ADAPTERS = "base_adapters"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{8}\.partial")
-# Suffix of a complete checkpoint that is being replaced by another one of the same step.
+# Name of a complete checkpoint that is being replaced by another one of the same step.
 _REPLACED = re.compile(r"\.(checkpoint-(\d+))\.[0-9a-f]{8}\.replaced")
 
 
@@ -121,8 +121,8 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
 
 
 def find_checkpoints(run: Path) -> list[Checkpoint]:
-    """Return the checkpoints of a run by step, not yet verified, including one that was being replaced if no other
-    exists.
+    """Return the checkpoints of a run by step, not yet verified, including one that was being replaced if there is no
+    other of its step.
     """
     if not run.is_dir():
         return []

@@ -37,7 +37,7 @@ class Training:
         replicated: whether gradients must be averaged explicitly, because the wrapper does not handle the LoRA.
         step: number of completed optimizer steps.
         samples: number of samples used so far by all processes.
-        skipped: number of steps without an update, in total and consecutively.
+        skipped, skipped_in_row: number of steps without an update, in total and consecutively.
         random: states of the random generators at the end of `step`.
         intact: False while the optimizer is updating.
         average: average of the LoRA matrices over the steps, if `ema_decay` is set.

@@ -56,7 +56,7 @@ class MemoryPlan:
     """The memory of a run on one device; sizes are in bytes.
 
     Attributes:
-        gradient_checkpointing: the kind; with `auto`, the first kind that fits.
+        gradient_checkpointing: the kind; with `auto`, the first kind that fits, or else the one with the lowest peak.
         adapter, gradients, optimizer: size of all LoRAs, of their gradients, and of their optimizer state.
         peaks: peak of the activations in each phase of a step.
         precompute: memory of each stage that is precomputed before the first step; training does not need these stages.

@@ -1,4 +1,4 @@
-"""Name the measures of a run's validation samples, which come from rewards and judges."""
+"""Name the measures of a run's validation samples: those of rewards and judges, and all others."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from frostline.models.quantization.linear import QuantisedLinear
 
 log = logging.getLogger(__name__)
 
-# Parts without a gradient, by the names of their stages.
+# Parts without a gradient, by the names of their stages; the high-noise expert has a gradient if it has a LoRA.
 FROZEN_PARTS = ("text_encoder", "image_encoder", "vae_encoder", "denoiser_high_noise")
 
 # Name prefixes of the VAE encoder's weights, which are in one file with the decoder's.

@@ -1,4 +1,4 @@
-"""Cache the results of operations on meta tensors: a network repeats few operations at few shapes.
+"""Cache the results of operations on meta tensors: a network calls the same few operations at the same few shapes.
 
 PyTorch computes most result shapes in Python, which can take milliseconds for each operation.
 """

@@ -183,8 +183,8 @@ def _adapter_spec(parameter_name: str, matrix: Tensor, rank: Dimension, scale: f
     gain = 1.0 if first else _RANDOM_LORA / scale
 
     def fill(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        # Each matrix sums over its second dimension, so that scale · B A x has the magnitude of x at any rank and
-        # scale.
+        # Each matrix sums over its second dimension, so that scale · B A x has `_RANDOM_LORA` times the magnitude of x
+        # at any rank and scale.
         return gain / math.sqrt(shape[1]) * torch.randn(shape, generator=generator)
 
     return TensorSpec(name, shape, matrix.dtype, fill)

@@ -124,8 +124,8 @@ class Family(Protocol):
 
         Args:
             expert: see `check_adapter`.
-            dtype: dtype of the weights; None keeps their dtypes, and converts 8-bit weights to the dtype of the other
-                weights.
+            dtype: dtype of the weights; None keeps their dtypes, but in a model with 8-bit weights, all weights get
+                the dtype of most other weights.
         Raises:
             ConfigError: the adapter is for another model, or a merged weight is not finite.
         """

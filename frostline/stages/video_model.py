@@ -160,8 +160,8 @@ class VideoModel(StageProvider, Protocol):
     def constrain(self, latents: Tensor, conditions: Tensors) -> Tensor:
         """Set the fixed part of (B, C, F, h, w) latents, such as the first frame, to its values in `conditions`.
 
-        Used on the initial noise and after each step except the last. Return `latents` unchanged if the model has no
-        fixed part.
+        Used on the initial noise, on clips with added noise, and after each step except the last. Return `latents`
+        unchanged if the model has no fixed part.
         """
         ...
 

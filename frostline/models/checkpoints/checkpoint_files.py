@@ -75,7 +75,7 @@ class WanFiles:
         return _variant(self.spec.networks["denoiser"]) + experts
 
     def paths(self) -> Iterator[Path]:
-        """Return all files of the model."""
+        """Yield the weight files, the config.json next to those of each network, and the files of the tokenizer."""
         for network in self.networks.values():
             yield from network.paths
             config = network.paths[0].parent / "config.json"

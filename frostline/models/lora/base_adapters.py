@@ -85,7 +85,7 @@ class MergedRead:
         """Yield all weights of `network` by name in Wan's format, with one dtype, one at a time.
 
         The values are bit-identical to the file that `frostline adapter merge` writes without a precision (for several
-        adapters, one after the other): they are rounded to the dtype in which they are stored, then to `dtype`.
+        adapters, one after the other): they are rounded to the dtypes of that file, then to `dtype`.
 
         Raises:
             ConfigError: an adapter cannot be read, is for another model, or a merged weight is not finite.

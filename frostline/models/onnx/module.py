@@ -204,7 +204,7 @@ def _steps(graph: onnx.GraphProto) -> list[_Step]:
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """Return a node's attributes as Python values and tensors, without those that have their default value."""
+    """Return a node's attributes as Python values and tensors, without `auto_pad` if it is NOTSET or VALID."""
     attributes = {}
     for attribute in node.attribute:
         value = helper.get_attribute_value(attribute)

@@ -63,7 +63,7 @@ class FaceIdentityReward(Reward):
         In a picture, the largest face counts. The clip of a sample with pictures is not used.
 
         Returns:
-            mean: (B, D), the mean embedding; undefined if no face was found.
+            mean: (B, D), the mean embedding; 0 if no face was found.
             found: (B,) bool, whether any face was found.
         """
         pictures = sample.reference[0] if sample.reference else None

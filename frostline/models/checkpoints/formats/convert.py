@@ -28,7 +28,7 @@ def to_official(part: Part, tensors: Tensors) -> dict[str, Tensor]:
     """Convert tensors from diffusers' names to Wan's names.
 
     Raises:
-        ConfigError: a name does not exist in diffusers.
+        ConfigError: a name does not exist in diffusers, or the image encoder has no class or position embedding.
     """
     if part == "image_encoder":
         return _image_encoder_to_official(tensors)
@@ -66,7 +66,7 @@ def _pairs(part: Part, names: Iterable[str]) -> Pairs:
 
 
 def _vae_pairs(names: list[str]) -> Pairs:
-    """Return the table of names for a VAE with this number of blocks, in either format.
+    """Return the table of names for a VAE; the numbers of its blocks are inferred from `names`, in either format.
 
     Each resolution has the same number of residual blocks, and there is a resampling block between resolutions.
     """

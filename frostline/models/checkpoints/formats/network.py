@@ -87,8 +87,8 @@ class NetworkFiles:
         """Return tensors by name in Wan's format and with one dtype; scales of 8-bit weights are applied.
 
         Args:
-            wanted: names in Wan's format; other tensors are not returned, and if the files are in Wan's format, not
-                read.
+            wanted: names in Wan's format; other tensors are not returned, and not read from .safetensors files in
+                Wan's format.
         Raises:
             ConfigError: a file cannot be read; the message names it.
         """

@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
-            with safe_open(path, framework="numpy") as file:  # no value is read, so bf16 is supported as well
+            with safe_open(path, framework="numpy") as file:  # only values of text are read, so bf16 is supported
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 infos = {
                     name: TensorInfo(tuple(part.get_shape()), _TYPES.get(str(part.get_dtype()), str(part.get_dtype())))

@@ -90,7 +90,7 @@ def parse_value(text: str) -> Any:
         return _in_words("YAML", lambda: _plain_value(text))
     node = _in_words("YAML", lambda: yaml.compose(text, _Loader))
     if node is not None and node.end_mark.index < len(text):
-        raise DocumentError(f"unexpected text after the value: {text[node.end_mark.index :].strip()!r}")
+        raise DocumentError(f"is followed by unexpected text: {text[node.end_mark.index :].strip()!r}")
     return parse_yaml(text)
 
 

@@ -68,7 +68,7 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; reject all other kinds, such as a named pipe, which would block.
 
     Raises:
-        DataError: the file does not exist or is not a regular file.
+        DataError: the path is invalid (see `check_path`), or the file does not exist or is not a regular file.
         OSError: the file cannot be opened.
     """
     check_path(str(path))

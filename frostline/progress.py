@@ -93,7 +93,7 @@ class Progress:
         ) as live:
             task = live.add_task(name, total=total, parts=(), ended=False)
             yield _ScreenBar(live, task)
-            # Leave the bar at its last position if the task ended early.
+            # Show no remaining time if the task ended early; the bar stays at its last position.
             live.update(task, ended=True)
             if total is None:
                 live.update(task, total=1, completed=1, parts=())

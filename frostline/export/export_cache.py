@@ -63,7 +63,7 @@ class Receipt(BaseModel):
         return EngineId(self.model, self.stage, self.backend, self.key)
 
     def covers(self, engine: Manifest) -> bool:
-        """Return whether the engine still satisfies the tolerance of the export."""
+        """Return whether the engine still satisfies the tolerance of the export; True if it was never verified."""
         return engine.keeps(self.bounds) if self.verified or engine.verified else True
 
 

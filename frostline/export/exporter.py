@@ -80,8 +80,8 @@ def export_stage(
         traces: traces of this stage, shared by builds for several backends.
         progress: called with a short description of each phase.
     Raises:
-        EngineError: the backend is not available, or tracing, building or loading failed; an engine that cannot be
-            loaded is deleted.
+        EngineError: the backend is not available, or tracing or building failed, or the engine does not run; see
+            `verify_engine_parity` for the engines that are then deleted.
         ParityError: the engine's outputs differ from PyTorch's; it is deleted.
     """
     engine, built = build_stage(

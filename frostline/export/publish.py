@@ -16,7 +16,7 @@ from frostline.runtime.hints import export_command
 
 SCRIPT = "run.py"
 _TEMPLATE = Path(__file__).with_name("run_onnx.py.template")
-# numpy has no bf16, and files other than ONNX only work on the machine that built them.
+# The dtypes of inputs and outputs that numpy supports; bf16 is not one of them.
 _DTYPES = {"float32", "float16", "int64", "int32", "bool"}
 
 
@@ -29,7 +29,7 @@ def publish(engine: VerifiedEngine, folder: Path) -> list[Path]:
         The written files.
     Raises:
         ConfigError: the folder exists and is not empty, or cannot be written.
-        EngineError: the engine has no ONNX files, or types that numpy does not have.
+        EngineError: the engine has no ONNX files, or types that numpy does not have, or a file was changed.
     """
     manifest = engine.manifest
     _check_portable(manifest)

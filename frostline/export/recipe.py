@@ -100,7 +100,7 @@ class Recipe(QuantizationSettings):
 
     @model_validator(mode="after")
     def _can_be_exported(self) -> Self:
-        """Check before a model is loaded, which takes seconds or minutes."""
+        """Check shapes and names of backends before a model is loaded, which takes seconds or minutes."""
         _ = self.shapes
         for backend in self.backends:
             check_backend(backend)

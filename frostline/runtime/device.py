@@ -41,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is not supported: use auto, cpu, cuda or an indexed GPU such as cuda:1")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"device: {name} is requested, but torch finds no GPU")
+            raise ConfigError(f"device: {name} is requested, but torch finds no GPU: use cpu or auto")
         if (device.index or 0) >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise ConfigError(

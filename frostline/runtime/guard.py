@@ -22,8 +22,8 @@ class WeightGuard:
 
     It detects replaced modules and parameters, moved memory (`p.data = x`), and in-place changes that autograd counts.
     PEFT merges with `weight.data += delta`, which neither moves memory nor is counted. Therefore, some bytes of tensors
-    on the CPU are compared as well. On a GPU, this would make the host wait: there the bytes are compared only if a
-    live tensor has changed too, as happens when an adapter is merged and reset.
+    on the CPU are compared as well. On a GPU, this would make the host wait: there one value of each tensor is
+    compared, and only if a live tensor has changed too, as happens when an adapter is merged and reset.
 
     Not detected: a write through `.data` to part of a tensor, or on a GPU without a change of a live tensor.
     `Runtime.replan` hashes the weights again.

@@ -186,7 +186,7 @@ class Runtime:
         return pending
 
     def fingerprint(self, stage: str) -> str:
-        """Return an id of all that determines the outputs for given inputs: the weights and the possible backends."""
+        """Return an id of the weights and the possible backends; the outputs also depend on code and inputs."""
         weights = self._weights_of(stage)
         choice = self._plan[stage]
         backends = f"{AUTO} {','.join(sorted(choice.candidates))}" if choice.candidates else choice.backend

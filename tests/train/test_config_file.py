@@ -150,7 +150,11 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "override without value": ("{}", ["lora.rank"], "must be section.name=value"),
     "override of a value": ("{}", ["model=tiny", "model.name=x"], "model is not a section"),
     "override in yaml": ("{}", ["lora.target_modules=[q"], "the value is not valid YAML"),
-    "override with a note": ("{}", ["lora.target_modules=[q] # all"], "unexpected text after the value: '# all'"),
+    "override with a note": (
+        "{}",
+        ["lora.target_modules=[q] # all"],
+        "the value is followed by unexpected text: '# all'",
+    ),
     "override in deep sections": ("{}", ["rewards.0.options" + ".a" * 9999 + "=1"], "10001 sections deep"),
     "override of no entry": ("rewards: [{type: sharpness}]", ["rewards.²=1"], "not the index of one of the 1 entries"),
     "no as a number": (

@@ -1,6 +1,7 @@
 """Translate programs to ONNX without redundant work of torch.onnx and onnxscript.
 
-Each shortcut leaves the file unchanged, byte for byte: see `tests/export/tracing/test_onnx_shortcuts.py`.
+`shortcuts` leaves the file unchanged, byte for byte; operators that `decomposed_where_needed` replaces compute the same
+values: see `tests/export/tracing/test_onnx_shortcuts.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def shortcuts() -> Iterator[None]:
 
 
 def decomposed_where_needed(program: ExportedProgram, opset: int) -> ExportedProgram:
-    """Return a copy that torch.onnx may change; decompose it only if ONNX lacks one of its operators.
+    """Return a copy that torch.onnx may change, and decomposes only if it cannot translate one of the operators.
 
     To decompose operators, `run_decompositions` traces the whole graph a second time with its dynamic dimensions, which
     takes most of an export. frostline's networks rarely contain an operator to decompose.
@@ -119,7 +120,8 @@ def _respell(node: Node) -> None:
 
 
 def _only_reader(node: Node) -> bool:
-    """Return whether an in-place operator can be replaced: only `node` uses its first input, and all types are equal.
+    """Return whether an in-place operator can be replaced: only `node` uses its first input, and all types
+    except bool are equal.
 
     The input must be a newly allocated tensor, because a view shares the memory of another tensor.
     """
@@ -157,7 +159,8 @@ def _changes_its_input(target: object) -> bool:
 
 
 def _promote(self: _TypePromotionInterpreter, node: Node) -> Any:
-    """Make the type promotion of an operator explicit, and compute its result again only if that changed.
+    """Make the type promotion of an operator explicit, and compute its result again only if this changed
+    the operator.
 
     torch.onnx computes the whole graph again with dynamic dimensions, although the results are already in the graph. A
     promotion does not change the type of the result, so the following results stay valid.

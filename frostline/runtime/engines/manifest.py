@@ -126,7 +126,7 @@ class EngineId:
 
     @classmethod
     def of_path(cls, path: Path) -> "EngineId | None":
-        """Return the inverse of `path`; None if the path is not that of an engine."""
+        """Return the id of the engine whose path is given; None if it is not the path of an engine."""
         backend, _, key = path.name.rpartition("-")
         try:
             return cls(path.parents[1].name, path.parent.name, backend, key)

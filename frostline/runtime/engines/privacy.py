@@ -18,8 +18,9 @@ def check_private(root: Path, files: Iterable[Path]) -> None:
     """Check that only this user and root can write to or replace these files.
 
     Args:
-        root: this folder and everything below it must belong to this user or the superuser. Its parent folders may
-            belong to other users, who could then replace it as a whole, but must not be writable by anyone else.
+        root: this folder, `files` and the folders between them must belong to this user or the superuser. The parent
+            folders of `root` may belong to other users, who could then replace it as a whole, but must not be writable
+            by anyone else.
     Raises:
         SharedFolderError: other users have access; the message names the path, the users, and a command that fixes it.
     """

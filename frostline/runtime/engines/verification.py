@@ -250,7 +250,7 @@ def _open_regular(path: Path) -> BufferedReader:
         raise _RefusedError(f"{path.name} is missing")
     if not path.is_file():
         raise _RefusedError(f"{path.name} is not a regular file")
-    # The flag rejects a symlink that replaces the file at this moment.
+    # O_NOFOLLOW rejects a symlink that replaces the file at this moment.
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 

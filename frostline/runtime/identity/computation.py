@@ -135,7 +135,7 @@ def _find(name: str) -> ModuleSpec | None:
     top, *parts = name.split(".")
     try:
         spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):  # a module that was not imported, such as a script
+    except (ImportError, ValueError):  # a module without a spec, such as a script
         return None
     for index in range(len(parts)):
         if spec is None or spec.submodule_search_locations is None:

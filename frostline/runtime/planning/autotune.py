@@ -24,7 +24,7 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def machine_id(device: torch.device) -> str:
-    """Return an id of the machine for latencies: the GPU; or the CPU, number of threads and their wait policy."""
+    """Return an id of the machine for latencies: the GPU; or CPU, numbers of cores and threads, and wait policy."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     waiting = [f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ]

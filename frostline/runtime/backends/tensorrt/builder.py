@@ -150,7 +150,7 @@ def _write_timing_cache(config: Any, path: Path | None) -> None:
 
 
 def _new_monitor(trt: Any, messages: Messages, steps: _Steps, cancelled: threading.Event) -> Any:
-    """Report TensorRT's progress, and stop the build if it was cancelled or another callback failed."""
+    """Return a monitor that reports the progress, and stops a build that was cancelled or whose callback failed."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

@@ -67,7 +67,7 @@ class TensorRTRunner(EngineRunner):
 
 
 class _Contexts:
-    """Create execution contexts of an engine, in memory that torch allocates at each launch.
+    """Create execution contexts of an engine, whose scratch memory torch allocates at each launch.
 
     With its own allocator, TensorRT would permanently reserve what the largest shapes of the profile need.
     """

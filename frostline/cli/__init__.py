@@ -70,7 +70,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Typer would turn Ctrl-C into exit code 1; shells and schedulers expect 128 + signal number.
+    # By default, SIGTERM ends a process without cleanup. Shells and schedulers expect exit code 128 + signal number.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:

@@ -54,7 +54,7 @@ def rows_of(table: pa.Table | pa.RecordBatch) -> Iterator[VideoScore]:
 
 
 class ParquetFile:
-    """Read and write a Parquet file of results, with the methods of `ResultFile`.
+    """Read and write a Parquet file of results, with the methods `stream` and `rewrite` of `ResultFile`.
 
     Args:
         path: the file, which need not exist.

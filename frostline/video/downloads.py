@@ -77,7 +77,9 @@ def _download(url: str, copy: Any, limits: DownloadLimits) -> None:
     except urllib.error.HTTPError as error:
         raise DataError(f"{url}: cannot be downloaded: the server returned {error.code} {error.reason}") from error
     except TimeoutError as error:
-        raise DataError(f"{url}: the server does not answer within the time limit (--download-timeout)") from error
+        raise DataError(
+            f"{url}: the server does not answer within --download-timeout, or within {_SILENCE:g} s if that is shorter"
+        ) from error
     except urllib.error.URLError as error:
         raise DataError(f"{url}: cannot be downloaded: {error.reason}") from error
     except http.client.HTTPException as error:

@@ -19,8 +19,8 @@ CLIP_BYTES = 2 * 2**30
 class ClipReward(ScoredReward):
     """Score rewards that are neither `face_identity` nor a `FrameReward`, with whole clips, as in training.
 
-    The `video` of a sample is the reference, or the scored clip if the reward does not need a reference. A picture is
-    repeated to two frames, as in training.
+    The `video` of a sample is the reference, or the scored clip if the reward does not need a reference. A reference
+    picture is repeated to two frames, as in training.
     """
 
     @property

@@ -59,7 +59,7 @@ class FeatureReward(ScoredReward):
             if len(part) < window:
                 rows.append(features[:0])
                 continue
-            # The rows in between are computed from frames of two runs, and are not used.
+            # The rows in between are computed from frames of two parts, and are not used.
             rows.append(features[start : start + len(part) - window + 1])
             start += len(part)
         return rows
@@ -145,7 +145,7 @@ class FeatureReference(ReferenceTrack):
         self._features: _Features | None = _Features(reward.reward.window)
 
     def take(self, chunk: Chunk) -> Tensor:
-        """Return the frames of the chunk."""
+        """Return the frames of the chunk; see `_Features.take`."""
         assert self._features is not None
         return self._features.take(chunk.frames)
 
@@ -178,7 +178,7 @@ class FeatureVideo(VideoTrack):
         self._selection = StreamedSelection(reward.active.config.frames)
 
     def take(self, chunk: Chunk) -> Tensor:
-        """Return the selected frames of the chunk."""
+        """Return the selected frames of the chunk; see `_Features.take`."""
         return self._features.take(self._selection.among(chunk.frames))
 
     def add(self, chunk: Chunk, seen: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Decode with a gradient, count the bytes that autograd keeps, and diffsynth's own decode as the baseline."""
+"""Decoding with a gradient, the bytes that autograd keeps for it, and diffsynth's own decode as the baseline."""
 
 from collections.abc import Callable
 from typing import Any

@@ -22,9 +22,11 @@ from frostline.stages.tolerances import tolerance
 class BrightnessConfig(RewardConfig):
     """Settings with another default for a setting that all rewards have."""
 
-    scale: float = Field(default=4.0, gt=0, description="spread of scores that counts as one unit")
+    scale: float = Field(default=4.0, gt=0, description="standard deviation used to normalise the score")
     offset: float = Field(default=0.0, description="added to the mean")
-    darkest: float = Field(default=0.0, description="of a video whose reference is darker there is nothing to say")
+    darkest: float = Field(
+        default=0.0, description="minimum mean of the reference; a video with a darker one is not scored"
+    )
 
 
 class Brightness(Reward):
@@ -64,11 +66,11 @@ class LikenessConfig(RewardConfig):
         Use("features", live=False, count=1, phase="conditioning"),
         Use("features", live=True, count=1, phase="reward"),
     )
-    seed: int = Field(description="of the random weights")
+    seed: int = Field(description="seed of the random weights")
 
 
 class Likeness(Reward):
-    """Compare the features of generated frames with those of the reference; also report the words of the prompt."""
+    """Compare the features of generated frames with those of the reference; also count the words of the prompt."""
 
     Config = LikenessConfig
     name = "likeness"
@@ -175,7 +177,7 @@ class ChangeConfig(RewardConfig):
     """Settings of a reward that compares neighbouring frames."""
 
     needs_neighbours: ClassVar[bool] = True
-    still: float = Field(default=0.0, description="change of a video of which there is nothing to say")
+    still: float = Field(default=0.0, description="a video is scored if its change is larger")
 
 
 class Change(FrameReward):
@@ -208,7 +210,7 @@ class LengthConfig(RewardConfig):
     """Settings of a reward that needs nothing except the video."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    fails_at: int = Field(default=0, description="a number of frames that it stumbles over")
+    fails_at: int = Field(default=0, description="number of frames for which scoring raises an error")
 
 
 class Length(Reward):

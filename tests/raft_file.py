@@ -1,4 +1,4 @@
-"""Random weights in torchvision's layout, with which RAFT finds some motion everywhere, and more if there is some."""
+"""Random weights of RAFT in torchvision's layout: the flow is not zero for any pictures, and larger if they move."""
 
 from pathlib import Path
 

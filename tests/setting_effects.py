@@ -184,7 +184,7 @@ def precomputed(settings: RunSettings) -> Any:
 
 
 def precomputes(settings: RunSettings) -> Any:
-    """Return whether a run precomputes, from the configuration file in its folder."""
+    """Return the setting `precompute` in the configuration file that a run writes into its folder."""
     a_run(settings)
     return RunSettings.parse(read_yaml(settings.output_dir / "config.yaml")).precompute
 

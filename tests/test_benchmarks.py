@@ -48,7 +48,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
-    # The second round was ten times as slow for both contenders.
+    # The second round was at least ten times as slow for both contenders.
     samples = {"slow": [30.0, 400.0, 20.0], "fast": [10.0, 100.0, 10.0]}
     assert ratio(samples, "slow", "fast") == {"median": 3.0, "quartile_1": 2.0, "quartile_3": 4.0}
     assert summary(samples)["fast"]["median_ms"] == 10.0

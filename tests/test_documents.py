@@ -94,7 +94,7 @@ def test_what_follows_the_equals_sign_may_be_a_list_a_mapping_or_in_quotes() -> 
 
 
 def _nested(width: int, depth: int, first: str, rest: str) -> str:
-    """Return `width ** depth` values in `depth` lines, each of which consists of aliases of the line before."""
+    """Return `depth` lines, each of which has `width` aliases of the line before: `width ** (depth - 1)` values."""
     lines = [f"a0: &a0 {first}"]
     for i in range(1, depth):
         lines.append(f"a{i}: &a{i} {rest.replace('ALIASES', ', '.join([f'*a{i - 1}'] * width))}")

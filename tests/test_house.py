@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The top-level folders, lowest first. A folder may import those before it, and the leaves.
+# The top-level folders, lowest first. A folder may import the leaves, and those before it except those in `BESIDE`.
 ROOMS = ("models", "runtime", "stages", "rewards", "export", "score", "train", "cluster", "demo", "cli")
 BESIDE = {"score": {"train"}, "train": {"score"}, "report": {*ROOMS}}
 LEAVES = {
@@ -111,7 +111,7 @@ def test_no_folder_and_no_file_is_too_large() -> None:
 
 
 def test_no_two_test_files_share_a_name() -> None:
-    """pytest imports test files by their names, so it would skip one of two files with the same name."""
+    """pytest imports test files by their names without the folder, so it refuses two files with the same name."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert sorted(names) == sorted({*names})
 

@@ -51,7 +51,7 @@ def write_tokenizer(folder: Path) -> None:
 def write_hpsv2(file: Path, seed: int = 0) -> CLIPModel:
     """Write a file in the layout of HPS v2, a ViT-H/14 with open_clip's names, and a tokenizer next to it.
 
-    The proportions are those of the original; width and image size are smaller by the same factor.
+    Heads, patch size and the ratio of the widths are those of the original; widths, image size and depth are smaller.
     """
     model = CLIPModel(_clip_config(width=80, text_width=64, heads=16, dim=64, activation="gelu", patch=14))
     _randomise(model, seed)

@@ -31,7 +31,7 @@ OF_A_RUN = {"seconds"}
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write `pairs.csv` and clips of two frames, one white, one black and one unreadable; return the folder."""
+    """Write `pairs.csv` and clips of two frames; one clip is white, one black, one unreadable. Return the folder."""
     folder = tmp_path_factory.mktemp("clips")
     names = [f"{index:02}.mp4" for index in range(CLIPS)]
     generator = np.random.default_rng(0)

@@ -95,7 +95,7 @@ def test_parts_are_gone_through_in_the_order_of_the_input(root: str, tmp_path: P
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    """Its statistics, at the end of the file, can still be read."""
+    """Damage only the rows first: the statistics at the end of the file can still be read."""
     parts = ResultParts(str(tmp_path / "parts"))
     parts.add(row(0))
     parts.flush()

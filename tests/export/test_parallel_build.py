@@ -41,7 +41,7 @@ def test_two_processes_build_and_this_one_verifies(staged: StagedModel, tmp_path
         assert row.manifest is not None
         assert row.manifest.verified == (row.backend == "onnxruntime"), row.note
         assert row.seconds >= row.manifest.build_seconds
-    # Under the keys that this process computes.
+    # The other processes stored the engines under the keys that this process computes.
     again = list(export_model(staged, RECIPE, store, options))
     assert {row.status for row in again} == {"present"}
 
@@ -70,7 +70,7 @@ def test_as_many_jobs_as_memory_takes(staged: StagedModel, monkeypatch: pytest.M
 
 
 def test_asking_again_needs_no_torch() -> None:
-    """Otherwise, it would take seconds to report that all engines exist."""
+    """Report that all engines exist without importing torch, which takes seconds."""
     modules = ("cli.exporting", "export.export_cache", "export.tables", "progress")
     asked = "import sys, " + ", ".join(f"frostline.{module}" for module in modules)
     cache = "frostline.export.export_cache"

@@ -45,7 +45,8 @@ def test_the_reference_step_with_two_experts() -> None:
 def test_uses_are_those_of_the_steps_one_by_one(N: int, data: st.DataObject) -> None:
     """Count like `Sampler`: a live step has a graph if its expert has a LoRA, or after such a step.
 
-    A live step whose expert has a LoRA also has a KL reference.
+    The latter does not apply if the gradient of the latents is stopped. A live step whose expert has a LoRA also has a
+    KL reference.
     """
     end = data.draw(st.integers(0, N - 1))
     start, high = data.draw(st.integers(0, end)), data.draw(st.integers(0, N))

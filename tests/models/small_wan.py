@@ -9,7 +9,7 @@ TOKENIZER = Path(loading.__file__).parents[1] / "tiny" / "weights" / "tiny" / "g
 
 VAE = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
 TEXT = {"vocab": 64, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 2, "num_buckets": 8}
-# 128 dimensions per head, 256 frequencies.
+# As in releases: 128 dimensions per head, and 256 dimensions of the timestep sinusoid.
 DENOISER: dict[str, Any] = {
     "dim": 256,
     "in_dim": 36,

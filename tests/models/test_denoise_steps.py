@@ -122,7 +122,7 @@ def all_draws(steps: DenoiseSteps) -> set[tuple[int, ...]]:
 def test_the_most_that_a_draw_needs_is_of_a_draw(
     strategy: str, count: int, high: int, experts: str, stop: bool
 ) -> None:
-    """So that the memory plan counts neither too little nor too much."""
+    """Compute the exact maximum over all draws, so that the memory plan counts neither too little nor too much."""
     steps = DenoiseSteps(
         1,
         9,

@@ -145,7 +145,7 @@ def test_rms_norm_silu_rounds_once_in_half_precision(dtype: torch.dtype) -> None
 
 
 def test_what_is_kept_for_backward() -> None:
-    """Keep one tensor of this size for a normalisation and a convolution; PyTorch's own operations keep six."""
+    """Keep one tensor of the input's size for a normalisation and a convolution; PyTorch's own operations keep six."""
     weight, gamma = random(8, 8, 3, 3, 3), random(8, 1, 1, 1)
     x = random(1, 8, 8, 16, 16).requires_grad_()
     with MemoryTracker([x, weight, gamma]) as tracker:

@@ -280,7 +280,7 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
 
 @pytest.mark.fresh_process
 def test_a_batch_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Kill a writer before any of its files: the next reader finds all rows of a batch or none."""
+    """Kill a writer before it moves one of its files into place: the next reader finds all rows of a batch or none."""
     rows = {key: ones(0.01, value) for value, key in enumerate("abc")}
 
     def write_and_die(root: Path, moves: int) -> None:

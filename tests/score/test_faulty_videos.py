@@ -158,7 +158,7 @@ def test_what_is_streamed_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode only this number of chunks ahead, even if the consumer is slow."""
+    """Decode only `_CHUNKS_AHEAD` chunks ahead, even if the consumer is slow."""
     path = write_video(tmp_path / "long.mp4", torch.zeros(300, 3, 64, 64, dtype=torch.uint8))
     taken: list[int] = []
 

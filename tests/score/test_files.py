@@ -92,7 +92,7 @@ def test_every_column_is_documented() -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_goes_on_where_it_was_stopped(suffix: str, people: Path, score_files: ScoreFiles, tmp_path: Path) -> None:
-    """Cut the file at any byte: finished rows are not computed again, and the file is the same at the end."""
+    """Cut the file at several bytes: finished rows are not computed again, and the results are the same at the end."""
     videos = [people / f"{name}.mp4" for name in ("astronaut", "absent", "hopper", "half")]
     out = tmp_path / f"scores{suffix}"
     score_files(videos, people / "face.png", out=out)

@@ -158,7 +158,7 @@ def test_engines_of_the_base_are_not_found_for_the_merged_model(workplace: Path,
 
 
 def test_weights_that_are_away_come_back_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Release the high-noise expert while an engine replaces it; its digest is stored for the next run."""
+    """Read the high-noise expert again after it was released; its digest is stored for the next run."""
     monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
     path = moe_adapter(tmp_path)
     entry = {"path": str(path), "scale": 0.5, "expert": "high"}

@@ -68,7 +68,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(started: Path, tmp_path: Path) -> Path:
-    """Return a copy of it that a test may change."""
+    """Return a copy of `started` that a test may change."""
     shutil.copytree(started, tmp_path / "started")
     facts = tmp_path / "started" / "my" / "run" / "run.json"
     facts.write_text(facts.read_text().replace(str(started), str(tmp_path / "started")))

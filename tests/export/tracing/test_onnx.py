@@ -18,7 +18,7 @@ from frostline.runtime.stage import Network, TensorSpec
 
 
 class Scaled(nn.Module):
-    """`y = live * (x W)` and `z = [x, x]`: a network with two outputs, a weight and a live input."""
+    """`y = live * (x W) + offset` and `z = [x, x]`: a network with two outputs, a weight and a live input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Shortcuts in the translation to ONNX change no byte of the file, or no value that it computes."""
+"""Shortcuts in the translation to ONNX change no byte of the file, or at least no value that it computes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

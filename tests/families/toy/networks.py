@@ -1,4 +1,4 @@
-"""The networks of the toy family: a linear VAE with a temporal stride of 8, and a denoiser with two text inputs."""
+"""The networks of the toy family: a VAE with a temporal stride of 8, and a denoiser with two text inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STRIDE, SIDE = 8, 8
 
 
 class ToyTextEncoder(nn.Module):
-    """Token ids (B, L) to a context (B, L, D) and a pooled vector (B, D)."""
+    """A text encoder, which turns token ids (B, L) into a context (B, L, D) and a pooled vector (B, D)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class ToyTextEncoder(nn.Module):
 
 
 class ToyVae(nn.Module):
-    """(B, 3, 8k + 1, H, W) in [-1, 1] to latents (B, C, k + 1, H/8, W/8), and back."""
+    """A VAE, which encodes single frames, and decodes latents of k + 1 frames to 8k + 1 frames in [-1, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,11 +37,11 @@ class ToyVae(nn.Module):
         self.up = nn.ConvTranspose3d(CHANNELS, 3, (STRIDE, SIDE, SIDE), (STRIDE, SIDE, SIDE))
 
     def encode_frame(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C, 1, h, w)."""
+        """Encode frames (B, 3, H, W) to latents (B, C, 1, H/8, W/8)."""
         return self.first(image)[:, :, None]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents.
+        """Decode latents (B, C, k + 1, H/8, W/8) to a video (B, 3, 8k + 1, H, W).
 
         The first latent frame decodes to several frames, of which the last is the first frame of the video.
         """
@@ -49,7 +49,7 @@ class ToyVae(nn.Module):
 
 
 class ToyBlock(nn.Module):
-    """Add a linear function of tokens, context and time to the tokens."""
+    """Add a layer of tokens, context and time, with tanh, to the tokens."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Photographs for the tests of faces: two public-domain portraits that are part of installed packages."""
+"""Photographs for the tests of faces, from installed packages; two of them are public-domain portraits."""
 
 from collections.abc import Callable
 from pathlib import Path

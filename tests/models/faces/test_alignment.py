@@ -65,7 +65,7 @@ def test_crops_what_the_template_shows() -> None:
 
 
 def test_landmarks_go_to_the_template_of_the_embedder() -> None:
-    """Compare a face with the same face in a crop of another size, where its landmarks are elsewhere."""
+    """Align to the landmarks themselves, to a moved template, and to the default template in a smaller crop."""
     image = torch.rand(1, 3, 60, 60, generator=torch.Generator().manual_seed(0)).double()
     template = transformed(ARCFACE_TEMPLATE, 0.4, -0.2, 5, 8)
     torch.testing.assert_close(align_faces(image, template[None], 60, template), image)

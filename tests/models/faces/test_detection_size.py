@@ -1,4 +1,4 @@
-"""Detection in resized frames finds the faces of such frames, in the coordinates of the original frames."""
+"""Detection at another size finds the faces of frames of this size, in the coordinates of the original frames."""
 
 from collections.abc import Callable
 from pathlib import Path

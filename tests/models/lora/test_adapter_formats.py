@@ -21,7 +21,7 @@ KEEP_ALPHA = ("peft", "comfyui", "musubi")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("alpha", [4, 8, 6])
 def test_there_and_back(name: str, alpha: float, tmp_path: Path) -> None:
-    """Compare bit for bit: with formats that store alpha always, otherwise if the scale in B is a power of two."""
+    """Compare bit for bit if the format stores alpha, or if the scale that goes into B is a power of two."""
     model, adapter = make_adapter(tmp_path / "trained", alpha)
     write_adapter(adapter, name, place(tmp_path, name))
     other = read_adapter(place(tmp_path, name))

@@ -111,7 +111,7 @@ def test_iresnet_blocks_match_onnxruntime_at_any_batch(tmp_path: Path) -> None:
     path = iresnet(tmp_path / "iresnet.onnx", batch="n")
     x = torch.randn(3, 3, 16, 16)
     module = assert_matches(path, x)
-    # Only the one after PRelu remains, because it follows no layer that it could be folded into.
+    # Only the BatchNormalization after PRelu remains, because it follows no layer that it could be folded into.
     assert module.operations.count("BatchNormalization") == 1
     torch.testing.assert_close(module(x[1:2]), module(x)[1:2], atol=1e-5, rtol=0)
 

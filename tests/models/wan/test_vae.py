@@ -115,7 +115,7 @@ def test_decoding_all_frames_at_once_changes_nothing_and_keeps_less(
 @pytest.mark.parametrize("name", ["vae", "vae38"])
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_a_chunk_after_another_is_the_clip(name: str, frames: int, request: pytest.FixtureRequest) -> None:
-    """Also compare the caches with those of an engine of the decoder."""
+    """Also compare the caches with those of the networks from which engines of the decoder are built."""
     decoder: Any = request.getfixturevalue(name)
     latents = torch.randn(2, len(decoder.scale[0]), frames, 4, 6, generator=torch.Generator().manual_seed(frames))
     expected = diffsynths(decoder)(latents)

@@ -48,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, session_signing_key: Path) -
 
 @pytest.mark.parametrize("name", ["pickscore", "hpsv2", "subject_consistency"])
 def test_engines(name: str, build_alone: Build, store: EngineStore) -> None:
-    """Test pickscore, which has the same networks as clip and aesthetic."""
+    """Test pickscore also for clip and aesthetic, which have the same networks."""
     active, _ = build_alone(name)
     assert {*active.stage_names} == {*STAGES[name]}
     for stage in active.stages:

@@ -56,7 +56,7 @@ def test_parity_at_the_sizes_of_the_profile_and_at_another(stage: str, name: str
 
 
 def test_inputs_in_any_memory_layout_are_computed(onnx_source: Source) -> None:
-    """Keep the contiguous copy of such an input alive until the call ends."""
+    """Keep the contiguous copy of a strided input alive until the call ends."""
     network = network_of("face_detector", "onet")
     own = OpenVinoRunner(onnx_source("face_detector", "onet"), network)
     for seed in range(3):
@@ -80,7 +80,7 @@ def test_threads_are_served_at_shapes_of_their_own(denoiser: Network, runner: Op
 
 
 def test_live_tensors_that_were_replaced_are_followed(onnx_source: Source) -> None:
-    """Also test a new tensor at the address of the old one, and one that is not dense."""
+    """Also test tensors that are not contiguous, and tensors of another rank."""
     network = network_of("denoiser", "denoiser")
     own = OpenVinoRunner(onnx_source("denoiser", "denoiser"), network)
     assert_replaced_tensors_are_followed(network, own)

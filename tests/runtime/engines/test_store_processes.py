@@ -121,7 +121,7 @@ def test_a_builder_killed_while_writing_frees_its_lock(store: EngineStore, build
     assert_sound(store, build)
 
 
-def test_two_processes_build_one_key_once(store: EngineStore, manifest: Manifest) -> None:
+def test_several_processes_build_one_key_once(store: EngineStore, manifest: Manifest) -> None:
     signing.sign(b"")
     barrier, results = fork.Barrier(3), fork.SimpleQueue()
 
@@ -131,7 +131,7 @@ def test_two_processes_build_one_key_once(store: EngineStore, manifest: Manifest
             engine = building.existing
             if engine is None:
                 (building.folder / "model.plan").write_bytes(os.urandom(64))
-                time.sleep(0.3)  # long enough that the other process has to wait
+                time.sleep(0.3)  # long enough that the other processes have to wait
                 engine = building.commit(manifest.updated(networks=()))
         results.put((building.existing is None, engine.read("model.plan")))
 

@@ -184,7 +184,7 @@ def test_a_backend_counts_with_all_its_own_files_and_not_with_what_all_share(mon
 
 
 def test_what_is_left_out_is_there_and_what_computes_is_not_left_out() -> None:
-    """Check the list: if a file is renamed, it must not be included or left out by accident."""
+    """Check the list `computation._PLUMBING`: if a file is renamed, it must not be included or left out by accident."""
     for name in computation._PLUMBING:
         path = PACKAGE.parent.joinpath(*name.split("."))
         assert path.is_dir() or path.with_suffix(".py").is_file(), name

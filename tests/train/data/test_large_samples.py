@@ -5,7 +5,7 @@ from pathlib import Path
 from large_files import huge_gif, run_within
 
 
-def test_a_training_sample_takes_no_more_than_its_own_size(tmp_path: Path) -> None:
+def test_a_large_frame_is_resized_while_it_is_read(tmp_path: Path) -> None:
     """Resize a larger frame channel by channel while it is read."""
     (tmp_path / "data").mkdir()
     huge_gif(tmp_path / "data" / "a.gif", frames=3)

@@ -66,7 +66,7 @@ def test_other_sizes_are_fitted_inside_and_keep_their_proportions(tmp_path: Path
     assert found[0, :, :, :48].max() == 0 and found[0, :, :, 80:].max() == 0
     assert torch.equal(found[1, :, 16:48], pixels_of(wide))
     assert torch.equal(found[1, :, :16], found[1, :, 16:17].expand(-1, 16, -1))
-    # Enlarged four times.
+    # The small picture is enlarged four times.
     assert found[2].mean().item() == pytest.approx(0.25, abs=0.01)
     assert found[2, :, 20:44, 40:88].min() == 1
 

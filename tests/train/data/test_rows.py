@@ -68,7 +68,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path, clip: Path, caplog: 
 
 
 def test_links_may_lead_outside_only_where_that_is_allowed(tmp_path: Path, clip: Path) -> None:
-    """Otherwise, a folder from someone else could use any text file of the user as a prompt."""
+    """Refuse them by default: a folder from someone else could use any text file of the user as a prompt."""
     data, secret = tmp_path / "data", tmp_path / "secret.txt"
     secret.write_text("the password")
     captioned(clip, data / "a.mp4").with_suffix(".txt").unlink()

@@ -99,7 +99,7 @@ def test_references_are_computed_once(module: WanTrainingModule, data: dict[str,
 
     second.runtime.run = counted  # type: ignore[method-assign]
     second.score(frames, conditioning)
-    assert ran == {"face_detector": 1}  # of the generated frames, whose embedder is the live one
+    assert ran == {"face_detector": 1}  # for the generated frames, which the live network embeds
 
 
 def test_a_judge_stands_apart(module: WanTrainingModule) -> None:

@@ -58,7 +58,7 @@ def whole(make_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ended(whole: Path, tmp_path: Path) -> Path:
-    """Return a copy of it that the test may change."""
+    """Return a copy of `whole` that the test may change."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
 

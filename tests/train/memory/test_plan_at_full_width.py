@@ -55,7 +55,7 @@ def allocated_by(step: Any) -> int:
     return peak
 
 
-@pytest.mark.skipif(os.environ.get("FROSTLINE_BIG_TESTS") != "1", reason="set FROSTLINE_BIG_TESTS=1: takes 3 GB")
+@pytest.mark.skipif(os.environ.get("FROSTLINE_BIG_TESTS") != "1", reason="set FROSTLINE_BIG_TESTS=1: takes some GB")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_the_peak_of_a_step_is_as_planned(kind: Any) -> None:

@@ -128,7 +128,7 @@ def test_the_estimate_bounds_what_is_kept(folder: Path) -> None:
     done = precompute_for(run_settings(folder, "cached", precompute="always"))
     assert done.estimate is not None
     kept = sum(map(len, entries(folder / "cached" / "cache").values()))
-    # One prompt fewer, and three conditions of validation samples that are also training samples.
+    # The estimate counts an equal prompt twice, and three validation samples that are also training samples.
     assert kept <= done.estimate.nbytes <= 2 * kept
 
 
@@ -157,7 +157,7 @@ def test_batches_may_be_larger(folder: Path) -> None:
 
 
 def test_engines_of_single_stages_are_verified_beforehand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that precomputing uses the engines that training will use, and its entries have the keys of these."""
+    """Verify them first, so that precomputing uses the engines that training will use, and the keys are the same."""
     verified: list[str] = []
     monkeypatch.setattr(frozen_file, "ensure_verified", lambda stages, store: verified.extend(s.name for s in stages))
     for stages, wanted in (({}, False), ({"text_encoder": "onnxruntime"}, True)):

@@ -1,4 +1,4 @@
-"""Results that are stored under an id of their code: each of five kinds is valid until code or a package changes."""
+"""Results that are stored under an id of their code: each of six kinds is valid until code or a package changes."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def kept(parts: Kept, edit: Edit) -> Kept:
     return parts
 
 
-def test_a_constant_in_what_all_of_them_run_makes_all_invalid(kept: Kept, edit: Edit) -> None:
+def test_a_constant_makes_invalid_what_runs_it(kept: Kept, edit: Edit) -> None:
     edit(OPERATIONS, CONSTANT, "2e-5")
     assert kept.recalled() == {"context", "y"}, "the conditions do not run the changed code"
 

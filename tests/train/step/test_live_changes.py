@@ -77,7 +77,7 @@ def activate_another(model: nn.Module) -> None:
 
 
 def replace_the_adapter(model: nn.Module) -> None:
-    """Replace it by an adapter with the same name and another rank."""
+    """Replace the adapter by one with the same name and another rank."""
     for layer in lora_layers(model):
         layer.delete_adapter(ADAPTER)
     targets = ["q", "k", "v", "o", "ffn.0", "ffn.2"]

@@ -195,7 +195,7 @@ def test_of_no_video_there_is_no_psnr(text_to_video: WanTrainingModule, tmp_path
 
 
 def test_sharpness_and_motion_are_measured_whatever_is_rewarded(make_module: MakeModule) -> None:
-    """Compare with the ratios computed here; neither is a reward or a judge, and neither is computed twice."""
+    """Compare with the ratios computed here, if neither is a reward or a judge; rewards are not computed twice."""
     settings: dict[str, Any] = {"rewards": [{"type": "own_rewards:Brightness", "weight": 1.0}], **QUICK}
     module, clips = make_module(**settings), small_clips(2)
     samples: Any = [

@@ -309,7 +309,7 @@ def test_the_gradient_is_that_of_finite_differences(
     settings, _, how = {**CASES, **DRAWN, **OF_EXPERTS}[case]
     model = "tiny-moe" if case in OF_EXPERTS else "tiny"
     module = make_module(model, **SETTINGS | settings, plan="torch", cache_bytes=0)
-    # Velocities, frames and scores, which a step computes in fp32 whatever the dtype of the networks.
+    # A step converts velocities, frames and scores with `float()`, whatever the dtype of the networks.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     for part in module.model.modules():
         part.double()

@@ -1,4 +1,4 @@
-"""Wan checkpoints on disk: every variant in every layout, small, with random weights and the official tensor names."""
+"""Wan checkpoints on disk: every variant in every layout, small, with random weights and the layout's tensor names."""
 
 import json
 import shutil

@@ -98,7 +98,7 @@ def test_a_vae_there_and_back(depth: int, nested: bool) -> None:
 
 
 def test_umt5_of_transformers_computes_the_same(tmp_path: Path) -> None:
-    """Each tensor is loaded into the right parameter, so the outputs are equal."""
+    """Compare the outputs, which are only equal if each tensor is loaded into the right parameter."""
     torch.manual_seed(0)
     config = UMT5Config(
         vocab_size=TEXT["vocab"],
@@ -201,7 +201,7 @@ def test_experts_whose_names_do_not_tell_are_refused(names: str, tmp_path: Path)
 
 
 def others(tmp_path: Path) -> list[Any]:
-    """Return everything that such a model needs except its experts."""
+    """Return everything that a model with two experts needs, except the experts."""
     variant = VARIANTS["Wan2.2-T2V-A14B"]
     listed = write_files(tmp_path / "files", variant, make_tensors(variant))
     return [entry for entry in listed if "noise" not in str(entry)]

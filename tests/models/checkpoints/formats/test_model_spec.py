@@ -1,4 +1,4 @@
-"""A spec describes files like the modules that are loaded from them, and a release like its files."""
+"""The spec of files equals that of the modules loaded from them, and the spec of a release that of its files."""
 
 import json
 import shutil

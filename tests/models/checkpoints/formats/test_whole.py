@@ -1,4 +1,4 @@
-"""Incomplete checkpoints, and files with another content, are refused with what they are."""
+"""Incomplete checkpoints, and files with another content, are refused, and the error says what they are."""
 
 import json
 import shutil

@@ -19,7 +19,6 @@ from table import with_tables
 
 from frostline.recipes import recipe_names, training_config
 from frostline.train.config_file import load_run_settings
-from frostline.train.memory.advice import needed_bytes, waiting_bytes
 from frostline.train.memory.measures import MEASURES
 from frostline.train.memory.search import Remedy, find_remedy
 from frostline.train.memory.table import overrides_of
@@ -84,13 +83,12 @@ def _on_machine(settings: RunSettings, planner: RunPlanner, memory: Mapping[str,
     planner.device_bytes = int(memory["device_gb"] * _GB)
     there = machine.memory.num_processes
     remedy = Remedy((), machine, True, 0)
-    if needed_bytes(planner.plan(machine), machine, on_cpu=False) > planner.device_bytes:
+    if not planner.plan(machine).fits:
         # On one GPU, measures that need several GPUs are not available.
         measures = [each for each in MEASURES if each.costs != "devices" or there > 1]
         remedy = find_remedy(machine, planner, measures)
     chosen = remedy.settings if remedy.fits else machine
     plan = planner.plan(chosen)
-    waiting = waiting_bytes(plan, chosen, on_cpu=False)
     return {
         "fits": remedy.fits,
         "settings": [value for step in remedy.steps for value in overrides_of(step.changes)] if remedy.fits else [],
@@ -98,9 +96,9 @@ def _on_machine(settings: RunSettings, planner: RunPlanner, memory: Mapping[str,
         "least_bytes": None if remedy.fits else remedy.floor,
         "gradient_checkpointing": plan.gradient_checkpointing,
         "precomputed": [*plan.precompute],
-        "training_bytes": plan.peak - waiting,
+        "training_bytes": plan.peak,
         "precompute_bytes": max(plan.precompute.values(), default=0),
-        "main_memory_bytes": there * (waiting + plan.main_memory),
+        "main_memory_bytes": there * (plan.offloaded_activations + plan.main_memory),
     }
 
 

@@ -75,8 +75,8 @@ def merge(
 ) -> None:
     """Merge an adapter into the denoiser (one or both experts), and write it with the official tensor names.
 
-    Both experts are written to high_noise_model/ and low_noise_model/, as in the official checkpoints. 8-bit weights
-    get the precision of the other weights, unless --precision is given.
+    Both experts are written to high_noise_model/ and low_noise_model/, as in the official checkpoints. A model with
+    8-bit weights is written in the precision of its other weights, unless --precision is given.
     """
     from frostline.models.lora import check_weights_file, merged_path, read_adapters, write_weights
     from frostline.models.precision import parse_precision

@@ -14,7 +14,7 @@ from frostline.errors import ConfigError, EngineError
 from frostline.experts import Experts
 from frostline.recipes import export_recipe
 from frostline.rewards.config import RewardEntry, default_rewards, stage_names
-from frostline.runtime.backends import DEFAULT_BACKEND, check_backend, get_backend
+from frostline.runtime.backends import DEFAULT_BACKEND, TORCH, check_backend, get_backend
 from frostline.runtime.backends.base.options import BuildOptions
 from frostline.stages.families import family_of
 from frostline.stages.shapes import ShapeRange, asked_maximum, parse_shapes
@@ -103,6 +103,8 @@ class Recipe(QuantizationSettings):
         """Check shapes and names of backends before a model is loaded, which takes seconds or minutes."""
         _ = self.shapes
         for backend in self.backends:
+            if backend == TORCH:
+                raise ValueError("backends: torch needs no engine: leave it out")
             check_backend(backend)
         return self
 

@@ -143,7 +143,7 @@ def _look_at_memory(settings: RunSettings, planner: RunPlanner, console: Console
             console.print(
                 f"not included: the networks of {escape(entry.type)}, which a dry run does not import", soft_wrap=True
             )
-    problem = memory_problem(plan, settings, planner.on_cpu)
+    problem = memory_problem(plan)
     if problem is None:
         return []
     auto = settings.memory.fit == "auto"

@@ -45,7 +45,7 @@ def fit_to_memory(
     assert machine.device_gb is not None
     there = settings.model_copy(update={"memory": machine})
     planner = RunPlanner(there, int(machine.device_gb * 1e9), on_cpu, samples, sizes)
-    problem = memory_problem(planner.plan(there), there, on_cpu)
+    problem = memory_problem(planner.plan(there))
     if problem is None or settings.memory.fit == "never":
         return _with_number(settings, there, planner)
     remedy = remedy_in_run(there, planner)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from frostline.config import AUTO
 from frostline.models.block_offload import WINDOW
 from frostline.models.video_shape import Geometry, VideoShape
 from frostline.rewards.build import JUDGES, make_builtin
 from frostline.runtime.backends import TORCH
-from frostline.train.memory.advice import needed_bytes
 from frostline.train.memory.measurements import Measurements
 from frostline.train.memory.memory_profile import Weights, judge_bytes
 from frostline.train.memory.plan import MemoryPlan, memory_plan
@@ -87,13 +87,13 @@ class RunPlanner:
         if self.device_bytes is None or self.on_cpu:
             return plan
         for count in range(WINDOW + 1, self.num_blocks(settings) + 1):
-            if needed_bytes(plan, settings, self.on_cpu) <= self.device_bytes:
+            if plan.fits:
                 break
             plan = self._plan(settings, count)
         return plan
 
     def _plan(self, settings: RunSettings, offload_blocks: int) -> MemoryPlan:
-        return memory_plan(
+        plan = memory_plan(
             settings.model,
             settings,
             self.shape(settings),
@@ -109,3 +109,6 @@ class RunPlanner:
             quantization=settings,
             offload_blocks=offload_blocks,
         )
+        # The memory of a CPU is main memory.
+        offloads = settings.offload_saved_tensors and not self.on_cpu
+        return replace(plan, offloaded_activations=sum(stage.kept for stage in plan.stages)) if offloads else plan

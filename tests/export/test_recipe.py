@@ -196,6 +196,7 @@ def test_shapes_are_parsed(tmp_path: Path) -> None:
         ("model: tiny\nbackends: []\n", "backends: empty list: nothing to export"),
         ("model: tiny\nstages: vae\n", "stages: there is no stage 'vae'; valid stages: text_encoder, "),
         ("model: tiny\nbackends: [tensort]\n", "unknown backend 'tensort'"),
+        ("model: tiny\nbackends: [torch]\n", "backends: torch needs no engine: leave it out"),
         (
             "model: tiny\ncompute_capabilities: [sm_89]\n",
             "'sm_89' is not a compute capability: use a value such as 8.9, or current",

@@ -15,7 +15,6 @@ from frostline.progress import Progress
 from frostline.train.dry_run import print_dry_run
 from frostline.train.fit_memory import fit_to_memory
 from frostline.train.launch import run_precompute, run_training
-from frostline.train.memory.advice import needed_bytes
 from frostline.train.memory.search import with_changes
 from frostline.train.run_plan import RunPlanner
 from frostline.train.settings import RunSettings
@@ -60,7 +59,7 @@ def sizes(settings: RunSettings) -> dict[str, int]:
     blocks = {"gradient_checkpointing": "full"}
     changes: dict[str, dict[str, Any]] = {"as it is": {}, "cheap": CHEAP, "block": CHEAP | blocks, "dear": CHEAP | DEAR}
     made = {name: with_changes(settings, each) for name, each in changes.items()}
-    return {name: needed_bytes(planner.plan(each), each, True) for name, each in made.items()}
+    return {name: planner.plan(each).needed for name, each in made.items()}
 
 
 def on_device(settings: RunSettings, nbytes: int) -> RunSettings:
@@ -102,9 +101,7 @@ def test_a_number_takes_the_place_of_auto(settings: RunSettings, fit: str, caplo
     auto = with_changes(settings, {"offload.blocks": "auto", "memory.fit": fit, **CHEAP})
     planner = RunPlanner(auto, None, False, SAMPLES, SIZES)
     needs = {
-        count: needed_bytes(planner.plan(each), each, False)
-        for count in (0, 3)
-        if (each := with_changes(auto, {"offload.blocks": count}))
+        count: planner.plan(each).needed for count in (0, 3) if (each := with_changes(auto, {"offload.blocks": count}))
     }
     for count, nbytes in needs.items():
         there = on_device(auto, nbytes)

@@ -91,4 +91,5 @@ def _side(shapes: ShapeRange, name: str, multiple: int) -> Dimension:
         low, typical, high = (-(-extent // multiple) for extent in (pixels.min, pixels.opt, pixels.max))
         return Dimension(name, low, typical, high, multiple, multiple)
     # With an odd typical value: from an even one, AOTInductor infers that all are even, and pools odd ones wrongly.
-    return replace(pixels, opt=min((pixels.opt - 1) | 1, pixels.max))
+    odd = (extent for extent in ((pixels.opt - 1) | 1, pixels.opt | 1) if pixels.min <= extent <= pixels.max)
+    return replace(pixels, opt=next(odd, pixels.opt))

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from frostline.errors import CheckpointError
-
 
 class AdapterAverage:
     """Tracks the trained matrices: `average = d average + (1 - d) matrix` after each update.
@@ -55,11 +53,11 @@ class AdapterAverage:
         """Restore the result of `tensors` and the number of updates.
 
         Raises:
-            CheckpointError: the tensors belong to other matrices.
+            ValueError: the tensors belong to other matrices.
         """
         shapes = {name: average.shape for name, average in self._average.items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise CheckpointError("the averaged adapter does not match the model")
+            raise ValueError("the averaged adapter does not match the model")
         self.updates = updates
         for name, average in self._average.items():
             average.copy_(tensors[name])

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from frostline.errors import CheckpointError
-
 # Name and number of words of the state of numpy's Mersenne twister.
 _NUMPY_ALGORITHM, _NUMPY_WORDS = "MT19937", 624
 _NumpyState = tuple[str, np.ndarray, int, int, float]
@@ -38,14 +36,14 @@ def restore_optimizer(
     """Restore the result of `optimizer_tensors`.
 
     Raises:
-        CheckpointError: the tensors belong to other parameters.
+        ValueError: the tensors belong to other parameters.
     """
     optimizer.state.clear()
     for key, tensor in tensors.items():
         name, _, quantity = key.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
-            raise CheckpointError(f"the optimizer state {key} does not match the model")
+            raise ValueError(f"the optimizer state {key} does not match the model")
         # Adam stores its step count on the CPU, independent of the parameter's device.
         device = parameter.device if tensor.ndim else torch.device("cpu")
         optimizer.state[parameter][quantity] = tensor.to(device, copy=True)

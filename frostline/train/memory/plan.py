@@ -62,6 +62,7 @@ class MemoryPlan:
         precompute: memory of each stage that is precomputed before the first step; training does not need these stages.
         offloaded_blocks: number of blocks of each denoiser that are offloaded to main memory.
         main_memory: size of these blocks.
+        offloaded_activations: size of the activations that are stored for backward in main memory.
         device_bytes: memory of the device; None if unknown.
         assumed: whether the sizes are those of a release, because the model has no files.
     """
@@ -80,6 +81,7 @@ class MemoryPlan:
     precompute: Mapping[str, int] = field(default_factory=dict)
     offloaded_blocks: int = 0
     main_memory: int = 0
+    offloaded_activations: int = 0
 
     @property
     def resident(self) -> int:
@@ -89,14 +91,18 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Return the peak memory of training."""
-        return self.resident + max(self.peaks.values())
+        """Return the peak memory of training; with offloaded activations, a lower bound of it."""
+        return self.resident + max(self.peaks.values()) - self.offloaded_activations
+
+    @property
+    def needed(self) -> int:
+        """Return the peak memory of training and of precomputing."""
+        return max([self.peak, *self.precompute.values()])
 
     @property
     def fits(self) -> bool | None:
         """Return whether training and precomputing fit in the device memory; None if it is unknown."""
-        most = max(self.peak, *self.precompute.values()) if self.precompute else self.peak
-        return None if self.device_bytes is None else most <= self.device_bytes
+        return None if self.device_bytes is None else self.needed <= self.device_bytes
 
 
 def memory_plan(

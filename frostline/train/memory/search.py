@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from frostline.errors import ConfigError
-from frostline.train.memory.advice import needed_bytes
 from frostline.train.memory.measures import MEASURES, Changes, Measure, Planner
 from frostline.train.settings import RunSettings
 
@@ -97,7 +96,7 @@ class _Search:
 
     def needed(self, settings: RunSettings) -> int:
         """Return the bytes that are needed per device."""
-        return needed_bytes(self.planner.plan(settings), settings, self.planner.on_cpu)
+        return self.planner.plan(settings).needed
 
     def floor(self, settings: RunSettings) -> int:
         """Return the needed bytes that hardly depend on the size of the videos."""

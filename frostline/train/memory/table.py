@@ -36,6 +36,9 @@ def memory_table(plan: MemoryPlan) -> Group:
         f"gradient checkpointing: {plan.gradient_checkpointing}",
         f"{processes}: peak {_cell(plan.peak)} GB per device{_verdict(plan)}",
     ]
+    if plan.offloaded_activations:
+        activations = _cell(plan.offloaded_activations)
+        lines.append(f"not in this peak: activations that are stored for backward in main memory: {activations} GB")
     if plan.offloaded_blocks:
         blocks = f"{plan.offloaded_blocks} blocks of each denoiser"
         lines.append(f"{blocks} are offloaded to main memory: {_cell(plan.main_memory)} GB")

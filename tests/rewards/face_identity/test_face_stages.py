@@ -2,12 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scrfd_file import scrfd_file
 from torch import Tensor, nn
 
@@ -15,6 +18,7 @@ from frostline.export.exporter import export_stage
 from frostline.export.tracing.trace_cache import Traces
 from frostline.models.faces import FaceEmbedder, FacenetEmbedder, load_detector, load_embedder, quantize_frames
 from frostline.models.tiny.clips import held_out_clips
+from frostline.rewards.face_identity.detector import _side
 from frostline.rewards.face_identity.stages import FaceModels, build_face_stages
 from frostline.runtime.engines.store import EngineStore
 from frostline.runtime.identity.fingerprint import stage_key, weights_sha256
@@ -168,3 +172,14 @@ def test_what_is_new_builds_for_tensorrt(
     exported = export_stage(stage, "tensorrt-rtx", store, traces=traces[name])
     assert exported.built
     assert all(artifact.bytes > 0 for artifact in exported.manifest.artifacts.values())
+
+
+@given(st.integers(1, 200), st.integers(0, 200), st.integers(0, 200), st.sampled_from([1, 32]))
+def test_the_typical_side_is_within_the_range(low: int, typical: int, high: int, multiple: int) -> None:
+    """Choose an odd one if the detector supports any size and the range contains one."""
+    shapes = replace(ShapeRange(), face_height=(low, low + typical, low + typical + high))
+    side = _side(shapes, "face_height", multiple)
+    assert side.min <= side.opt <= side.max
+    if multiple == 1:
+        assert abs(side.opt - (low + typical)) <= 1
+        assert side.opt % 2 or side.min == side.max

@@ -1,12 +1,15 @@
 """Measures that save memory: each one reduces the memory plan, and the search finds what the plan confirms."""
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from frostline.train.memory.advice import needed_bytes
+from frostline.train.memory.advice import memory_problem
 from frostline.train.memory.measures import MEASURES, Measure, Planner
 from frostline.train.memory.search import find_remedy, with_changes
+from frostline.train.memory.table import memory_table
 from frostline.train.run_plan import RunPlanner
 from frostline.train.settings import RunSettings
 
@@ -35,7 +38,23 @@ def planner(device_bytes: int | None = None, on_cpu: bool = False) -> RunPlanner
 
 
 def needed(settings: RunSettings, on_cpu: bool = False) -> int:
-    return needed_bytes(planner(on_cpu=on_cpu).plan(settings), settings, on_cpu)
+    return planner(on_cpu=on_cpu).plan(settings).needed
+
+
+def test_the_table_says_of_offloaded_activations_what_the_run_does() -> None:
+    """Count them neither in the peak nor in the verdict; on a CPU, both count them."""
+    settings = large(offload_saved_tensors=True)
+    plan = planner().plan(settings)
+    assert plan.offloaded_activations > 0
+    assert plan.needed == needed(large()) - plan.offloaded_activations
+    for short in (0, 1):
+        on_device = planner(plan.needed - short).plan(settings)
+        page = io.StringIO()
+        Console(file=page, width=160).print(memory_table(on_device))
+        assert ("does not fit" in page.getvalue()) == (short > 0)
+        assert (memory_problem(on_device) is None) == (short == 0)
+        assert "not in this peak: activations that are stored for backward in main memory" in page.getvalue()
+    assert planner(on_cpu=True).plan(settings).offloaded_activations == 0
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.values.__name__)
@@ -90,7 +109,7 @@ def test_measures_are_taken_until_the_run_fits_and_none_too_many() -> None:
             assert needed(others) > device_bytes
     # A new planner, which has measured nothing yet, gives the same result.
     anew = RunPlanner(remedy.settings, None, on_cpu=False)
-    assert needed_bytes(anew.plan(remedy.settings), remedy.settings, False) == remedy.steps[-1].together
+    assert anew.plan(remedy.settings).needed == remedy.steps[-1].together
 
 
 def test_same_results_come_before_others_and_more_devices_last() -> None:

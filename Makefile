@@ -50,7 +50,7 @@ bench: venv  ## Run the CPU benchmarks; print tables and write benchmarks/result
 	$(VENV_PYTHON) benchmarks/scoring.py --rounds 2
 	$(VENV_PYTHON) benchmarks/table.py
 
-# The only released model size at which two CPU cores can run a training step: it takes 25 minutes and 23 GiB.
+# The only released model size at which two CPU cores can run a training step: it takes 22 minutes and 23 GiB.
 bench-real: export FROSTLINE_CACHE_DIR := runs/bench/cache
 bench-real: venv  ## Time a step of Wan2.1-1.3B's size on a CPU, with random weights (step-real.json).
 	$(VENV_PYTHON) benchmarks/step.py --model wan2.1-1.3b --device cpu --precision fp32 --video 1x5x3x128x128 \

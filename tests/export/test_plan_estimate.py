@@ -3,17 +3,18 @@
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frostline.export.plan_estimate import step_gain
+from frostline.export.plan_estimate import _candidate, step_gain
 from frostline.export.tables import step_gain_lines
 from frostline.models.denoise_steps import DenoiseSteps
 from frostline.rewards.face_identity import Config
 from frostline.runtime.planning.plan import Choice, Plan
+from frostline.runtime.runtime import Runtime
 from frostline.stages.provider import Use
 from frostline.stages.wan.uses import step_uses
 from frostline.train.step_settings import TrainingModuleSettings
@@ -111,3 +112,26 @@ def test_stages_that_are_unused_or_unmeasured_do_not_count() -> None:
     nothing = step_gain(runtime(vae_encoder=Choice("torch", "no engine")), [encoder, replace(encoder, live=True)])
     assert (nothing.torch_ms, nothing.planned_ms, nothing.live_ms) == (0.0, 0.0, 0.0)
     assert step_gain_lines(nothing) == ["no engine was measured on this machine, so the step time cannot be predicted"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "own_ms", "verified", "refused", "note"),
+    [
+        ("onnxruntime", 4.0, True, False, ""),
+        ("openvino", 5.0, True, False, "slower than the selected backend"),
+        ("openvino", 3.0, True, False, "not selected"),
+        ("openvino", None, True, False, "not selected"),
+        ("openvino", 5.0, False, False, "built, not verified here"),
+        ("onnxruntime", 4.0, True, True, "refused"),
+    ],
+)
+def test_a_plan_says_why_an_engine_is_not_used(
+    backend: str, own_ms: float | None, verified: bool, refused: bool, note: str
+) -> None:
+    pytest.importorskip(backend)
+    latency = {"torch": 9.0} | ({} if own_ms is None else {backend: own_ms})
+    manifest = SimpleNamespace(parity=(), latency_ms=latency, verified=verified)
+    stored = SimpleNamespace(record=lambda stage, name: SimpleNamespace(manifest=manifest, bytes=1, problem=None))
+    choice = Choice("onnxruntime", "fastest", {"torch": 10.0, "onnxruntime": 4.0})
+    candidate = _candidate(cast(Runtime, stored), "denoiser", choice, backend, refused)
+    assert (candidate.note, candidate.ms) == (note, own_ms)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from frostline.runtime.backends import TORCH, backend_names, get_backend
+from frostline.runtime.engines.manifest import Manifest
 from frostline.runtime.planning.plan import Choice
 from frostline.runtime.runtime import Runtime
 from frostline.stages.provider import Use
@@ -102,10 +103,15 @@ def _candidate(runtime: Runtime, stage: str, choice: Choice, backend: str, refus
     if manifest is None:
         return Candidate(backend, None, None, None, record.bytes, record.problem or "damaged")
     worst = max((parity.max_abs for parity in manifest.parity), default=None)
-    latency = manifest.latency_ms
-    note = "refused" if refused else "" if manifest.verified else "built, not verified here"
-    if not note and backend != choice.backend:
-        own, selected = latency.get(backend), {**latency, **choice.latency_ms}.get(choice.backend)
-        slower = own is not None and selected is not None and own > selected
-        note = "slower than the selected backend" if slower else "not selected"
+    latency, note = manifest.latency_ms, "refused" if refused else _why_unused(manifest, choice, backend)
     return Candidate(backend, latency.get(backend), latency.get(TORCH), worst, record.bytes, note)
+
+
+def _why_unused(manifest: Manifest, choice: Choice, backend: str) -> str:
+    if not manifest.verified:
+        return "built, not verified here"
+    if backend == choice.backend:
+        return ""
+    own, selected = manifest.latency_ms.get(backend), {**manifest.latency_ms, **choice.latency_ms}.get(choice.backend)
+    slower = own is not None and selected is not None and own > selected
+    return "slower than the selected backend" if slower else "not selected"

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -123,15 +124,8 @@ def test_the_most_that_a_draw_needs_is_of_a_draw(
     strategy: str, count: int, high: int, experts: str, stop: bool
 ) -> None:
     """Compute the exact maximum over all draws, so that the memory plan counts neither too little nor too much."""
-    steps = DenoiseSteps(
-        1,
-        9,
-        high,
-        strategy,
-        count,
-        experts=experts,
-        stop_latent_gradient=stop,  # type: ignore[arg-type]
-    )
+    options: Any = {"strategy": strategy, "experts": experts, "stop_latent_gradient": stop}
+    steps = DenoiseSteps(1, 9, high, num_steps=count, **options)
     draws = all_draws(steps)
     assert {steps.draw() for _ in range(20)} <= draws
     assert steps.most_live in draws

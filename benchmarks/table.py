@@ -85,17 +85,18 @@ def savings_table(results: Path) -> str:
     Of the eight frozen evaluations of the denoiser in a cached step, all of which are assumed to take the same time,
     the settings save some. The live part does not change.
     """
-    steps = [result["contenders"] for result in _existing(results, ("step-wan2.1-1.3b", "step-real")).values()]
+    places = {"step-wan2.1-1.3b": "one H100, ms", "step-real": "two CPU cores, ms"}
+    steps = {places[name]: result["contenders"] for name, result in _existing(results, places).items()}
     rows = []
     for setting, saved in (("the defaults", 0), ("`kl_steps: random:1`", 3), ("`policy: base`", 4), ("both", 7)):
         cells = [setting, str(saved)]
-        for step in steps:
+        for step in steps.values():
             cached, live = step["cached"], step["live_only"]
             time = cached["median_ms"] - saved / 8 * cached["stages_ms"]["denoiser"]
             cells += [f"{time:.0f}", f"{time / live['median_ms']:.2f}"]
         rows.append(tuple(cells))
-    columns = [(place, "relative to the live part") for place in ("one H100, ms", "two CPU cores, ms")]
-    return _markdown(("setting", "evaluations saved", *(name for pair in columns for name in pair)), rows)
+    columns = [name for place in steps for name in (place, "relative to the live part")]
+    return _markdown(("setting", "evaluations saved", *columns), rows)
 
 
 def quantization_table(result: Result) -> str:
@@ -122,8 +123,8 @@ def quantized_training_table(result: Result) -> str:
     rows = [
         (
             f"`{name}`",
-            _mean([run["before"] for run in runs], 3),
-            _mean([run["after"] for run in runs], 3),
+            mean_and_deviation([run["before"] for run in runs], 3),
+            mean_and_deviation([run["after"] for run in runs], 3),
             {True: "yes", False: "no", None: ""}[training["as_bf16"].get(name)],
         )
         for name, runs in training["runs"].items()
@@ -140,9 +141,12 @@ def trials_table(result: Result) -> str:
     rows = [
         (
             f"`{trial}`",
-            *(_mean([run["gain"][measure] for run in runs], 4) for measure in ("face_score", "judge_face_dlib")),
-            _mean([run["psnr"] for run in runs], 2),
-            _mean([run["kl_loss"] for run in runs], 3),
+            *(
+                mean_and_deviation([run["gain"][measure] for run in runs], 4)
+                for measure in ("face_score", "judge_face_dlib")
+            ),
+            mean_and_deviation([run["psnr"] for run in runs], 2),
+            mean_and_deviation([run["kl_loss"] for run in runs], 3),
             f"{statistics.median(run['cpu_seconds'] for run in runs):.0f}",
         )
         for trial, runs in trials.items()
@@ -306,7 +310,8 @@ def _subject(result: Result) -> str:
     return f"{arguments['model']}, {arguments['video']}, {arguments['precision']}"
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Return the mean and, of several values, the standard deviation, as text."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):+.{digits}f}{spread}"
 

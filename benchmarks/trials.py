@@ -27,6 +27,7 @@ import torch
 from measuring import RESULTS, machine, write_result
 from rich.console import Console
 from rich.table import Table
+from table import mean_and_deviation
 
 from frostline.demo.dataset import write_datasets
 from frostline.demo.run import DemoSettings, demo_settings, scores_of
@@ -116,16 +117,11 @@ def _print(runs: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column == "trial" else "right")
     for trial in dict.fromkeys(run["trial"] for run in runs):
         own = [run for run in runs if run["trial"] == trial]
-        cells = [_spread([run["gain"][name] for run in own]) for name in measures]
-        cells += [_spread([run[name] for run in own]) for name in ("psnr", "kl_loss")]
+        cells = [mean_and_deviation([run["gain"][name] for run in own], 4) for name in measures]
+        cells += [mean_and_deviation([run[name] for run in own], 4) for name in ("psnr", "kl_loss")]
         cells += [f"{statistics.median(run['seconds_per_step'] for run in own):.2f}"]
         table.add_row(trial, *cells, f"{statistics.median(run['cpu_seconds'] for run in own):.0f}")
     Console(width=160).print(table)
-
-
-def _spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.4f}{spread}"
 
 
 if __name__ == "__main__":

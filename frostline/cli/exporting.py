@@ -27,7 +27,9 @@ from frostline.experts import Experts
 from frostline.terminal import Terminal
 
 if TYPE_CHECKING:
+    from frostline.export.recipe import Recipe
     from frostline.export.result import ExportRow
+    from frostline.rewards.config import RewardEntry
 
 
 def _export_options() -> Decorator:
@@ -93,15 +95,14 @@ def export(
     Options override the recipe. If only stages of rewards are selected, the model is not loaded.
     """
     from frostline.export.export_cache import Receipt, recall, receipt_key, remember
-    from frostline.export.recipe import load_recipe, reward_recipe
+    from frostline.export.recipe import reward_recipe
     from frostline.export.result import ExportRow
     from frostline.runtime.backends.base.options import OPSET, BuildOptions
     from frostline.runtime.engines.store import EngineStore
 
     rewards = rewards_given(reward, rewards_file)
     if model:
-        given = {"rewards": rewards or None, "base_adapters": base_adapters_given(base_adapter) or None}
-        recipe = load_recipe(model, {**changes, **given}).with_lora(live_lora, lora_targets, lora_experts)
+        recipe = _recipe_with(model, changes, rewards, base_adapter).with_lora(live_lora, lora_targets, lora_experts)
     elif base_adapter:
         raise ConfigError("--base-adapter: requires a model")
     elif rewards:
@@ -154,7 +155,6 @@ def plan(
     from frostline.export.exporter import ensure_verified
     from frostline.export.model import load_staged_model
     from frostline.export.plan_estimate import stage_gains, step_gain
-    from frostline.export.recipe import load_recipe
     from frostline.export.tables import plan_table, step_gain_lines
     from frostline.models.denoise_steps import DenoiseSteps
     from frostline.rewards.build import resolve
@@ -162,11 +162,7 @@ def plan(
     from frostline.runtime.runtime import Runtime
     from frostline.train.step_settings import TrainingModuleSettings
 
-    given = {
-        "rewards": rewards_given(reward, rewards_file) or None,
-        "base_adapters": base_adapters_given(base_adapter) or None,
-    }
-    recipe = load_recipe(model, {**changes, **given})
+    recipe = _recipe_with(model, changes, rewards_given(reward, rewards_file), base_adapter)
     staged = load_staged_model(recipe, device)
     ensure_verified(staged.stages.values(), EngineStore(engines_dir))
     runtime = Runtime(staged.stages, "auto", engines_dir)
@@ -181,6 +177,16 @@ def plan(
     console.print(plan_table(gains))
     for line in step_gain_lines(step):
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _recipe_with(
+    model: str, changes: dict[str, Any], rewards: tuple[RewardEntry, ...], base_adapter: BaseAdapters
+) -> Recipe:
+    """Return the recipe of a model with the given options."""
+    from frostline.export.recipe import load_recipe
+
+    given = {"rewards": rewards or None, "base_adapters": base_adapters_given(base_adapter) or None}
+    return load_recipe(model, {**changes, **given})
 
 
 def _print_export(rows: list[ExportRow], as_json: bool) -> None:

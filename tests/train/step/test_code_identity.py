@@ -76,7 +76,7 @@ class Kept:
         self._note().write({"torch": 1.0})
         self._look_up()
 
-    def recalled(self) -> set[str]:
+    def reused(self) -> set[str]:
         stage = self.staged.stages[STAGE]
         kinds = self._look_up()
         if find_engine(self.store, stage, BACKEND, weights_sha256(stage)) is not None:
@@ -122,20 +122,20 @@ def parts(make_module: MakeModule, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def kept(parts: Kept, edit: Edit) -> Kept:
     parts.keep()
-    assert parts.recalled() == KINDS
+    assert parts.reused() == KINDS
     return parts
 
 
 def test_a_constant_makes_invalid_what_runs_it(kept: Kept, edit: Edit) -> None:
     edit(OPERATIONS, CONSTANT, "2e-5")
-    assert kept.recalled() == {"context", "y"}, "the conditions do not run the changed code"
+    assert kept.reused() == {"context", "y"}, "the conditions do not run the changed code"
 
 
 def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
     edit(OPERATIONS, CONSTANT, f"(  # how much\n {CONSTANT})")
     edit(OPERATIONS, '"""', '"""Said in another way. ')
     edit("runtime/planning/choosing.py", "_WORTH_A_TRIAL = 2", "_WORTH_A_TRIAL = 3")
-    assert kept.recalled() == KINDS
+    assert kept.reused() == KINDS
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_words_about_it_change_nothing(kept: Kept, edit: Edit) -> None:
 )
 def test_what_does_not_run_it_stays(kept: Kept, edit: Edit, file: str, gone: set[str]) -> None:
     edit(file, "import torch", "import torch\n_X = 1")
-    assert kept.recalled() == KINDS - gone
+    assert kept.reused() == KINDS - gone
 
 
 def test_an_export_of_a_models_stages_depends_on_its_code(edit: Edit) -> None:
@@ -179,6 +179,6 @@ def test_another_version_of_a_package_makes_invalid_what_calls_it(kept: Kept, mo
         return "diffsynth 99" if top == "diffsynth" else installed(top)
 
     monkeypatch.setattr(computation, "_installed", upgraded)
-    assert kept.recalled() == {"engine", "receipt", "latency", "references"}
+    assert kept.reused() == {"engine", "receipt", "latency", "references"}
     monkeypatch.setattr(computation, "_installed", lambda top: "torch 99" if top == "torch" else installed(top))
-    assert kept.recalled() == set()
+    assert kept.reused() == set()

@@ -68,6 +68,17 @@ def read_one_adapter(path: Path, layer_path: LayerPath = denoiser_path) -> Adapt
     return read_adapter(path, layer_path)
 
 
+def read_trained_adapters(path: Path, layer_path: LayerPath, experts: Experts) -> dict[ExpertName, Adapter]:
+    """Read the adapters of the trained experts; the expert for high noise levels comes first.
+
+    Raises:
+        ConfigError: see `read_adapters` for both experts, and `read_one_adapter` for one.
+    """
+    return (
+        read_adapters(path, layer_path, experts) if experts == "both" else {experts: read_one_adapter(path, layer_path)}
+    )
+
+
 def part_path(out: Path, expert: ExpertName, name: str) -> Path:
     """Return the output path for an expert's adapter in a format: a folder in `out` for PEFT, otherwise a file.
 

@@ -194,9 +194,15 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the content of `state.json` of a verified checkpoint.
 
     Raises:
-        OSError, DocumentError: it cannot be read.
+        CheckpointError: it cannot be read.
     """
-    return parse_json((checkpoint.path / "state.json").read_bytes())
+    try:
+        state = parse_json((checkpoint.path / "state.json").read_bytes())
+    except (OSError, DocumentError) as error:
+        raise _damaged(checkpoint) from error
+    if not isinstance(state, dict):
+        raise _damaged(checkpoint)
+    return state
 
 
 def samples_dealt(checkpoint: Checkpoint) -> int:
@@ -207,8 +213,12 @@ def samples_dealt(checkpoint: Checkpoint) -> int:
     """
     try:
         return int(read_state(checkpoint)["samples"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(checkpoint) from error
+
+
+def _damaged(checkpoint: Checkpoint) -> CheckpointError:
+    return CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read")
 
 
 def check_same_experts(checkpoint: Checkpoint, lora: LoraSettings) -> None:
@@ -220,10 +230,7 @@ def check_same_experts(checkpoint: Checkpoint, lora: LoraSettings) -> None:
         ConfigError: it belongs to another expert.
         CheckpointError: the state cannot be read.
     """
-    try:
-        saved = read_state(checkpoint).get(EXPERTS, "low")
-    except (OSError, DocumentError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read") from error
+    saved = read_state(checkpoint).get(EXPERTS, "low")
     if saved != lora.experts:
         raise ConfigError(
             f"lora.experts: the LoRA in {checkpoint.path} belongs to {saved}, not {lora.experts}; "

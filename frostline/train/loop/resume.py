@@ -12,7 +12,7 @@ from frostline.config import LoraSettings, QuantizationSettings
 from frostline.documents import read_yaml
 from frostline.errors import CheckpointError, ConfigError, DocumentError
 from frostline.experts import ExpertName
-from frostline.models.lora import Adapter, UniformLora, read_adapters, read_one_adapter
+from frostline.models.lora import Adapter, UniformLora, read_trained_adapters
 from frostline.models.lora.base_adapters import adapter_digests
 from frostline.stages.families import family_of
 from frostline.train.config_file import dump_settings
@@ -85,7 +85,9 @@ def check_fits(checkpoint: Checkpoint, settings: RunSettings) -> None:
         raise ConfigError(
             f"base_adapters: the adapter in {checkpoint.path} was trained on {_listed(before)}, not on {_listed(now)}"
         )
-    if adapter_digests(adapter.path for adapter in settings.base_adapters) != _base_digests(checkpoint):
+    if adapter_digests(adapter.path for adapter in settings.base_adapters) != read_state(checkpoint).get(
+        BASE_ADAPTERS, []
+    ):
         raise ConfigError(
             f"base_adapters: a file of {_listed(now)} has changed since {checkpoint.path} was saved: restore the file, "
             "or start a new run from the adapter with init_adapter"
@@ -107,11 +109,7 @@ def read_trained(path: Path, settings: RunSettings) -> dict[ExpertName, Adapter]
             but one is trained; the message names the path.
     """
     family, lora = family_of(settings.model), settings.lora
-    adapters: dict[ExpertName, Adapter]
-    if lora.experts == "both":
-        adapters = read_adapters(path, family.layer_path, lora.experts)
-    else:
-        adapters = {lora.experts: read_one_adapter(path, family.layer_path)}
+    adapters = read_trained_adapters(path, family.layer_path, lora.experts)
     loras = [adapter.uniform() for adapter in adapters.values()]
     for adapter in loras:
         _check_sizes(path, adapter, lora)
@@ -173,18 +171,6 @@ def _saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{checkpoint.path / CONFIG} is not a mapping of settings")
     return saved
-
-
-def _base_digests(checkpoint: Checkpoint) -> list[str]:
-    """Return the digests of the base adapters' files when the checkpoint was saved.
-
-    Raises:
-        CheckpointError: they cannot be read.
-    """
-    try:
-        return read_state(checkpoint).get(BASE_ADAPTERS, [])
-    except (OSError, DocumentError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.path} is damaged: its state.json cannot be read") from error
 
 
 def _listed(settings: dict[str, Any]) -> str:

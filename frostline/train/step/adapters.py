@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
+from frostline.config import LoraSettings
 from frostline.errors import ConfigError
-from frostline.models.lora import EXPERT_PARTS, Adapter, read_adapters, read_one_adapter
+from frostline.models.lora import EXPERT_PARTS, read_trained_adapters
 from frostline.models.lora.inject import check_same_layers, copy_adapter, lora_parameters, lora_scale, save_adapter
 from frostline.stages.families import family_of
 from frostline.stages.video_model import Expert, VideoModel
@@ -42,37 +43,29 @@ def save_adapters(model: VideoModel, folder: Path) -> None:
         save_adapter(expert.network, config, folder / part)
 
 
-def load_adapters(model: VideoModel, folder: Path, rank: int) -> None:
-    """Copy the LoRA in PEFT files into that of each trained expert, in place, so that engines stay bound to it.
+def load_adapters(model: VideoModel, folder: Path, lora: LoraSettings) -> None:
+    """Copy adapters into the LoRA of each trained expert, in place, so that engines stay bound to it.
 
     Args:
         folder: as written by `save_adapters`, or in another layout; see `read_adapters`. For one trained expert, also
             a .safetensors file.
-        rank: rank of the model's LoRA.
+        lora: settings of the model's LoRA.
     Raises:
         ConfigError: files are missing, or the adapter differs from the model's; nothing is changed then.
     """
-    experts = _by_part(model)
-    adapters = {part: adapter.uniform() for part, adapter in _read(model, folder).items()}
-    for part, expert in experts.items():
-        adapter = adapters[part]
-        if adapter.rank != rank:
-            raise ConfigError(f"{adapter.path}: the adapter has rank {adapter.rank}, not {rank}")
+    read = read_trained_adapters(folder, family_of(model.components).layer_path, lora.experts)
+    adapters = [adapter.uniform() for adapter in read.values()]
+    pairs = [*zip(trained_experts(model), adapters, strict=True)]
+    for expert, adapter in pairs:
+        if adapter.rank != lora.rank:
+            raise ConfigError(f"{adapter.path}: the adapter has rank {adapter.rank}, not {lora.rank}")
         if adapter.scale != (wanted := lora_scale(expert.network)):
             raise ConfigError(
                 f"{adapter.path}: the adapter has a scale (alpha / rank) of {adapter.scale:g}, not {wanted:g}"
             )
         check_same_layers(expert.network, adapter)
-    for part, expert in experts.items():
-        copy_adapter(expert.network, adapters[part])
-
-
-def _read(model: VideoModel, folder: Path) -> dict[str, Adapter]:
-    """Read the adapters of the trained experts, by the names of their subfolders; "" for a single one."""
-    layer_path = family_of(model.components).layer_path
-    if len(trained_experts(model)) == 1:
-        return {"": read_one_adapter(folder, layer_path)}
-    return {EXPERT_PARTS[expert]: found for expert, found in read_adapters(folder, layer_path, "both").items()}
+    for expert, adapter in pairs:
+        copy_adapter(expert.network, adapter)
 
 
 def _by_part(model: VideoModel) -> dict[str, Expert]:

@@ -329,7 +329,7 @@ class TrainingModule(nn.Module):
         Raises:
             ConfigError: files are missing, or the adapter does not match this module's settings.
         """
-        load_adapters(self.model, Path(folder), self.settings.lora.rank)
+        load_adapters(self.model, Path(folder), self.settings.lora)
 
     def _settle_for(self, conditioning: Conditioning) -> None:
         if self.settings.gradient_checkpointing != AUTO or not torch.is_grad_enabled():
